@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench test-scale test-ceph clean
+
+help:
+	@echo "make demo        train, merge, verify and compare small models, here, without network"
+	@echo "make test        the test suite (under five minutes, no network, no GPU)"
+	@echo "make lint types  ruff and mypy"
+	@echo "make test-scale  large tensors and the planning of 92,000 names"
+	@echo "make bench       time and memory of a merge against the I/O floor"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/stockflow demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+test-scale: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m scale $(ARGS)
+
+test-ceph: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m ceph $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.local_merge $(ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,106 @@
+"""Every error stockflow raises on purpose, grouped by what its reader must do.
+
+    StockflowError                      exit code
+    |- UserError                        2   change the recipe, the inputs or the budget; nothing was published
+    |  |- RecipeError                       the recipe does not say what it should
+    |  |- CheckpointError                   an input is not a valid checkpoint
+    |  |  `- HeaderError                    ... its safetensors header is malformed
+    |  |- PlanError                         the recipe and these inputs do not fit together
+    |  |- BudgetError                       the memory budget is too small for any plan
+    |  |- NotFoundError                     an input or output location does not exist
+    |  |- AccessDeniedError                 the credentials at hand may not do this
+    |  |- InputChangedError                 an input is no longer what was planned
+    |  |- NumericsError                     NaN, infinity or a geometry without an answer
+    |  `- OutputConflictError               the output prefix belongs to something else
+    |- StorageError                     3   storage failed after retries: run again to resume
+    |  `- AlreadyExistsError                an exclusive creation found the key taken
+    |- ComputeLostError                 5   workers, capacity, deadline or memory were lost
+    `- InterruptedRunError              130 / 143   stopped by a signal; clean and resumable
+
+Each class also derives from the builtin a caller would catch, and takes one message string, so that it
+survives pickling between processes. Anything else that escapes is our bug (exit code 70).
+"""
+
+from typing import ClassVar
+
+EXIT_OK = 0
+EXIT_DIFFERS = 1
+EXIT_USER = 2
+EXIT_STORAGE = 3
+EXIT_FINDINGS = 4
+EXIT_COMPUTE_LOST = 5
+EXIT_BUG = 70
+
+
+class StockflowError(Exception):
+    """Base of every deliberate error; ``exit_code`` is what the command line returns for it."""
+
+    exit_code: ClassVar[int] = EXIT_BUG
+
+
+class UserError(StockflowError):
+    """The reader must change the recipe, the inputs or the budget."""
+
+    exit_code = EXIT_USER
+
+
+class RecipeError(UserError, ValueError):
+    """The recipe does not say what it should; the message gives the place in the file."""
+
+
+class CheckpointError(UserError, ValueError):
+    """An input is not a valid checkpoint."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header breaks the format's rules."""
+
+
+class PlanError(UserError, ValueError):
+    """The recipe and the checkpoints it names do not fit together."""
+
+
+class BudgetError(UserError, MemoryError):
+    """Not even the smallest unit of work fits the memory budget."""
+
+
+class NotFoundError(UserError, FileNotFoundError):
+    """A location does not exist."""
+
+
+class AccessDeniedError(UserError, PermissionError):
+    """The credentials at hand may not do this."""
+
+
+class InputChangedError(UserError):
+    """An input is no longer the object the plan was made from."""
+
+
+class NumericsError(UserError, ArithmeticError):
+    """NaN, infinity or a degenerate geometry, in an input or an output."""
+
+
+class OutputConflictError(UserError, FileExistsError):
+    """The output prefix is taken by another plan or by foreign files."""
+
+
+class StorageError(StockflowError, OSError):
+    """Storage failed after retries; running the same command again resumes."""
+
+    exit_code = EXIT_STORAGE
+
+
+class AlreadyExistsError(StorageError, FileExistsError):
+    """An exclusive creation found the key already there."""
+
+
+class ComputeLostError(StockflowError, RuntimeError):
+    """Workers, capacity, a deadline or memory were lost for good."""
+
+    exit_code = EXIT_COMPUTE_LOST
+
+
+class InterruptedRunError(StockflowError):
+    """The run was stopped by a signal; what is published is whole and the run can be resumed."""
+
+    exit_code = 130
