@@ -1,0 +1,174 @@
+"""What every store can do, and what identifies one state of an object."""
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from stockflow.errors import InputChangedError, NotFoundError, RecipeError
+
+Pin = Literal["if-match", "open-etag", "stat"]
+"""How a store holds a read to a stamp.
+
+``if-match``: each range request carries the ETag and the server refuses another object.
+``open-etag``: the client library compares ETags of the object it opened.
+``stat``: stamps are compared by us, on every read (local files) or before and after each shard.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """One state of an object: equal stamps mean equal bytes, as far as the store can tell."""
+
+    size: int
+    """bytes"""
+    version: str
+    """the ETag of an object, ``mtime_ns=...`` of a file, empty where the store has nothing"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """How to reach the objects under one URL prefix. Never a secret: those come from the environment."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    anonymous: bool = False
+    requester_pays: bool = False
+    kms_key: str | None = None
+    ca_bundle: str | None = None
+    client: Literal["auto", "obstore", "fsspec"] = "auto"
+    """``fsspec`` forces the general path where the fast one (obstore) would be chosen"""
+
+
+@dataclass(frozen=True, slots=True)
+class StorageConfig:
+    """Store options by URL prefix; the longest matching prefix wins."""
+
+    by_prefix: Mapping[str, StoreOptions] = field(default_factory=dict)
+
+    def for_url(self, url: str) -> StoreOptions:
+        """Return the options that apply to ``url``."""
+        matching = [prefix for prefix in self.by_prefix if url.startswith(prefix)]
+        return self.by_prefix[max(matching, key=len)] if matching else StoreOptions()
+
+
+class Sink(Protocol):
+    """Where the bytes of one new object go, in order."""
+
+    def write(self, payload: memoryview | bytes, /) -> object:
+        """Append ``payload``; it may be reused by the caller as soon as this returns."""
+
+
+class Store(Protocol):
+    """The objects under one URL. Keys are relative, ``/``-separated and never leave the prefix.
+
+    Methods raise NotFoundError and AccessDeniedError for what the user must mend, StorageError for
+    what remains wrong after retries. All methods may be called from several threads.
+    """
+
+    @property
+    def url(self) -> str:
+        """The prefix, absolute, without a trailing slash."""
+
+    @property
+    def pin(self) -> Pin:
+        """How reads are held to a stamp."""
+
+    @property
+    def num_retries(self) -> int:
+        """Read attempts that failed and were repeated, since the store was opened."""
+
+    def stamp(self, key: str) -> Stamp:
+        """Return the present state of an object (one HEAD or stat)."""
+
+    def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
+        """Return the first ``num_bytes`` (fewer if the object is shorter) and the stamp, in one round trip."""
+
+    def read_into(self, key: str, start: int, buffer: memoryview, stamp: Stamp) -> None:
+        """Fill ``buffer`` from byte ``start`` of the object that ``stamp`` describes.
+
+        Raises:
+            InputChangedError: the object is no longer the one ``stamp`` describes.
+        """
+
+    def list(self, prefix: str = "") -> dict[str, Stamp]:
+        """Return every object whose key starts with ``prefix`` (a folder ending in ``/``, or empty), recursively.
+
+        A prefix under which nothing exists lists as empty.
+        """
+
+    def list_top(self) -> dict[str, Stamp]:
+        """Return the objects directly under the prefix, subfolders left out."""
+
+    def create(self, key: str, *, size: int | None = None) -> AbstractContextManager[Sink]:
+        """Write one object, all or nothing: it appears, durable, when the block ends without error.
+
+        Args:
+            key: where it goes; an object there is replaced.
+            size: bytes that will be written, if known; object stores choose the size of parts from it.
+        """
+
+    def put(self, key: str, payload: bytes) -> None:
+        """Write a small object, replacing what was there."""
+
+    def put_new(self, key: str, payload: bytes) -> None:
+        """Write a small object that must not exist yet; a failed attempt leaves nothing.
+
+        Raises:
+            AlreadyExistsError: the key is taken.
+        """
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; one that is already gone is no error."""
+
+
+def read_small(store: Store, key: str, *, max_bytes: int) -> bytes:
+    """Return a whole small object, at most ``max_bytes`` of it plus one (so that the caller can refuse)."""
+    payload, _ = store.read_head(key, max_bytes + 1)
+    return payload
+
+
+def exists(store: Store, key: str) -> bool:
+    """Return whether the object is there."""
+    try:
+        store.stamp(key)
+    except NotFoundError:
+        return False
+    return True
+
+
+def check_stamp(store: Store, key: str, expected: Stamp) -> None:
+    """Compare an object with the state it was planned in.
+
+    Raises:
+        InputChangedError: it is another one now.
+    """
+    found = store.stamp(key)
+    if found != expected:
+        raise InputChangedError(
+            f"{redact(store.url)}/{key} changed since it was planned: expected {expected.size:,} bytes, "
+            f"{expected.version}; found {found.size:,} bytes, {found.version}. Restore it, or plan again"
+        )
+
+
+_USERINFO = re.compile(r"(?<=://)[^/@]*@")
+_QUERY = re.compile(r"\?.*$")
+
+
+def redact(url: str) -> str:
+    """Return ``url`` without user information and query, where credentials hide."""
+    return _QUERY.sub("", _USERINFO.sub("", url)) if "://" in url else url
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` if it stays inside a prefix.
+
+    Raises:
+        RecipeError: it is absolute, empty or climbs out.
+    """
+    parts = key.split("/")
+    if not key or key.startswith("/") or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
+        raise RecipeError(f"the name {key!r} leaves its folder; expected a plain relative path")
+    return key

@@ -1,0 +1,121 @@
+"""What a failed request means: something the user must mend, worth another attempt, or final."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError, StorageError
+
+Operation = Literal["stat", "read", "list", "write", "create", "delete"]
+
+_TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "XAmzContentSHA256Mismatch"})
+_CREDENTIAL_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"})
+_REGION_CODES = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
+_NAME_CODES = frozenset({"InvalidBucketName", "KeyTooLongError", "ParamValidationError"})
+_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "HF_TOKEN")
+_MAX_DETAIL = 240
+"""characters of a server's own words in a message"""
+
+_ACTIONS: dict[str, dict[Operation, str]] = {
+    "s3": {
+        "stat": "s3:GetObject",
+        "read": "s3:GetObject",
+        "list": "s3:ListBucket",
+        "write": "s3:PutObject",
+        "create": "s3:PutObject",
+        "delete": "s3:DeleteObject",
+    },
+    "gs": {
+        "stat": "storage.objects.get",
+        "read": "storage.objects.get",
+        "list": "storage.objects.list",
+        "write": "storage.objects.create",
+        "create": "storage.objects.create",
+        "delete": "storage.objects.delete",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed request, as far as the client library told: no traceback, no secret."""
+
+    detail: str
+    status: int | None = None
+    """of HTTP; None when there was no answer"""
+    code: str = ""
+    """the store's own word, such as ``NoSuchBucket``"""
+
+    @property
+    def is_untrusted(self) -> bool:
+        """Whether the server's certificate was refused."""
+        return self.status is None and "certificate" in self.detail.lower()
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same request may succeed a moment later."""
+        if self.status is None:
+            return not self.is_untrusted
+        return self.status in _TRANSIENT_STATUSES or self.code in _TRANSIENT_CODES
+
+    def __str__(self) -> str:
+        """Return status, code and detail in one line."""
+        status = f"HTTP {self.status}" if self.status is not None else ""
+        return " ".join(word for word in (status, self.code, self.detail) if word)
+
+
+def user_error(failure: Failure, operation: Operation, where: str) -> StockflowError | None:
+    """Return what the user must mend, or None where the failure is the store's."""
+    # Credentials first: S3 answers ExpiredToken with 400.
+    if failure.status in (401, 403) or failure.code in _CREDENTIAL_CODES:
+        return AccessDeniedError(_denied(failure, operation, where))
+    if failure.code == "NoSuchBucket":
+        return NotFoundError(f"cannot {operation} {where}: the bucket does not exist; check its name and the endpoint")
+    if failure.status == 404:
+        return NotFoundError(f"cannot {operation} {where}: no such object")
+    if failure.status in (301, 307) or failure.code in _REGION_CODES:
+        return RecipeError(
+            f"cannot {operation} {where}: the bucket is in another region than the one asked ({failure}); "
+            f"set `region` for it under stockflow.storage"
+        )
+    if failure.code in _NAME_CODES:
+        return RecipeError(f"cannot {operation} {where}: the bucket or key has no valid name ({failure})")
+    if failure.is_untrusted:
+        return RecipeError(
+            f"cannot {operation} {where}: the server's certificate is not trusted ({failure}); "
+            f"set `ca_bundle` under stockflow.storage, or AWS_CA_BUNDLE"
+        )
+    return None
+
+
+def storage_error(failure: Failure, operation: Operation, where: str, attempts: int) -> StorageError:
+    """Return the error for a store that keeps failing."""
+    times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+    return StorageError(f"cannot {operation} {where} after {times}: {failure}; run again to resume")
+
+
+def scrub(text: str) -> str:
+    """Return ``text`` in one short line, without user information, query strings and known secrets."""
+    text = re.sub(r"(\w+://)[^\s/@'\"]*@", r"\1", text)
+    text = re.sub(r"(\w+://[^\s?'\"<>]*)\?[^\s'\"<>]*", r"\1", text)
+    for name in _SECRET_VARIABLES:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_DETAIL else line[: _MAX_DETAIL - 3] + "..."
+
+
+def _denied(failure: Failure, operation: Operation, where: str) -> str:
+    scheme = where.split("://", 1)[0]
+    action = _ACTIONS.get(scheme, {}).get(operation)
+    if failure.code in _CREDENTIAL_CODES:
+        remedy = "the credentials have expired: sign in again"
+    elif failure.status == 401 or action is None:
+        remedy = "check the credentials, or set `anonymous: true` for public objects"
+    else:
+        remedy = f"the credentials need {action} on it"
+    if scheme == "s3" and operation == "stat" and failure.status == 403:
+        remedy += " (S3 also answers so for an absent object where s3:ListBucket is not allowed)"
+    return f"cannot {operation} {where}: access denied ({failure}); {remedy}"

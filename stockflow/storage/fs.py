@@ -1,0 +1,222 @@
+"""Everything fsspec can reach: the general path for any URL, s3:// included where the options say so."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import datetime
+from typing import Any
+
+import aiohttp
+import fsspec
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as BotoConnectionError
+
+from stockflow.errors import RecipeError
+from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions, redact
+from stockflow.storage.faults import Failure, scrub
+from stockflow.storage.remote import Client, RemoteStore
+from stockflow.storage.retry import RetryPolicy
+
+_ERRORS: tuple[type[Exception], ...] = (OSError, aiohttp.ClientError, BotoCoreError, ClientError)
+_VERSION_KEYS = (
+    *("ETag", "etag", "checksum", "oid", "blob_id", "md5"),
+    *("mtime", "LastModified", "Last-Modified", "created"),
+)
+"""what a file system may tell of an object's version, best first"""
+_MEMORY_LOCK = threading.Lock()
+"""memory:// hands every reader the same file with the same position, and checks before it creates"""
+
+
+class FsspecStore(RemoteStore):
+    """The objects under one URL of any scheme fsspec knows."""
+
+    def __init__(self, url: str, options: StoreOptions, policy: RetryPolicy | None = None) -> None:
+        """Take the URL and how to reach it; nothing is contacted yet."""
+        policy = policy or RetryPolicy()
+        client: Client
+        if url.startswith("s3://"):
+            from stockflow.storage.s3fs_client import S3fsClient
+
+            client = S3fsClient(url, options, policy)
+        else:
+            client = FsspecClient(url, options)
+        super().__init__(url, client, policy)
+
+
+class FsspecClient:
+    """Single requests through any fsspec file system; see ``remote.Client``."""
+
+    pin: Pin = "stat"
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        """Take a normalized URL and find the file system for its scheme.
+
+        Raises:
+            RecipeError: fsspec does not know the scheme, or lacks the package for it.
+        """
+        scheme = url.split("://", 1)[0]
+        self._fs = _open_filesystem(scheme, url, options)
+        self._root = str(self._fs._strip_protocol(url)).rstrip("/")
+        self._guard: AbstractContextManager[object] = _MEMORY_LOCK if scheme == "memory" else nullcontext()
+        self._is_buffered = scheme == "memory"
+        self.errors = (*_ERRORS, *_errors_of(scheme))
+
+    def failure(self, error: Exception) -> Failure:
+        """Return what an exception of fsspec or of a library below it says."""
+        return failure_of(error)
+
+    def stamp(self, key: str) -> Stamp:
+        """Return size and the best version the file system tells."""
+        details = self._fs.info(self._path(key))
+        if details["type"] == "directory":
+            raise FileNotFoundError(f"{key} is a folder")
+        return _stamp_of(details)
+
+    def read(self, key: str, start: int, stop: int, pinned: Stamp | None) -> tuple[memoryview, None]:
+        """Return one range; nothing ties it to a stamp."""
+        del pinned
+        with self._guard:
+            return memoryview(self._fs.cat_file(self._path(key), start=start, end=stop)), None
+
+    def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
+        """Return the first bytes and the stamp: two requests, as fsspec has no answer with both."""
+        stamp = self.stamp(key)
+        wanted = min(num_bytes, stamp.size)
+        payload = bytes(self.read(key, 0, wanted, None)[0]) if wanted else b""
+        return payload[:wanted], stamp
+
+    def list(self, folder: str) -> Mapping[str, Stamp]:
+        """Return all files below ``folder``."""
+        with suppress(FileNotFoundError):
+            return self._by_key(self._fs.find(self._path(folder), detail=True).values())
+        return {}
+
+    def list_top(self) -> Mapping[str, Stamp]:
+        """Return the files directly under the URL."""
+        with suppress(FileNotFoundError):
+            return self._by_key(self._fs.ls(self._root, detail=True))
+        return {}
+
+    @contextmanager
+    def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
+        """Write one object through fsspec's uncommitted files; into memory in one piece."""
+        if not self._is_buffered:
+            with open_uncommitted(self._fs, self._path(key), part_bytes) as file:
+                yield file
+            return
+        collected = bytearray()
+        yield _Collector(collected)
+        self.put(key, bytes(collected))
+
+    def put(self, key: str, payload: bytes) -> None:
+        """Write a small object."""
+        with self._guard:
+            self._fs.pipe_file(self._path(key), payload)
+
+    def put_new(self, key: str, payload: bytes) -> None:
+        """Write a small object unless there is one."""
+        with self._guard:
+            self._fs.pipe_file(self._path(key), payload, mode="create")
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects one by one."""
+        for key in keys:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(key))
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".rstrip("/")
+
+    def _by_key(self, found: Any) -> dict[str, Stamp]:
+        top = f"{self._root}/"
+        return {
+            str(details["name"]).removeprefix(top): _stamp_of(details)
+            for details in found
+            if details["type"] == "file" and str(details["name"]).startswith(top)
+        }
+
+
+@contextmanager
+def open_uncommitted(filesystem: Any, path: str, part_bytes: int) -> Iterator[Sink]:
+    """Write one object that appears when the block ends without error."""
+    # Leaving a plain `with fs.open(path, "wb")` by an exception publishes the part already written.
+    # autocommit=False holds the object back until commit().
+    file = filesystem.open(path, "wb", block_size=part_bytes, autocommit=False)
+    try:
+        yield file
+        file.close()
+        file.commit()
+    except BaseException:
+        file.closed = True  # or the garbage collector would close it, and upload what is left
+        with suppress(*_ERRORS):
+            file.discard()
+        raise
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return what an exception of fsspec, aiohttp or botocore says; s3fs keeps the answer in its cause."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError):
+        return failure_of(error.__cause__)  # fsspec's http calls whatever went wrong "not found"
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        told = response.get("Error", {})
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return Failure(detail=scrub(str(told.get("Message", error))), status=status, code=_code_of(told))
+    status = getattr(error, "status", None) or getattr(response, "status_code", None)
+    code = type(error).__name__
+    return Failure(detail=scrub(str(error)), status=status or _status_of(error), code=code)
+
+
+class _Collector:
+    def __init__(self, collected: bytearray) -> None:
+        self._collected = collected
+
+    def write(self, payload: memoryview | bytes, /) -> int:
+        self._collected += payload
+        return len(payload)
+
+
+def _open_filesystem(scheme: str, url: str, options: StoreOptions) -> Any:
+    anonymous: dict[str, dict[str, object]] = {"gs": {"token": "anon"}, "az": {"anon": True}}
+    try:
+        return fsspec.filesystem(scheme, **(anonymous.get(scheme, {}) if options.anonymous else {}))
+    except (ImportError, ValueError) as error:
+        raise RecipeError(f"cannot open {redact(url)}: {scrub(str(error))}") from None
+
+
+def _errors_of(scheme: str) -> tuple[type[Exception], ...]:
+    """Return the exceptions of a scheme's own HTTP library that are not OSErrors."""
+    if scheme != "hf":
+        return ()
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[:1]  # httpx's HTTPError, or httpx2's: it depends on the version
+
+
+def _stamp_of(details: Mapping[str, Any]) -> Stamp:
+    size = int(details["size"] or 0)
+    for name in _VERSION_KEYS:
+        if value := details.get(name):
+            if name.lower() == "etag":
+                return Stamp(size, str(value))
+            return Stamp(size, f"{name}={value.timestamp() if isinstance(value, datetime) else value}")
+    return Stamp(size, "")
+
+
+def _code_of(told: Mapping[str, Any]) -> str:
+    code = str(told.get("Code", ""))
+    # The answer to a HEAD has no body, and botocore puts the status here.
+    return "" if code.isdigit() else code
+
+
+def _status_of(error: Exception) -> int | None:
+    """Return the HTTP status an exception stands for, None where the request may simply be repeated."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return 404
+    if isinstance(error, PermissionError):
+        return 403
+    if isinstance(error, FileExistsError):
+        return 412
+    if isinstance(error, BotoCoreError) and not isinstance(error, BotoConnectionError | HTTPClientError):
+        return 401 if "redential" in type(error).__name__ or "Token" in type(error).__name__ else 400
+    return None

@@ -1,0 +1,185 @@
+"""Local folders: positioned reads into reused buffers, temporary sibling plus rename for writes."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from stockflow.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    InputChangedError,
+    NotFoundError,
+    StockflowError,
+    StorageError,
+)
+from stockflow.storage.base import Pin, Stamp, check_key
+
+PARTIAL_SUFFIX = ".stockflow-partial"
+"""Ending of files that are being written; never part of an output."""
+
+
+class LocalStore:
+    """The files under one folder."""
+
+    pin: Pin = "stat"
+    num_retries = 0
+
+    def __init__(self, root: str) -> None:
+        """Take ``root``, an absolute path that need not exist yet."""
+        self.url = root
+
+    def stamp(self, key: str) -> Stamp:
+        """Return size and modification time of a file."""
+        path = self._path(key)
+        with _named(path, "stat"):
+            return _stamp_of(os.stat(path))
+
+    def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
+        """Return the first bytes and the stamp, taken from one open file."""
+        path = self._path(key)
+        with _named(path, "read"), open(path, "rb", buffering=0) as file:
+            stamp = _stamp_of(os.fstat(file.fileno()))
+            wanted = min(num_bytes, stamp.size)
+            payload = bytearray(wanted)
+            _read_exactly(file.fileno(), memoryview(payload), 0, path)
+            return bytes(payload), stamp
+
+    def read_into(self, key: str, start: int, buffer: memoryview, stamp: Stamp) -> None:
+        """Fill ``buffer``; the file's stamp is compared before and after the bytes are read."""
+        path = self._path(key)
+        with _named(path, "read"), open(path, "rb", buffering=0) as file:
+            found = _stamp_of(os.fstat(file.fileno()))
+            if found == stamp:
+                _read_exactly(file.fileno(), buffer, start, path)
+                found = _stamp_of(os.fstat(file.fileno()))
+        if found != stamp:
+            raise InputChangedError(
+                f"{path} changed since it was planned: expected {stamp.size} bytes, {stamp.version}; "
+                f"found {found.size} bytes, {found.version}. Restore the file, or plan again"
+            )
+
+    def list(self, prefix: str = "") -> dict[str, Stamp]:
+        """Return all files below ``prefix``, files being written left out."""
+        top = self._path(check_key(prefix.rstrip("/"))) if prefix else self.url
+        found: dict[str, Stamp] = {}
+        with _named(top, "list"):
+            for folder, _, names in os.walk(top):
+                for name in names:
+                    path = os.path.join(folder, name)
+                    if not name.endswith(PARTIAL_SUFFIX):
+                        with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
+                            found[os.path.relpath(path, self.url)] = _stamp_of(os.stat(path))
+        return dict(sorted(found.items()))
+
+    def list_top(self) -> dict[str, Stamp]:
+        """Return the files directly in the folder."""
+        with _named(self.url, "list"):
+            if not os.path.exists(self.url):
+                return {}
+            entries = [entry for entry in os.scandir(self.url) if entry.is_file()]
+            stamps = {entry.name: _stamp_of(entry.stat()) for entry in entries}
+        return {name: stamps[name] for name in sorted(stamps) if not name.endswith(PARTIAL_SUFFIX)}
+
+    @contextmanager
+    def create(self, key: str, *, size: int | None = None) -> Iterator[BinaryIO]:
+        """Write a temporary sibling; flush it to the disk and rename it when the block ends well."""
+        del size  # a file grows as it is written
+        path = self._path(key)
+        partial = _partial_of(path)
+        with _named(path, "write"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                with open(partial, "xb", buffering=0) as file:
+                    yield file
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+                _sync_folder(os.path.dirname(path))
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(partial)
+                raise
+
+    def put(self, key: str, payload: bytes) -> None:
+        """Write a small file, replacing what was there."""
+        with self.create(key) as file:
+            file.write(payload)
+
+    def put_new(self, key: str, payload: bytes) -> None:
+        """Write a small file that must not exist: a hard link is exclusive and appears whole."""
+        path = self._path(key)
+        partial = _partial_of(path)
+        with _named(path, "create"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                with open(partial, "xb", buffering=0) as file:
+                    file.write(payload)
+                    os.fsync(file.fileno())
+                os.link(partial, path)
+                _sync_folder(os.path.dirname(path))
+            except FileExistsError:
+                raise AlreadyExistsError(f"{path} already exists") from None
+            finally:
+                with suppress(OSError):
+                    os.unlink(partial)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove files."""
+        for key in keys:
+            path = self._path(key)
+            with _named(path, "delete"), suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self.url, check_key(key))
+
+
+def _stamp_of(stat: os.stat_result) -> Stamp:
+    return Stamp(size=stat.st_size, version=f"mtime_ns={stat.st_mtime_ns}")
+
+
+def _partial_of(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+
+
+def _read_exactly(descriptor: int, buffer: memoryview, start: int, path: str) -> None:
+    done = 0
+    while done < buffer.nbytes:
+        count = os.preadv(descriptor, [buffer[done:]], start + done)
+        if count == 0:
+            raise InputChangedError(f"{path} ended at byte {start + done} while it was read: it was truncated")
+        done += count
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named(path: str | Path, action: str) -> Iterator[None]:
+    """Turn an OSError into an error that says which file, what was tried and what to do."""
+    try:
+        yield
+    except StockflowError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFoundError(f"cannot {action} {path}: no such file or folder") from error
+    except NotADirectoryError as error:
+        raise NotFoundError(f"cannot {action} {path}: a file is where a folder should be") from error
+    except PermissionError as error:
+        raise AccessDeniedError(f"cannot {action} {path}: permission denied") from error
+    except OSError as error:
+        hint = {
+            errno.ENOSPC: "free space on the disk and run again to resume",
+            errno.EDQUOT: "raise the disk quota and run again to resume",
+            errno.EROFS: "the file system is read-only; choose another output",
+        }.get(error.errno or 0, "run again to resume")
+        raise StorageError(f"cannot {action} {path}: {error.strerror or error}; {hint}") from error

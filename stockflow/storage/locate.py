@@ -1,0 +1,58 @@
+"""From a URL to the store that serves it."""
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from stockflow.errors import RecipeError
+from stockflow.storage.base import StorageConfig, Store, redact
+
+OBJECT_SCHEMES = ("s3", "gs", "az")
+"""Schemes served by obstore, readable and writable."""
+WRITABLE_SCHEMES = ("file", "memory", *OBJECT_SCHEMES)
+"""Schemes an output may live on; every other fsspec scheme is an input only."""
+
+
+def normalize_url(location: str) -> str:
+    """Return an absolute URL or path for ``location``, without a trailing slash; ``file://`` becomes a path."""
+    scheme = urlsplit(location).scheme if "://" in location else "file"
+    if scheme != "file":
+        return location.rstrip("/")
+    path = unquote(urlsplit(location).path) if "://" in location else location
+    return str(Path(path).expanduser().absolute().resolve())
+
+
+def scheme_of(url: str) -> str:
+    """Return the scheme of a normalized URL; ``file`` for a path."""
+    return url.split("://", 1)[0].lower() if "://" in url else "file"
+
+
+def is_within(inner: str, outer: str) -> bool:
+    """Return whether one normalized location is the other or lies inside it."""
+    return inner == outer or inner.startswith(outer.rstrip("/") + "/")
+
+
+def open_store(location: str, config: StorageConfig, *, writable: bool = False) -> Store:
+    """Return the store for ``location``; nothing is contacted yet.
+
+    Raises:
+        RecipeError: the scheme is unknown, or is asked to be written and cannot be.
+    """
+    url = normalize_url(location)
+    scheme = scheme_of(url)
+    if writable and scheme not in WRITABLE_SCHEMES:
+        raise RecipeError(
+            f"the output {redact(url)} uses {scheme}://, which stockflow only reads; "
+            f"expected a local folder or one of {', '.join(s + '://' for s in OBJECT_SCHEMES)}"
+        )
+    if scheme == "file":
+        from stockflow.storage.local import LocalStore
+
+        return LocalStore(url)
+    options = config.for_url(url)
+    if scheme in OBJECT_SCHEMES and options.client != "fsspec":
+        from stockflow.storage.objects import ObjectStore
+
+        return ObjectStore(url, options)
+    from stockflow.storage.fs import FsspecStore
+
+    return FsspecStore(url, options)

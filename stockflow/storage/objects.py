@@ -1,0 +1,243 @@
+"""s3://, gs:// and az:// through obstore: the fast path for the bytes of object stores."""
+
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore import exceptions
+
+from stockflow.errors import RecipeError
+from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.faults import Failure, scrub
+from stockflow.storage.parts import PARTS_IN_FLIGHT
+from stockflow.storage.remote import RemoteStore
+from stockflow.storage.retry import RetryPolicy
+from stockflow.storage.s3 import locate_bucket, obstore_bucket, require_credentials
+
+if TYPE_CHECKING:
+    from obstore import GetOptions, ObjectMeta, WritableFile
+    from obstore.store import ObjectStore as Connection
+    from obstore.store import RetryConfig
+
+_NO_RETRIES: "RetryConfig" = {"max_retries": 0, "retry_timeout": timedelta(0)}
+_READ_TIMEOUT = timedelta(seconds=60)
+_WRITE_TIMEOUT = timedelta(minutes=5)
+"""for one part, six at a time: a slow line moves 16 MiB in that"""
+
+_REASONS = re.compile(r"""(?:message|error): "([^"]+)"|kind: (Timeout|TimedOut)|(InvalidCertificate)\(\s*(\w+)""")
+"""the words that tell in obstore's debug output, which goes on for thirty lines"""
+
+
+class ObjectStore(RemoteStore):
+    """The objects under one ``s3://``, ``gs://`` or ``az://`` URL."""
+
+    def __init__(self, url: str, options: StoreOptions, policy: RetryPolicy | None = None) -> None:
+        """Take the URL and how to reach it; nothing is contacted yet."""
+        policy = policy or RetryPolicy()
+        super().__init__(url, ObstoreClient(url, options, policy), policy)
+
+
+class ObstoreClient:
+    """Single requests through obstore; see ``remote.Client``."""
+
+    pin: Pin = "if-match"
+    errors: tuple[type[Exception], ...] = (exceptions.BaseError, OSError)
+
+    def __init__(self, url: str, options: StoreOptions, policy: RetryPolicy) -> None:
+        """Take a normalized URL; connections are made at the first use, in the process that uses them.
+
+        ``policy`` is for the parts of uploads, which only obstore can repeat.
+        """
+        self._scheme, _, place = url.partition("://")
+        self._bucket, _, self._root = place.partition("/")
+        self._options = options
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._connections: dict[bool, Connection] = {}
+
+    def failure(self, error: Exception) -> Failure:
+        """Return the HTTP status, the store's code and the telling words of an obstore error."""
+        text = str(error)
+        status = re.search(r"status code: (\d{3})", text)
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        return Failure(
+            detail=scrub(_detail(text)),
+            status=_status_of(error) or (int(status[1]) if status else None),
+            code=code[1] if code else "",
+        )
+
+    def stamp(self, key: str) -> Stamp:
+        """Return size and ETag of an object, by HEAD."""
+        path = self._path(key)
+        try:
+            return _stamp_of(obstore.head(self._reader, path))
+        except FileNotFoundError:
+            # The answer to a HEAD has no body; that of a GET says whether it is the bucket that is missing.
+            return _stamp_of(obstore.get(self._reader, path, options={"range": (0, 1)}).meta)
+
+    def read(self, key: str, start: int, stop: int, pinned: Stamp | None) -> tuple[memoryview, Stamp]:
+        """Return one range; the server compares the ETag of ``pinned``."""
+        options: GetOptions = {"range": (start, stop)}
+        if pinned and pinned.version:
+            options["if_match"] = pinned.version
+        result = obstore.get(self._reader, self._path(key), options=options)
+        return memoryview(result.bytes()), _stamp_of(result.meta)
+
+    def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
+        """Return the first bytes of an object and its stamp."""
+        try:
+            payload, stamp = self.read(key, 0, max(num_bytes, 1), None)
+        except exceptions.BaseError as error:
+            # No range of an empty object can be satisfied.
+            if self.failure(error).status == 416 and (stamp := self.stamp(key)).size == 0:
+                return b"", stamp
+            raise
+        return bytes(payload[:num_bytes]), stamp
+
+    def list(self, folder: str) -> Mapping[str, Stamp]:
+        """Return all objects below ``folder``."""
+        return self._by_key(obstore.list(self._reader, self._path(folder) or None, chunk_size=1000).collect())
+
+    def list_top(self) -> Mapping[str, Stamp]:
+        """Return the objects directly under the URL."""
+        return self._by_key(obstore.list_with_delimiter(self._reader, self._root or None)["objects"])
+
+    @contextmanager
+    def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
+        """Upload parts side by side; leaving by an exception aborts the upload."""
+        with obstore.open_writer(
+            self._writer, self._path(key), buffer_size=part_bytes, max_concurrency=PARTS_IN_FLIGHT
+        ) as writer:
+            yield _Upload(writer, part_bytes)
+
+    def put(self, key: str, payload: bytes) -> None:
+        """Write a small object in one request."""
+        obstore.put(self._reader, self._path(key), payload, use_multipart=False)
+
+    def put_new(self, key: str, payload: bytes) -> None:
+        """Write a small object unless there is one."""
+        obstore.put(self._reader, self._path(key), payload, mode="create", use_multipart=False)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects, in bulk where the store can and does not mind absent ones."""
+        paths = [self._path(key) for key in keys]
+        if self._scheme == "s3":
+            obstore.delete(self._reader, paths)
+            return
+        for path in paths:
+            with suppress(FileNotFoundError):
+                obstore.delete(self._reader, path)
+
+    @property
+    def _reader(self) -> "Connection":
+        return self._connection(repeats=False)
+
+    @property
+    def _writer(self) -> "Connection":
+        return self._connection(repeats=True)
+
+    def _connection(self, *, repeats: bool) -> "Connection":
+        """Return the connection whose requests obstore repeats (parts of uploads), or the one where we do."""
+        with self._lock:
+            if repeats not in self._connections:
+                try:
+                    self._connections[repeats] = self._connect(repeats)
+                except (exceptions.BaseError, ValueError) as error:
+                    place, reason = f"{self._scheme}://{self._bucket}", scrub(_detail(str(error)))
+                    raise RecipeError(f"cannot configure {place}: {reason}; see stockflow.storage") from None
+            return self._connections[repeats]
+
+    def _connect(self, repeats: bool) -> "Connection":
+        retries, timeout = (_retries_of(self._policy), _WRITE_TIMEOUT) if repeats else (_NO_RETRIES, _READ_TIMEOUT)
+        if self._scheme == "s3":
+            if not self._options.anonymous:
+                require_credentials()
+            return obstore_bucket(locate_bucket(self._bucket, self._options), retries, timeout)
+        return _connect_elsewhere(self._scheme, self._bucket, self._options, retries, timeout)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".strip("/")
+
+    def _by_key(self, metas: "Sequence[ObjectMeta]") -> dict[str, Stamp]:
+        top = f"{self._root}/" if self._root else ""
+        inside = (meta for meta in metas if meta["path"].startswith(top))
+        stamps = {meta["path"].removeprefix(top): _stamp_of(meta) for meta in inside}
+        # obstore gives the empty marker "folder/" of a web console as "folder".
+        folders = {key[:end] for key in stamps for end in _slashes(key)}
+        return {key: stamp for key, stamp in stamps.items() if stamp.size or key not in folders}
+
+
+class _Upload:
+    """Copies what it is given: obstore refers to the caller's buffer until the part is sent (measured)."""
+
+    def __init__(self, writer: "WritableFile", part_bytes: int) -> None:
+        self._writer = writer
+        self._part_bytes = part_bytes
+
+    def write(self, payload: memoryview | bytes, /) -> int:
+        view = memoryview(payload).cast("B")
+        for start in range(0, view.nbytes, self._part_bytes):
+            self._writer.write(bytes(view[start : start + self._part_bytes]))
+        return view.nbytes
+
+
+def _connect_elsewhere(
+    scheme: str, bucket: str, options: StoreOptions, retries: "RetryConfig", timeout: timedelta
+) -> "Connection":
+    """Return a Google or Azure client with its default credentials. Written from the documentation."""
+    from obstore.store import AzureStore, GCSStore
+
+    store_type: Any = GCSStore if scheme == "gs" else AzureStore
+    return store_type(  # type: ignore[no-any-return]
+        bucket,
+        client_options={"timeout": timeout},
+        retry_config=retries,
+        **({"skip_signature": True} if options.anonymous else {}),
+    )
+
+
+def _retries_of(policy: RetryPolicy) -> "RetryConfig":
+    return {
+        "max_retries": policy.attempts - 1,
+        "retry_timeout": timedelta(seconds=policy.deadline_s),
+        "backoff": {
+            "init_backoff": timedelta(seconds=policy.first_delay_s),
+            "max_backoff": timedelta(seconds=policy.max_delay_s),
+        },
+    }
+
+
+def _stamp_of(meta: "ObjectMeta") -> Stamp:
+    return Stamp(size=meta["size"], version=meta["e_tag"] or "")
+
+
+def _status_of(error: Exception) -> int | None:
+    """Return the status that an error's class stands for, whatever the server's number was."""
+    by_class: dict[type[Exception], int] = {
+        exceptions.AlreadyExistsError: 412,
+        exceptions.PreconditionError: 412,
+        exceptions.PermissionDeniedError: 403,
+        exceptions.UnauthenticatedError: 401,
+        exceptions.InvalidPathError: 400,
+        exceptions.NotSupportedError: 501,
+        FileNotFoundError: 404,
+        PermissionError: 403,
+    }
+    return by_class.get(type(error))
+
+
+def _detail(text: str) -> str:
+    said = re.search(r"<Message>([^<]*)</Message>", text)
+    if said:
+        return said[1]
+    reasons = dict.fromkeys(" ".join(filter(None, groups)) for groups in _REASONS.findall(text))
+    headline = text.split("\n", 1)[0].rsplit(" - ", 1)[-1]
+    return ": ".join([headline, *reasons]) if reasons else headline
+
+
+def _slashes(key: str) -> list[int]:
+    return [match.start() for match in re.finditer("/", key)]

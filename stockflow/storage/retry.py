@@ -1,0 +1,66 @@
+"""The one retry loop for requests: bounded attempts, exponential backoff with full jitter, a counter."""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import TypeVar
+
+from stockflow.errors import StockflowError
+
+T = TypeVar("T")
+
+Judge = Callable[[Exception, int, bool], StockflowError | None]
+"""From (error, attempts so far, was it the last) to the error to raise, or None to try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how long a request is repeated; the defaults ride out about half a minute."""
+
+    attempts: int = 8
+    first_delay_s: float = 0.2
+    max_delay_s: float = 10.0
+    deadline_s: float = 180.0
+    """no attempt starts later than this after the first"""
+
+    def delay_s(self, num_failed: int) -> float:
+        """Return the pause after ``num_failed`` attempts: full jitter keeps workers from retrying in step."""
+        return random.uniform(0.0, min(self.max_delay_s, self.first_delay_s * 2.0 ** (num_failed - 1)))
+
+
+class RetryLoop:
+    """Runs requests under one policy and counts what was repeated; safe to share between threads."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        """Take the policy; nothing has been repeated yet."""
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._num_retries = 0
+
+    @property
+    def num_retries(self) -> int:
+        """Attempts that failed and were repeated."""
+        return self._num_retries
+
+    def run(self, attempt: Callable[[], T], *, catch: tuple[type[Exception], ...], judge: Judge) -> T:
+        """Return what ``attempt`` returns, trying again as long as ``judge`` has no error to raise."""
+        deadline = time.monotonic() + self._policy.deadline_s
+        for number in count(1):
+            pause_s = self._policy.delay_s(number)
+            try:
+                return attempt()
+            except StockflowError:
+                raise
+            except catch as error:
+                is_last = number >= self._policy.attempts or time.monotonic() + pause_s > deadline
+                refusal = judge(error, number, is_last)
+                if refusal is not None:
+                    # `from None`: what a client library says may quote a URL with its query, or a signature.
+                    raise refusal from None
+            with self._lock:
+                self._num_retries += 1
+            time.sleep(pause_s)
+        raise AssertionError("count() never ends")
