@@ -1,0 +1,142 @@
+"""TIES: keep the largest changes of each model, elect a sign per element, average what agrees with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from stockflow.methods.protocol import (
+    Block,
+    Elementwise,
+    Parameter,
+    Parameters,
+    Rounds,
+    TensorContext,
+    elementwise_method,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Counts = npt.NDArray[np.int64]
+
+DIGIT_BITS = 16
+"""A magnitude is selected digit by digit: 2 rounds for the 32 bits of a float32, 4 for a float64."""
+
+
+@dataclass(frozen=True)
+class DigitCounts:
+    """How often each value of one 16-bit digit occurs among the magnitudes that begin with a prefix.
+
+    Magnitudes are taken as the integers of their bits, which sort alike. Shape (N, 2**16).
+    """
+
+    prefixes: Sequence[int]
+    """per model, the digits above this one"""
+    shift: int
+    """position of the digit, in bits"""
+
+    def zero(self) -> Counts:
+        """Return no counts."""
+        return np.zeros((len(self.prefixes), 1 << DIGIT_BITS), dtype=np.int64)
+
+    def update(self, state: Counts, block: Block) -> Counts:
+        """Count the digits of a block."""
+        for counts, prefix, bits_E in zip(state, self.prefixes, block.magnitude_bits_NE(), strict=True):
+            matching_E = bits_E[(bits_E >> self.shift >> DIGIT_BITS) == prefix]
+            digits_E = (matching_E >> self.shift) & ((1 << DIGIT_BITS) - 1)
+            counts += digits_E.bincount(minlength=1 << DIGIT_BITS).cpu().numpy()
+        return state
+
+    def combine(self, left: Counts, right: Counts) -> Counts:
+        """Add counts."""
+        return left + right
+
+    def finish(self, state: Counts) -> Counts:
+        """Return the counts."""
+        return state
+
+
+@elementwise_method(
+    "ties",
+    source="Yadav et al. 2023, arXiv:2306.01708",
+    min_tuned=1,
+    parameters=(
+        Parameter("weight", "number", per_model=True),
+        Parameter("density", "number", per_model=True, default=1.0, minimum=0.0),
+        Parameter("lambda", "number", default=1.0),
+        Parameter("normalize", "flag", default=True),
+    ),
+    num_rounds=lambda float_bits: float_bits // DIGIT_BITS,
+)
+def ties(context: TensorContext, parameters: Parameters) -> Rounds:
+    """Return ``w_0 + lambda * sum_i(m_i a_i s_i) / sum_i(m_i a_i)``, elementwise.
+
+    ``s_i`` is d_i where its magnitude is at least the k-th largest, ``k = max(1, int(density * n))``, else 0;
+    all elements of that magnitude are kept, so no order decides (mergekit keeps exactly k, in sort order).
+    ``m_i`` says whether ``a_i s_i`` has the elected sign, that of ``sum_i a_i s_i``. Kept from mergekit: an
+    elected sum of zero counts as positive, zeros never agree, a divisor of zero counts as one, density 0 keeps
+    nothing and density of 1 or more everything. Without ``normalize`` there is no division.
+    """
+    densities = parameters.each("density")
+    prefixes = [0] * context.num_tuned
+    ranks = [max(1, int(density * context.num_elems)) for density in densities]
+    kept = [0] * context.num_tuned
+    for shift in reversed(range(0, context.float_bits, DIGIT_BITS)):
+        counts = yield DigitCounts(tuple(prefixes), shift)
+        for model, digits in enumerate(counts):
+            at_least = np.cumsum(digits[::-1])[::-1]
+            digit = int(np.nonzero(at_least >= min(ranks[model], at_least[0]))[0][-1])
+            above = int(at_least[digit] - digits[digit])
+            prefixes[model] = prefixes[model] << DIGIT_BITS | digit
+            ranks[model] -= above
+            kept[model] += above if shift else int(at_least[digit])
+    selections = [_Selection(*chosen, context.num_elems) for chosen in zip(densities, prefixes, kept, strict=True)]
+    weights, scale, normalize = parameters.each("weight"), parameters.number("lambda"), parameters.flag("normalize")
+
+    def update(block: Block) -> "Tensor":
+        bits_NE = block.magnitude_bits_NE()
+        for delta_E, bits_E, weight, selection in zip(block.deltas_NE, bits_NE, weights, selections, strict=True):
+            delta_E.mul_(weight).mul_(selection.mask(bits_E))
+        return _elect(block.deltas_NE, weights, normalize=normalize) * scale
+
+    return Elementwise(update, facts={f"kept_share_{i}": chosen.share for i, chosen in enumerate(selections, 1)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """Which elements of one task vector are kept."""
+
+    density: float
+    threshold_bits: int
+    num_at_least: int
+    num_elems: int
+
+    @property
+    def share(self) -> float:
+        """Kept elements as a share of all."""
+        if self.density <= 0.0:
+            return 0.0
+        return 1.0 if self.density >= 1.0 else self.num_at_least / self.num_elems
+
+    def mask(self, bits_E: "Tensor") -> "Tensor":
+        """Return which elements are kept."""
+        if self.density <= 0.0:
+            return bits_E < 0
+        return bits_E >= (0 if self.density >= 1.0 else self.threshold_bits)
+
+
+def _elect(weighted_NE: "Tensor", weights: Sequence[float], *, normalize: bool) -> "Tensor":
+    """The sum of what agrees with the elected sign, divided by the weights that do."""
+    votes_E = weighted_NE[0].clone()
+    for weighted_E in weighted_NE[1:]:
+        votes_E += weighted_E
+    positive_E = votes_E >= 0
+    total_E, divisor_E = votes_E.zero_(), weighted_NE[0].clone().zero_()
+    for weighted_E, weight in zip(weighted_NE, weights, strict=True):
+        agrees_E = ((weighted_E > 0) & positive_E) | ((weighted_E < 0) & ~positive_E)
+        total_E += weighted_E * agrees_E
+        divisor_E.add_(agrees_E, alpha=weight)
+    return total_E / divisor_E.masked_fill_(divisor_E == 0, 1.0) if normalize else total_E

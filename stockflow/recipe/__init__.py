@@ -1,0 +1,26 @@
+"""The user's YAML, in mergekit's words, as a Recipe: read strictly, refused with every problem at once.
+
+What mergekit has and stockflow lacks is refused by name; only ``int8_mask`` is ignored.
+Imports go one way: wording, document, values and locations, settings, resolve, model, checks and structure, reading.
+"""
+
+from stockflow.recipe.locations import resolve_location
+from stockflow.recipe.model import ModelEntry, Options, Recipe, Rule, StorageEntry
+from stockflow.recipe.reading import load_recipe, parse_recipe, recipe_schema
+from stockflow.recipe.settings import Conditional
+from stockflow.recipe.values import OUTPUT_DTYPES, parse_size
+
+__all__ = [
+    "OUTPUT_DTYPES",
+    "Conditional",
+    "ModelEntry",
+    "Options",
+    "Recipe",
+    "Rule",
+    "StorageEntry",
+    "load_recipe",
+    "parse_recipe",
+    "parse_size",
+    "recipe_schema",
+    "resolve_location",
+]

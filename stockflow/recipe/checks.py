@@ -1,0 +1,173 @@
+"""What must hold of a recipe beyond the types of its values; every problem, not the first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stockflow.methods.protocol import Method, Parameter, Scalar
+from stockflow.recipe.document import Path, Problem
+from stockflow.recipe.model import Recipe, Rule
+from stockflow.recipe.settings import Settings
+from stockflow.recipe.wording import nearest, shown
+from stockflow.storage import redact
+
+_WITHOUT_EFFECT = "int8_mask"
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A method in use: the recipe's own, or a rule's."""
+
+    method: Method
+    rule: Rule | None
+    path: Path
+    """of its name in the recipe"""
+
+    def declared(self, name: str) -> Parameter | None:
+        found = [parameter for parameter in self.method.parameters if parameter.name == name]
+        return found[0] if found else None
+
+
+def find_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what is wrong with a recipe whose types are right, each with its path in the recipe."""
+    yield from _location_problems(recipe)
+    yield from _rule_problems(recipe)
+    uses = [_Use(recipe.method_for(None), None, ("merge_method",))]
+    for index, rule in enumerate(recipe.stockflow.rules):
+        if rule.merge_method is not None:
+            path = ("stockflow", "rules", index, "merge_method")
+            uses.append(_Use(recipe.method_for(rule), rule, path))
+    for use in uses:
+        yield from _count_problems(recipe, use)
+        yield from _scope_problems(recipe, use)
+    yield from _parameter_problems(recipe, uses)
+
+
+def _location_problems(recipe: Recipe) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for index, entry in enumerate(recipe.models):
+        if entry.model in first:
+            yield (
+                ("models", index, "model"),
+                f"the same model as models[{first[entry.model]}]: {redact(entry.model)}; list each once",
+            )
+        first.setdefault(entry.model, index)
+    chosen = recipe.stockflow.side_files_from
+    if chosen and chosen not in recipe.checkpoints:
+        yield (
+            ("stockflow", "side_files_from"),
+            f"expected the base or one of the models, found {redact(chosen)}; name one of them",
+        )
+
+
+def _rule_problems(recipe: Recipe) -> Iterator[Problem]:
+    for index, rule in enumerate(recipe.stockflow.rules):
+        path: Path = ("stockflow", "rules", index)
+        if (rule.action is None) == (rule.merge_method is None):
+            found = "neither" if rule.action is None else "both"
+            yield path, f"expected either `action` or `merge_method`, found {found}; keep one"
+        elif rule.action and rule.parameters:
+            yield (
+                (*path, "parameters"),
+                f"no effect with `action: {rule.action}`; remove them",
+            )
+
+
+def _count_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
+    method = use.method
+    besides = " besides the base" if method.base == "required" else ""
+    if besides and recipe.base_model is None:
+        yield use.path, f"`{method.name}` needs a base, found no `base_model`; add it"
+    num_tuned = len(recipe.counted(method))
+    most = method.max_tuned
+    if num_tuned < method.min_tuned or (most is not None and num_tuned > most):
+        low, high = method.min_tuned, most
+        expected = str(low) if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+        yield (
+            use.path,
+            (
+                f"`{method.name}` needs {expected} model{'s' * (expected != '1')}{besides}, "
+                f"found {num_tuned}; change `models` or the method"
+            ),
+        )
+
+
+def _scope_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
+    scope = recipe.stockflow.scope
+    path: Path = ("stockflow", "scope")
+    # A rule's method that lacks the scope uses "tensor": the scope is meant for the recipe's own.
+    if use.rule is None and scope not in (None, "tensor", *use.method.scopes):
+        yield (
+            path,
+            f"`{use.method.name}` knows the scope {' | '.join(use.method.scopes)}, found {scope}; change one",
+        )
+    settings = (use.rule.parameters if use.rule else {}, recipe.parameters)
+    row_wise = use.declared("filter_wise") and any(
+        item.value is True for level in settings for item in level.get("filter_wise", ())
+    )
+    if row_wise and scope not in (None, "row"):
+        yield path, f"`filter_wise: true` means the scope row, found `scope: {scope}`; keep one of them"
+
+
+def _parameter_problems(recipe: Recipe, uses: list[_Use]) -> Iterator[Problem]:
+    yield from _setting_problems(recipe.parameters, uses, ("parameters",))
+    for index, entry in enumerate(recipe.models):
+        path: Path = ("models", index, "parameters")
+        hearing = [use for use in uses if entry in recipe.counted(use.method)]
+        for name in entry.parameters.keys() - {_WITHOUT_EFFECT}:
+            kinds = [parameter for use in uses if (parameter := use.declared(name))]
+            per_model = any(parameter.per_model for parameter in kinds)
+            if not hearing or (per_model and not any(use.declared(name) for use in hearing)):
+                yield (*path, name), "has no effect, because this model is the base; remove it"
+            elif kinds and not per_model:
+                yield (*path, name), "shared by all models; move it to the recipe's own `parameters`"
+        if hearing:
+            yield from _setting_problems(entry.parameters, uses, path)
+    for use in uses:
+        if use.rule:
+            yield from _setting_problems(use.rule.parameters, [use], (*use.path[:-1], "parameters"))
+        yield from _missing_problems(recipe, use)
+
+
+def _setting_problems(settings: Settings, uses: list[_Use], path: Path) -> Iterator[Problem]:
+    known = {parameter.name: None for use in uses for parameter in use.method.parameters}
+    methods = ", ".join(dict.fromkeys(f"`{use.method.name}`" for use in uses))
+    known.pop("on_negative", None)
+    for name, items in settings.items():
+        if name == _WITHOUT_EFFECT:
+            continue
+        if name == "on_negative":
+            yield (*path, name), "not a parameter in a recipe; write it under `stockflow:`"
+        elif name not in known:
+            yield (*path, name), f"{methods} has no such parameter; {nearest(name, known)}"
+        for index, item in enumerate(items):
+            kinds = [parameter for use in uses if (parameter := use.declared(name))]
+            wrong = {_value_problem(parameter, item.value) for parameter in kinds}
+            yield from (((*path, name, index, "value"), text) for text in wrong if text)
+
+
+def _value_problem(parameter: Parameter, value: Scalar) -> str | None:
+    low, high = parameter.minimum, parameter.maximum
+    found = f"found {shown(value)}; correct it"
+    if parameter.kind == "flag":
+        return None if isinstance(value, bool) else f"expected true or false, {found}"
+    if parameter.kind == "word":
+        allowed = parameter.choices
+        return None if value in allowed else f"expected one of {', '.join(allowed)}, {found}"
+    if isinstance(value, bool) or not isinstance(value, float):
+        return f"expected a number, {found}"
+    if low is not None and value < low:
+        return f"expected at least {low:g}, {found}"
+    if high is not None and value > high:
+        return f"expected at most {high:g}, {found}"
+    return None
+
+
+def _missing_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
+    for slot in recipe.slots(use.method, use.rule):
+        if not slot.candidates:
+            listed = [entry.model for entry in recipe.models]
+            path: Path = ("models", listed.index(slot.model)) if slot.model else use.path
+            yield (
+                path,
+                f"`{use.method.name}` needs the parameter `{slot.parameter.name}`; add it",
+            )

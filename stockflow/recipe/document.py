@@ -1,0 +1,236 @@
+"""YAML read strictly and within bounds: plain values, and the place in the file of every one of them.
+
+Works on parser events, so that nothing is expanded, nested or built before its bound is checked.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import yaml
+
+from stockflow.errors import RecipeError
+from stockflow.recipe.wording import masked, shown
+
+MAX_NODES = 100_000
+"""Values in one document, aliases counted as often as they are used."""
+MAX_DEPTH = 64
+MAX_REPORTED = 20
+
+Scalar = bool | int | float | str | None
+Path = tuple[str | int, ...]
+"""Keys and list indices from the top of the document."""
+Problem = tuple[Path, str]
+Mark = tuple[int, int]
+"""Line and column, from 1."""
+
+_TAG_PREFIX = "tag:yaml.org,2002:"
+
+
+class _Mark(Protocol):
+    line: int
+    column: int
+
+
+_Event = yaml.ScalarEvent | yaml.SequenceStartEvent | yaml.MappingStartEvent | yaml.AliasEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One value; an alias is the same node again."""
+
+    scalar: Scalar = None
+    children: Mapping[str | int, tuple[Mark, "Node"]] = field(default_factory=dict)
+    is_list: bool = False
+    is_mapping: bool = False
+    num_nodes: int = 1
+    depth: int = 1
+
+    def plain(self) -> object:
+        """Return the value as lists, dicts and scalars, none of them shared."""
+        if self.is_list:
+            return [child.plain() for _, child in self.children.values()]
+        if self.is_mapping:
+            return {key: child.plain() for key, (_, child) in self.children.items()}
+        return self.scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A mapping read from YAML, with places."""
+
+    source: str
+    root: Node
+
+    def plain(self) -> dict[str, object]:
+        """Return the document as plain values."""
+        return {str(key): child.plain() for key, (_, child) in self.root.children.items()}
+
+    def error(self, problems: Iterable[Problem]) -> RecipeError:
+        """Return one error for all problems, in file order: the first 20 and the count of the rest."""
+        located = sorted({(*self._locate(path), text) for path, text in problems})
+        lines = [
+            f"{self.source}:{line}:{column}: {name + ': ' if name else ''}{text}"
+            for (line, column), name, text in located
+        ]
+        if len(lines) == 1:
+            return RecipeError(lines[0])
+        hidden = [f"... and {len(lines) - MAX_REPORTED} more"] if len(lines) > MAX_REPORTED else []
+        listed = "\n  ".join([*lines[:MAX_REPORTED], *hidden])
+        return RecipeError(f"{self.source}: {len(lines)} problems in this recipe\n  {listed}")
+
+    def _locate(self, path: Path) -> tuple[Mark, str]:
+        """Return the place and the name of the nearest value that exists on the way to ``path``."""
+        mark, node, name = (1, 1), self.root, ""
+        for step in path:
+            if isinstance(step, int) and not node.is_list:
+                continue  # a lone {filter, value} is read as a list of one
+            if step not in node.children:
+                break
+            mark, node = node.children[step]
+            name += f"[{step}]" if isinstance(step, int) else f".{masked(step)}"
+        return mark, name.removeprefix(".")
+
+
+def read_yaml(text: str, source: str) -> Document:
+    """Return the single mapping that ``text`` holds.
+
+    Raises:
+        RecipeError: not YAML, not one mapping, a duplicate or non-text key, a tag, too deep or too large.
+    """
+    loader: yaml.SafeLoader | None = None
+    try:
+        loader = yaml.SafeLoader(text)
+        root = _Composer(loader, source).document()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        column = error.position - text.rfind("\n", 0, error.position)
+        raise RecipeError(
+            f"{source}:{line}:{column}: {chr(error.character)!r} is not allowed in YAML; remove it"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        context = f" ({error.context})" if error.context else ""
+        raise RecipeError(f"{_place(source, mark)}: not valid YAML: {error.problem}{context}") from None
+    except (ValueError, OverflowError) as error:
+        # PyYAML 6.0.3 leaks these for escapes and version numbers out of range.
+        if isinstance(error, RecipeError):
+            raise
+        mark = loader.get_mark() if loader else None
+        raise RecipeError(f"{_place(source, mark)}: not valid YAML: {error}") from None
+    if not root.is_mapping:
+        found = "a list" if root.is_list else shown(root.scalar)
+        raise RecipeError(
+            f"{source}:1:1: expected a mapping with `merge_method` and `models`, found {found}; "
+            "write `key: value` lines"
+        )
+    return Document(source, root)
+
+
+class _Composer:
+    def __init__(self, loader: yaml.SafeLoader, source: str) -> None:
+        self._loader = loader
+        self._source = source
+        self._anchors: dict[str, Node] = {}
+        self._num_nodes = 0
+
+    def document(self) -> Node:
+        self._next()
+        if self._loader.check_event(yaml.StreamEndEvent):
+            return Node()
+        self._next()
+        root = self._node(self._next(), depth=1)
+        self._next()
+        if not self._loader.check_event(yaml.StreamEndEvent):
+            raise self._error(self._next(), "a second document starts here, expected one; split the file")
+        return root
+
+    def _next(self) -> _Event:
+        return cast(_Event, self._loader.get_event())  # type: ignore[no-untyped-call]
+
+    def _node(self, event: _Event, depth: int) -> Node:
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self._anchors:
+                raise self._error(event, f"the alias *{event.anchor} has no anchor before it; define it")
+            node = self._anchors[event.anchor]
+            return self._bounded(event, node, depth, node.num_nodes)
+        if event.tag is not None:
+            raise self._error(event, f"the tag {event.tag!r} is not accepted; write the plain value")
+        node = self._bounded(event, self._fresh(event, depth), depth, 1)
+        if event.anchor is not None:
+            self._anchors[event.anchor] = node
+        return node
+
+    def _fresh(self, event: _Event, depth: int) -> Node:
+        if depth > MAX_DEPTH:
+            raise self._error(event, f"nested deeper than {MAX_DEPTH} levels; a recipe needs less than ten")
+        children: dict[str | int, tuple[Mark, Node]] = {}
+        if isinstance(event, yaml.SequenceStartEvent):
+            while not self._loader.check_event(yaml.SequenceEndEvent):
+                item = self._next()
+                children[len(children)] = (_mark(item), self._node(item, depth + 1))
+        elif isinstance(event, yaml.MappingStartEvent):
+            while not self._loader.check_event(yaml.MappingEndEvent):
+                start = self._next()
+                key = self._key(start, children, depth)
+                children[key] = (_mark(start), self._node(self._next(), depth + 1))
+        elif isinstance(event, yaml.ScalarEvent):
+            return Node(self._scalar(event))
+        self._next()
+        nodes = [child for _, child in children.values()]
+        return Node(
+            children=children,
+            is_list=isinstance(event, yaml.SequenceStartEvent),
+            is_mapping=isinstance(event, yaml.MappingStartEvent),
+            num_nodes=1 + sum(node.num_nodes for node in nodes),
+            depth=1 + max((node.depth for node in nodes), default=0),
+        )
+
+    def _key(self, event: _Event, earlier: Mapping[str | int, tuple[Mark, Node]], depth: int) -> str:
+        node = self._node(event, depth + 1)
+        if not isinstance(node.scalar, str):
+            found = shown(node.plain())
+            raise self._error(event, f"expected a text as key, found {found}; put it in quotes")
+        if node.scalar in earlier:
+            line, _ = earlier[node.scalar][0]
+            raise self._error(
+                event, f"the key `{masked(node.scalar)}` is here again, it was first on line {line}; keep one"
+            )
+        return node.scalar
+
+    def _scalar(self, event: yaml.ScalarEvent) -> Scalar:
+        text: str = event.value
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise self._error(event, f"{text!r} is not valid Unicode; remove the \\u escape")
+        tag = str(self._loader.resolve(yaml.ScalarNode, text, event.implicit))  # type: ignore[no-untyped-call]
+        node = yaml.ScalarNode(tag, text)
+        match tag.removeprefix(_TAG_PREFIX):
+            case "null":
+                return None
+            case "bool":
+                return bool(self._loader.construct_yaml_bool(node))
+            case "int":
+                return int(self._loader.construct_yaml_int(node))
+            case "float":
+                return float(self._loader.construct_yaml_float(node))
+        return text
+
+    def _bounded(self, event: _Event, node: Node, depth: int, num_new: int) -> Node:
+        self._num_nodes += num_new
+        if self._num_nodes > MAX_NODES:
+            raise self._error(event, f"more than {MAX_NODES:,} values, aliases expanded; shorten it")
+        if depth + node.depth - 1 > MAX_DEPTH:
+            raise self._error(event, f"nested deeper than {MAX_DEPTH} levels; a recipe needs less than ten")
+        return node
+
+    def _error(self, event: _Event, text: str) -> RecipeError:
+        return RecipeError(f"{_place(self._source, event.start_mark)}: {text}")
+
+
+def _mark(event: _Event) -> Mark:
+    mark = event.start_mark
+    return (mark.line + 1, mark.column + 1) if mark else (1, 1)
+
+
+def _place(source: str, mark: _Mark | None) -> str:
+    return f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else f"{source}:1:1"

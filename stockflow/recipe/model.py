@@ -1,0 +1,185 @@
+"""The recipe as the user describes it, and what it answers about a tensor."""
+
+from functools import cached_property
+from typing import Literal
+
+from pydantic import Field, PrivateAttr, StrictBool
+
+from stockflow.methods import METHODS
+from stockflow.methods.protocol import Method, Parameters, Scope
+from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
+from stockflow.recipe.resolve import Resolver, Slot, find_slots
+from stockflow.recipe.settings import Part, Settings, matches
+from stockflow.recipe.values import OUTPUT_DTYPES, DType, MethodName, Size, TokenizerSource
+from stockflow.storage import StorageConfig, StoreOptions
+
+
+class ModelEntry(Part):
+    """One listed model."""
+
+    model: Location = Field(description="local folder, URL, or org/name[@revision] on the Hugging Face hub")
+    parameters: Settings = Field(default={}, description="values of this model only, such as `weight`")
+
+
+class Rule(Part):
+    """What happens to the tensors whose name contains ``filter``; the first matching rule wins."""
+
+    filter: str = Field(description="part of the tensor's name; `*` matches every tensor")
+    action: Literal["copy", "skip"] | None = Field(default=None, description="copy from the base, or leave out")
+    merge_method: MethodName | None = Field(default=None, description="another method for these tensors")
+    parameters: Settings = Field(default={}, description="parameters of that method, before all others")
+
+
+class StorageEntry(Part):
+    """How to reach the objects under one URL prefix; never a secret."""
+
+    endpoint: Endpoint | None = Field(default=None, description="service URL")
+    region: str | None = Field(default=None, description="region of the bucket; found by itself on AWS")
+    addressing: Literal["auto", "path", "virtual"] = Field(default="auto", description="place of the bucket's name")
+    anonymous: StrictBool = Field(default=False, description="send unsigned requests")
+    requester_pays: StrictBool = Field(default=False, description="agree to pay for requests")
+    kms_key: str | None = Field(default=None, description="name of the key that encrypts what is written")
+    ca_bundle: str | None = Field(default=None, description="file with the certificates to trust")
+    client: Literal["auto", "obstore", "fsspec"] = Field(default="auto", description="`fsspec`: the general path")
+
+
+class Options(Part):
+    """What mergekit has no word for."""
+
+    on_negative: Literal["clamp", "extrapolate", "error"] = Field(
+        default="clamp",
+        description="Model Stock with a negative mean cosine: keep the base, extrapolate, or stop",
+    )
+    on_nonfinite: Literal["error", "propagate"] = Field(default="error", description="what NaN and infinity do")
+    scope: Scope | None = Field(default=None, description="what gets its own ratio: a tensor, a row, a leading index")
+    shard_size: Size = Field(default=None, description="largest shard, as 5GB, 256MiB or bytes")
+    storage: dict[UrlPrefix, StorageEntry] = Field(
+        default={}, description="options by URL prefix; the longest matching prefix wins"
+    )
+    side_files_from: Location | None = Field(default=None, description="the model whose side files are taken")
+    rules: tuple[Rule, ...] = Field(default=(), description="exceptions by tensor name; the first match wins")
+
+
+class Recipe(Part):
+    """A merge as the user describes it, checked; made by ``parse_recipe`` or ``load_recipe``."""
+
+    merge_method: MethodName = Field(description="how to merge")
+    base_model: Location | None = Field(default=None, description="the model the others were tuned from")
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="the models to merge")
+    parameters: Settings = Field(default={}, description="parameters of the method, for all models")
+    dtype: DType | None = Field(default=None, description="output dtype unless `out_dtype` is given")
+    out_dtype: DType | None = Field(default=None, description="dtype of the merged tensors")
+    tokenizer_source: TokenizerSource = "base"
+    stockflow: Options = Field(default=Options(), description="what mergekit has no word for")
+
+    _text: str = PrivateAttr("")
+
+    def model_post_init(self, context: object, /) -> None:
+        """Keep the text the recipe was made from, which comes as the context of the validation."""
+        if isinstance(context, str):
+            self._text = context
+
+    @property
+    def text(self) -> str:
+        """The recipe as it was written."""
+        return self._text
+
+    def canonical(self) -> dict[str, object]:
+        """Return the recipe as plain JSON values, locations resolved and defaults filled in."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def output_dtype(self) -> str | None:
+        """The safetensors name of the output dtype; None where each tensor keeps the donor's."""
+        name = self.out_dtype or self.dtype
+        return OUTPUT_DTYPES[name] if name else None
+
+    @property
+    def storage(self) -> StorageConfig:
+        """Storage options by URL prefix."""
+        entries = self.stockflow.storage.items()
+        return StorageConfig({prefix: StoreOptions(**entry.model_dump()) for prefix, entry in entries})
+
+    @cached_property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Locations: the base first if there is one, then the other models as listed."""
+        listed = [entry.model for entry in self.models]
+        return tuple(dict.fromkeys([self.base_model, *listed] if self.base_model else listed))
+
+    @property
+    def donor(self) -> int:
+        """Which checkpoint gives names, order and dtypes: the base, else the first model."""
+        return 0
+
+    @property
+    def side_files_donor(self) -> int:
+        """Which checkpoint gives config, tokenizer and other small files."""
+        chosen = self.stockflow.side_files_from
+        return self.checkpoints.index(chosen) if chosen else self.donor
+
+    def sources(self, method: Method) -> tuple[int, ...]:
+        """Return the checkpoints a method reads, its anchor first."""
+        listed = [self.checkpoints.index(entry.model) for entry in self.counted(method)]
+        return tuple(listed) if method.base == "optional" else (0, *listed)
+
+    def rule_for(self, tensor_name: str) -> Rule | None:
+        """Return the first rule that matches a tensor."""
+        for rule in self.stockflow.rules:
+            if matches(rule.filter, tensor_name):
+                return rule
+        return None
+
+    def method_for(self, rule: Rule | None) -> Method:
+        """Return the method of a rule, or the recipe's own."""
+        return METHODS[(rule.merge_method if rule else None) or self.merge_method]
+
+    # Not a PrivateAttr: pydantic 2.14 takes 3 us to find one, and this is asked for every tensor.
+    @cached_property
+    def resolvers(self) -> dict[tuple[str, int | None], Resolver]:
+        """Answers of ``parameters_for`` so far, by method and position of the rule."""
+        return {}
+
+    def parameters_for(self, method: Method, tensor_name: str, rule: Rule | None) -> Parameters:
+        """Return a method's parameters for a tensor: of the rule, else model, else recipe, else the defaults.
+
+        Equal results are one object, except across methods and rules.
+
+        Raises:
+            RecipeError: a required value is missing for this tensor.
+            ValueError: the rule is of another recipe.
+        """
+        key = (method.name, self._position(rule))
+        resolver = self.resolvers.get(key)
+        if resolver is None:
+            resolver = self.resolvers[key] = Resolver(method.name, self.slots(method, rule))
+        return resolver.resolve(tensor_name)
+
+    def scope_for(self, method: Method, tensor_name: str, rule: Rule | None) -> Scope:
+        """Return what gets its own coefficients in a tensor; a whole tensor where the method lacks the asked scope."""
+        if self.parameters_for(method, tensor_name, rule).shared.get("filter_wise"):
+            return "row"
+        asked = self.stockflow.scope
+        return asked if asked is not None and asked in method.scopes else "tensor"
+
+    def slots(self, method: Method, rule: Rule | None) -> tuple[Slot, ...]:
+        """Return the values a method needs under a rule, each with what the recipe offers for it."""
+        return find_slots(
+            method,
+            fixed={"on_negative": self.stockflow.on_negative},
+            rule=rule.parameters if rule else {},
+            models=[(entry.model, entry.parameters) for entry in self.counted(method)],
+            recipe=self.parameters,
+        )
+
+    def counted(self, method: Method) -> list[ModelEntry]:
+        """Return the models a method counts: all of them, or those besides the base."""
+        return [entry for entry in self.models if method.base == "optional" or entry.model != self.base_model]
+
+    def _position(self, rule: Rule | None) -> int | None:
+        """Return a rule's place among the rules; found by identity, as pydantic compares field by field."""
+        if rule is None:
+            return None
+        for position, known in enumerate(self.stockflow.rules):
+            if known is rule:
+                return position
+        raise ValueError(f"the rule with the filter {rule.filter!r} is not one of this recipe's")

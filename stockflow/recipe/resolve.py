@@ -1,0 +1,101 @@
+"""Which value a parameter has for a tensor: the rule's, else the model's, else the recipe's, else the default."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stockflow.errors import RecipeError
+from stockflow.methods.protocol import Method, Parameter, Parameters, Scalar
+from stockflow.recipe.settings import Settings, matches
+from stockflow.storage import redact
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One value to find: a shared parameter, or a per-model parameter of one model."""
+
+    parameter: Parameter
+    model: str | None
+    candidates: tuple[tuple[str | None, Scalar], ...]
+    """filter and value, best first"""
+
+
+def find_slots(
+    method: Method,
+    *,
+    fixed: Mapping[str, Scalar],
+    rule: Settings,
+    models: Sequence[tuple[str, Settings]],
+    recipe: Settings,
+) -> tuple[Slot, ...]:
+    """Return the slots of a method, in the order of its parameters and then of the models.
+
+    Args:
+        method: whose parameters are to be found.
+        fixed: values that are no parameters in a recipe, but reach the method as such.
+        rule: settings that come first.
+        models: location and settings of each model that the method counts.
+        recipe: settings that come last, before the defaults.
+    """
+    slots: list[Slot] = []
+    for parameter in method.parameters:
+        if parameter.name in fixed:
+            slots.append(Slot(parameter, None, ((None, fixed[parameter.name]),)))
+        elif parameter.per_model:
+            slots += [Slot(parameter, model, _candidates(parameter, (rule, own, recipe))) for model, own in models]
+        else:
+            slots.append(Slot(parameter, None, _candidates(parameter, (rule, recipe))))
+    return tuple(slots)
+
+
+def _candidates(parameter: Parameter, levels: tuple[Settings, ...]) -> tuple[tuple[str | None, Scalar], ...]:
+    given = [item for level in levels for item in level.get(parameter.name, ())]
+    found = [(None if item.filter in ("", "*") else item.filter, item.value) for item in given]
+    default = [] if parameter.default is None else [(None, parameter.default)]
+    return (*found, *default)
+
+
+class Resolver:
+    """Parameters of one method under one rule; tensors that match the same filters share one answer."""
+
+    def __init__(self, method_name: str, slots: tuple[Slot, ...]) -> None:
+        self._method_name = method_name
+        self._slots = slots
+        filters = dict.fromkeys(text for slot in slots for text, _ in slot.candidates)
+        self._filters = tuple(text for text in filters if text is not None)
+        self._by_matches: dict[tuple[bool, ...], Parameters] = {}
+        self._by_values: dict[tuple[Scalar, ...], Parameters] = {}
+
+    def resolve(self, tensor_name: str) -> Parameters:
+        """Return the parameters of a tensor.
+
+        Raises:
+            RecipeError: a required value is missing for it.
+        """
+        matching = tuple([text in tensor_name for text in self._filters])
+        found = self._by_matches.get(matching)
+        if found is None:
+            values = tuple(self._value(slot, tensor_name) for slot in self._slots)
+            found = self._by_values.setdefault(values, self._parameters(values))
+            self._by_matches[matching] = found
+        return found
+
+    def _value(self, slot: Slot, tensor_name: str) -> Scalar:
+        for text, value in slot.candidates:
+            if matches(text, tensor_name):
+                return value
+        model = f" of the model {redact(slot.model)}" if slot.model else ""
+        raise RecipeError(
+            f"`{self._method_name}` needs the parameter `{slot.parameter.name}`{model} for the tensor "
+            f"{tensor_name!r}, and no filter matches it; add a value with the filter '*'"
+        )
+
+    def _parameters(self, values: tuple[Scalar, ...]) -> Parameters:
+        shared: dict[str, Scalar] = {}
+        per_model: dict[str, tuple[float, ...]] = {}
+        for slot, value in zip(self._slots, values, strict=True):
+            name = slot.parameter.name
+            if slot.model is None:
+                shared[name] = value
+            else:
+                per_model[name] = (*per_model.get(name, ()), float(value))
+        return Parameters(shared, per_model)

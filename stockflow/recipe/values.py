@@ -1,0 +1,78 @@
+"""Sizes, dtypes and the names of methods, as a recipe writes them."""
+
+import re
+from fractions import Fraction
+from typing import Annotated
+
+from pydantic import AfterValidator, PlainValidator, WithJsonSchema
+
+from stockflow.errors import RecipeError
+from stockflow.methods import METHODS
+from stockflow.recipe.wording import NOT_YET, nearest, shown
+
+OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+"""Names of dtypes in a recipe, and in a safetensors header."""
+
+_MERGEKIT_METHODS = frozenset({
+    "linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "model_stock", "arcee_fusion",
+    "nearswap", "sce", "ram", "ramplus_tl", "task_arithmetic", "ties", "dare_linear", "dare_ties",
+    "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
+})  # fmt: skip
+_UNITS = {"": 1} | {
+    unit: base**power
+    for base, units in ((1000, ("kb", "mb", "gb", "tb")), (1024, ("kib", "mib", "gib", "tib")))
+    for power, unit in enumerate(units, 1)
+}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?([a-z]*)", re.ASCII | re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size such as ``5GB``, ``256MiB`` or ``1000`` stands for.
+
+    Raises:
+        RecipeError: not a positive size with a known unit.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit = match[2].lower() if match else None
+    num_bytes = Fraction(match[1]) * _UNITS[unit] if match and unit in _UNITS else Fraction(0)
+    if num_bytes < 1 or num_bytes.denominator != 1:
+        raise RecipeError(
+            f"expected a size such as 5GB, 256MiB or a number of bytes, found {shown(text)}; "
+            "units are kB, MB, GB, TB (powers of 1000) and KiB, MiB, GiB, TiB (powers of 1024)"
+        )
+    return int(num_bytes)
+
+
+def _dtype(given: object) -> str:
+    name = given.removeprefix("torch.") if isinstance(given, str) else ""
+    if name not in OUTPUT_DTYPES:
+        raise RecipeError(f"expected one of {', '.join(OUTPUT_DTYPES)}, found {shown(given)}; choose one")
+    return name
+
+
+def _tokenizer_source(given: object) -> str:
+    if given != "base":
+        raise RecipeError(f"mergekit's tokenizer_source {shown(given)} {NOT_YET}; expected `base`")
+    return "base"
+
+
+def _size(given: object) -> int:
+    return parse_size(given if isinstance(given, str) else str(given))
+
+
+def _method_name(given: str) -> str:
+    if given in METHODS:
+        return given
+    if given in _MERGEKIT_METHODS:
+        raise RecipeError(f"mergekit's method `{given}` {NOT_YET}; known methods: {', '.join(METHODS)}")
+    raise RecipeError(f"unknown method {shown(given)}; {nearest(given, METHODS)}")
+
+
+MethodName = Annotated[str, AfterValidator(_method_name)]
+Size = Annotated[int | None, PlainValidator(_size), WithJsonSchema({"type": ["integer", "string"]})]
+TokenizerSource = Annotated[str, PlainValidator(_tokenizer_source), WithJsonSchema({"const": "base"})]
+DType = Annotated[
+    str,
+    PlainValidator(_dtype),
+    WithJsonSchema({"enum": [prefix + name for prefix in ("", "torch.") for name in OUTPUT_DTYPES]}),
+]

@@ -1,0 +1,831 @@
+"""The recipe: what it accepts, what it resolves to, and that it refuses everything else with a place."""
+
+import dataclasses
+import io
+import json
+import math
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stockflow.errors import NotFoundError, RecipeError
+from stockflow.methods import METHODS
+from stockflow.recipe import (
+    Recipe,
+    StorageEntry,
+    load_recipe,
+    parse_recipe,
+    parse_size,
+    recipe_schema,
+    resolve_location,
+)
+from stockflow.storage import StoreOptions
+
+STOCK = """\
+merge_method: model_stock
+base_model: org/base
+models:
+  - model: org/a
+  - model: org/b
+"""
+LINEAR = """\
+merge_method: linear
+models:
+  - {model: org/a, parameters: {weight: 1}}
+  - {model: org/b, parameters: {weight: 2}}
+"""
+
+
+def parse(text: str) -> Recipe:
+    return parse_recipe(text, "r.yaml")
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse(text)
+    return str(caught.value)
+
+
+def weights(recipe: Recipe, tensor_name: str) -> tuple[float, ...]:
+    rule = recipe.rule_for(tensor_name)
+    return recipe.parameters_for(recipe.method_for(rule), tensor_name, rule).each("weight")
+
+
+def test_the_smallest_recipe_has_defaults() -> None:
+    recipe = parse(STOCK)
+
+    assert recipe.checkpoints == ("hf://org/base", "hf://org/a", "hf://org/b")
+    assert recipe.output_dtype is None
+    assert recipe.stockflow.on_negative == "clamp"
+    assert recipe.stockflow.on_nonfinite == "error"
+    assert recipe.stockflow.shard_size is None
+    assert recipe.tokenizer_source == "base"
+    assert recipe.text == STOCK
+    assert recipe.storage.by_prefix == {}
+
+
+def test_the_canonical_form_is_json_and_reads_back_to_itself() -> None:
+    text = STOCK + (
+        "dtype: float32\nparameters: {filter_wise: [{filter: mlp, value: true}, {value: false}]}\n"
+        "stockflow:\n  shard_size: 5GB\n  storage: {'s3://b/': {region: x}}\n"
+        "  rules: [{filter: norm, action: copy}]\n"
+    )
+    canonical = parse(text).canonical()
+
+    assert canonical == parse(json.dumps(canonical)).canonical()
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("dtype: bfloat16", "BF16"),
+        ("dtype: float32\nout_dtype: torch.float16", "F16"),
+        ("out_dtype: float64", "F64"),
+        ("dtype: torch.float32", "F32"),
+    ],
+)
+def test_the_output_dtype_is_out_dtype_else_dtype(lines: str, expected: str) -> None:
+    assert parse(STOCK + lines).output_dtype == expected
+
+
+def test_other_dtypes_are_refused() -> None:
+    assert "r.yaml:6:1: dtype: expected one of bfloat16, " in refusal(STOCK + "dtype: int64")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5GB", 5_000_000_000),
+        ("256MiB", 256 << 20),
+        ("1.5 kib", 1536),
+        ("1000", 1000),
+        ("2TB", 2 * 10**12),
+        ("1TiB", 1 << 40),
+        ("3kB", 3000),
+    ],
+)
+def test_sizes_are_decimal_or_binary(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "5G", "GB", "1e9", "nan", "1.5", "5 5GB", "0.0001kB", "9" * 99])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="expected a size such as 5GB"):
+        parse_size(text)
+
+
+def test_the_shard_size_is_bytes_or_a_size() -> None:
+    assert parse(STOCK + "stockflow: {shard_size: 123}").stockflow.shard_size == 123
+    assert parse(STOCK + "stockflow: {shard_size: 1GiB}").stockflow.shard_size == 1 << 30
+    assert "shard_size: expected a size" in refusal(STOCK + "stockflow: {shard_size: true}")
+
+
+def test_empty_sections_are_absent() -> None:
+    recipe = parse(STOCK + "parameters:\ndtype:\nstockflow:\n")
+
+    assert recipe.canonical() == parse(STOCK).canonical()
+
+
+# --- YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "reason"),
+    [
+        ("a: 1\nb: 2\na: 3", "3:1", "the key `a` is here again, it was first on line 1"),
+        ("a: 1\n---\nb: 2", "2:1", "a second document"),
+        ("a: !!python/object:os.system x", "1:4", "the tag 'tag:yaml.org,2002:python/object:os.system'"),
+        ("a: !!str x", "1:4", "the tag"),
+        ("- a", "1:1", "expected a mapping with `merge_method` and `models`, found a list"),
+        ("", "1:1", "found nothing"),
+        ("a: [1", "1:6", "not valid YAML"),
+        ("a:\n\t- b", "2:1", "not valid YAML"),
+        ("a: 1\nb: \x07", "2:4", "'\\x07' is not allowed in YAML"),
+        ("1: a", "1:1", "expected a text as key, found 1"),
+        ("[a]: b", "1:1", "expected a text as key, found a list"),
+        ("a: &x [*x]", "1:8", "the alias *x has no anchor"),
+        ("a: 0x_", "1:7", "not valid YAML"),
+        ("a: " + "1" * 5000, "1:5004", "not valid YAML"),
+        ('a: "\\ud800"', "1:4", "not valid Unicode"),
+        ('a: "\\UFFFFFFFF"', "1:7", "not valid YAML"),
+        ("[" * 1000, "1:65", "nested deeper than 64 levels"),
+        ("- 1\n" * 100_001, "100001:3", "more than 100,000 values"),
+    ],
+)
+def test_broken_yaml_is_refused_with_its_place(text: str, place: str, reason: str) -> None:
+    message = refusal(text)
+
+    assert message.startswith(f"r.yaml:{place}: ")
+    assert reason in message
+
+
+def test_an_alias_bomb_is_refused_before_it_expands() -> None:
+    levels = ["l0: &l0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    levels += [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 30)]
+    started = time.monotonic()
+
+    assert "more than 100,000 values, aliases expanded" in refusal("\n".join(levels))
+    assert time.monotonic() - started < 5
+
+
+def test_nesting_through_aliases_is_bounded() -> None:
+    levels = ["l0: &l0 [1]", *(f"l{n}: &l{n} [*l{n - 1}]" for n in range(1, 100))]
+
+    assert "nested deeper than 64 levels" in refusal("\n".join(levels))
+
+
+def test_an_alias_stands_for_its_anchor() -> None:
+    text = LINEAR.replace("{weight: 1}", "&w {weight: 3}").replace("{weight: 2}", "*w")
+
+    assert weights(parse(text), "x") == (3.0, 3.0)
+
+
+@given(st.text())
+def test_arbitrary_text_raises_nothing_but_recipe_errors(text: str) -> None:
+    with pytest.raises(RecipeError):
+        parse(text)
+
+
+_words = st.sampled_from([
+    "merge_method", "base_model", "models", "model", "parameters", "weight", "filter", "value", "stockflow",
+    "rules", "storage", "scope", "t", "linear", "slerp", "model_stock", "org/a", "org/b", "s3://b/x", "copy",
+    "action", "dtype", "int8_mask", "filter_wise", "on_negative", "row", "*", "~x", "./y",
+])  # fmt: skip
+_scalars = st.none() | st.booleans() | st.integers() | st.floats() | _words | st.text(max_size=5)
+_keys = _words | st.text(max_size=5)
+_trees = st.recursive(
+    _scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(
+    st.dictionaries(_words, _trees, max_size=5),
+    st.sampled_from(["linear", "slerp", "model_stock", "task_arithmetic"]),
+    st.booleans(),
+)
+def test_arbitrary_yaml_raises_nothing_but_recipe_errors(tree: dict[str, object], method: str, whole: bool) -> None:
+    if whole:
+        models = [
+            {"model": "org/a", "parameters": {"weight": 1}},
+            {"model": "org/b", "parameters": {"weight": 2}},
+        ]
+        tree = {"merge_method": method, "models": models, **tree}
+    try:
+        recipe = parse(json.dumps(tree).replace("NaN", ".nan").replace("Infinity", ".inf"))
+    except RecipeError:
+        return
+    assert isinstance(recipe.canonical(), dict)
+
+
+# --- structure
+
+
+def test_all_problems_are_reported_together_in_file_order() -> None:
+    message = refusal(
+        "merge_method: linear\nmodls: 1\nmodels:\n  - model: org/a\n    parameters: {wieght: 1}\n"
+        "stockflow:\n  scop: row\n"
+    )
+
+    expected = [
+        "r.yaml: 4 problems in this recipe",
+        (
+            "  r.yaml:2:1: modls: unknown key; did you mean `models`? Known here: merge_method, base_model, "
+            "models, parameters, dtype, out_dtype, tokenizer_source, stockflow"
+        ),
+        "  r.yaml:4:5: models[0]: `linear` needs the parameter `weight`; add it",
+        (
+            "  r.yaml:5:18: models[0].parameters.wieght: `linear` has no such parameter; did you mean "
+            "`weight`? Known here: weight, normalize"
+        ),
+        (
+            "  r.yaml:7:3: stockflow.scop: unknown key; did you mean `scope`? Known here: "
+            "on_negative, on_nonfinite, scope, shard_size, storage, side_files_from, rules"
+        ),
+    ]
+    assert message.split("\n") == expected
+
+
+def test_after_twenty_problems_only_the_count_is_reported() -> None:
+    lines = refusal(STOCK + "".join(f"unknown_{n}: 1\n" for n in range(25))).split("\n")
+
+    assert lines[0] == "r.yaml: 25 problems in this recipe"
+    assert len(lines) == 1 + 20 + 1
+    assert lines[-1] == "  ... and 5 more"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (STOCK.replace("merge_method", "merge_metod"), "did you mean `merge_method`?"),
+        (
+            STOCK.replace("- model: org/a", "- modle: org/a"),
+            "models[0].modle: unknown key; did you mean `model`?",
+        ),
+        (LINEAR.replace("weight: 1", "weight: {filtr: a, value: 1}"), "did you mean `filter`?"),
+        (STOCK + "stockflow: {rules: [{filter: a, acton: copy}]}", "did you mean `action`?"),
+        (STOCK + "stockflow: {storage: {'s3://b': {regoin: x}}}", "did you mean `region`?"),
+        (STOCK + "<<: {dtype: float32}", "unknown key"),
+        (STOCK + "zzz:", "zzz: unknown key"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest_known_name(text: str, expected: str) -> None:
+    assert expected in refusal(text)
+
+
+@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template", "name"])
+def test_keys_that_only_mergekit_has_are_refused_by_name(key: str) -> None:
+    assert f"mergekit's `{key}` is not supported by stockflow yet" in refusal(STOCK + f"{key}: [1]")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nuslerp", "multislerp", "karcher", "passthrough", "arcee_fusion", "nearswap", "sce", "ram", "della"],
+)
+def test_methods_that_only_mergekit_has_are_refused_by_name(name: str) -> None:
+    message = refusal(STOCK.replace("model_stock", name))
+
+    assert f"r.yaml:1:1: merge_method: mergekit's method `{name}` is not supported by stockflow yet" in message
+
+
+def test_unknown_methods_get_the_nearest_name_and_the_list() -> None:
+    message = refusal(STOCK.replace("model_stock", "model_stok"))
+
+    assert f"did you mean `model_stock`? Known here: {', '.join(METHODS)}" in message
+    assert "`linear`?" in refusal(STOCK + "stockflow: {rules: [{filter: a, merge_method: liner}]}")
+
+
+def test_gradients_are_refused_by_name() -> None:
+    for value in (
+        "[0, 0.5, 1]",
+        "{filter: a, value: [0, 1]}",
+        "[{filter: a, value: [0, 1]}]",
+        "[true, false]",
+    ):
+        assert "mergekit's gradients" in refusal(LINEAR + f"parameters: {{weight: {value}}}")
+
+
+def test_a_model_given_as_a_mapping_is_refused_by_name() -> None:
+    assert "mergekit's model given as a mapping" in refusal(STOCK.replace("- model: org/a", "- model: {path: x}"))
+
+
+def test_other_tokenizer_sources_are_refused_by_name() -> None:
+    assert parse(STOCK + "tokenizer_source: base").tokenizer_source == "base"
+    assert "mergekit's tokenizer_source 'union' is not supported" in refusal(STOCK + "tokenizer_source: union")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("merge_method: linear", "the required key `models` is missing"),
+        ("merge_method: linear\nmodels: []", "expected at least one model"),
+        ("merge_method: linear\nmodels: org/a", "expected a list, found 'org/a'"),
+        ("merge_method: linear\nmodels: [org/a]", "expected a mapping, found 'org/a'"),
+        ("merge_method: linear\nmodels: [{model: 7}]", "found 7"),
+        (
+            STOCK + "stockflow: {on_negative: clmp}",
+            "expected 'clamp', 'extrapolate' or 'error', found 'clmp'",
+        ),
+        (STOCK + "stockflow: {on_nonfinite: ignore}", "expected 'error' or 'propagate'"),
+        (STOCK + "stockflow: {storage: {'s3://b': {anonymous: 1}}}", "expected true or false, found 1"),
+        (STOCK + "stockflow: {rules: [{filter: a}]}", "either `action` or `merge_method`, found neither"),
+        (STOCK + "stockflow: {rules: [{filter: a, action: copy, merge_method: linear}]}", "found both"),
+        (
+            STOCK + "stockflow: {rules: [{filter: a, action: skip, parameters: {t: 1}}]}",
+            "no effect with `action: skip`",
+        ),
+        (STOCK + "stockflow: {rules: [{action: skip}]}", "the required key `filter` is missing"),
+        (LINEAR + "parameters: {normalize: }", "expected a value, found nothing"),
+    ],
+)
+def test_wrong_structure_says_expected_against_found(text: str, expected: str) -> None:
+    assert expected in refusal(text)
+
+
+# --- locations
+
+
+def test_an_existing_folder_is_a_path_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name", "a+b", "x@y", "org/n+l@r"):
+        (tmp_path / name).mkdir(parents=True)
+
+        assert resolve_location(name) == str(tmp_path / name)
+        assert resolve_location(str(tmp_path / name)) == str(tmp_path / name)
+
+
+def test_a_bare_name_that_is_no_folder_is_on_the_hub() -> None:
+    assert resolve_location("org/name") == "hf://org/name"
+    assert resolve_location("org/name@refs/pr/1") == "hf://org/name@refs/pr/1"
+    assert resolve_location("hf://org/name@main") == "hf://org/name@main"
+
+
+def test_explicit_paths_that_do_not_exist_stay_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert resolve_location("./x") == str(tmp_path / "x")
+    assert resolve_location("../x+y") == str(tmp_path.parent / "x+y")
+    assert resolve_location("~/x") == str(tmp_path / "x")
+    assert resolve_location("/no/such@folder") == "/no/such@folder"
+    assert resolve_location("plain") == str(tmp_path / "plain")
+
+
+def test_locations_are_normalized(tmp_path: Path) -> None:
+    assert resolve_location(f"file://{tmp_path}/a%20b/") == str(tmp_path / "a b")
+    assert resolve_location("s3://bucket/prefix/") == "s3://bucket/prefix"
+
+
+def test_lora_references_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    for text in ("org/name+org/lora", "org/name@r+x", f"{tmp_path}/base+lora"):
+        with pytest.raises(RecipeError, match="mergekit's LoRA reference"):
+            resolve_location(text)
+
+
+@pytest.mark.parametrize("url", ["s3://AKIA:hunter2@b/x", "s3://AKIA:hun/ter2@b/x", "https://u:12345@h/x"])
+def test_urls_with_a_password_are_refused_and_never_shown(url: str) -> None:
+    for text in (
+        STOCK.replace("org/base", url),
+        STOCK.replace("org/a", url),
+        STOCK + f"stockflow: {{storage: {{'{url}': {{}}}}}}",
+        STOCK + f"stockflow: {{storage: {{'s3://b': {{endpoint: '{url}'}}}}}}",
+    ):
+        message = refusal(text)
+
+        assert "carries a user and a password" in message
+        assert not any(secret in message for secret in ("AKIA", "hun", "ter2", "12345"))
+
+
+def test_ports_and_azure_containers_are_no_passwords() -> None:
+    for url in ("https://host:8443/a/b@c", "abfs://container@account.dfs.core.windows.net/x"):
+        assert resolve_location(url) == url
+
+
+@pytest.mark.parametrize("text", ["", "s3://", "s3:///", "https://h/x?token=hunter2", "a\0b", "~nobody-here/x", "://x"])
+def test_unusable_locations_are_refused(text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve_location(text)
+    assert "hunter2" not in str(caught.value)
+
+
+# --- storage
+
+
+def test_storage_options_reach_the_store() -> None:
+    recipe = parse(STOCK + "stockflow: {storage: {'s3://b/': {region: eu, anonymous: true, client: fsspec}}}")
+
+    assert StoreOptions(region="eu", anonymous=True, client="fsspec") == recipe.storage.for_url("s3://b/x")
+    assert StoreOptions() == recipe.storage.for_url("s3://c/x")
+
+
+def test_the_recipe_knows_every_store_option() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(StoreOptions)}
+
+    assert fields == {name: field.default for name, field in StorageEntry.model_fields.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["key", "secret", "token", "password", "access_key_id", "secret_access_key", "sas_token", "username"],
+)
+def test_secrets_are_refused_and_never_shown(name: str) -> None:
+    message = refusal(STOCK + f"stockflow: {{storage: {{'s3://b': {{{name}: hunter2}}}}}}")
+
+    assert "a recipe never holds secrets" in message
+    assert "the environment" in message
+    assert "hunter2" not in message
+
+
+def test_a_storage_prefix_must_be_a_url() -> None:
+    assert "expected a URL such as s3://bucket/folder" in refusal(STOCK + "stockflow: {storage: {bucket: {}}}")
+
+
+# --- models and counts
+
+
+def test_the_base_may_be_listed_and_is_not_counted() -> None:
+    recipe = parse(STOCK + "  - model: hf://org/base/\n")
+
+    assert recipe.checkpoints == ("hf://org/base", "hf://org/a", "hf://org/b")
+    assert recipe.sources(METHODS["model_stock"]) == (0, 1, 2)
+
+
+def test_parameters_of_a_listed_base_are_refused() -> None:
+    text = (
+        "merge_method: task_arithmetic\nbase_model: org/b\nmodels:\n"
+        "- {model: org/a, parameters: {weight: 1}}\n"
+        "- {model: org/b, parameters: {weight: 1, int8_mask: true}}\n"
+    )
+
+    assert "r.yaml:5:31: models[1].parameters.weight: has no effect, because this model is the base" in refusal(text)
+
+
+def test_a_listed_base_is_an_ordinary_input_of_linear() -> None:
+    recipe = parse(LINEAR + "base_model: org/b\n")
+
+    assert recipe.checkpoints == ("hf://org/b", "hf://org/a")
+    assert recipe.sources(METHODS["linear"]) == (1, 0)
+    assert weights(recipe, "x") == (1.0, 2.0)
+    assert "needs the parameter `weight`" in refusal(LINEAR.replace("weight: 2", "") + "base_model: org/b")
+
+
+def test_an_unlisted_base_only_donates_names_to_linear() -> None:
+    recipe = parse(LINEAR + "base_model: org/base\n")
+
+    assert recipe.checkpoints == ("hf://org/base", "hf://org/a", "hf://org/b")
+    assert recipe.sources(METHODS["linear"]) == (1, 2)
+    assert recipe.donor == 0
+
+
+def test_without_a_base_the_first_model_is_the_donor() -> None:
+    recipe = parse(LINEAR)
+
+    assert recipe.checkpoints[recipe.donor] == "hf://org/a"
+    assert recipe.side_files_donor == recipe.donor
+
+
+def test_side_files_may_come_from_any_model_of_the_recipe() -> None:
+    assert parse(STOCK + "stockflow: {side_files_from: org/b}").side_files_donor == 2
+    assert "expected the base or one of the models, found hf://org/c" in refusal(
+        STOCK + "stockflow: {side_files_from: org/c}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            STOCK.replace("  - model: org/b\n", ""),
+            "`model_stock` needs at least 2 models besides the base, found 1",
+        ),
+        (
+            STOCK.replace("model_stock", "slerp") + "parameters: {t: 0.5}",
+            "`slerp` needs 1 model besides the base, found 2",
+        ),
+        (STOCK.replace("base_model: org/base\n", ""), "`model_stock` needs a base, found no `base_model`"),
+        (STOCK + "  - model: hf://org/a/\n", "models[2].model: the same model as models[0]"),
+        (
+            LINEAR + "stockflow: {rules: [{filter: x, merge_method: model_stock}]}",
+            "stockflow.rules[0].merge_method: `model_stock` needs a base",
+        ),
+    ],
+)
+def test_models_must_suit_every_method_in_use(text: str, expected: str) -> None:
+    assert expected in refusal(text)
+
+
+def test_the_base_is_the_second_input_of_slerp() -> None:
+    recipe = parse(
+        "merge_method: slerp\nbase_model: org/a\nmodels: [{model: org/a}, {model: org/b}]\nparameters: {t: 0.5}\n"
+    )
+
+    assert recipe.sources(METHODS["slerp"]) == (0, 1)
+
+
+# --- parameters
+
+
+def test_the_first_matching_filter_wins_and_a_star_matches_all() -> None:
+    recipe = parse(
+        LINEAR.replace(
+            "weight: 1",
+            "weight: [{filter: mlp, value: 5}, {filter: mlp.up, value: 6}, {filter: '*', value: 7}, {value: 8}]",
+        )
+    )
+
+    assert weights(recipe, "layers.0.mlp.up") == (5.0, 2.0)
+    assert weights(recipe, "layers.0.attn") == (7.0, 2.0)
+
+
+def test_a_lone_conditional_is_a_list_of_one() -> None:
+    recipe = parse(LINEAR.replace("weight: 1", "weight: {filter: mlp, value: 5}") + "parameters: {weight: 9}")
+
+    assert weights(recipe, "mlp") == (5.0, 2.0)
+    assert weights(recipe, "attn") == (9.0, 2.0)
+
+
+def test_precedence_is_rule_then_model_then_recipe_then_default() -> None:
+    recipe = parse(
+        "merge_method: task_arithmetic\nbase_model: org/x\n"
+        "models:\n- {model: org/a, parameters: {weight: {filter: mlp, value: 2}}}\n- {model: org/b}\n"
+        "parameters: {weight: 3, lambda: {filter: attn, value: 4}}\n"
+        "stockflow: {rules: [{filter: norm, merge_method: task_arithmetic, "
+        "parameters: {weight: {filter: norm1, value: 5}}}]}\n"
+    )
+    method = METHODS["task_arithmetic"]
+
+    assert weights(recipe, "mlp") == (2.0, 3.0)
+    assert weights(recipe, "attn") == (3.0, 3.0)
+    assert weights(recipe, "mlp.norm1") == (5.0, 5.0)
+    assert weights(recipe, "mlp.norm2") == (2.0, 3.0)
+    assert recipe.parameters_for(method, "attn", None).number("lambda") == 4.0
+    assert recipe.parameters_for(method, "mlp", None).number("lambda") == 1.0
+    assert recipe.parameters_for(method, "mlp", None).flag("normalize") is False
+
+
+def test_texts_that_are_numbers_become_numbers() -> None:
+    assert weights(parse(LINEAR.replace("weight: 1", "weight: 1e-5")), "x") == (1e-5, 2.0)
+    assert weights(parse(LINEAR.replace("weight: 1", "weight: '-.5'")), "x") == (-0.5, 2.0)
+
+
+def test_zero_has_no_sign() -> None:
+    """Equal values are one object, so -0.0 and 0.0 must not depend on which tensor came first."""
+    (weight, _) = weights(parse(LINEAR.replace("weight: 1", "weight: -0.0")), "x")
+
+    assert math.copysign(1.0, weight) == 1.0
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1.0e+999", "1e999", "1" * 400])
+def test_numbers_must_be_finite(value: str) -> None:
+    assert "expected a finite number" in refusal(LINEAR.replace("weight: 1", f"weight: {value}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (LINEAR.replace("weight: 1", "weight: true"), "weight: expected a number, found true"),
+        (LINEAR.replace("weight: 1", "weight: heavy"), "expected a number, found 'heavy'"),
+        (LINEAR.replace("weight: 1", "weight: nan"), "expected a number, found 'nan'"),
+        (LINEAR + "parameters: {normalize: 1}", "normalize: expected true or false, found 1"),
+        (LINEAR + "parameters: {normalize: 'yes'}", "expected true or false, found 'yes'"),
+        (LINEAR.replace("weight: 1", "weight: {value: {a: 1}}"), "found a mapping"),
+    ],
+)
+def test_values_must_be_of_the_declared_kind(text: str, expected: str) -> None:
+    assert expected in refusal(text)
+
+
+def test_shared_parameters_under_a_model_are_refused() -> None:
+    message = refusal(LINEAR.replace("weight: 1", "weight: 1, normalize: false"))
+
+    assert "r.yaml:3:44: models[0].parameters.normalize: shared by all models" in message
+
+
+def test_parameters_no_method_declares_are_refused_with_the_nearest_name() -> None:
+    assert "parameters.normalise: `linear` has no such parameter; did you mean `normalize`?" in refusal(
+        LINEAR + "parameters: {normalise: true}"
+    )
+    assert "stockflow.rules[0].parameters.t: `linear` has no such parameter" in refusal(
+        LINEAR + "stockflow: {rules: [{filter: a, merge_method: linear, parameters: {t: 1}}]}"
+    )
+
+
+def test_a_parameter_that_only_a_rule_uses_may_be_global() -> None:
+    recipe = parse(STOCK + "parameters: {weight: 2}\nstockflow: {rules: [{filter: a, merge_method: linear}]}")
+
+    assert weights(recipe, "a") == (2.0, 2.0)
+    assert recipe.method_for(recipe.rule_for("a")).name == "linear"
+    assert recipe.method_for(recipe.rule_for("b")).name == "model_stock"
+
+
+def test_int8_mask_is_accepted_without_effect() -> None:
+    text = LINEAR.replace("weight: 1", "weight: 1, int8_mask: true") + "parameters: {int8_mask: true}"
+
+    assert weights(parse(text), "x") == (1.0, 2.0)
+    assert "int8_mask" not in parse(text).parameters_for(METHODS["linear"], "x", None).shared
+
+
+def test_on_negative_is_written_under_stockflow_and_reaches_the_method() -> None:
+    recipe = parse(STOCK + "stockflow: {on_negative: extrapolate}")
+
+    assert recipe.parameters_for(METHODS["model_stock"], "x", None).word("on_negative") == "extrapolate"
+    assert "write it under `stockflow:`" in refusal(STOCK + "parameters: {on_negative: error}")
+
+
+def test_a_required_value_nobody_gives_is_refused_at_once() -> None:
+    text = STOCK.replace("model_stock", "slerp").replace("  - model: org/b\n", "")
+
+    assert "r.yaml:1:1: merge_method: `slerp` needs the parameter `t`" in refusal(text)
+
+
+def test_a_required_value_no_filter_gives_is_refused_by_parameter_model_and_tensor() -> None:
+    recipe = parse(LINEAR.replace("weight: 1", "weight: {filter: mlp, value: 1}"))
+
+    with pytest.raises(RecipeError, match=r"`weight` of the model hf://org/a for the tensor 'attn'"):
+        weights(recipe, "attn")
+
+
+def test_equal_parameters_are_one_object() -> None:
+    recipe = parse(
+        LINEAR.replace("weight: 1", "weight: [{filter: mlp, value: 1}, {filter: attn, value: 1}, {value: 3}]")
+    )
+    method = METHODS["linear"]
+
+    assert recipe.parameters_for(method, "mlp", None) is recipe.parameters_for(method, "attn", None)
+    assert recipe.parameters_for(method, "mlp", None) is not recipe.parameters_for(method, "norm", None)
+
+
+def test_per_model_parameters_are_plain_floats_in_recipe_order() -> None:
+    found = weights(parse(LINEAR.replace("weight: 1", "weight: [{filter: mlp, value: 5}, {value: 3}]")), "x.mlp")
+
+    assert found == (5.0, 2.0)
+    assert type(found) is tuple
+    assert {type(weight) for weight in found} == {float}
+
+
+def test_rules_with_equal_methods_keep_their_own_parameters() -> None:
+    recipe = parse(
+        STOCK + "stockflow: {rules: [{filter: a, merge_method: linear, parameters: {weight: 1}}, "
+        "{filter: b, merge_method: linear, parameters: {weight: 2}}]}"
+    )
+
+    assert [weights(recipe, name) for name in ("a", "b", "a")] == [(1.0, 1.0), (2.0, 2.0), (1.0, 1.0)]
+
+
+def test_a_recipe_with_answers_survives_pickling() -> None:
+    """Answers are filed under a rule's position: an id would mean another rule in another process."""
+    recipe = parse(STOCK + "stockflow: {rules: [{filter: a, merge_method: linear, parameters: {weight: 1}}]}")
+    weights(recipe, "a")
+    copy = pickle.loads(pickle.dumps(recipe))
+
+    assert weights(copy, "a") == (1.0, 1.0)
+    assert set(copy.resolvers) == {("linear", 0)}
+    assert copy.text == recipe.text
+
+
+def test_a_rule_of_another_recipe_is_a_programming_error() -> None:
+    text = STOCK + "stockflow: {rules: [{filter: a, merge_method: linear, parameters: {weight: 1}}]}"
+    rule = parse(text).rule_for("a")
+
+    with pytest.raises(ValueError, match="not one of this recipe's"):
+        parse(text).parameters_for(METHODS["linear"], "a", rule)
+
+
+def test_ninety_thousand_tensors_are_resolved_within_ten_microseconds_each() -> None:
+    recipe = parse(
+        STOCK + "parameters: {filter_wise: [{filter: mlp, value: true}, {filter: attn, value: false}]}\n"
+        "stockflow: {rules: [{filter: norm, action: copy}, {filter: lm_head, action: copy}]}\n"
+    )
+    names = [f"model.layers.{n // 9}.mlp.experts.{n % 256}.up_proj.weight" for n in range(92_000)]
+    method = METHODS["model_stock"]
+    started = time.perf_counter()
+    for name in names:
+        recipe.parameters_for(method, name, recipe.rule_for(name))
+
+    assert (time.perf_counter() - started) / len(names) < 10e-6
+
+
+# --- rules and scopes
+
+
+def test_the_first_matching_rule_wins() -> None:
+    recipe = parse(STOCK + "stockflow: {rules: [{filter: norm, action: copy}, {filter: '*', action: skip}]}")
+
+    assert [rule.action for name in ("a.norm", "b") if (rule := recipe.rule_for(name))] == ["copy", "skip"]
+    assert parse(STOCK).rule_for("a.norm") is None
+
+
+def test_filter_wise_means_scope_row_where_its_filter_matches() -> None:
+    recipe = parse(STOCK + "parameters: {filter_wise: [{filter: mlp, value: true}, {value: false}]}")
+    method = METHODS["model_stock"]
+
+    assert recipe.scope_for(method, "mlp", None) == "row"
+    assert recipe.scope_for(method, "attn", None) == "tensor"
+    assert parse(STOCK + "stockflow: {scope: leading}").scope_for(method, "x", None) == "leading"
+    assert parse(STOCK + "stockflow: {scope: null}").scope_for(method, "x", None) == "tensor"
+
+
+def test_filter_wise_and_another_scope_contradict_each_other() -> None:
+    text = STOCK + "parameters: {filter_wise: true}\nstockflow: {scope: %s}"
+
+    assert parse(text % "row").scope_for(METHODS["model_stock"], "x", None) == "row"
+    for scope in ("tensor", "leading"):
+        assert "r.yaml:7:13: stockflow.scope: `filter_wise: true` means" in refusal(text % scope)
+
+
+@pytest.mark.parametrize("scope", ["row", "leading"])
+def test_a_scope_that_the_recipes_own_method_lacks_is_refused(scope: str) -> None:
+    rule = f"stockflow: {{scope: {scope}, rules: [{{filter: a, merge_method: model_stock}}]}}"
+
+    for text in (f"stockflow: {{scope: {scope}}}", "base_model: org/base\n" + rule):
+        assert f"stockflow.scope: `linear` knows the scope tensor, found {scope}" in refusal(LINEAR + text)
+
+
+@pytest.mark.parametrize("scope", ["row", "leading"])
+def test_a_rule_whose_method_lacks_the_scope_decides_per_tensor(scope: str) -> None:
+    """Otherwise one `linear` rule for the norms would forbid Model Stock by row everywhere else."""
+    rules = "rules: [{filter: norm, merge_method: linear, parameters: {weight: 1}}]"
+    recipe = parse(STOCK + f"stockflow: {{scope: {scope}, {rules}}}")
+    rule = recipe.rule_for("a.norm")
+
+    assert recipe.scope_for(recipe.method_for(rule), "a.norm", rule) == "tensor"
+    assert recipe.scope_for(recipe.method_for(None), "mlp", None) == scope
+
+
+def test_a_rule_may_not_contradict_the_scope_by_filter_wise() -> None:
+    rule = "rules: [{filter: a, merge_method: model_stock, parameters: {filter_wise: true}}]"
+
+    assert "`filter_wise: true` means the scope row" in refusal(STOCK + f"stockflow: {{scope: leading, {rule}}}")
+
+
+# --- loading
+
+
+def test_a_recipe_is_read_from_a_file_or_a_url(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + STOCK.encode())
+
+    assert load_recipe(str(path)).canonical() == parse(STOCK).canonical()
+    assert load_recipe(f"file://{path}").text == STOCK
+
+
+def test_a_recipe_is_read_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(STOCK.encode())))
+
+    assert load_recipe("-").text == STOCK
+
+
+def test_what_is_no_recipe_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: \xe9")
+    (tmp_path / "large.yaml").write_bytes(b"#" * ((1 << 20) + 1))
+
+    with pytest.raises(NotFoundError):
+        load_recipe(str(tmp_path / "absent.yaml"))
+    with pytest.raises(RecipeError, match="is a folder"):
+        load_recipe(str(tmp_path))
+    with pytest.raises(RecipeError, match=r"latin\.yaml:2:4: expected UTF-8"):
+        load_recipe(str(tmp_path / "latin.yaml"))
+    with pytest.raises(RecipeError, match="larger than 1 MiB"):
+        load_recipe(str(tmp_path / "large.yaml"))
+    with pytest.raises(RecipeError, match="no usable location"):
+        load_recipe("~nobody-here/x.yaml")
+
+
+def test_reading_a_recipe_needs_no_heavy_library() -> None:
+    code = "import sys, stockflow.recipe; print({'torch', 'ray', 'pyarrow', 'fsspec'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "set()"
+
+
+# --- schema
+
+
+def test_the_schema_describes_every_key_and_accepts_every_form() -> None:
+    schema = recipe_schema()
+    text = json.dumps(schema)
+
+    assert set(Recipe.model_fields) == set(schema["properties"])  # type: ignore[call-overload]
+    assert json.dumps(list(METHODS)) in text
+    for part in ("gradient", "_text", "_resolvers"):
+        assert part not in text
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(schema)
+    accepted = {
+        "merge_method": "linear",
+        "models": [{"model": "a/b", "parameters": {"weight": [{"filter": "x", "value": 1}, {"value": "1e-5"}]}}],
+        "parameters": {"normalize": {"value": True}},
+        "dtype": "torch.float32",
+        "stockflow": {"shard_size": "5GB", "scope": None},
+    }
+    jsonschema.validate(accepted, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**accepted, "unknown": 1}, schema)
