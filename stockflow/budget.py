@@ -1,0 +1,148 @@
+"""The memory model: what one worker process may hold, one formula each. All sizes in bytes."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stockflow.errors import BudgetError
+from stockflow.methods import METHODS
+from stockflow.plan import TensorJob
+from stockflow.spans import SPAN_ELEMS
+
+MIB = 2**20
+
+BASELINE_BYTES = {"cpu": 400 * MIB, "cuda": 1200 * MIB}
+"""Interpreter, torch and clients after the first block was computed, by device (tests/integration/test_memory.py)."""
+OBJECT_CLIENT_BYTES = 256 * MIB
+"""An object store's client with its ranges in flight: obstore, 16 ranges of 8 MiB, took 163 to 190 MiB."""
+OPTIMAL_READ_BYTES = 8 * MIB
+"""Range size at which object storage clients are cheapest; larger ones pay for fresh pages."""
+MAX_CHUNK_SPANS = 32
+"""At most this many spans of each source are read at a time: 4 Mi elements, 8 MiB of BF16."""
+MIN_SLABS = 2
+GOOD_NUM_SLABS = 6
+"""With fewer slabs than this reading and computing hardly overlap, so smaller ones are tried first."""
+LOOKAHEAD_BYTES = 256 * MIB
+"""How far reading may run ahead of computing."""
+NUM_OUT_BUFFERS = 3
+"""One being filled, one being hashed and written, one between them."""
+PIECE_OVERHEAD = 128
+"""Alignment loss of one range in a slab."""
+LINEAR_TEMPORARIES = 2
+"""Rows of working precision a linear method needs beside the sources, per thread."""
+ELEMENTWISE_TEMPORARIES = 6
+"""The same of an elementwise method, per source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """How a worker divides its budget."""
+
+    slab_bytes: int
+    """size of a reading buffer; one read of all sources of a chunk, or of many small tensors, fills it"""
+    num_slabs: int
+    out_bytes: int
+    """size of an output buffer: what one slab can become"""
+    fixed_bytes: int
+    """baseline, clients and the threads' scratch"""
+
+    @property
+    def projected_bytes(self) -> int:
+        """Peak of the worker process."""
+        return self.fixed_bytes + self.num_slabs * self.slab_bytes + NUM_OUT_BUFFERS * self.out_bytes
+
+    def chunk_elems(self, job: TensorJob) -> int:
+        """Most elements of a tensor that one slab holds."""
+        usable = self.slab_bytes - PIECE_OVERHEAD * len(job.sources)
+        return usable // job.bytes_per_elem
+
+
+def scratch_bytes(job: TensorJob) -> int:
+    """Return what one thread needs to compute one span of a tensor."""
+    if job.is_copy:
+        return 0
+    rows = len(job.sources)
+    temporaries = LINEAR_TEMPORARIES if METHODS[job.method].linear else ELEMENTWISE_TEMPORARIES * rows
+    return (rows + temporaries) * SPAN_ELEMS * job.float_bits // 8
+
+
+def divide(
+    jobs: Iterable[TensorJob],
+    memory_bytes: int,
+    *,
+    num_threads: int,
+    baseline_bytes: int,
+) -> Workspace:
+    """Return how to spend ``memory_bytes`` on these tensors.
+
+    Args:
+        jobs: the tensors one worker will merge.
+        memory_bytes: bound of the whole process.
+        num_threads: compute threads.
+        baseline_bytes: what the process takes before it reads anything, clients included.
+
+    Raises:
+        BudgetError: not even one span of the widest tensor fits.
+    """
+    jobs = [job for job in jobs if job.num_elems]
+    if not jobs:
+        return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes)
+    widest = max(jobs, key=lambda job: job.bytes_per_elem)
+    out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
+    fixed = baseline_bytes + num_threads * max(scratch_bytes(job) for job in jobs)
+    overhead = PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
+    num_spans = MAX_CHUNK_SPANS
+    while True:
+        slab = widest.bytes_per_elem * SPAN_ELEMS * num_spans + overhead
+        out = int(slab * out_per_source_byte) + 1
+        num_slabs = (memory_bytes - fixed - NUM_OUT_BUFFERS * out) // slab
+        if num_slabs >= GOOD_NUM_SLABS or num_spans == 1:
+            break
+        num_spans //= 2
+    if num_slabs < MIN_SLABS:
+        least = fixed + NUM_OUT_BUFFERS * out + MIN_SLABS * slab
+        raise BudgetError(
+            f"tensor {widest.output.name!r} needs at least {mib(least)} of memory for its smallest chunk "
+            f"({SPAN_ELEMS:,} elements x {len(widest.sources)} checkpoints x {num_threads} threads, "
+            f"{mib(baseline_bytes)} of it for the process itself); the limit is {mib(memory_bytes)}. "
+            "Raise --memory or lower --workers"
+        )
+    lookahead = max(-(-LOOKAHEAD_BYTES // slab), 2)
+    largest_unit = max(_unit_elems(job) * job.bytes_per_elem for job in jobs)
+    holding = min(num_slabs, -(-largest_unit // (slab - overhead)))
+    total = sum(job.num_elems * job.bytes_per_elem for job in jobs)
+    wanted = min(holding + lookahead, -(-total // (slab - overhead)) + 1)
+    return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed)
+
+
+def _unit_elems(job: TensorJob) -> int:
+    return job.group_elems if job.group_elems > SPAN_ELEMS else min(SPAN_ELEMS, job.num_elems)
+
+
+def default_memory(num_slots: int = 1) -> int:
+    """Return 80 % of what this process may use, divided by the worker slots on the node, less /dev/shm's use."""
+    available = min(_physical_bytes(), *_cgroup_limits())
+    shared_memory = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    used_shared = (shared_memory.f_blocks - shared_memory.f_bfree) * shared_memory.f_frsize if shared_memory else 0
+    return max(int(0.8 * available) - used_shared, 0) // num_slots
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_limits() -> Iterable[int]:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            yield int(text)
+    yield _physical_bytes()
+
+
+def mib(num_bytes: float) -> str:
+    """Return a size for people, in MiB."""
+    return f"{num_bytes / MIB:,.0f} MiB"

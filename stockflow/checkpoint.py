@@ -1,0 +1,195 @@
+"""A checkpoint at a URL: its tensors and where their bytes lie, its files and their stamps.
+
+Only the index and the headers are read. The layout is Hugging Face's: one ``model.safetensors``, or shards
+named by ``model.safetensors.index.json``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from stockflow.errors import CheckpointError, NotFoundError, RecipeError
+from stockflow.header import PlacedTensor, TensorSpec, header_bytes, parse_header
+from stockflow.storage import Stamp, Store, check_key, redact
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+
+FIRST_READ_BYTES = 512 * 1024
+"""Guess for length field plus header, so that most files take one round trip: a shard of a 405B model has
+a header of about 100 KB, one of a 92,000-tensor expert model about 70 KB."""
+MAX_INDEX_BYTES = 200_000_000
+MAX_CONFIG_BYTES = 16_000_000
+NUM_HEADER_READERS = 16
+
+MAX_SIDE_FILE_BYTES = 64_000_000
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pkl", ".tar",
+)  # fmt: skip
+EXCLUDED_SIDE_FILES = (CONFIG_FILE, "README.md", "manifest.json", "mergekit_config.yml")
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a tensor's bytes lie."""
+
+    file: str
+    start: int
+    """absolute byte offset in the file"""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is known of a checkpoint from its index and headers."""
+
+    url: str
+    specs: Mapping[str, TensorSpec]
+    """by name, in on-disk order: files by name, tensors by offset"""
+    extents: Mapping[str, Extent]
+    files: Mapping[str, Stamp]
+    """the weight files and the index"""
+    config: Mapping[str, object] | None
+    """config.json, if there is one"""
+    side_files: Mapping[str, Stamp]
+    """the files that make the folder usable besides the weights: tokenizer, templates, code"""
+    omitted_side_files: tuple[str, ...]
+    """the ones too large to be copied"""
+
+
+def open_checkpoint(store: Store) -> Checkpoint:
+    """Read the index and the headers of the checkpoint in ``store``.
+
+    Raises:
+        NotFoundError: there is no checkpoint at this location.
+        CheckpointError: index, headers or config are malformed or contradict each other.
+    """
+    listing = store.list_top()
+    where = redact(store.url)
+    if SINGLE_FILE in listing:
+        weight_map, files = None, [SINGLE_FILE]
+    elif INDEX_FILE in listing:
+        weight_map = _read_index(store)
+        files = sorted(set(weight_map.values()))
+    else:
+        raise NotFoundError(_nothing_here(where, listing))
+    with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
+        headers = list(pool.map(lambda file: _read_header(store, file), files))
+    specs, extents = _collect(where, files, [placed for placed, _ in headers])
+    if weight_map is not None:
+        _check_coverage(where, weight_map, extents)
+    stamps = {file: stamp for file, (_, stamp) in zip(files, headers, strict=True)}
+    if weight_map is not None:
+        stamps[INDEX_FILE] = listing[INDEX_FILE]
+    config = _read_json(store, CONFIG_FILE, MAX_CONFIG_BYTES) if CONFIG_FILE in listing else None
+    candidates = {key: stamp for key, stamp in listing.items() if _is_side_file(key)}
+    return Checkpoint(
+        url=store.url,
+        specs=specs,
+        extents=extents,
+        files=stamps,
+        config=config,
+        side_files={key: stamp for key, stamp in candidates.items() if stamp.size <= MAX_SIDE_FILE_BYTES},
+        omitted_side_files=tuple(key for key, stamp in candidates.items() if stamp.size > MAX_SIDE_FILE_BYTES),
+    )
+
+
+def open_checkpoints(stores: Sequence[Store]) -> list[Checkpoint]:
+    """Open several checkpoints concurrently, in the order given."""
+    with ThreadPoolExecutor(max(len(stores), 1)) as pool:
+        return list(pool.map(open_checkpoint, stores))
+
+
+def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
+    expected = f"expected {SINGLE_FILE} or {INDEX_FILE}"
+    if not listing:
+        return f"there is no checkpoint at {where}: the folder does not exist or is empty; {expected}"
+    others = [name for name in listing if name.endswith(WEIGHT_SUFFIXES)]
+    found = f"it has {', '.join(others[:3])}" if others else f"it has {len(listing)} files but no weights"
+    return f"there is no checkpoint at {where}: {expected}; {found}. Other formats must be converted first"
+
+
+def _read_index(store: Store) -> dict[str, str]:
+    where = f"{redact(store.url)}/{INDEX_FILE}"
+    weight_map = _read_json(store, INDEX_FILE, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: expected a mapping `weight_map` from tensor names to files")
+    for name, file in weight_map.items():
+        try:
+            inside = isinstance(file, str) and "/" not in check_key(file)
+        except RecipeError:
+            inside = False
+        if not inside:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} is said to be in {file!r}; expected the name of a file in the same folder"
+            )
+    return weight_map
+
+
+def _read_json(store: Store, key: str, max_bytes: int) -> dict[str, object]:
+    where = f"{redact(store.url)}/{key}"
+    payload, stamp = store.read_head(key, max_bytes)
+    if stamp.size > max_bytes:
+        raise CheckpointError(f"{where} is {stamp.size:,} bytes long; at most {max_bytes:,} are read")
+    try:
+        parsed: object = json.loads(payload)
+        if b"\\u" in payload:
+            json.dumps(parsed, ensure_ascii=False).encode()  # escapes can spell halves of surrogate pairs
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{where} is not a JSON object")
+    return parsed
+
+
+def _read_header(store: Store, file: str) -> tuple[list[PlacedTensor], Stamp]:
+    where = f"{redact(store.url)}/{file}"
+    try:
+        head, stamp = store.read_head(file, FIRST_READ_BYTES)
+    except NotFoundError:
+        raise CheckpointError(f"{redact(store.url)}: the index names {file}, which is not there") from None
+    needed = header_bytes(head, stamp.size, where)
+    if needed > len(head):
+        rest = bytearray(needed - len(head))
+        store.read_into(file, len(head), memoryview(rest), stamp)
+        head += bytes(rest)
+    return parse_header(head[:needed], stamp.size, where), stamp
+
+
+def _collect(
+    where: str, files: Sequence[str], headers: Sequence[list[PlacedTensor]]
+) -> tuple[dict[str, TensorSpec], dict[str, Extent]]:
+    specs: dict[str, TensorSpec] = {}
+    extents: dict[str, Extent] = {}
+    for file, placed in zip(files, headers, strict=True):
+        for tensor in placed:
+            name = tensor.spec.name
+            if name in specs:
+                raise CheckpointError(f"{where}: tensor {name!r} is in both {extents[name].file} and {file}")
+            specs[name] = tensor.spec
+            extents[name] = Extent(file, tensor.start)
+    return specs, extents
+
+
+def _check_coverage(where: str, weight_map: Mapping[str, str], extents: Mapping[str, Extent]) -> None:
+    missing = [name for name, file in weight_map.items() if name not in extents or extents[name].file != file]
+    unlisted = [name for name in extents if name not in weight_map]
+    problems = [f"{name!r} is listed in {weight_map[name]} but not there" for name in missing]
+    problems += [f"{name!r} is in {extents[name].file} but not listed" for name in unlisted]
+    if problems:
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(
+            f"{where}: the index and the shards disagree on {len(problems)} tensors:\n  "
+            + "\n  ".join(problems[:20])
+            + more
+        )
+
+
+def _is_side_file(key: str) -> bool:
+    return not (
+        key.startswith(".")
+        or key in EXCLUDED_SIDE_FILES
+        or key.endswith(WEIGHT_SUFFIXES)
+        or key.endswith(".index.json")
+    )

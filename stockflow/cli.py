@@ -1,0 +1,307 @@
+"""The command line: wiring, printing, exit codes."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stockflow import __version__
+from stockflow.errors import EXIT_BUG, EXIT_FINDINGS, EXIT_USER, RecipeError, StockflowError
+
+if TYPE_CHECKING:
+    from stockflow.driver import Inputs, MergeOptions, Observer
+    from stockflow.plan import ShardPlan
+    from stockflow.receipts import Receipt
+    from stockflow.worker import WorkerSpec
+
+app = typer.Typer(
+    help="Exact, streaming merges of checkpoints too large for one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done; 2 change recipe, inputs or budget; 3 storage failed, run again to resume; "
+    "4 verify found something; 5 compute was lost; 70 our bug; 130/143 interrupted, resumable.",
+)
+
+
+class ExecutorName(StrEnum):
+    """Where shards are merged."""
+
+    local = "local"
+    ray = "ray"
+
+
+class DeviceName(StrEnum):
+    """What computes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Recipe_ = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe: a file, a URL, or - for standard input.")]
+Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or URL (s3://, gs://, az://) of the output.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Bound of one worker process, such as 2GiB. Default: 80 % of what the machine allows."),
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(help="Largest output shard, such as 5GB. Default: a 256th of the output, from 256 MB to 5 GB."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Local: compute threads (default: one per core). Ray: worker processes."),
+]
+Executor = Annotated[
+    ExecutorName | None,
+    typer.Option(help="Where to merge. Default: ray if RAY_ADDRESS is set, else local.", show_default=False),
+]
+GpusPerWorker = Annotated[float, typer.Option(min=0.0, help="Ray: GPUs per worker; a fraction lets several share one.")]
+Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch sees one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output prefix holds.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"stockflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def merge(
+    recipe: Recipe_,
+    output: Output,
+    memory: Memory = None,
+    shard_size: ShardSize = None,
+    workers: Workers = None,
+    executor: Executor = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    device: Device = DeviceName.auto,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge checkpoints as RECIPE says and publish the result at OUTPUT.
+
+    Running the same command again resumes: shards that are there already are kept. The output is complete
+    when OUTPUT/manifest.json exists; `stockflow verify` checks every byte of it.
+    """
+    from stockflow import driver
+    from stockflow.describe import result_lines
+    from stockflow.reporting import reporting
+
+    with _exit_codes(), driver.interruptible(), reporting(quiet=quiet) as observer:
+        observer.on_stage("opening checkpoints")
+        on_ray = _is_on_ray(executor)
+        options = _options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
+        execute = partial(_on_ray, workers, gpus_per_worker) if on_ray else _in_this_process
+        result = driver.merge(_inputs(recipe), output, options, execute, observer)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "outcome": result.outcome,
+                    "output": result.output_url,
+                    "plan_id": result.plan.plan_id,
+                    "merge_id": result.plan.merge_id,
+                    "seconds": result.seconds,
+                    "resumed_shards": result.num_resumed,
+                    "shards": {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards},
+                    "summary": dict(result.manifest.summary),
+                },
+                indent=1,
+            )
+        )
+    elif not quiet:
+        print("\n".join(result_lines(result)))
+
+
+@app.command()
+def plan(
+    recipe: Recipe_,
+    output: Output,
+    memory: Memory = None,
+    shard_size: ShardSize = None,
+    workers: Workers = None,
+    executor: Executor = None,
+    device: Device = DeviceName.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a merge would read, write and hold; refuse what cannot work. Nothing is written."""
+    from stockflow import driver
+    from stockflow.describe import plan_lines, project
+
+    with _exit_codes():
+        options = _options(memory, shard_size, workers, device, overwrite=False, on_ray=_is_on_ray(executor))
+        merge_plan, workspace = driver.plan_merge(_inputs(recipe), output, options)
+        if as_json:
+            print(json.dumps(project(merge_plan, workspace), indent=1))
+        else:
+            print("\n".join(plan_lines(merge_plan, workspace)))
+
+
+@app.command()
+def verify(
+    output: Output,
+    inputs: Annotated[bool, typer.Option("--inputs", help="Compare the inputs' stamps too.")] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose storage options apply (endpoints, anonymous access).")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every published file again and hold it against the manifest. Exit 4 with one line per finding."""
+    from stockflow.recipe import load_recipe
+    from stockflow.storage import StorageConfig
+    from stockflow.verify import summary_lines
+    from stockflow.verify import verify as verify_output
+
+    with _exit_codes():
+        config = load_recipe(recipe).storage if recipe else StorageConfig()
+        result = verify_output(output, config, inputs=inputs)
+        if as_json:
+            findings = [{"where": finding.where, "problem": finding.problem} for finding in result.findings]
+            print(json.dumps({"output": result.output_url, "plan_id": result.plan_id, "findings": findings}, indent=1))
+        elif result.findings or not quiet:
+            print("\n".join(summary_lines(result)))
+        if result.findings:
+            raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command()
+def demo(
+    folder: Annotated[str | None, typer.Argument(help="Where to work. Default: a new temporary folder.")] = None,
+    memory: Memory = None,
+    workers: Workers = None,
+    device: Device = DeviceName.auto,
+) -> None:
+    """Train small language models, merge them with Model Stock, verify, and compare: two minutes, no network."""
+    import tempfile
+    from pathlib import Path
+
+    from stockflow.demo.story import demo_tables, run_demo
+    from stockflow.errors import OutputConflictError
+
+    with _exit_codes():
+        where = Path(folder or tempfile.mkdtemp(prefix="stockflow-demo-")).absolute()
+        if where.exists() and any(where.iterdir()):
+            raise OutputConflictError(f"{where} is not empty; name a new folder for the demo")
+        where.mkdir(parents=True, exist_ok=True)
+        result = run_demo(where, _options(memory, None, workers, device, overwrite=False), print)
+        print(f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}")
+        if result.verification.findings:
+            raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from stockflow.recipe import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=1))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _is_on_ray(executor: ExecutorName | None) -> bool:
+    return executor is ExecutorName.ray or (executor is None and bool(os.environ.get("RAY_ADDRESS")))
+
+
+def _in_this_process(spec: "WorkerSpec", shards: "Sequence[ShardPlan]", observer: "Observer") -> "Iterator[Receipt]":
+    from stockflow.execution import in_this_process
+
+    return in_this_process(spec, shards, observer)
+
+
+def _on_ray(
+    workers: int | None,
+    gpus_per_worker: float,
+    spec: "WorkerSpec",
+    shards: "Sequence[ShardPlan]",
+    observer: "Observer",
+) -> "Iterator[Receipt]":
+    from stockflow.execution import on_ray
+    from stockflow.executors.ray import RayOptions
+
+    return on_ray(spec, shards, observer, RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker))
+
+
+def _inputs(recipe: str) -> "Inputs":
+    from stockflow.driver import Inputs
+    from stockflow.recipe import load_recipe
+
+    return Inputs.open(load_recipe(recipe))
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn errors into one clear message and the exit code of their kind."""
+    try:
+        yield
+    except StockflowError as error:
+        print(f"stockflow: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_USER) from None
+    except Exception:
+        traceback.print_exc()
+        print("stockflow: this is a bug in stockflow; please report the lines above", file=sys.stderr)
+        raise typer.Exit(EXIT_BUG) from None
+
+
+def _options(
+    memory: str | None,
+    shard_size: str | None,
+    workers: int | None,
+    device: DeviceName,
+    overwrite: bool,
+    *,
+    on_ray: bool = False,
+) -> "MergeOptions":
+    from stockflow.budget import default_memory
+    from stockflow.driver import MergeOptions
+
+    cores = len(os.sched_getaffinity(0))
+    # A Ray worker has one CPU slot, so it computes on one thread and shares the node with the others.
+    return MergeOptions(
+        memory_bytes=_size("--memory", memory) or default_memory(num_slots=(workers or cores) if on_ray else 1),
+        num_threads=1 if on_ray else workers or cores,
+        device=device.value,
+        shard_size=_size("--shard-size", shard_size),
+        overwrite=overwrite,
+    )
+
+
+def _size(option: str, text: str | None) -> int | None:
+    from stockflow.recipe import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except RecipeError as error:
+        raise RecipeError(f"{option}: {error}") from None

@@ -1,0 +1,126 @@
+"""The demo: train, plan, merge, verify, compare. Real parts throughout; whatever the numbers are, they are printed."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stockflow import driver
+from stockflow.card import by_kind, mean, shown
+from stockflow.demo import DemoInputs, held_out_loss, make_checkpoints
+from stockflow.describe import plan_lines, result_lines
+from stockflow.driver import MergeOptions, MergeResult
+from stockflow.execution import in_this_process
+from stockflow.manifest import tensors_key
+from stockflow.receipts import TensorFacts
+from stockflow.recipe import load_recipe
+from stockflow.reporting import Silent
+from stockflow.storage import StorageConfig
+from stockflow.tables import read_facts
+from stockflow.verify import Verification, summary_lines, verify
+
+SHARD_BYTES = 2_000_000
+"""Small, so that the demo's small model makes several shards."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; losses are in nats per byte of held-out text."""
+
+    losses: dict[str, float]
+    ratios: dict[str, tuple[int, float | None, float | None, float | None]]
+    """per kind of layer: tensors, mean cosine, mean ratio, mean ratio by the two-model formula"""
+    verification: Verification
+    seconds: float
+
+
+def run_demo(folder: Path, options: MergeOptions, say: Say) -> DemoResult:
+    """Make checkpoints in ``folder``, merge them twice, verify, and measure every model.
+
+    Args:
+        folder: an empty folder; everything the demo makes stays there.
+        options: memory, threads and device of the merges.
+        say: called with each line for the reader.
+    """
+    started = time.perf_counter()
+    say(f"1. training a small language model and four fine-tuned ones in {folder} (about a minute)")
+    inputs = make_checkpoints(folder, lambda line: say(f"   {line}"))
+    stock_recipe, average_recipe = _write_recipes(folder, inputs)
+    say(f"\n2. stockflow plan {stock_recipe} {folder / 'model-stock'}")
+    plan, workspace = driver.plan_merge(_open(stock_recipe), str(folder / "model-stock"), options)
+    for line in plan_lines(plan, workspace):
+        say(f"   {line}")
+    say(f"\n3. stockflow merge {stock_recipe} {folder / 'model-stock'}")
+    stock = _merge(stock_recipe, folder / "model-stock", options)
+    for line in result_lines(stock):
+        say(f"   {line}")
+    _merge(average_recipe, folder / "average", options)
+    say(f"\n4. stockflow verify {folder / 'model-stock'}")
+    verification = verify(str(folder / "model-stock"), StorageConfig(), inputs=True)
+    for line in summary_lines(verification):
+        say(f"   {line}")
+    say("\n5. measuring all models on text none of them has read")
+    folders = {
+        "base": inputs.base,
+        **inputs.tuned,
+        "plain average": folder / "average",
+        "Model Stock": folder / "model-stock",
+    }
+    losses = {name: held_out_loss(model) for name, model in folders.items()}
+    facts = read_facts(folder / "model-stock" / tensors_key(stock.plan.plan_id))
+    return DemoResult(losses, _ratios(facts), verification, time.perf_counter() - started)
+
+
+def demo_tables(result: DemoResult) -> str:
+    """Return the two tables of the demo as text."""
+    base = result.losses["base"]
+    best_tuned = min(list(result.losses.values())[1:-2])
+    lines = ["held-out loss (nats per byte; lower is better)", ""]
+    for name, loss in result.losses.items():
+        lines.append(f"  {name:<24} {loss:.4f}   {loss - base:+.4f} against base")
+    lines += [
+        "",
+        f"  best fine-tuned {best_tuned:.4f}, plain average {result.losses['plain average']:.4f}, "
+        f"Model Stock {result.losses['Model Stock']:.4f}",
+        "",
+        "ratio t by kind of layer (legacy: the two-model formula, which is wrong for these four models)",
+        "",
+        f"  {'kind':<12} {'tensors':>7} {'mean cos':>9} {'mean t':>8} {'legacy t':>9}",
+    ]
+    for kind, (count, cosine, ratio, legacy) in result.ratios.items():
+        lines.append(f"  {kind:<12} {count:>7} {shown(cosine):>9} {shown(ratio):>8} {shown(legacy):>9}")
+    return "\n".join(lines)
+
+
+def _write_recipes(folder: Path, inputs: DemoInputs) -> tuple[Path, Path]:
+    models = "".join(f"  - model: {path}\n" for path in inputs.tuned.values())
+    head = f"base_model: {inputs.base}\nmodels:\n{models}dtype: bfloat16\n"
+    stock, average = folder / "model-stock.yaml", folder / "average.yaml"
+    size = f"stockflow:\n  shard_size: {SHARD_BYTES}\n"
+    stock.write_text(f"merge_method: model_stock\n{head}{size}")
+    average.write_text(f"merge_method: linear\n{head}parameters:\n  weight: 1.0\n{size}")
+    return stock, average
+
+
+def _open(recipe: Path) -> driver.Inputs:
+    return driver.Inputs.open(load_recipe(str(recipe)))
+
+
+def _merge(recipe: Path, output: Path, options: MergeOptions) -> MergeResult:
+    return driver.merge(_open(recipe), str(output), options, in_this_process, Silent())
+
+
+def _ratios(
+    rows: Sequence[TensorFacts],
+) -> dict[str, tuple[int, float | None, float | None, float | None]]:
+    return {
+        kind: (
+            len(members),
+            mean([row.mean_cosine for row in members]),
+            mean([row.ratio for row in members]),
+            mean([row.legacy_ratio for row in members]),
+        )
+        for kind, members in by_kind(rows).items()
+    }

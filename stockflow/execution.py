@@ -1,0 +1,80 @@
+"""Where shards are merged: the glue between the driver and an executor."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stockflow.driver import MAX_RECEIPT_BYTES, Observer
+from stockflow.errors import CheckpointError, NotFoundError, PlanError
+from stockflow.executors import local
+from stockflow.manifest import read_claim, receipt_key
+from stockflow.plan import ShardPlan
+from stockflow.receipts import Receipt
+from stockflow.storage import open_store, read_small, redact
+from stockflow.worker import OnBytes, Worker, WorkerSpec
+
+if TYPE_CHECKING:
+    from stockflow.executors import ray
+
+
+def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+    """Merge shards here, one after the other, on the worker's threads."""
+    worker = Worker(spec)
+    try:
+        yield from local.run(lambda shard: worker.merge(shard, observer.on_bytes), shards)
+    finally:
+        worker.close()
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    """Makes a worker in a process somewhere else; what Ray ships instead of clients and threads."""
+
+    spec: WorkerSpec
+
+    def __call__(self) -> Callable[[ShardPlan, OnBytes], str]:
+        """Return what merges a shard there and gives its file name.
+
+        Raises:
+            PlanError: this node does not see the output prefix that the driver claimed.
+        """
+        check_output_is_shared(self.spec)
+        worker = Worker(self.spec)
+        return lambda shard, on_bytes: worker.merge(shard, on_bytes).file
+
+
+def check_output_is_shared(spec: WorkerSpec) -> None:
+    """Refuse a node that does not see the claim of the driver: its shards would end up on a disk of its own.
+
+    Raises:
+        PlanError: the claim is not there, or is another one.
+    """
+    store = open_store(spec.output_url, spec.storage)
+    try:
+        seen = read_claim(store).plan_id
+    except (NotFoundError, CheckpointError):
+        seen = None
+    if seen != spec.plan_id:
+        raise PlanError(
+            f"a worker does not see the output {redact(spec.output_url)} that the driver claimed; on several nodes "
+            "use object storage, or a folder that all of them share"
+        )
+
+
+def on_ray(
+    spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer, options: "ray.RayOptions"
+) -> Iterator[Receipt]:
+    """Merge shards on the workers of a Ray cluster; only shards, file names and counters pass through Ray."""
+    from stockflow.executors import ray
+
+    store = open_store(spec.output_url, spec.storage)
+    files = ray.run(
+        StartWorker(spec),
+        shards,
+        size=lambda shard: shard.source_bytes,
+        options=options,
+        on_count=observer.on_bytes,
+    )
+    for file in files:
+        key = receipt_key(spec.plan_id, file)
+        yield Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)

@@ -1,0 +1,1 @@
+"""Executors: submit, wait, cancel. They know nothing about merging."""

@@ -1,0 +1,158 @@
+"""What makes an output official: its manifest, the claim on its prefix, and the names of everything in it."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from stockflow.errors import CheckpointError
+from stockflow.plan import CheckpointRef
+from stockflow.storage import Stamp, Store, read_small, redact
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_FORMAT = "stockflow-manifest-1"
+RECORDS = "_stockflow/"
+"""Folder of everything in an output that is not part of the model."""
+CLAIM_FILE = RECORDS + "claim.json"
+MAX_MANIFEST_BYTES = 256_000_000
+
+
+def receipt_folder(plan_id: str) -> str:
+    """Return the folder of a plan's receipts."""
+    return f"{RECORDS}{plan_id}/receipts/"
+
+
+def receipt_key(plan_id: str, file: str) -> str:
+    """Return where the receipt of a shard lies."""
+    return f"{receipt_folder(plan_id)}{file}.json"
+
+
+def plan_key(plan_id: str) -> str:
+    """Return where the plan lies."""
+    return f"{RECORDS}{plan_id}/plan.json"
+
+
+def progress_key(plan_id: str) -> str:
+    """Return where a running merge reports."""
+    return f"{RECORDS}{plan_id}/progress.json"
+
+
+def tensors_key(plan_id: str) -> str:
+    """Return where the table of tensor facts lies."""
+    return f"{RECORDS}{plan_id}/tensors.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedFile:
+    """Size and sha256 of one file of an output."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of a finished merge; an output prefix without one is not an output."""
+
+    plan_id: str
+    merge_id: str
+    recipe: str
+    inputs: tuple[CheckpointRef, ...]
+    pins: tuple[str, ...]
+    """per input, how its reads were held to the stamps"""
+    files: Mapping[str, PublishedFile]
+    numerics: int
+    numerics_classes: tuple[str, ...]
+    versions: Mapping[str, str]
+    summary: Mapping[str, float]
+
+    def to_json(self) -> bytes:
+        """Return the manifest as it is published."""
+        return (json.dumps({"format": MANIFEST_FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, payload: bytes, where: str) -> "Manifest":
+        """Parse a manifest.
+
+        Raises:
+            CheckpointError: it is not one.
+        """
+        try:
+            fields = json.loads(payload)
+            if fields.pop("format") != MANIFEST_FORMAT:
+                raise ValueError(f"expected format {MANIFEST_FORMAT!r}")
+            fields["inputs"] = tuple(
+                CheckpointRef(_text(item["url"]), {key: _stamp(**stamp) for key, stamp in item["files"].items()})
+                for item in fields["inputs"]
+            )
+            fields["files"] = {key: _published(**file) for key, file in fields["files"].items()}
+            for name in ("pins", "numerics_classes"):
+                fields[name] = tuple(fields[name])
+            for name in ("plan_id", "merge_id", "recipe"):
+                _text(fields[name])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{where} is not a manifest of stockflow: {error!r}") from None
+
+
+def _published(size: object, sha256: object) -> PublishedFile:
+    return PublishedFile(_count(size), _text(sha256))
+
+
+def _stamp(size: object, version: object) -> Stamp:
+    return Stamp(_count(size), _text(version))
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a size in bytes, found {value!r}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, found {value!r}")
+    return value
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Read the manifest of an output.
+
+    Raises:
+        NotFoundError: there is none.
+        CheckpointError: it cannot be read as one.
+    """
+    where = f"{redact(store.url)}/{MANIFEST_FILE}"
+    return Manifest.from_json(read_small(store, MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES), where)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who writes into a prefix."""
+
+    plan_id: str
+    heartbeat: float
+    """seconds since the epoch when the driver was last seen alive"""
+
+    @classmethod
+    def now(cls, plan_id: str) -> "Claim":
+        """Return a claim of this moment."""
+        return cls(plan_id, time.time())
+
+    def to_json(self) -> bytes:
+        """Return the claim as it lies in the prefix."""
+        return json.dumps(asdict(self)).encode()
+
+
+def read_claim(store: Store) -> Claim:
+    """Read the claim on a prefix.
+
+    Raises:
+        NotFoundError: there is none.
+        CheckpointError: it cannot be read as one.
+    """
+    try:
+        fields = json.loads(read_small(store, CLAIM_FILE, max_bytes=10_000))
+        return Claim(str(fields["plan_id"]), float(fields["heartbeat"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{redact(store.url)}/{CLAIM_FILE} is not a claim of stockflow: {error!r}") from None

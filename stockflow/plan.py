@@ -1,0 +1,410 @@
+"""The plan: the recipe made exact. What is read, how it is merged, what is written where.
+
+``make_plan`` is a pure function of the recipe and of what the checkpoints' headers say. Nothing of memory,
+workers, device, executor or clock is in a plan: equal plans give equal bytes.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from stockflow.checkpoint import Checkpoint, Extent
+from stockflow.errors import PlanError
+from stockflow.header import DTYPES, TensorSpec, encode_header
+from stockflow.methods import METHODS
+from stockflow.methods.protocol import Method, Parameters, Scope
+from stockflow.recipe import Recipe
+from stockflow.storage import Stamp, redact
+
+NUMERICS = 1
+"""Bumped with any change of a golden digest."""
+COPY = "copy"
+"""Pseudo-method: the donor's bytes, unchanged."""
+COPY_EQUAL = "copy_equal"
+"""Pseudo-method: the donor's bytes, after every source proved to hold the same ones."""
+SHARD_METADATA = {"format": "pt"}
+NUM_PROBLEMS_SHOWN = 20
+
+OnNonfinite = Literal["error", "propagate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input of an output tensor."""
+
+    checkpoint: int
+    """index into the plan's checkpoints"""
+    spec: TensorSpec
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class TensorJob:
+    """One output tensor: from which sources, by which method."""
+
+    output: TensorSpec
+    sources: tuple[Source, ...]
+    """the anchor (base or first model) first"""
+    method: str
+    parameters: Parameters
+    scope: Scope
+
+    @property
+    def num_elems(self) -> int:
+        """Elements to go through; a copy counts bytes, so that dtypes below a byte need no care."""
+        return self.output.num_bytes if self.is_copy else self.output.num_elems
+
+    @property
+    def group_elems(self) -> int:
+        """Elements that share one decision."""
+        shape = self.output.shape
+        if self.scope == "row" and len(shape) > 1:
+            return shape[-1]
+        if self.scope == "leading" and len(shape) > 2:
+            return math.prod(shape[1:])
+        return self.num_elems
+
+    def source_width(self, source: Source) -> int:
+        """Bytes per element of a source."""
+        return 1 if self.is_copy else DTYPES[source.spec.dtype].bits // 8
+
+    @property
+    def output_width(self) -> int:
+        """Bytes per element of the output."""
+        return 1 if self.is_copy else DTYPES[self.output.dtype].bits // 8
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether bytes are carried over instead of computed."""
+        return self.method in (COPY, COPY_EQUAL)
+
+    @property
+    def float_bits(self) -> Literal[32, 64]:
+        """Width of the working precision."""
+        specs = [self.output, *(source.spec for source in self.sources)]
+        return 64 if any(spec.dtype == "F64" for spec in specs) else 32
+
+    @property
+    def bytes_per_elem(self) -> int:
+        """Source bytes per element, all sources together."""
+        return sum(self.source_width(source) for source in self.sources)
+
+    @property
+    def num_statistic_passes(self) -> int:
+        """How often the sources are read before they are combined."""
+        return 0 if self.is_copy else METHODS[self.method].num_statistic_passes(self.float_bits)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: the unit of work of an executor."""
+
+    file: str
+    jobs: tuple[TensorJob, ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The first bytes of the file."""
+        return encode_header((job.output for job in self.jobs), SHARD_METADATA)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(job.output.num_bytes for job in self.jobs)
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Bytes of all sources, each counted once."""
+        return sum(source.spec.num_bytes for job in self.jobs for source in job.sources)
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """An input of the merge and the state of its files."""
+
+    url: str
+    files: Mapping[str, Stamp]
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file the output takes over from an input."""
+
+    checkpoint: int
+    key: str
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that decides the bytes of the output."""
+
+    checkpoints: tuple[CheckpointRef, ...]
+    donor: int
+    """index of the checkpoint that gave names, order, dtypes and config"""
+    shards: tuple[ShardPlan, ...]
+    side_files: tuple[SideFile, ...]
+    config: Mapping[str, object] | None
+    on_nonfinite: OnNonfinite
+    skipped: tuple[str, ...]
+    """tensors left out because a rule says so"""
+    notes: tuple[str, ...]
+    """what the user should know before starting"""
+
+    @cached_property
+    def plan_id(self) -> str:
+        """sha256 of everything that decides the output bytes, inputs with their locations and stamps."""
+        return _digest(self._canonical(with_inputs=True))
+
+    @cached_property
+    def merge_id(self) -> str:
+        """The same without locations and stamps: equal for the same merge of copies elsewhere."""
+        return _digest(self._canonical(with_inputs=False))
+
+    @cached_property
+    def num_output_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @cached_property
+    def num_source_bytes(self) -> int:
+        """Bytes of all sources, each counted once."""
+        return sum(shard.source_bytes for shard in self.shards)
+
+    @property
+    def jobs(self) -> Iterable[TensorJob]:
+        """All output tensors in order."""
+        return (job for shard in self.shards for job in shard.jobs)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the plan as plain JSON."""
+        return {
+            "format": "stockflow-plan-1",
+            "plan_id": self.plan_id,
+            "merge_id": self.merge_id,
+            "donor": self.donor,
+            "on_nonfinite": self.on_nonfinite,
+            "skipped": list(self.skipped),
+            "notes": list(self.notes),
+            **self._canonical(with_inputs=True),
+        }
+
+    def _canonical(self, *, with_inputs: bool) -> dict[str, object]:
+        settings: dict[str, int] = {}
+        shards = [
+            {
+                "file": shard.file,
+                "num_bytes": shard.num_bytes,
+                "tensors": [_canonical_job(job, settings, with_inputs=with_inputs) for job in shard.jobs],
+            }
+            for shard in self.shards
+        ]
+        return {
+            "numerics": NUMERICS,
+            "checkpoints": [_canonical_checkpoint(checkpoint) for checkpoint in self.checkpoints]
+            if with_inputs
+            else len(self.checkpoints),
+            "side_files": [
+                [side.checkpoint, side.key, *((side.stamp.size, side.stamp.version) if with_inputs else ())]
+                for side in self.side_files
+            ],
+            "settings": [json.loads(text) for text in settings],
+            "metadata": SHARD_METADATA,
+            "config": self.config,
+            "shards": shards,
+        }
+
+
+def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: int | None = None) -> MergePlan:
+    """Return the plan for a recipe and its opened checkpoints, in the order of ``recipe.checkpoints``.
+
+    Args:
+        recipe: what to merge how.
+        checkpoints: what their headers say.
+        shard_size: largest shard in bytes; default from the recipe, else from the output's size.
+
+    Raises:
+        PlanError: names, shapes or dtypes do not fit together; all differences are listed.
+    """
+    donor = checkpoints[recipe.donor]
+    problems = _unplanned_tensors(recipe, checkpoints)
+    jobs, skipped = [], [name for name in donor.specs if _action(recipe, name) == "skip"]
+    for spec in donor.specs.values():
+        if _action(recipe, spec.name) != "skip":
+            planned = _plan_tensor(recipe, checkpoints, spec)
+            if isinstance(planned, TensorJob):
+                jobs.append(planned)
+            else:
+                problems.extend(planned)
+    if problems:
+        raise PlanError(_all_problems(problems))
+    if not jobs:
+        reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"
+        raise PlanError(f"nothing is left to write: {reason}")
+    size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs)
+    side_donor = checkpoints[recipe.side_files_donor]
+    return MergePlan(
+        checkpoints=tuple(CheckpointRef(checkpoint.url, checkpoint.files) for checkpoint in checkpoints),
+        donor=recipe.donor,
+        shards=_cut_shards(jobs, size),
+        side_files=tuple(SideFile(recipe.side_files_donor, *item) for item in side_donor.side_files.items()),
+        config=donor.config,
+        on_nonfinite=recipe.stockflow.on_nonfinite,
+        skipped=tuple(skipped),
+        notes=_notes(donor, side_donor, skipped),
+    )
+
+
+def default_shard_size(jobs: Iterable[TensorJob]) -> int:
+    """Return a shard size in bytes that depends on the output alone: a 256th of it, from 256 MB to 5 GB."""
+    total = sum(job.output.num_bytes for job in jobs)
+    return min(max(total // 256, 256_000_000), 5_000_000_000)
+
+
+def _action(recipe: Recipe, name: str) -> str | None:
+    rule = recipe.rule_for(name)
+    return rule.action if rule else None
+
+
+def _unplanned_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Tensors that some checkpoint has and the donor lacks, unless a rule skips them."""
+    donor = checkpoints[recipe.donor]
+    holders: dict[str, list[int]] = {}
+    for index, checkpoint in enumerate(checkpoints):
+        for name in checkpoint.specs.keys() - donor.specs.keys():
+            holders.setdefault(name, []).append(index)
+    return [
+        f"{name!r} is in {_names(checkpoints, holders[name])} but not in {redact(donor.url)}, which gives the "
+        "output its names; a rule with `action: skip` leaves it out"
+        for name in sorted(holders)
+        if _action(recipe, name) != "skip"
+    ]
+
+
+def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: TensorSpec) -> TensorJob | list[str]:
+    """The job for one tensor of the donor, or what stands against it."""
+    name, rule = spec.name, recipe.rule_for(spec.name)
+    donor = Source(recipe.donor, spec, checkpoints[recipe.donor].extents[name])
+    if rule is not None and rule.action == "copy":
+        return TensorJob(spec, (donor,), COPY, Parameters(), "tensor")
+    method = recipe.method_for(rule)
+    indices = recipe.sources(method)
+    absent = [index for index in range(len(checkpoints)) if name not in checkpoints[index].specs]
+    if absent:
+        return [
+            f"{name!r} is missing in {_names(checkpoints, absent)}; a rule with `action: copy` takes it from "
+            f"{redact(checkpoints[recipe.donor].url)}, `action: skip` leaves it out"
+        ]
+    sources = tuple(Source(i, checkpoints[i].specs[name], checkpoints[i].extents[name]) for i in indices)
+    problems = _mismatches(checkpoints, spec, (donor, *sources))
+    if problems:
+        return problems
+    if spec.kind != "float":
+        return TensorJob(spec, (donor, *(s for s in sources if s != donor)), COPY_EQUAL, Parameters(), "tensor")
+    output = TensorSpec(name, recipe.output_dtype or spec.dtype, spec.shape)
+    if not output.num_elems:
+        return TensorJob(output, (donor,), COPY, Parameters(), "tensor")
+    return TensorJob(
+        output=output,
+        sources=sources,
+        method=method.name,
+        parameters=recipe.parameters_for(method, name, rule),
+        scope=recipe.scope_for(method, name, rule),
+    )
+
+
+def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, sources: Sequence[Source]) -> list[str]:
+    def differs(source: Source, found: object, expected: object) -> str:
+        where = redact(checkpoints[source.checkpoint].url)
+        return f"{spec.name!r} is {found} in {where}, expected {expected} as in {donor_url}"
+
+    donor_url = redact(checkpoints[sources[0].checkpoint].url)
+    problems = []
+    for source in sources:
+        if source.spec.kind == "packed":
+            where = redact(checkpoints[source.checkpoint].url)
+            problems.append(
+                f"{spec.name!r} is {source.spec.dtype} in {where}; FP8 and packed formats are not merged yet; "
+                "convert the checkpoint, or name the tensor in a rule with `action: copy`"
+            )
+        elif source.spec.shape != spec.shape:
+            problems.append(differs(source, list(source.spec.shape), list(spec.shape)))
+        elif source.spec.kind != spec.kind or (spec.kind != "float" and source.spec.dtype != spec.dtype):
+            problems.append(differs(source, source.spec.dtype, spec.dtype))
+    return list(dict.fromkeys(problems))
+
+
+def _names(checkpoints: Sequence[Checkpoint], indices: Sequence[int]) -> str:
+    return ", ".join(redact(checkpoints[index].url) for index in indices)
+
+
+def _all_problems(problems: Sequence[str]) -> str:
+    shown = "\n  ".join(problems[:NUM_PROBLEMS_SHOWN])
+    hidden = len(problems) - NUM_PROBLEMS_SHOWN
+    more = f"\n  ... and {hidden} more" if hidden > 0 else ""
+    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"these checkpoints cannot be merged as they are, {count}:\n  {shown}{more}"
+
+
+def _notes(donor: Checkpoint, side_donor: Checkpoint, skipped: Sequence[str]) -> tuple[str, ...]:
+    notes = []
+    if skipped:
+        notes.append(f"{len(skipped)} tensors are left out by rules: {', '.join(skipped[:3])} ...")
+    if donor.config is None:
+        notes.append(f"{redact(donor.url)} has no config.json, so the output will have none")
+    for key in side_donor.omitted_side_files:
+        notes.append(f"{key} is larger than 64 MB and will not be copied")
+    return tuple(notes)
+
+
+def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, ...]:
+    """Fill shards in order up to ``shard_size``; a larger tensor gets a shard of its own."""
+    contents: list[list[TensorJob]] = [[]]
+    filled = 0
+    for job in jobs:
+        if contents[-1] and filled + job.output.num_bytes > shard_size:
+            contents.append([])
+            filled = 0
+        contents[-1].append(job)
+        filled += job.output.num_bytes
+    if len(contents) == 1:
+        return (ShardPlan("model.safetensors", tuple(contents[0])),)
+    return tuple(
+        ShardPlan(f"model-{index:05d}-of-{len(contents):05d}.safetensors", tuple(content))
+        for index, content in enumerate(contents, start=1)
+    )
+
+
+def _canonical_job(job: TensorJob, settings: dict[str, int], *, with_inputs: bool) -> list[object]:
+    setting = json.dumps(
+        [job.method, job.scope, dict(job.parameters.shared), dict(job.parameters.per_model)], sort_keys=True
+    )
+    sources = [
+        [
+            source.checkpoint,
+            source.spec.dtype,
+            *((source.extent.file, source.extent.start) if with_inputs else ()),
+        ]
+        for source in job.sources
+    ]
+    index = settings.setdefault(setting, len(settings))
+    return [job.output.name, job.output.dtype, list(job.output.shape), index, sources]
+
+
+def _canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:
+    files = {key: [stamp.size, stamp.version] for key, stamp in sorted(checkpoint.files.items())}
+    return {"url": redact(checkpoint.url), "files": files}
+
+
+def _digest(canonical: object) -> str:
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def method_of(job: TensorJob) -> Method | None:
+    """Return the merge method of a job, None for a copy."""
+    return None if job.is_copy else METHODS[job.method]

@@ -1,0 +1,281 @@
+"""A worker: one process that merges shards, one after the other, within its memory budget."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stockflow import kernels
+from stockflow.budget import (
+    BASELINE_BYTES,
+    MIB,
+    NUM_OUT_BUFFERS,
+    OBJECT_CLIENT_BYTES,
+    Workspace,
+    divide,
+    scratch_bytes,
+)
+from stockflow.errors import PlanError
+from stockflow.manifest import receipt_key
+from stockflow.merging import Ledger, StageClock, UnitMerger
+from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
+from stockflow.reader import Prefetcher
+from stockflow.receipts import Receipt, TensorFacts
+from stockflow.schedule import schedule
+from stockflow.storage import StorageConfig, check_stamp, open_store
+from stockflow.units import LargeUnit, LoadedPiece, PackedUnit, Unit
+from stockflow.writer import OrderedWriter
+
+Device = Literal["auto", "cpu", "cuda"]
+
+GROWTH_BYTES = 96 * MIB
+"""What a process still grows after its imports: lazily loaded code of torch, thread stacks, small allocations."""
+NUM_LOCAL_READERS = 2
+NUM_OBJECT_READERS = 16
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What every worker of a merge is told: where things are and what it may use."""
+
+    plan_id: str
+    checkpoints: tuple[CheckpointRef, ...]
+    output_url: str
+    storage: StorageConfig
+    on_nonfinite: OnNonfinite
+    memory_bytes: int
+    num_threads: int
+    device: Device = "auto"
+
+
+OnBytes = Callable[[int, int], None]
+"""Told of bytes read and bytes written, from several threads."""
+
+
+class Worker:
+    """Merges shards; clients, threads and scratch live as long as it does."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Open stores and choose the device.
+
+        Raises:
+            PlanError: a CUDA device is asked for and there is none.
+        """
+        self._spec = spec
+        self._device = choose_device(spec.device)
+        self._stores = [open_store(checkpoint.url, spec.storage) for checkpoint in spec.checkpoints]
+        self._output = open_store(spec.output_url, spec.storage, writable=True)
+        self._pool = ThreadPoolExecutor(spec.num_threads, thread_name_prefix="compute")
+        torch.set_num_threads(1)
+        self._baseline_bytes = self._measured_baseline()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def merge(self, shard: ShardPlan, on_bytes: OnBytes) -> Receipt:
+        """Merge one shard, write it and its receipt.
+
+        Raises:
+            UserError: the inputs changed, hold NaN, or the budget is too small.
+            StorageError: reading or writing failed after retries.
+        """
+        started = time.perf_counter()
+        retries_before = self._num_retries()
+        self._check_inputs(shard)
+        workspace = divide(
+            shard.jobs,
+            self._spec.memory_bytes,
+            num_threads=self._spec.num_threads,
+            baseline_bytes=self._baseline_bytes,
+        )
+        run = _ShardRun(self, shard, workspace, on_bytes)
+        run.execute()
+        self._check_inputs(shard)
+        seconds = {"total": time.perf_counter() - started, **run.seconds}
+        receipt = Receipt(
+            plan_id=self._spec.plan_id,
+            file=shard.file,
+            size=run.size,
+            sha256=run.sha256,
+            stamp=self._output.stamp(shard.file),
+            numerics_class=kernels.numerics_class(self._device),
+            bytes_read=run.bytes_read,
+            seconds={stage: round(value, 6) for stage, value in seconds.items()},
+            retries={"read": self._num_retries() - retries_before},
+            peak_memory_bytes=peak_memory_bytes(),
+            tensors=tuple(run.facts),
+        )
+        self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
+        return receipt
+
+    def _num_retries(self) -> int:
+        return sum(store.num_retries for store in self._stores)
+
+    def _check_inputs(self, shard: ShardPlan) -> None:
+        """Compare stamps where the store cannot pin a read to one."""
+        used = {(source.checkpoint, source.extent.file) for job in shard.jobs for source in job.sources}
+        for checkpoint, file in sorted(used):
+            store, expected = self._stores[checkpoint], self._spec.checkpoints[checkpoint].files[file]
+            if store.pin == "stat":
+                check_stamp(store, file, expected)
+
+    def _measured_baseline(self) -> int:
+        remote = any("://" in store.url for store in (*self._stores, self._output))
+        clients = OBJECT_CLIENT_BYTES if remote else 0
+        return max(BASELINE_BYTES[self._device.type], current_memory_bytes() + GROWTH_BYTES) + clients
+
+
+class _ShardRun:
+    """The state of one shard while it is merged."""
+
+    def __init__(self, worker: Worker, shard: ShardPlan, workspace: Workspace, on_bytes: OnBytes) -> None:
+        self._worker = worker
+        self._shard = shard
+        self._workspace = workspace
+        self._on_bytes = on_bytes
+        self._clock = StageClock()
+        self._pool = worker._pool
+        self._num_threads = worker._spec.num_threads
+        self._merger = UnitMerger(
+            worker._spec.checkpoints,
+            on_nonfinite=worker._spec.on_nonfinite,
+            scratch_bytes=max(scratch_bytes(job) for job in shard.jobs),
+            device=worker._device,
+            clock=self._clock,
+        )
+        self._ledgers: dict[str, Ledger] = {}
+        self.facts: list[TensorFacts] = []
+        self.seconds: dict[str, float] = {}
+        self.bytes_read = 0
+        self.size, self.sha256 = 0, ""
+
+    def execute(self) -> None:
+        """Read, merge and write everything; the shard appears at the end."""
+        worker, workspace = self._worker, self._workspace
+        local = all("://" not in store.url for store in worker._stores)
+        steps = list(schedule(self._shard.jobs, workspace))
+        with ExitStack() as stack:
+            sink = stack.enter_context(worker._output.create(self._shard.file, size=self._shard.num_bytes))
+            writer = stack.enter_context(
+                OrderedWriter(sink, num_buffers=NUM_OUT_BUFFERS, buffer_bytes=workspace.out_bytes)
+            )
+            prefetcher = stack.enter_context(
+                Prefetcher(
+                    steps,
+                    checkpoints=worker._spec.checkpoints,
+                    stores=worker._stores,
+                    workspace=workspace,
+                    num_readers=NUM_LOCAL_READERS if local else NUM_OBJECT_READERS,
+                    pin_memory=worker._device.type == "cuda",
+                    on_read=self._count_read,
+                )
+            )
+            writer.write(self._shard.header)
+            for step in steps:
+                if len(step.loads) == 1:
+                    self._merge_packed(prefetcher, writer)
+                else:
+                    self._merge_large(LargeUnit(step, prefetcher), writer)
+            self.size, self.sha256 = writer.finish()
+        self.seconds = {
+            **self._clock.seconds,
+            "hash": writer.hash_s,
+            "write": writer.write_s,
+            "wait_write": writer.wait_s,
+            "wait_read": prefetcher.wait_s,
+        }
+
+    def _merge_packed(self, prefetcher: Prefetcher, writer: OrderedWriter) -> None:
+        """Merge the units that share a load: side by side if there are enough, else span by span."""
+        loaded = prefetcher.next()
+        units = [PackedUnit(loaded, index) for index in range(len(loaded.load.pieces))]
+        buffer = writer.buffer()
+        ends = [0]
+        for unit in units:
+            ends.append(ends[-1] + unit.job.output_width * (unit.stop - unit.start))
+        targets = [buffer[start:stop] for start, stop in pairwise(ends)]
+        ledgers = [self._ledger_of(unit.job) for unit in units]
+        distinct = len({unit.job.output.name for unit in units}) == len(units)
+        side_by_side = distinct and len(units) >= 2 * self._num_threads
+
+        def merge(index: int) -> None:
+            def target(_: LoadedPiece) -> Tensor:
+                return targets[index]
+
+            map_spans = map if side_by_side else self._pool.map
+            self._merger.merge(units[index], target, ledgers[index], map_spans)
+
+        for _ in (self._pool.map if side_by_side else map)(merge, range(len(units))):
+            pass
+        for unit in units:
+            self._close_ledger_at_end(unit)
+        prefetcher.release(loaded)
+        self._emit(writer, buffer, ends[-1])
+
+    def _merge_large(self, unit: Unit, writer: OrderedWriter) -> None:
+        """Merge a unit over several loads, its spans side by side."""
+        filled: list[tuple[Tensor, int]] = []
+
+        def target(piece: LoadedPiece) -> Tensor:
+            self._emit_all(writer, filled)
+            buffer = writer.buffer()
+            num_bytes = unit.job.output_width * (piece.stop - piece.start)
+            filled.append((buffer, num_bytes))
+            return buffer[:num_bytes]
+
+        self._merger.merge(unit, target, self._ledger_of(unit.job), self._pool.map)
+        self._emit_all(writer, filled)
+        self._close_ledger_at_end(unit)
+
+    def _emit_all(self, writer: OrderedWriter, filled: list[tuple[Tensor, int]]) -> None:
+        while filled:
+            self._emit(writer, *filled.pop(0))
+
+    def _emit(self, writer: OrderedWriter, buffer: Tensor, num_bytes: int) -> None:
+        writer.emit(buffer, num_bytes)
+        self._on_bytes(0, num_bytes)
+
+    def _count_read(self, num_bytes: int) -> None:
+        self.bytes_read += num_bytes
+        self._on_bytes(num_bytes, 0)
+
+    def _ledger_of(self, job: TensorJob) -> Ledger:
+        return self._ledgers.setdefault(job.output.name, Ledger(job, self._shard.file))
+
+    def _close_ledger_at_end(self, unit: Unit) -> None:
+        if unit.stop == unit.job.num_elems:
+            self.facts.append(self._ledgers.pop(unit.job.output.name).close())
+
+
+def choose_device(device: Device) -> torch.device:
+    """Return the device to compute on: what torch sees decides, not what a scheduler says.
+
+    Raises:
+        PlanError: ``cuda`` is asked for and torch sees no CUDA device.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build")
+    return torch.device("cuda" if device != "cpu" and available else "cpu")
+
+
+def current_memory_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory this process ever had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

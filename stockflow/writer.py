@@ -1,0 +1,90 @@
+"""The ordered writer: hashes and writes finished bytes while the next ones are computed."""
+
+import hashlib
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from stockflow.storage import Sink
+
+
+class OrderedWriter:
+    """Writes buffers in the order they are emitted; buffers are reused, so at most a few exist."""
+
+    def __init__(self, sink: Sink, *, num_buffers: int, buffer_bytes: int) -> None:
+        """Write to ``sink`` from a thread of our own, with ``num_buffers`` buffers of ``buffer_bytes``."""
+        self._sink = sink
+        self._buffer_bytes = buffer_bytes
+        self._num_unallocated = num_buffers
+        self._free: SimpleQueue[Tensor] = SimpleQueue()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: list[Future[None]] = []
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+        self.hash_s = 0.0
+        self.write_s = 0.0
+        self.wait_s = 0.0
+        """seconds the producer waited for a free buffer"""
+
+    def __enter__(self) -> "OrderedWriter":
+        """Start."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop what is not written yet; ``finish`` is what writes everything."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def write(self, payload: bytes) -> None:
+        """Append bytes that are not in a buffer of ours."""
+        self._append(memoryview(payload))
+
+    def buffer(self) -> Tensor:
+        """Return a buffer to fill, waiting for one if need be."""
+        started = time.perf_counter()
+        self._raise_failures()
+        if self._free.empty() and self._num_unallocated:
+            self._num_unallocated -= 1
+            return torch.empty(self._buffer_bytes, dtype=torch.uint8)
+        buffer = self._free.get()
+        self._raise_failures()
+        self.wait_s += time.perf_counter() - started
+        return buffer
+
+    def emit(self, buffer: Tensor, num_bytes: int) -> None:
+        """Hand over the first ``num_bytes`` of a buffer; it is written after all earlier ones."""
+        self._pending.append(self._pool.submit(self._write_buffer, buffer, num_bytes))
+
+    def finish(self) -> tuple[int, str]:
+        """Wait until everything is written; return size in bytes and sha256 in hex."""
+        for future in self._pending:
+            future.result()
+        return self.num_bytes, self._digest.hexdigest()
+
+    def _raise_failures(self) -> None:
+        while self._pending and self._pending[0].done():
+            self._pending.pop(0).result()
+
+    def _write_buffer(self, buffer: Tensor, num_bytes: int) -> None:
+        try:
+            self._append(memoryview(buffer.numpy().data)[:num_bytes])
+        finally:
+            self._free.put(buffer)
+
+    def _append(self, payload: memoryview) -> None:
+        started = time.perf_counter()
+        self._digest.update(payload)
+        hashed = time.perf_counter()
+        _write_all(self._sink, payload)
+        self.hash_s += hashed - started
+        self.write_s += time.perf_counter() - hashed
+        self.num_bytes += payload.nbytes
+
+
+def _write_all(sink: Sink, payload: memoryview) -> None:
+    """Write every byte: an unbuffered file may take fewer than it is given."""
+    while payload.nbytes:
+        written = sink.write(payload)
+        payload = payload[written if isinstance(written, int) else payload.nbytes :]

@@ -1,0 +1,433 @@
+"""A second opinion: every method in naive float64 over whole checkpoints. Shares no code with the product.
+
+Formulas are written as in the literature, on whole arrays, with no thought for memory; sums run in extended
+precision (``np.longdouble``, 64 bits of significand on x86), far more exact than what they judge.
+Signed zeros are not modelled, except that coefficients which are all zero return the base bit for bit.
+
+Shape suffixes: G groups that get their own decision, E elements of a group, N tuned models.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import deserialize
+
+Floats = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
+Scope = Literal["tensor", "row", "leading"]
+
+BLOCK_ELEMS = 1 << 20
+"""Bounds the extended-precision temporaries; sums are exact enough for any value."""
+
+
+class Format(NamedTuple):
+    """An IEEE binary format; its exponent bias is ``2**(exponent_bits - 1) - 1``."""
+
+    exponent_bits: int
+    mantissa_bits: int
+    carrier: type[np.unsignedinteger[Any]]
+
+
+FORMATS: dict[str, Format] = {
+    "BF16": Format(8, 7, np.uint16),
+    "F16": Format(5, 10, np.uint16),
+    "F32": Format(8, 23, np.uint32),
+    "F64": Format(11, 52, np.uint64),
+}
+"""The dtypes that are merged."""
+
+PLAIN: dict[str, str] = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
+    "I64": "<i8", "F8_E5M2": "u1", "F8_E4M3": "u1", "F8_E8M0": "u1", "F8_E5M2FNUZ": "u1", "F8_E4M3FNUZ": "u1",
+}  # fmt: skip
+"""The dtypes that are copied, as numpy reads them; 8-bit floats stay codes."""
+
+
+# --- numbers and bits ---------------------------------------------------------------------------------------
+
+
+def round_to(dtype: str, values: npt.ArrayLike) -> Array:
+    """Return the bit patterns of ``values``, each rounded once from float64, nearest even.
+
+    Overflow gives infinity, underflow goes through subnormals to zero, and every NaN is the quiet one.
+    """
+    exponent_bits, mantissa_bits, carrier = FORMATS[dtype]
+    source = np.asarray(values, dtype=np.float64)
+    bits = np.array(source.view(np.uint64))
+    if dtype == "F64":
+        return bits
+    negative = (bits >> np.uint64(63)).astype(np.int64)
+    biased = ((bits >> np.uint64(52)) & np.uint64(0x7FF)).astype(np.int64)
+    fraction = (bits & np.uint64((1 << 52) - 1)).astype(np.int64)
+
+    # |value| = significand * 2**(exponent - 52)
+    significand = np.where(biased > 0, fraction | (1 << 52), fraction)
+    exponent = np.maximum(biased, 1) - 1023
+    smallest_exponent = 2 - (1 << (exponent_bits - 1))
+
+    # Bits below the target's last place. From 54 on, everything is below half of it.
+    shift = np.minimum(52 - mantissa_bits + np.maximum(smallest_exponent - exponent, 0), 60)
+    kept = significand >> shift
+    remainder = significand - (kept << shift)
+    half = np.int64(1) << (shift - 1)
+    kept += (remainder > half) | ((remainder == half) & (kept % 2 == 1))
+
+    # A carry out of the mantissa moves into the exponent by itself: the codes are consecutive integers.
+    code = kept + (np.maximum(exponent - smallest_exponent, 0) << mantissa_bits)
+    infinity = ((1 << exponent_bits) - 1) << mantissa_bits
+    code = np.minimum(code, infinity)
+    code = np.where(biased == 0x7FF, infinity, code) | (negative << (exponent_bits + mantissa_bits))
+    code = np.where(np.isnan(source), infinity | (1 << (mantissa_bits - 1)), code)
+    return np.asarray(code, dtype=carrier)
+
+
+def widen(dtype: str, bits: Array) -> Floats:
+    """Return the exact float64 values of bit patterns."""
+    native = {"BF16": np.float32, "F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]
+    if dtype == "BF16":
+        bits = np.asarray(bits.astype(np.uint32) << 16)
+    # numpy calls the widening of a signalling NaN invalid.
+    with np.errstate(invalid="ignore"):
+        return np.asarray(bits.view(native), dtype=np.float64)
+
+
+def ulp_distance(dtype: str, left: Array, right: Array) -> Array:
+    """Return how many representable numbers apart two arrays of bit patterns are; +0 and -0 are 0 apart."""
+    exponent_bits, mantissa_bits, _ = FORMATS[dtype]
+    sign = 1 << (exponent_bits + mantissa_bits)
+
+    def place(bits: Array) -> npt.NDArray[np.int64]:
+        magnitude = np.asarray(bits & (sign - 1), dtype=np.int64)
+        return np.where(bits >= sign, -magnitude, magnitude)
+
+    return np.asarray(np.abs(place(left) - place(right)))
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint: float64 values of BF16, F16, F32, F64; everything else as it is stored."""
+
+    dtype: str
+    array: Array
+
+
+def load_checkpoint(folder: Path) -> dict[str, Stored]:
+    """Return every tensor of the checkpoint in ``folder``, by name."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return _load_file(folder / "model.safetensors")
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    found: dict[str, Stored] = {}
+    for file in sorted(set(weight_map.values())):
+        for name, stored in _load_file(folder / file).items():
+            assert weight_map[name] == file, f"{name} lies in {file}, the index says {weight_map[name]}"
+            found[name] = stored
+    assert found.keys() == weight_map.keys(), "the index names tensors that are in no file"
+    return found
+
+
+def _load_file(path: Path) -> dict[str, Stored]:
+    return {
+        name: Stored(entry["dtype"], _decode(entry["dtype"], entry["data"]).reshape(entry["shape"]))
+        for name, entry in deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    }
+
+
+def _decode(dtype: str, stored: bytes) -> Array:
+    if dtype in FORMATS:
+        return widen(dtype, np.frombuffer(stored, FORMATS[dtype].carrier))
+    return np.frombuffer(stored, PLAIN[dtype])
+
+
+# --- methods ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """What one output tensor must be, before it is rounded."""
+
+    out: Array
+    """float64, or the stored values of a copied tensor"""
+    facts: Mapping[str, Array] = field(default_factory=dict)
+    dtype: str = "F64"
+    """of the output"""
+
+    @property
+    def bits(self) -> Array:
+        """The output as stored: bit patterns of a float dtype, the plain values of any other."""
+        return round_to(self.dtype, self.out) if self.dtype in FORMATS else self.out
+
+
+def model_stock(
+    base: Floats,
+    tuned: Sequence[Floats],
+    *,
+    scope: Scope = "tensor",
+    on_negative: Literal["clamp", "extrapolate"] = "clamp",
+) -> OracleResult:
+    """Return ``w_0 + (t / N) sum_i d_i`` with ``t = N cos / (1 + (N - 1) cos)``, cos the mean of all pairs.
+
+    Facts: ``cosines`` [G, N, N], ``mean_cosine``, ``ratio``, ``legacy_ratio`` (NaN for cos <= 0) and
+    ``base_norm`` [G], ``delta_norms`` and ``coefficients`` [G, N].
+
+    Raises:
+        ZeroDivisionError: the task vectors of a group cancel, with ``extrapolate``.
+    """
+    num_tuned = len(tuned)
+    anchor_GE = _grouped(base, scope)
+    deltas = [_grouped(weights, scope) - anchor_GE for weights in tuned]
+    norms_GN = np.stack([np.sqrt(_dot(delta_GE, delta_GE)) for delta_GE in deltas], axis=1)
+    cosines_GNN = np.zeros((*norms_GN.shape, num_tuned), dtype=np.longdouble)
+    for i in range(num_tuned):
+        cosines_GNN[:, i, i] = norms_GN[:, i] > 0
+        for j in range(i):
+            size_G = norms_GN[:, i] * norms_GN[:, j]
+            cosine_G = np.where(size_G > 0, _dot(deltas[i], deltas[j]) / np.where(size_G > 0, size_G, 1), 0)
+            cosines_GNN[:, i, j] = cosines_GNN[:, j, i] = np.clip(cosine_G, -1, 1)
+    pairs = np.triu_indices(num_tuned, 1)
+    mean_G = cosines_GNN[:, pairs[0], pairs[1]].mean(axis=1)
+    ratio_G = np.array([_stock_ratio(float(cosine), num_tuned, on_negative) for cosine in mean_G])
+    coefficients_GN = np.repeat(ratio_G[:, None] / num_tuned, num_tuned, axis=1)
+    out_GE = anchor_GE.copy()
+    moved_G = ratio_G != 0
+    out_GE[moved_G] = _weighted_sum(
+        [anchor_GE[moved_G], *(delta_GE[moved_G] for delta_GE in deltas)],
+        [np.ones(int(moved_G.sum())), *coefficients_GN[moved_G].T],
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        legacy_G = np.where(mean_G > 0, 2 * mean_G / (1 + mean_G), np.nan)
+    facts = {
+        "cosines": cosines_GNN,
+        "mean_cosine": mean_G,
+        "ratio": ratio_G,
+        "legacy_ratio": legacy_G,
+        "base_norm": np.sqrt(_dot(anchor_GE, anchor_GE)),
+        "delta_norms": norms_GN,
+        "coefficients": coefficients_GN,
+    }
+    narrow = {key: value.astype(np.float64) for key, value in facts.items()}
+    return OracleResult(out_GE.reshape(base.shape), narrow)
+
+
+def linear(tensors: Sequence[Floats], weights: Sequence[float], *, normalize: bool = True) -> OracleResult:
+    """Return ``sum_i a_i w_i``, divided by ``sum_i a_i`` if ``normalize``."""
+    divisor = math.fsum(weights) if normalize else 1.0
+    coefficients = [np.longdouble(weight) / np.longdouble(divisor) for weight in weights]
+    return OracleResult(
+        _combine(tensors, coefficients), {"coefficients": np.array([coefficients], np.float64)}
+    )
+
+
+def task_arithmetic(
+    base: Floats,
+    tuned: Sequence[Floats],
+    weights: Sequence[float],
+    *,
+    lam: float = 1.0,
+    normalize: bool = False,
+) -> OracleResult:
+    """Return ``w_0 + lam * sum_i a_i d_i``, divided by ``sum_i a_i`` if ``normalize`` and that is >= 1e-8."""
+    total = math.fsum(weights)
+    divisor = total if normalize and abs(total) >= 1e-8 else 1.0
+    coefficients = [lam * weight / divisor for weight in weights]
+    out = _combine([base, *(tensor - base for tensor in tuned)], [1.0, *coefficients])
+    return OracleResult(out, {"coefficients": np.array([coefficients])})
+
+
+def slerp(base: Floats, tuned: Floats, t: float) -> OracleResult:
+    """Return ``sin((1-t) a)/sin(a) w_0 + sin(t a)/sin(a) w_1``; a straight line where |cos a| > 0.9995.
+
+    As in mergekit 0.1.5, a norm of at most 1e-8 is not divided out before the dot product.
+    Facts: ``dot`` [1], and ``coefficients`` [1, 2] of the two tensors.
+    """
+    sides = [tensor.reshape(1, -1) for tensor in (base, tuned)]
+    norms = [float(np.sqrt(_dot(side_GE, side_GE))[0]) for side_GE in sides]
+    units = [side_GE / norm if norm > 1e-8 else side_GE for side_GE, norm in zip(sides, norms, strict=True)]
+    dot = min(max(float(_dot(units[0], units[1])[0]), -1.0), 1.0)
+    if abs(dot) > 0.9995:
+        coefficients = [1.0 - t, t]
+        out = _combine([base, tuned - base], [1.0, t])
+    else:
+        angle = math.acos(dot)
+        coefficients = [math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
+        out = _combine([base, tuned], coefficients)
+    return OracleResult(out, {"dot": np.array([dot]), "coefficients": np.array([coefficients])})
+
+
+def ties(
+    base: Floats,
+    tuned: Sequence[Floats],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    *,
+    lam: float = 1.0,
+    normalize: bool = True,
+    float_bits: Literal[32, 64] = 32,
+) -> OracleResult:
+    """Return ``w_0 + lam * sum_i m_i a_i s(d_i) / Z``: trimmed, signs elected, averaged where they agree.
+
+    ``s`` keeps every element at least as large as the k-th largest, ``k = max(1, int(density * n))``; ``m_i``
+    is true where ``a_i s(d_i)`` has the sign of the sum over models (zero counts as +, a zero element never
+    agrees); ``Z = sum_i m_i a_i``, or 1 where that is zero or without ``normalize``. Task vectors are rounded
+    to ``float_bits``, because which elements are kept depends on it; everything after that is float64.
+
+    Facts: ``kept_shares`` [1, N], and ``margin`` (shape of the tensor), the size of the vote relative to the
+    sum of its parts: where it is near 0 but not 0, rounding in the product may elect the other sign.
+    """
+    working = np.float32 if float_bits == 32 else np.float64
+    trimmed, shares = [], []
+    for tensor, density in zip(tuned, densities, strict=True):
+        delta = (tensor.astype(working) - base.astype(working)).astype(np.float64)
+        kept = _largest(np.abs(delta), density)
+        trimmed.append(np.where(kept, delta, 0.0))
+        shares.append(float(kept.mean()) if kept.size else 0.0)
+    votes = [weight * delta for weight, delta in zip(weights, trimmed, strict=True)]
+    equal = [1.0] * len(votes)
+    vote, size = _combine(votes, equal), _combine([np.abs(weighted) for weighted in votes], equal)
+    elected = np.where(vote >= 0, 1.0, -1.0)
+    agreeing = [np.sign(weighted) == elected for weighted in votes]
+    total = _combine([weighted * agrees for weighted, agrees in zip(votes, agreeing, strict=True)], equal)
+    divisor = _combine([agrees.astype(np.float64) for agrees in agreeing], weights) if normalize else 1.0
+    out = base + lam * total / np.where(divisor == 0, 1.0, divisor)
+    margin = np.abs(vote) / np.where(size > 0, size, 1.0)
+    return OracleResult(np.asarray(out), {"kept_shares": np.array([shares]), "margin": margin})
+
+
+def _stock_ratio(cosine: float, num_tuned: int, on_negative: str) -> float:
+    if cosine == 0.0 or (cosine < 0.0 and on_negative == "clamp"):
+        return 0.0
+    denominator = 1.0 + (num_tuned - 1) * cosine
+    if denominator <= 0.0:
+        raise ZeroDivisionError(f"the {num_tuned} task vectors cancel: mean cosine {cosine!r}")
+    return num_tuned * cosine / denominator
+
+
+def _largest(magnitudes: Floats, density: float) -> npt.NDArray[np.bool_]:
+    if density >= 1.0 or magnitudes.size == 0:
+        return np.ones(magnitudes.shape, dtype=np.bool_)
+    if density <= 0.0:
+        return np.zeros(magnitudes.shape, dtype=np.bool_)
+    k = max(1, int(density * magnitudes.size))
+    return np.asarray(magnitudes >= np.sort(magnitudes, axis=None)[-k])
+
+
+def _grouped(tensor: Floats, scope: Scope) -> Floats:
+    if scope == "row" and tensor.ndim >= 1:
+        return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    if scope == "leading" and tensor.ndim >= 3:
+        return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+    return tensor.reshape(1, -1)
+
+
+def _dot(left_GE: Floats, right_GE: Floats) -> npt.NDArray[np.longdouble]:
+    """Return the product of each group, multiplied and summed in extended precision."""
+    total_G = np.zeros(left_GE.shape[0], dtype=np.longdouble)
+    for rows, columns in _blocks(left_GE.shape[0], left_GE.shape[1]):
+        wide = left_GE[rows, columns].astype(np.longdouble)
+        total_G[rows] += (wide * right_GE[rows, columns]).sum(axis=1)
+    return total_G
+
+
+def _weighted_sum(tensors: Sequence[Floats], weights_G: Sequence[Array]) -> Floats:
+    """Return ``sum_i weights_i tensors_i`` per group in extended precision, rounded once to float64."""
+    out_GE = np.empty_like(tensors[0], dtype=np.float64)
+    for rows, columns in _blocks(out_GE.shape[0], out_GE.shape[1]):
+        total = np.zeros(out_GE[rows, columns].shape, dtype=np.longdouble)
+        for tensor_GE, weight_G in zip(tensors, weights_G, strict=True):
+            total += tensor_GE[rows, columns] * weight_G[rows, None].astype(np.longdouble)
+        out_GE[rows, columns] = total
+    return out_GE
+
+
+def _combine(tensors: Sequence[Floats], weights: Sequence[float | np.longdouble]) -> Floats:
+    """Return ``sum_i weights_i tensors_i`` of whole tensors."""
+    weights_G = [np.array([weight], dtype=np.longdouble) for weight in weights]
+    return _weighted_sum([tensor.reshape(1, -1) for tensor in tensors], weights_G).reshape(tensors[0].shape)
+
+
+def _blocks(num_groups: int, num_elems: int) -> Iterator[tuple[slice, slice]]:
+    elem_step = max(1, min(num_elems, BLOCK_ELEMS))
+    group_step = max(1, BLOCK_ELEMS // elem_step)
+    for group in range(0, num_groups, group_step):
+        for elem in range(0, num_elems, elem_step):
+            yield slice(group, group + group_step), slice(elem, elem + elem_step)
+
+
+# --- whole checkpoints --------------------------------------------------------------------------------------
+
+
+def merge_folder(
+    method: str,
+    base_dir: Path | None,
+    tuned_dirs: Sequence[Path],
+    *,
+    out_dtype: str | None = None,
+    **parameters: Any,
+) -> dict[str, OracleResult]:
+    """Return what ``method`` makes of every tensor of the checkpoints, by name.
+
+    Args:
+        method: a name in ``METHODS``.
+        base_dir: also the donor of names and dtypes; the first model is if it is None. ``linear`` does not
+            count it: name it among ``tuned_dirs`` as well to do so.
+        tuned_dirs: the models, in recipe order.
+        out_dtype: of merged tensors, in the words of safetensors; the donor's own if None.
+        parameters: passed on: ``scope``, ``on_negative``, ``weights``, ``densities``, ``lam``, ``normalize``,
+            ``t``, the same for every tensor.
+
+    Raises:
+        ValueError: names or shapes differ, or a tensor that is not merged is not equal everywhere.
+    """
+    tuned = [load_checkpoint(folder) for folder in tuned_dirs]
+    base = load_checkpoint(base_dir) if base_dir is not None else None
+    checkpoints = tuned if base is None else [base, *tuned]
+    donor = checkpoints[0]
+    if any(checkpoint.keys() != donor.keys() for checkpoint in checkpoints):
+        raise ValueError("the checkpoints have different tensors")
+    results = {}
+    for name, (dtype, array) in donor.items():
+        sources = [checkpoint[name] for checkpoint in checkpoints]
+        if any(source.array.shape != array.shape for source in sources):
+            raise ValueError(f"{name!r} has different shapes")
+        if dtype in FORMATS:
+            merged = METHODS[method](sources[0], sources[-len(tuned) :], parameters)
+            results[name] = OracleResult(merged.out, merged.facts, out_dtype or dtype)
+        elif all(source.dtype == dtype and np.array_equal(source.array, array) for source in sources):
+            results[name] = OracleResult(array, {}, dtype)
+        else:
+            raise ValueError(f"{name!r} is {dtype} and not equal everywhere")
+    return results
+
+
+Rule = Callable[[Stored, Sequence[Stored], Mapping[str, Any]], OracleResult]
+
+
+def _slerp_of_stored(base: Stored, tuned: Sequence[Stored], parameters: Mapping[str, Any]) -> OracleResult:
+    (other,) = tuned
+    return slerp(base.array, other.array, **parameters)
+
+
+def _ties_of_stored(base: Stored, tuned: Sequence[Stored], parameters: Mapping[str, Any]) -> OracleResult:
+    float_bits: Literal[32, 64] = 64 if any(source.dtype == "F64" for source in (base, *tuned)) else 32
+    return ties(base.array, _arrays(tuned), float_bits=float_bits, **parameters)
+
+
+def _arrays(stored: Sequence[Stored]) -> list[Floats]:
+    return [tensor.array for tensor in stored]
+
+
+METHODS: dict[str, Rule] = {
+    "model_stock": lambda base, tuned, kw: model_stock(base.array, _arrays(tuned), **kw),
+    "linear": lambda _, tuned, kw: linear(_arrays(tuned), **kw),
+    "task_arithmetic": lambda base, tuned, kw: task_arithmetic(base.array, _arrays(tuned), **kw),
+    "slerp": _slerp_of_stored,
+    "ties": _ties_of_stored,
+}
