@@ -6,13 +6,14 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench test-scale test-ceph clean
+.PHONY: help demo test lint types bench test-scale test-ceph test-cluster clean
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
 	@echo "make test        the test suite (under five minutes, no network, no GPU)"
 	@echo "make lint types  ruff and mypy"
 	@echo "make test-scale  large tensors and the planning of 92,000 names"
+	@echo "make test-cluster  ray job submit, several nodes, a node drained"
 	@echo "make bench       time and memory of a merge against the I/O floor"
 
 $(BIN)/python:
@@ -44,6 +45,9 @@ test-scale: $(VENV)/.installed-dev
 
 test-ceph: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m ceph $(ARGS)
+
+test-cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.local_merge $(ARGS)

@@ -153,11 +153,14 @@ def plan(
 
     with _exit_codes():
         options = _options(memory, shard_size, workers, device, overwrite=False, on_ray=_is_on_ray(executor))
-        merge_plan, workspace = driver.plan_merge(_inputs(recipe), output, options)
-        if as_json:
-            print(json.dumps(project(merge_plan, workspace), indent=1))
-        else:
-            print("\n".join(plan_lines(merge_plan, workspace)))
+        opened = _inputs(recipe)
+        merge_plan, workspace = driver.plan_merge(opened, output, options)
+        notes = list(driver.output_notes(opened, output, merge_plan))
+        with driver.collector_paused():
+            if as_json:
+                print(json.dumps(project(merge_plan, workspace, notes), indent=1))
+            else:
+                print("\n".join(plan_lines(merge_plan, workspace, notes)))
 
 
 @app.command()
@@ -172,13 +175,15 @@ def verify(
 ) -> None:
     """Read every published file again and hold it against the manifest. Exit 4 with one line per finding."""
     from stockflow.recipe import load_recipe
+    from stockflow.reporting import counting
     from stockflow.storage import StorageConfig
     from stockflow.verify import summary_lines
     from stockflow.verify import verify as verify_output
 
     with _exit_codes():
         config = load_recipe(recipe).storage if recipe else StorageConfig()
-        result = verify_output(output, config, inputs=inputs)
+        with counting("verified", quiet=quiet) as on_bytes:
+            result = verify_output(output, config, inputs=inputs, on_bytes=on_bytes)
         if as_json:
             findings = [{"where": finding.where, "problem": finding.problem} for finding in result.findings]
             print(json.dumps({"output": result.output_url, "plan_id": result.plan_id, "findings": findings}, indent=1))
@@ -204,8 +209,8 @@ def demo(
 
     with _exit_codes():
         where = Path(folder or tempfile.mkdtemp(prefix="stockflow-demo-")).absolute()
-        if where.exists() and any(where.iterdir()):
-            raise OutputConflictError(f"{where} is not empty; name a new folder for the demo")
+        if where.exists() and not (where.is_dir() and not any(where.iterdir())):
+            raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo")
         where.mkdir(parents=True, exist_ok=True)
         result = run_demo(where, _options(memory, None, workers, device, overwrite=False), print)
         print(f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}")
@@ -218,7 +223,8 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from stockflow.recipe import recipe_schema
 
-    print(json.dumps(recipe_schema(), indent=1))
+    with _exit_codes():
+        print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
 def main() -> None:

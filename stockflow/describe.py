@@ -1,30 +1,44 @@
 """A plan and a result in words and numbers, for people and for programs."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from stockflow.budget import Workspace, mib
+from stockflow.budget import OPTIMAL_READ_BYTES, Workspace, gb, mib
 from stockflow.driver import MergeResult
 from stockflow.plan import MergePlan
-from stockflow.schedule import schedule, split_request
+from stockflow.schedule import Load, schedule
 from stockflow.storage import redact
 
 
-def project(plan: MergePlan, workspace: Workspace) -> dict[str, object]:
-    """Return what a merge of this plan will read, write and hold within the given memory.
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one worker with a given workspace reads; another budget reads the same bytes in other portions."""
 
-    Passes and requests are those of one worker with this workspace; a worker with more or less memory
-    reads the same bytes in other portions.
-    """
-    requests = bytes_read = 0
+    requests: int
+    bytes_to_read: int
+    passes: Mapping[int, int]
+    """number of tensors by how often they are read"""
+
+
+def traffic(plan: MergePlan, workspace: Workspace) -> Traffic:
+    """Return the requests, bytes and passes of a merge."""
+    requests = bytes_to_read = 0
     passes: Counter[int] = Counter()
     for shard in plan.shards:
         for step in schedule(shard.jobs, workspace):
             for load in step.loads:
-                requests += step.num_reads * sum(len(list(split_request(request))) for request in load.requests)
-                bytes_read += step.num_reads * sum(request.stop - request.start for request in load.requests)
+                sizes = request_sizes(load)
+                requests += step.num_reads * sum(-(-size // OPTIMAL_READ_BYTES) for size in sizes)
+                bytes_to_read += step.num_reads * sum(sizes)
             finished = [piece for piece in step.loads[-1].pieces if piece.stop == piece.job.num_elems]
             passes[step.num_reads] += len(finished)
+    return Traffic(requests, bytes_to_read, dict(sorted(passes.items())))
+
+
+def project(plan: MergePlan, workspace: Workspace, notes: Sequence[str] = ()) -> dict[str, object]:
+    """Return what a merge of this plan will read, write and hold, for programs."""
+    reading = traffic(plan, workspace)
     return {
         "plan_id": plan.plan_id,
         "merge_id": plan.merge_id,
@@ -42,31 +56,41 @@ def project(plan: MergePlan, workspace: Workspace) -> dict[str, object]:
         "skipped": list(plan.skipped),
         "side_files": [side.key for side in plan.side_files],
         "source_bytes": plan.num_source_bytes,
-        "bytes_to_read": bytes_read,
+        "bytes_to_read": reading.bytes_to_read,
         "bytes_to_write": plan.num_output_bytes,
-        "requests": requests,
-        "passes": {str(number): count for number, count in sorted(passes.items())},
+        "requests": reading.requests,
+        "passes": {str(number): count for number, count in reading.passes.items()},
         "projected_memory_bytes": workspace.projected_bytes,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *notes],
     }
 
 
-def plan_lines(plan: MergePlan, workspace: Workspace) -> Iterator[str]:
+def request_sizes(load: Load) -> list[int]:
+    """Return the bytes of each range of a load; for a load of one tensor without laying it out."""
+    if len(load.pieces) > 1:
+        return [request.stop - request.start for request in load.requests]
+    ((job, start, stop),) = load.pieces
+    return [width * (stop - start) for width in job.source_widths]
+
+
+def plan_lines(plan: MergePlan, workspace: Workspace, notes: Sequence[str] = ()) -> Iterator[str]:
     """Yield the dry run, line by line."""
-    facts = project(plan, workspace)
+    reading = traffic(plan, workspace)
     yield f"plan {plan.plan_id[:12]}"
     for index, checkpoint in enumerate(plan.checkpoints):
         total = sum(stamp.size for stamp in checkpoint.files.values())
         role = " (names, order, config)" if index == plan.donor else ""
         yield f"  input   {redact(checkpoint.url)}: {len(checkpoint.files)} files, {gb(total)}{role}"
-    methods = ", ".join(f"{count} by {name}" for name, count in sorted(Counter(j.method for j in plan.jobs).items()))
-    yield f"  tensors {facts['tensors']}: {methods}; {len(plan.skipped)} skipped"
+    methods = Counter(job.method for job in plan.jobs)
+    how = ", ".join(f"{count} by {name}" for name, count in sorted(methods.items()))
+    yield f"  tensors {methods.total()}: {how}; {len(plan.skipped)} skipped"
     smallest, largest = (pick(shard.num_bytes for shard in plan.shards) for pick in (min, max))
     yield f"  output  {len(plan.shards)} shards of {gb(smallest)} to {gb(largest)}, {gb(plan.num_output_bytes)} in all"
-    yield f"  read    {gb(facts['bytes_to_read'])} in {facts['requests']} requests"
-    yield f"  passes  {_passes(facts['passes'])}"
+    yield f"  read    {gb(reading.bytes_to_read)} in {reading.requests:,} requests"
+    times = (f"{count} tensors read {_times(number)}" for number, count in reading.passes.items())
+    yield f"  passes  {'; '.join(times)}"
     yield f"  memory  {mib(workspace.projected_bytes)} per worker projected"
-    for note in plan.notes:
+    for note in (*plan.notes, *notes):
         yield f"  note    {note}"
 
 
@@ -100,17 +124,5 @@ def result_lines(result: MergeResult) -> Iterator[str]:
     yield f"next: stockflow verify {where}"
 
 
-def _passes(passes: object) -> str:
-    assert isinstance(passes, dict)
-    return "; ".join(
-        f"{count} tensors read {'once' if number == '1' else number + ' times'}" for number, count in passes.items()
-    )
-
-
-def gb(num_bytes: object) -> str:
-    """Return a size for people, in decimal units as storage is sold."""
-    assert isinstance(num_bytes, int | float)
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"

@@ -23,8 +23,6 @@ survives pickling between processes. Anything else that escapes is our bug (exit
 
 from typing import ClassVar
 
-EXIT_OK = 0
-EXIT_DIFFERS = 1
 EXIT_USER = 2
 EXIT_STORAGE = 3
 EXIT_FINDINGS = 4

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stockflow.driver import MAX_RECEIPT_BYTES, Observer
+from stockflow.driver import Observer
 from stockflow.errors import CheckpointError, NotFoundError, PlanError
 from stockflow.executors import local
 from stockflow.manifest import read_claim, receipt_key
 from stockflow.plan import ShardPlan
+from stockflow.prefix import MAX_RECEIPT_BYTES
 from stockflow.receipts import Receipt
 from stockflow.storage import open_store, read_small, redact
 from stockflow.worker import OnBytes, Worker, WorkerSpec

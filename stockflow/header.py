@@ -8,7 +8,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from stockflow.errors import HeaderError
 
@@ -48,8 +48,7 @@ DTYPES: dict[str, Dtype] = {name: Dtype(name, *key) for key, names in _NAMES.ite
 """Every dtype of the format, by its name in a header."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Name, element type and shape of one tensor."""
 
     name: str
@@ -72,8 +71,7 @@ class TensorSpec:
         return DTYPES[self.dtype].kind
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedTensor:
+class PlacedTensor(NamedTuple):
     """A tensor and where its bytes lie in its file."""
 
     spec: TensorSpec
@@ -245,4 +243,6 @@ def _shown(found: object) -> str:
 
 def _are_sizes(value: object) -> bool:
     """Whether ``value`` is a list of plain integers in range; booleans and floats are not."""
-    return type(value) is list and all(type(item) is int and 0 <= item <= MAX_INTEGER for item in value)
+    if type(value) is not list or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) <= MAX_INTEGER)

@@ -10,6 +10,7 @@ B blocks of a group.
 """
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from stockflow.spans import GRAM_BLOCK, SPAN_ELEMS
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """The dtypes that are merged."""
 
-ROW_TILE = 4
-"""Rows that a matrix product computes side by side."""
+TILE_ROWS = 4
+"""Rows whose products MKL computes side by side, each in the same order of additions."""
 
 _SAFE_SQUARES = {torch.float32: (2.0**-60, 2.0**100), torch.float64: (2.0**-500, 2.0**900)}
 """Between these, the sum of squares of a block loses nothing to under- or overflow of single products."""
@@ -83,7 +84,7 @@ def block_products(rows_ME: Tensor, group_elems: int) -> Floats:
 
     ``rows_ME`` holds whole groups of ``group_elems``, or a run within one group that starts on a block
     boundary. Row 0 is the anchor, the others are negated task vectors; the products are those of
-    [w_0, d_1 .. d_N]. Non-finite input gives non-finite products.
+    [w_0, d_1 .. d_N]. Non-finite input gives non-finite products. The rows may be overwritten.
     """
     num_sources, num_elems = rows_ME.shape
     rows_MGK = rows_ME.view(num_sources, -1, min(group_elems, num_elems))
@@ -110,36 +111,49 @@ def _products(rows_MGBK: Tensor) -> Tensor:
     products_XMM = products_XMM.double()
     if suspect_XM.any():
         unsafe_X = (suspect_XM & (blocks_XMK.abs().amax(dim=2) != 0)).any(dim=1)
-        products_XMM[unsafe_X] = _scaled_products(blocks_XMK[unsafe_X])
+        if unsafe_X.any():
+            products_XMM = torch.where(unsafe_X[:, None, None], _scaled_products(blocks_XMK), products_XMM)
     return products_XMM.view(num_groups, num_blocks, num_sources, num_sources)
 
 
 def _batched_products(blocks_XMK: Tensor) -> Tensor:
     """Products of all rows with all rows, in which the order of the task vectors makes no difference.
 
-    A batched product adds up in the same order for every pair only if it has at most four rows or a multiple
-    of four (MKL in torch 2.13); with five, swapping two models changed their cosine by 4e-8. So the anchor is
-    multiplied apart from the task vectors, and more than four of those are filled up with zeros.
+    One large product does not add up alike for every pair: with five rows (MKL in torch 2.13) swapping two
+    models changed their cosine by 4e-8. Tiles of equal size do; where they overlap, they agree.
     """
-    deltas_XNK = blocks_XMK[:, 1:]
-    num_deltas = deltas_XNK.shape[1]
-    if num_deltas > ROW_TILE:
-        deltas_XNK = torch.nn.functional.pad(deltas_XNK, (0, 0, 0, -num_deltas % ROW_TILE))
-    products_XMM = blocks_XMK.new_empty(len(blocks_XMK), num_deltas + 1, num_deltas + 1)
-    among_XNN = torch.bmm(deltas_XNK, deltas_XNK.transpose(1, 2))
-    products_XMM[:, 1:, 1:] = among_XNN[:, :num_deltas, :num_deltas]
-    torch.bmm(blocks_XMK[:, :1], blocks_XMK.transpose(1, 2), out=products_XMM[:, :1])
+    num_sources = blocks_XMK.shape[1]
+    products_XMM = blocks_XMK.new_empty(len(blocks_XMK), num_sources, num_sources)
+    products_XMM[:, :1] = torch.bmm(blocks_XMK[:, :1], blocks_XMK.transpose(1, 2))
     products_XMM[:, 1:, 0] = products_XMM[:, 0, 1:]
+    for left, right in combinations_with_replacement(_tiles(num_sources - 1), 2):
+        products_XTT = torch.bmm(blocks_XMK[:, left], blocks_XMK[:, right].transpose(1, 2))
+        products_XMM[:, left, right] = products_XTT
+        products_XMM[:, right, left] = products_XTT.transpose(1, 2)
     return products_XMM
 
 
+def _tiles(num_deltas: int) -> list[slice]:
+    """The rows of all task vectors in runs of equal length, at most TILE_ROWS; the last may overlap its neighbour."""
+    num_tiles = -(-num_deltas // TILE_ROWS)
+    length = -(-num_deltas // num_tiles)
+    starts = [min(number * length, num_deltas - length) for number in range(num_tiles)]
+    return [slice(1 + start, 1 + start + length) for start in starts]
+
+
 def _scaled_products(blocks_XMK: Tensor) -> Tensor:
+    """Products of blocks whose rows are first brought to about 1, exactly and in place.
+
+    In place, because products depend on how rows lie in memory: a scaled block must give the very products
+    that it would give unscaled if nothing under- or overflowed.
+    """
     largest_XM = blocks_XMK.abs().amax(dim=2)
     _, exponent_XM = torch.frexp(torch.where(torch.isfinite(largest_XM), largest_XM, 1.0))
-    # Two exact steps: 2**-exponent itself may lie outside the range of float32.
+    # Two exact steps: 2**-exponent itself may lie outside the range of the working precision.
     half_XM = exponent_XM // 2
-    scaled_XMK = torch.ldexp(torch.ldexp(blocks_XMK, -half_XM[:, :, None]), (half_XM - exponent_XM)[:, :, None])
-    products_XMM = _batched_products(scaled_XMK).double()
+    for step_XM in (-half_XM, half_XM - exponent_XM):
+        blocks_XMK.ldexp_(step_XM[:, :, None].to(blocks_XMK.dtype))
+    products_XMM = _batched_products(blocks_XMK).double()
     return torch.ldexp(products_XMM, (exponent_XM[:, :, None] + exponent_XM[:, None, :]).double())
 
 
@@ -155,6 +169,8 @@ def combine_anchored(rows_ME: Tensor, weights_GN: Floats) -> Tensor:
     Expects rows as ``subtract_from_anchor`` leaves them and one weight per group and task vector.
     Multiplications and additions are rounded separately, in recipe order.
     """
+    if len(rows_ME) == 1:
+        return rows_ME[0]
     if np.all(weights_GN == weights_GN[:, :1]):
         total_E = _sum_rows(rows_ME[1:])
         _scale(total_E, weights_GN[:, 0])

@@ -67,7 +67,7 @@ class Ledger:
             self.facts.setdefault(name, []).append(values_G)
         flags = dict(coefficients.flags)
         if gram is not None:
-            self.squares.append(np.diagonal(gram.products_GMM, axis1=1, axis2=2))
+            self.squares.append(np.diagonal(gram.products_GMM, axis1=1, axis2=2).copy())  # a view would keep it all
             flags["zero_delta"] = gram.zero_deltas_GN.any(axis=1)
         for name, flags_G in flags.items():
             self.flags[name] = self.flags.get(name, 0) + int(np.count_nonzero(flags_G))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from stockflow.checkpoint import Checkpoint, Extent
 from stockflow.errors import PlanError
@@ -32,8 +32,7 @@ NUM_PROBLEMS_SHOWN = 20
 OnNonfinite = Literal["error", "propagate"]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """One input of an output tensor."""
 
     checkpoint: int
@@ -42,7 +41,7 @@ class Source:
     extent: Extent
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorJob:
     """One output tensor: from which sources, by which method."""
 
@@ -53,12 +52,12 @@ class TensorJob:
     parameters: Parameters
     scope: Scope
 
-    @property
+    @cached_property
     def num_elems(self) -> int:
         """Elements to go through; a copy counts bytes, so that dtypes below a byte need no care."""
         return self.output.num_bytes if self.is_copy else self.output.num_elems
 
-    @property
+    @cached_property
     def group_elems(self) -> int:
         """Elements that share one decision."""
         shape = self.output.shape
@@ -68,30 +67,33 @@ class TensorJob:
             return math.prod(shape[1:])
         return self.num_elems
 
-    def source_width(self, source: Source) -> int:
-        """Bytes per element of a source."""
-        return 1 if self.is_copy else DTYPES[source.spec.dtype].bits // 8
+    @cached_property
+    def source_widths(self) -> tuple[int, ...]:
+        """Bytes per element of each source."""
+        if self.is_copy:
+            return (1,) * len(self.sources)
+        return tuple(DTYPES[source.spec.dtype].bits // 8 for source in self.sources)
 
     @property
     def output_width(self) -> int:
         """Bytes per element of the output."""
         return 1 if self.is_copy else DTYPES[self.output.dtype].bits // 8
 
-    @property
+    @cached_property
     def is_copy(self) -> bool:
         """Whether bytes are carried over instead of computed."""
         return self.method in (COPY, COPY_EQUAL)
 
-    @property
+    @cached_property
     def float_bits(self) -> Literal[32, 64]:
         """Width of the working precision."""
         specs = [self.output, *(source.spec for source in self.sources)]
         return 64 if any(spec.dtype == "F64" for spec in specs) else 32
 
-    @property
+    @cached_property
     def bytes_per_elem(self) -> int:
         """Source bytes per element, all sources together."""
-        return sum(self.source_width(source) for source in self.sources)
+        return sum(self.source_widths)
 
     @property
     def num_statistic_passes(self) -> int:
@@ -194,7 +196,7 @@ class MergePlan:
         }
 
     def _canonical(self, *, with_inputs: bool) -> dict[str, object]:
-        settings: dict[str, int] = {}
+        settings = _Settings()
         shards = [
             {
                 "file": shard.file,
@@ -212,7 +214,7 @@ class MergePlan:
                 [side.checkpoint, side.key, *((side.stamp.size, side.stamp.version) if with_inputs else ())]
                 for side in self.side_files
             ],
-            "settings": [json.loads(text) for text in settings],
+            "settings": [json.loads(text) for text in settings.texts],
             "metadata": SHARD_METADATA,
             "config": self.config,
             "shards": shards,
@@ -300,7 +302,8 @@ def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: Tensor
             f"{redact(checkpoints[recipe.donor].url)}, `action: skip` leaves it out"
         ]
     sources = tuple(Source(i, checkpoints[i].specs[name], checkpoints[i].extents[name]) for i in indices)
-    problems = _mismatches(checkpoints, spec, (donor, *sources))
+    alike = spec.kind != "packed" and all(source.spec == spec for source in sources)
+    problems = [] if alike else _mismatches(checkpoints, spec, (donor, *sources))
     if problems:
         return problems
     if spec.kind != "float":
@@ -366,7 +369,7 @@ def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, 
     contents: list[list[TensorJob]] = [[]]
     filled = 0
     for job in jobs:
-        if contents[-1] and filled + job.output.num_bytes > shard_size:
+        if filled and filled + job.output.num_bytes > shard_size:
             contents.append([])
             filled = 0
         contents[-1].append(job)
@@ -379,20 +382,28 @@ def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, 
     )
 
 
-def _canonical_job(job: TensorJob, settings: dict[str, int], *, with_inputs: bool) -> list[object]:
-    setting = json.dumps(
-        [job.method, job.scope, dict(job.parameters.shared), dict(job.parameters.per_model)], sort_keys=True
-    )
-    sources = [
-        [
-            source.checkpoint,
-            source.spec.dtype,
-            *((source.extent.file, source.extent.start) if with_inputs else ()),
-        ]
-        for source in job.sources
-    ]
-    index = settings.setdefault(setting, len(settings))
-    return [job.output.name, job.output.dtype, list(job.output.shape), index, sources]
+class _Settings:
+    """The distinct ways tensors are merged, numbered in order of appearance."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, int] = {}
+        self._by_identity: dict[tuple[str, Scope, int], int] = {}
+
+    def number(self, job: TensorJob) -> int:
+        key = (job.method, job.scope, id(job.parameters))  # tensors with equal parameters mostly share one object
+        if key not in self._by_identity:
+            setting = [job.method, job.scope, dict(job.parameters.shared), dict(job.parameters.per_model)]
+            text = json.dumps(setting, sort_keys=True)
+            self._by_identity[key] = self.texts.setdefault(text, len(self.texts))
+        return self._by_identity[key]
+
+
+def _canonical_job(job: TensorJob, settings: _Settings, *, with_inputs: bool) -> list[object]:
+    dtypes = [source.spec.dtype for source in job.sources]
+    row: list[object] = [job.output.name, job.output.dtype, job.output.shape, settings.number(job), dtypes]
+    if with_inputs:
+        row += [(source.checkpoint, *source.extent) for source in job.sources]
+    return row
 
 
 def _canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stockflow.budget import Workspace
 from stockflow.plan import CheckpointRef
-from stockflow.schedule import Load, Piece, Request, Step, split_request
+from stockflow.schedule import Load, Request, Step, split_request
 from stockflow.storage import Store
 
 
@@ -28,12 +28,8 @@ class LoadedSlab:
         piece, offsets = self.load.pieces[index], self.load.offsets[index]
         return [
             self.slab[offset : offset + width * (piece.stop - piece.start)]
-            for offset, width in zip(offsets, _widths(piece), strict=True)
+            for offset, width in zip(offsets, piece.job.source_widths, strict=True)
         ]
-
-
-def _widths(piece: Piece) -> list[int]:
-    return [piece.job.source_width(source) for source in piece.job.sources]
 
 
 class Prefetcher:

@@ -3,11 +3,11 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from stockflow.describe import gb
+from stockflow.budget import gb
 from stockflow.driver import Observer
 from stockflow.plan import MergePlan
 from stockflow.receipts import Receipt
@@ -19,6 +19,9 @@ class Silent:
     """Reports nothing."""
 
     def on_stage(self, text: str) -> None:
+        """Ignore."""
+
+    def on_note(self, text: str) -> None:
         """Ignore."""
 
     def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
@@ -82,6 +85,10 @@ class PlainLines:
         """Say which stage begins."""
         self._say(text)
 
+    def on_note(self, text: str) -> None:
+        """Say it."""
+        self._say(f"note: {text}")
+
     def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
         """Say what is to be done."""
         self._meter.start(plan, resumed)
@@ -113,6 +120,10 @@ class LiveDisplay(PlainLines):
         super().__init__()
         self._progress = progress
         self._task = progress.add_task("opening checkpoints", total=None, state="")
+
+    def on_note(self, text: str) -> None:
+        """Leave it standing above the bar."""
+        self._progress.console.print(f"note: {text}", markup=False, highlight=False)
 
     def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
         """Take the totals."""
@@ -147,3 +158,18 @@ def reporting(*, quiet: bool) -> Iterator[Observer]:
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             yield LiveDisplay(progress)
+
+
+@contextmanager
+def counting(verb: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Provide a counter of bytes that says on standard error, every few seconds, how many there were."""
+    meter, last = Meter(), time.monotonic()
+
+    def count(num_bytes: int) -> None:
+        nonlocal last
+        meter.add(num_bytes, 0)
+        if not quiet and time.monotonic() - last >= LINE_INTERVAL_S:
+            last = time.monotonic()
+            print(f"{verb} {gb(meter.read)}", file=sys.stderr, flush=True)
+
+    yield count

@@ -7,16 +7,17 @@ read by one request. A *step* is a load of whole units, or one unit over several
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from stockflow.budget import OPTIMAL_READ_BYTES, PIECE_OVERHEAD, Workspace
 from stockflow.plan import TensorJob
-from stockflow.spans import SPAN_ELEMS, span_bounds
+from stockflow.spans import SPAN_ELEMS, chunk_step
 
 ALIGNMENT = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A run of elements of one tensor: whole spans of it."""
 
     job: TensorJob
@@ -24,8 +25,7 @@ class Piece:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One range to read into a slab."""
 
     checkpoint: int
@@ -36,14 +36,25 @@ class Request:
     """where in the slab the bytes go"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Load:
     """What fills one slab."""
 
     pieces: tuple[Piece, ...]
-    requests: tuple[Request, ...]
-    offsets: tuple[tuple[int, ...], ...]
-    """per piece and source, where its bytes start in the slab"""
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The ranges to read; ranges that touch in a file are one request."""
+        return self._layout[0]
+
+    @property
+    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        """Per piece and source, where its bytes start in the slab."""
+        return self._layout[1]
+
+    @cached_property
+    def _layout(self) -> tuple[tuple[Request, ...], tuple[tuple[int, ...], ...]]:
+        return _lay_out(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,54 +116,42 @@ def _units(job: TensorJob, chunk_elems: int) -> Iterator[list[Piece]]:
 
 def _chunks(job: TensorJob, chunk_elems: int) -> Iterator[Piece]:
     """Consecutive spans, as many as fit a slab, never beyond the end of a group larger than a span."""
-    start = stop = 0
-    large_groups = job.group_elems > SPAN_ELEMS
-    for span_start, span_stop in span_bounds(job.num_elems, job.group_elems):
-        crosses = large_groups and span_start % job.group_elems == 0 and span_start > start
-        if crosses or span_stop - start > chunk_elems:
-            yield Piece(job, start, stop)
-            start = span_start
-        stop = span_stop
-    yield Piece(job, start, stop)
+    step = chunk_step(job.group_elems, chunk_elems)
+    stretch = job.group_elems if job.group_elems > SPAN_ELEMS else job.num_elems
+    for first in range(0, job.num_elems, stretch):
+        for start in range(first, first + stretch, step):
+            yield Piece(job, start, min(start + step, first + stretch))
 
 
 def _packed(pieces: Sequence[Piece]) -> Step:
     # All rounds of a unit inside one load run over memory, so it is read once.
-    return Step((_load(pieces),), num_sweeps=1, held=True)
+    return Step((Load(tuple(pieces)),), num_sweeps=1, held=True)
 
 
 def _large(unit: Sequence[Piece], workspace: Workspace) -> Step:
     num_sweeps = unit[0].job.num_statistic_passes + 1
     held = num_sweeps > 1 and len(unit) <= workspace.num_slabs
-    return Step(tuple(_load([piece]) for piece in unit), num_sweeps, held)
+    return Step(tuple(Load((piece,)) for piece in unit), num_sweeps, held)
 
 
-def _load(pieces: Sequence[Piece]) -> Load:
-    """Lay the ranges of all pieces out in a slab; ranges that touch in a file become one request."""
-    wanted = [
-        (source.checkpoint, source.extent.file, source.extent.start + width * piece.start,
-         width * (piece.stop - piece.start), index, number)
-        for index, piece in enumerate(pieces)
-        for number, source in enumerate(piece.job.sources)
-        for width in (piece.job.source_width(source),)
-    ]  # fmt: skip
+def _lay_out(pieces: Sequence[Piece]) -> tuple[tuple[Request, ...], tuple[tuple[int, ...], ...]]:
+    """Requests and offsets of a load: ranges in file order, each aligned in the slab as it is in its file."""
+    wanted = []
+    for index, (job, first, last) in enumerate(pieces):
+        for number, (source, width) in enumerate(zip(job.sources, job.source_widths, strict=True)):
+            file, start = source.extent
+            wanted.append((source.checkpoint, file, start + width * first, start + width * last, index, number))
     requests: list[Request] = []
     offsets = [[0] * len(piece.job.sources) for piece in pieces]
-    end_of_slab = 0
-    for checkpoint, file, start, size, index, number in sorted(wanted):
-        last = requests[-1] if requests else None
-        if last and (last.checkpoint, last.file) == (checkpoint, file) and start <= last.stop:
-            requests[-1] = Request(checkpoint, file, last.start, max(start + size, last.stop), last.offset)
+    for checkpoint, file, start, stop, index, number in sorted(wanted):
+        previous = requests[-1] if requests else None
+        if previous and (previous.checkpoint, previous.file) == (checkpoint, file) and start <= previous.stop:
+            requests[-1] = previous._replace(stop=max(stop, previous.stop))
         else:
-            requests.append(Request(checkpoint, file, start, start + size, _aligned_like(end_of_slab, start)))
-        last = requests[-1]
-        offsets[index][number] = last.offset + start - last.start
-        end_of_slab = last.offset + last.stop - last.start
-    return Load(
-        tuple(pieces),
-        tuple(request for request in requests if request.stop > request.start),
-        tuple(tuple(row) for row in offsets),
-    )
+            end = previous.offset + previous.stop - previous.start if previous else 0
+            requests.append(Request(checkpoint, file, start, stop, _aligned_like(end, start)))
+        offsets[index][number] = requests[-1].offset + start - requests[-1].start
+    return tuple(request for request in requests if request.stop > request.start), tuple(map(tuple, offsets))
 
 
 def _aligned_like(offset: int, file_start: int) -> int:

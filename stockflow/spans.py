@@ -27,3 +27,9 @@ def span_bounds(num_elems: int, group_elems: int) -> Iterator[tuple[int, int]]:
         group_stop = group_start + group_elems
         for start in range(group_start, group_stop, SPAN_ELEMS):
             yield start, min(start + SPAN_ELEMS, group_stop)
+
+
+def chunk_step(group_elems: int, most_elems: int) -> int:
+    """Return the largest run of whole spans within ``most_elems``, which holds at least one span."""
+    span = SPAN_ELEMS // group_elems * group_elems if group_elems <= SPAN_ELEMS else SPAN_ELEMS
+    return most_elems // span * span

@@ -25,8 +25,7 @@ class LoadedPiece:
         """Return the bytes of each source between two elements of the tensor."""
         return [
             raw[width * (start - self.start) : width * (stop - self.start)]
-            for raw, source in zip(self.sources, self.job.sources, strict=True)
-            for width in (self.job.source_width(source),)
+            for raw, width in zip(self.sources, self.job.source_widths, strict=True)
         ]
 
 

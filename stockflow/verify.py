@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from stockflow.budget import gb
 from stockflow.checkpoint import INDEX_FILE, SINGLE_FILE
-from stockflow.driver import sha256_of
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.header import LENGTH_BYTES, PlacedTensor, header_bytes, parse_header
 from stockflow.manifest import MANIFEST_FILE, Manifest, read_manifest, tensors_key
 from stockflow.plan import CheckpointRef
+from stockflow.prefix import sha256_of
 from stockflow.storage import Stamp, StorageConfig, Store, check_key, open_store, read_small, redact
 
 NUM_READERS = 4
@@ -26,7 +27,7 @@ class Finding:
 
     def __str__(self) -> str:
         """Return the finding as one line."""
-        return f"{self.where}: {self.problem}"
+        return "; ".join(line.strip() for line in f"{self.where}: {self.problem}".splitlines())
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +234,9 @@ def _check_input(ref: CheckpointRef, config: StorageConfig) -> Iterator[Finding]
 def summary_lines(result: Verification) -> Sequence[str]:
     """Return the result for people, one line per finding."""
     if result.findings:
-        return [*map(str, result.findings), f"{len(result.findings)} findings in {redact(result.output_url)}"]
+        count = "1 finding" if len(result.findings) == 1 else f"{len(result.findings)} findings"
+        return [*map(str, result.findings), f"{count} in {redact(result.output_url)}"]
     return [
         f"verified {redact(result.output_url)}: {result.num_files} files, {result.num_tensors} tensors, "
-        f"{result.num_bytes / 1e9:.2f} GB, all as the manifest says"
+        f"{gb(result.num_bytes)}, all as the manifest says"
     ]

@@ -18,8 +18,8 @@ from stockflow.budget import (
     BASELINE_BYTES,
     MIB,
     NUM_OUT_BUFFERS,
-    OBJECT_CLIENT_BYTES,
     Workspace,
+    client_bytes,
     divide,
     scratch_bytes,
 )
@@ -95,7 +95,7 @@ class Worker:
             shard.jobs,
             self._spec.memory_bytes,
             num_threads=self._spec.num_threads,
-            baseline_bytes=self._baseline_bytes,
+            baseline_bytes=self._baseline_bytes + self._client_bytes(shard),
         )
         run = _ShardRun(self, shard, workspace, on_bytes)
         run.execute()
@@ -129,9 +129,10 @@ class Worker:
                 check_stamp(store, file, expected)
 
     def _measured_baseline(self) -> int:
-        remote = any("://" in store.url for store in (*self._stores, self._output))
-        clients = OBJECT_CLIENT_BYTES if remote else 0
-        return max(BASELINE_BYTES[self._device.type], current_memory_bytes() + GROWTH_BYTES) + clients
+        return max(BASELINE_BYTES[self._device.type], current_memory_bytes() + GROWTH_BYTES)
+
+    def _client_bytes(self, shard: ShardPlan) -> int:
+        return client_bytes((store.url for store in self._stores), self._output.url, shard.num_bytes)
 
 
 class _ShardRun:

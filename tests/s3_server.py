@@ -27,8 +27,16 @@ CREDENTIALS = {
 FORBIDDEN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE")
 """variables of the developer's own that must not reach a test"""
 
-Fault = Literal["503", "reset", "truncate", "lost"]
-"""``lost``: the request is carried out, and its answer never arrives"""
+Fault = Literal["503", "reset", "truncate", "lost", "expired", "denied", "elsewhere", "501", "pass"]
+"""``lost``: the request is carried out, and its answer never arrives; ``pass``: nothing goes wrong"""
+
+ANSWERS: dict[str, tuple[int, bytes]] = {
+    "503": (503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"),
+    "501": (501, b"<Error><Code>NotImplemented</Code><Message>A header is not implemented</Message></Error>"),
+    "expired": (400, b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"),
+    "denied": (403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+    "elsewhere": (301, b"<Error><Code>PermanentRedirect</Code><Message>Use another endpoint</Message></Error>"),
+}
 
 
 @contextmanager
@@ -88,9 +96,9 @@ class FaultyProxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def fail(self, method: str, fault: Fault, *, times: int = 1) -> None:
-        """Let the next requests of one method meet a fault."""
-        self.faults[method] = deque([fault] * times)
+    def fail(self, method: str, fault: Fault, *, times: int = 1, after: int = 0) -> None:
+        """Let the next requests of one method meet a fault, ``after`` some that pass."""
+        self.faults[method] = deque([*["pass"] * after, *[fault] * times])
 
     def next_fault(self, method: str, path: str, headers: dict[str, str]) -> Fault | None:
         """Record a request and return the fault it meets."""
@@ -112,8 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         fault = self.proxy.next_fault(self.command, self.path, headers)
-        if fault == "503":
-            self._send(503, {}, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>")
+        if fault in ANSWERS:
+            self._send(ANSWERS[fault][0], {"Content-Type": "application/xml"}, ANSWERS[fault][1])
         elif fault == "reset":
             self._reset()
         else:
@@ -141,6 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         length = str(len(payload))
         if self.command == "HEAD":
+            payload = b""
             length = next((value for name, value in headers.items() if name.lower() == "content-length"), "0")
         self.send_header("Content-Length", length)
         self.end_headers()

@@ -42,6 +42,8 @@ def normalized(location: str) -> str:
     """
     try:
         return normalize_url(location)
+    except RecipeError:
+        raise
     except (RuntimeError, OSError, ValueError) as error:
         raise RecipeError(f"{shown(location)} is no usable location: {error}; correct it") from None
 
@@ -66,8 +68,7 @@ def _location(given: object) -> str:
 
 
 def _prefix(given: str) -> str:
-    _resolve_url(given)
-    return given
+    return _resolve_url(given)
 
 
 def _no_credentials(given: str) -> str:

@@ -9,11 +9,10 @@ from stockflow.storage.base import (
     StoreOptions,
     check_key,
     check_stamp,
-    exists,
     read_small,
     redact,
 )
-from stockflow.storage.locate import is_within, normalize_url, open_store
+from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision
 
 __all__ = [
     "Pin",
@@ -24,10 +23,10 @@ __all__ = [
     "StoreOptions",
     "check_key",
     "check_stamp",
-    "exists",
     "is_within",
     "normalize_url",
     "open_store",
+    "pin_revision",
     "read_small",
     "redact",
 ]

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from stockflow.errors import InputChangedError, NotFoundError, RecipeError
+from stockflow.errors import InputChangedError, RecipeError
 
 Pin = Literal["if-match", "open-etag", "stat"]
 """How a store holds a read to a stamp.
@@ -44,13 +44,13 @@ class StoreOptions:
 
 @dataclass(frozen=True, slots=True)
 class StorageConfig:
-    """Store options by URL prefix; the longest matching prefix wins."""
+    """Store options by URL prefix, which ends where a folder does; the longest matching prefix wins."""
 
     by_prefix: Mapping[str, StoreOptions] = field(default_factory=dict)
 
     def for_url(self, url: str) -> StoreOptions:
         """Return the options that apply to ``url``."""
-        matching = [prefix for prefix in self.by_prefix if url.startswith(prefix)]
+        matching = [prefix for prefix in self.by_prefix if f"{url}/".startswith(f"{prefix.rstrip('/')}/")]
         return self.by_prefix[max(matching, key=len)] if matching else StoreOptions()
 
 
@@ -123,20 +123,17 @@ class Store(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is already gone is no error."""
 
+    def refuses_second(self, key: str, payload: bytes) -> bool:
+        """Return whether ``key``, which exists, cannot be created again; where it can, it now holds ``payload``."""
+
+    def refuses_changed(self, key: str) -> bool:
+        """Return whether a read pinned to a state that ``key`` is not in is refused before bytes are sent."""
+
 
 def read_small(store: Store, key: str, *, max_bytes: int) -> bytes:
     """Return a whole small object, at most ``max_bytes`` of it plus one (so that the caller can refuse)."""
     payload, _ = store.read_head(key, max_bytes + 1)
     return payload
-
-
-def exists(store: Store, key: str) -> bool:
-    """Return whether the object is there."""
-    try:
-        store.stamp(key)
-    except NotFoundError:
-        return False
-    return True
 
 
 def check_stamp(store: Store, key: str, expected: Stamp) -> None:

@@ -73,6 +73,8 @@ def user_error(failure: Failure, operation: Operation, where: str) -> StockflowE
         return AccessDeniedError(_denied(failure, operation, where))
     if failure.code == "NoSuchBucket":
         return NotFoundError(f"cannot {operation} {where}: the bucket does not exist; check its name and the endpoint")
+    if failure.status == 404 and operation == "list":
+        return NotFoundError(f"cannot list {where}: no such place ({failure}); check its name and the endpoint")
     if failure.status == 404:
         return NotFoundError(f"cannot {operation} {where}: no such object")
     if failure.status in (301, 307) or failure.code in _REGION_CODES:

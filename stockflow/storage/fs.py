@@ -10,6 +10,7 @@ import aiohttp
 import fsspec
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
+from fsspec.asyn import sync
 
 from stockflow.errors import RecipeError
 from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions, redact
@@ -59,6 +60,9 @@ class FsspecClient:
         self._root = str(self._fs._strip_protocol(url)).rstrip("/")
         self._guard: AbstractContextManager[object] = _MEMORY_LOCK if scheme == "memory" else nullcontext()
         self._is_buffered = scheme == "memory"
+        # The hub's client reads each range through a file, which would read 5 MiB ahead of it.
+        self._reading = {"cache_type": "none"} if scheme == "hf" else {}
+        self._answers_ranges = scheme not in ("http", "https")
         self.errors = (*_ERRORS, *_errors_of(scheme))
 
     def failure(self, error: Exception) -> Failure:
@@ -75,8 +79,11 @@ class FsspecClient:
     def read(self, key: str, start: int, stop: int, pinned: Stamp | None) -> tuple[memoryview, None]:
         """Return one range; nothing ties it to a stamp."""
         del pinned
+        if not self._answers_ranges:
+            sync(self._fs.loop, self._require_ranges, self._path(key))
+            self._answers_ranges = True
         with self._guard:
-            return memoryview(self._fs.cat_file(self._path(key), start=start, end=stop)), None
+            return memoryview(self._fs.cat_file(self._path(key), start=start, end=stop, **self._reading)), None
 
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes and the stamp: two requests, as fsspec has no answer with both."""
@@ -124,15 +131,27 @@ class FsspecClient:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(key))
 
+    async def _require_ranges(self, url: str) -> None:
+        """Refuse a web server that would send a whole file for every range of it, before it sends one."""
+        session = await self._fs.set_session()
+        async with session.get(url, headers={"Range": "bytes=0-0"}) as answer:
+            if answer.status == 200:
+                raise RecipeError(
+                    f"the server of {redact(url)} ignores range requests, and stockflow reads parts of files; "
+                    "copy the model to a folder or a bucket"
+                )
+
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")
 
     def _by_key(self, found: Any) -> dict[str, Stamp]:
         top = f"{self._root}/"
+        files = [details for details in found if details["type"] == "file" and str(details["name"]).startswith(top)]
+        by_key = {str(details["name"]).removeprefix(top): details for details in files}
+        # The links of a web server's listing come without sizes.
         return {
-            str(details["name"]).removeprefix(top): _stamp_of(details)
-            for details in found
-            if details["type"] == "file" and str(details["name"]).startswith(top)
+            key: self.stamp(key) if details.get("size") is None else _stamp_of(details)
+            for key, details in by_key.items()
         }
 
 

@@ -133,6 +133,16 @@ class LocalStore:
             with _named(path, "delete"), suppress(FileNotFoundError):
                 os.unlink(path)
 
+    def refuses_second(self, key: str, payload: bytes) -> bool:
+        """Return True: a hard link is exclusive."""
+        del key, payload
+        return True
+
+    def refuses_changed(self, key: str) -> bool:
+        """Return True: stamps are compared around every read."""
+        del key
+        return True
+
     def _path(self, key: str) -> str:
         return os.path.join(self.url, check_key(key))
 
@@ -174,6 +184,8 @@ def _named(path: str | Path, action: str) -> Iterator[None]:
         raise NotFoundError(f"cannot {action} {path}: no such file or folder") from error
     except NotADirectoryError as error:
         raise NotFoundError(f"cannot {action} {path}: a file is where a folder should be") from error
+    except IsADirectoryError as error:
+        raise NotFoundError(f"cannot {action} {path}: a folder is where a file should be") from error
     except PermissionError as error:
         raise AccessDeniedError(f"cannot {action} {path}: permission denied") from error
     except OSError as error:

@@ -10,13 +10,23 @@ OBJECT_SCHEMES = ("s3", "gs", "az")
 """Schemes served by obstore, readable and writable."""
 WRITABLE_SCHEMES = ("file", "memory", *OBJECT_SCHEMES)
 """Schemes an output may live on; every other fsspec scheme is an input only."""
+_ALIASES = {"s3a": "s3", "gcs": "gs"}
 
 
 def normalize_url(location: str) -> str:
-    """Return an absolute URL or path for ``location``, without a trailing slash; ``file://`` becomes a path."""
+    """Return an absolute URL or path for ``location``, without a trailing slash; ``file://`` becomes a path.
+
+    Raises:
+        RecipeError: an object's key would have empty or dot segments: clients disagree on what it names.
+    """
+    if not location:
+        raise RecipeError("expected a folder or a URL, found an empty text")
     scheme = urlsplit(location).scheme if "://" in location else "file"
     if scheme != "file":
-        return location.rstrip("/")
+        scheme, place = _ALIASES.get(scheme, scheme), location.split("://", 1)[1].rstrip("/")
+        if scheme in WRITABLE_SCHEMES and any(part in ("", ".", "..") for part in place.split("/")):
+            raise RecipeError(f"{redact(location)} has an empty, `.` or `..` segment; write it without")
+        return f"{scheme}://{place}"
     path = unquote(urlsplit(location).path) if "://" in location else location
     return str(Path(path).expanduser().absolute().resolve())
 
@@ -29,6 +39,19 @@ def scheme_of(url: str) -> str:
 def is_within(inner: str, outer: str) -> bool:
     """Return whether one normalized location is the other or lies inside it."""
     return inner == outer or inner.startswith(outer.rstrip("/") + "/")
+
+
+def pin_revision(location: str) -> str:
+    """Return a location that names one state for good where its scheme can: on the hub, a commit.
+
+    Raises:
+        StockflowError: see ``hub.pin_revision``.
+    """
+    if scheme_of(location) != "hf":
+        return location
+    from stockflow.storage import hub
+
+    return hub.pin_revision(location)
 
 
 def open_store(location: str, config: StorageConfig, *, writable: bool = False) -> Store:

@@ -1,22 +1,25 @@
 """s3://, gs:// and az:// through obstore: the fast path for the bytes of object stores."""
 
+import os
 import re
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore import exceptions
 
-from stockflow.errors import RecipeError
+from stockflow.errors import AccessDeniedError, RecipeError
 from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.parts import PARTS_IN_FLIGHT
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
-from stockflow.storage.s3 import locate_bucket, obstore_bucket, require_credentials
+from stockflow.storage.s3 import CONNECT_TIMEOUT, locate_bucket, obstore_bucket, require_credentials
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta, WritableFile
@@ -28,6 +31,17 @@ _READ_TIMEOUT = timedelta(seconds=60)
 _WRITE_TIMEOUT = timedelta(minutes=5)
 """for one part, six at a time: a slow line moves 16 MiB in that"""
 
+_GOOGLE_VARIABLES = (
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT_PATH",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+)
+"""where obstore looks for a key"""
+_HINTS = {"az": "; set AZURE_STORAGE_ACCOUNT_NAME and credentials in the environment"}
+
+_REDIRECT = "redirect without LOCATION"
+"""how obstore tells that the bucket is in another region"""
 _REASONS = re.compile(r"""(?:message|error): "([^"]+)"|kind: (Timeout|TimedOut)|(InvalidCertificate)\(\s*(\w+)""")
 """the words that tell in obstore's debug output, which goes on for thirty lines"""
 
@@ -66,7 +80,7 @@ class ObstoreClient:
         code = re.search(r"<Code>(\w+)</Code>", text)
         return Failure(
             detail=scrub(_detail(text)),
-            status=_status_of(error) or (int(status[1]) if status else None),
+            status=_status_of(error) or (int(status[1]) if status else 301 if _REDIRECT in text else None),
             code=code[1] if code else "",
         )
 
@@ -148,7 +162,9 @@ class ObstoreClient:
                     self._connections[repeats] = self._connect(repeats)
                 except (exceptions.BaseError, ValueError) as error:
                     place, reason = f"{self._scheme}://{self._bucket}", scrub(_detail(str(error)))
-                    raise RecipeError(f"cannot configure {place}: {reason}; see stockflow.storage") from None
+                    raise RecipeError(
+                        f"cannot configure {place}: {reason}{_HINTS.get(self._scheme, '; see stockflow.storage')}"
+                    ) from None
             return self._connections[repeats]
 
     def _connect(self, repeats: bool) -> "Connection":
@@ -191,13 +207,34 @@ def _connect_elsewhere(
     """Return a Google or Azure client with its default credentials. Written from the documentation."""
     from obstore.store import AzureStore, GCSStore
 
+    if scheme == "gs" and not options.anonymous:
+        _require_google_credentials()
     store_type: Any = GCSStore if scheme == "gs" else AzureStore
     return store_type(  # type: ignore[no-any-return]
         bucket,
-        client_options={"timeout": timeout},
+        client_options={"timeout": timeout, "connect_timeout": CONNECT_TIMEOUT, "read_timeout": timedelta(seconds=30)},
         retry_config=retries,
         **({"skip_signature": True} if options.anonymous else {}),
     )
+
+
+def _require_google_credentials() -> None:
+    """Refuse early when there are no credentials at all: obstore would go on asking for the metadata server.
+
+    Raises:
+        AccessDeniedError: no key file is named, nobody signed in, and this is no machine of Google's.
+    """
+    signed_in = Path("~/.config/gcloud/application_default_credentials.json").expanduser()
+    if any(os.environ.get(name) for name in _GOOGLE_VARIABLES) or signed_in.exists():
+        return
+    host, _, port = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal").partition(":")
+    try:
+        socket.create_connection((host, int(port or 80)), timeout=CONNECT_TIMEOUT.total_seconds()).close()
+    except OSError:
+        raise AccessDeniedError(
+            "no Google credentials found; set GOOGLE_APPLICATION_CREDENTIALS, run `gcloud auth application-default "
+            "login`, or set `anonymous: true` for public objects"
+        ) from None
 
 
 def _retries_of(policy: RetryPolicy) -> "RetryConfig":

@@ -131,7 +131,7 @@ class RemoteStore:
         """
         num_before = self.num_retries
         try:
-            self._run("create", key, partial(self._client.put_new, check_key(key), payload))
+            self._run("create", key, partial(self._put_new, check_key(key), payload))
         except AlreadyExistsError:
             if self.num_retries == num_before or self.read_head(key, len(payload) + 1)[0] != payload:
                 raise
@@ -140,6 +140,54 @@ class RemoteStore:
         """Remove objects; one that is already gone is no error."""
         if doomed := [check_key(key) for key in keys]:
             self._run("delete", doomed[0], partial(self._client.delete, doomed))
+
+    def refuses_second(self, key: str, payload: bytes) -> bool:
+        """Return whether the store itself refuses to create ``key``, which exists, again."""
+
+        def attempt() -> bool:
+            try:
+                self._client.put_new(check_key(key), payload)
+            except self._client.errors as error:
+                if (status := self._client.failure(error).status) in (412, 501):
+                    return status == 412
+                raise
+            return False
+
+        return self._run("create", key, attempt)
+
+    def refuses_changed(self, key: str) -> bool:
+        """Return whether the store itself refuses a read held to an ETag that ``key`` never had."""
+
+        def attempt() -> bool:
+            try:
+                self._client.read(check_key(key), 0, 1, Stamp(0, '"stockflow-asks-whether-this-is-compared"'))
+            except self._client.errors as error:
+                if self._client.failure(error).status == 412:
+                    return True
+                raise
+            return False
+
+        return self.pin != "if-match" or self._run("read", key, attempt)
+
+    def _put_new(self, key: str, payload: bytes) -> None:
+        try:
+            self._client.put_new(key, payload)
+        except self._client.errors as error:
+            if self._client.failure(error).status != 501:
+                raise
+            # Swift has no conditional writes. Looking first leaves a moment between two requests to a rival.
+            if self._is_there(key):
+                raise AlreadyExistsError(f"{self._where(key)} already exists") from None
+            self._client.put(key, payload)
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self._client.stamp(key)
+        except self._client.errors as error:
+            if self._client.failure(error).status != 404:
+                raise
+            return False
+        return True
 
     def _read_range(self, key: str, start: int, target: memoryview, stamp: Stamp) -> None:
         def attempt() -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT_REGION = "us-east-1"
 """what stores other than AWS expect to see in a signature"""
+CONNECT_TIMEOUT = timedelta(seconds=4)
+"""eight attempts at an address that never answers, and the pauses between them, end within a minute"""
 _CREDENTIAL_LIFE = timedelta(minutes=10)
 """botocore renews 10 to 15 minutes before the end, obstore asks again 5 minutes before this runs out"""
 
@@ -75,7 +77,7 @@ def bucket_region(name: str, near: str, endpoint: str | None = None) -> str:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    settings = Config(signature_version=UNSIGNED, connect_timeout=5, read_timeout=5, retries={"total_max_attempts": 2})
+    settings = Config(signature_version=UNSIGNED, connect_timeout=3, read_timeout=5, retries={"total_max_attempts": 2})
     try:
         client = _session().create_client("s3", region_name=near, endpoint_url=endpoint, config=settings)
         reply = client.head_bucket(Bucket=name)
@@ -112,7 +114,7 @@ def obstore_bucket(bucket: Bucket, retries: "RetryConfig", timeout: timedelta) -
         config["sse_kms_key_id"] = options.kms_key
     connection: ClientConfig = {
         "allow_http": not bucket.is_encrypted,
-        "connect_timeout": timedelta(seconds=5),
+        "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": timedelta(seconds=30),
         "timeout": timeout,
     }
@@ -168,7 +170,7 @@ def _client_settings(bucket: Bucket, attempts: int) -> dict[str, Any]:
         "s3": {"addressing_style": "path" if bucket.path_style else "virtual"},
         "max_pool_connections": 64,
         "retries": {"mode": "standard", "total_max_attempts": attempts},
-        "connect_timeout": 5,
+        "connect_timeout": CONNECT_TIMEOUT.total_seconds(),
         "read_timeout": 30,
     }
     if bucket.endpoint:

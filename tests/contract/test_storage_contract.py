@@ -11,7 +11,7 @@ import boto3
 import pytest
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, NotFoundError, RecipeError
-from stockflow.storage import StorageConfig, Store, StoreOptions, exists, open_store, read_small
+from stockflow.storage import StorageConfig, Store, StoreOptions, open_store, read_small
 from stockflow.storage.base import Stamp
 
 PAYLOAD = bytes(range(256)) * 40
@@ -168,7 +168,7 @@ def test_what_is_not_there_is_not_found(store: Store) -> None:
         store.read_head("no/such", 8)
     with pytest.raises(NotFoundError, match=r"no/such"):
         read(store, "no/such", 0, 8, stamp)
-    assert not exists(store, "no/such")
+    assert "no/such" not in store.list()
     assert store.list() == store.list("no/") == store.list_top() == {}
 
 
@@ -238,7 +238,7 @@ def test_an_interrupted_object_leaves_nothing(store: Store, error: BaseException
     with pytest.raises(type(error), match="stop"):
         write_part(store, "part.bin", num_bytes, error)
 
-    assert not exists(store, "part.bin")
+    assert "part.bin" not in store.list()
     assert store.list() == {}
     assert open_uploads(store) == []
 
@@ -304,3 +304,28 @@ def test_a_key_that_climbs_out_is_refused(store: Store, key: str) -> None:
         store.delete([key])
     with pytest.raises(RecipeError), store.create(key):
         pass
+
+
+# Promises that not every store keeps
+
+
+def test_these_stores_refuse_a_second_creation_and_a_pin_to_another_state(store: Store) -> None:
+    store.put_new("claim.json", b"mine")
+
+    assert store.refuses_second("claim.json", b"theirs")
+    assert store.refuses_changed("claim.json")
+    assert read_small(store, "claim.json", max_bytes=9) == b"mine"
+
+
+# Options
+
+
+def test_a_prefix_ends_where_a_folder_does() -> None:
+    """Or one team's endpoint and rights would be used for another's bucket."""
+    bucket, folder = StoreOptions(region="bucket"), StoreOptions(region="folder")
+    config = StorageConfig({"s3://team/": bucket, "s3://team/private": folder})
+
+    assert bucket == config.for_url("s3://team") == config.for_url("s3://team/model")
+    assert folder == config.for_url("s3://team/private") == config.for_url("s3://team/private/model")
+    assert bucket == config.for_url("s3://team/private-not")
+    assert StoreOptions() == config.for_url("s3://team2/model")

@@ -43,9 +43,7 @@ def test_the_ratio_follows_the_closed_form(cosine: float, num_tuned: int, ratio:
 
     assert result.facts["mean_cosine"] == pytest.approx([cosine], abs=1e-15)
     assert result.facts["ratio"] == pytest.approx([ratio], abs=1e-14)
-    assert result.facts["coefficients"] == pytest.approx(
-        np.full((1, num_tuned), ratio / num_tuned), abs=1e-14
-    )
+    assert result.facts["coefficients"] == pytest.approx(np.full((1, num_tuned), ratio / num_tuned), abs=1e-14)
     assert result.out == pytest.approx(base + ratio * np.mean(deltas, axis=0), abs=1e-15)
 
 
@@ -339,9 +337,7 @@ def test_rounding_by_hand(dtype: str, value: float, bits: int) -> None:
 @pytest.mark.parametrize(("dtype", "native"), [("F16", np.float16), ("F32", np.float32)])
 def test_rounding_agrees_with_numpy_on_arbitrary_bits(dtype: str, native: type[np.floating[Any]]) -> None:
     random = np.random.default_rng(1)
-    exponents = random.uniform(
-        -160.0 if dtype == "F32" else -30.0, 130.0 if dtype == "F32" else 17.0, 1 << 18
-    )
+    exponents = random.uniform(-160.0 if dtype == "F32" else -30.0, 130.0 if dtype == "F32" else 17.0, 1 << 18)
     values = random.standard_normal(1 << 18) * np.exp2(exponents)
 
     with np.errstate(over="ignore"):
@@ -413,9 +409,7 @@ def test_a_family_has_the_cosine_asked_for(tmp_path: Path, num_tuned: int, cosin
     facts = oracle.merge_folder("model_stock", family.base, family.tuned)["weight"].facts
 
     assert facts["mean_cosine"] == pytest.approx([cosine], abs=0.01)
-    assert facts["delta_norms"] == pytest.approx(
-        np.full((1, num_tuned), 0.1 * math.sqrt(257 * 1025)), rel=0.02
-    )
+    assert facts["delta_norms"] == pytest.approx(np.full((1, num_tuned), 0.1 * math.sqrt(257 * 1025)), rel=0.02)
 
 
 def test_a_folder_is_merged_whole(tmp_path: Path) -> None:
@@ -423,9 +417,7 @@ def test_a_folder_is_merged_whole(tmp_path: Path) -> None:
 
     merged = oracle.merge_folder("model_stock", family.base, family.tuned, out_dtype="BF16", scope="row")
     average = oracle.merge_folder("linear", None, family.tuned, weights=[1.0, 1.0, 2.0])
-    trimmed = oracle.merge_folder(
-        "ties", family.base, family.tuned, weights=[1, 1, 1], densities=[0.2, 0.5, 1]
-    )
+    trimmed = oracle.merge_folder("ties", family.base, family.tuned, weights=[1, 1, 1], densities=[0.2, 0.5, 1])
 
     assert ZOO.keys() | BUFFERS.keys() == merged.keys() == average.keys() == trimmed.keys()
     assert {merged[name].dtype for name in ZOO} == {"BF16"} == {average[name].dtype for name in ZOO}

@@ -1,0 +1,95 @@
+"""What every registered method owes its users; a new method is tested here by being there."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from stockflow.methods import METHODS, Method
+from tests import checkpoints, runs
+
+SHAPES = {"matrix": (37, 41), "long": (150_001,), "scalar": (), "empty": (0, 3)}
+
+
+@pytest.fixture(params=METHODS.values(), ids=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return request.param  # type: ignore[no-any-return]
+
+
+def recipe_for(method: Method, family: checkpoints.Family, folder: Path) -> Path:
+    """A recipe that gives every required parameter a value."""
+    required = [parameter for parameter in method.parameters if parameter.default is None]
+    values = [0.25 + 0.5 * index for index in range(len(family.tuned))]
+    return checkpoints.write_recipe(
+        folder / f"{method.name}.yaml",
+        method.name,
+        family,
+        per_model={
+            parameter.name: [0.25 + 0.5 * i for i in range(count)] for parameter in required if parameter.per_model
+        },
+        parameters={parameter.name: 0.3 for parameter in required if not parameter.per_model},
+    )
+
+
+def num_tuned(method: Method) -> int:
+    return min(3, method.max_tuned or 3)
+
+
+def test_it_says_where_its_formula_comes_from_and_what_it_returns(method: Method) -> None:
+    function = method.linear or method.rounds
+
+    assert method.source
+    assert function is not None
+    assert inspect.getdoc(function)
+
+
+def test_every_parameter_has_a_default_of_its_kind_or_must_be_given(method: Method) -> None:
+    kinds = {"number": float, "flag": bool, "word": str}
+
+    for parameter in method.parameters:
+        assert parameter.default is None or isinstance(parameter.default, kinds[parameter.kind])
+
+
+def test_its_file_never_imports_torch(method: Method) -> None:
+    """Planning imports every method; torch would cost it a second and a half."""
+    function = method.linear or method.rounds
+    assert function is not None
+    tree = ast.parse(Path(inspect.getfile(function)).read_text())
+    imported = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+
+    assert not any((name or "").split(".")[0] == "torch" for name in imported)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_memory_and_threads_change_no_byte(method: Method, dtype: torch.dtype, tmp_path: Path) -> None:
+    family = checkpoints.make_family(tmp_path, num_tuned(method), SHAPES, dtype)
+    recipe = recipe_for(method, family, tmp_path)
+
+    results = [
+        runs.merge_here(recipe, tmp_path / f"out-{threads}", memory_bytes=memory * runs.MIB, num_threads=threads)
+        for memory, threads in ((600, 1), (2048, 2))
+    ]
+
+    first, second = runs.expected_digests(results)
+    assert first == second
+
+
+def test_merging_copies_returns_them_bit_for_bit(method: Method, tmp_path: Path) -> None:
+    tensor = torch.cat([torch.randn(5000), torch.tensor([0.0, -0.0, 1e-40, -3e38])])
+    folders = [
+        checkpoints.write_checkpoint(tmp_path / name, {"weight": tensor})
+        for name in ("base", *(f"tuned-{i}" for i in range(num_tuned(method))))
+    ]
+    recipe = recipe_for(method, checkpoints.Family(folders[0], tuple(folders[1:])), tmp_path)
+
+    runs.merge_here(recipe, tmp_path / "out")
+
+    expected, found = ((folder / "model.safetensors").read_bytes() for folder in (folders[0], tmp_path / "out"))
+    assert expected[-tensor.nbytes :] == found[-tensor.nbytes :]

@@ -1,0 +1,82 @@
+"""Whole merges, in this process or as a user starts them, and what they left behind."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.execution import in_this_process
+from stockflow.reporting import Silent
+
+REPOSITORY = Path(__file__).parent.parent
+MIB = 2**20
+
+
+def merge_here(
+    recipe: Path,
+    output: Path,
+    *,
+    memory_bytes: int = 1024 * MIB,
+    num_threads: int = 2,
+    shard_size: int | None = None,
+    overwrite: bool = False,
+) -> MergeResult:
+    """Merge in this process and return the result."""
+    from stockflow.recipe import load_recipe
+
+    options = MergeOptions(memory_bytes, num_threads, "cpu", shard_size, overwrite)
+    return merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process, Silent())
+
+
+def command(*arguments: object) -> list[str]:
+    """Return the command line of ``stockflow`` in this interpreter."""
+    return [sys.executable, "-m", "stockflow", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run ``stockflow`` to its end as a process of its own."""
+    return subprocess.run(command(*arguments), cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def merge_elsewhere(recipe: Path, output: Path, *options: object) -> dict[str, Any]:
+    """Merge in a process of its own and return what ``--json`` prints."""
+    finished = run("merge", recipe, output, "--json", "--quiet", "--device", "cpu", *options)
+    assert finished.returncode == 0, finished.stderr
+    result: dict[str, Any] = json.loads(finished.stdout)
+    return result
+
+
+def receipts(output: Path) -> list[dict[str, Any]]:
+    """Return the receipts below an output, by file."""
+    return [json.loads(path.read_text()) for path in sorted(output.glob("_stockflow/*/receipts/*.json"))]
+
+
+def tensor_facts(output: Path) -> dict[str, dict[str, Any]]:
+    """Return the row of facts of every tensor, by name."""
+    return {row["name"]: row for receipt in receipts(output) for row in receipt["tensors"]}
+
+
+def coefficients(row: Mapping[str, Any]) -> list[list[float]]:
+    """Return the recorded coefficients of a tensor, exactly: one list per group."""
+    return [[float.fromhex(text) for text in group] for group in row["coefficients"]]
+
+
+def shard_digests(output: Path) -> dict[str, str]:
+    """Return the sha256 of every weight file of an output, read again from the disk."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.glob("*.safetensors"))}
+
+
+def leftovers(output: Path) -> list[str]:
+    """Return what is not part of a finished output: files that were being written."""
+    return sorted(path.name for path in output.rglob("*partial*"))
+
+
+def expected_digests(results: Sequence[MergeResult]) -> list[dict[str, str]]:
+    """Return, per merge, the sha256 of every shard as its manifest states it."""
+    return [
+        {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards} for result in results
+    ]

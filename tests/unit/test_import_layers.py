@@ -1,0 +1,154 @@
+"""Modules import only downwards, and each heavy library has one home: policy, held by reading the imports."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from tests.checkpoints import make_family, write_recipe
+
+PACKAGE = runs.REPOSITORY / "stockflow"
+
+LAYERS: tuple[frozenset[str], ...] = tuple(
+    frozenset(layer.split())
+    for layer in (
+        "__main__",
+        "cli",
+        "demo",
+        "reporting execution verify",
+        "describe",
+        "driver",
+        "commit worker",
+        "card merging prefix",
+        "units",
+        "reader",
+        "schedule",
+        "budget manifest",
+        "plan",
+        "recipe checkpoint tables",
+        "methods receipts writer",
+        "kernels header storage",
+        "gram spans executors",
+        "errors",
+    )
+)
+"""From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
+
+HOMES = {
+    "torch": {"kernels", "merging", "worker", "reader", "writer", "units", "demo"},
+    "ray": {"executors"},
+    "pyarrow": {"tables"},
+    "fsspec": {"storage"},
+    "s3fs": {"storage"},
+    "obstore": {"storage"},
+    "boto3": {"storage"},
+    "botocore": {"storage"},
+    "huggingface_hub": {"storage"},
+    "safetensors": {"demo", "verify"},
+    "yaml": {"recipe"},
+    "pydantic": {"recipe"},
+    "typer": {"cli"},
+    "rich": {"reporting"},
+}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Yield every module of the product: its name below ``stockflow``, and its file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        if name:
+            yield name, path
+
+
+def unit(module: str) -> str:
+    """Return the name of a module in LAYERS and HOMES: its folder, or its own."""
+    return module.split(".")[0]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and dotted name of everything a file imports at run time, in functions too."""
+    tree = ast.parse(path.read_text())
+    only_for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in only_for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno} imports relatively"
+            assert node.module is not None
+            if node.module == "stockflow":
+                yield from ((node.lineno, f"stockflow.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module
+
+
+def level(name: str) -> int:
+    found = [number for number, layer in enumerate(LAYERS) if name in layer]
+    assert found, f"stockflow/{name}* has no place in LAYERS: say what it may import"
+    return found[0]
+
+
+def test_modules_import_only_downwards() -> None:
+    upward = []
+    for module, path in modules():
+        importer = unit(module)
+        for line, name in imports(path):
+            imported = name.removeprefix("stockflow.").split(".")[0]
+            is_ours = name.startswith("stockflow.") and imported != "__version__" and imported != importer
+            if is_ours and level(imported) <= level(importer):
+                upward.append(f"{path}:{line}: {importer} imports {imported}, which is not below it")
+
+    assert upward == []
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_each_heavy_library_has_one_home(library: str) -> None:
+    strays = [
+        f"{path}:{line}"
+        for module, path in modules()
+        for line, name in imports(path)
+        if name.split(".")[0] == library and unit(module) not in HOMES[library]
+    ]
+
+    assert strays == []
+
+
+def test_ray_is_known_to_its_own_executor_only() -> None:
+    users = {module for module, path in modules() for _, name in imports(path) if name.split(".")[0] == "ray"}
+
+    assert all(module.startswith("executors.ray") for module in users)
+
+
+@pytest.mark.parametrize("command", ["import", "plan", "schema"])
+def test_what_needs_no_heavy_library_starts_without_them(command: str, tmp_path: Path) -> None:
+    """Planning works on a laptop: torch alone takes longer to import than a plan takes to make."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", make_family(tmp_path, 2, {"w": (10, 10)}))
+    arguments = {"plan": ["plan", str(recipe), str(tmp_path / "out"), "--json"], "schema": ["schema"]}
+    script = (
+        "import contextlib, io, json, sys\n"
+        "from stockflow.cli import app\n"
+        "arguments = json.loads(sys.argv[1])\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    arguments and app(arguments, standalone_mode=False)\n"
+        "print(json.dumps(sorted({'torch', 'ray', 'pyarrow', 'fsspec', 'obstore', 'botocore'} & sys.modules.keys())))"
+    )
+
+    finished = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(arguments.get(command))],
+        cwd=runs.REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert json.loads(finished.stdout) == []
