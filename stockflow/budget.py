@@ -30,12 +30,18 @@ LOOKAHEAD_BYTES = 256 * MIB
 """How far reading may run ahead of computing."""
 NUM_OUT_BUFFERS = 3
 """One being filled, one being hashed and written, one between them."""
+MAX_CHUNK_GROUPS = 2**14
+"""At most this many rows are decided together, so that products of very short rows stay few."""
 PIECE_OVERHEAD = 128
 """Alignment loss of one range in a slab."""
 LINEAR_TEMPORARIES = 2
 """Rows of working precision a linear method needs beside the sources, per thread."""
 ELEMENTWISE_TEMPORARIES = 6
 """The same of an elementwise method, per source."""
+NUM_GROUP_FACTS = 12
+"""Cosines, ratios and flags of a group, on their way and where they are kept."""
+PRODUCT_COPIES = 6
+"""Products per span in working precision and float64, their sum with what came before, and temporaries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class Workspace:
     def chunk_elems(self, job: TensorJob) -> int:
         """Most elements of a tensor that one slab holds."""
         usable = self.slab_bytes - PIECE_OVERHEAD * len(job.sources)
-        return usable // job.bytes_per_elem
+        return min(usable // job.bytes_per_elem, max(MAX_CHUNK_GROUPS * job.group_elems, SPAN_ELEMS))
 
 
 def scratch_bytes(job: TensorJob) -> int:
@@ -68,6 +74,20 @@ def scratch_bytes(job: TensorJob) -> int:
     rows = len(job.sources)
     temporaries = LINEAR_TEMPORARIES if METHODS[job.method].linear else ELEMENTWISE_TEMPORARIES * rows
     return (rows + temporaries) * SPAN_ELEMS * job.float_bits // 8
+
+
+def decision_bytes(job: TensorJob) -> int:
+    """Return what the groups of a tensor need beside its elements, in row and leading scope.
+
+    Facts of every group are kept until the tensor is done; products of all sources, in a few copies, until a
+    chunk is decided. Rows of four elements take more here than in the sources.
+    """
+    num_sources, float_bytes = len(job.sources), 8
+    if job.is_copy or job.num_groups <= 1:
+        return 0
+    together = min(job.num_groups, max(MAX_CHUNK_GROUPS, SPAN_ELEMS // job.group_elems))
+    facts = job.num_groups * (num_sources + NUM_GROUP_FACTS) * float_bytes
+    return facts + together * num_sources**2 * float_bytes * PRODUCT_COPIES
 
 
 def divide(
@@ -93,7 +113,7 @@ def divide(
         return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes)
     widest = max(jobs, key=lambda job: job.bytes_per_elem)
     out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
-    fixed = baseline_bytes + num_threads * max(scratch_bytes(job) for job in jobs)
+    fixed = baseline_bytes + num_threads * max(map(scratch_bytes, jobs)) + max(map(decision_bytes, jobs))
     overhead = PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
     num_spans = MAX_CHUNK_SPANS
     while True:

@@ -75,6 +75,7 @@ def on_ray(
         size=lambda shard: shard.source_bytes,
         options=options,
         on_count=observer.on_bytes,
+        on_note=observer.on_note,
     )
     for file in files:
         key = receipt_key(spec.plan_id, file)

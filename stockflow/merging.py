@@ -62,7 +62,8 @@ class Ledger:
 
     def record(self, coefficients: Coefficients, gram: Gram | None) -> None:
         """Add the decision of one unit."""
-        self.coefficients.append(coefficients.weights_GM)
+        if self.job.num_groups <= MAX_COEFFICIENT_GROUPS:
+            self.coefficients.append(coefficients.weights_GM)
         for name, values_G in coefficients.facts.items():
             self.facts.setdefault(name, []).append(values_G)
         flags = dict(coefficients.flags)
@@ -75,7 +76,7 @@ class Ledger:
     def close(self) -> TensorFacts:
         """Return the row of facts of the finished tensor."""
         job = self.job
-        num_groups = sum(len(weights) for weights in self.coefficients)
+        num_groups = job.num_groups
         grouped = {"groups": float(num_groups)} if num_groups > 1 else {}
         if num_groups > 1 and self.flags.get("clamped"):
             grouped["clamped_groups"] = float(self.flags["clamped"])
@@ -97,29 +98,37 @@ class Ledger:
             delta_norms=tuple(norms[1:]),
             flags=("copied",) if job.is_copy else tuple(sorted(name for name, count in self.flags.items() if count)),
             facts={**grouped, **self.scalars},
-            coefficients=self._hex_coefficients(num_groups),
+            coefficients=self._hex_coefficients(),
         )
 
-    def _values(self, name: str) -> list[float]:
-        return [value for values_G in self.facts.get(name, []) for value in values_G.tolist() if math.isfinite(value)]
+    def _values(self, name: str) -> list[Floats]:
+        """The finite values of a fact, unit by unit."""
+        return [values_G[np.isfinite(values_G)] for values_G in self.facts.get(name, [])]
 
     def _mean(self, name: str) -> float | None:
         values = self._values(name)
-        return math.fsum(values) / len(values) if values else None
+        count = sum(map(len, values))
+        return _exact_sum(values) / count if count else None
 
     def _extreme(self, name: str, pick: Callable[[list[float]], float]) -> float | None:
-        values = self._values(name)
-        return pick(values) if values else None
+        extremes = [pick(values_G.tolist()) for values_G in self._values(name) if len(values_G)]
+        return pick(extremes) if extremes else None
 
     def _norms(self) -> list[float]:
-        if not self.squares or not np.isfinite(squares_GM := np.concatenate(self.squares)).all():
+        if not self.squares or not all(np.isfinite(squares_GM).all() for squares_GM in self.squares):
             return []
-        return [math.sqrt(math.fsum(column.tolist())) for column in squares_GM.T]
+        columns = range(self.squares[0].shape[1])
+        return [math.sqrt(_exact_sum([squares_GM[:, column] for squares_GM in self.squares])) for column in columns]
 
-    def _hex_coefficients(self, num_groups: int) -> tuple[tuple[str, ...], ...] | None:
-        if not 0 < num_groups <= MAX_COEFFICIENT_GROUPS:
+    def _hex_coefficients(self) -> tuple[tuple[str, ...], ...] | None:
+        if not self.coefficients:
             return None
         return tuple(tuple(float(weight).hex() for weight in row) for weights in self.coefficients for row in weights)
+
+
+def _exact_sum(parts: Iterable[Floats]) -> float:
+    """Return the correctly rounded sum, which depends on no order; one part at a time becomes Python floats."""
+    return math.fsum(value for part in parts for value in part.tolist())
 
 
 @dataclass
@@ -202,7 +211,7 @@ class UnitMerger:
     ) -> None:
         assert method.linear is not None
         job = unit.job
-        num_groups = (unit.stop - unit.start) // job.group_elems if job.group_elems else 0
+        num_groups = (unit.stop - unit.start) // job.group_elems
         gram = self._gram(unit, num_groups, map_spans) if method.needs_gram else None
         try:
             decided = method.linear(gram or _no_gram(job), job.parameters)

@@ -67,6 +67,11 @@ class TensorJob:
             return math.prod(shape[1:])
         return self.num_elems
 
+    @property
+    def num_groups(self) -> int:
+        """How many decisions the tensor takes; 0 if it is empty."""
+        return self.num_elems // self.group_elems if self.num_elems else 0
+
     @cached_property
     def source_widths(self) -> tuple[int, ...]:
         """Bytes per element of each source."""

@@ -77,17 +77,22 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
 def take(store: Store, plan: MergePlan, *, overwrite: bool) -> Manifest | None:
     """Claim the output prefix for this plan; return the manifest if the plan is already published there.
 
+    With ``overwrite`` a finished output of this plan is published anew: shards that are still what their
+    receipts say are kept, damaged ones are merged again.
+
     Raises:
         OutputConflictError: something else is there and ``overwrite`` is false.
     """
     found = look(store, plan)
     if found.conflict and not overwrite:
         raise OutputConflictError(f"{found.conflict}; choose another output, or --overwrite to replace what is there")
-    if found.conflict:
+    if found.finished and not overwrite:
+        return found.finished
+    if found.conflict or found.finished:
         _replace(store, plan)
-    elif not found.finished and not found.is_ours:
+    elif not found.is_ours:
         _claim(store, plan)
-    return found.finished
+    return None
 
 
 def _ids(owner: Manifest | Claim, plan: MergePlan) -> str:

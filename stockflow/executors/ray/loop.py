@@ -29,6 +29,7 @@ R = TypeVar("R")
 POLL_S = 1.0
 STOP_GRACE_S = 2.0
 """For items to clean up after themselves; ``ray job stop`` gives the driver three seconds in all."""
+SAY_WAITING_S = 30.0
 MAX_STORAGE_FAILURES = 3
 """Per item, or per start of a worker; each has many requests repeated within it."""
 MAX_LOSSES = 6
@@ -46,6 +47,7 @@ def run(
     size: Callable[[T], int],
     options: RayOptions,
     on_count: Callable[[int, int], None],
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[R]:
     """Yield results as items finish, largest items first.
 
@@ -55,6 +57,7 @@ def run(
         size: of an item; the largest go first.
         options: workers, GPUs, cluster.
         on_count: told what the workers count.
+        on_note: told of what costs time: no worker yet, a lost one, storage that failed.
 
     Raises:
         ComputeLostError: Ray cannot be reached, no worker comes, or workers keep dying.
@@ -62,7 +65,7 @@ def run(
         StockflowError: any other error of an item, as itself.
     """
     with connected(options, len(items)):
-        loop: _Loop[T, R] = _Loop(start, sorted(items, key=size, reverse=True), options, on_count)
+        loop: _Loop[T, R] = _Loop(start, sorted(items, key=size, reverse=True), options, on_count, on_note)
         try:
             yield from loop.results()
         finally:
@@ -105,18 +108,20 @@ class _Loop(Generic[T, R]):
         items: Sequence[T],
         options: RayOptions,
         on_count: Callable[[int, int], None],
+        on_note: Callable[[str], None],
     ) -> None:
         # By value and once: every worker of a large plan reads the same object.
         self._start = ray.put(cloudpickle.dumps(start))  # type: ignore[no-untyped-call]
         self._waiting = deque(_Task(item) for item in items)
         self._options = options
         self._on_count = on_count
+        self._on_note = on_note
         self._num_workers = min(worker_count(options), len(items))
         self._actor_class: Any = ray.remote(Actor)
         self._slots: list[_Slot[T]] = []
         self._deaths_at_start = 0
         self._draining: frozenset[str] = frozenset()
-        self._polled = self._had_worker = time.monotonic()
+        self._polled = self._had_worker = self._said_waiting = time.monotonic()
 
     def results(self) -> Iterator[R]:
         num_left = len(self._waiting)
@@ -202,6 +207,7 @@ class _Loop(Generic[T, R]):
         failed.storage_failures += isinstance(cause, StorageError)
         if not isinstance(cause, StorageError) or failed.storage_failures >= MAX_STORAGE_FAILURES:
             raise cause if isinstance(cause, StockflowError) else error
+        self._on_note(f"tried again: {brief(cause)}")
         if slot.task is None:
             slot.call = slot.actor.start.remote(__version__, self._start)
         else:
@@ -229,6 +235,7 @@ class _Loop(Generic[T, R]):
                 f"{slot.task.losses + slot.task.out_of_memory} workers died doing the same item: {brief(error)}; "
                 "give workers more memory (--memory bounds each), then run again to resume"
             )
+        self._on_note(f"a worker was lost, another does its item again: {brief(error)}")
         self._waiting.appendleft(slot.task)
 
     def _forget(self, slot: _Slot[T]) -> None:
@@ -261,14 +268,20 @@ class _Loop(Generic[T, R]):
             self._on_count(read, written)
 
     def _check_for_workers(self) -> None:
+        """Say from time to time that no worker has come, and give up in the end."""
+        now = time.monotonic()
         if any(slot.node for slot in self._slots):
-            self._had_worker = time.monotonic()
-        elif time.monotonic() - self._had_worker > self._options.no_worker_timeout_s:
+            self._had_worker = self._said_waiting = now
+            return
+        need = f"the cluster has {describe_resources()}, a worker needs 1 CPU and {self._options.gpus_per_worker:g} GPU"
+        if now - self._had_worker > self._options.no_worker_timeout_s:
             raise ComputeLostError(
-                f"no worker came within {self._options.no_worker_timeout_s:.0f} s: the cluster has "
-                f"{describe_resources()}, a worker needs 1 CPU and {self._options.gpus_per_worker:g} GPU; "
+                f"no worker came within {self._options.no_worker_timeout_s:.0f} s: {need}; "
                 "free or add resources, or ask for fewer GPUs, then run again to resume"
             )
+        if now - self._said_waiting > SAY_WAITING_S:
+            self._said_waiting = now
+            self._on_note(f"no worker has come for {now - self._had_worker:.0f} s: {need}")
 
 
 def _kill(slot: _Slot[Any]) -> None:

@@ -1,0 +1,154 @@
+"""Digests of small merges that never change by accident.
+
+A change here changes models people have: bump ``stockflow.plan.NUMERICS`` in the same commit and say why.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stockflow.plan import NUMERICS
+from tests import runs
+from tests.checkpoints import Shape, make_family, write_recipe
+
+SHAPES: dict[str, Shape] = {
+    "model.embed_tokens.weight": (130, 257),
+    "model.layers.0.experts": (3, 5, 260),
+    "model.layers.0.norm.weight": (1023,),
+    "model.layers.0.proj.weight": (17, 64),
+    "odd.empty": (0, 7),
+    "odd.scalar": (),
+}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A merge and the sha256 of its one shard."""
+
+    method: str
+    sha256: str
+    num_tuned: int = 3
+    dtype: torch.dtype = torch.bfloat16
+    drawn: dict[str, Any] = field(default_factory=dict)
+    """keyword arguments of ``make_family``"""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """keyword arguments of ``write_recipe``"""
+
+
+F32 = torch.float32
+GOLDEN = {
+    "model_stock": Golden("model_stock", "2f0431213dae951395e4a2c762a36136e1ec2fd7193137c8e5652504889d5d04"),
+    "model_stock, two": Golden("model_stock", "1e5fd1df042bd6b3b35ac030d00e156695d073296ad01adda68f756cfcab6191", 2),
+    "model_stock, six": Golden("model_stock", "03d29454918e924450619d4f9115d88e57330089c1e6821e57550496388859b1", 6),
+    "model_stock by row": Golden(
+        "model_stock",
+        "c33fcc554ed31ccf5e62349fc8d31bc4e46e1860ad5b3f81559bed87b46ccc2a",
+        asked={"stockflow": {"scope": "row"}},
+    ),
+    "model_stock by leading index": Golden(
+        "model_stock",
+        "9a821b06403ee7d993e4cf7f042df0b3a3d9d19fdd79dc503439fdd1505b04fd",
+        asked={"stockflow": {"scope": "leading"}},
+    ),
+    "model_stock in F16": Golden(
+        "model_stock", "a5f75866dd526af3da1c997e76d15c07f7d62a7ff5ce736404b53e750b1ebb0e", dtype=torch.float16
+    ),
+    "model_stock, F32 base, BF16 out": Golden(
+        "model_stock",
+        "3f66ce59aa7f756965046803c0dac19f92a9d4fd142e3022613c852de98cc782",
+        drawn={"base_dtype": F32},
+        asked={"out_dtype": "bfloat16"},
+    ),
+    "model_stock, F64 to BF16": Golden(
+        "model_stock",
+        "8895d63db44a7226f1283c6b5b1629560384a3fb3247c2c6713d004883bcf4fe",
+        dtype=torch.float64,
+        asked={"dtype": "bfloat16"},
+    ),
+    "model_stock, 1e-13": Golden(
+        "model_stock",
+        "4fe84acaf24c38f9f880b8a95a043a01148c2d60a4c2dcddf3ce467338f8bcb6",
+        drawn={"base_scale": 0.0, "delta_scale": 1e-13},
+    ),
+    "model_stock, extrapolated": Golden(
+        "model_stock",
+        "2accca4a2400117af9827e913daa474d49b39276936898a8105ddf8e8ab8d74d",
+        5,
+        drawn={"cosine": -0.15},
+        asked={"stockflow": {"on_negative": "extrapolate"}},
+    ),
+    "linear": Golden(
+        "linear",
+        "f22638d6d4d0299375c1a93eab85af9d33708e801468751c53e7eb3313917689",
+        asked={"per_model": {"weight": [0.31, 0.72, -0.44]}, "with_base": False},
+    ),
+    "linear in F32, not normalized": Golden(
+        "linear",
+        "074f308d5899c9f5621995781ffa7d2828003510ad9ce2d68833b4594c27c589",
+        dtype=F32,
+        asked={"per_model": {"weight": [0.31, 0.72, -0.44]}, "parameters": {"normalize": False}},
+    ),
+    "task_arithmetic in F32": Golden(
+        "task_arithmetic",
+        "f8afcc20348f7bbdf5cbaf042ddfe692fb853b7f474f3bda2d8adca7e183e3cd",
+        dtype=F32,
+        asked={"per_model": {"weight": [0.31, 0.72, -0.44]}, "parameters": {"lambda": 0.7}},
+    ),
+    "task_arithmetic in F64": Golden(
+        "task_arithmetic",
+        "3d9e909d2d2b3f434aa48285dc80e4a6de3b3eaca2331a8897ba83df1af1a259",
+        dtype=torch.float64,
+        asked={"per_model": {"weight": [0.31, 0.72, -0.44]}},
+    ),
+    "slerp": Golden(
+        "slerp",
+        "58ce5e1d93334219bbf121a557471b063429b5f74ac20353888380b1bf444108",
+        1,
+        drawn={"delta_scale": 0.03},
+        asked={"parameters": {"t": 0.37}},
+    ),
+}
+
+CLASSES = {"cpu-AVX512", "cpu-AVX2", "cpu-DEFAULT"}
+"""Numerics classes on which these digests were made, all on an AMD EPYC. Merges that need a Gram are 16 bits
+wide here: the last bits of a float32 product, which may differ between makers of processors, do not show."""
+
+
+def merge_one(name: str, folder: Path) -> tuple[str, str]:
+    """Merge and return numerics class and digest."""
+    golden = GOLDEN[name]
+    family = make_family(folder, golden.num_tuned, SHAPES, golden.dtype, **golden.drawn)
+    recipe = write_recipe(folder / "recipe.yaml", golden.method, family, **golden.asked)
+    runs.merge_here(recipe, folder / "out")
+    (receipt,) = runs.receipts(folder / "out")
+    return receipt["numerics_class"], receipt["sha256"]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_bytes_of_a_merge_do_not_change(name: str, tmp_path: Path) -> None:
+    numerics_class, digest = merge_one(name, tmp_path)
+
+    if numerics_class not in CLASSES:
+        pytest.skip(f"no digests were made on {numerics_class} yet")
+    assert (NUMERICS, GOLDEN[name].sha256) == (1, digest)
+
+
+def test_the_kind_of_vector_unit_changes_no_golden_byte(tmp_path: Path) -> None:
+    """AVX2 is what most machines have, and what torch can be told to use on all of them."""
+    script = (
+        "import sys; from pathlib import Path; from tests.golden.test_golden import merge_one\n"
+        "print(*merge_one('model_stock by row', Path(sys.argv[1])))"
+    )
+
+    other = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], cwd=runs.REPOSITORY, capture_output=True, text=True,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}, check=True,
+    )  # fmt: skip
+
+    assert other.stdout.split() == ["cpu-AVX2", GOLDEN["model_stock by row"].sha256]

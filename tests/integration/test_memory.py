@@ -1,0 +1,112 @@
+"""The promise of --memory, held by a process of its own against tensors that do not fit."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stockflow.budget import BASELINE_BYTES
+from tests import oracle, runs
+from tests.checkpoints import Family, write_checkpoint, write_recipe
+from tests.runs import MIB
+
+MEMORY_BYTES = 480 * MIB
+PERIOD_ROWS, NUM_PERIODS, NUM_COLUMNS = 512, 112, 1000
+NUM_ROWS = PERIOD_ROWS * NUM_PERIODS
+"""The checkpoints repeat their first 512 rows, so that the oracle needs to see only these."""
+
+
+@pytest.fixture(scope="module")
+def large_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Base and two models with one tensor, 344 MB of sources: over four times what --memory leaves for them."""
+    folder = tmp_path_factory.mktemp("large")
+    random = torch.Generator().manual_seed(1)
+
+    def drawn(scale: float) -> torch.Tensor:
+        return torch.randn(PERIOD_ROWS, NUM_COLUMNS, generator=random) * scale
+
+    base, common = drawn(0.02), drawn(1e-3)
+    models = [base, base + common + drawn(1e-3), base + common + drawn(1e-3)]
+    folders = [
+        write_checkpoint(folder / str(number), {"w": model.bfloat16().repeat(NUM_PERIODS, 1)})
+        for number, model in enumerate(models)
+    ]
+    assert 4 * (MEMORY_BYTES - BASELINE_BYTES["cpu"]) < 3 * 2 * NUM_ROWS * NUM_COLUMNS
+    return Family(folders[0], tuple(folders[1:]))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_a_tensor_four_times_larger_than_the_budget_is_merged_within_it(
+    scope: str, large_family: Family, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", large_family, stockflow={"scope": scope})
+    options = ("--memory", f"{MEMORY_BYTES // MIB}MiB", "--workers", 2, "--json")
+    planned = json.loads(runs.run("plan", recipe, tmp_path / "out", *options).stdout)
+
+    result, seen_peak = merge_and_watch("merge", recipe, tmp_path / "out", "--quiet", *options)
+
+    reported_peak = result["summary"]["peak_memory_bytes"]
+    print(f"FIGURES {scope}: seen {seen_peak / MIB:.0f}, reported {reported_peak / MIB:.0f} MiB")
+    assert {"tensor": {"2": 1}, "row": {"1": 1}}[scope] == planned["passes"]
+    assert reported_peak <= planned["projected_memory_bytes"] <= MEMORY_BYTES
+    assert seen_peak <= MEMORY_BYTES
+    row = runs.tensor_facts(tmp_path / "out")["w"]
+    assert 0.4 < row["mean_cosine"] < 0.6
+    assert result["summary"]["bytes_read"] == 3 * 2 * NUM_ROWS * NUM_COLUMNS * (2 if scope == "tensor" else 1)
+    assert_first_rows_are_right(scope, large_family, tmp_path / "out")
+
+
+def test_a_budget_that_is_too_small_is_refused_while_planning(large_family: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", large_family)
+
+    refused = runs.run("plan", recipe, tmp_path / "out", "--memory", "300MiB", "--workers", 2)
+    also_refused = runs.run("merge", recipe, tmp_path / "out", "--memory", "300MiB", "--workers", 2, "--quiet")
+
+    assert (refused.returncode, also_refused.returncode) == (2, 2)
+    assert refused.stderr == also_refused.stderr
+    for part in ("tensor 'w'", "needs at least 40", "the limit is 300 MiB", "Raise --memory or lower --workers"):
+        assert part in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def merge_and_watch(*arguments: object) -> tuple[dict[str, Any], int]:
+    """Run a merge to its end; return what it prints and its largest resident memory as the kernel saw it."""
+    # Not resource.getrusage: a child's ru_maxrss starts with what its parent held when it forked.
+    peak = 0
+    with subprocess.Popen(runs.command(*arguments), cwd=runs.REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            peak = max(peak, _high_water_mark(process.pid))
+            time.sleep(0.01)
+        assert process.stdout is not None
+        assert process.returncode == 0
+        return json.load(process.stdout), peak
+
+
+def _high_water_mark(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return max((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), default=0)
+
+
+def assert_first_rows_are_right(scope: str, family: Family, output: Path) -> None:
+    base, *tuned = (_first_rows(folder) for folder in (family.base, *family.tuned))
+    expected = oracle.model_stock(base, tuned, scope="row" if scope == "row" else "tensor")
+    found = oracle.round_to("BF16", _first_rows(output))
+
+    distance = oracle.ulp_distance("BF16", found, oracle.round_to("BF16", expected.out))
+    assert distance.max() <= 1
+    assert (distance == 0).mean() >= 0.9999
+
+
+def _first_rows(folder: Path) -> oracle.Floats:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        first: oracle.Floats = file.get_slice("w")[:PERIOD_ROWS].double().numpy()
+        return first

@@ -1,0 +1,268 @@
+"""Interrupted, repeated and conflicting runs: nothing half-written counts, nothing finished is redone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stockflow.driver import Inputs, MergeOptions, merge
+from stockflow.errors import InputChangedError, NumericsError
+from stockflow.execution import in_this_process
+from stockflow.recipe import load_recipe
+from stockflow.reporting import Silent
+from tests import oracle, runs
+from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
+from tests.runs import MIB
+
+SLOW = {f"model.layers.{index}.weight": (400, 1000) for index in range(60)}
+"""Sixty shards, each in its own file and slow to make: enough to be stopped between two of them."""
+SMALL = {f"model.layers.{index}.weight": (20, 50) for index in range(8)}
+OPTIONS = ("--shard-size", "800kB", "--memory", "600MiB", "--workers", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def slow_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slow")
+    return write_recipe(folder / "recipe.yaml", "model_stock", make_family(folder, 2, SLOW, num_shards=2))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slow_recipe: Path) -> dict[str, str]:
+    output = slow_recipe.parent / "undisturbed"
+    assert runs.merge_here(slow_recipe, output, shard_size=800_000).num_resumed == 0
+    return runs.shard_digests(output)
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    return make_family(tmp_path / "family", 2, SMALL)
+
+
+@pytest.fixture
+def recipe(family: Family, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+
+
+def merge_until_a_receipt(recipe: Path, output: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Start a merge and send it a signal as soon as it has written a receipt."""
+    command = runs.command("merge", recipe, output, "--quiet", *OPTIONS)
+    with subprocess.Popen(command, cwd=runs.REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(output.glob("_stockflow/*/receipts/*.json")):
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, "", errors)
+
+
+def test_a_killed_merge_resumes_to_the_same_bytes(
+    slow_recipe: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+
+    killed = merge_until_a_receipt(slow_recipe, output, signal.SIGKILL)
+    was_published = (output / "manifest.json").exists() or (output / "config.json").exists()
+    num_receipts = len(runs.receipts(output))
+    resumed = runs.merge_elsewhere(slow_recipe, output, *OPTIONS)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert not was_published
+    assert 1 <= num_receipts < len(undisturbed)
+    assert resumed["outcome"] == "merged"
+    assert resumed["resumed_shards"] == num_receipts
+    assert undisturbed == resumed["shards"] == runs.shard_digests(output)
+
+
+def test_a_terminated_merge_leaves_nothing_half_written_and_resumes(
+    slow_recipe: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+
+    stopped = merge_until_a_receipt(slow_recipe, output, signal.SIGTERM)
+    left_behind = runs.leftovers(output)
+    was_published = (output / "manifest.json").exists()
+    resumed = runs.merge_elsewhere(slow_recipe, output, *OPTIONS)
+
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; run the same command again to resume" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert left_behind == []
+    assert not was_published
+    assert resumed["resumed_shards"] >= 1
+    assert undisturbed == resumed["shards"] == runs.shard_digests(output)
+
+
+def test_a_shard_that_changed_after_its_receipt_is_made_again(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    runs.merge_here(recipe, output, shard_size=5_000)
+    digests = runs.shard_digests(output)
+    (output / "manifest.json").unlink()
+    damaged, missing, touched = sorted(output.glob("model-*.safetensors"))[:3]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
+    missing.unlink()
+    os.utime(touched, (1, 1))
+
+    resumed = runs.merge_here(recipe, output, shard_size=5_000)
+
+    assert resumed.num_resumed == len(digests) - 2
+    assert digests == runs.shard_digests(output)
+
+
+def test_a_finished_output_says_so_without_torch(recipe: Path, tmp_path: Path) -> None:
+    runs.merge_here(recipe, tmp_path / "out")
+    script = (
+        "import sys; from stockflow.cli import app\n"
+        f"app(['merge', {str(recipe)!r}, {str(tmp_path / 'out')!r}, '--json', '--quiet'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'ray', 'pyarrow'} & sys.modules.keys()), file=sys.stderr)"
+    )
+
+    again = subprocess.run(
+        [sys.executable, "-c", script], cwd=runs.REPOSITORY, capture_output=True, text=True, check=True
+    )
+
+    assert json.loads(again.stdout)["outcome"] == "already_finished"
+    assert again.stderr.strip() == "[]"
+
+
+def test_another_plan_is_refused_and_overwrite_replaces_it(family: Family, recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    runs.merge_here(recipe, output, shard_size=5_000)
+    old_layout = sorted(path.name for path in output.glob("*.safetensors"))
+    other = write_recipe(tmp_path / "other.yaml", "linear", family, per_model={"weight": [0.3, 0.7]}, with_base=False)
+
+    refused = runs.run("merge", other, output, "--quiet")
+    replaced = runs.merge_here(other, output, overwrite=True)
+
+    assert len(old_layout) > 1
+    assert refused.returncode == 2
+    assert "holds the finished output of another plan" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert replaced.outcome == "merged"
+    assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert not (output / "model.safetensors.index.json").exists()
+    assert [path.parent.parent.name for path in output.glob("_stockflow/*/receipts/*")] == [replaced.plan.plan_id]
+    assert oracle.load_checkpoint(output).keys() == SMALL.keys() | oracle.load_checkpoint(family.base).keys()
+
+
+def test_an_unfinished_output_of_another_plan_is_refused(family: Family, recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    runs.merge_here(recipe, output)
+    (output / "manifest.json").unlink()
+    other = write_recipe(tmp_path / "other.yaml", "linear", family, per_model={"weight": [0.3, 0.7]}, with_base=False)
+
+    refused = runs.run("merge", other, output, "--quiet")
+
+    assert refused.returncode == 2
+    assert "is claimed by an unfinished run of another plan" in refused.stderr
+
+
+def test_foreign_files_are_not_touched_without_overwrite(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+
+    refused = runs.run("merge", recipe, output, "--quiet")
+
+    assert refused.returncode == 2
+    assert "is not empty and not an output of stockflow (it has 'thesis.txt')" in refused.stderr
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("inside", ["", "merged", "a/b"])
+def test_an_output_in_an_input_is_refused(inside: str, family: Family, recipe: Path) -> None:
+    before = sorted(family.tuned[0].rglob("*"))
+
+    refused = runs.run("merge", recipe, family.tuned[0] / inside, "--quiet", "--overwrite")
+
+    assert refused.returncode == 2
+    assert "is, or lies in, the input" in refused.stderr
+    assert before == sorted(family.tuned[0].rglob("*"))
+
+
+NONFINITE = [("model_stock", 0, float("nan")), ("model_stock", 2, float("inf")), ("linear", 1, float("nan"))]
+
+
+@pytest.mark.parametrize(("method", "broken", "value"), NONFINITE)
+def test_nan_and_infinity_are_named_with_tensor_checkpoint_and_index(
+    method: str, broken: int, value: float, tmp_path: Path
+) -> None:
+    shapes = {"fine": (10, 10), "large": (3, 70_000)}
+    family = make_family(tmp_path, 2, shapes)
+    folder = (family.base, *family.tuned)[broken]
+    spoil(folder, "large", 150_001, value)
+    per_model = {"weight": [0.3, 0.7]} if method == "linear" else None
+    recipe = write_recipe(tmp_path / "recipe.yaml", method, family, per_model=per_model)
+
+    with pytest.raises(NumericsError) as failure:
+        runs.merge_here(recipe, tmp_path / "out")
+
+    assert failure.value.exit_code == 2
+    assert f"tensor 'large' of {folder} has NaN or infinity at flat index 150,001" in str(failure.value)
+    assert "on_nonfinite: propagate" in str(failure.value)
+    assert not list((tmp_path / "out").glob("*.safetensors")) + runs.leftovers(tmp_path / "out")
+
+
+def test_nan_goes_through_if_asked(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 2, {"fine": (10, 10), "broken": (3, 7)})
+    spoil(family.tuned[0], "broken", 8, float("nan"))
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", "model_stock", family, parameters={"filter_wise": True},
+        stockflow={"on_nonfinite": "propagate"},
+    )  # fmt: skip
+
+    runs.merge_here(recipe, tmp_path / "out")
+
+    merged = oracle.load_checkpoint(tmp_path / "out")
+    assert np.isfinite(merged["fine"].array).all()
+    assert np.isnan(merged["broken"].array).all(axis=1).tolist() == [False, True, False]
+    assert runs.tensor_facts(tmp_path / "out")["broken"]["base_norm"] is None
+
+
+def test_an_output_that_overflows_is_an_error(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 2, {"w": (10, 10)}, torch.float32, base_scale=1e30, delta_scale=1e29)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family, out_dtype="float16")
+
+    with pytest.raises(NumericsError, match="rounded to F16, of 'w' overflows between elements 0 and 100"):
+        runs.merge_here(recipe, tmp_path / "out")
+
+
+def test_integers_that_differ_are_an_error(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 2, {"w": (10, 10)})
+    tensors = {"w": torch.zeros(10, 10, dtype=torch.bfloat16), "model.position_ids": torch.arange(77).reshape(1, 77)}
+    for number, folder in enumerate((family.base, *family.tuned)):
+        write_checkpoint(folder, tensors | {"model.position_ids": tensors["model.position_ids"] + number // 2})
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+
+    with pytest.raises(NumericsError) as failure:
+        runs.merge_here(recipe, tmp_path / "out")
+
+    for part in ("'model.position_ids' holds I64", str(family.base), str(family.tuned[1]), "`action: copy`"):
+        assert part in str(failure.value)
+
+
+def test_an_input_that_changes_after_planning_is_an_error(family: Family, recipe: Path, tmp_path: Path) -> None:
+    inputs = Inputs.open(load_recipe(str(recipe)))
+    weights = family.tuned[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # the same bytes, but who is to know
+
+    with pytest.raises(InputChangedError, match="changed since it was planned") as failure:
+        merge(inputs, str(tmp_path / "out"), MergeOptions(600 * MIB, 1, "cpu"), in_this_process, Silent())
+
+    assert failure.value.exit_code == 2
+    assert str(weights) in str(failure.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def spoil(folder: Path, name: str, index: int, value: float) -> None:
+    """Put a value into a tensor of a checkpoint in one file."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[index] = value
+    write_checkpoint(folder, tensors)
