@@ -174,6 +174,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
             for receipt in execute(_worker_spec(recipe, plan, store.url, options), remaining, observer):
                 receipts[receipt.file] = receipt
                 observer.on_shard(receipt)
+        store.sweep()
         observer.on_stage("publishing")
         from stockflow.commit import commit
 

@@ -123,6 +123,9 @@ class Store(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is already gone is no error."""
 
+    def sweep(self) -> None:
+        """Remove what writers who died left half-written and nobody can see; a live writer's is left alone."""
+
     def refuses_second(self, key: str, payload: bytes) -> bool:
         """Return whether ``key``, which exists, cannot be created again; where it can, it now holds ``payload``."""
 

@@ -1,8 +1,11 @@
 """Local folders: positioned reads into reused buffers, temporary sibling plus rename for writes."""
 
 import errno
+import fcntl
+import glob
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +23,8 @@ from stockflow.storage.base import Pin, Stamp, check_key
 
 PARTIAL_SUFFIX = ".stockflow-partial"
 """Ending of files that are being written; never part of an output."""
+LOCKED_WITHIN_S = 2.0
+"""A file being written is locked right after it appears; a younger one may not be yet."""
 
 
 class LocalStore:
@@ -94,6 +99,7 @@ class LocalStore:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             try:
                 with open(partial, "xb", buffering=0) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # until closed, or until this process dies: see sweep
                     yield file
                     os.fsync(file.fileno())
                 os.replace(partial, path)
@@ -132,6 +138,15 @@ class LocalStore:
             path = self._path(key)
             with _named(path, "delete"), suppress(FileNotFoundError):
                 os.unlink(path)
+
+    def sweep(self) -> None:
+        """Remove files that writers who died were writing: those that nobody holds a lock on."""
+        pattern = os.path.join(glob.escape(self.url), "**", f".*{PARTIAL_SUFFIX}")
+        for partial in glob.glob(pattern, recursive=True, include_hidden=True):
+            with suppress(FileNotFoundError, BlockingIOError), open(partial, "rb") as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime > LOCKED_WITHIN_S:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(partial)
 
     def refuses_second(self, key: str, payload: bytes) -> bool:
         """Return True: a hard link is exclusive."""

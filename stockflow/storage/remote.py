@@ -141,6 +141,9 @@ class RemoteStore:
         if doomed := [check_key(key) for key in keys]:
             self._run("delete", doomed[0], partial(self._client.delete, doomed))
 
+    def sweep(self) -> None:
+        """Do nothing: uploads that nobody finished are the bucket's lifecycle rule to abort."""
+
     def refuses_second(self, key: str, payload: bytes) -> bool:
         """Return whether the store itself refuses to create ``key``, which exists, again."""
 

@@ -26,9 +26,7 @@ def recipe_for(method: Method, family: checkpoints.Family, folder: Path) -> Path
         folder / f"{method.name}.yaml",
         method.name,
         family,
-        per_model={
-            parameter.name: [0.25 + 0.5 * i for i in range(count)] for parameter in required if parameter.per_model
-        },
+        per_model={parameter.name: values for parameter in required if parameter.per_model},
         parameters={parameter.name: 0.3 for parameter in required if not parameter.per_model},
     )
 

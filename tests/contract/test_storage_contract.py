@@ -1,7 +1,10 @@
 """One contract for every store, held against real files, real memory and a real S3 server."""
 
 import hashlib
+import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -327,3 +330,24 @@ def test_a_prefix_ends_where_a_folder_does() -> None:
     assert folder == config.for_url("s3://team/private") == config.for_url("s3://team/private/model")
     assert bucket == config.for_url("s3://team/private-not")
     assert StoreOptions() == config.for_url("s3://team2/model")
+
+
+def test_sweeping_removes_what_dead_writers_left_and_nothing_else(tmp_path: Path) -> None:
+    """A killed worker leaves a partial file of gigabytes; a live one is still writing its own."""
+    writer = (
+        "import os, sys; from stockflow.storage import StorageConfig, open_store\n"
+        "with open_store(sys.argv[1], StorageConfig(), writable=True).create('a.bin') as file:\n"
+        "    file.write(b'half'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", writer, str(tmp_path)], check=False)
+    (dead,) = tmp_path.iterdir()
+    os.utime(dead, (0, 0))
+    store = open_store(str(tmp_path), StorageConfig(), writable=True)
+
+    with store.create("b.bin") as file:
+        file.write(b"whole")
+        (alive,) = set(tmp_path.iterdir()) - {dead}
+        os.utime(alive, (0, 0))
+        store.sweep()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["b.bin"]

@@ -1,0 +1,367 @@
+"""The Ray executor on a real cluster, which these tests start: same bytes, lost workers replaced, clear errors."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import ray
+import yaml
+
+from stockflow import __version__, execution
+from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.errors import (
+    ComputeLostError,
+    InterruptedRunError,
+    NotFoundError,
+    NumericsError,
+    PlanError,
+    StorageError,
+    UserError,
+)
+from stockflow.executors.ray import RayOptions, actor, connected, loop
+from stockflow.executors.ray import run as run_on_ray
+from stockflow.plan import ShardPlan
+from stockflow.receipts import Receipt
+from stockflow.recipe import load_recipe
+from stockflow.reporting import Silent
+from stockflow.storage import StorageConfig
+from stockflow.worker import WorkerSpec
+from tests import ray_items, runs
+from tests.checkpoints import Family, make_family, write_recipe
+from tests.s3_server import free_port
+
+NUM_CPUS = 4
+SHARD_SIZE = 300_000
+QUICKLY = RayOptions(num_workers=2, no_worker_timeout_s=20.0)
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_endpoint: str) -> Iterator[str]:
+    """The address of a cluster with logical CPUs and one logical GPU; its workers have the S3 credentials."""
+    del s3_endpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connected(RayOptions(num_workers=NUM_CPUS, gpus_per_worker=1 / NUM_CPUS), NUM_CPUS):
+            yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("family"), 2, num_shards=2)
+
+
+@pytest.fixture(scope="module")
+def recipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", "model_stock", family)
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The digests of the shards, by the local executor."""
+    result = runs.merge_here(recipe, tmp_path_factory.mktemp("local") / "out", shard_size=SHARD_SIZE)
+    return runs.expected_digests([result])[0]
+
+
+@dataclass
+class Listening(Silent):
+    """Keeps what it is told."""
+
+    written: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def on_bytes(self, num_read: int, num_written: int) -> None:
+        self.written.append(num_written)
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def merge_on_ray(recipe: Path, output: str, options: RayOptions, observer: Silent | None = None) -> MergeResult:
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], told: Any) -> Iterator[Receipt]:
+        return execution.on_ray(spec, shards, told, options)
+
+    how = MergeOptions(1024 * runs.MIB, num_threads=1, device="auto", shard_size=SHARD_SIZE)
+    return merge(Inputs.open(load_recipe(str(recipe))), output, how, execute, observer or Silent())
+
+
+def run_items(
+    start: Callable[[], Callable[[Any, Any], Any]],
+    items: Sequence[Any],
+    options: RayOptions = QUICKLY,
+    on_count: Callable[[int, int], None] = lambda read, written: None,
+) -> list[Any]:
+    """Run items that are all of one size."""
+    return list(run_on_ray(start, items, size=lambda item: 1, options=options, on_count=on_count))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        RayOptions(num_workers=1),
+        RayOptions(num_workers=2),
+        RayOptions(num_workers=4),
+        RayOptions(gpus_per_worker=0.5),
+    ],
+    ids=["1 worker", "2 workers", "4 workers", "2 workers on one logical GPU"],
+)
+def test_the_number_of_workers_does_not_change_a_byte(
+    cluster: str, recipe: Path, expected: dict[str, str], tmp_path: Path, options: RayOptions
+) -> None:
+    observer = Listening()
+
+    result = merge_on_ray(recipe, str(tmp_path / "out"), options, observer)
+
+    assert len(expected) >= 4
+    assert expected == runs.shard_digests(tmp_path / "out")
+    assert sum(job.output.num_bytes for job in result.plan.jobs) == sum(observer.written)
+
+
+def test_s3_to_s3_gives_the_bytes_of_disk_to_disk(
+    cluster: str, family: Family, expected: dict[str, str], s3_endpoint: str, s3_bucket: str, tmp_path: Path
+) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for folder in (family.base, *family.tuned):
+        for path in folder.iterdir():
+            client.upload_file(str(path), s3_bucket, f"in/{folder.name}/{path.name}")
+    document = {
+        "merge_method": "model_stock",
+        "base_model": f"s3://{s3_bucket}/in/base",
+        "models": [{"model": f"s3://{s3_bucket}/in/{folder.name}"} for folder in family.tuned],
+        "stockflow": {"storage": {f"s3://{s3_bucket}": {"endpoint": s3_endpoint}}},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(document))
+
+    result = merge_on_ray(recipe, f"s3://{s3_bucket}/out", RayOptions(num_workers=2))
+
+    assert expected == runs.expected_digests([result])[0]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(
+    cluster: str,
+    recipe: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    num_workers: int,
+) -> None:
+    observer = Listening()
+    start = execution.StartWorker
+    monkeypatch.setattr(execution, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
+
+    with ThreadPoolExecutor(1) as beside:
+        killed = beside.submit(_kill_when_noted, tmp_path, "hanging")
+        merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=num_workers), observer)
+
+    assert expected == runs.shard_digests(tmp_path / "out")
+    begun = sorted(path.stat().st_mtime for path in tmp_path.glob("begun-*"))
+    assert len(begun) == len(expected) + 1
+    assert next(when for when in begun if when > killed.result()) - killed.result() < 30
+    assert [note.split(":")[0] for note in observer.notes] == ["a worker was lost, another does its item again"]
+    assert capfd.readouterr() == ("", "")
+
+
+def _kill_when_noted(folder: Path, name: str) -> float:
+    pid = int(ray_items.await_note(folder, name).read_text())
+    os.kill(pid, signal.SIGKILL)
+    return time.time()
+
+
+def test_the_largest_items_go_first(cluster: str, tmp_path: Path) -> None:
+    results = run_on_ray(
+        ray_items.Doing(ray_items.echo, tmp_path),
+        [2, 9, 5],
+        size=lambda item: item,
+        options=RayOptions(num_workers=1),
+        on_count=lambda read, written: None,
+    )
+
+    assert [item for item, _ in results] == [9, 5, 2]
+
+
+def test_what_workers_count_reaches_the_driver(cluster: str, tmp_path: Path) -> None:
+    counted: list[tuple[int, int]] = []
+
+    run_items(ray_items.Doing(ray_items.echo, tmp_path), range(1, 21), on_count=lambda *pair: counted.append(pair))
+
+    assert (sum(read for read, _ in counted), sum(written for _, written in counted)) == (210, 420)
+
+
+def test_workers_live_as_long_as_the_run(cluster: str, tmp_path: Path) -> None:
+    results = run_items(ray_items.Doing(ray_items.echo, tmp_path), range(1, 21))
+
+    assert len({pid for _, pid in results}) <= 2
+
+
+def test_an_item_that_fails_on_storage_is_tried_again(cluster: str, tmp_path: Path) -> None:
+    items = [("never", 0), ("twice", loop.MAX_STORAGE_FAILURES - 1)]
+
+    assert sorted(run_items(ray_items.Doing(ray_items.fail_on_storage, tmp_path), items)) == ["never", "twice"]
+
+
+def test_an_item_that_keeps_failing_on_storage_is_given_up(cluster: str, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"^always cannot be written$"):
+        run_items(ray_items.Doing(ray_items.fail_on_storage, tmp_path), [("always", 99)])
+
+    assert len(list(tmp_path.glob("always-*"))) == loop.MAX_STORAGE_FAILURES
+
+
+def test_a_start_that_fails_on_storage_is_tried_again(cluster: str, tmp_path: Path) -> None:
+    times = loop.MAX_STORAGE_FAILURES - 1
+
+    assert run_items(ray_items.FailingStart(tmp_path, times), [7], RayOptions(num_workers=1)) == [7]
+
+
+@pytest.mark.parametrize("kind", [NumericsError, NotFoundError])
+def test_a_users_mistake_is_raised_as_itself(cluster: str, tmp_path: Path, kind: type[UserError]) -> None:
+    message = "tensor 'a.b' holds NaN at 17; mend it"
+
+    with pytest.raises(kind, match=f"^{message}$") as raised:
+        run_items(ray_items.Doing(ray_items.raise_it, tmp_path), [kind(message)])
+
+    assert kind is type(raised.value)
+
+
+def test_a_bug_is_raised_with_the_traceback_of_the_worker(cluster: str, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="raise_it"):
+        run_items(ray_items.Doing(ray_items.raise_it, tmp_path), [ZeroDivisionError("oh")])
+
+
+def test_a_mistake_found_at_the_start_is_raised_as_itself(cluster: str) -> None:
+    with pytest.raises(PlanError, match=r"^no CUDA device$"):
+        run_items(ray_items.RaisingStart(PlanError("no CUDA device")), [1])
+
+
+def test_workers_that_die_at_the_start_end_the_run(cluster: str) -> None:
+    with pytest.raises(ComputeLostError, match="3 workers in a row died before they were ready"):
+        run_items(ray_items.die, [1, 2])
+
+
+def test_a_worker_of_another_version_is_refused(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "__version__", "0.0.1")
+
+    with pytest.raises(ComputeLostError, match=f"a worker has stockflow {__version__}, the driver has 0.0.1"):
+        run_items(ray_items.die, [1])
+
+
+def test_an_item_that_hangs_is_run_again_elsewhere(cluster: str, tmp_path: Path) -> None:
+    options = RayOptions(num_workers=2, stall_timeout_s=1.0)
+
+    results = run_items(ray_items.Doing(ray_items.hang_first_time, tmp_path), ["quick", "slow"], options)
+
+    assert sorted(results) == ["quick", "slow"]
+
+
+def test_items_in_work_clean_up_when_the_run_is_interrupted(cluster: str, tmp_path: Path) -> None:
+    """A shard that is being uploaded must abort its upload; a killed process could not."""
+
+    def interrupt(num_read: int, num_written: int) -> None:
+        raise InterruptedRunError("stopped by SIGTERM")
+
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
+        run_items(ray_items.Doing(ray_items.count_until_stopped, tmp_path), ["slow"], on_count=interrupt)
+
+    assert (tmp_path / "cleaned-1").exists()
+
+
+def test_no_room_for_a_worker_is_said_after_a_while(cluster: str, tmp_path: Path) -> None:
+    options = RayOptions(num_workers=1, gpus_per_worker=1000, no_worker_timeout_s=1.0)
+
+    with pytest.raises(ComputeLostError, match=r"within 1 s: .* 1 GPU \(1 free\), a worker needs 1 CPU and 1000 GPU"):
+        run_items(ray_items.Doing(ray_items.echo, tmp_path), [1], options)
+
+
+def test_cpus_taken_by_others_are_said_while_waiting_and_in_the_end(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAY_WAITING_S", 0.5)
+    neighbour: Any = ray.remote(actor.Actor)
+    taken = neighbour.options(num_cpus=NUM_CPUS).remote()
+    ray.get(taken.counters.remote())
+    notes: list[str] = []
+    run_one = partial(run_on_ray, ray_items.Doing(ray_items.echo, tmp_path), [1], size=int, on_count=lambda *_: None)
+
+    with pytest.raises(ComputeLostError, match=r"the cluster has 4 CPU \(0 free\)"):
+        list(run_one(options=RayOptions(no_worker_timeout_s=1.5), on_note=notes.append))
+
+    assert notes
+    assert all(note.startswith("no worker has come for") for note in notes)
+    ray.kill(taken)
+
+
+def test_a_worker_that_does_not_see_the_output_is_refused(cluster: str, tmp_path: Path) -> None:
+    spec = WorkerSpec(
+        plan_id="a" * 64,
+        checkpoints=(),
+        output_url=str(tmp_path / "elsewhere"),
+        storage=StorageConfig(),
+        on_nonfinite="error",
+        memory_bytes=runs.MIB,
+        num_threads=1,
+    )
+
+    with pytest.raises(PlanError, match=r"a worker does not see the output .*elsewhere.* use object storage"):
+        run_items(execution.StartWorker(spec), [1])
+
+
+CONNECT = """
+import sys
+from stockflow.errors import ComputeLostError
+from stockflow.executors.ray import RayOptions, connected
+for address in sys.argv[1:]:
+    try:
+        with connected(RayOptions(address=address), 1):
+            print("connected")
+    except ComputeLostError as error:
+        print(error)
+"""
+
+
+def test_an_address_without_a_cluster_is_said_at_once(s3_endpoint: str) -> None:
+    """Ray itself tries for minutes."""
+    addresses = [f"127.0.0.1:{free_port()}", s3_endpoint.removeprefix("http://"), "http://127.0.0.1:8265", "head"]
+
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", CONNECT, *addresses], capture_output=True, text=True, timeout=60
+    )
+
+    refused, foreign, dashboard, malformed = finished.stdout.splitlines()
+    assert refused.startswith(f"cannot use Ray at {addresses[0]}: [Errno 111] Connection refused; check that the head")
+    assert "is not the head of a Ray cluster" in foreign
+    assert "ray job submit" in dashboard
+    assert "head" in malformed
+
+
+def test_an_unreachable_cluster_exits_with_5(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+
+    finished = runs.run("merge", recipe, tmp_path / "out", "--quiet", "--memory", "1GiB")
+
+    assert finished.returncode == 5
+    assert finished.stderr.startswith("stockflow: cannot use Ray at 127.0.0.1:")
+    assert "Traceback" not in finished.stderr
+
+
+def test_the_command_line_uses_the_cluster_that_ray_address_names(
+    cluster: str, recipe: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+
+    result = runs.merge_elsewhere(
+        recipe, tmp_path / "out", "--workers", 1, "--memory", "1GiB", "--shard-size", SHARD_SIZE
+    )
+
+    assert expected == result["shards"]

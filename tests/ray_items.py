@@ -1,0 +1,150 @@
+"""What the tests let workers of a Ray cluster do. Workers import it, so it imports little."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stockflow.errors import StockflowError, StorageError
+
+Count = Callable[[int, int], None]
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Doing:
+    """A start: the worker then does ``work(folder, item, count)``."""
+
+    work: Callable[[Path, Any, Count], Any]
+    folder: Path
+
+    def __call__(self) -> Callable[[Any, Count], Any]:
+        return lambda item, count: self.work(self.folder, item, count)
+
+
+@dataclass(frozen=True)
+class FailingStart:
+    """A start that fails by storage ``times`` times, as counted by files in a folder."""
+
+    folder: Path
+    times: int
+
+    def __call__(self) -> Callable[[Any, Count], Any]:
+        if note(self.folder, "start") <= self.times:
+            raise StorageError("the claim cannot be read")
+        return lambda item, count: item
+
+
+@dataclass(frozen=True)
+class RaisingStart:
+    """A start that raises."""
+
+    error: Exception
+
+    def __call__(self) -> Callable[[Any, Count], Any]:
+        raise self.error
+
+
+@dataclass(frozen=True)
+class HangingOnce:
+    """A start of another: the first item that counts anything says which process it is in, and hangs there."""
+
+    start: Callable[[], Callable[[Any, Count], Any]]
+    folder: Path
+
+    def __call__(self) -> Callable[[Any, Count], Any]:
+        work = self.start()
+
+        def hanging(item: Any, count: Count) -> Any:
+            def hang_once(num_read: int, num_written: int) -> None:
+                count(num_read, num_written)
+                if num_written and note(self.folder, "hanging") == 1:
+                    time.sleep(WAIT_S)
+
+            note(self.folder, "begun")
+            return work(item, hang_once)
+
+        return hanging
+
+
+def die() -> Callable[[Any, Count], Any]:
+    """End the process where a worker should start."""
+    os._exit(17)
+
+
+def echo(folder: Path, item: int, count: Count) -> tuple[int, int]:
+    """Count the item as read and twice as much as written."""
+    del folder
+    count(item, 2 * item)
+    return item, os.getpid()
+
+
+def fail_on_storage(folder: Path, item: tuple[str, int], count: Count) -> str:
+    """Fail as often as the item says."""
+    del count
+    name, times = item
+    if note(folder, name) <= times:
+        raise StorageError(f"{name} cannot be written")
+    return name
+
+
+def raise_it(folder: Path, item: Exception, count: Count) -> None:
+    """Raise the item."""
+    del folder, count
+    raise item
+
+
+def hang_first_time(folder: Path, item: str, count: Count) -> str:
+    """Count nothing and never end; the second time end at once."""
+    del count
+    if item == "slow" and note(folder, "slow") == 1:
+        time.sleep(WAIT_S)
+    return item
+
+
+def count_until_stopped(folder: Path, item: str, count: Count) -> str:
+    """Count on and on; clean up when that raises."""
+    try:
+        for _ in range(int(WAIT_S / 0.05)):
+            count(1, 0)
+            time.sleep(0.05)
+    except StockflowError:
+        note(folder, "cleaned")
+        raise
+    return item
+
+
+def node_of(folder: Path, item: int, count: Count) -> tuple[int, str]:
+    """Say on which node the item was done, after half a second."""
+    import ray
+
+    node = str(ray.get_runtime_context().get_node_id())
+    note(folder, f"on-{node}")
+    count(1, 0)
+    time.sleep(0.5)
+    return item, node
+
+
+def note(folder: Path, name: str) -> int:
+    """Leave a file with this process's id, and return how many of the name there are now."""
+    for number in range(1, 1000):
+        try:
+            with open(folder / f"{name}-{number}", "x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            continue
+        return number
+    raise AssertionError("noted too often")
+
+
+def await_note(folder: Path, name: str, number: int = 1) -> Path:
+    """Wait until a file of ``note`` is there and written."""
+    path = folder / f"{name}-{number}"
+    deadline = time.monotonic() + WAIT_S
+    while not (path.exists() and path.read_text()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} never came")
+        time.sleep(0.02)
+    return path
