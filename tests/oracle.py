@@ -221,9 +221,7 @@ def linear(tensors: Sequence[Floats], weights: Sequence[float], *, normalize: bo
     """Return ``sum_i a_i w_i``, divided by ``sum_i a_i`` if ``normalize``."""
     divisor = math.fsum(weights) if normalize else 1.0
     coefficients = [np.longdouble(weight) / np.longdouble(divisor) for weight in weights]
-    return OracleResult(
-        _combine(tensors, coefficients), {"coefficients": np.array([coefficients], np.float64)}
-    )
+    return OracleResult(_combine(tensors, coefficients), {"coefficients": np.array([coefficients], np.float64)})
 
 
 def task_arithmetic(
