@@ -145,6 +145,8 @@ def plan(
     workers: Workers = None,
     executor: Executor = None,
     device: Device = DeviceName.auto,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a merge would read, write and hold; refuse what cannot work. Nothing is written."""
@@ -152,14 +154,14 @@ def plan(
     from stockflow.describe import plan_lines, project
 
     with _exit_codes():
-        options = _options(memory, shard_size, workers, device, overwrite=False, on_ray=_is_on_ray(executor))
+        options = _options(memory, shard_size, workers, device, overwrite, on_ray=_is_on_ray(executor))
         opened = _inputs(recipe)
         merge_plan, workspace = driver.plan_merge(opened, output, options)
-        notes = list(driver.output_notes(opened, output, merge_plan))
+        notes = list(driver.output_notes(opened, output, merge_plan, overwrite=overwrite))
         with driver.collector_paused():
             if as_json:
                 print(json.dumps(project(merge_plan, workspace, notes), indent=1))
-            else:
+            elif not quiet:
                 print("\n".join(plan_lines(merge_plan, workspace, notes)))
 
 
@@ -197,8 +199,13 @@ def verify(
 def demo(
     folder: Annotated[str | None, typer.Argument(help="Where to work. Default: a new temporary folder.")] = None,
     memory: Memory = None,
+    shard_size: ShardSize = "2MB",
     workers: Workers = None,
+    executor: Executor = None,
     device: Device = DeviceName.auto,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train small language models, merge them with Model Stock, verify, and compare: two minutes, no network."""
     import tempfile
@@ -209,11 +216,18 @@ def demo(
 
     with _exit_codes():
         where = Path(folder or tempfile.mkdtemp(prefix="stockflow-demo-")).absolute()
-        if where.exists() and not (where.is_dir() and not any(where.iterdir())):
-            raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo")
+        if where.exists() and not (where.is_dir() and (overwrite or not any(where.iterdir()))):
+            raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo, or --overwrite")
         where.mkdir(parents=True, exist_ok=True)
-        result = run_demo(where, _options(memory, None, workers, device, overwrite=False), print)
-        print(f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}")
+        on_ray = _is_on_ray(executor)
+        options = _options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
+        execute = partial(_on_ray, workers, 0.0) if on_ray else _in_this_process
+        result = run_demo(where, options, execute, (lambda _: None) if quiet or as_json else print)
+        if as_json:
+            facts = {"losses": result.losses, "findings": [str(finding) for finding in result.verification.findings]}
+            print(json.dumps({**facts, "folder": str(where), "seconds": result.seconds}, indent=1))
+        elif not quiet:
+            print(f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}")
         if result.verification.findings:
             raise typer.Exit(EXIT_FINDINGS)
 

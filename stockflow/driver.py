@@ -20,7 +20,8 @@ from stockflow.manifest import (
     Manifest,
     plan_key,
 )
-from stockflow.plan import MergePlan, ShardPlan, make_plan
+from stockflow.plan import MergePlan, ShardPlan
+from stockflow.planning import make_plan
 from stockflow.prefix import Heartbeat, look, take, valid_receipts, weak_promises
 from stockflow.receipts import Receipt
 from stockflow.recipe import Recipe
@@ -134,7 +135,7 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
     return plan, workspace
 
 
-def output_notes(inputs: Inputs, output: str, plan: MergePlan) -> Iterator[str]:
+def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: bool) -> Iterator[str]:
     """Yield what a merge would find at its output; nothing is written."""
     found = look(open_store(output, inputs.recipe.storage, writable=True), plan)
     if found.finished:
@@ -142,7 +143,7 @@ def output_notes(inputs: Inputs, output: str, plan: MergePlan) -> Iterator[str]:
     elif found.is_ours:
         yield "an earlier run of this plan began here: a merge would resume it"
     elif found.conflict:
-        yield f"{found.conflict}: a merge would refuse, unless --overwrite is given"
+        yield f"{found.conflict}: a merge would {'replace it' if overwrite else 'refuse, unless --overwrite is given'}"
 
 
 def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, observer: Observer) -> MergeResult:

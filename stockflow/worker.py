@@ -24,8 +24,9 @@ from stockflow.budget import (
     scratch_bytes,
 )
 from stockflow.errors import PlanError
+from stockflow.ledger import Ledger
 from stockflow.manifest import receipt_key
-from stockflow.merging import Ledger, StageClock, UnitMerger
+from stockflow.merging import StageClock, UnitMerger
 from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
 from stockflow.reader import Prefetcher
 from stockflow.receipts import Receipt, TensorFacts

@@ -9,8 +9,7 @@ from stockflow import driver
 from stockflow.card import by_kind, mean, shown
 from stockflow.demo import DemoInputs, held_out_loss, make_checkpoints
 from stockflow.describe import plan_lines, result_lines
-from stockflow.driver import MergeOptions, MergeResult
-from stockflow.execution import in_this_process
+from stockflow.driver import Execute, MergeOptions, MergeResult
 from stockflow.manifest import tensors_key
 from stockflow.receipts import TensorFacts
 from stockflow.recipe import load_recipe
@@ -18,9 +17,6 @@ from stockflow.reporting import Silent
 from stockflow.storage import StorageConfig
 from stockflow.tables import read_facts
 from stockflow.verify import Verification, summary_lines, verify
-
-SHARD_BYTES = 2_000_000
-"""Small, so that the demo's small model makes several shards."""
 
 Say = Callable[[str], None]
 
@@ -36,12 +32,13 @@ class DemoResult:
     seconds: float
 
 
-def run_demo(folder: Path, options: MergeOptions, say: Say) -> DemoResult:
+def run_demo(folder: Path, options: MergeOptions, execute: Execute, say: Say) -> DemoResult:
     """Make checkpoints in ``folder``, merge them twice, verify, and measure every model.
 
     Args:
         folder: an empty folder; everything the demo makes stays there.
-        options: memory, threads and device of the merges.
+        options: memory, threads, device and shard size of the merges.
+        execute: where shards are merged.
         say: called with each line for the reader.
     """
     started = time.perf_counter()
@@ -53,10 +50,10 @@ def run_demo(folder: Path, options: MergeOptions, say: Say) -> DemoResult:
     for line in plan_lines(plan, workspace):
         say(f"   {line}")
     say(f"\n3. stockflow merge {stock_recipe} {folder / 'model-stock'}")
-    stock = _merge(stock_recipe, folder / "model-stock", options)
+    stock = _merge(stock_recipe, folder / "model-stock", options, execute)
     for line in result_lines(stock):
         say(f"   {line}")
-    _merge(average_recipe, folder / "average", options)
+    _merge(average_recipe, folder / "average", options, execute)
     say(f"\n4. stockflow verify {folder / 'model-stock'}")
     verification = verify(str(folder / "model-stock"), StorageConfig(), inputs=True)
     for line in summary_lines(verification):
@@ -98,9 +95,8 @@ def _write_recipes(folder: Path, inputs: DemoInputs) -> tuple[Path, Path]:
     models = "".join(f"  - model: {path}\n" for path in inputs.tuned.values())
     head = f"base_model: {inputs.base}\nmodels:\n{models}dtype: bfloat16\n"
     stock, average = folder / "model-stock.yaml", folder / "average.yaml"
-    size = f"stockflow:\n  shard_size: {SHARD_BYTES}\n"
-    stock.write_text(f"merge_method: model_stock\n{head}{size}")
-    average.write_text(f"merge_method: linear\n{head}parameters:\n  weight: 1.0\n{size}")
+    stock.write_text(f"merge_method: model_stock\n{head}")
+    average.write_text(f"merge_method: linear\n{head}parameters:\n  weight: 1.0\n")
     return stock, average
 
 
@@ -108,8 +104,8 @@ def _open(recipe: Path) -> driver.Inputs:
     return driver.Inputs.open(load_recipe(str(recipe)))
 
 
-def _merge(recipe: Path, output: Path, options: MergeOptions) -> MergeResult:
-    return driver.merge(_open(recipe), str(output), options, in_this_process, Silent())
+def _merge(recipe: Path, output: Path, options: MergeOptions, execute: Execute) -> MergeResult:
+    return driver.merge(_open(recipe), str(output), options, execute, Silent())
 
 
 def _ratios(

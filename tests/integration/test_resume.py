@@ -252,7 +252,13 @@ def test_an_input_that_changes_after_planning_is_an_error(family: Family, recipe
     weights.write_bytes(weights.read_bytes())  # the same bytes, but who is to know
 
     with pytest.raises(InputChangedError, match="changed since it was planned") as failure:
-        merge(inputs, str(tmp_path / "out"), MergeOptions(600 * MIB, 1, "cpu"), in_this_process, Silent())
+        merge(
+            inputs,
+            str(tmp_path / "out"),
+            MergeOptions(600 * MIB + runs.grown_bytes(), 1, "cpu"),
+            in_this_process,
+            Silent(),
+        )
 
     assert failure.value.exit_code == 2
     assert str(weights) in str(failure.value)

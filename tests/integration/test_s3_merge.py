@@ -23,7 +23,7 @@ from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.parts import upload_bytes
 from stockflow.verify import verify
 from tests.checkpoints import make_family, write_checkpoint
-from tests.runs import MIB, command, run
+from tests.runs import MIB, command, grown_bytes, run
 from tests.s3_server import FaultyProxy, moto_server
 
 MEMORY_BYTES = 1024 * MIB
@@ -116,7 +116,7 @@ def merge_at(
     execute: Execute = execution.in_this_process,
 ) -> MergeResult:
     """Merge in this process."""
-    options = MergeOptions(MEMORY_BYTES, 2, "cpu", SHARD_SIZE)
+    options = MergeOptions(MEMORY_BYTES + grown_bytes(), 2, "cpu", SHARD_SIZE)
     return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute, observer or Silent())
 
 

@@ -13,11 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stockflow.budget import BASELINE_BYTES
 from stockflow.driver import Inputs, MergeOptions, plan_merge
 from stockflow.errors import BudgetError
 from stockflow.recipe import load_recipe
-from stockflow.worker import GROWTH_BYTES, current_memory_bytes
 from tests import oracle, runs
 from tests.checkpoints import Family, Shape, make_family, write_checkpoint, write_recipe
 from tests.runs import MIB
@@ -88,8 +86,7 @@ def smallest_budget(recipe: Path) -> int:
             plan_merge(inputs, str(recipe.parent / "nowhere"), MergeOptions(memory_bytes, 1, "cpu"))
         except BudgetError:
             continue
-        # A worker measures itself, and the process of the tests is larger than that of a merge.
-        return memory_bytes + max(current_memory_bytes() + GROWTH_BYTES + 8 * MIB - BASELINE_BYTES["cpu"], 0)
+        return memory_bytes
     raise AssertionError
 
 

@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "units",
         "reader",
         "schedule",
-        "budget manifest",
+        "budget manifest planning ledger",
         "plan",
         "recipe checkpoint tables",
         "methods receipts writer",
