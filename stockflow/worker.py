@@ -1,6 +1,7 @@
 """A worker: one process that merges shards, one after the other, within its memory budget."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,7 @@ class _ShardRun:
         self.facts: list[TensorFacts] = []
         self.seconds: dict[str, float] = {}
         self.bytes_read = 0
+        self._count_lock = threading.Lock()
         self.size, self.sha256 = 0, ""
 
     def execute(self) -> None:
@@ -247,7 +249,8 @@ class _ShardRun:
         self._on_bytes(0, num_bytes)
 
     def _count_read(self, num_bytes: int) -> None:
-        self.bytes_read += num_bytes
+        with self._count_lock:  # ranges arrive on several threads
+            self.bytes_read += num_bytes
         self._on_bytes(num_bytes, 0)
 
     def _ledger_of(self, job: TensorJob) -> Ledger:

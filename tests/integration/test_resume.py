@@ -250,15 +250,10 @@ def test_an_input_that_changes_after_planning_is_an_error(family: Family, recipe
     inputs = Inputs.open(load_recipe(str(recipe)))
     weights = family.tuned[1] / "model.safetensors"
     weights.write_bytes(weights.read_bytes())  # the same bytes, but who is to know
+    options = MergeOptions(600 * MIB + runs.grown_bytes(), 1, "cpu")
 
     with pytest.raises(InputChangedError, match="changed since it was planned") as failure:
-        merge(
-            inputs,
-            str(tmp_path / "out"),
-            MergeOptions(600 * MIB + runs.grown_bytes(), 1, "cpu"),
-            in_this_process,
-            Silent(),
-        )
+        merge(inputs, str(tmp_path / "out"), options, in_this_process, Silent())
 
     assert failure.value.exit_code == 2
     assert str(weights) in str(failure.value)
