@@ -8,7 +8,7 @@ from pathlib import Path
 from stockflow.errors import BudgetError
 from stockflow.methods import METHODS
 from stockflow.plan import TensorJob
-from stockflow.spans import SPAN_ELEMS
+from stockflow.spans import GRAM_BLOCK, SPAN_ELEMS
 from stockflow.storage.parts import upload_bytes
 
 MIB = 2**20
@@ -38,6 +38,10 @@ LINEAR_TEMPORARIES = 2
 """Rows of working precision a linear method needs beside the sources, per thread."""
 ELEMENTWISE_TEMPORARIES = 6
 """The same of an elementwise method, per source."""
+ELEMENTWISE_STATE_BYTES = 2**16 * 8
+"""State of an elementwise statistic, per source: 64-bit counts of a 16-bit digit."""
+SPANS_AHEAD = 3
+"""Results of spans, per thread, that may wait for their turn to be added up."""
 NUM_GROUP_FACTS = 12
 """Cosines, ratios and flags of a group, on their way and where they are kept."""
 PRODUCT_COPIES = 6
@@ -74,6 +78,15 @@ def scratch_bytes(job: TensorJob) -> int:
     rows = len(job.sources)
     temporaries = LINEAR_TEMPORARIES if METHODS[job.method].linear else ELEMENTWISE_TEMPORARIES * rows
     return (rows + temporaries) * SPAN_ELEMS * job.float_bits // 8
+
+
+def span_result_bytes(job: TensorJob) -> int:
+    """Return what one span leaves behind for the decision: products of its Gram blocks, or counts of digits."""
+    if job.is_copy or not job.num_statistic_passes:
+        return 0
+    if METHODS[job.method].linear:
+        return SPAN_ELEMS // GRAM_BLOCK * len(job.sources) ** 2 * 8
+    return len(job.sources) * ELEMENTWISE_STATE_BYTES
 
 
 def decision_bytes(job: TensorJob) -> int:
@@ -113,7 +126,8 @@ def divide(
         return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes)
     widest = max(jobs, key=lambda job: job.bytes_per_elem)
     out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
-    fixed = baseline_bytes + num_threads * max(map(scratch_bytes, jobs)) + max(map(decision_bytes, jobs))
+    per_thread = max(map(scratch_bytes, jobs)) + (SPANS_AHEAD + 1) * max(map(span_result_bytes, jobs))
+    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, jobs))
     overhead = PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
     num_spans = MAX_CHUNK_SPANS
     while True:

@@ -107,33 +107,20 @@ def merge(
     when OUTPUT/manifest.json exists; `stockflow verify` checks every byte of it.
     """
     from stockflow import driver
-    from stockflow.describe import result_lines
+    from stockflow.describe import result_facts, result_lines
     from stockflow.reporting import reporting
 
-    with _exit_codes(), driver.interruptible(), reporting(quiet=quiet) as observer:
-        observer.on_stage("opening checkpoints")
-        on_ray = _is_on_ray(executor)
-        options = _options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
-        execute = partial(_on_ray, workers, gpus_per_worker) if on_ray else _in_this_process
-        result = driver.merge(_inputs(recipe), output, options, execute, observer)
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "outcome": result.outcome,
-                    "output": result.output_url,
-                    "plan_id": result.plan.plan_id,
-                    "merge_id": result.plan.merge_id,
-                    "seconds": result.seconds,
-                    "resumed_shards": result.num_resumed,
-                    "shards": {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards},
-                    "summary": dict(result.manifest.summary),
-                },
-                indent=1,
-            )
-        )
-    elif not quiet:
-        print("\n".join(result_lines(result)))
+    with _exit_codes():
+        with driver.interruptible(), reporting(quiet=quiet) as observer:
+            observer.on_stage("opening checkpoints")
+            on_ray = _is_on_ray(executor)
+            options = _options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
+            execute = partial(_on_ray, workers, gpus_per_worker) if on_ray else _in_this_process
+            result = driver.merge(_inputs(recipe), output, options, execute, observer)
+        if as_json:
+            print(json.dumps(result_facts(result), indent=1))
+        elif not quiet:
+            print("\n".join(result_lines(result)))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from stockflow.errors import AlreadyExistsError, OutputConflictError
 from stockflow.header import DTYPES
 from stockflow.manifest import MANIFEST_FILE, Manifest, PublishedFile, read_manifest, tensors_key
 from stockflow.plan import NUMERICS, MergePlan, SideFile
+from stockflow.prefix import check_still_ours
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.recipe import Recipe
 from stockflow.storage import Store, check_stamp, redact
@@ -37,7 +38,7 @@ def commit(
         receipts: one per shard, in the plan's order.
 
     Raises:
-        OutputConflictError: another plan's manifest appeared meanwhile.
+        OutputConflictError: another run took the prefix meanwhile.
         StorageError: writing failed; running again resumes.
     """
     rows = [row for receipt in receipts for row in receipt.tensors]
@@ -67,6 +68,7 @@ def commit(
         versions=versions(),
         summary=summarize(receipts),
     )
+    check_still_ours(output, plan, receipts)
     try:
         output.put_new(MANIFEST_FILE, manifest.to_json())
     except AlreadyExistsError:

@@ -94,6 +94,21 @@ def plan_lines(plan: MergePlan, workspace: Workspace, notes: Sequence[str] = ())
         yield f"  note    {note}"
 
 
+def result_facts(result: MergeResult) -> dict[str, object]:
+    """Return what a finished merge was, for programs."""
+    files = result.manifest.files
+    return {
+        "outcome": result.outcome,
+        "output": result.output_url,
+        "plan_id": result.plan.plan_id,
+        "merge_id": result.plan.merge_id,
+        "seconds": result.seconds,
+        "resumed_shards": result.num_resumed,
+        "shards": {shard.file: files[shard.file].sha256 for shard in result.plan.shards},
+        "summary": dict(result.manifest.summary),
+    }
+
+
 def result_lines(result: MergeResult) -> Iterator[str]:
     """Yield the summary of a finished merge, line by line."""
     where = redact(result.output_url)

@@ -165,7 +165,10 @@ class MergePlan:
 
     @cached_property
     def merge_id(self) -> str:
-        """The same without locations and stamps: equal for the same merge of copies elsewhere."""
+        """The same without locations and stamps: equal for the same merge of copies elsewhere.
+
+        It knows nothing of the inputs' contents: other models of the same shapes share it.
+        """
         return _digest(self._canonical(with_inputs=False))
 
     @cached_property
@@ -190,7 +193,6 @@ class MergePlan:
             "plan_id": self.plan_id,
             "merge_id": self.merge_id,
             "donor": self.donor,
-            "on_nonfinite": self.on_nonfinite,
             "skipped": list(self.skipped),
             "notes": list(self.notes),
             **self._canonical(with_inputs=True),
@@ -208,6 +210,7 @@ class MergePlan:
         ]
         return {
             "numerics": NUMERICS,
+            "on_nonfinite": self.on_nonfinite,
             "checkpoints": [_canonical_checkpoint(checkpoint) for checkpoint in self.checkpoints]
             if with_inputs
             else len(self.checkpoints),

@@ -130,11 +130,17 @@ def weak_promises(output: Store, inputs: Sequence[Store], plan: MergePlan) -> It
 
 
 def _replace(store: Store, plan: MergePlan) -> None:
-    """Unpublish what is there: manifest, index and config first, then shards that the new layout does not have."""
+    """Unpublish what is there: manifest, index and config first, then whatever the new output will not replace.
+
+    Of an output of ours every published file goes; of foreign files only weights, which loaders might pick up.
+    """
+    published: set[str] = set()
+    with suppress(NotFoundError, CheckpointError):
+        published.update(read_manifest(store).files)
     for key in (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE):
         store.delete([key])
-    layout = {shard.file for shard in plan.shards}
-    stale = [key for key in store.list_top() if key.endswith(".safetensors") and key not in layout]
+    kept = {shard.file for shard in plan.shards}
+    stale = [key for key in store.list_top() if key not in kept and (key in published or key.endswith(".safetensors"))]
     current = f"{RECORDS}{plan.plan_id}/"
     records = [key for key in store.list(RECORDS) if not key.startswith(current)]
     store.delete([*stale, *records])
@@ -154,16 +160,40 @@ def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
                 receipt = Receipt.from_json(payload, key)
             except CheckpointError:
                 continue  # a receipt that cannot be read proves nothing: the shard is merged again
-            if receipt.plan_id == plan.plan_id and _is_intact(store, receipt, present[shard.file]):
+            is_of_shard = (receipt.plan_id, receipt.file, receipt.size) == (plan.plan_id, shard.file, shard.num_bytes)
+            if is_of_shard and _is_intact(store, receipt, present[shard.file]):
                 receipts[shard.file] = receipt
     return receipts
 
 
 def _is_intact(store: Store, receipt: Receipt, found: Stamp) -> bool:
     """Whether a shard is the one of the receipt; with another stamp but equal size its bytes decide."""
-    if found == receipt.stamp:
+    if found == receipt.stamp and found.size == receipt.size:
         return True
     return found.size == receipt.size and sha256_of(store, receipt.file, found) == receipt.sha256
+
+
+def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt]) -> None:
+    """Hold claim and shards against this run, right before its manifest makes them official.
+
+    Raises:
+        OutputConflictError: another run took the prefix, or replaced a shard, while this one worked.
+    """
+    with suppress(NotFoundError, CheckpointError):
+        owner = read_claim(store)
+        if owner.plan_id != plan.plan_id:
+            raise OutputConflictError(
+                f"{redact(store.url)} was taken by another plan{_ids(owner, plan)} while this one ran; "
+                "nothing was published"
+            )
+    present = store.list_top()
+    for receipt in receipts:
+        found = present.get(receipt.file)
+        if found is None or not _is_intact(store, receipt, found):
+            raise OutputConflictError(
+                f"{redact(store.url)}/{receipt.file} is no longer what this run wrote: another one writes there; "
+                "nothing was published. End it, then run again"
+            )
 
 
 def sha256_of(store: Store, key: str, stamp: Stamp, chunk_bytes: int = 8 * 2**20) -> str:

@@ -3,13 +3,14 @@
 import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,13 @@ from stockflow.budget import (
     BASELINE_BYTES,
     MIB,
     NUM_OUT_BUFFERS,
+    SPANS_AHEAD,
     Workspace,
     client_bytes,
     divide,
     scratch_bytes,
 )
-from stockflow.errors import PlanError
+from stockflow.errors import PlanError, StorageError
 from stockflow.ledger import Ledger
 from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger
@@ -32,7 +34,7 @@ from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
 from stockflow.reader import Prefetcher
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.schedule import schedule
-from stockflow.storage import StorageConfig, check_stamp, open_store
+from stockflow.storage import StorageConfig, check_stamp, open_store, redact
 from stockflow.units import LargeUnit, LoadedPiece, PackedUnit, Unit
 from stockflow.writer import OrderedWriter
 
@@ -77,6 +79,7 @@ class Worker:
         self._output = open_store(spec.output_url, spec.storage, writable=True)
         self._pool = ThreadPoolExecutor(spec.num_threads, thread_name_prefix="compute")
         torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")  # TF32, if the environment asks for it, would ruin cosines
         self._baseline_bytes = self._measured_baseline()
 
     def close(self) -> None:
@@ -103,12 +106,18 @@ class Worker:
         run.execute()
         self._check_inputs(shard)
         seconds = {"total": time.perf_counter() - started, **run.seconds}
+        stamp = self._output.stamp(shard.file)
+        if stamp.size != run.size:
+            raise StorageError(
+                f"{redact(self._output.url)}/{shard.file} has {stamp.size:,} bytes after {run.size:,} were written: "
+                "something else writes there; end it, then run again to resume"
+            )
         receipt = Receipt(
             plan_id=self._spec.plan_id,
             file=shard.file,
             size=run.size,
             sha256=run.sha256,
-            stamp=self._output.stamp(shard.file),
+            stamp=stamp,
             numerics_class=kernels.numerics_class(self._device),
             bytes_read=run.bytes_read,
             seconds={stage: round(value, 6) for stage, value in seconds.items()},
@@ -135,6 +144,26 @@ class Worker:
 
     def _client_bytes(self, shard: ShardPlan) -> int:
         return client_bytes((store.url for store in self._stores), self._output.url, shard.num_bytes)
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_ahead(pool: ThreadPoolExecutor, num_ahead: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield results in order like ``pool.map``, with at most ``num_ahead`` of them waiting to be taken."""
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            if len(pending) == num_ahead:
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+        wait(pending)
 
 
 class _ShardRun:
@@ -183,7 +212,7 @@ class _ShardRun:
                     on_read=self._count_read,
                 )
             )
-            writer.write(self._shard.header)
+            writer.write_header(self._shard.header)
             for step in steps:
                 if len(step.loads) == 1:
                     self._merge_packed(prefetcher, writer)
@@ -215,7 +244,7 @@ class _ShardRun:
             def target(_: LoadedPiece) -> Tensor:
                 return targets[index]
 
-            map_spans = map if side_by_side else self._pool.map
+            map_spans = map if side_by_side else self._map_spans
             self._merger.merge(units[index], target, ledgers[index], map_spans)
 
         for _ in (self._pool.map if side_by_side else map)(merge, range(len(units))):
@@ -236,9 +265,12 @@ class _ShardRun:
             filled.append((buffer, num_bytes))
             return buffer[:num_bytes]
 
-        self._merger.merge(unit, target, self._ledger_of(unit.job), self._pool.map)
+        self._merger.merge(unit, target, self._ledger_of(unit.job), self._map_spans)
         self._emit_all(writer, filled)
         self._close_ledger_at_end(unit)
+
+    def _map_spans(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
+        return map_ahead(self._pool, SPANS_AHEAD * self._num_threads, function, items)
 
     def _emit_all(self, writer: OrderedWriter, filled: list[tuple[Tensor, int]]) -> None:
         while filled:

@@ -37,8 +37,8 @@ class OrderedWriter:
         """Drop what is not written yet; ``finish`` is what writes everything."""
         self._pool.shutdown(cancel_futures=True)
 
-    def write(self, payload: bytes) -> None:
-        """Append bytes that are not in a buffer of ours."""
+    def write_header(self, payload: bytes) -> None:
+        """Write the first bytes of the file, before any buffer is emitted."""
         self._append(memoryview(payload))
 
     def buffer(self) -> Tensor:
@@ -77,14 +77,7 @@ class OrderedWriter:
         started = time.perf_counter()
         self._digest.update(payload)
         hashed = time.perf_counter()
-        _write_all(self._sink, payload)
+        self._sink.write(payload)
         self.hash_s += hashed - started
         self.write_s += time.perf_counter() - hashed
         self.num_bytes += payload.nbytes
-
-
-def _write_all(sink: Sink, payload: memoryview) -> None:
-    """Write every byte: an unbuffered file may take fewer than it is given."""
-    while payload.nbytes:
-        written = sink.write(payload)
-        payload = payload[written if isinstance(written, int) else payload.nbytes :]

@@ -58,7 +58,7 @@ class Sink(Protocol):
     """Where the bytes of one new object go, in order."""
 
     def write(self, payload: memoryview | bytes, /) -> object:
-        """Append ``payload``; it may be reused by the caller as soon as this returns."""
+        """Append all of ``payload``, or raise; it may be reused by the caller as soon as this returns."""
 
 
 class Store(Protocol):

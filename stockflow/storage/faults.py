@@ -12,6 +12,7 @@ Operation = Literal["stat", "read", "list", "write", "create", "delete"]
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "XAmzContentSHA256Mismatch"})
 _CREDENTIAL_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"})
+_KEY_CODES = frozenset({"SignatureDoesNotMatch", "InvalidAccessKeyId"})
 _REGION_CODES = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
 _NAME_CODES = frozenset({"InvalidBucketName", "KeyTooLongError", "ParamValidationError"})
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "HF_TOKEN")
@@ -114,6 +115,8 @@ def _denied(failure: Failure, operation: Operation, where: str) -> str:
     action = _ACTIONS.get(scheme, {}).get(operation)
     if failure.code in _CREDENTIAL_CODES:
         remedy = "the credentials have expired: sign in again"
+    elif failure.code in _KEY_CODES:
+        remedy = "the access key or its secret is not one that this endpoint knows: check both, and the endpoint"
     elif failure.status == 401 or action is None:
         remedy = "check the credentials, or set `anonymous: true` for public objects"
     else:

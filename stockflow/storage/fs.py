@@ -180,7 +180,7 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(response, dict):
         told = response.get("Error", {})
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return Failure(detail=scrub(str(told.get("Message", error))), status=status, code=_code_of(told))
+        return Failure(detail=scrub(str(told.get("Message", error) or "")), status=status, code=_code_of(told))
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
     code = type(error).__name__
     return Failure(detail=scrub(str(error)), status=status or _status_of(error), code=code)

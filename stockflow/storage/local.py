@@ -98,9 +98,10 @@ class LocalStore:
         with _named(path, "write"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             try:
-                with open(partial, "xb", buffering=0) as file:
+                with open(partial, "xb") as file:  # buffered: a raw file may take half of a write on a full disk
                     fcntl.flock(file, fcntl.LOCK_EX)  # until closed, or until this process dies: see sweep
                     yield file
+                    file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
                 _sync_folder(os.path.dirname(path))
@@ -121,8 +122,9 @@ class LocalStore:
         with _named(path, "create"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             try:
-                with open(partial, "xb", buffering=0) as file:
+                with open(partial, "xb") as file:
                     file.write(payload)
+                    file.flush()
                     os.fsync(file.fileno())
                 os.link(partial, path)
                 _sync_folder(os.path.dirname(path))

@@ -351,3 +351,30 @@ def test_sweeping_removes_what_dead_writers_left_and_nothing_else(tmp_path: Path
         store.sweep()
 
     assert [path.name for path in tmp_path.iterdir()] == ["b.bin"]
+
+
+@pytest.mark.parametrize("write", ["put", "put_new", "create"])
+def test_a_full_disk_never_publishes_half_a_file(tmp_path: Path, write: str) -> None:
+    """The kernel takes what still fits and raises nothing; a limit on file sizes does the same."""
+    script = (
+        "import resource, signal, sys\n"
+        "from stockflow.errors import StorageError\n"
+        "from stockflow.storage import StorageConfig, open_store\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "store = open_store(sys.argv[1], StorageConfig(), writable=True)\n"
+        "try:\n"
+        "    if sys.argv[2] == 'create':\n"
+        "        with store.create('a.json') as file:\n"
+        "            file.write(memoryview(bytes(2000)))\n"
+        "    else:\n"
+        "        getattr(store, sys.argv[2])('a.json', bytes(2000))\n"
+        "except StorageError as error:\n"
+        "    print(error)\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), write], capture_output=True, text=True, check=True
+    )
+
+    assert "run again to resume" in finished.stdout
+    assert list(tmp_path.iterdir()) == []

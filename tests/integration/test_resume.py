@@ -6,17 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from stockflow.driver import Inputs, MergeOptions, merge
-from stockflow.errors import InputChangedError, NumericsError
+from stockflow.driver import Inputs, MergeOptions, Observer, merge
+from stockflow.errors import InputChangedError, NumericsError, OutputConflictError
 from stockflow.execution import in_this_process
+from stockflow.manifest import CLAIM_FILE, Claim
+from stockflow.plan import ShardPlan
+from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
 from stockflow.reporting import Silent
+from stockflow.worker import WorkerSpec
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
 from tests.runs import MIB
@@ -267,3 +272,49 @@ def spoil(folder: Path, name: str, index: int, value: float) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(-1)[index] = value
     write_checkpoint(folder, tensors)
+
+
+@pytest.mark.parametrize("rival", ["takes the prefix", "replaces a shard"])
+def test_a_run_that_lost_its_prefix_publishes_nothing(rival: str, recipe: Path, tmp_path: Path) -> None:
+    """Another driver with --overwrite takes the prefix while this one is still writing."""
+    output = tmp_path / "out"
+
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards, observer)
+        if rival == "takes the prefix":
+            (output / CLAIM_FILE).write_bytes(Claim.now("f" * 64).to_json())
+        else:
+            shard = output / shards[0].file
+            shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
+
+    options = MergeOptions(1024 * MIB + runs.grown_bytes(), 2, "cpu", 5_000)
+    with pytest.raises(OutputConflictError, match="nothing was published"):
+        merge(Inputs.open(load_recipe(str(recipe))), str(output), options, execute, Silent())
+
+    assert not (output / "manifest.json").exists()
+
+
+def test_overwrite_leaves_nothing_of_the_output_before(family: Family, recipe: Path, tmp_path: Path) -> None:
+    """A tokenizer of another model, left beside new weights, would be loaded without a word."""
+    output = tmp_path / "out"
+    (family.base / "old_tokenizer.json").write_text("{}")
+    runs.merge_here(recipe, output)
+    (family.base / "old_tokenizer.json").unlink()
+
+    runs.merge_here(recipe, output, overwrite=True)
+
+    assert (output / "tokenizer_config.json").exists()
+    assert not (output / "old_tokenizer.json").exists()
+
+
+def test_overwrite_mends_a_damaged_output_of_the_same_plan(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    runs.merge_here(recipe, output, shard_size=5_000)
+    digests = runs.shard_digests(output)
+    damaged = sorted(output.glob("model-*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
+
+    mended = runs.merge_here(recipe, output, shard_size=5_000, overwrite=True)
+
+    assert mended.num_resumed == len(digests) - 1
+    assert digests == runs.shard_digests(output)
