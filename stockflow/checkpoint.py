@@ -59,15 +59,27 @@ class Checkpoint:
     """the ones too large to be copied"""
 
 
-class HeaderCache:
-    """Parsed headers by their bytes: fine-tuned models are mostly cut like their base, header for header.
+Layout = tuple[dict[str, TensorSpec], dict[str, Extent]]
+"""Specs and extents by name."""
 
-    It saves time, and the specs of all checkpoints are then the same objects.
+
+class HeaderCache:
+    """What was parsed before: fine-tuned models are mostly cut like their base, header for header.
+
+    It saves time, and equal specs and extents of all checkpoints are then the same objects.
     """
 
     def __init__(self) -> None:
         """Begin empty."""
         self._parsed: dict[tuple[bytes, int], list[PlacedTensor]] = {}
+        self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
+
+    def collect(self, where: str, files: Sequence[str], headers: Sequence[list[PlacedTensor]]) -> Layout:
+        """Return the tensors of all files together; equal files of equal headers give the same objects."""
+        key = tuple((file, id(placed)) for file, placed in zip(files, headers, strict=True))
+        if key not in self._layouts:
+            self._layouts[key] = _collect(where, files, headers)
+        return self._layouts[key]
 
     def parse(self, head: bytes, file_size: int, where: str) -> list[PlacedTensor]:
         """Return what ``parse_header`` returns."""
@@ -95,7 +107,7 @@ def open_checkpoint(store: Store, cache: HeaderCache) -> Checkpoint:
         raise NotFoundError(_nothing_here(where, listing))
     with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
         headers = list(pool.map(lambda file: _read_header(store, file, cache), files))
-    specs, extents = _collect(where, files, [placed for placed, _ in headers])
+    specs, extents = cache.collect(where, files, [placed for placed, _ in headers])
     if weight_map is not None:
         _check_coverage(where, weight_map, extents)
     stamps = {file: stamp for file, (_, stamp) in zip(files, headers, strict=True)}
@@ -115,10 +127,11 @@ def open_checkpoint(store: Store, cache: HeaderCache) -> Checkpoint:
 
 
 def open_checkpoints(stores: Sequence[Store]) -> list[Checkpoint]:
-    """Open several checkpoints concurrently, in the order given."""
+    """Open several checkpoints, the first one first and the others concurrently, in the order given."""
     cache = HeaderCache()
+    first = [open_checkpoint(store, cache) for store in stores[:1]]  # fills the cache for the others
     with ThreadPoolExecutor(max(len(stores), 1)) as pool:
-        return list(pool.map(lambda store: open_checkpoint(store, cache), stores))
+        return first + list(pool.map(lambda store: open_checkpoint(store, cache), stores[1:]))
 
 
 def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
@@ -184,9 +197,7 @@ def _read_header(store: Store, file: str, cache: HeaderCache) -> tuple[list[Plac
     return cache.parse(head[:needed], stamp.size, where), stamp
 
 
-def _collect(
-    where: str, files: Sequence[str], headers: Sequence[list[PlacedTensor]]
-) -> tuple[dict[str, TensorSpec], dict[str, Extent]]:
+def _collect(where: str, files: Sequence[str], headers: Sequence[list[PlacedTensor]]) -> Layout:
     specs: dict[str, TensorSpec] = {}
     extents: dict[str, Extent] = {}
     for file, placed in zip(files, headers, strict=True):
@@ -200,6 +211,8 @@ def _collect(
 
 
 def _check_coverage(where: str, weight_map: Mapping[str, str], extents: Mapping[str, Extent]) -> None:
+    if len(weight_map) == len(extents) and all(weight_map.get(name) == extent.file for name, extent in extents.items()):
+        return
     missing = [name for name, file in weight_map.items() if name not in extents or extents[name].file != file]
     unlisted = [name for name in extents if name not in weight_map]
     problems = [f"{name!r} is listed in {weight_map[name]} but not there" for name in missing]
