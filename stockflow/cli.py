@@ -16,7 +16,7 @@ from stockflow import __version__
 from stockflow.errors import EXIT_BUG, EXIT_FINDINGS, EXIT_USER, RecipeError, StockflowError
 
 if TYPE_CHECKING:
-    from stockflow.driver import Inputs, MergeOptions, Observer
+    from stockflow.driver import Execute, Inputs, MergeOptions, Observer
     from stockflow.plan import ShardPlan
     from stockflow.receipts import Receipt
     from stockflow.worker import WorkerSpec
@@ -113,9 +113,8 @@ def merge(
     with _exit_codes():
         with driver.interruptible(), reporting(quiet=quiet) as observer:
             observer.on_stage("opening checkpoints")
-            on_ray = _is_on_ray(executor)
-            options = _options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
-            execute = partial(_on_ray, workers, gpus_per_worker) if on_ray else _in_this_process
+            options = _options(memory, shard_size, workers, device, overwrite, on_ray=_is_on_ray(executor))
+            execute = _execute(executor, workers, gpus_per_worker)
             result = driver.merge(_inputs(recipe), output, options, execute, observer)
         if as_json:
             print(json.dumps(result_facts(result), indent=1))
@@ -206,9 +205,8 @@ def demo(
         if where.exists() and not (where.is_dir() and (overwrite or not any(where.iterdir()))):
             raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo, or --overwrite")
         where.mkdir(parents=True, exist_ok=True)
-        on_ray = _is_on_ray(executor)
-        options = _options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
-        execute = partial(_on_ray, workers, 0.0) if on_ray else _in_this_process
+        options = _options(memory, shard_size, workers, device, overwrite, on_ray=_is_on_ray(executor))
+        execute = _execute(executor, workers, gpus_per_worker=0.0)
         result = run_demo(where, options, execute, (lambda _: None) if quiet or as_json else print)
         if as_json:
             facts = {"losses": result.losses, "findings": [str(finding) for finding in result.verification.findings]}
@@ -235,6 +233,10 @@ def main() -> None:
 
 def _is_on_ray(executor: ExecutorName | None) -> bool:
     return executor is ExecutorName.ray or (executor is None and bool(os.environ.get("RAY_ADDRESS")))
+
+
+def _execute(executor: ExecutorName | None, workers: int | None, gpus_per_worker: float) -> "Execute":
+    return partial(_on_ray, workers, gpus_per_worker) if _is_on_ray(executor) else _in_this_process
 
 
 def _in_this_process(spec: "WorkerSpec", shards: "Sequence[ShardPlan]", observer: "Observer") -> "Iterator[Receipt]":

@@ -6,21 +6,14 @@ from collections.abc import Iterator
 import boto3
 import pytest
 
-from stockflow.storage.s3 import forget_session
-from tests.s3_server import CREDENTIALS, FORBIDDEN, moto_server
+from tests.s3_server import moto_server, s3_credentials
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The URL of an S3 server, with credentials for it in the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in FORBIDDEN:
-            patch.delenv(name, raising=False)
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        forget_session()
-        with moto_server() as url:
-            yield url
+    with s3_credentials(), moto_server() as url:
+        yield url
 
 
 @pytest.fixture

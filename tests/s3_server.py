@@ -16,6 +16,10 @@ from threading import Thread
 from typing import Literal
 from urllib.parse import urlsplit
 
+import pytest
+
+from stockflow.storage.s3 import forget_session
+
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIASTOCKFLOWTEST",
     "AWS_SECRET_ACCESS_KEY": "stockflow-test-secret",
@@ -26,6 +30,19 @@ CREDENTIALS = {
 }
 FORBIDDEN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE")
 """variables of the developer's own that must not reach a test"""
+
+
+@contextmanager
+def s3_credentials() -> Iterator[None]:
+    """Put the credentials of the test servers, and nothing of the developer's own, into the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FORBIDDEN:
+            patch.delenv(name, raising=False)
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        forget_session()
+        yield
+
 
 Fault = Literal["503", "reset", "truncate", "lost", "expired", "denied", "elsewhere", "501", "pass"]
 """``lost``: the request is carried out, and its answer never arrives; ``pass``: nothing goes wrong"""

@@ -24,7 +24,7 @@ from tests.contract import test_storage_contract as contract
 from tests.contract import test_storage_s3 as s3_only
 from tests.integration.test_s3_merge import Listener, Place, merge_at, shards
 from tests.runs import run
-from tests.s3_server import CREDENTIALS, FORBIDDEN
+from tests.s3_server import CREDENTIALS, s3_credentials
 
 pytestmark = pytest.mark.ceph
 
@@ -53,14 +53,8 @@ def s3_endpoint() -> Iterator[str]:
         pytest.skip(
             f"Ceph is not installed: no {', '.join(missing)}; apt-get install --no-install-recommends {PACKAGES}"
         )
-    with pytest.MonkeyPatch.context() as patch:
-        for name in FORBIDDEN:
-            patch.delenv(name, raising=False)
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        forget_session()
-        with ceph_gateway() as url:
-            yield url
+    with s3_credentials(), ceph_gateway() as url:
+        yield url
 
 
 @pytest.fixture(params=["s3-obstore", "s3-s3fs"])
