@@ -8,20 +8,20 @@ from pathlib import Path
 from stockflow.errors import BudgetError
 from stockflow.methods import METHODS
 from stockflow.plan import TensorJob
-from stockflow.spans import GRAM_BLOCK, SPAN_ELEMS
+from stockflow.spans import SPAN_ELEMS
 from stockflow.storage.parts import upload_bytes
 
 MIB = 2**20
 
-BASELINE_BYTES = {"cpu": 400 * MIB, "cuda": 1200 * MIB}
-"""Interpreter, torch and clients after the first block was computed, by device (tests/integration/test_memory.py)."""
+BASELINE_BYTES = {"cpu": 256 * MIB, "cuda": 1200 * MIB}
+"""Interpreter, libraries and the compiler of kernels, by device: 162 MiB measured, 230 where kernels are compiled."""
 REMOTE_CLIENT_BYTES = 64 * MIB
 """A client's libraries, connections and what its allocator keeps."""
 RANGES_IN_FLIGHT_BYTES = 192 * MIB
 """16 ranges of 8 MiB and their copies: obstore took 176 MiB, s3fs 170; with an upload beside them 296 and 247."""
 OPTIMAL_READ_BYTES = 8 * MIB
 """Range size at which object storage clients are cheapest; larger ones pay for fresh pages."""
-MAX_CHUNK_SPANS = 32
+MAX_CHUNK_SPANS = 16
 """At most this many spans of each source are read at a time: 4 Mi elements, 8 MiB of BF16."""
 MIN_SLABS = 2
 GOOD_NUM_SLABS = 6
@@ -34,10 +34,8 @@ MAX_CHUNK_GROUPS = 2**14
 """At most this many rows are decided together, so that products of very short rows stay few."""
 PIECE_OVERHEAD = 128
 """Alignment loss of one range in a slab."""
-LINEAR_TEMPORARIES = 2
-"""Rows of working precision a linear method needs beside the sources, per thread."""
-ELEMENTWISE_TEMPORARIES = 6
-"""The same of an elementwise method, per source."""
+ELEMENTWISE_TEMPORARIES = 2
+"""Rows of working precision an elementwise method needs beside the sources, per source and thread."""
 ELEMENTWISE_STATE_BYTES = 2**16 * 8
 """State of an elementwise statistic, per source: 64-bit counts of a 16-bit digit."""
 SPANS_AHEAD = 3
@@ -72,20 +70,18 @@ class Workspace:
 
 
 def scratch_bytes(job: TensorJob) -> int:
-    """Return what one thread needs to compute one span of a tensor."""
-    if job.is_copy:
+    """Return what one thread needs to compute one span of a tensor; linear methods work in the caches."""
+    if job.is_copy or METHODS[job.method].linear:
         return 0
-    rows = len(job.sources)
-    temporaries = LINEAR_TEMPORARIES if METHODS[job.method].linear else ELEMENTWISE_TEMPORARIES * rows
-    return (rows + temporaries) * SPAN_ELEMS * job.float_bits // 8
+    return len(job.sources) * (1 + ELEMENTWISE_TEMPORARIES) * SPAN_ELEMS * job.float_bits // 8
 
 
 def span_result_bytes(job: TensorJob) -> int:
-    """Return what one span leaves behind for the decision: products of its Gram blocks, or counts of digits."""
-    if job.is_copy or not job.num_statistic_passes:
+    """Return what one span leaves behind for the decision: products of its groups, or counts of digits."""
+    if job.is_copy or not job.num_statistic_passes or not job.num_elems:
         return 0
     if METHODS[job.method].linear:
-        return SPAN_ELEMS // GRAM_BLOCK * len(job.sources) ** 2 * 8
+        return -(-min(SPAN_ELEMS, job.num_elems) // job.group_elems) * len(job.sources) ** 2 * 8
     return len(job.sources) * ELEMENTWISE_STATE_BYTES
 
 

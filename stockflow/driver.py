@@ -28,7 +28,8 @@ from stockflow.recipe import Recipe
 from stockflow.storage import Store, is_within, open_store, pin_revision, redact
 
 if TYPE_CHECKING:
-    from stockflow.worker import Device, WorkerSpec
+    from stockflow.devices import Device
+    from stockflow.worker import WorkerSpec
 
 Outcome = Literal["merged", "already_finished"]
 

@@ -1,6 +1,8 @@
 """Where shards are merged: the glue between the driver and an executor."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,10 +21,16 @@ if TYPE_CHECKING:
 
 
 def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
-    """Merge shards here, one after the other, on the worker's threads."""
+    """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
     worker = Worker(spec)
     try:
-        yield from local.run(lambda shard: worker.merge(shard, observer.on_bytes), shards)
+        published: deque[Future[Receipt]] = deque()
+        for future in local.run(lambda shard: worker.begin(shard, observer.on_bytes), shards):
+            published.append(future)
+            if len(published) > 1:
+                yield published.popleft().result()
+        for future in published:
+            yield future.result()
     finally:
         worker.close()
 

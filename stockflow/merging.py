@@ -7,18 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from stockflow import kernels
+from stockflow.buffers import Bytes
 from stockflow.errors import NumericsError
 from stockflow.gram import Floats, Gram
+from stockflow.host import formats_of, working_dtype
+from stockflow.kernels import elementwise
+from stockflow.kernels.floats import FORMATS, first_nonfinite, results_in
 from stockflow.ledger import Ledger
 from stockflow.methods.protocol import Block, Elementwise, Method, TensorContext
 from stockflow.plan import COPY_EQUAL, CheckpointRef, OnNonfinite, TensorJob, method_of
 from stockflow.spans import span_bounds
 from stockflow.storage import redact
 from stockflow.units import LoadedPiece, Unit
+
+COMPARED_BYTES = 2**20
+"""How much of two integer tensors is compared at a time."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,14 +35,14 @@ class MapSpans(Protocol):
         """Apply ``function`` to every item."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A run of elements computed by one thread, with the bytes of its sources."""
+class Arithmetic(Protocol):
+    """Where linear methods are computed; every method may be called from several threads."""
 
-    job: TensorJob
-    start: int
-    stop: int
-    sources: list[Tensor]
+    def gram(self, span: LoadedPiece, group_elems: int) -> Floats:
+        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M)."""
+
+    def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, *, anchored: bool) -> bool:
+        """Write the weighted sum of a span into ``out``; return whether every result is finite."""
 
 
 @dataclass
@@ -56,15 +60,14 @@ class StageClock:
 
 
 class UnitMerger:
-    """Merges units of one plan on one device; safe to use from several threads."""
+    """Merges units of one plan; safe to use from several threads."""
 
     def __init__(
         self,
         checkpoints: Sequence[CheckpointRef],
         *,
         on_nonfinite: OnNonfinite,
-        scratch_bytes: int,
-        device: torch.device,
+        arithmetic: Arithmetic,
         clock: StageClock,
     ) -> None:
         """Prepare.
@@ -72,18 +75,16 @@ class UnitMerger:
         Args:
             checkpoints: the inputs, to be named in messages.
             on_nonfinite: whether NaN and infinity are errors.
-            scratch_bytes: working memory per thread.
-            device: where to compute.
+            arithmetic: where linear methods are computed.
             clock: receives the seconds of statistics and combine.
         """
         self._checkpoints = checkpoints
         self._on_nonfinite = on_nonfinite
-        self._scratch_bytes = scratch_bytes
-        self._device = device
+        self._arithmetic = arithmetic
         self._clock = clock
         self._threads = threading.local()
 
-    def merge(self, unit: Unit, out: Callable[[LoadedPiece], Tensor], ledger: Ledger, map_spans: MapSpans) -> None:
+    def merge(self, unit: Unit, out: Callable[[LoadedPiece], Bytes], ledger: Ledger, map_spans: MapSpans) -> None:
         """Decide and combine one unit.
 
         Args:
@@ -103,19 +104,20 @@ class UnitMerger:
         else:
             self._merge_elementwise(method, unit, out, ledger, map_spans)
 
-    def _copy(self, unit: Unit, out: Callable[[LoadedPiece], Tensor]) -> None:
+    def _copy(self, unit: Unit, out: Callable[[LoadedPiece], Bytes]) -> None:
         for piece in unit.sweep(last=True):
-            first, *others = piece.sources
-            for source, other in zip(unit.job.sources[1:], others, strict=True):
-                if unit.job.method == COPY_EQUAL and not torch.equal(first, other):
-                    raise NumericsError(self._integers_differ(unit.job, source.checkpoint))
-            out(piece).copy_(first)
+            donated = piece.source(0)
+            if unit.job.method == COPY_EQUAL:
+                for index, source in enumerate(unit.job.sources[1:], start=1):
+                    if not _same_bytes(donated, piece.source(index)):
+                        raise NumericsError(self._integers_differ(unit.job, source.checkpoint))
+            np.copyto(out(piece), donated)
 
     def _merge_linear(
         self,
         method: Method,
         unit: Unit,
-        out: Callable[[LoadedPiece], Tensor],
+        out: Callable[[LoadedPiece], Bytes],
         ledger: Ledger,
         map_spans: MapSpans,
     ) -> None:
@@ -129,14 +131,10 @@ class UnitMerger:
             raise NumericsError(f"tensor {job.output.name!r}: {error}") from None
         ledger.record(decided, gram)
 
-        def combine(span: Span) -> Tensor:
-            rows_ME = self._rows(span)
+        def combine(span: LoadedPiece, target: Bytes) -> bool:
             first = (span.start - unit.start) // job.group_elems
             weights_GM = decided.weights_GM[first : -(-(span.stop - unit.start) // job.group_elems)]
-            if not decided.anchored:
-                return kernels.combine_plain(rows_ME, weights_GM)
-            kernels.subtract_from_anchor(rows_ME)
-            return kernels.combine_anchored(rows_ME, weights_GM)
+            return self._arithmetic.combine(span, weights_GM, target, anchored=decided.anchored)
 
         self._combine(unit, combine, out, map_spans)
 
@@ -145,29 +143,26 @@ class UnitMerger:
         num_sources = len(job.sources)
         total_GMM = np.zeros((num_groups, num_sources, num_sources))
 
-        def products(span: Span) -> Floats:
+        def products(span: LoadedPiece) -> Floats:
             started = time.perf_counter()
-            rows_ME = self._rows(span)
-            kernels.subtract_from_anchor(rows_ME)
-            products_GBMM = kernels.block_products(rows_ME, job.group_elems)
-            if not np.isfinite(products_GBMM).all():
+            products_GMM = self._arithmetic.gram(span, min(job.group_elems, span.stop - span.start))
+            if not np.isfinite(products_GMM).all():
                 self._refuse_nonfinite(span, "a product of task vectors")
             self._clock.add("statistics", started)
-            return products_GBMM
+            return products_GMM
 
         for piece in unit.sweep(last=False):
             spans = _spans(piece)
-            for span, products_GBMM in zip(spans, map_spans(products, spans), strict=True):
+            for span, products_GMM in zip(spans, map_spans(products, spans), strict=True):
                 first = (span.start - unit.start) // job.group_elems
-                groups = slice(first, first + len(products_GBMM))
-                total_GMM[groups] = kernels.add_in_order(total_GMM[groups], products_GBMM)
+                total_GMM[first : first + len(products_GMM)] += products_GMM
         return Gram(total_GMM)
 
     def _merge_elementwise(
         self,
         method: Method,
         unit: Unit,
-        out: Callable[[LoadedPiece], Tensor],
+        out: Callable[[LoadedPiece], Bytes],
         ledger: Ledger,
         map_spans: MapSpans,
     ) -> None:
@@ -179,7 +174,7 @@ class UnitMerger:
         for _ in range(job.num_statistic_passes):
             statistic = rounds.send(result)
 
-            def update(span: Span, statistic: Any = statistic) -> Any:
+            def update(span: LoadedPiece, statistic: Any = statistic) -> Any:
                 started = time.perf_counter()
                 state = statistic.update(statistic.zero(), self._block(span))
                 self._clock.add("statistics", started)
@@ -193,55 +188,52 @@ class UnitMerger:
         decided = _returned(rounds, result)
         ledger.scalars.update(decided.facts)
 
-        def combine(span: Span) -> Tensor:
+        def combine(span: LoadedPiece, target: Bytes) -> bool:
             block = self._block(span)
-            return kernels.apply_update(block.base_E, decided.update(block))
+            results = results_in(target, job.output.dtype)
+            return elementwise.add_update(block.base_E, decided.update(block), results, FORMATS[job.output.dtype])
 
         self._combine(unit, combine, out, map_spans)
 
     def _combine(
         self,
         unit: Unit,
-        combine: Callable[[Span], Tensor],
-        out: Callable[[LoadedPiece], Tensor],
+        combine: Callable[[LoadedPiece, Bytes], bool],
+        out: Callable[[LoadedPiece], Bytes],
         map_spans: MapSpans,
     ) -> None:
         dtype, width = unit.job.output.dtype, unit.job.output_width
         for piece in unit.sweep(last=True):
             target, first = out(piece), piece.start
 
-            def round_span(span: Span, target: Tensor = target, first: int = first) -> None:
+            def combine_span(span: LoadedPiece, target: Bytes = target, first: int = first) -> None:
                 started = time.perf_counter()
                 part = target[width * (span.start - first) : width * (span.stop - first)]
-                if not kernels.round_into(combine(span).cpu(), part, dtype):
+                if not combine(span, part):
                     self._refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
                 self._clock.add("combine", started)
 
-            for _ in map_spans(round_span, _spans(piece)):
+            for _ in map_spans(combine_span, _spans(piece)):
                 pass
 
-    def _rows(self, span: Span) -> Tensor:
-        """The sources of a span, widened into this thread's scratch, shape (M, E)."""
-        if not hasattr(self._threads, "scratch"):
-            torch.set_num_threads(1)  # per thread: without it each operation would start threads of its own
-            self._threads.scratch = kernels.Scratch(self._scratch_bytes, self._device)
-        precision = torch.float64 if span.job.float_bits == 64 else torch.float32
-        dtypes = [source.spec.dtype for source in span.job.sources]
-        return kernels.load_rows(span.sources, dtypes, self._threads.scratch.rows(len(dtypes), precision))
+    def _block(self, span: LoadedPiece) -> Block:
+        """The sources of a span in working precision, as base and task vectors, in this thread's scratch."""
+        job, num_elems = span.job, span.stop - span.start
+        num_bytes = len(job.sources) * num_elems * job.float_bits // 8
+        if getattr(self._threads, "scratch", np.empty(0, np.uint8)).nbytes < num_bytes:
+            self._threads.scratch = np.empty(num_bytes, np.uint8)
+        rows_ME = self._threads.scratch[:num_bytes].view(working_dtype(job)).reshape(len(job.sources), num_elems)
+        elementwise.load_task_vectors(span.slab, span.firsts_M, formats_of(job), rows_ME[0], rows_ME[1:])
+        return Block(job.output.name, span.start, job.output.shape, rows_ME[0], rows_ME[1:])
 
-    def _block(self, span: Span) -> Block:
-        rows_ME = self._rows(span)
-        deltas_NE = kernels.task_vectors(rows_ME)
-        return Block(span.job.output.name, span.start, span.job.output.shape, rows_ME[0], deltas_NE)
-
-    def _refuse_nonfinite(self, span: Span, result: str) -> None:
+    def _refuse_nonfinite(self, span: LoadedPiece, result: str) -> None:
         """Name the first NaN or infinity in the sources of a span, or the result that overflowed."""
         if self._on_nonfinite == "propagate":
             return
         name = span.job.output.name
         advice = "mend the checkpoint, or set `stockflow: {on_nonfinite: propagate}`"
-        for source, raw in zip(span.job.sources, span.sources, strict=True):
-            index = kernels.first_nonfinite(raw, source.spec.dtype)
+        for number, source in enumerate(span.job.sources):
+            index = first_nonfinite(span.source(number), source.spec.dtype)
             if index is not None:
                 where = redact(self._checkpoints[source.checkpoint].url)
                 raise NumericsError(
@@ -259,17 +251,15 @@ class UnitMerger:
         )
 
 
-def _spans(piece: LoadedPiece) -> list[Span]:
+def _spans(piece: LoadedPiece) -> list[LoadedPiece]:
     num_elems = piece.stop - piece.start
-    return [
-        Span(
-            piece.job,
-            piece.start + start,
-            piece.start + stop,
-            piece.narrow(piece.start + start, piece.start + stop),
-        )
-        for start, stop in span_bounds(num_elems, min(piece.job.group_elems, num_elems))
-    ]
+    bounds = span_bounds(num_elems, min(piece.job.group_elems, num_elems))
+    return [piece.narrow(piece.start + start, piece.start + stop) for start, stop in bounds]
+
+
+def _same_bytes(left: Bytes, right: Bytes) -> bool:
+    parts = range(0, left.nbytes, COMPARED_BYTES)
+    return all(np.array_equal(left[at : at + COMPARED_BYTES], right[at : at + COMPARED_BYTES]) for at in parts)
 
 
 def _no_gram(job: TensorJob) -> Gram:

@@ -17,7 +17,7 @@ from stockflow.methods import METHODS
 from stockflow.methods.protocol import Method, Parameters, Scope
 from stockflow.storage import Stamp, redact
 
-NUMERICS = 1
+NUMERICS = 2
 """Bumped with any change of a golden digest."""
 COPY = "copy"
 """Pseudo-method: the donor's bytes, unchanged."""

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
-import torch
-from torch import Tensor
-
-from stockflow.budget import Workspace
+from stockflow.buffers import Bytes, Pool
+from stockflow.kernels.floats import Slab, slab_of
 from stockflow.plan import CheckpointRef
 from stockflow.schedule import Load, Request, Step, split_request
 from stockflow.storage import Store
@@ -18,24 +16,17 @@ from stockflow.storage import Store
 class LoadedSlab:
     """A load whose bytes have arrived."""
 
-    def __init__(self, load: Load, slab: Tensor) -> None:
-        """Pair a load with the slab that holds its bytes."""
+    def __init__(self, load: Load, buffer: Bytes) -> None:
+        """Pair a load with the buffer that holds its bytes."""
         self.load = load
-        self.slab = slab
-
-    def sources(self, index: int) -> list[Tensor]:
-        """Return the bytes of each source of one piece, as views of the slab."""
-        piece, offsets = self.load.pieces[index], self.load.offsets[index]
-        return [
-            self.slab[offset : offset + width * (piece.stop - piece.start)]
-            for offset, width in zip(offsets, piece.job.source_widths, strict=True)
-        ]
+        self.buffer = buffer
+        self.slab: Slab = slab_of(buffer)
 
 
 class Prefetcher:
     """Yields loaded slabs in schedule order while later ones are being read.
 
-    At most ``workspace.num_slabs`` slabs exist; a slab is read into again once it was released.
+    At most ``num_slabs`` of them are in use; one is read into again once it was released.
     """
 
     def __init__(
@@ -44,9 +35,9 @@ class Prefetcher:
         *,
         checkpoints: Sequence[CheckpointRef],
         stores: Sequence[Store],
-        workspace: Workspace,
+        pool: Pool,
+        num_slabs: int,
         num_readers: int,
-        pin_memory: bool,
         on_read: Callable[[int], None],
     ) -> None:
         """Prepare; reading starts when the context is entered.
@@ -55,23 +46,23 @@ class Prefetcher:
             steps: the schedule; every load is read ``num_reads`` times, step by step.
             checkpoints: the inputs with their stamps.
             stores: one open store per checkpoint.
-            workspace: size and number of slabs.
+            pool: where slabs come from and go back to at the end.
+            num_slabs: how many to use.
             num_readers: requests in flight.
-            pin_memory: whether slabs are page-locked, for copies to a GPU.
             on_read: called with the bytes of each finished request, from reader threads.
         """
         self._steps = steps
         self._checkpoints = checkpoints
         self._stores = stores
-        self._workspace = workspace
-        self._pin_memory = pin_memory
+        self._buffers = pool
+        self._num_slabs = num_slabs
         self._on_read = on_read
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix="read")
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
-        self._free: SimpleQueue[Tensor | None] = SimpleQueue()
-        self._loading: SimpleQueue[tuple[Load, Tensor, list[Future[None]]] | BaseException] = SimpleQueue()
+        self._free: SimpleQueue[Bytes | None] = SimpleQueue()
+        self._loading: SimpleQueue[tuple[Load, Bytes, list[Future[None]]] | BaseException] = SimpleQueue()
         self._closing = threading.Event()
-        self._num_allocated = 0
+        self._taken: list[Bytes] = []
         self.wait_s = 0.0
         """seconds the consumer waited for bytes"""
 
@@ -86,6 +77,8 @@ class Prefetcher:
         self._free.put(None)
         self._feeder.join()
         self._pool.shutdown(cancel_futures=True)
+        for buffer in self._taken:
+            self._buffers.give(buffer)
 
     def next(self) -> LoadedSlab:
         """Return the next load once all its bytes are there.
@@ -97,42 +90,42 @@ class Prefetcher:
         entry = self._loading.get()
         if isinstance(entry, BaseException):
             raise entry
-        load, slab, requests = entry
+        load, buffer, requests = entry
         for request in requests:
             request.result()
         self.wait_s += time.perf_counter() - started
-        return LoadedSlab(load, slab)
+        return LoadedSlab(load, buffer)
 
     def release(self, loaded: LoadedSlab) -> None:
         """Give a slab back for further reading."""
-        self._free.put(loaded.slab)
+        self._free.put(loaded.buffer)
 
     def _feed(self) -> None:
         try:
             for load in _in_reading_order(self._steps):
-                slab = self._acquire()
-                if slab is None or self._closing.is_set():
+                buffer = self._acquire()
+                if buffer is None or self._closing.is_set():
                     return
                 requests = [
-                    self._pool.submit(self._read, request, slab)
+                    self._pool.submit(self._read, request, buffer)
                     for whole in load.requests
                     for request in split_request(whole)
                 ]
-                self._loading.put((load, slab, requests))
+                self._loading.put((load, buffer, requests))
         except BaseException as error:  # the consumer raises it: a thread has no caller
             self._loading.put(error)
 
-    def _acquire(self) -> Tensor | None:
-        if self._free.empty() and self._num_allocated < self._workspace.num_slabs:
-            self._num_allocated += 1
-            return torch.empty(self._workspace.slab_bytes, dtype=torch.uint8, pin_memory=self._pin_memory)
+    def _acquire(self) -> Bytes | None:
+        if self._free.empty() and len(self._taken) < self._num_slabs:
+            self._taken.append(self._buffers.take())
+            return self._taken[-1]
         return self._free.get()
 
-    def _read(self, request: Request, slab: Tensor) -> None:
+    def _read(self, request: Request, buffer: Bytes) -> None:
         num_bytes = request.stop - request.start
-        buffer = memoryview(slab.numpy().data)[request.offset : request.offset + num_bytes]
+        target = buffer.data[request.offset : request.offset + num_bytes]
         stamp = self._checkpoints[request.checkpoint].files[request.file]
-        self._stores[request.checkpoint].read_into(request.file, request.start, buffer, stamp)
+        self._stores[request.checkpoint].read_into(request.file, request.start, target, stamp)
         self._on_read(num_bytes)
 
 

@@ -135,28 +135,31 @@ def _large(unit: Sequence[Piece], workspace: Workspace) -> Step:
 
 
 def _lay_out(pieces: Sequence[Piece]) -> tuple[tuple[Request, ...], tuple[tuple[int, ...], ...]]:
-    """Requests and offsets of a load: ranges in file order, each aligned in the slab as it is in its file."""
+    """Requests and offsets of a load: ranges in file order, every source on a boundary of its elements."""
     wanted = []
     for index, (job, first, last) in enumerate(pieces):
+        if first == last:
+            continue
         for number, (source, width) in enumerate(zip(job.sources, job.source_widths, strict=True)):
             file, start = source.extent
-            wanted.append((source.checkpoint, file, start + width * first, start + width * last, index, number))
+            wanted.append((source.checkpoint, file, start + width * first, start + width * last, width, index, number))
     requests: list[Request] = []
     offsets = [[0] * len(piece.job.sources) for piece in pieces]
-    for checkpoint, file, start, stop, index, number in sorted(wanted):
+    for checkpoint, file, start, stop, width, index, number in sorted(wanted):
         previous = requests[-1] if requests else None
-        if previous and (previous.checkpoint, previous.file) == (checkpoint, file) and start <= previous.stop:
+        if previous and _continues(previous, checkpoint, file, start, width):
             requests[-1] = previous._replace(stop=max(stop, previous.stop))
         else:
             end = previous.offset + previous.stop - previous.start if previous else 0
-            requests.append(Request(checkpoint, file, start, stop, _aligned_like(end, start)))
+            requests.append(Request(checkpoint, file, start, stop, -(-end // ALIGNMENT) * ALIGNMENT))
         offsets[index][number] = requests[-1].offset + start - requests[-1].start
-    return tuple(request for request in requests if request.stop > request.start), tuple(map(tuple, offsets))
+    return tuple(requests), tuple(map(tuple, offsets))
 
 
-def _aligned_like(offset: int, file_start: int) -> int:
-    """The first place from ``offset`` on that is aligned in the slab as ``file_start`` is in the file."""
-    return offset + (file_start - offset) % ALIGNMENT
+def _continues(previous: Request, checkpoint: int, file: str, start: int, width: int) -> bool:
+    """Whether a range can be read together with the previous one and still begin on a boundary of its elements."""
+    touches = (previous.checkpoint, previous.file) == (checkpoint, file) and start <= previous.stop
+    return touches and (previous.offset + start - previous.start) % width == 0
 
 
 def split_request(request: Request) -> Iterator[Request]:

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import numpy as np
 
+from stockflow.buffers import Bytes
+from stockflow.kernels.floats import Slab
 from stockflow.plan import TensorJob
 from stockflow.reader import LoadedSlab, Prefetcher
 from stockflow.schedule import Step
@@ -18,15 +20,30 @@ class LoadedPiece:
     job: TensorJob
     start: int
     stop: int
-    sources: list[Tensor]
-    """bytes of each source, anchor first"""
+    slab: Slab
+    buffer: Bytes
+    """the slab's memory"""
+    offsets: tuple[int, ...]
+    """per source, anchor first, where in the slab its bytes begin"""
 
-    def narrow(self, start: int, stop: int) -> list[Tensor]:
-        """Return the bytes of each source between two elements of the tensor."""
-        return [
-            raw[width * (start - self.start) : width * (stop - self.start)]
-            for raw, width in zip(self.sources, self.job.source_widths, strict=True)
-        ]
+    def narrow(self, start: int, stop: int) -> "LoadedPiece":
+        """Return what lies between two elements of the tensor."""
+        offsets = (
+            offset + width * (start - self.start)
+            for offset, width in zip(self.offsets, self.job.source_widths, strict=True)
+        )
+        return LoadedPiece(self.job, start, stop, self.slab, self.buffer, tuple(offsets))
+
+    def source(self, index: int) -> Bytes:
+        """Return the bytes of one source."""
+        first, width = self.offsets[index], self.job.source_widths[index]
+        return self.buffer[first : first + width * (self.stop - self.start)]
+
+    @property
+    def firsts_M(self) -> "np.typing.NDArray[np.uint64]":
+        """Per source, where it begins in the slab, counted in its own elements."""
+        pairs = zip(self.offsets, self.job.source_widths, strict=True)
+        return np.array([offset // width for offset, width in pairs], np.uint64)
 
 
 class Unit(Protocol):
@@ -50,7 +67,7 @@ class Unit(Protocol):
 
 def _piece(loaded: LoadedSlab, index: int) -> LoadedPiece:
     piece = loaded.load.pieces[index]
-    return LoadedPiece(piece.job, piece.start, piece.stop, loaded.sources(index))
+    return LoadedPiece(piece.job, piece.start, piece.stop, loaded.slab, loaded.buffer, loaded.load.offsets[index])
 
 
 class PackedUnit:

@@ -10,12 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from stockflow import kernels
 from stockflow.budget import (
     BASELINE_BYTES,
     MIB,
@@ -24,9 +20,10 @@ from stockflow.budget import (
     Workspace,
     client_bytes,
     divide,
-    scratch_bytes,
 )
-from stockflow.errors import PlanError, StorageError
+from stockflow.buffers import Bytes, Pool
+from stockflow.devices import Device, open_device
+from stockflow.errors import StorageError
 from stockflow.ledger import Ledger
 from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger
@@ -34,11 +31,9 @@ from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
 from stockflow.reader import Prefetcher
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.schedule import schedule
-from stockflow.storage import StorageConfig, check_stamp, open_store, redact
+from stockflow.storage import Sink, StorageConfig, check_stamp, open_store, redact
 from stockflow.units import LargeUnit, LoadedPiece, PackedUnit, Unit
 from stockflow.writer import OrderedWriter
-
-Device = Literal["auto", "cpu", "cuda"]
 
 GROWTH_BYTES = 96 * MIB
 """What a process still grows after its imports: lazily loaded code of torch, thread stacks, small allocations."""
@@ -65,7 +60,7 @@ OnBytes = Callable[[int, int], None]
 
 
 class Worker:
-    """Merges shards; clients, threads and scratch live as long as it does."""
+    """Merges shards; clients, threads and buffers live as long as it does."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Open stores and choose the device.
@@ -74,20 +69,30 @@ class Worker:
             PlanError: a CUDA device is asked for and there is none.
         """
         self._spec = spec
-        self._device = choose_device(spec.device)
+        self._device = open_device(spec.device)
         self._stores = [open_store(checkpoint.url, spec.storage) for checkpoint in spec.checkpoints]
         self._output = open_store(spec.output_url, spec.storage, writable=True)
         self._pool = ThreadPoolExecutor(spec.num_threads, thread_name_prefix="compute")
-        torch.set_num_threads(1)
-        torch.set_float32_matmul_precision("highest")  # TF32, if the environment asks for it, would ruin cosines
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._slabs, self._outs = Pool(self._device.allocate), Pool(self._device.allocate)
         self._baseline_bytes = self._measured_baseline()
 
     def close(self) -> None:
-        """End the threads."""
+        """Publish what is written and end the threads."""
+        self._publisher.shutdown()
         self._pool.shutdown(cancel_futures=True)
 
     def merge(self, shard: ShardPlan, on_bytes: OnBytes) -> Receipt:
         """Merge one shard, write it and its receipt.
+
+        Raises:
+            UserError: the inputs changed, hold NaN, or the budget is too small.
+            StorageError: reading or writing failed after retries.
+        """
+        return self.begin(shard, on_bytes).result()
+
+    def begin(self, shard: ShardPlan, on_bytes: OnBytes) -> Future[Receipt]:
+        """Merge one shard up to its last byte; while it becomes durable and gets its receipt, begin the next.
 
         Raises:
             UserError: the inputs changed, hold NaN, or the budget is too small.
@@ -103,9 +108,23 @@ class Worker:
             baseline_bytes=self._baseline_bytes + self._client_bytes(shard),
         )
         run = _ShardRun(self, shard, workspace, on_bytes)
-        run.execute()
+        with ExitStack() as stack:
+            sink = stack.enter_context(self._output.create(shard.file, size=shard.num_bytes))
+            run.execute(sink)
+            closing = stack.pop_all()
+
+        def publish() -> Receipt:
+            begun = time.perf_counter()
+            closing.close()
+            run.seconds["publish"] = time.perf_counter() - begun
+            run.seconds["total"] = time.perf_counter() - started
+            return self._receipt(shard, run, self._num_retries() - retries_before)
+
+        return self._publisher.submit(publish)
+
+    def _receipt(self, shard: ShardPlan, run: "_ShardRun", num_retries: int) -> Receipt:
+        """Write the receipt of a shard that is durable."""
         self._check_inputs(shard)
-        seconds = {"total": time.perf_counter() - started, **run.seconds}
         stamp = self._output.stamp(shard.file)
         if stamp.size != run.size:
             raise StorageError(
@@ -118,10 +137,10 @@ class Worker:
             size=run.size,
             sha256=run.sha256,
             stamp=stamp,
-            numerics_class=kernels.numerics_class(self._device),
+            numerics_class=self._device.numerics_class,
             bytes_read=run.bytes_read,
-            seconds={stage: round(value, 6) for stage, value in seconds.items()},
-            retries={"read": self._num_retries() - retries_before},
+            seconds={stage: round(value, 6) for stage, value in run.seconds.items()},
+            retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
             tensors=tuple(run.facts),
         )
@@ -140,7 +159,7 @@ class Worker:
                 check_stamp(store, file, expected)
 
     def _measured_baseline(self) -> int:
-        return max(BASELINE_BYTES[self._device.type], current_memory_bytes() + GROWTH_BYTES)
+        return max(BASELINE_BYTES[self._device.kind], current_memory_bytes() + GROWTH_BYTES)
 
     def _client_bytes(self, shard: ShardPlan) -> int:
         return client_bytes((store.url for store in self._stores), self._output.url, shard.num_bytes)
@@ -180,8 +199,7 @@ class _ShardRun:
         self._merger = UnitMerger(
             worker._spec.checkpoints,
             on_nonfinite=worker._spec.on_nonfinite,
-            scratch_bytes=max(scratch_bytes(job) for job in shard.jobs),
-            device=worker._device,
+            arithmetic=worker._device,
             clock=self._clock,
         )
         self._ledgers: dict[str, Ledger] = {}
@@ -191,24 +209,23 @@ class _ShardRun:
         self._count_lock = threading.Lock()
         self.size, self.sha256 = 0, ""
 
-    def execute(self) -> None:
-        """Read, merge and write everything; the shard appears at the end."""
+    def execute(self, sink: Sink) -> None:
+        """Read, merge and write everything."""
         worker, workspace = self._worker, self._workspace
         local = all("://" not in store.url for store in worker._stores)
         steps = list(schedule(self._shard.jobs, workspace))
+        worker._slabs.fit(workspace.slab_bytes, workspace.num_slabs)
+        worker._outs.fit(workspace.out_bytes, NUM_OUT_BUFFERS)
         with ExitStack() as stack:
-            sink = stack.enter_context(worker._output.create(self._shard.file, size=self._shard.num_bytes))
-            writer = stack.enter_context(
-                OrderedWriter(sink, num_buffers=NUM_OUT_BUFFERS, buffer_bytes=workspace.out_bytes)
-            )
+            writer = stack.enter_context(OrderedWriter(sink, pool=worker._outs, num_buffers=NUM_OUT_BUFFERS))
             prefetcher = stack.enter_context(
                 Prefetcher(
                     steps,
                     checkpoints=worker._spec.checkpoints,
                     stores=worker._stores,
-                    workspace=workspace,
+                    pool=worker._slabs,
+                    num_slabs=workspace.num_slabs,
                     num_readers=NUM_LOCAL_READERS if local else NUM_OBJECT_READERS,
-                    pin_memory=worker._device.type == "cuda",
                     on_read=self._count_read,
                 )
             )
@@ -241,7 +258,7 @@ class _ShardRun:
         side_by_side = distinct and len(units) >= 2 * self._num_threads
 
         def merge(index: int) -> None:
-            def target(_: LoadedPiece) -> Tensor:
+            def target(_: LoadedPiece) -> Bytes:
                 return targets[index]
 
             map_spans = map if side_by_side else self._map_spans
@@ -256,9 +273,9 @@ class _ShardRun:
 
     def _merge_large(self, unit: Unit, writer: OrderedWriter) -> None:
         """Merge a unit over several loads, its spans side by side."""
-        filled: list[tuple[Tensor, int]] = []
+        filled: list[tuple[Bytes, int]] = []
 
-        def target(piece: LoadedPiece) -> Tensor:
+        def target(piece: LoadedPiece) -> Bytes:
             self._emit_all(writer, filled)
             buffer = writer.buffer()
             num_bytes = unit.job.output_width * (piece.stop - piece.start)
@@ -272,11 +289,11 @@ class _ShardRun:
     def _map_spans(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
         return map_ahead(self._pool, SPANS_AHEAD * self._num_threads, function, items)
 
-    def _emit_all(self, writer: OrderedWriter, filled: list[tuple[Tensor, int]]) -> None:
+    def _emit_all(self, writer: OrderedWriter, filled: list[tuple[Bytes, int]]) -> None:
         while filled:
             self._emit(writer, *filled.pop(0))
 
-    def _emit(self, writer: OrderedWriter, buffer: Tensor, num_bytes: int) -> None:
+    def _emit(self, writer: OrderedWriter, buffer: Bytes, num_bytes: int) -> None:
         writer.emit(buffer, num_bytes)
         self._on_bytes(0, num_bytes)
 
@@ -291,18 +308,6 @@ class _ShardRun:
     def _close_ledger_at_end(self, unit: Unit) -> None:
         if unit.stop == unit.job.num_elems:
             self.facts.append(self._ledgers.pop(unit.job.output.name).close())
-
-
-def choose_device(device: Device) -> torch.device:
-    """Return the device to compute on: what torch sees decides, not what a scheduler says.
-
-    Raises:
-        PlanError: ``cuda`` is asked for and torch sees no CUDA device.
-    """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build")
-    return torch.device("cuda" if device != "cpu" and available else "cpu")
 
 
 def current_memory_bytes() -> int:

@@ -5,21 +5,20 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
-import torch
-from torch import Tensor
-
+from stockflow.buffers import Bytes, Pool
 from stockflow.storage import Sink
 
 
 class OrderedWriter:
     """Writes buffers in the order they are emitted; buffers are reused, so at most a few exist."""
 
-    def __init__(self, sink: Sink, *, num_buffers: int, buffer_bytes: int) -> None:
-        """Write to ``sink`` from a thread of our own, with ``num_buffers`` buffers of ``buffer_bytes``."""
+    def __init__(self, sink: Sink, *, pool: Pool, num_buffers: int) -> None:
+        """Write to ``sink`` from a thread of our own, with ``num_buffers`` buffers of ``pool``."""
         self._sink = sink
-        self._buffer_bytes = buffer_bytes
-        self._num_unallocated = num_buffers
-        self._free: SimpleQueue[Tensor] = SimpleQueue()
+        self._buffers = pool
+        self._num_buffers = num_buffers
+        self._taken: list[Bytes] = []
+        self._free: SimpleQueue[Bytes] = SimpleQueue()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._pending: list[Future[None]] = []
         self._digest = hashlib.sha256()
@@ -36,24 +35,26 @@ class OrderedWriter:
     def __exit__(self, *_: object) -> None:
         """Drop what is not written yet; ``finish`` is what writes everything."""
         self._pool.shutdown(cancel_futures=True)
+        for buffer in self._taken:
+            self._buffers.give(buffer)
 
     def write_header(self, payload: bytes) -> None:
         """Write the first bytes of the file, before any buffer is emitted."""
         self._append(memoryview(payload))
 
-    def buffer(self) -> Tensor:
+    def buffer(self) -> Bytes:
         """Return a buffer to fill, waiting for one if need be."""
         started = time.perf_counter()
         self._raise_failures()
-        if self._free.empty() and self._num_unallocated:
-            self._num_unallocated -= 1
-            return torch.empty(self._buffer_bytes, dtype=torch.uint8)
+        if self._free.empty() and len(self._taken) < self._num_buffers:
+            self._taken.append(self._buffers.take())
+            return self._taken[-1]
         buffer = self._free.get()
         self._raise_failures()
         self.wait_s += time.perf_counter() - started
         return buffer
 
-    def emit(self, buffer: Tensor, num_bytes: int) -> None:
+    def emit(self, buffer: Bytes, num_bytes: int) -> None:
         """Hand over the first ``num_bytes`` of a buffer; it is written after all earlier ones."""
         self._pending.append(self._pool.submit(self._write_buffer, buffer, num_bytes))
 
@@ -67,9 +68,9 @@ class OrderedWriter:
         while self._pending and self._pending[0].done():
             self._pending.pop(0).result()
 
-    def _write_buffer(self, buffer: Tensor, num_bytes: int) -> None:
+    def _write_buffer(self, buffer: Bytes, num_bytes: int) -> None:
         try:
-            self._append(memoryview(buffer.numpy().data)[:num_bytes])
+            self._append(buffer.data[:num_bytes])
         finally:
             self._free.put(buffer)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from stockflow.gram import Floats, Gram
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from stockflow.kernels.floats import Values
 
 Scope = Literal["tensor", "row", "leading"]
 """What gets its own decision: a whole tensor, a row of the last dimension, an index of the first of three or more."""
@@ -91,15 +91,9 @@ class Block:
     """flat index of the first element in the tensor"""
     shape: tuple[int, ...]
     """of the whole tensor"""
-    base_E: "Tensor"
-    deltas_NE: "Tensor"
+    base_E: "Values"
+    deltas_NE: "Values"
     """task vectors ``w_i - w_0``; owned by the callee, which may overwrite them"""
-
-    def magnitude_bits_NE(self) -> "Tensor":
-        """Return the bits of ``|d_i|`` as integers, which sort like the magnitudes."""
-        none = self.deltas_NE[:0]
-        integer = (none.int() if self.deltas_NE.itemsize == 4 else none.long()).dtype
-        return self.deltas_NE.abs().view(integer)
 
 
 class Statistic(Protocol):
@@ -125,7 +119,7 @@ class Statistic(Protocol):
 class Elementwise:
     """The decision of an elementwise method: ``out = w_0 + update(block)``."""
 
-    update: Callable[[Block], "Tensor"]
+    update: Callable[[Block], "Values"]
     facts: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -18,7 +18,7 @@ from stockflow.methods.protocol import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from stockflow.kernels.floats import Values
 
 Counts = npt.NDArray[np.int64]
 
@@ -44,10 +44,10 @@ class DigitCounts:
 
     def update(self, state: Counts, block: Block) -> Counts:
         """Count the digits of a block."""
-        for counts, prefix, bits_E in zip(state, self.prefixes, block.magnitude_bits_NE(), strict=True):
-            matching_E = bits_E[(bits_E >> self.shift >> DIGIT_BITS) == prefix]
-            digits_E = (matching_E >> self.shift) & ((1 << DIGIT_BITS) - 1)
-            counts += digits_E.bincount(minlength=1 << DIGIT_BITS).cpu().numpy()
+        from stockflow.kernels.elementwise import count_digits, patterns
+
+        prefixes_N = np.array(self.prefixes, np.uint64)
+        count_digits(patterns(block.deltas_NE), prefixes_N, np.uint64(self.shift), np.uint64(DIGIT_BITS), state)
         return state
 
     def combine(self, left: Counts, right: Counts) -> Counts:
@@ -95,12 +95,16 @@ def ties(context: TensorContext, parameters: Parameters) -> Rounds:
             kept[model] += above if shift else int(at_least[digit])
     selections = [_Selection(*chosen, context.num_elems) for chosen in zip(densities, prefixes, kept, strict=True)]
     weights, scale, normalize = parameters.each("weight"), parameters.number("lambda"), parameters.flag("normalize")
+    thresholds_N = np.array([selection.least_bits for selection in selections], np.uint64)
 
-    def update(block: Block) -> "Tensor":
-        bits_NE = block.magnitude_bits_NE()
-        for delta_E, bits_E, weight, selection in zip(block.deltas_NE, bits_NE, weights, selections, strict=True):
-            delta_E.mul_(weight).mul_(selection.mask(bits_E))
-        return _elect(block.deltas_NE, weights, normalize=normalize) * scale
+    def update(block: Block) -> "Values":
+        from stockflow.kernels.elementwise import elect_and_average, patterns
+
+        deltas_NE, update_E = block.deltas_NE, np.empty_like(block.base_E)
+        weights_N = np.array(weights, deltas_NE.dtype)
+        factor = np.array([scale], deltas_NE.dtype)
+        elect_and_average(deltas_NE, patterns(deltas_NE), weights_N, thresholds_N, factor, normalize, update_E)
+        return update_E
 
     return Elementwise(update, facts={f"kept_share_{i}": chosen.share for i, chosen in enumerate(selections, 1)})
 
@@ -121,22 +125,9 @@ class _Selection:
             return 0.0
         return 1.0 if self.density >= 1.0 else self.num_at_least / self.num_elems
 
-    def mask(self, bits_E: "Tensor") -> "Tensor":
-        """Return which elements are kept."""
+    @property
+    def least_bits(self) -> int:
+        """Bits of the least magnitude that is kept; more than any magnitude has if none is."""
         if self.density <= 0.0:
-            return bits_E < 0
-        return bits_E >= (0 if self.density >= 1.0 else self.threshold_bits)
-
-
-def _elect(weighted_NE: "Tensor", weights: Sequence[float], *, normalize: bool) -> "Tensor":
-    """The sum of what agrees with the elected sign, divided by the weights that do."""
-    votes_E = weighted_NE[0].clone()
-    for weighted_E in weighted_NE[1:]:
-        votes_E += weighted_E
-    positive_E = votes_E >= 0
-    total_E, divisor_E = votes_E.zero_(), weighted_NE[0].clone().zero_()
-    for weighted_E, weight in zip(weighted_NE, weights, strict=True):
-        agrees_E = ((weighted_E > 0) & positive_E) | ((weighted_E < 0) & ~positive_E)
-        total_E += weighted_E * agrees_E
-        divisor_E.add_(agrees_E, alpha=weight)
-    return total_E / divisor_E.masked_fill_(divisor_E == 0, 1.0) if normalize else total_E
+            return 2**64 - 1
+        return 0 if self.density >= 1.0 else self.threshold_bits

@@ -24,7 +24,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "describe",
         "driver",
         "commit worker",
-        "card merging prefix",
+        "card devices prefix",
+        "merging",
+        "host cuda",
         "units",
         "reader",
         "schedule",
@@ -33,14 +35,15 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "recipe checkpoint tables",
         "methods receipts writer",
         "kernels header storage",
-        "gram spans executors",
+        "buffers gram spans executors",
         "errors",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
 
 HOMES = {
-    "torch": {"kernels", "merging", "worker", "reader", "writer", "units", "demo"},
+    "torch": {"cuda", "demo"},
+    "numba": {"kernels"},
     "ray": {"executors"},
     "pyarrow": {"tables"},
     "fsspec": {"storage"},

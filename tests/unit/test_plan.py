@@ -37,7 +37,7 @@ from stockflow.plan import COPY, COPY_EQUAL, MergePlan, Source, TensorJob
 from stockflow.planning import default_shard_size, make_plan
 from stockflow.recipe import parse_recipe
 from stockflow.schedule import ALIGNMENT, Load, Piece, Request, Step, schedule, split_request
-from stockflow.spans import GRAM_BLOCK, SPAN_ELEMS, span_bounds
+from stockflow.spans import SPAN_ELEMS, span_bounds
 from stockflow.storage import open_store
 from tests.checkpoints import write_checkpoint
 
@@ -499,7 +499,7 @@ def test_the_recipes_shard_size_yields_to_the_command_lines(merge: Merge) -> Non
 
 @given(num_groups=st.integers(0, 40), group_elems=st.integers(1, 3 * SPAN_ELEMS + 5))
 @settings(deadline=None)
-def test_spans_cover_a_tensor_once_and_never_split_a_gram_block(num_groups: int, group_elems: int) -> None:
+def test_spans_cover_a_tensor_once_and_never_straddle_their_boundaries(num_groups: int, group_elems: int) -> None:
     num_elems = num_groups * group_elems
 
     spans = list(span_bounds(num_elems, group_elems))
@@ -511,7 +511,7 @@ def test_spans_cover_a_tensor_once_and_never_split_a_gram_block(num_groups: int,
             assert start % group_elems == stop % group_elems == 0
         else:
             assert start // group_elems == (stop - 1) // group_elems
-            assert start % group_elems % GRAM_BLOCK == 0
+            assert start % group_elems % SPAN_ELEMS == 0
             assert stop % group_elems % SPAN_ELEMS == 0 or stop % group_elems == 0
 
 
@@ -584,20 +584,29 @@ def check_load(load: Load, workspace: Workspace) -> None:
             start = source.extent.start + width * piece.start
             num_bytes = width * (piece.stop - piece.start)
             if num_bytes:
-                [holder] = [
+                holders = [
                     request
                     for request in load.requests
                     if request.checkpoint == source.checkpoint and request.start <= start < request.stop
                 ]
-                assert start + num_bytes <= holder.stop
-                assert offset == holder.offset + start - holder.start
-                assert offset % ALIGNMENT == start % ALIGNMENT
+                assert any(
+                    start + num_bytes <= holder.stop and offset == holder.offset + start - holder.start
+                    for holder in holders
+                )
+                assert offset % width == 0
+    widths = {
+        (source.checkpoint, source.extent.file, source.extent.start + width * piece.start): width
+        for piece in load.pieces
+        for source, width in zip(piece.job.sources, piece.job.source_widths, strict=True)
+        if piece.stop > piece.start
+    }
     for before, after in pairwise(load.requests):
         touching = (before.checkpoint, before.file) == (after.checkpoint, after.file) and after.start <= before.stop
-        assert not touching, "neighbours in a file are read by one request"
+        aligned = (after.start - before.start) % widths[after.checkpoint, after.file, after.start] == 0
+        assert not (touching and aligned), "neighbours in a file are read by one request"
 
 
-@given(jobs=shards(), spare=st.integers(30, 200).map(lambda mib: mib * MIB))
+@given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
 @settings(deadline=None, max_examples=120)
 def test_the_schedule_covers_every_tensor_once_within_its_slabs(jobs: list[TensorJob], spare: int) -> None:
     workspace = workspace_for(jobs, spare)
@@ -618,7 +627,7 @@ def test_the_schedule_covers_every_tensor_once_within_its_slabs(jobs: list[Tenso
             check_load(load, workspace)
 
 
-@given(jobs=shards(), spare=st.integers(30, 200).map(lambda mib: mib * MIB))
+@given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
 @settings(deadline=None, max_examples=120)
 def test_steps_are_whole_units_and_held_ones_fit(jobs: list[TensorJob], spare: int) -> None:
     workspace = workspace_for(jobs, spare)
@@ -641,7 +650,7 @@ def test_steps_are_whole_units_and_held_ones_fit(jobs: list[TensorJob], spare: i
             assert step.held == (len(step.loads) <= workspace.num_slabs)
 
 
-@given(jobs=shards(), spare=st.integers(30, 200).map(lambda mib: mib * MIB))
+@given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
 @settings(deadline=None, max_examples=60)
 def test_the_workspace_keeps_within_the_memory(jobs: list[TensorJob], spare: int) -> None:
     workspace = workspace_for(jobs, spare)
@@ -724,7 +733,7 @@ def test_a_budget_that_is_too_small_says_what_would_do() -> None:
     found = str(caught.value)
     needed = int(re.search(r"at least ([\d,]+) MiB", found)[1].replace(",", ""))  # type: ignore[index]
     assert "'model.wide'" in found
-    assert "131,072 elements x 9 checkpoints x 4 threads, 80 MiB of it for the process itself" in found
+    assert "262,144 elements x 9 checkpoints x 4 threads, 80 MiB of it for the process itself" in found
     assert "the limit is 100 MiB. Raise --memory or lower --workers" in found
     divide(jobs, (needed + 1) * MIB, num_threads=4, baseline_bytes=80 * MIB)
     with pytest.raises(BudgetError):

@@ -1,0 +1,44 @@
+"""Reusable memory: buffers that are given back and taken again, because fresh pages cost more than what fills them."""
+
+import mmap
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+Allocate = Callable[[int], Bytes]
+
+
+def allocate(num_bytes: int) -> Bytes:
+    """Return zeroed memory of its own, page-aligned, on huge pages where the system has them; freed when dropped."""
+    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)[:num_bytes]
+
+
+class Pool:
+    """Buffers of one size. Not for several threads at once."""
+
+    def __init__(self, allocate: Allocate) -> None:
+        """Start empty."""
+        self._allocate = allocate
+        self._num_bytes = 0
+        self._free: list[Bytes] = []
+
+    def fit(self, num_bytes: int, count: int) -> None:
+        """From now on hand out buffers of ``num_bytes``; keep at most ``count`` that nobody has."""
+        if num_bytes != self._num_bytes:
+            self._free.clear()
+        self._num_bytes = num_bytes
+        del self._free[count:]
+
+    def take(self) -> Bytes:
+        """Return a buffer; its content is undefined."""
+        return self._free.pop() if self._free else self._allocate(self._num_bytes)
+
+    def give(self, buffer: Bytes) -> None:
+        """Return a buffer that nobody uses any more."""
+        if buffer.nbytes == self._num_bytes:
+            self._free.append(buffer)

@@ -1,0 +1,52 @@
+"""Which device computes, and what every device offers to a worker."""
+
+import ctypes
+from typing import Literal, Protocol
+
+from stockflow.buffers import Bytes
+from stockflow.errors import PlanError
+from stockflow.host import HostArithmetic
+from stockflow.merging import Arithmetic
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class OpenDevice(Arithmetic, Protocol):
+    """A device ready to compute."""
+
+    @property
+    def kind(self) -> Literal["cpu", "cuda"]:
+        """What it is."""
+
+    @property
+    def numerics_class(self) -> str:
+        """The class of machines on which equal plans give equal bytes."""
+
+    def allocate(self, num_bytes: int) -> Bytes:
+        """Return memory to read into or to compute into, as the device likes it."""
+
+
+def open_device(device: Device) -> OpenDevice:
+    """Return the device to compute on: what torch sees decides, not what a scheduler says.
+
+    torch is asked only where a driver for its devices is loaded: importing it takes longer than a small merge.
+
+    Raises:
+        PlanError: ``cuda`` is asked for and torch sees no CUDA device.
+    """
+    if device == "cuda" or (device == "auto" and _has_driver()):
+        from stockflow.cuda import CudaArithmetic, is_available
+
+        if is_available():
+            return CudaArithmetic()
+        if device == "cuda":
+            raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build")
+    return HostArithmetic()
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
