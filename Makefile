@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-s3 test-scale test-ceph test-cluster clean
+.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-scale test-ceph test-cluster clean
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
@@ -15,8 +15,10 @@ help:
 	@echo "make test-scale  large tensors and the planning of 92,000 names"
 	@echo "make test-cluster  ray job submit, several nodes, a node drained"
 	@echo "make test-ceph   the storage contract on Ceph's gateway (Debian's packages)"
-	@echo "make bench       time and memory of a merge against the I/O floor"
+	@echo "make bench       time and memory of merges against the I/O floor; docs/benchmarks.md"
+	@echo "make bench-peers the same merge by mergekit, in an environment of its own"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
+	@echo "make profile     where the time of a merge goes, by stage"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,8 +56,14 @@ test-cluster: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.local_merge $(ARGS)
 
+bench-peers: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.peers $(ARGS)
+
 bench-s3: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.s3_merge $(ARGS)
+
+profile: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.stages $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

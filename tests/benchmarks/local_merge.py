@@ -1,102 +1,211 @@
-"""Time and peak memory of a local merge against the I/O floor: ``make bench ARGS='--gb 0.8 --tuned 4'``.
+"""Time and memory of local merges against the I/O floor: ``make bench ARGS='--gb 0.8 --tuned 4 --method ties'``.
 
-Interleaved rounds in one run, medians. The floor reads every input byte into a reused buffer, hashes and
-writes the output bytes, on one thread, with the same fsync.
+Every case and yardstick once per round, interleaved, each in a process of its own; medians. What each is:
+docs/benchmarks.md.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import platform
 import shutil
-import statistics
-import subprocess
 import sys
-import time
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tests.benchmarks import synthetic
-
-BUFFER_BYTES = 1 << 20
-
-
-def floor(folders: list[Path], output: Path) -> float:
-    """Return the seconds to read all inputs, hash and write as many bytes as the base has."""
-    started = time.perf_counter()
-    buffer = memoryview(bytearray(BUFFER_BYTES))
-    for folder in folders:
-        for path in folder.glob("*.safetensors"):
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-    digest, left = hashlib.sha256(), sum(path.stat().st_size for path in folders[0].glob("*.safetensors"))
-    with output.open("wb", buffering=0) as file:
-        while left > 0:
-            part = buffer[: min(left, BUFFER_BYTES)]
-            digest.update(part)
-            left -= file.write(part)
-        os.fsync(file.fileno())
-    return time.perf_counter() - started
-
-
-def merge(recipe: Path, output: Path, *, memory: str, workers: int) -> dict[str, float]:
-    """Return what one merge in a process of its own took; memory by its own receipts (VmHWM)."""
-    command = [sys.executable, "-m", "stockflow", "merge", str(recipe), str(output), "--memory", memory]
-    # Not ru_maxrss: a child inherits its parent's peak when it is forked.
-    started = time.perf_counter()
-    process = subprocess.Popen([*command, "--workers", str(workers), "--quiet", "--json"], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    report = json.loads(process.stdout.read())
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    return {
-        "process_s": time.perf_counter() - started,
-        "merge_s": report["seconds"],
-        "peak_mib": report["summary"]["peak_memory_bytes"] / 2**20,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        **{name: value for name, value in report["summary"].items() if name.startswith("seconds_")},
-    }
+from tests.benchmarks.cases import (
+    STOCKFLOW,
+    Case,
+    add_case_options,
+    add_sweep_options,
+    planned,
+    recipe_of,
+    sweep_from,
+    told_apart,
+    workplace,
+    write_recipe,
+)
+from tests.benchmarks.processes import MIB, run, warm
+from tests.benchmarks.report import Facts, add_run_options, interleaved, medians, print_table, record, spread
 
 
 def main() -> None:
     """Make the inputs, run the rounds, print and append the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gb", type=float, default=0.8, help="size of each checkpoint")
-    parser.add_argument("--tuned", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", default="1GiB")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/stockflow-bench"))
-    parser.add_argument("--results", type=Path, help="append the result as JSON to this file")
+    add_case_options(parser)
+    add_sweep_options(parser)
+    add_run_options(parser, "local")
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.folder, ignore_errors=True)
-    folders = synthetic.make(arguments.folder, num_tuned=arguments.tuned, num_bytes=int(arguments.gb * 1e9))
-    floors, merges = [], []
-    for round_number in range(arguments.rounds):
-        floors.append(floor(folders, arguments.folder / "floor.bin"))
-        output = arguments.folder / f"out-{round_number}"
-        merges.append(
-            merge(arguments.folder / "recipe.yaml", output, memory=arguments.memory, workers=arguments.workers)
-        )
-        shutil.rmtree(output)
-    medians = {name: statistics.median(run[name] for run in merges) for name in merges[0]}
-    floor_s = statistics.median(floors)
-    result = {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "floor_s": floor_s,
-        "merge_to_floor": medians["merge_s"] / floor_s,
-        "peak_mib_max": max(run["peak_mib"] for run in merges),
-        **medians,
+    try:
+        cases = sweep_from(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    with workplace(cases, arguments.folder, keep=arguments.keep) as work:
+        benches = [LocalBench(case, arguments.folder, work / str(number)) for number, case in enumerate(cases)]
+        for bench in benches:
+            bench.measure_memory()
+        measures: dict[tuple[str, str], Callable[[], Facts]] = {}
+        for bench in benches:
+            measures[bench.case.label, "floor"] = bench.floor
+            measures[bench.case.label, "merge"] = bench.merge
+        small = {("start-up", name): partial(timed, command) for name, command in benches[0].small_commands().items()}
+        runs = interleaved(measures | small, arguments.rounds)
+    found = [result(bench, runs[bench.case.label, "floor"], runs[bench.case.label, "merge"]) for bench in benches]
+    show(found)
+    starts = {name: runs["start-up", name] for _, name in small}
+    print_table("start-up", ("command", "s"), [(name, spread(these, "s")) for name, these in starts.items()])
+    record(arguments, {"cases": found, "start_up": {name: medians(these) for name, these in starts.items()}})
+
+
+class LocalBench:
+    """One case on the local disk, with its floor."""
+
+    def __init__(self, case: Case, root: Path, work: Path) -> None:
+        """Write the recipe and plan.
+
+        Args:
+            case: what to merge.
+            root: where checkpoints lie.
+            work: a folder for this case alone.
+        """
+        self.case = case
+        self.folders = case.folders(root)
+        self._output = work / "output"
+        self.recipe = write_recipe(work / "recipe.yaml", recipe_of(case, [str(path) for path in self.folders]))
+        self.plan = planned(self.recipe, case, self._output)
+        self.memory: Facts = {}
+
+    def floor(self) -> Facts:
+        """Measure the floor once, with all inputs in the page cache."""
+        warm(self.folders)
+        sizes = [str(shard["bytes"]) for shard in self.plan["shards"]]
+        inputs = [str(path) for path in self.folders]
+        command = [sys.executable, "-m", "tests.benchmarks.floor", str(self._output)]
+        finished = run([*command, "--inputs", *inputs, "--sizes", *sizes])
+        remove(self._output)
+        found: Facts = json.loads(finished.stdout)
+        return found | {"disk_read_mb": finished.disk_read_mb}
+
+    def merge(self) -> Facts:
+        """Measure one merge."""
+        finished = run(self.case.command(self.recipe, self._output))
+        remove(self._output)
+        report: dict[str, Any] = json.loads(finished.stdout)
+        summary: Facts = report["summary"]
+        return {
+            "s": finished.seconds,
+            "merge_s": report["seconds"],
+            "shards_s": summary["seconds_total"],
+            "cpu_s": finished.cpu_seconds,
+            "peak_rss_mib": finished.peak_rss_mib,
+            "peak_receipts_mib": summary["peak_memory_bytes"] / MIB,
+            "disk_read_mb": finished.disk_read_mb,
+            **{name: value for name, value in summary.items() if name.startswith("seconds_")},
+        }
+
+    def measure_memory(self) -> None:
+        """Sample the memory of one merge that is not timed; it also brings programs and inputs into the page cache."""
+        warm(self.folders)
+        finished = run(self.case.command(self.recipe, self._output), sampled=True)
+        remove(self._output)
+        assert finished.peak_pss_mib is not None
+        assert finished.peak_anonymous_mib is not None
+        self.memory = {
+            "peak_pss_mib": finished.peak_pss_mib,
+            "peak_anonymous_mib": finished.peak_anonymous_mib,
+            "projected_mib": self.plan["projected_memory_bytes"] / MIB,
+        }
+
+    def small_commands(self) -> dict[str, list[str]]:
+        """Return the commands whose start-up users wait for, and what they are measured against."""
+        plan = [*STOCKFLOW, "plan", str(self.recipe), str(self._output)]
+        python = [sys.executable, "-c"]
+        return {
+            "stockflow --help": [*STOCKFLOW, "--help"],
+            "stockflow plan": plan,
+            "import torch": [*python, "import torch"],
+            "python": [*python, "pass"],
+        }
+
+
+def timed(command: list[str]) -> Facts:
+    """Measure a command that writes nothing."""
+    finished = run(command)
+    return {"s": finished.seconds, "cpu_s": finished.cpu_seconds, "peak_rss_mib": finished.peak_rss_mib}
+
+
+def remove(output: Path) -> None:
+    """Remove what was written, and leave no dirty pages to whoever is measured next."""
+    shutil.rmtree(output)
+    os.sync()
+
+
+def result(bench: LocalBench, floors: list[Facts], merges: list[Facts]) -> dict[str, Any]:
+    """Return medians, ratios and all runs of a case."""
+    floor, merge = medians(floors), medians(merges)
+    return {
+        "case": asdict(bench.case),
+        "tensors": bench.plan["tensors"],
+        "shards": len(bench.plan["shards"]),
+        "source_bytes": bench.plan["source_bytes"],
+        "floor": floor,
+        "merge": merge,
+        "memory": bench.memory,
+        "ratios": {
+            "shards_to_floor": merge["shards_s"] / floor["s"],
+            "merge_to_floor": merge["merge_s"] / floor["s"],
+            "process_to_floor": merge["s"] / floor["s"],
+            "shards_ns_per_input_byte": 1e9 * merge["shards_s"] / bench.plan["source_bytes"],
+            "pss_to_projected": bench.memory["peak_pss_mib"] / bench.memory["projected_mib"],
+        },
+        "runs": {"floor": floors, "merge": merges},
     }
-    print(json.dumps(result, indent=1))
-    if arguments.results:
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-    shutil.rmtree(arguments.folder)
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """Print the cases side by side."""
+
+    def row(words: str, value: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
+        return (words, *(value(case) for case in found))
+
+    def seconds(words: str, yardstick: str, name: str = "s") -> tuple[str, ...]:
+        return row(words, lambda case: spread(case["runs"][yardstick], name))
+
+    def number(words: str, group: str, name: str, form: str) -> tuple[str, ...]:
+        return row(words, lambda case: format(case[group][name], form))
+
+    def nanoseconds(case: dict[str, Any]) -> float:
+        return float(case["ratios"]["shards_ns_per_input_byte"])
+
+    rows = [
+        row("input, GB; tensors", lambda case: f"{case['source_bytes'] / 1e9:.2f}; {case['tensors']:,}"),
+        seconds("floor, s", "floor"),
+        row(
+            "  read + hash + write, s",
+            lambda case: " + ".join(f"{case['floor'][name]:.2f}" for name in ("read_s", "hash_s", "write_s")),
+        ),
+        seconds("whole process, s", "merge"),
+        seconds("  merge by its own clock, s", "merge", "merge_s"),
+        seconds("  shards alone, s", "merge", "shards_s"),
+        number("shards alone : floor", "ratios", "shards_to_floor", ".2f"),
+        number("merge by its own clock : floor", "ratios", "merge_to_floor", ".2f"),
+        number("whole process : floor", "ratios", "process_to_floor", ".2f"),
+        number("shards alone, ns per input byte", "ratios", "shards_ns_per_input_byte", ".3f"),
+        row("  : that of the first case", lambda case: f"{nanoseconds(case) / nanoseconds(found[0]):.2f}"),
+        row("CPU of floor; of process, s", lambda case: f"{case['floor']['cpu_s']:.2f}; {case['merge']['cpu_s']:.2f}"),
+        number("peak memory projected, MiB", "memory", "projected_mib", ".0f"),
+        number("  PSS of the process tree, MiB", "memory", "peak_pss_mib", ".0f"),
+        number("  VmHWM by the receipts, MiB", "merge", "peak_receipts_mib", ".0f"),
+        number("PSS : projected", "ratios", "pss_to_projected", ".2f"),
+        row(
+            "read from disk by floor; by process, MB",
+            lambda case: f"{case['floor']['disk_read_mb']:.0f}; {case['merge']['disk_read_mb']:.0f}",
+        ),
+    ]
+    common, own = told_apart([Case(**case["case"]) for case in found])
+    print_table(f"{common}: medians (smallest-largest)", ("", *own), rows)
 
 
 if __name__ == "__main__":
