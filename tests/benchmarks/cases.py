@@ -89,10 +89,10 @@ class Case:
         """Return the folders of its checkpoints, base first."""
         return checkpoint_folders(self.family.folder(root), self.tuned)
 
-    def command(self, recipe: Path, output: Path | str) -> list[str]:
-        """Return the command line that merges it, as a user would type it."""
-        options = ("--memory", self.memory, "--workers", str(self.threads), "--device", self.device)
-        return [*STOCKFLOW, "merge", str(recipe), str(output), *options, "--quiet", "--json"]
+    @property
+    def options(self) -> list[str]:
+        """What ``stockflow merge`` and ``stockflow plan`` are told beside recipe and output."""
+        return ["--memory", self.memory, "--workers", str(self.threads), "--device", self.device, "--quiet", "--json"]
 
 
 STOCKFLOW = (sys.executable, "-m", "stockflow")
@@ -220,8 +220,9 @@ def recipe_of(case: Case, locations: Sequence[str], storage: dict[str, Any] | No
         recipe["base_model"] = base
     if case.method in METHOD_PARAMETERS:
         recipe["parameters"] = dict(METHOD_PARAMETERS[case.method])
-    ours = {"scope": case.scope} if case.scope != "tensor" else {}
-    return recipe | {"stockflow": ours | ({"storage": storage} if storage else {})}
+    ours: dict[str, Any] = {"scope": case.scope} if case.scope != "tensor" else {}
+    ours |= {"storage": storage} if storage else {}
+    return recipe | ({"stockflow": ours} if ours else {})
 
 
 def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
@@ -231,9 +232,7 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
-def planned(recipe: Path, case: Case, output: Path | str) -> dict[str, Any]:
-    """Return what ``stockflow plan`` says of a case: shards, bytes, projected memory."""
-    options = ("--memory", case.memory, "--workers", str(case.threads), "--device", case.device, "--json")
-    command = [*STOCKFLOW, "plan", str(recipe), str(output), *options]
-    found: dict[str, Any] = json.loads(run(command).stdout)
+def planned(recipe: Path, output: Path | str, options: Sequence[str]) -> dict[str, Any]:
+    """Return what ``stockflow plan`` says: shards, bytes, projected memory."""
+    found: dict[str, Any] = json.loads(run([*STOCKFLOW, "plan", str(recipe), str(output), *options]).stdout)
     return found

@@ -60,11 +60,11 @@ def spread(runs: Sequence[Facts], name: str) -> str:
     return f"{statistics.median(values):.2f} ({values[0]:.2f}-{values[-1]:.2f})"
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column is words, the others are numbers."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
+    """Print a table: the first columns are words, the others are numbers."""
     table = Table(title=title, title_justify="left", show_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+        table.add_column(column, justify="left" if index < words else "right", no_wrap=index < words)
     for row in rows:
         table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
