@@ -38,7 +38,7 @@ class Prefetcher:
         pool: Pool,
         num_slabs: int,
         num_readers: int,
-        on_read: Callable[[int], None],
+        on_read: Callable[[int, float], None],
     ) -> None:
         """Prepare; reading starts when the context is entered.
 
@@ -49,7 +49,7 @@ class Prefetcher:
             pool: where slabs come from and go back to at the end.
             num_slabs: how many to use.
             num_readers: requests in flight.
-            on_read: called with the bytes of each finished request, from reader threads.
+            on_read: called with bytes and seconds of each finished request, from reader threads.
         """
         self._steps = steps
         self._checkpoints = checkpoints
@@ -122,11 +122,12 @@ class Prefetcher:
         return self._free.get()
 
     def _read(self, request: Request, buffer: Bytes) -> None:
+        started = time.perf_counter()
         num_bytes = request.stop - request.start
         target = buffer.data[request.offset : request.offset + num_bytes]
         stamp = self._checkpoints[request.checkpoint].files[request.file]
         self._stores[request.checkpoint].read_into(request.file, request.start, target, stamp)
-        self._on_read(num_bytes)
+        self._on_read(num_bytes, time.perf_counter() - started)
 
 
 def _in_reading_order(steps: Iterable[Step]) -> Iterator[Load]:

@@ -54,7 +54,7 @@ class Receipt:
     numerics_class: str
     bytes_read: int
     seconds: Mapping[str, float]
-    """by stage: total, wait_read, statistics, combine, hash, write, wait_write"""
+    """by stage, over all threads: read, statistics, combine, hash, write, publish, wait_read, wait_write; and total"""
     retries: Mapping[str, int]
     """by cause"""
     peak_memory_bytes: int

@@ -206,6 +206,7 @@ class _ShardRun:
         self.facts: list[TensorFacts] = []
         self.seconds: dict[str, float] = {}
         self.bytes_read = 0
+        self._read_s = 0.0
         self._count_lock = threading.Lock()
         self.size, self.sha256 = 0, ""
 
@@ -238,6 +239,7 @@ class _ShardRun:
             self.size, self.sha256 = writer.finish()
         self.seconds = {
             **self._clock.seconds,
+            "read": self._read_s,
             "hash": writer.hash_s,
             "write": writer.write_s,
             "wait_write": writer.wait_s,
@@ -297,9 +299,10 @@ class _ShardRun:
         writer.emit(buffer, num_bytes)
         self._on_bytes(0, num_bytes)
 
-    def _count_read(self, num_bytes: int) -> None:
+    def _count_read(self, num_bytes: int, seconds: float) -> None:
         with self._count_lock:  # ranges arrive on several threads
             self.bytes_read += num_bytes
+            self._read_s += seconds
         self._on_bytes(num_bytes, 0)
 
     def _ledger_of(self, job: TensorJob) -> Ledger:
