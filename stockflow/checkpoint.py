@@ -4,7 +4,7 @@ Only the index and the headers are read. The layout is Hugging Face's: one ``mod
 named by ``model.safetensors.index.json``.
 """
 
-import json
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from stockflow.errors import CheckpointError, NotFoundError, RecipeError
 from stockflow.header import PlacedTensor, TensorSpec, header_bytes, parse_header
 from stockflow.storage import Stamp, Store, check_key, redact
+from stockflow.strictjson import parse_text_json, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,7 +57,7 @@ class Checkpoint:
     side_files: Mapping[str, Stamp]
     """the files that make the folder usable besides the weights: tokenizer, templates, code"""
     omitted_side_files: tuple[str, ...]
-    """the ones too large to be copied"""
+    """the ones that are too large to be copied, or whose names not every store takes"""
 
 
 Layout = tuple[dict[str, TensorSpec], dict[str, Extent]]
@@ -66,11 +67,13 @@ Layout = tuple[dict[str, TensorSpec], dict[str, Extent]]
 class HeaderCache:
     """What was parsed before: fine-tuned models are mostly cut like their base, header for header.
 
-    It saves time, and equal specs and extents of all checkpoints are then the same objects.
+    It saves time, and equal specs and extents of all checkpoints are then the same objects. Headers are parsed
+    one at a time: Python would not parse two at once anyway, and a large one takes twenty times its size meanwhile.
     """
 
     def __init__(self) -> None:
         """Begin empty."""
+        self._lock = threading.Lock()
         self._parsed: dict[tuple[bytes, int], list[PlacedTensor]] = {}
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
 
@@ -83,10 +86,11 @@ class HeaderCache:
 
     def parse(self, head: bytes, file_size: int, where: str) -> list[PlacedTensor]:
         """Return what ``parse_header`` returns."""
-        placed = self._parsed.get((head, file_size))
-        if placed is None:
-            placed = self._parsed[head, file_size] = parse_header(head, file_size, where)
-        return placed
+        with self._lock:
+            placed = self._parsed.get((head, file_size))
+            if placed is None:
+                placed = self._parsed[head, file_size] = parse_header(head, file_size, where)
+            return placed
 
 
 def open_checkpoint(store: Store, cache: HeaderCache) -> Checkpoint:
@@ -121,8 +125,8 @@ def open_checkpoint(store: Store, cache: HeaderCache) -> Checkpoint:
         extents=extents,
         files=stamps,
         config=config,
-        side_files={key: stamp for key, stamp in candidates.items() if stamp.size <= MAX_SIDE_FILE_BYTES},
-        omitted_side_files=tuple(key for key, stamp in candidates.items() if stamp.size > MAX_SIDE_FILE_BYTES),
+        side_files={key: stamp for key, stamp in candidates.items() if _can_be_copied(key, stamp)},
+        omitted_side_files=tuple(key for key, stamp in candidates.items() if not _can_be_copied(key, stamp)),
     )
 
 
@@ -155,7 +159,7 @@ def _read_index(store: Store) -> dict[str, str]:
         if isinstance(file, str) and is_file_name(file):
             continue
         raise CheckpointError(
-            f"{where}: tensor {name!r} is said to be in {file!r}; expected the name of a file in the same folder"
+            f"{where}: tensor {shown(name)} is said to be in {shown(file)}; expected the name of a file in the same folder"
         )
     return weight_map
 
@@ -173,10 +177,8 @@ def _read_json(store: Store, key: str, max_bytes: int) -> dict[str, object]:
     if stamp.size > max_bytes:
         raise CheckpointError(f"{where} is {stamp.size:,} bytes long; at most {max_bytes:,} are read")
     try:
-        parsed: object = json.loads(payload)
-        if b"\\u" in payload:
-            json.dumps(parsed, ensure_ascii=False).encode()  # escapes can spell halves of surrogate pairs
-    except (ValueError, RecursionError) as error:
+        parsed = parse_text_json(payload, allows_constants=True)
+    except ValueError as error:
         raise CheckpointError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where} is not a JSON object")
@@ -204,7 +206,7 @@ def _collect(where: str, files: Sequence[str], headers: Sequence[list[PlacedTens
         for tensor in placed:
             name = tensor.spec.name
             if name in specs:
-                raise CheckpointError(f"{where}: tensor {name!r} is in both {extents[name].file} and {file}")
+                raise CheckpointError(f"{where}: tensor {shown(name)} is in both {extents[name].file} and {file}")
             specs[name] = tensor.spec
             extents[name] = Extent(file, tensor.start)
     return specs, extents
@@ -215,8 +217,8 @@ def _check_coverage(where: str, weight_map: Mapping[str, str], extents: Mapping[
         return
     missing = [name for name, file in weight_map.items() if name not in extents or extents[name].file != file]
     unlisted = [name for name in extents if name not in weight_map]
-    problems = [f"{name!r} is listed in {weight_map[name]} but not there" for name in missing]
-    problems += [f"{name!r} is in {extents[name].file} but not listed" for name in unlisted]
+    problems = [f"{shown(name)} is listed in {weight_map[name]} but not there" for name in missing]
+    problems += [f"{shown(name)} is in {extents[name].file} but not listed" for name in unlisted]
     if problems:
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(
@@ -233,3 +235,7 @@ def _is_side_file(key: str) -> bool:
         or key.endswith(WEIGHT_SUFFIXES)
         or key.endswith(".index.json")
     )
+
+
+def _can_be_copied(key: str, stamp: Stamp) -> bool:
+    return stamp.size <= MAX_SIDE_FILE_BYTES and _is_file_name(key)

@@ -8,9 +8,10 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from stockflow.errors import HeaderError
+from stockflow.strictjson import parse_json, shown
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own cap."""
@@ -138,7 +139,7 @@ def parse_header(head: bytes, file_size: int, where: str) -> list[PlacedTensor]:
         if start != expected:
             problem = "overlaps the tensor before it" if start < expected else "leaves a gap before it"
             raise HeaderError(
-                f"{where}: tensor {spec.name!r} {problem}: its data starts at {start:,}, expected {expected:,}"
+                f"{where}: tensor {shown(spec.name)} {problem}: its data starts at {start:,}, expected {expected:,}"
             )
         expected = stop
     if data_start + expected != file_size:
@@ -153,31 +154,9 @@ def _parse_json(body: bytes, where: str) -> dict[str, object]:
     if not body.startswith(b"{"):
         raise HeaderError(f"{where}: the header does not begin with '{{'")
     try:
-        parsed: object = json.loads(
-            body.decode(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
-        )
-    except UnicodeDecodeError as error:
-        raise HeaderError(f"{where}: the header is not UTF-8 (byte {error.start})") from None
-    except RecursionError:
-        raise HeaderError(f"{where}: the header is nested too deeply") from None
+        return cast(dict[str, object], parse_json(body, allows_constants=False))
     except ValueError as error:
         raise HeaderError(f"{where}: the header is not valid: {error}") from None
-    if not isinstance(parsed, dict):
-        raise HeaderError(f"{where}: the header is not a JSON object")
-    return parsed
-
-
-def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        seen: set[str] = set()
-        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {name!r} occurs twice")
-    return mapping
-
-
-def _refuse_constant(constant: str) -> object:
-    raise ValueError(f"{constant} is not a number the format allows")
 
 
 def _check_metadata(metadata: object, where: str) -> None:
@@ -191,27 +170,27 @@ def _parse_entries(entries: dict[str, object], where: str) -> Iterator[tuple[Ten
     for name, entry in entries.items():
         if not _is_text(name):
             raise HeaderError(
-                f"{where}: the name of tensor {name!r} holds half of a surrogate pair, which is not Unicode"
+                f"{where}: the name of tensor {shown(name)} holds half of a surrogate pair, which is not Unicode"
             )
         if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise HeaderError(f"{where}: the entry of tensor {name!r} must hold exactly dtype, shape and data_offsets")
+            raise HeaderError(f"{where}: the entry of tensor {shown(name)} must hold exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise HeaderError(f"{where}: tensor {name!r} has the unknown dtype {_shown(dtype)}")
+            raise HeaderError(f"{where}: tensor {shown(name)} has the unknown dtype {shown(dtype)}")
         if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
             raise HeaderError(
-                f"{where}: tensor {name!r} must have a shape and two data_offsets of integers from 0 to 2**63 - 1"
+                f"{where}: tensor {shown(name)} must have a shape and two data_offsets of integers from 0 to 2**63 - 1"
             )
         start, stop = offsets
         num_elems = _product_within(shape, MAX_INTEGER)
         num_bits = num_elems * DTYPES[dtype].bits
         if num_bits // 8 > MAX_INTEGER:
-            raise HeaderError(f"{where}: the size of tensor {name!r} overflows: shape {_shown(shape)}")
+            raise HeaderError(f"{where}: the size of tensor {shown(name)} overflows: shape {shown(shape)}")
         if num_bits % 8:
-            raise HeaderError(f"{where}: tensor {name!r} of {dtype} does not fill whole bytes: shape {_shown(shape)}")
+            raise HeaderError(f"{where}: tensor {shown(name)} of {dtype} does not fill whole bytes: shape {shown(shape)}")
         if stop - start != num_bits // 8:
             raise HeaderError(
-                f"{where}: tensor {name!r} of {dtype} {_shown(shape)} takes {num_bits // 8:,} bytes, "
+                f"{where}: tensor {shown(name)} of {dtype} {shown(shape)} takes {num_bits // 8:,} bytes, "
                 f"its data_offsets say {stop - start:,}"
             )
         yield TensorSpec(name, dtype, tuple(shape)), start, stop
@@ -234,11 +213,6 @@ def _product_within(sizes: list[int], limit: int) -> int:
         if product > limit:
             return 8 * limit
     return product
-
-
-def _shown(found: object) -> str:
-    text = repr(found)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _are_sizes(value: object) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 
 from stockflow.errors import CheckpointError
 from stockflow.plan import CheckpointRef
-from stockflow.storage import Stamp, Store, read_small, redact
+from stockflow.records import fields_of, parse_record
+from stockflow.storage import Store, read_small, redact
+from stockflow.strictjson import parse_text_json
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = "stockflow-manifest-1"
@@ -78,41 +80,9 @@ class Manifest:
             CheckpointError: it is not one.
         """
         try:
-            fields = json.loads(payload)
-            if fields.pop("format") != MANIFEST_FORMAT:
-                raise ValueError(f"expected format {MANIFEST_FORMAT!r}")
-            fields["inputs"] = tuple(
-                CheckpointRef(_text(item["url"]), {key: _stamp(**stamp) for key, stamp in item["files"].items()})
-                for item in fields["inputs"]
-            )
-            fields["files"] = {key: _published(**file) for key, file in fields["files"].items()}
-            for name in ("pins", "numerics_classes"):
-                fields[name] = tuple(fields[name])
-            for name in ("plan_id", "merge_id", "recipe"):
-                _text(fields[name])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{where} is not a manifest of stockflow: {error!r}") from None
-
-
-def _published(size: object, sha256: object) -> PublishedFile:
-    return PublishedFile(_count(size), _text(sha256))
-
-
-def _stamp(size: object, version: object) -> Stamp:
-    return Stamp(_count(size), _text(version))
-
-
-def _count(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"expected a size in bytes, found {value!r}")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a text, found {value!r}")
-    return value
+            return parse_record(cls, fields_of(payload, MANIFEST_FORMAT))
+        except ValueError as error:
+            raise CheckpointError(f"{where} is not a manifest of stockflow: {error}") from None
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -152,7 +122,6 @@ def read_claim(store: Store) -> Claim:
         CheckpointError: it cannot be read as one.
     """
     try:
-        fields = json.loads(read_small(store, CLAIM_FILE, max_bytes=10_000))
-        return Claim(str(fields["plan_id"]), float(fields["heartbeat"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{redact(store.url)}/{CLAIM_FILE} is not a claim of stockflow: {error!r}") from None
+        return parse_record(Claim, parse_text_json(read_small(store, CLAIM_FILE, max_bytes=10_000), allows_constants=False))
+    except ValueError as error:
+        raise CheckpointError(f"{redact(store.url)}/{CLAIM_FILE} is not a claim of stockflow: {error}") from None

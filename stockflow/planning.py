@@ -9,6 +9,7 @@ from stockflow.methods.protocol import Parameters
 from stockflow.plan import COPY, COPY_EQUAL, CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
+from stockflow.strictjson import shown
 
 NUM_PROBLEMS_SHOWN = 20
 
@@ -152,7 +153,7 @@ def _notes(donor: Checkpoint, side_donor: Checkpoint, skipped: Sequence[str]) ->
     if donor.config is None:
         notes.append(f"{redact(donor.url)} has no config.json, so the output will have none")
     for key in side_donor.omitted_side_files:
-        notes.append(f"{key} is larger than 64 MB and will not be copied")
+        notes.append(f"{shown(key)} will not be copied: it is larger than 64 MB, or not every store takes its name")
     return tuple(notes)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from stockflow.errors import CheckpointError
+from stockflow.records import fields_of, parse_record
 from stockflow.storage import Stamp
 
 RECEIPT_FORMAT = "stockflow-receipt-1"
@@ -72,21 +73,9 @@ class Receipt:
             CheckpointError: it is not one.
         """
         try:
-            fields = json.loads(payload)
-            if fields.pop("format") != RECEIPT_FORMAT:
-                raise ValueError("unknown format")
-            fields["stamp"] = Stamp(**fields["stamp"])
-            fields["tensors"] = tuple(_facts_from_json(row) for row in fields["tensors"])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            return parse_record(cls, fields_of(payload, RECEIPT_FORMAT))
+        except ValueError as error:
             raise CheckpointError(f"{where} is not a receipt of stockflow: {error}") from None
-
-
-def _facts_from_json(row: dict[str, object]) -> TensorFacts:
-    def as_tuple(value: object) -> object:
-        return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
-
-    return TensorFacts(**{key: as_tuple(value) for key, value in row.items()})  # type: ignore[arg-type]
 
 
 def finite(value: float) -> float | None:

@@ -35,8 +35,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "recipe checkpoint tables",
         "methods receipts writer",
         "kernels header storage",
-        "buffers gram spans executors",
-        "errors",
+        "buffers gram spans executors records",
+        "errors strictjson",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
