@@ -159,7 +159,8 @@ def _read_index(store: Store) -> dict[str, str]:
         if isinstance(file, str) and is_file_name(file):
             continue
         raise CheckpointError(
-            f"{where}: tensor {shown(name)} is said to be in {shown(file)}; expected the name of a file in the same folder"
+            f"{where}: tensor {shown(name)} is said to be in {shown(file)}; "
+            "expected the name of a file in the same folder"
         )
     return weight_map
 

@@ -14,6 +14,7 @@ import typer
 
 from stockflow import __version__
 from stockflow.errors import EXIT_BUG, EXIT_FINDINGS, EXIT_USER, RecipeError, StockflowError
+from stockflow.redaction import without_secrets
 
 if TYPE_CHECKING:
     from stockflow.driver import Execute, Inputs, MergeOptions, Observer
@@ -279,7 +280,7 @@ def _exit_codes() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_USER) from None
     except Exception:
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
         print("stockflow: this is a bug in stockflow; please report the lines above", file=sys.stderr)
         raise typer.Exit(EXIT_BUG) from None
 

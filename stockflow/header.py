@@ -173,7 +173,9 @@ def _parse_entries(entries: dict[str, object], where: str) -> Iterator[tuple[Ten
                 f"{where}: the name of tensor {shown(name)} holds half of a surrogate pair, which is not Unicode"
             )
         if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise HeaderError(f"{where}: the entry of tensor {shown(name)} must hold exactly dtype, shape and data_offsets")
+            raise HeaderError(
+                f"{where}: the entry of tensor {shown(name)} must hold exactly dtype, shape and data_offsets"
+            )
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise HeaderError(f"{where}: tensor {shown(name)} has the unknown dtype {shown(dtype)}")
@@ -187,7 +189,9 @@ def _parse_entries(entries: dict[str, object], where: str) -> Iterator[tuple[Ten
         if num_bits // 8 > MAX_INTEGER:
             raise HeaderError(f"{where}: the size of tensor {shown(name)} overflows: shape {shown(shape)}")
         if num_bits % 8:
-            raise HeaderError(f"{where}: tensor {shown(name)} of {dtype} does not fill whole bytes: shape {shown(shape)}")
+            raise HeaderError(
+                f"{where}: tensor {shown(name)} of {dtype} does not fill whole bytes: shape {shown(shape)}"
+            )
         if stop - start != num_bits // 8:
             raise HeaderError(
                 f"{where}: tensor {shown(name)} of {dtype} {shown(shape)} takes {num_bits // 8:,} bytes, "

@@ -121,7 +121,8 @@ def read_claim(store: Store) -> Claim:
         NotFoundError: there is none.
         CheckpointError: it cannot be read as one.
     """
+    payload = read_small(store, CLAIM_FILE, max_bytes=10_000)
     try:
-        return parse_record(Claim, parse_text_json(read_small(store, CLAIM_FILE, max_bytes=10_000), allows_constants=False))
+        return parse_record(Claim, parse_text_json(payload, allows_constants=False))
     except ValueError as error:
         raise CheckpointError(f"{redact(store.url)}/{CLAIM_FILE} is not a claim of stockflow: {error}") from None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from stockflow.strictjson import parse_text_json, shown
 
@@ -25,7 +25,7 @@ def parse_record(kind: type[T], plain: object) -> T:
     Raises:
         ValueError: a field is missing, unknown or of another type; with its name, in one short line.
     """
-    record: T = _reader(kind)(plain)
+    record: T = _reader(cast(Any, kind))(plain)
     return record
 
 
@@ -63,9 +63,7 @@ def _reader(hint: Any) -> Reader:
 def _fields_reader(kind: Any) -> Reader:
     hints = get_type_hints(kind)
     readers = {field.name: _reader(hints[field.name]) for field in fields(kind)}
-    required = {
-        field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING
-    }
+    required = {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
 
     def read(plain: object) -> Any:
         given = _plain_mapping(plain)

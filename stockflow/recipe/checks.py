@@ -109,12 +109,14 @@ def _scope_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
 
 
 def _parameter_problems(recipe: Recipe, uses: list[_Use]) -> Iterator[Problem]:
-    yield from _setting_problems(recipe.parameters, uses, ("parameters",))
+    by_method = list({use.method.name: use for use in reversed(uses)}.values())[::-1]  # of many rules, a few methods
+    counted = {use.method.name: {id(entry) for entry in recipe.counted(use.method)} for use in by_method}
+    yield from _setting_problems(recipe.parameters, by_method, ("parameters",))
     for index, entry in enumerate(recipe.models):
         path: Path = ("models", index, "parameters")
-        hearing = [use for use in uses if entry in recipe.counted(use.method)]
+        hearing = [use for use in by_method if id(entry) in counted[use.method.name]]
         for name in entry.parameters.keys() - {_WITHOUT_EFFECT}:
-            kinds = [parameter for use in uses if (parameter := use.declared(name))]
+            kinds = [parameter for use in by_method if (parameter := use.declared(name))]
             per_model = any(parameter.per_model for parameter in kinds)
             if not hearing or (per_model and not any(use.declared(name) for use in hearing)):
                 yield (*path, name), "has no effect, because this model is the base; remove it"
@@ -163,10 +165,12 @@ def _value_problem(parameter: Parameter, value: Scalar) -> str | None:
 
 
 def _missing_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for index, entry in enumerate(recipe.models):
+        first.setdefault(entry.model, index)
     for slot in recipe.slots(use.method, use.rule):
         if not slot.candidates:
-            listed = [entry.model for entry in recipe.models]
-            path: Path = ("models", listed.index(slot.model)) if slot.model else use.path
+            path: Path = ("models", first[slot.model]) if slot.model else use.path
             yield (
                 path,
                 f"`{use.method.name}` needs the parameter `{slot.parameter.name}`; add it",

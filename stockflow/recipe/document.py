@@ -10,12 +10,18 @@ from typing import Protocol, cast
 import yaml
 
 from stockflow.errors import RecipeError
-from stockflow.recipe.wording import masked, shown
+from stockflow.recipe.wording import named, shown
 
-MAX_NODES = 100_000
-"""Values in one document, aliases counted as often as they are used."""
+MAX_NODES = 20_000
+"""Values in one document, aliases counted as often as they are used; some checks compare all with all."""
+MAX_TEXT_CHARS = 4096
+"""A path on Linux is no longer."""
+MAX_NUMBER_CHARS = 400
+"""More than the largest float has digits; ``1:1:...`` is a number of base 60 and takes minutes to build."""
 MAX_DEPTH = 64
 MAX_REPORTED = 20
+MAX_PARSER_CHARS = 200
+"""of what PyYAML says, which may quote a name of any length"""
 
 Scalar = bool | int | float | str | None
 Path = tuple[str | int, ...]
@@ -88,7 +94,7 @@ class Document:
             if step not in node.children:
                 break
             mark, node = node.children[step]
-            name += f"[{step}]" if isinstance(step, int) else f".{masked(step)}"
+            name += f"[{step}]" if isinstance(step, int) else f".{named(step)}"
         return mark, name.removeprefix(".")
 
 
@@ -111,7 +117,7 @@ def read_yaml(text: str, source: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
-        raise RecipeError(f"{_place(source, mark)}: not valid YAML: {error.problem}{context}") from None
+        raise RecipeError(f"{_place(source, mark)}: not valid YAML: {_brief(error.problem)}{_brief(context)}") from None
     except (ValueError, OverflowError) as error:
         # PyYAML 6.0.3 leaks these for escapes and version numbers out of range.
         if isinstance(error, RecipeError):
@@ -151,11 +157,11 @@ class _Composer:
     def _node(self, event: _Event, depth: int) -> Node:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
-                raise self._error(event, f"the alias *{event.anchor} has no anchor before it; define it")
+                raise self._error(event, f"the alias *{named(str(event.anchor))} has no anchor before it; define it")
             node = self._anchors[event.anchor]
             return self._bounded(event, node, depth, node.num_nodes)
         if event.tag is not None:
-            raise self._error(event, f"the tag {event.tag!r} is not accepted; write the plain value")
+            raise self._error(event, f"the tag {shown(event.tag)} is not accepted; write the plain value")
         node = self._bounded(event, self._fresh(event, depth), depth, 1)
         if event.anchor is not None:
             self._anchors[event.anchor] = node
@@ -194,15 +200,19 @@ class _Composer:
         if node.scalar in earlier:
             line, _ = earlier[node.scalar][0]
             raise self._error(
-                event, f"the key `{masked(node.scalar)}` is here again, it was first on line {line}; keep one"
+                event, f"the key `{named(node.scalar)}` is here again, it was first on line {line}; keep one"
             )
         return node.scalar
 
     def _scalar(self, event: yaml.ScalarEvent) -> Scalar:
         text: str = event.value
+        if len(text) > MAX_TEXT_CHARS:
+            raise self._error(event, f"a text of {len(text):,} characters; at most {MAX_TEXT_CHARS:,} are accepted")
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise self._error(event, f"{text!r} is not valid Unicode; remove the \\u escape")
+            raise self._error(event, f"{shown(text)} is not valid Unicode; remove the \\u escape")
         tag = str(self._loader.resolve(yaml.ScalarNode, text, event.implicit))  # type: ignore[no-untyped-call]
+        if tag.endswith((":int", ":float")) and len(text) > MAX_NUMBER_CHARS:
+            raise self._error(event, f"a number of {len(text):,} characters; put it in quotes if it is a text")
         node = yaml.ScalarNode(tag, text)
         match tag.removeprefix(_TAG_PREFIX):
             case "null":
@@ -225,6 +235,10 @@ class _Composer:
 
     def _error(self, event: _Event, text: str) -> RecipeError:
         return RecipeError(f"{_place(self._source, event.start_mark)}: {text}")
+
+
+def _brief(words: object) -> str:
+    return str(words)[:MAX_PARSER_CHARS]
 
 
 def _mark(event: _Event) -> Mark:

@@ -7,11 +7,11 @@ from typing import Annotated
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
 from stockflow.errors import RecipeError
-from stockflow.recipe.wording import FROM_ENVIRONMENT, NOT_YET, shown
+from stockflow.recipe.wording import NOT_YET, shown
+from stockflow.redaction import FROM_ENVIRONMENT, has_credentials
 from stockflow.storage import normalize_url
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
-_CREDENTIALS_IN_URL = re.compile(r"://[^/@:]*:(?!\d+(?:/|$))[^@]*@|://[^/@:]*:\d+@")
 
 
 def resolve_location(text: str) -> str:
@@ -50,7 +50,7 @@ def normalized(location: str) -> str:
 
 def _resolve_url(text: str) -> str:
     scheme = text.partition("://")[0]
-    if _CREDENTIALS_IN_URL.search(text):
+    if has_credentials(text):
         raise RecipeError(f"this {scheme}:// URL carries a user and a password; {FROM_ENVIRONMENT}")
     if "?" in text:
         raise RecipeError(f"expected a folder, found a {scheme}:// URL with a query; cut it off at the `?`")
@@ -72,8 +72,8 @@ def _prefix(given: str) -> str:
 
 
 def _no_credentials(given: str) -> str:
-    if _CREDENTIALS_IN_URL.search(given):
-        raise RecipeError(f"this URL carries a user and a password; {FROM_ENVIRONMENT}")
+    if has_credentials(given) or "?" in given:
+        raise RecipeError(f"this URL carries a user and a password, or a query; {FROM_ENVIRONMENT}")
     return given
 
 

@@ -11,6 +11,7 @@ from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
 from stockflow.recipe.resolve import Resolver, Slot, find_slots
 from stockflow.recipe.settings import Part, Settings, matches
 from stockflow.recipe.values import OUTPUT_DTYPES, DType, MethodName, Size, TokenizerSource
+from stockflow.redaction import redact_urls
 from stockflow.storage import StorageConfig, StoreOptions
 
 
@@ -57,7 +58,9 @@ class Options(Part):
         default={}, description="options by URL prefix; the longest matching prefix wins"
     )
     side_files_from: Location | None = Field(default=None, description="the model whose side files are taken")
-    rules: tuple[Rule, ...] = Field(default=(), description="exceptions by tensor name; the first match wins")
+    rules: tuple[Rule, ...] = Field(
+        default=(), max_length=2000, description="exceptions by tensor name; the first match wins"
+    )
 
 
 class Recipe(Part):
@@ -65,7 +68,7 @@ class Recipe(Part):
 
     merge_method: MethodName = Field(description="how to merge")
     base_model: Location | None = Field(default=None, description="the model the others were tuned from")
-    models: tuple[ModelEntry, ...] = Field(min_length=1, description="the models to merge")
+    models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=256, description="the models to merge")
     parameters: Settings = Field(default={}, description="parameters of the method, for all models")
     dtype: DType | None = Field(default=None, description="output dtype unless `out_dtype` is given")
     out_dtype: DType | None = Field(default=None, description="dtype of the merged tensors")
@@ -75,13 +78,16 @@ class Recipe(Part):
     _text: str = PrivateAttr("")
 
     def model_post_init(self, context: object, /) -> None:
-        """Keep the text the recipe was made from, which comes as the context of the validation."""
+        """Keep the text the recipe was made from, which comes as the context of the validation.
+
+        It is published: what a comment quotes of a URL with credentials is not.
+        """
         if isinstance(context, str):
-            self._text = context
+            self._text = redact_urls(context)
 
     @property
     def text(self) -> str:
-        """The recipe as it was written."""
+        """The recipe as it was written, URLs without credentials and queries."""
         return self._text
 
     def canonical(self) -> dict[str, object]:

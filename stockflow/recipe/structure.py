@@ -9,7 +9,8 @@ from pydantic_core import ErrorDetails
 from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.model import ModelEntry, Options, Recipe, Rule, StorageEntry
 from stockflow.recipe.settings import Conditional
-from stockflow.recipe.wording import FROM_ENVIRONMENT, NOT_YET, nearest, shown
+from stockflow.recipe.wording import NOT_YET, nearest, shown
+from stockflow.redaction import FROM_ENVIRONMENT
 
 _MERGEKIT_KEYS = frozenset({"slices", "modules", "tokenizer", "chat_template", "name"})
 _SECRET_WORD = re.compile(r"key|secret|token|passw|credential|signature|account|sas|user", re.IGNORECASE)
@@ -59,6 +60,8 @@ def _problem(detail: ErrorDetails) -> Problem:
             return path, f"expected a list, found {found}; start each item with `- `"
         case "too_short":
             return path, "expected at least one model, found none; list what to merge"
+        case "too_long":
+            return path, f"expected at most {detail['ctx']['max_length']:,} of them, found more; shorten the list"
         case "string_type":
             return path, f"expected a text, found {found}; put it in quotes if it is meant"
         case "bool_type":

@@ -1,18 +1,19 @@
 """How messages about a recipe are worded: values without secrets, the nearest name, phrases used twice."""
 
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from stockflow.redaction import redact_urls
+from stockflow.strictjson import MAX_SHOWN
+from stockflow.strictjson import shown as quoted
+
 NOT_YET = "is not supported by stockflow yet"
-FROM_ENVIRONMENT = "remove them, credentials come from the environment (AWS_PROFILE, ...)"
-
-_USERINFO_AND_QUERY = re.compile(r"(?<=://)[^\s'\"]*@|\?[^\s'\"]*(?=['\"]|$)")
 
 
-def masked(text: str) -> str:
-    """Return ``text`` without what URLs hide in user information and query."""
-    return _USERINFO_AND_QUERY.sub("", text) if "://" in text else text
+def named(text: str) -> str:
+    """Return a key or a name as messages show it: without secrets, on one line, cut if it is long."""
+    name = repr(redact_urls(text))[1:-1]
+    return name if len(name) <= MAX_SHOWN else f"{name[: MAX_SHOWN - 3]}..."
 
 
 def shown(found: object) -> str:
@@ -26,8 +27,7 @@ def shown(found: object) -> str:
             return "a mapping"
         case list() | tuple():
             return "a list"
-    text = masked(repr(found))
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return quoted(redact_urls(found) if isinstance(found, str) else found)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

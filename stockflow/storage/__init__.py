@@ -1,5 +1,6 @@
 """Storage: one small interface over local disk, object stores and everything fsspec can read."""
 
+from stockflow.redaction import redact
 from stockflow.storage.base import (
     Pin,
     Sink,
@@ -10,7 +11,6 @@ from stockflow.storage.base import (
     check_key,
     check_stamp,
     read_small,
-    redact,
 )
 from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from stockflow.errors import InputChangedError, RecipeError
+from stockflow.redaction import redact
 from stockflow.strictjson import shown
 
 Pin = Literal["if-match", "open-etag", "stat"]
@@ -154,15 +155,6 @@ def check_stamp(store: Store, key: str, expected: Stamp) -> None:
         )
 
 
-_USERINFO = re.compile(r"(?<=://)[^/@]*@")
-_QUERY = re.compile(r"\?.*$")
-
-
-def redact(url: str) -> str:
-    """Return ``url`` without user information and query, where credentials hide."""
-    return _QUERY.sub("", _USERINFO.sub("", url)) if "://" in url else url
-
-
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """control characters, those that turn the direction of text, and what is no Unicode"""
 MAX_KEY_BYTES = 1024
@@ -175,7 +167,7 @@ def check_key(key: str) -> str:
     """Return ``key`` if it stays inside a prefix and every store can hold it.
 
     Raises:
-        RecipeError: it is absolute, empty, climbs out, is too long, or holds control characters or half of a surrogate pair.
+        RecipeError: it is absolute, empty, climbs out, is too long, or holds control characters or what is no Unicode.
     """
     parts = key.split("/")
     if not key or key.startswith("/") or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
@@ -184,6 +176,7 @@ def check_key(key: str) -> str:
         raise RecipeError(f"the name {shown(key)} holds control characters or is not Unicode; rename it")
     if len(key.encode()) > MAX_KEY_BYTES or max(len(part.encode()) for part in parts) > MAX_NAME_BYTES:
         raise RecipeError(
-            f"the name {shown(key)} is too long; expected at most {MAX_NAME_BYTES} bytes, {MAX_KEY_BYTES:,} with folders"
+            f"the name {shown(key)} is too long; expected at most {MAX_NAME_BYTES} bytes, "
+            f"{MAX_KEY_BYTES:,} with its folders"
         )
     return key

@@ -1,11 +1,10 @@
 """What a failed request means: something the user must mend, worth another attempt, or final."""
 
-import os
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError, StorageError
+from stockflow.redaction import without_secrets
 
 Operation = Literal["stat", "read", "list", "write", "create", "delete"]
 
@@ -15,7 +14,6 @@ _CREDENTIAL_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "Invalid
 _KEY_CODES = frozenset({"SignatureDoesNotMatch", "InvalidAccessKeyId"})
 _REGION_CODES = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
 _NAME_CODES = frozenset({"InvalidBucketName", "KeyTooLongError", "ParamValidationError"})
-_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "HF_TOKEN")
 _MAX_DETAIL = 240
 """characters of a server's own words in a message"""
 
@@ -100,13 +98,8 @@ def storage_error(failure: Failure, operation: Operation, where: str, attempts: 
 
 
 def scrub(text: str) -> str:
-    """Return ``text`` in one short line, without user information, query strings and known secrets."""
-    text = re.sub(r"(\w+://)[^\s/@'\"]*@", r"\1", text)
-    text = re.sub(r"(\w+://[^\s?'\"<>]*)\?[^\s'\"<>]*", r"\1", text)
-    for name in _SECRET_VARIABLES:
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "***")
-    line = " ".join(text.split())
+    """Return what a client or a server said in one short line, without secrets."""
+    line = " ".join(without_secrets(text).split())
     return line if len(line) <= _MAX_DETAIL else line[: _MAX_DETAIL - 3] + "..."
 
 

@@ -13,7 +13,8 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from fsspec.asyn import sync
 
 from stockflow.errors import RecipeError
-from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions, redact
+from stockflow.redaction import redact
+from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.remote import Client, RemoteStore
 from stockflow.storage.retry import RetryPolicy

@@ -3,7 +3,7 @@
 import re
 
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError
-from stockflow.storage.base import redact
+from stockflow.redaction import redact
 from stockflow.storage.faults import storage_error, user_error
 from stockflow.storage.fs import failure_of
 from stockflow.storage.retry import RetryLoop, RetryPolicy

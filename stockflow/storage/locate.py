@@ -4,7 +4,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from stockflow.errors import RecipeError
-from stockflow.storage.base import StorageConfig, Store, redact
+from stockflow.redaction import FROM_ENVIRONMENT, has_credentials, redact
+from stockflow.storage.base import StorageConfig, Store
 
 OBJECT_SCHEMES = ("s3", "gs", "az")
 """Schemes served by obstore, readable and writable."""
@@ -17,18 +18,31 @@ def normalize_url(location: str) -> str:
     """Return an absolute URL or path for ``location``, without a trailing slash; ``file://`` becomes a path.
 
     Raises:
-        RecipeError: an object's key would have empty or dot segments: clients disagree on what it names.
+        RecipeError: it carries credentials or a query; or an object's key would have empty or dot segments:
+            clients disagree on what it names.
     """
     if not location:
         raise RecipeError("expected a folder or a URL, found an empty text")
     scheme = urlsplit(location).scheme if "://" in location else "file"
     if scheme != "file":
+        _refuse_secrets(location)
         scheme, place = _ALIASES.get(scheme, scheme), location.split("://", 1)[1].rstrip("/")
         if scheme in WRITABLE_SCHEMES and any(part in ("", ".", "..") for part in place.split("/")):
             raise RecipeError(f"{redact(location)} has an empty, `.` or `..` segment; write it without")
         return f"{scheme}://{place}"
     path = unquote(urlsplit(location).path) if "://" in location else location
     return str(Path(path).expanduser().absolute().resolve())
+
+
+def _refuse_secrets(url: str) -> None:
+    """A URL is printed, planned with and published; a query is how signatures travel."""
+    scheme = url.partition("://")[0]
+    if has_credentials(url):
+        raise RecipeError(f"this {scheme}:// URL carries a user and a password; {FROM_ENVIRONMENT}")
+    if "?" in url:
+        raise RecipeError(
+            f"{redact(url)} came with a query, where signatures hide; cut it off at the `?`, or fetch the file first"
+        )
 
 
 def scheme_of(url: str) -> str:

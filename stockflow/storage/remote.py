@@ -6,7 +6,8 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, StockflowError, StorageError
-from stockflow.storage.base import Pin, Sink, Stamp, check_key, redact
+from stockflow.redaction import redact
+from stockflow.storage.base import Pin, Sink, Stamp, check_key
 from stockflow.storage.faults import Failure, Operation, storage_error, user_error
 from stockflow.storage.parts import part_bytes
 from stockflow.storage.retry import RetryLoop, RetryPolicy

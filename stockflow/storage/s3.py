@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stockflow.errors import AccessDeniedError, RecipeError
-from stockflow.storage.base import StoreOptions, redact
+from stockflow.redaction import keep_secret, redact, without_secrets
+from stockflow.storage.base import StoreOptions
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential, S3Store
@@ -47,7 +48,8 @@ def locate_bucket(name: str, options: StoreOptions) -> Bucket:
     environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     endpoint = options.endpoint or environment or None
     if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise RecipeError(f"the endpoint {redact(endpoint)!r} is not a URL; expected http://host or https://host")
+        address = redact(f"://{endpoint.rpartition('://')[2]}").removeprefix("://")
+        raise RecipeError(f"the endpoint {address!r} is not a URL; expected http://host or https://host")
     ca_bundle = options.ca_bundle or os.environ.get("AWS_CA_BUNDLE")
     if ca_bundle:
         _check_bundle(ca_bundle)
@@ -195,6 +197,7 @@ class CredentialProvider:
         """Return the credentials valid now; botocore renews them."""
         credentials = _credentials()
         frozen = credentials.get_frozen_credentials()
+        keep_secret(*frozen[:3])
         is_refreshable = getattr(credentials, "refresh_needed", None) is not None
         return {
             "access_key_id": frozen.access_key,
@@ -212,6 +215,8 @@ def require_credentials() -> None:
     """
     with _usable_profile():
         found = _credentials()
+        if found is not None:
+            keep_secret(*found.get_frozen_credentials()[:3])
     if found is None:
         raise AccessDeniedError(
             "no AWS credentials found in the environment, the profile or the instance; "
@@ -268,7 +273,8 @@ def _usable_profile() -> Iterator[None]:
     try:
         yield
     except BotoCoreError as error:
-        raise AccessDeniedError(f"cannot use the AWS profile: {error}; mend the profile or sign in again") from None
+        said = without_secrets(str(error))
+        raise AccessDeniedError(f"cannot use the AWS profile: {said}; mend the profile or sign in again") from None
 
 
 def _virtual_host(endpoint: str, bucket: str) -> str:

@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "methods receipts writer",
         "kernels header storage",
         "buffers gram spans executors records",
-        "errors strictjson",
+        "errors strictjson redaction",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
