@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from stockflow.errors import CheckpointError
+from stockflow.header import DTYPES
 from stockflow.records import fields_of, parse_record
 from stockflow.storage import Stamp
+from stockflow.strictjson import shown
 
 RECEIPT_FORMAT = "stockflow-receipt-1"
 
@@ -73,9 +75,12 @@ class Receipt:
             CheckpointError: it is not one.
         """
         try:
-            return parse_record(cls, fields_of(payload, RECEIPT_FORMAT))
+            receipt = parse_record(cls, fields_of(payload, RECEIPT_FORMAT))
+            if unknown := {row.dtype for row in receipt.tensors} - DTYPES.keys():
+                raise ValueError(f"the dtype {shown(min(unknown))} is unknown")
         except ValueError as error:
             raise CheckpointError(f"{where} is not a receipt of stockflow: {error}") from None
+        return receipt
 
 
 def finite(value: float) -> float | None:

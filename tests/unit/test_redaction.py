@@ -106,9 +106,7 @@ def test_credentials_a_client_was_given_are_not_quoted() -> None:
 def test_names_of_places_and_short_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    said = (
-        "cannot open /var/run/token: this is a test; the provided token has expired; expected a signature, found none"
-    )
+    said = "cannot open /var/run/token: this is a test; the token has expired; expected a signature, found none"
 
     assert scrub(said) == said
 
