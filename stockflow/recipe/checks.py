@@ -123,7 +123,7 @@ def _parameter_problems(recipe: Recipe, uses: list[_Use]) -> Iterator[Problem]:
             elif kinds and not per_model:
                 yield (*path, name), "shared by all models; move it to the recipe's own `parameters`"
         if hearing:
-            yield from _setting_problems(entry.parameters, uses, path)
+            yield from _setting_problems(entry.parameters, by_method, path)
     for use in uses:
         if use.rule:
             yield from _setting_problems(use.rule.parameters, [use], (*use.path[:-1], "parameters"))

@@ -55,14 +55,14 @@ def test_ten_thousand_malformed_headers_are_refused_by_the_rule_they_break(
 ) -> None:
     """Every rule at least a hundred times; nothing but HeaderError, no message of more than a few lines."""
     hits: Counter[str] = Counter()
-    slowest_s = 0.0
+    slowest_s, longest = 0.0, 0
     for file in malformed(SEED, NUM_EACH):
         started = time.perf_counter()
         try:
             parse(file)
         except HeaderError as error:
             hits[rule_of(str(error))] += 1
-            assert len(str(error)) < 500
+            longest = max(longest, len(str(error)))
         slowest_s = max(slowest_s, time.perf_counter() - started)
 
     record_property("seed", SEED)
@@ -73,6 +73,7 @@ def test_ten_thousand_malformed_headers_are_refused_by_the_rule_they_break(
     assert RULES.keys() == hits.keys()
     assert min(hits.values()) >= 100, hits
     assert slowest_s < MOST_SECONDS
+    assert longest < 500
 
 
 def test_a_malformed_header_takes_memory_in_proportion_to_its_size() -> None:

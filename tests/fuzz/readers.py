@@ -1,0 +1,180 @@
+"""Everything that reads what others wrote: valid documents, and readers that must refuse by a typed error."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stockflow.checkpoint import INDEX_FILE, SINGLE_FILE, HeaderCache, open_checkpoint
+from stockflow.commit import encode_config, summarize
+from stockflow.errors import CheckpointError, RecipeError, StockflowError
+from stockflow.header import TensorSpec, encode_header
+from stockflow.manifest import CLAIM_FILE, Claim, Manifest, PublishedFile, read_claim
+from stockflow.plan import CheckpointRef
+from stockflow.receipts import Receipt, TensorFacts
+from stockflow.recipe import parse_recipe
+from stockflow.storage import Stamp, StorageConfig, open_store
+from stockflow.tables import decode_tensors, encode_tensors
+from tests.fuzz import headers
+
+STAMP = Stamp(120, "mtime_ns=1700000000000000000")
+SHARD = "model-00001-of-00002.safetensors"
+TENSORS = (
+    TensorFacts(
+        "model.embed_tokens.weight", (97, 48), "BF16", SHARD, "model_stock", "tensor", 4656,
+        mean_cosine=0.5, min_cosine=0.5, max_cosine=0.5, ratio=0.75, legacy_ratio=0.7, base_norm=3.5,
+        delta_norms=(0.1, 0.2), flags=("clamped",), facts={"groups": 97.0}, coefficients=(("0x1.8p-1", "0x1.0p-2"),),
+    ),
+    TensorFacts("größe", (), "F32", SHARD, "copy", "tensor", 1, flags=("copied",)),
+)  # fmt: skip
+RECEIPT = Receipt(
+    "a" * 64, SHARD, 9360, "b" * 64, STAMP, "cpu-AVX512", 28_000, {"total": 0.5, "hash": 0}, {"read": 1}, 2**29, TENSORS
+)
+MANIFEST = Manifest(
+    "a" * 64, "c" * 64, "merge_method: model_stock\n",
+    (CheckpointRef("s3://bucket/base", {"model.safetensors": STAMP}),),
+    ("if-match",), {SHARD: PublishedFile(9360, "b" * 64), "config.json": PublishedFile(2, "d" * 64)}, 1,
+    ("cpu-AVX512",), {"stockflow": "1.0", "torch": "2.9"}, {"tensors": 2, "seconds_total": 0.5},
+)  # fmt: skip
+RECIPE = """\
+merge_method: model_stock
+base_model: s3://models/base
+models:
+  - model: s3://models/a
+    parameters: {weight: 0.5}
+  - &second {model: org/b@main}
+parameters:
+  filter_wise: [{filter: mlp, value: true}, {value: false}]
+dtype: bfloat16
+stockflow:
+  on_negative: clamp
+  shard_size: 5GB
+  storage:
+    s3://models/: {endpoint: "http://minio:9000", anonymous: false, region: eu}
+  rules:
+    - {filter: lm_head, action: copy}
+    - filter: norm
+      merge_method: linear
+      parameters: {weight: 1.0e-3}
+"""
+HEADER = encode_header([TensorSpec("a", "F32", (2, 3)), TensorSpec("b", "U8", ())], {"format": "pt"})
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader, what it reads, and how it may refuse."""
+
+    read: Callable[[bytes], object]
+    """returns None if the document is refused by one of ``errors``, and uses what it accepts as the product would"""
+    document: bytes
+    errors: tuple[type[StockflowError], ...] = (CheckpointError,)
+
+
+def _read_header(file: bytes) -> object:
+    return headers.parse(file)
+
+
+def _in_a_folder(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+    """Return what writes a file of a checkpoint or an output and reads it from there."""
+
+    def write_and_read(payload: bytes) -> object:
+        with tempfile.TemporaryDirectory(dir=_scratch()) as folder:
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(payload)
+            return read(Path(folder))
+
+    return write_and_read
+
+
+def _scratch() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def _open(folder: Path) -> object:
+    if not (folder / INDEX_FILE).exists():
+        (folder / SINGLE_FILE).write_bytes(HEADER + bytes(25))
+    else:
+        (folder / SHARD).write_bytes(HEADER + bytes(25))
+    checkpoint = open_checkpoint(open_store(str(folder), StorageConfig()), HeaderCache())
+    json.dumps([checkpoint.config, *checkpoint.specs], ensure_ascii=False, sort_keys=True).encode()
+    return checkpoint
+
+
+def _read_manifest(payload: bytes) -> object:
+    manifest = Manifest.from_json(payload, "out/manifest.json")
+    assert Manifest.from_json(manifest.to_json(), "again") == manifest
+    assert all(file.size >= 0 for file in manifest.files.values())
+    return manifest
+
+
+def _read_receipt(payload: bytes) -> object:
+    """What a resumed merge takes from a receipt goes into the table, the config and the manifest."""
+    receipt = Receipt.from_json(payload, "receipts/x.json")
+    assert Receipt.from_json(receipt.to_json(), "again") == receipt
+    encode_tensors(receipt.tensors)
+    encode_config({"torch_dtype": "float32"}, receipt.tensors)
+    json.dumps(summarize([receipt]))
+    return receipt
+
+
+def _read_claim(folder: Path) -> object:
+    store = open_store(str(folder), StorageConfig())
+    claim = read_claim(store)
+    f"{claim.plan_id[:12]}, last seen {claim.heartbeat:,.0f}".encode()
+    return claim
+
+
+def _read_recipe(payload: bytes) -> object:
+    recipe = parse_recipe(payload.decode(errors="replace"), "r.yaml")
+    json.dumps(recipe.canonical()).encode()
+    recipe.text.encode()
+    return recipe
+
+
+def _read_table(payload: bytes) -> object:
+    return decode_tensors(payload)
+
+
+READERS: Mapping[str, Reader] = {
+    "header": Reader(_read_header, HEADER + bytes(25)),
+    "index": Reader(
+        _in_a_folder(INDEX_FILE, _open),
+        json.dumps({"metadata": {"total_size": 25}, "weight_map": {"a": SHARD, "b": SHARD}}).encode(),
+    ),
+    "config": Reader(
+        _in_a_folder("config.json", _open),
+        b'{"model_type": "llama", "limits": [0.0, Infinity], "text_config": {"torch_dtype": "bfloat16", "n": null}}',
+    ),
+    "manifest": Reader(_read_manifest, MANIFEST.to_json()),
+    "receipt": Reader(_read_receipt, RECEIPT.to_json()),
+    "claim": Reader(_in_a_folder(CLAIM_FILE, _read_claim), Claim("a" * 64, 1.7e9).to_json()),
+    "recipe": Reader(_read_recipe, RECIPE.encode(), (RecipeError,)),
+    "table": Reader(_read_table, encode_tensors(TENSORS)),
+}
+
+
+NASTY: tuple[object, ...] = (
+    None, True, False, 0, 1, -1, -0.0, 2**31, 2**63, 2**64, 10**400, 10**4000, 1.5, 1e308, float("nan"), float("inf"),
+    "", ".", "..", "../../etc/passwd", "/etc/passwd", "a\\b", "C:\\x", "a\0b", "a\nb", "\x1b[31m", "x" * 300,
+    "x" * 100_000, "\u202egnp.exe", "s3://u:p@b/x", "\U0001f917", [], {}, [[]], [{}], {"": {}}, {"a": [1]}, ["a"],
+    "0" * 64, "BF16", "F31", "stockflow-receipt-1", "stockflow-manifest-1", "0x1p-1",
+)  # fmt: skip
+"""Values in the place of others."""
+
+
+def places(node: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of every value in a document, its own included."""
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *(place for key, child in inside for place in places(child, (*path, key)))]
+
+
+def attempt(reader: Reader, payload: bytes) -> str | None:
+    """Return why a document is refused, None if it is accepted; anything but the reader's errors escapes."""
+    try:
+        reader.read(payload)
+    except reader.errors as error:
+        return str(error)
+    return None

@@ -1,0 +1,216 @@
+"""What others wrote is accepted or refused by a typed error: no other exception, no long message, no long time."""
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stockflow.errors import CheckpointError, RecipeError
+from stockflow.manifest import Manifest
+from stockflow.storage import StorageConfig, check_key, open_store
+from tests.fuzz.readers import MANIFEST, NASTY, READERS, SHARD, Reader, attempt, places
+
+JSON_READERS = ("index", "config", "manifest", "receipt", "claim")
+BRIEFLY = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)  # fmt: skip
+WORDS = (b"\xff", b"\xed\xa0\x80", b"\\ud800", b"NaN", b"[" * 2000, b"{", b'"', b"1e999", b"//")
+MOST_CHARACTERS = 3500
+"""of a message: twenty problems of a recipe"""
+
+
+def changed(document: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None], replacement: Any) -> Any:
+    """Return the document with ``change(parent, key)`` done at a place, or the replacement of the whole."""
+    document = json.loads(json.dumps(document))
+    if not path:
+        return replacement
+    parent = document
+    for step in path[:-1]:
+        parent = parent[step]
+    change(parent, path[-1])
+    return document
+
+
+@st.composite
+def documents(draw: st.DrawFn, reader: Reader) -> bytes:
+    document = json.loads(reader.document)
+    for _ in range(draw(st.integers(1, 2))):
+        value = draw(st.sampled_from(NASTY))
+        path = draw(st.sampled_from(places(document)))
+        kind = draw(st.sampled_from(["replace", "replace", "remove", "add", "rename"]))
+
+        def change(parent: Any, key: Any, kind: str = kind, value: Any = value) -> None:
+            if kind == "replace":
+                parent[key] = value
+            elif kind == "remove" or isinstance(parent, list):
+                del parent[key]
+            elif kind == "add":
+                parent[str(value)[:400] if not isinstance(value, int) else "n"] = parent[key]
+            else:
+                parent["renamed" if not isinstance(value, str) else value] = parent.pop(key)
+
+        document = changed(document, path, change, value)
+        if not isinstance(document, dict | list):
+            break
+    payload = json.dumps(document, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
+    if draw(st.integers(0, 4)) == 0:
+        place = draw(st.integers(0, len(payload)))
+        word = draw(st.sampled_from(WORDS))
+        payload = payload[:place] + word + payload[place + draw(st.integers(0, 3)) :]
+    return payload
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_documents_to_begin_with_are_accepted(name: str) -> None:
+    assert attempt(READERS[name], READERS[name].document) is None
+
+
+@pytest.mark.parametrize("name", JSON_READERS)
+def test_no_change_of_a_document_raises_anything_else(name: str) -> None:
+    reader = READERS[name]
+
+    @BRIEFLY
+    @given(documents(reader))
+    def try_it(payload: bytes) -> None:
+        assert len(attempt(reader, payload) or "") < MOST_CHARACTERS
+
+    try_it()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_damage_to_bytes_raises_anything_else(name: str) -> None:
+    """Flipped, cut, doubled and exchanged bytes; most documents must be refused, or the damage reaches nothing."""
+    reader, source = READERS[name], random.Random(f"damage {name}")
+    outcomes = Counter[bool]()
+    for _ in range(300 if name == "recipe" else 600):
+        payload = bytearray(reader.document)
+        for _ in range(source.randrange(1, 4)):
+            place, other = sorted(source.randrange(len(payload) + 1) for _ in range(2))
+            match source.randrange(4):
+                case 0:
+                    payload[place : place + 1] = bytes([source.randrange(256)])
+                case 1:
+                    del payload[place : place + source.randrange(9)]
+                case 2:
+                    payload[place:place] = payload[place:other][:50]
+                case 3:
+                    del payload[other:]
+        reason = attempt(reader, bytes(payload))
+        outcomes[reason is None] += 1
+        assert len(reason or "") < MOST_CHARACTERS
+
+    assert outcomes[False] > 100, outcomes
+
+
+# --- found by these and by `make fuzz`; each ended in a traceback, a hang or a message of megabytes ------------------
+
+NESTED = b'{"x":' * 960 + b"1" + b"}" * 960
+CRASHERS: dict[str, tuple[str, bytes]] = {
+    "a claim of nested lists": ("claim", b"[" * 5000),
+    "a claim seen in the year 10**400": ("claim", b'{"plan_id": "a", "heartbeat": 1' + b"0" * 400 + b"}"),
+    "a claim seen never": ("claim", b'{"plan_id": "a", "heartbeat": NaN}'),
+    "a claim of a list": ("claim", b'{"plan_id": [], "heartbeat": 1}'),
+    "half of a surrogate pair as bytes, in a config": ("config", b'{"x": "\xed\xa0\x80"}'),
+    "UTF-16 with half of a surrogate pair, in a config": ("config", '{"x": "\\ud800"}'.encode("utf-16")),
+    "a config that can be read and not written": ("config", NESTED),
+    "half of a surrogate pair as bytes, in an index": ("index", b'{"weight_map": {"\xed\xa0\x80": "a"}}'),
+    "a file name of 5,000 letters": ("index", b'{"weight_map": {"a": "' + b"x" * 5000 + b'"}}'),
+    "a file name with an escape sequence": ("index", b'{"weight_map": {"a": "\\u001b[31m"}}'),
+    "a tensor name of a megabyte": ("index", b'{"weight_map": {"' + b"x" * 1_000_000 + b'": 1}}'),
+    "an index that names a tensor twice": (
+        "index", f'{{"weight_map": {{"a": "x", "a": "{SHARD}", "b": "{SHARD}"}}}}'.encode(),
+    ),
+    "a receipt with tensors of an unknown dtype": ("receipt", READERS["receipt"].document.replace(b"BF16", b"BF17")),
+    "a receipt with retries in words": ("receipt", READERS["receipt"].document.replace(b'"read": 1', b'"read": "1"')),
+    "a receipt with a tensor without a name": (
+        "receipt", READERS["receipt"].document.replace(b'"name": "model.embed_tokens.weight"', b'"name": null'),
+    ),
+    "a receipt with a size beyond 63 bits": (
+        "receipt", READERS["receipt"].document.replace(b'"num_elems": 4656', b'"num_elems": 9223372036854775808'),
+    ),
+    "a manifest with a field of a megabyte": (
+        "manifest", b'{"format": "stockflow-manifest-1", "' + b"x" * 10**6 + b'": 1}',
+    ),
+    "a manifest whose versions are a list": ("manifest", READERS["manifest"].document.replace(b'"2.9"', b"[]")),
+    "a header with a name of a megabyte": ("header", (lambda body: len(body).to_bytes(8, "little") + body)(
+        b'{"' + b"x" * 1_000_000 + b'":1}')),
+    "a number of 5,000 hexadecimal digits": ("recipe", b"0x" + b"f" * 4000),
+    "a number of base 60 with 500,000 digits": ("recipe", b"a: 1" + b":1" * 500_000),
+    "a URL of many colons": ("recipe", b"base_model: 's3" + b"://a:x" * 20_000 + b"'"),
+    "a value of many question marks": ("recipe", b"dtype: 's3://" + b"?" * 100_000 + b" x'"),
+    "a key of a megabyte": ("recipe", b"? " + b"a" * 900_000 + b"\n: 1"),
+    "an alias of a megabyte": ("recipe", b"a: *" + b"b" * 900_000),
+    "fifteen thousand models": ("recipe", b"merge_method: linear\nmodels:\n" + b"- {model: org/a}\n" * 15_000),
+    "many rules for many models": (
+        "recipe",
+        b"merge_method: linear\nmodels:\n" + b"".join(b"- {model: org/a%d}\n" % n for n in range(1000))
+        + b"stockflow:\n  rules:\n" + b"  - {filter: x, merge_method: linear}\n" * 2600,
+    ),
+    "billions of laughs": (
+        "recipe",
+        b"a: &a [1,1,1,1,1,1,1,1,1,1]\n" + b"".join(b"%c: &%c [%s]\n" % (n, n, b",".join([b"*%c" % (n - 1)] * 10))
+                                                     for n in range(ord("b"), ord("z"))),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("crasher", CRASHERS)
+def test_what_was_found_is_refused_in_words_within_seconds(crasher: str) -> None:
+    name, payload = CRASHERS[crasher]
+
+    started = time.perf_counter()
+    reason = attempt(READERS[name], payload)
+
+    assert time.perf_counter() - started < 15
+    assert reason
+    assert len(reason) < 1000
+    assert reason.isprintable() or name == "recipe"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x", "/x", "a/../../x", "..", "", "a\\b", "..\\x", "\\\\host\\x", "C:\\x", "a\0b", "a\nb", "\x7f", "\ud800",
+        "x" * 256, "a/" * 600 + "a", "a//b", "./a", "a/", "\u202ea",
+    ],
+)  # fmt: skip
+def test_a_name_that_leaves_its_prefix_is_refused_wherever_it_comes_from(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_key(name)
+    assert str(caught.value).isprintable()
+
+    index = json.dumps({"weight_map": {"a": name}}).encode()
+    assert attempt(READERS["index"], index)
+
+    published = json.loads(MANIFEST.to_json())
+    published["files"] = {name: {"size": 1, "sha256": ""}}
+    store = open_store(str(tmp_path), StorageConfig())
+    try:
+        names = Manifest.from_json(json.dumps(published).encode(), "out").files
+    except CheckpointError:
+        return
+    for key in names:
+        for touch in (store.stamp, lambda key: store.put(key, b""), lambda key: store.delete([key])):
+            with pytest.raises(RecipeError):
+                touch(key)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_recipe_is_read_within_seconds() -> None:
+    """The most of everything: 256 models, 2,000 rules, a megabyte."""
+    models = "".join(f"- {{model: org/a{number}, parameters: {{weight: 1}}}}\n" for number in range(256))
+    rules = "".join(f"  - {{filter: x{number}, merge_method: linear}}\n" for number in range(2000))
+    text = f"merge_method: linear\nmodels:\n{models}stockflow:\n  rules:\n{rules}"
+    text += "#" * ((1 << 20) - len(text))
+
+    started = time.perf_counter()
+
+    assert attempt(READERS["recipe"], text.encode()) is None
+    assert time.perf_counter() - started < 15
