@@ -32,7 +32,8 @@ from stockflow.storage.objects import ObjectStore
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import bucket_region, forget_session
-from tests.s3_server import CREDENTIALS, Fault, FaultyProxy, free_port
+from tests.fault_proxy import Fault, FaultyProxy
+from tests.s3_server import CREDENTIALS, free_port
 
 QUICK = RetryPolicy(attempts=4, first_delay_s=0.01, max_delay_s=0.05)
 PAYLOAD = bytes(range(256)) * 40

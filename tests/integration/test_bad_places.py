@@ -24,9 +24,10 @@ from stockflow.storage import fs, hub, objects
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import CONNECT_TIMEOUT, forget_session
 from tests.checkpoints import Family, make_family
+from tests.fault_proxy import Fault, FaultyProxy
 from tests.hub_server import COMMIT, GATED, hub_server
 from tests.runs import REPOSITORY, command
-from tests.s3_server import Fault, FaultyProxy, free_port
+from tests.s3_server import free_port
 
 QUICK = partial(RetryPolicy, attempts=2, first_delay_s=0.01)
 Told = Callable[..., str]

@@ -23,8 +23,9 @@ from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.parts import upload_bytes
 from stockflow.verify import verify
 from tests.checkpoints import make_family, write_checkpoint
+from tests.fault_proxy import FaultyProxy
 from tests.runs import MIB, command, grown_bytes, run
-from tests.s3_server import FaultyProxy, moto_server
+from tests.s3_server import moto_server
 
 MEMORY_BYTES = 1024 * MIB
 SHARD_SIZE = 150_000
