@@ -205,10 +205,10 @@ class FaultyProxy:
         try:
             while await self._answer_one(reader, writer):
                 pass
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # the client went away
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
+            pass  # the client went away, or the proxy ends: asyncio would print a connection that was cancelled
         finally:
-            writer.transport.abort() if writer.transport.is_closing() else writer.close()
+            writer.close()
 
     async def _answer_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Return whether the connection goes on."""
@@ -226,9 +226,9 @@ class FaultyProxy:
         answer = await self._forward(_spoiled(request, fault))
         if fault == "lost":
             return await self._silence(writer, 0.0)
-        if fault == "flip" and not request.body:
+        if fault == "flip" and answer.body and not request.body:
             answer = answer.with_body(_flipped(answer.body, request.words))
-        elif fault in ("short", "long"):
+        elif fault in ("short", "long") and answer.body:
             answer = answer.with_body(answer.body[:-1] if fault == "short" else answer.body + b"\0")
         return await self._send(request, writer, answer, fault)
 

@@ -13,6 +13,8 @@ _TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "XA
 _CREDENTIAL_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"})
 _KEY_CODES = frozenset({"SignatureDoesNotMatch", "InvalidAccessKeyId"})
 _REGION_CODES = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
+_LOST_CODES = frozenset({"NoSuchUpload"})
+"""what a store says with 404 and no object is missing: an upload is not there any more"""
 _NAME_CODES = frozenset({"InvalidBucketName", "KeyTooLongError", "ParamValidationError"})
 _MAX_DETAIL = 240
 """characters of a server's own words in a message"""
@@ -37,6 +39,10 @@ _ACTIONS: dict[str, dict[Operation, str]] = {
 }
 
 
+class WrongAnswerError(Exception):
+    """An answer came whole and is not what was asked for; asking again may help."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """One failed request, as far as the client library told: no traceback, no secret."""
@@ -46,6 +52,10 @@ class Failure:
     """of HTTP; None when there was no answer"""
     code: str = ""
     """the store's own word, such as ``NoSuchBucket``"""
+    attempts: int | None = None
+    """requests the client library made before it gave up, where it repeats them itself and tells"""
+    step: str = ""
+    """which request of an upload failed, in words, where the library tells"""
 
     @property
     def is_untrusted(self) -> bool:
@@ -72,6 +82,8 @@ def user_error(failure: Failure, operation: Operation, where: str) -> StockflowE
         return AccessDeniedError(_denied(failure, operation, where))
     if failure.code == "NoSuchBucket":
         return NotFoundError(f"cannot {operation} {where}: the bucket does not exist; check its name and the endpoint")
+    if failure.code in _LOST_CODES:
+        return None
     if failure.status == 404 and operation == "list":
         return NotFoundError(f"cannot list {where}: no such place ({failure}); check its name and the endpoint")
     if failure.status == 404:
@@ -94,7 +106,8 @@ def user_error(failure: Failure, operation: Operation, where: str) -> StockflowE
 def storage_error(failure: Failure, operation: Operation, where: str, attempts: int) -> StorageError:
     """Return the error for a store that keeps failing."""
     times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-    return StorageError(f"cannot {operation} {where} after {times}: {failure}; run again to resume")
+    step = f" ({failure.step})" if failure.step else ""
+    return StorageError(f"cannot {operation} {where}{step} after {times}: {failure}; run again to resume")
 
 
 def scrub(text: str) -> str:

@@ -25,6 +25,12 @@ _VERSION_KEYS = (
     *("mtime", "LastModified", "Last-Modified", "created"),
 )
 """what a file system may tell of an object's version, best first"""
+_STEPS = {
+    "CreateMultipartUpload": "starting the upload",
+    "UploadPart": "a part",
+    "CompleteMultipartUpload": "completing the upload",
+}
+"""botocore's names for the requests of an upload"""
 _MEMORY_LOCK = threading.Lock()
 """memory:// hands every reader the same file with the same position, and checks before it creates"""
 
@@ -116,15 +122,21 @@ class FsspecClient:
         yield _Collector(collected)
         self.put(key, bytes(collected))
 
-    def put(self, key: str, payload: bytes) -> None:
+    def put(self, key: str, payload: bytes) -> str:
         """Write a small object."""
         with self._guard:
             self._fs.pipe_file(self._path(key), payload)
+        return ""
 
-    def put_new(self, key: str, payload: bytes) -> None:
+    def put_new(self, key: str, payload: bytes) -> str:
         """Write a small object unless there is one."""
         with self._guard:
             self._fs.pipe_file(self._path(key), payload, mode="create")
+        return ""
+
+    def has_md5_etags(self) -> bool:
+        """Return False: no ETag comes back from a write."""
+        return False
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects one by one."""
@@ -180,8 +192,14 @@ def failure_of(error: Exception) -> Failure:
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if isinstance(response, dict):
         told = response.get("Error", {})
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return Failure(detail=scrub(str(told.get("Message", error) or "")), status=status, code=_code_of(told))
+        about = response.get("ResponseMetadata", {})
+        return Failure(
+            detail=scrub(str(told.get("Message", error) or "")),
+            status=about.get("HTTPStatusCode"),
+            code=_code_of(told),
+            attempts=about.get("RetryAttempts", 0) + 1,
+            step=_STEPS.get(getattr(error.__cause__ or error, "operation_name", ""), ""),
+        )
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
     code = type(error).__name__
     return Failure(detail=scrub(str(error)), status=status or _status_of(error), code=code)

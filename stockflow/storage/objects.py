@@ -4,9 +4,12 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +22,22 @@ from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.parts import PARTS_IN_FLIGHT
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
-from stockflow.storage.s3 import CONNECT_TIMEOUT, locate_bucket, obstore_bucket, require_credentials
+from stockflow.storage.s3 import (
+    CONNECT_TIMEOUT,
+    has_md5_etags,
+    locate_bucket,
+    obstore_bucket,
+    require_credentials,
+)
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta, WritableFile
+    from obstore.store import ClientConfig, RetryConfig
     from obstore.store import ObjectStore as Connection
-    from obstore.store import RetryConfig
 
 _NO_RETRIES: "RetryConfig" = {"max_retries": 0, "retry_timeout": timedelta(0)}
-_READ_TIMEOUT = timedelta(seconds=60)
-_WRITE_TIMEOUT = timedelta(minutes=5)
-"""for one part, six at a time: a slow line moves 16 MiB in that"""
+_SLOW_READ = 2
+"""A whole answer may take so many times the silence that ends one."""
 
 _GOOGLE_VARIABLES = (
     "GOOGLE_APPLICATION_CREDENTIALS",
@@ -42,6 +50,13 @@ _HINTS = {"az": "; set AZURE_STORAGE_ACCOUNT_NAME and credentials in the environ
 
 _REDIRECT = "redirect without LOCATION"
 """how obstore tells that the bucket is in another region"""
+_DAMAGED_START = ("create multipart response body", "invalid multipart response")
+"""how obstore tells that it cannot read the answer to the start of an upload, which it does not ask for again"""
+_STEPS = (
+    (re.compile(r"POST \S+\?uploads\b|" + "|".join(_DAMAGED_START)), "starting the upload"),
+    (re.compile(r"PUT \S+\?partNumber=(\d+)"), "part {}"),
+    (re.compile(r"POST \S+\?uploadId="), "completing the upload"),
+)
 _REASONS = re.compile(r"""(?:message|error): "([^"]+)"|kind: (Timeout|TimedOut)|(InvalidCertificate)\(\s*(\w+)""")
 """the words that tell in obstore's debug output, which goes on for thirty lines"""
 
@@ -64,7 +79,7 @@ class ObstoreClient:
     def __init__(self, url: str, options: StoreOptions, policy: RetryPolicy) -> None:
         """Take a normalized URL; connections are made at the first use, in the process that uses them.
 
-        ``policy`` is for the parts of uploads, which only obstore can repeat.
+        ``policy`` is for timeouts, and for the parts of uploads, which only obstore can repeat.
         """
         self._scheme, _, place = url.partition("://")
         self._bucket, _, self._root = place.partition("/")
@@ -78,10 +93,13 @@ class ObstoreClient:
         text = str(error)
         status = re.search(r"status code: (\d{3})", text)
         code = re.search(r"<Code>(\w+)</Code>", text)
+        repeats = re.search(r", after (\d+) retries,", text)
         return Failure(
             detail=scrub(_detail(text)),
             status=_status_of(error) or (int(status[1]) if status else 301 if _REDIRECT in text else None),
             code=code[1] if code else "",
+            attempts=int(repeats[1]) + 1 if repeats else None,
+            step=_step(text),
         )
 
     def stamp(self, key: str) -> Stamp:
@@ -123,18 +141,24 @@ class ObstoreClient:
     @contextmanager
     def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
         """Upload parts side by side; leaving by an exception aborts the upload."""
-        with obstore.open_writer(
-            self._writer, self._path(key), buffer_size=part_bytes, max_concurrency=PARTS_IN_FLIGHT
-        ) as writer:
-            yield _Upload(writer, part_bytes)
+        start = partial(
+            obstore.open_writer,
+            self._writer,
+            self._path(key),
+            buffer_size=part_bytes,
+            max_concurrency=PARTS_IN_FLIGHT,
+        )
+        with _Upload(start, part_bytes, self._policy) as upload:
+            yield upload
 
-    def put(self, key: str, payload: bytes) -> None:
+    def put(self, key: str, payload: bytes) -> str:
         """Write a small object in one request."""
-        obstore.put(self._reader, self._path(key), payload, use_multipart=False)
+        return obstore.put(self._reader, self._path(key), payload, use_multipart=False)["e_tag"] or ""
 
-    def put_new(self, key: str, payload: bytes) -> None:
+    def put_new(self, key: str, payload: bytes) -> str:
         """Write a small object unless there is one."""
-        obstore.put(self._reader, self._path(key), payload, mode="create", use_multipart=False)
+        reply = obstore.put(self._reader, self._path(key), payload, mode="create", use_multipart=False)
+        return reply["e_tag"] or ""
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects, in bulk where the store can and does not mind absent ones."""
@@ -145,6 +169,10 @@ class ObstoreClient:
         for path in paths:
             with suppress(FileNotFoundError):
                 obstore.delete(self._reader, path)
+
+    def has_md5_etags(self) -> bool:
+        """Return whether ETags may be held against what was sent."""
+        return self._scheme == "s3" and has_md5_etags(locate_bucket(self._bucket, self._options))
 
     @property
     def _reader(self) -> "Connection":
@@ -168,12 +196,13 @@ class ObstoreClient:
             return self._connections[repeats]
 
     def _connect(self, repeats: bool) -> "Connection":
-        retries, timeout = (_retries_of(self._policy), _WRITE_TIMEOUT) if repeats else (_NO_RETRIES, _READ_TIMEOUT)
+        retries = _retries_of(self._policy) if repeats else _NO_RETRIES
+        timeouts = _write_timeouts(self._policy) if repeats else _read_timeouts(self._policy)
         if self._scheme == "s3":
             if not self._options.anonymous:
                 require_credentials()
-            return obstore_bucket(locate_bucket(self._bucket, self._options), retries, timeout)
-        return _connect_elsewhere(self._scheme, self._bucket, self._options, retries, timeout)
+            return obstore_bucket(locate_bucket(self._bucket, self._options), retries, timeouts)
+        return _connect_elsewhere(self._scheme, self._bucket, self._options, retries, timeouts)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")
@@ -190,19 +219,60 @@ class ObstoreClient:
 class _Upload:
     """Copies what it is given: obstore refers to the caller's buffer until the part is sent (measured)."""
 
-    def __init__(self, writer: "WritableFile", part_bytes: int) -> None:
-        self._writer = writer
+    def __init__(self, start: "Callable[[], WritableFile]", part_bytes: int, policy: RetryPolicy) -> None:
+        self._start = start
         self._part_bytes = part_bytes
+        self._policy = policy
+        self._stack = ExitStack()
+        self._held: list[bytes] = []
+        """what obstore holds too until a part is full, and it starts the upload"""
+        self._is_started = False
+
+    def __enter__(self) -> "_Upload":
+        self._writer = self._stack.enter_context(self._start())
+        return self
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._stack.__exit__(*raised)
 
     def write(self, payload: memoryview | bytes, /) -> int:
         view = memoryview(payload).cast("B")
         for start in range(0, view.nbytes, self._part_bytes):
-            self._writer.write(bytes(view[start : start + self._part_bytes]))
+            piece = bytes(view[start : start + self._part_bytes])
+            if self._is_started:
+                self._writer.write(piece)
+            else:
+                self._write_first(piece)
         return view.nbytes
+
+    def _write_first(self, piece: bytes) -> None:
+        """Write into the first part; start anew, a bounded number of times, if the store's answer was damaged."""
+        self._held.append(piece)
+        unsent = [piece]
+        for number in count(1):
+            try:
+                for part in unsent:
+                    self._writer.write(part)
+                break
+            except exceptions.BaseError as error:
+                if number == self._policy.attempts or not any(words in str(error) for words in _DAMAGED_START):
+                    raise
+            time.sleep(self._policy.delay_s(number))
+            self._abandon()
+            self._writer = self._stack.enter_context(self._start())
+            unsent = self._held
+        self._is_started = sum(map(len, self._held)) >= self._part_bytes
+        if self._is_started:
+            self._held = []
+
+    def _abandon(self) -> None:
+        """Leave a writer whose upload never started, as an exception leaves it."""
+        with suppress(exceptions.BaseError, OSError, ValueError):
+            self._stack.pop_all().__exit__(InterruptedError, InterruptedError(), None)
 
 
 def _connect_elsewhere(
-    scheme: str, bucket: str, options: StoreOptions, retries: "RetryConfig", timeout: timedelta
+    scheme: str, bucket: str, options: StoreOptions, retries: "RetryConfig", timeouts: "ClientConfig"
 ) -> "Connection":
     """Return a Google or Azure client with its default credentials. Written from the documentation."""
     from obstore.store import AzureStore, GCSStore
@@ -212,7 +282,7 @@ def _connect_elsewhere(
     store_type: Any = GCSStore if scheme == "gs" else AzureStore
     return store_type(  # type: ignore[no-any-return]
         bucket,
-        client_options={"timeout": timeout, "connect_timeout": CONNECT_TIMEOUT, "read_timeout": timedelta(seconds=30)},
+        client_options={"connect_timeout": CONNECT_TIMEOUT, **timeouts},
         retry_config=retries,
         **({"skip_signature": True} if options.anonymous else {}),
     )
@@ -237,10 +307,21 @@ def _require_google_credentials() -> None:
         ) from None
 
 
+def _read_timeouts(policy: RetryPolicy) -> "ClientConfig":
+    silence = timedelta(seconds=policy.read_timeout_s)
+    return {"read_timeout": silence, "timeout": _SLOW_READ * silence}
+
+
+def _write_timeouts(policy: RetryPolicy) -> "ClientConfig":
+    # No read_timeout: it would run while a part is still being sent (measured).
+    return {"timeout": timedelta(seconds=policy.write_timeout_s)}
+
+
 def _retries_of(policy: RetryPolicy) -> "RetryConfig":
     return {
         "max_retries": policy.attempts - 1,
-        "retry_timeout": timedelta(seconds=policy.deadline_s),
+        # obstore sends nothing again that failed later than this: one part that stalled must not be the last.
+        "retry_timeout": timedelta(seconds=max(policy.deadline_s, 2 * policy.write_timeout_s)),
         "backoff": {
             "init_backoff": timedelta(seconds=policy.first_delay_s),
             "max_backoff": timedelta(seconds=policy.max_delay_s),
@@ -274,6 +355,12 @@ def _detail(text: str) -> str:
     reasons = dict.fromkeys(" ".join(filter(None, groups)) for groups in _REASONS.findall(text))
     headline = text.split("\n", 1)[0].rsplit(" - ", 1)[-1]
     return ": ".join([headline, *reasons]) if reasons else headline
+
+
+def _step(text: str) -> str:
+    """Return which request of an upload an error is about, in words; empty for any other request."""
+    found = ((pattern.search(text), words) for pattern, words in _STEPS)
+    return next((words.format(*match.groups()) for match, words in found if match), "")
 
 
 def _slashes(key: str) -> list[int]:

@@ -1,14 +1,15 @@
 """What all remote stores share: keys, retries, typed errors. A client only speaks its library's language."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, StockflowError, StorageError
 from stockflow.redaction import redact
 from stockflow.storage.base import Pin, Sink, Stamp, check_key
-from stockflow.storage.faults import Failure, Operation, storage_error, user_error
+from stockflow.storage.etags import PartDigests, md5_etag, names_same
+from stockflow.storage.faults import Failure, Operation, WrongAnswerError, storage_error, user_error
 from stockflow.storage.parts import part_bytes
 from stockflow.storage.retry import RetryLoop, RetryPolicy
 
@@ -50,14 +51,17 @@ class Client(Protocol):
     def create(self, key: str, part_bytes: int) -> AbstractContextManager[Sink]:
         """Write one object in parts, all or nothing."""
 
-    def put(self, key: str, payload: bytes) -> None:
-        """Write a small object."""
+    def put(self, key: str, payload: bytes) -> str:
+        """Write a small object; return its ETag, empty where the library does not tell."""
 
-    def put_new(self, key: str, payload: bytes) -> None:
-        """Write a small object unless there is one (then: a failure with status 412)."""
+    def put_new(self, key: str, payload: bytes) -> str:
+        """Write a small object unless there is one (then: a failure with status 412); return its ETag."""
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects that may be gone already."""
+
+    def has_md5_etags(self) -> bool:
+        """Return whether an ETag may be held against the MD5 of what was sent."""
 
 
 class RemoteStore:
@@ -67,7 +71,9 @@ class RemoteStore:
         """Take a client for ``url``; nothing is contacted yet."""
         self.url = url
         self._client = client
+        self._policy = policy
         self._retries = RetryLoop(policy)
+        self._known_md5_etags: bool | None = None
 
     @property
     def pin(self) -> Pin:
@@ -105,24 +111,39 @@ class RemoteStore:
 
     @contextmanager
     def create(self, key: str, *, size: int | None = None) -> Iterator[Sink]:
-        """Write one object, all or nothing; ``size``, if known, keeps the number of parts within limits."""
-        refuse = partial(self._final, attempts=1, operation="write", key=key)
+        """Write one object, all or nothing; ``size``, if known, keeps the number of parts within limits.
+
+        What arrived is held against what was sent, where the store's ETags are MD5s.
+        """
+        refuse = partial(self._refused_upload, key)
         raised: BaseException | None = None
+        sent: PartDigests | None = None
         try:
             with self._client.create(check_key(key), part_bytes(size)) as sink:
+                sent = PartDigests(part_bytes(size)) if self._has_md5_etags else None
                 try:
-                    yield _NamedSink(sink, self._client.errors, refuse)
+                    yield _NamedSink(sink, sent, self._client.errors, refuse)
                 except BaseException as error:
                     raised = error
                     raise
         except self._client.errors as error:
             if error is raised:  # the caller's own trouble, not the store's
                 raise
-            raise refuse(error) from None
+            # The last answer of an upload may be lost after the store has acted on it.
+            if raised is not None or sent is None or not self._holds(key, sent):
+                raise refuse(error) from None
+            return
+        if sent is not None:
+            self._check_upload(key, sent)
 
     def put(self, key: str, payload: bytes) -> None:
         """Write a small object, replacing what was there."""
-        self._run("write", key, partial(self._client.put, check_key(key), payload))
+
+        def attempt() -> None:
+            if not self._arrived(key, payload, self._client.put(check_key(key), payload)):
+                raise WrongAnswerError("what arrived is not what was sent")
+
+        self._run("write", key, attempt)
 
     def put_new(self, key: str, payload: bytes) -> None:
         """Write a small object that must not exist yet.
@@ -132,10 +153,13 @@ class RemoteStore:
         """
         num_before = self.num_retries
         try:
-            self._run("create", key, partial(self._put_new, check_key(key), payload))
+            etag = self._run("create", key, partial(self._put_new, check_key(key), payload))
         except AlreadyExistsError:
             if self.num_retries == num_before or self.read_head(key, len(payload) + 1)[0] != payload:
                 raise
+            return
+        if not self._arrived(key, payload, etag):
+            self.put(key, payload)  # the key is ours; what lies there is not
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is already gone is no error."""
@@ -173,16 +197,61 @@ class RemoteStore:
 
         return self.pin != "if-match" or self._run("read", key, attempt)
 
-    def _put_new(self, key: str, payload: bytes) -> None:
+    def _put_new(self, key: str, payload: bytes) -> str:
         try:
-            self._client.put_new(key, payload)
+            return self._client.put_new(key, payload)
         except self._client.errors as error:
             if self._client.failure(error).status != 501:
                 raise
             # Swift has no conditional writes. Looking first leaves a moment between two requests to a rival.
             if self._is_there(key):
                 raise AlreadyExistsError(f"{self._where(key)} already exists") from None
-            self._client.put(key, payload)
+            return self._client.put(key, payload)
+
+    @property
+    def _has_md5_etags(self) -> bool:
+        if self._known_md5_etags is None:
+            self._known_md5_etags = self._client.has_md5_etags()
+        return self._known_md5_etags
+
+    def _arrived(self, key: str, payload: bytes, etag: str) -> bool:
+        """Whether a small object is what was sent, by its ETag; with another ETag its bytes decide."""
+        if not etag or not self._has_md5_etags or names_same(etag, (md5_etag(payload),)):
+            return True
+        has_arrived = self.read_head(key, len(payload) + 1)[0] == payload
+        self._known_md5_etags = not has_arrived
+        return has_arrived
+
+    def _holds(self, key: str, sent: PartDigests) -> bool:
+        with suppress(StockflowError):
+            found = self.stamp(key)
+            return found.size == sent.num_bytes and names_same(found.version, sent.etags())
+        return False
+
+    def _check_upload(self, key: str, sent: PartDigests) -> None:
+        """Hold an object against what was sent, by its ETag; with another ETag its bytes decide.
+
+        Raises:
+            StorageError: they are not what was sent.
+        """
+        found = self.stamp(key)
+        if found.size == sent.num_bytes and names_same(found.version, sent.etags()):
+            return
+        if found.size != sent.num_bytes or self._digests_of(key, found, sent.part_bytes).etags() != sent.etags():
+            raise StorageError(
+                f"{self._where(key)} is not what was sent: found {_words(found)}; expected {sent.num_bytes} bytes, "
+                f"{sent.etags()[0]}. The network or the store damaged it, or another writes there; run again to resume"
+            )
+        self._known_md5_etags = False  # some stores, and keys of a KMS, make ETags of another kind
+
+    def _digests_of(self, key: str, stamp: Stamp, part_bytes: int) -> PartDigests:
+        digests = PartDigests(part_bytes)
+        buffer = memoryview(bytearray(min(RANGE_BYTES, stamp.size)))
+        for start in range(0, stamp.size, RANGE_BYTES):
+            piece = buffer[: min(RANGE_BYTES, stamp.size - start)]
+            self._read_range(key, start, piece, stamp)
+            digests.update(piece)
+        return digests
 
     def _is_there(self, key: str) -> bool:
         try:
@@ -200,9 +269,9 @@ class RemoteStore:
             if found is not None and found != stamp:
                 raise self._changed(key, stamp, found)
             if payload.nbytes != target.nbytes:
-                raise StorageError(
-                    f"{self._where(key)} gave {payload.nbytes} bytes from byte {start}, expected "
-                    f"{target.nbytes}: it is shorter than planned, or its server ignores range requests"
+                raise WrongAnswerError(
+                    f"{payload.nbytes} bytes came from byte {start}, expected {target.nbytes}: "
+                    "it is shorter than planned, or its server ignores range requests"
                 )
             target[:] = payload
 
@@ -210,17 +279,26 @@ class RemoteStore:
 
     def _run(self, operation: Operation, key: str, attempt: Callable[[], T], pinned: Stamp | None = None) -> T:
         def judge(error: Exception, attempts: int, is_last: bool) -> StockflowError | None:
-            failure = self._client.failure(error)
+            failure = self._failure(error)
             if pinned is not None and failure.status in (412, 416) and (found := self.stamp(key)) != pinned:
                 return self._changed(key, pinned, found)
             if failure.is_transient and not is_last:
                 return None
             return self._final(error, attempts, operation, key)
 
-        return self._retries.run(attempt, catch=self._client.errors, judge=judge)
+        return self._retries.run(attempt, catch=(*self._client.errors, WrongAnswerError), judge=judge)
+
+    def _failure(self, error: Exception) -> Failure:
+        return Failure(str(error)) if isinstance(error, WrongAnswerError) else self._client.failure(error)
+
+    def _refused_upload(self, key: str, error: Exception) -> StockflowError:
+        """Return the error for an upload, whose requests the client library repeats."""
+        failure = self._failure(error)
+        told = failure.attempts or (self._policy.attempts if failure.status is None else 1)
+        return self._final(error, told, "write", key)
 
     def _final(self, error: Exception, attempts: int, operation: Operation, key: str) -> StockflowError:
-        failure, where = self._client.failure(error), self._where(key)
+        failure, where = self._failure(error), self._where(key)
         if operation == "create" and failure.status == 412:
             return AlreadyExistsError(f"{where} already exists")
         return user_error(failure, operation, where) or storage_error(failure, operation, where, attempts)
@@ -236,14 +314,20 @@ class RemoteStore:
 
 
 class _NamedSink:
-    """A sink whose errors say which object could not be written."""
+    """A sink that knows what it was given, and whose errors say which object could not be written."""
 
     def __init__(
-        self, sink: Sink, errors: tuple[type[Exception], ...], refuse: Callable[[Exception], StockflowError]
+        self,
+        sink: Sink,
+        sent: PartDigests | None,
+        errors: tuple[type[Exception], ...],
+        refuse: Callable[[Exception], StockflowError],
     ) -> None:
-        self._sink, self._errors, self._refuse = sink, errors, refuse
+        self._sink, self._sent, self._errors, self._refuse = sink, sent, errors, refuse
 
     def write(self, payload: memoryview | bytes, /) -> object:
+        if self._sent is not None:
+            self._sent.update(payload)
         try:
             return self._sink.write(payload)
         except self._errors as error:

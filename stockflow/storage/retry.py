@@ -25,6 +25,10 @@ class RetryPolicy:
     max_delay_s: float = 10.0
     deadline_s: float = 180.0
     """no attempt starts later than this after the first"""
+    read_timeout_s: float = 30.0
+    """silence after which an answer is given up"""
+    write_timeout_s: float = 120.0
+    """for one part of an upload and its answer: 16 MiB, six at a time, at a line's least 0.9 MB/s"""
 
     def delay_s(self, num_failed: int) -> float:
         """Return the pause after ``num_failed`` attempts: full jitter keeps workers from retrying in step."""

@@ -91,7 +91,7 @@ def bucket_region(name: str, near: str, endpoint: str | None = None) -> str:
     return str(headers.get("x-amz-bucket-region") or near)
 
 
-def obstore_bucket(bucket: Bucket, retries: "RetryConfig", timeout: timedelta) -> "S3Store":
+def obstore_bucket(bucket: Bucket, retries: "RetryConfig", timeouts: "ClientConfig") -> "S3Store":
     """Return an obstore client for a bucket."""
     from obstore.store import S3Store
 
@@ -114,12 +114,10 @@ def obstore_bucket(bucket: Bucket, retries: "RetryConfig", timeout: timedelta) -
     if options.kms_key:
         config["server_side_encryption"] = "aws:kms"
         config["sse_kms_key_id"] = options.kms_key
-    connection: ClientConfig = {
-        "allow_http": not bucket.is_encrypted,
-        "connect_timeout": CONNECT_TIMEOUT,
-        "read_timeout": timedelta(seconds=30),
-        "timeout": timeout,
-    }
+    if bucket.endpoint is None:
+        # S3 holds every part against it. Other stores may not know the header, and some refuse what they do not know.
+        config["checksum_algorithm"] = "crc64nvme"
+    connection: ClientConfig = {"allow_http": not bucket.is_encrypted, "connect_timeout": CONNECT_TIMEOUT, **timeouts}
     if bucket.ca_bundle:
         connection["root_certificate"] = Path(bucket.ca_bundle).read_bytes()
     return S3Store(
@@ -131,8 +129,11 @@ def obstore_bucket(bucket: Bucket, retries: "RetryConfig", timeout: timedelta) -
     )
 
 
-def s3fs_filesystem(bucket: Bucket, *, attempts: int) -> Any:
-    """Return an s3fs file system for a bucket that makes each request at most ``attempts`` times."""
+def s3fs_filesystem(bucket: Bucket, *, attempts: int, timeout_s: float) -> Any:
+    """Return an s3fs file system for a bucket that makes each request at most ``attempts`` times.
+
+    ``timeout_s`` is for silence, which for a body that is being sent lasts until the answer.
+    """
     import s3fs
 
     filesystem = s3fs.S3FileSystem(
@@ -140,7 +141,7 @@ def s3fs_filesystem(bucket: Bucket, *, attempts: int) -> Any:
         endpoint_url=bucket.endpoint,
         requester_pays=bucket.options.requester_pays,
         client_kwargs={"region_name": bucket.region} | _trust(bucket),
-        config_kwargs=_client_settings(bucket, attempts),
+        config_kwargs=_client_settings(bucket, attempts, timeout_s),
         s3_additional_kwargs=_encryption(bucket.options),
         fixed_upload_size=True,
         use_listings_cache=False,
@@ -151,12 +152,12 @@ def s3fs_filesystem(bucket: Bucket, *, attempts: int) -> Any:
     return filesystem
 
 
-def put_new_object(bucket: Bucket, key: str, payload: bytes) -> None:
-    """Write a small object unless there is one, by exactly one request of botocore."""
+def put_new_object(bucket: Bucket, key: str, payload: bytes, timeout_s: float) -> str:
+    """Write a small object unless there is one, by exactly one request of botocore; return its ETag."""
     from botocore import UNSIGNED
     from botocore.config import Config
 
-    settings = Config(**_client_settings(bucket, attempts=1))
+    settings = Config(**_client_settings(bucket, 1, timeout_s))
     if bucket.options.anonymous:
         settings = settings.merge(Config(signature_version=UNSIGNED))
     client = _session().create_client(
@@ -164,16 +165,17 @@ def put_new_object(bucket: Bucket, key: str, payload: bytes) -> None:
     )
     payer = {"RequestPayer": "requester"} if bucket.options.requester_pays else {}
     arguments = payer | _encryption(bucket.options)
-    client.put_object(Bucket=bucket.name, Key=key, Body=payload, IfNoneMatch="*", **arguments)
+    reply = client.put_object(Bucket=bucket.name, Key=key, Body=payload, IfNoneMatch="*", **arguments)
+    return str(reply.get("ETag", ""))
 
 
-def _client_settings(bucket: Bucket, attempts: int) -> dict[str, Any]:
+def _client_settings(bucket: Bucket, attempts: int, timeout_s: float) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "s3": {"addressing_style": "path" if bucket.path_style else "virtual"},
         "max_pool_connections": 64,
         "retries": {"mode": "standard", "total_max_attempts": attempts},
         "connect_timeout": CONNECT_TIMEOUT.total_seconds(),
-        "read_timeout": 30,
+        "read_timeout": timeout_s,
     }
     if bucket.endpoint:
         # Checksum trailers, on by default since botocore 1.36, break several compatible stores.
@@ -222,6 +224,11 @@ def require_credentials() -> None:
             "no AWS credentials found in the environment, the profile or the instance; "
             "set AWS_PROFILE or AWS_ACCESS_KEY_ID, or `anonymous: true` for public objects"
         )
+
+
+def has_md5_etags(bucket: Bucket) -> bool:
+    """Return whether ETags may be held against what was sent: those of other stores than AWS, not under KMS."""
+    return bucket.endpoint is not None and bucket.options.kms_key is None
 
 
 def forget_session() -> None:

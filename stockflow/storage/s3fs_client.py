@@ -8,10 +8,17 @@ from typing import Any
 from fsspec.asyn import sync
 
 from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions
-from stockflow.storage.faults import Failure
+from stockflow.storage.faults import Failure, WrongAnswerError
 from stockflow.storage.fs import _ERRORS, failure_of, open_uncommitted
 from stockflow.storage.retry import RetryPolicy
-from stockflow.storage.s3 import Bucket, locate_bucket, put_new_object, require_credentials, s3fs_filesystem
+from stockflow.storage.s3 import (
+    Bucket,
+    has_md5_etags,
+    locate_bucket,
+    put_new_object,
+    require_credentials,
+    s3fs_filesystem,
+)
 
 
 class S3fsClient:
@@ -23,7 +30,7 @@ class S3fsClient:
     def __init__(self, url: str, options: StoreOptions, policy: RetryPolicy) -> None:
         """Take a normalized URL; connections are made at the first use, in the process that uses them.
 
-        ``policy`` is for the parts of uploads, which only the library can repeat.
+        ``policy`` is for timeouts, and for the parts of uploads, which only the library can repeat.
         """
         self._bucket, _, self._root = url.removeprefix("s3://").partition("/")
         self._options = options
@@ -50,7 +57,9 @@ class S3fsClient:
         span = f"bytes={start}-{stop - 1}"
         payload, reply = sync(self._fs.loop, self._get, Key=self._path(key), Range=span, **match)
         # Without Content-Range the server ignored the range and sent everything.
-        size = reply.get("ContentRange", "").rpartition("/")[2] or reply["ContentLength"]
+        range_sent, _, size = reply.get("ContentRange", f"bytes 0-/{reply['ContentLength']}").rpartition("/")
+        if not range_sent.startswith(f"bytes {start}-"):
+            raise WrongAnswerError(f"{range_sent} came, expected {span}")
         return memoryview(payload), Stamp(int(size), reply.get("ETag", ""))
 
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
@@ -76,34 +85,39 @@ class S3fsClient:
     def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
         """Upload parts one after another; leaving by an exception aborts the upload."""
         path = f"{self._bucket}/{self._path(key)}"
-        with open_uncommitted(self._connect(self._policy.attempts), path, part_bytes) as file:
+        filesystem = self._connect(self._policy.attempts, self._policy.write_timeout_s)
+        with open_uncommitted(filesystem, path, part_bytes) as file:
             yield file
 
-    def put(self, key: str, payload: bytes) -> None:
+    def put(self, key: str, payload: bytes) -> str:
         """Write a small object in one request."""
-        self._call("put_object", Key=self._path(key), Body=payload)
+        return str(self._call("put_object", Key=self._path(key), Body=payload).get("ETag", ""))
 
-    def put_new(self, key: str, payload: bytes) -> None:
+    def put_new(self, key: str, payload: bytes) -> str:
         """Write a small object unless there is one."""
         # Not through s3fs: aiohttp silently repeats a PUT whose answer is lost, and the second one would find
         # the first one's object (aiohttp 3.14, `_retry_connection`).
-        put_new_object(self._bucket_at(), self._path(key), payload)
+        return put_new_object(self._bucket_at(), self._path(key), payload, self._policy.read_timeout_s)
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects one by one: not every store knows the bulk request."""
         for key in keys:
             self._call("delete_object", Key=self._path(key))
 
+    def has_md5_etags(self) -> bool:
+        """Return whether ETags may be held against what was sent."""
+        return has_md5_etags(self._bucket_at())
+
     @property
     def _fs(self) -> Any:
         """The connection for single requests, made once."""
         with self._lock:
             if self._kept is None:
-                self._kept = self._connect(attempts=1)
+                self._kept = self._connect(1, self._policy.read_timeout_s)
             return self._kept
 
-    def _connect(self, attempts: int) -> Any:
-        return s3fs_filesystem(self._bucket_at(), attempts=attempts)
+    def _connect(self, attempts: int, timeout_s: float) -> Any:
+        return s3fs_filesystem(self._bucket_at(), attempts=attempts, timeout_s=timeout_s)
 
     def _bucket_at(self) -> Bucket:
         if not self._options.anonymous:
