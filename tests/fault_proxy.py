@@ -39,7 +39,8 @@ ANSWERS: dict[str, tuple[int, bytes]] = {
 }
 STALL_S = 120.0
 """longer than any timeout of a client"""
-SLOW_S = 1.0
+SLOW_S = 0.2
+"""between the halves of an answer"""
 _RECOMPUTED = frozenset({"connection", "content-length", "transfer-encoding", "keep-alive"})
 
 
@@ -136,8 +137,8 @@ class FaultyProxy:
         self.faults: dict[str, deque[Fault]] = {}
         self.ignored_headers: set[str] = set()
         self.weather = weather
-        self.delay_s = 0.0
-        """before each answer"""
+        self.delays_s: dict[Step, float] = {}
+        """before requests of a step reach the store"""
         self.requests: list[str] = []
         """method and path of each request, in order"""
         self.headers: list[dict[str, str]] = []
@@ -216,8 +217,7 @@ class FaultyProxy:
         if request is None:
             return False
         fault = self.next_fault(request)
-        if self.delay_s:
-            await asyncio.sleep(self.delay_s)
+        await asyncio.sleep(self.delays_s.get(request.step, 0.0))
         if fault in ANSWERS:
             status, body = ANSWERS[fault]
             return await self._send(request, writer, Answer(status, (("Content-Type", "application/xml"),), body))

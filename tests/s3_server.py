@@ -43,8 +43,9 @@ def moto_server() -> Iterator[str]:
     """Run ``moto_server`` on a free port and give its URL. Keep objects small: it copies them for each range."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    # Real servers list a thousand names at a time; five make every listing go on past its first page.
-    environment = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": "5"}
+    # Real servers list a thousand names at a time; five make every listing go on past its first page. Their parts
+    # have 5 MiB or more; with less a small shard is an upload of several.
+    environment = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": "5", "S3_UPLOAD_PART_MIN_SIZE": str(1 << 20)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         _wait_for(port, process)
