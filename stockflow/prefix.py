@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from stockflow.changes import planned_states, since_then, states
 from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
 from stockflow.errors import (
     AlreadyExistsError,
@@ -56,15 +57,19 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
             manifest = read_manifest(store)
             if manifest.plan_id == plan.plan_id:
                 return Occupancy(finished=manifest)
-            return Occupancy(conflict=f"{where} holds the finished output of another plan{_ids(manifest, plan)}")
+            changed = since_then(states(manifest.inputs), states(plan.checkpoints))
+            return Occupancy(
+                conflict=f"{where} holds the finished output of another plan{_ids(manifest, plan)}{changed}"
+            )
         with suppress(NotFoundError):
             claim = read_claim(store)
             if claim.plan_id == plan.plan_id:
                 return Occupancy(is_ours=True)
             age = max(time.time() - claim.heartbeat, 0.0)
+            changed = since_then(planned_states(store, claim.plan_id), states(plan.checkpoints))
             return Occupancy(
                 conflict=f"{where} is claimed by an unfinished run of another plan{_ids(claim, plan)}, "
-                f"last seen {age:,.0f} s ago"
+                f"last seen {age:,.0f} s ago{changed}"
             )
     except CheckpointError as error:
         return Occupancy(conflict=str(error))

@@ -95,11 +95,12 @@ class Request:
 
     @property
     def words(self) -> str:
-        """What tells this request from others, in every run: an upload's id is the server's own."""
+        """What tells this request from others, in every run: bucket and upload's id have other names in each."""
         parts = urlsplit(self.path)
         query = parse_qs(parts.query, keep_blank_values=True)
         told = " ".join(query.get(name, [""])[0] for name in ("prefix", "partNumber"))
-        return f"{self.step} {parts.path} {told} {self.header('range')}"
+        key = parts.path.lstrip("/").partition("/")[2]
+        return f"{self.step} {key} {told} {self.header('range')}"
 
     def header(self, name: str) -> str:
         """Return a header, empty if there is none; ``name`` in lower case."""
@@ -109,6 +110,15 @@ class Request:
         """Return the request without some headers."""
         kept = tuple((name, value) for name, value in self.headers if name.lower() not in names)
         return Request(self.method, self.path, kept, self.body)
+
+
+@dataclass(frozen=True)
+class Outage:
+    """Every request of one step whose path has some words in it meets a fault."""
+
+    step: Step
+    words: str
+    fault: Fault = "503"
 
 
 @dataclass(frozen=True)
@@ -129,14 +139,15 @@ class Answer:
 class FaultyProxy:
     """Passes requests on to ``upstream``, save those that meet a fault.
 
-    The next requests of one method, or one step, meet those queued with ``fail``; all others meet ``weather``, if
-    there is any.
+    The next requests of one method, or one step, meet those queued with ``fail``; all others meet an outage or the
+    weather, where there is one.
     """
 
     def __init__(self, upstream: str, *, tls: ssl.SSLContext | None = None, weather: Weather | None = None) -> None:
         self.faults: dict[str, deque[Fault]] = {}
         self.ignored_headers: set[str] = set()
-        self.weather = weather
+        self.weathers = [weather] if weather else []
+        self.outages: list[Outage] = []
         self.delays_s: dict[Step, float] = {}
         """before requests of a step reach the store"""
         self.requests: list[str] = []
@@ -176,10 +187,17 @@ class FaultyProxy:
         self.headers.append({name.lower(): value for name, value in request.headers})
         self.steps.append(request.step)
         queue = self.faults.get(request.step) or self.faults.get(request.method)
-        fault = queue.popleft() if queue else self.weather.draw(request) if self.weather else "pass"
+        fault = queue.popleft() if queue else self._drawn(request)
         if fault != "pass":
             self.met[request.step, fault] += 1
         return fault
+
+    def _drawn(self, request: Request) -> Fault:
+        for outage in self.outages:
+            if outage.step == request.step and outage.words in request.path:
+                return outage.fault
+        drawn = (weather.draw(request) for weather in self.weathers)
+        return next((fault for fault in drawn if fault != "pass"), "pass")
 
     def _serve_here(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "host cuda",
         "units",
         "reader",
-        "schedule",
+        "changes schedule",
         "budget manifest planning ledger",
         "plan",
         "recipe checkpoint tables",

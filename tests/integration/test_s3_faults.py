@@ -1,0 +1,213 @@
+"""Whole merges over a store that fails: the same digests in the end, or exit 3 and a prefix that resumes."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+import boto3
+import pytest
+import yaml
+
+from stockflow import execution
+from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.errors import StorageError
+from stockflow.manifest import MANIFEST_FILE
+from stockflow.recipe import load_recipe
+from stockflow.reporting import Silent
+from stockflow.storage import StorageConfig, Store, fs, objects, open_store, parts
+from stockflow.storage.retry import RetryPolicy
+from stockflow.verify import verify
+from tests.checkpoints import make_family
+from tests.fault_proxy import Fault, FaultyProxy, Outage, Step, Weather
+from tests.runs import MIB, grown_bytes, receipts, shard_digests
+
+SHAPES = {f"model.layers.{index}.weight": (600, 1000) for index in range(6)}
+SHARD_SIZE = 1_300_000
+"""one tensor of 1.2 MB in each, two parts"""
+QUICK = partial(RetryPolicy, attempts=6, first_delay_s=0.01, max_delay_s=0.05, read_timeout_s=0.5, write_timeout_s=1.0)
+STORM: dict[Fault, float] = {"503": 0.05, "reset": 0.01, "cut": 0.01, "truncate": 0.01, "stall": 0.01}
+"""as the issue asks: 5 % SlowDown, 2 % resets (before and within bodies), 1 % truncation, 1 % stalls"""
+SEEDS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a family and the merge of it, undisturbed."""
+    folder = tmp_path_factory.mktemp("faults")
+    family = make_family(folder, 2, SHAPES)
+    merged(recipe_at(folder, [str(path) for path in (family.base, *family.tuned)]), str(folder / "out"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digests(local: Path) -> dict[str, str]:
+    return shard_digests(local / "out")
+
+
+@pytest.fixture
+def place(local: Path, s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator["Place"]:
+    monkeypatch.setattr(parts, "DEFAULT_PART_BYTES", MIB)
+    for module in (objects, fs):
+        monkeypatch.setattr(module, "RetryPolicy", QUICK)
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for folder in (local / "base", local / "tuned-1", local / "tuned-2"):
+        for path in folder.iterdir():
+            client.upload_file(str(path), s3_bucket, f"{folder.name}/{path.name}")
+    with FaultyProxy(s3_endpoint) as proxy:
+        yield Place(local, s3_bucket, proxy, s3_endpoint)
+
+
+class Place:
+    """A family and an output in one bucket behind a proxy."""
+
+    def __init__(self, folder: Path, bucket: str, proxy: FaultyProxy, endpoint: str) -> None:
+        self.proxy = proxy
+        self.output = f"s3://{bucket}/out"
+        models = [f"s3://{bucket}/{name}" for name in ("base", "tuned-1", "tuned-2")]
+        self.recipe = recipe_at(folder, models, {f"s3://{bucket}/": {"endpoint": proxy.url}})
+        self.behind = StorageConfig({f"s3://{bucket}": _options(endpoint)})
+
+    def found(self) -> Store:
+        """The output, past the proxy."""
+        return open_store(self.output, self.behind)
+
+    def merge(self) -> MergeResult:
+        return merged(self.recipe, self.output)
+
+
+def _options(endpoint: str) -> objects.StoreOptions:
+    return objects.StoreOptions(endpoint=endpoint)
+
+
+def recipe_at(folder: Path, models: list[str], storage: object = None) -> Path:
+    path = folder / f"recipe-{random.getrandbits(40):x}.yaml"
+    content = {
+        "merge_method": "model_stock",
+        "base_model": models[0],
+        "models": [{"model": name} for name in models[1:]],
+    }
+    path.write_text(yaml.safe_dump(content | {"stockflow": {"storage": storage or {}}}))
+    return path
+
+
+def merged(recipe: Path, output: str) -> MergeResult:
+    options = MergeOptions(1024 * MIB + grown_bytes(), 2, "cpu", SHARD_SIZE)
+    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execution.in_this_process, Silent())
+
+
+def shards(result: MergeResult) -> dict[str, str]:
+    return {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards}
+
+
+def test_the_local_merge_has_shards_of_several_parts(local: Path, digests: dict[str, str]) -> None:
+    assert len(digests) == 6
+    assert all((local / "out" / file).stat().st_size > MIB for file in digests)
+    assert all(receipt["retries"] == {"read": 0} for receipt in receipts(local / "out"))
+
+
+# What passes
+
+
+def test_a_merge_in_a_storm_gives_the_same_digests(place: Place, digests: dict[str, str]) -> None:
+    met: Counter[Fault] = Counter()
+    retries = 0.0
+    for seed in SEEDS:
+        place.proxy.weathers = [Weather(STORM, seed)]
+        place.output = f"{place.output}-{seed}"
+
+        result = place.merge()
+
+        assert digests == shards(result)
+        assert not verify(place.output, place.behind).findings
+        retries += result.manifest.summary["retries"]
+    for (_, fault), count in place.proxy.met.items():
+        met[fault] += count
+    assert set(STORM) <= set(met), met
+    assert sum(met.values()) > 0.05 * len(place.proxy.requests) > 7.5
+    assert retries > 0
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_a_merge_under_every_fault_at_once_gives_the_same_digests(
+    place: Place, digests: dict[str, str], seed: int
+) -> None:
+    """Flipped bytes too, on the way up: a shard that did not arrive ends a run, and the next one makes it again."""
+    every = [fault for fault in get_args(Fault) if fault not in _FINAL]
+    way_up: frozenset[Step] = frozenset(("put", "part"))
+    place.proxy.weathers = [Weather({"flip": 0.15}, seed, way_up), Weather(dict.fromkeys(every, 0.02), seed)]
+    failures = []
+
+    for _ in range(12):
+        try:
+            result = place.merge()
+            break
+        except StorageError as error:
+            failures.append(str(error))
+    else:
+        pytest.fail("\n".join(failures))
+
+    assert digests == shards(result)
+    place.proxy.weathers.clear()
+    assert not verify(place.output, place.behind).findings
+    assert sum(count for (_, fault), count in place.proxy.met.items() if fault == "flip") > 0
+    assert all("run again to resume" in failure for failure in failures)
+
+
+_FINAL = {"501", "expired", "denied", "elsewhere", "pass", "flip"}
+"""what says no, not now"""
+
+
+# What does not pass
+
+OUTAGES = [
+    Outage("get", "tuned-2/model.safetensors"),
+    Outage("part", "model-00003"),
+    Outage("complete", "model-00003"),
+    Outage("head", "model-00003"),
+    Outage("put", "receipts/model-00003"),
+    Outage("put", "out/manifest.json"),
+]
+RARER = [
+    Outage("list", "base"),
+    Outage("put", "_stockflow/claim.json"),
+    Outage("put", "/plan.json"),
+    Outage("create", "model-00003"),
+    Outage("put", "tensors.parquet"),
+    Outage("put", "out/config.json"),
+    Outage("list", "prefix=out"),
+    Outage("part", "model-00003", "lost"),
+    Outage("get", "tuned-2/model.safetensors", "stall"),
+    Outage("get", "tuned-2/model.safetensors", "truncate"),
+]
+
+
+@pytest.mark.parametrize(
+    "outage",
+    [*OUTAGES, *(pytest.param(outage, marks=pytest.mark.chaos) for outage in RARER)],
+    ids=lambda outage: f"{outage.step} {outage.words} {outage.fault}",
+)
+def test_an_outage_ends_with_exit_3_and_a_prefix_that_resumes(
+    place: Place, digests: dict[str, str], outage: Outage
+) -> None:
+    place.proxy.outages.append(outage)
+
+    with pytest.raises(StorageError, match=r"cannot \w+ s3://\S+( \(.+\))? after 6 attempts: ") as caught:
+        place.merge()
+    num_met = place.proxy.met[outage.step, outage.fault]
+    place.proxy.outages.clear()
+    found = place.found().list()
+    resumed = place.merge()
+
+    assert caught.value.exit_code == 3
+    assert str(caught.value).endswith("run again to resume")
+    assert ("HTTP 503 SlowDown" in str(caught.value)) == (outage.fault == "503" and outage.step != "head")
+    assert num_met >= 6
+    assert MANIFEST_FILE not in found
+    assert sum("/receipts/" in key for key in found) == resumed.num_resumed
+    assert ("00003" in outage.words) <= (resumed.num_resumed == 2)
+    assert digests == shards(resumed)
+    assert not verify(place.output, place.behind).findings
