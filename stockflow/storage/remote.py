@@ -91,7 +91,14 @@ class RemoteStore:
 
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes and the stamp, from one answer."""
-        return self._run("read", key, partial(self._client.read_head, check_key(key), num_bytes))
+
+        def attempt() -> tuple[bytes, Stamp]:
+            payload, stamp = self._client.read_head(check_key(key), num_bytes)
+            if len(payload) != min(num_bytes, stamp.size):
+                raise WrongAnswerError(f"{len(payload)} bytes came of the first {min(num_bytes, stamp.size)}")
+            return payload, stamp
+
+        return self._run("read", key, attempt)
 
     def read_into(self, key: str, start: int, buffer: memoryview, stamp: Stamp) -> None:
         """Fill ``buffer`` by requests of at most ``RANGE_BYTES``, each held to ``stamp`` if the store can."""

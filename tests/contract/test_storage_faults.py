@@ -108,6 +108,14 @@ def test_a_read_gives_the_right_bytes_in_the_end(store: RemoteStore, proxy: Faul
     assert store.num_retries in ({1, 2} if silent else {2})
 
 
+@pytest.mark.parametrize("fault", ["short", "long"])
+def test_a_small_object_is_read_whole_in_the_end(store: RemoteStore, proxy: FaultyProxy, fault: Fault) -> None:
+    proxy.fail("get", fault)
+
+    assert store.read_head("a.bin", 99_999)[0] == SMALL
+    assert store.num_retries == 1
+
+
 def test_a_slow_answer_is_waited_for(store: RemoteStore, proxy: FaultyProxy) -> None:
     stamp = store.stamp("a.bin")
     proxy.fail("get", "slow")
