@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stockflow.driver import Execute, Inputs, MergeOptions, Observer
     from stockflow.plan import ShardPlan
     from stockflow.receipts import Receipt
+    from stockflow.verify import SampleOptions
     from stockflow.worker import WorkerSpec
 
 app = typer.Typer(
@@ -156,13 +157,31 @@ def plan(
 def verify(
     output: Output,
     inputs: Annotated[bool, typer.Option("--inputs", help="Compare the inputs' stamps too.")] = False,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Merge this share of the tensors, such as 5% or 0.05, again from the inputs: statistics must agree "
+            "within 1e-7, and what the recorded coefficients give must be the published bytes.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Which tensors a sample takes. Default: others each time; it is printed.")
+    ] = None,
+    memory: Memory = None,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe whose storage options apply (endpoints, anonymous access).")
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every published file again and hold it against the manifest. Exit 4 with one line per finding."""
+    """Read every published file again and hold it against the manifest. Exit 4 with one line per finding.
+
+    The output may be anyone's. --inputs and --sample also read the inputs that it names: use them where you
+    trust those places. --seed and --memory go with --sample.
+    """
+    from dataclasses import asdict
+
     from stockflow.recipe import load_recipe
     from stockflow.reporting import counting
     from stockflow.storage import StorageConfig
@@ -171,11 +190,17 @@ def verify(
 
     with _exit_codes():
         config = load_recipe(recipe).storage if recipe else StorageConfig()
+        options = _sample(sample, seed, memory)
         with counting("verified", quiet=quiet) as on_bytes:
-            result = verify_output(output, config, inputs=inputs, on_bytes=on_bytes)
+            result = verify_output(output, config, inputs=inputs, sample=options, on_bytes=on_bytes)
         if as_json:
-            findings = [{"where": finding.where, "problem": finding.problem} for finding in result.findings]
-            print(json.dumps({"output": result.output_url, "plan_id": result.plan_id, "findings": findings}, indent=1))
+            facts = {
+                "output": result.output_url,
+                "plan_id": result.plan_id,
+                **({"sampled": asdict(result.sampled)} if result.sampled else {}),
+                "findings": [asdict(finding) for finding in result.findings],
+            }
+            print(json.dumps(facts, indent=1))
         elif result.findings or not quiet:
             print("\n".join(summary_lines(result)))
         if result.findings:
@@ -305,6 +330,26 @@ def _options(
         device=device.value,
         shard_size=_size("--shard-size", shard_size),
         overwrite=overwrite,
+    )
+
+
+def _sample(share: str | None, seed: int | None, memory: str | None) -> "SampleOptions | None":
+    from stockflow.budget import default_memory
+    from stockflow.verify.sample import SampleOptions, draw_seed, parse_share
+
+    if share is None:
+        if seed is not None or memory is not None:
+            raise RecipeError("--seed and --memory go with --sample: nothing is computed without it")
+        return None
+    try:
+        parsed = parse_share(share)
+    except RecipeError as error:
+        raise RecipeError(f"--sample: {error}") from None
+    return SampleOptions(
+        share=parsed,
+        seed=draw_seed() if seed is None else seed,
+        memory_bytes=_size("--memory", memory) or default_memory(),
+        num_threads=len(os.sched_getaffinity(0)),
     )
 
 

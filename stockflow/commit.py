@@ -11,8 +11,9 @@ from stockflow.card import model_card
 from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
 from stockflow.errors import AlreadyExistsError, OutputConflictError
 from stockflow.header import DTYPES
-from stockflow.manifest import MANIFEST_FILE, Manifest, PublishedFile, read_manifest, tensors_key
+from stockflow.manifest import MANIFEST_FILE, Manifest, PublishedFile, plan_key, read_manifest, tensors_key
 from stockflow.plan import NUMERICS, MergePlan, SideFile
+from stockflow.plan_file import encode_plan
 from stockflow.prefix import check_still_ours
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.recipe import Recipe
@@ -48,6 +49,7 @@ def commit(
         output.put(key, payload)
         published[key] = PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
 
+    publish(plan_key(plan.plan_id), encode_plan(plan))
     publish(tensors_key(plan.plan_id), encode_tensors(rows))
     for side_file in plan.side_files:
         publish(side_file.key, _read_side_file(inputs[side_file.checkpoint], side_file))

@@ -1,7 +1,6 @@
 """The driver: from a recipe and an output location to a published manifest, resuming what an earlier run left."""
 
 import gc
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from stockflow.manifest import (
     plan_key,
 )
 from stockflow.plan import MergePlan, ShardPlan
+from stockflow.plan_file import encode_plan
 from stockflow.planning import make_plan
 from stockflow.prefix import Heartbeat, look, take, valid_receipts, weak_promises
 from stockflow.receipts import Receipt
@@ -165,7 +165,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         return MergeResult("already_finished", plan, finished, store.url, len(plan.shards), 0.0)
     for note in weak_promises(store, inputs.stores, plan):
         observer.on_note(note)
-    store.put(plan_key(plan.plan_id), json.dumps(plan.to_json(), ensure_ascii=False).encode())
+    store.put(plan_key(plan.plan_id), encode_plan(plan))
     observer.on_stage("looking for finished shards")
     receipts = valid_receipts(store, plan)
     num_resumed = len(receipts)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from stockflow.errors import CheckpointError
 from stockflow.plan import CheckpointRef
 from stockflow.records import fields_of, parse_record
+from stockflow.sealed import SEAL_KEY, check_num_values, check_seal, seal
 from stockflow.storage import Store, read_small, redact
 from stockflow.strictjson import parse_text_json
 
@@ -16,7 +17,9 @@ MANIFEST_FORMAT = "stockflow-manifest-1"
 RECORDS = "_stockflow/"
 """Folder of everything in an output that is not part of the model."""
 CLAIM_FILE = RECORDS + "claim.json"
-MAX_MANIFEST_BYTES = 256_000_000
+MAX_MANIFEST_BYTES = 64_000_000
+MAX_MANIFEST_VALUES = 2_000_000
+"""A file takes three; a checkpoint of 400 B parameters in shards of 5 GB has 163."""
 
 
 def receipt_folder(plan_id: str) -> str:
@@ -70,7 +73,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the manifest as it is published."""
-        return (json.dumps({"format": MANIFEST_FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n").encode()
+        return seal(json.dumps({"format": MANIFEST_FORMAT, **asdict(self)}, indent=1, ensure_ascii=False))
 
     @classmethod
     def from_json(cls, payload: bytes, where: str) -> "Manifest":
@@ -80,7 +83,9 @@ class Manifest:
             CheckpointError: it is not one.
         """
         try:
-            return parse_record(cls, fields_of(payload, MANIFEST_FORMAT))
+            fields = fields_of(payload, MANIFEST_FORMAT)
+            fields.pop(SEAL_KEY, None)
+            return parse_record(cls, fields)
         except ValueError as error:
             raise CheckpointError(f"{where} is not a manifest of stockflow: {error}") from None
 
@@ -90,10 +95,14 @@ def read_manifest(store: Store) -> Manifest:
 
     Raises:
         NotFoundError: there is none.
-        CheckpointError: it cannot be read as one.
+        CheckpointError: it cannot be read as one, or is not as it was written.
     """
     where = f"{redact(store.url)}/{MANIFEST_FILE}"
-    return Manifest.from_json(read_small(store, MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES), where)
+    payload = read_small(store, MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES)
+    check_num_values(payload, MAX_MANIFEST_VALUES, where)
+    manifest = Manifest.from_json(payload, where)
+    check_seal(payload, where)
+    return manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,7 @@ class MergePlan:
     @cached_property
     def plan_id(self) -> str:
         """sha256 of everything that decides the output bytes, inputs with their locations and stamps."""
-        return _digest(self._canonical(with_inputs=True))
+        return canonical_digest(self._canonical(with_inputs=True))
 
     @cached_property
     def merge_id(self) -> str:
@@ -169,7 +169,7 @@ class MergePlan:
 
         It knows nothing of the inputs' contents: other models of the same shapes share it.
         """
-        return _digest(self._canonical(with_inputs=False))
+        return canonical_digest(self._canonical(with_inputs=False))
 
     @cached_property
     def num_output_bytes(self) -> int:
@@ -254,7 +254,8 @@ def _canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:
     return {"url": redact(checkpoint.url), "files": files}
 
 
-def _digest(canonical: object) -> str:
+def canonical_digest(canonical: object) -> str:
+    """Return the sha256 of a JSON value, the same for every order of keys."""
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

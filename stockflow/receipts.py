@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from stockflow.errors import CheckpointError
 from stockflow.header import DTYPES
 from stockflow.records import fields_of, parse_record
+from stockflow.sealed import SEAL_KEY, seal
 from stockflow.storage import Stamp
 from stockflow.strictjson import shown
 
@@ -65,7 +66,7 @@ class Receipt:
 
     def to_json(self) -> bytes:
         """Return the receipt as it lies in the output prefix."""
-        return json.dumps({"format": RECEIPT_FORMAT, **asdict(self)}, ensure_ascii=False).encode()
+        return seal(json.dumps({"format": RECEIPT_FORMAT, **asdict(self)}, ensure_ascii=False))
 
     @classmethod
     def from_json(cls, payload: bytes, where: str) -> "Receipt":
@@ -75,7 +76,9 @@ class Receipt:
             CheckpointError: it is not one.
         """
         try:
-            receipt = parse_record(cls, fields_of(payload, RECEIPT_FORMAT))
+            fields = fields_of(payload, RECEIPT_FORMAT)
+            fields.pop(SEAL_KEY, None)
+            receipt = parse_record(cls, fields)
             if unknown := {row.dtype for row in receipt.tensors} - DTYPES.keys():
                 raise ValueError(f"the dtype {shown(min(unknown))} is unknown")
         except ValueError as error:

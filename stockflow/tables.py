@@ -1,5 +1,8 @@
 """tensors.parquet: one row of facts per tensor. The home of pyarrow."""
 
+import json
+import resource
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +35,13 @@ TENSORS_SCHEMA = pa.schema(
 )
 
 
+MAX_ROW_BYTES = 16_384
+"""A name of 100 characters and norms of 100 models take 3,000."""
+READER_MEMORY_BYTES = 2**30
+"""Beside the file itself; 92,000 rows of nine models take a quarter of it."""
+READER_SECONDS = 120
+
+
 def encode_tensors(rows: Iterable[TensorFacts]) -> bytes:
     """Return the rows as a parquet file; equal rows give equal bytes."""
     records = [{**asdict(row), "facts": list(row.facts.items())} for row in rows]
@@ -52,8 +62,8 @@ def decode_tensors(payload: bytes) -> list[dict[str, object]]:
     # pq.read_table(io.BytesIO(...)) one `verify` in ten aborted at exit (apache/arrow issues 33975, 50482).
     try:
         table = pq.ParquetFile(pa.BufferReader(payload)).read(use_threads=False)
-        if table.schema.names != TENSORS_SCHEMA.names:
-            raise ValueError(f"expected the columns {TENSORS_SCHEMA.names}, found {table.schema.names}")
+        if not table.schema.equals(TENSORS_SCHEMA):
+            raise ValueError(f"expected the columns {TENSORS_SCHEMA.names}, found {table.schema.names}"[:1000])
         rows: list[dict[str, object]] = table.to_pylist(maps_as_pydicts="strict")
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"this is not a table of tensors: {error}") from None
@@ -63,3 +73,38 @@ def decode_tensors(payload: bytes) -> list[dict[str, object]]:
 def read_facts(path: Path) -> list[TensorFacts]:
     """Return the rows of a local tensors.parquet."""
     return [TensorFacts(**row) for row in decode_tensors(path.read_bytes())]  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Print the rows of the Parquet file on standard input, one JSON object each: see ``stockflow.verify.table``."""
+    max_rows = int(sys.argv[1])
+    payload = sys.stdin.buffer.read()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most_bytes = pages * resource.getpagesize() + READER_MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (READER_SECONDS, READER_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        for line in _lines(payload, max_rows):
+            print(line)
+    except CheckpointError as error:
+        sys.exit(str(error))
+    except MemoryError:
+        sys.exit(f"this is not a table of tensors: it takes more than {READER_MEMORY_BYTES:,} bytes of memory to read")
+
+
+def _lines(payload: bytes, max_rows: int) -> list[str]:
+    try:
+        num_rows = pq.ParquetFile(pa.BufferReader(payload)).metadata.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CheckpointError(f"this is not a table of tensors: {error}") from None
+    if num_rows > max_rows:
+        raise CheckpointError(f"it has {num_rows:,} rows, expected at most {max_rows:,}")
+    lines = [json.dumps(row) for row in decode_tensors(payload)]
+    if sum(map(len, lines)) > MAX_ROW_BYTES * (max_rows + 1):
+        raise CheckpointError(f"its rows take more than {MAX_ROW_BYTES:,} bytes each")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

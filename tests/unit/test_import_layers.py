@@ -31,11 +31,12 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "reader",
         "changes schedule",
         "budget manifest planning ledger",
+        "plan_file",
         "plan",
         "recipe checkpoint tables",
         "methods receipts writer",
         "kernels header storage",
-        "buffers gram spans executors records",
+        "buffers gram spans executors records sealed",
         "errors strictjson redaction",
     )
 )

@@ -1,0 +1,157 @@
+"""plan.json: the plan as it lies in an output, and read back from there."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stockflow.checkpoint import Extent
+from stockflow.errors import CheckpointError
+from stockflow.header import DTYPES, TensorSpec
+from stockflow.methods.protocol import Parameters
+from stockflow.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob, canonical_digest
+from stockflow.storage import Stamp
+from stockflow.strictjson import parse_text_json
+
+PLAN_FORMAT = "stockflow-plan-1"
+UNDIGESTED = ("format", "plan_id", "merge_id", "donor", "skipped", "notes")
+"""Fields of plan.json that do not enter ``plan_id``: they decide no byte."""
+MAX_DIMENSIONS = 64
+MAX_INTEGER = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPlan:
+    """A plan read back, and what its file says of itself."""
+
+    plan: MergePlan
+    plan_id: str
+    merge_id: str
+    numerics: int
+    """of the version that made it"""
+    digest: str
+    """what ``plan_id`` must be, computed from the file"""
+    copies_digest: str
+    """what ``merge_id`` must be"""
+
+
+def encode_plan(plan: MergePlan) -> bytes:
+    """Return plan.json."""
+    return json.dumps(plan.to_json(), ensure_ascii=False).encode()
+
+
+def decode_plan(payload: bytes, where: str) -> RecordedPlan:
+    """Read plan.json back.
+
+    Raises:
+        CheckpointError: it is not one.
+    """
+    try:
+        fields: Any = parse_text_json(payload, allows_constants=True)
+        if fields["format"] != PLAN_FORMAT:
+            raise ValueError(f"expected format {PLAN_FORMAT!r}")
+        canonical = {name: value for name, value in fields.items() if name not in UNDIGESTED}
+        return RecordedPlan(
+            plan=_plan(fields),
+            plan_id=_text(fields["plan_id"]),
+            merge_id=_text(fields["merge_id"]),
+            numerics=_count(fields["numerics"]),
+            digest=canonical_digest(canonical),
+            copies_digest=canonical_digest(_without_places(canonical)),
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not a plan of stockflow: {error!r}"[:400]) from None
+
+
+def _plan(fields: Mapping[str, Any]) -> MergePlan:
+    settings = [_setting(*setting) for setting in fields["settings"]]
+    checkpoints = tuple(map(_checkpoint, fields["checkpoints"]))
+    if fields["on_nonfinite"] not in ("error", "propagate"):
+        raise ValueError(f"on_nonfinite is {fields['on_nonfinite']!r}")
+    return MergePlan(
+        checkpoints=checkpoints,
+        donor=_count(fields["donor"]),
+        shards=tuple(_shard(shard, settings, checkpoints) for shard in fields["shards"]),
+        side_files=tuple(
+            SideFile(_below(number, len(checkpoints)), _text(key), Stamp(_count(size), _text(version)))
+            for number, key, size, version in fields["side_files"]
+        ),
+        config=fields["config"],
+        on_nonfinite=fields["on_nonfinite"],
+        skipped=tuple(map(_text, fields["skipped"])),
+        notes=tuple(map(_text, fields["notes"])),
+    )
+
+
+Setting = tuple[str, Any, Parameters]
+"""Method, scope and parameters."""
+
+
+def _setting(method: str, scope: str, shared: Mapping[str, Any], per_model: Mapping[str, Sequence[float]]) -> Setting:
+    if scope not in ("tensor", "row", "leading"):
+        raise ValueError(f"scope is {scope!r}")
+    values = {_text(name): tuple(map(float, each)) for name, each in per_model.items()}
+    return _text(method), scope, Parameters(dict(shared.items()), values)
+
+
+def _checkpoint(fields: Mapping[str, Any]) -> CheckpointRef:
+    files = {key: Stamp(_count(size), _text(version)) for key, (size, version) in fields["files"].items()}
+    return CheckpointRef(_text(fields["url"]), files)
+
+
+def _shard(fields: Mapping[str, Any], settings: Sequence[Setting], checkpoints: Sequence[CheckpointRef]) -> ShardPlan:
+    shard = ShardPlan(_text(fields["file"]), tuple(_job(row, settings, checkpoints) for row in fields["tensors"]))
+    if fields["num_bytes"] != shard.num_bytes:
+        raise ValueError(f"{shard.file!r} takes {shard.num_bytes:,} bytes, num_bytes says {fields['num_bytes']!r}")
+    return shard
+
+
+def _job(row: Sequence[Any], settings: Sequence[Setting], checkpoints: Sequence[CheckpointRef]) -> TensorJob:
+    name, dtype, shape, number, dtypes, *places = row
+    sizes = tuple(map(_count, shape))
+    if len(sizes) > MAX_DIMENSIONS or not {dtype, *dtypes} <= DTYPES.keys() or not dtypes:
+        raise ValueError(f"tensor {name!r} has the dtypes {dtypes!r} and {dtype!r} and {len(sizes)} dimensions")
+    method, scope, parameters = settings[_below(number, len(settings))]
+    sources = tuple(
+        _source(TensorSpec(_text(name), source_dtype, sizes), place, checkpoints)
+        for source_dtype, place in zip(dtypes, places, strict=True)
+    )
+    return TensorJob(TensorSpec(name, dtype, sizes), sources, method, parameters, scope)
+
+
+def _source(spec: TensorSpec, place: Sequence[Any], checkpoints: Sequence[CheckpointRef]) -> Source:
+    checkpoint, file, start = place
+    size = checkpoints[_below(checkpoint, len(checkpoints))].files[file].size
+    if _count(start) + spec.num_bytes > size:
+        raise ValueError(f"tensor {spec.name!r} ends beyond the {size:,} bytes of {file!r}")
+    return Source(checkpoint, spec, Extent(file, start))
+
+
+def _without_places(canonical: Mapping[str, Any]) -> dict[str, object]:
+    """What ``merge_id`` is the digest of: the same without locations and stamps."""
+    shards = [{**shard, "tensors": [row[:5] for row in shard["tensors"]]} for shard in canonical["shards"]]
+    return {
+        **canonical,
+        "checkpoints": len(canonical["checkpoints"]),
+        "side_files": [side[:2] for side in canonical["side_files"]],
+        "shards": shards,
+    }
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, found {value!r}")
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
+        raise ValueError(f"expected a count, found {value!r}")
+    return value
+
+
+def _below(value: object, stop: int) -> int:
+    number = _count(value)
+    if number >= stop:
+        raise IndexError(f"{number} is not below {stop}")
+    return number
