@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
-from stockflow import kernels
-from stockflow.commit import versions
+from stockflow.devices import Device, open_device
 from stockflow.errors import NumericsError, PlanError
 from stockflow.header import DTYPES, TensorSpec
 from stockflow.manifest import Manifest, receipt_key, tensors_key
@@ -24,7 +23,7 @@ from stockflow.verify.findings import Finding, quoted
 from stockflow.verify.reading import CHUNK_BYTES, Output, Range
 from stockflow.verify.records import check_input
 from stockflow.verify.sample import Groups, RecordedCoefficients, Sampled, SampleOptions
-from stockflow.worker import Device, Worker, WorkerSpec, choose_device
+from stockflow.worker import Worker, WorkerSpec
 
 NUM_AHEAD = 4
 """Portions of the output read ahead of their comparison."""
@@ -90,10 +89,8 @@ class _Recomputation:
         self._on_bytes = on_bytes
         made_on_cpu = all(name.startswith("cpu") for name in evidence.manifest.numerics_classes)
         self._device: Device = "cpu" if made_on_cpu else "auto"
-        ours = kernels.numerics_class(choose_device(self._device))
-        made_here = tuple(evidence.manifest.numerics_classes) == (ours,)
-        # Another torch brings another library of matrix products, which may add up in another order.
-        self._same_class = made_here and evidence.manifest.versions.get("torch") == versions()["torch"]
+        ours = open_device(self._device).numerics_class
+        self._same_class = tuple(evidence.manifest.numerics_classes) == (ours,)
         self._findings: list[Finding] = []
         self._shard_of = {job.output.name: shard.file for shard in self._plan.shards for job in shard.jobs}
 
