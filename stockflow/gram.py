@@ -7,7 +7,6 @@ Shape suffixes: G groups, N task vectors, M = N + 1 sources.
 """
 
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -47,15 +46,13 @@ class Gram:
     def pairwise_cosines_GP(self) -> Floats:
         """Return ``<d_i, d_j> / (|d_i| |d_j|)`` of all pairs i < j, in [-1, 1]; 0 where a task vector is zero."""
         norms_GN = self.delta_norms_GN
-        cosines = []
-        for i, j in combinations(range(self.num_tuned), 2):
-            products_G = self.products_GMM[:, i + 1, j + 1]
-            # Dividing twice keeps |d_i| |d_j| from under- or overflowing.
-            with np.errstate(invalid="ignore", divide="ignore"):
-                cosine_G = products_G / norms_GN[:, i] / norms_GN[:, j]
-            zero_G = (norms_GN[:, i] == 0.0) | (norms_GN[:, j] == 0.0)
-            cosines.append(np.where(zero_G, 0.0, np.clip(cosine_G, -1.0, 1.0)))
-        return np.stack(cosines, axis=1)
+        left_P, right_P = np.triu_indices(self.num_tuned, 1)
+        left_GP, right_GP = norms_GN[:, left_P], norms_GN[:, right_P]
+        # Dividing twice keeps |d_i| |d_j| from under- or overflowing.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cosine_GP = self.products_GMM[:, left_P + 1, right_P + 1] / left_GP / right_GP
+        limited_GP = np.minimum(np.maximum(cosine_GP, -1.0), 1.0)
+        return np.where((left_GP == 0.0) | (right_GP == 0.0), 0.0, limited_GP)
 
 
 def mean_in_order(columns_GP: Floats) -> Floats:

@@ -3,11 +3,11 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from stockflow.errors import CheckpointError
 from stockflow.header import DTYPES
-from stockflow.records import fields_of, parse_record
+from stockflow.records import as_plain, fields_of, parse_record
 from stockflow.sealed import SEAL_KEY, seal
 from stockflow.storage import Stamp
 from stockflow.strictjson import shown
@@ -66,7 +66,8 @@ class Receipt:
 
     def to_json(self) -> bytes:
         """Return the receipt as it lies in the output prefix."""
-        return seal(json.dumps({"format": RECEIPT_FORMAT, **asdict(self)}, ensure_ascii=False))
+        parts = {"stamp": as_plain(self.stamp), "tensors": list(map(as_plain, self.tensors))}
+        return seal(json.dumps({"format": RECEIPT_FORMAT, **as_plain(self), **parts}, ensure_ascii=False))
 
     @classmethod
     def from_json(cls, payload: bytes, where: str) -> "Receipt":

@@ -29,6 +29,11 @@ def parse_record(kind: type[T], plain: object) -> T:
     return record
 
 
+def as_plain(record: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name, its values as they are; ``asdict`` copies them, ten times slower."""
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
 def fields_of(payload: bytes, expected_format: str) -> dict[str, object]:
     """Return the fields that a record's JSON text holds beside its format.
 

@@ -4,7 +4,6 @@ import json
 import resource
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from stockflow.errors import CheckpointError
 from stockflow.receipts import TensorFacts
+from stockflow.records import as_plain
 
 TENSORS_SCHEMA = pa.schema(
     [
@@ -44,7 +44,7 @@ READER_SECONDS = 120
 
 def encode_tensors(rows: Iterable[TensorFacts]) -> bytes:
     """Return the rows as a parquet file; equal rows give equal bytes."""
-    records = [{**asdict(row), "facts": list(row.facts.items())} for row in rows]
+    records = [{**as_plain(row), "facts": list(row.facts.items())} for row in rows]
     table = pa.Table.from_pylist(records, schema=TENSORS_SCHEMA)
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
 from stockflow.reader import Prefetcher
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.schedule import schedule
+from stockflow.spans import SPAN_ELEMS
 from stockflow.storage import Sink, StorageConfig, check_stamp, open_store, redact
 from stockflow.units import LargeUnit, LoadedPiece, PackedUnit, Unit
 from stockflow.writer import OrderedWriter
@@ -259,14 +260,17 @@ class _ShardRun:
         distinct = len({unit.job.output.name for unit in units}) == len(units)
         side_by_side = distinct and len(units) >= 2 * self._num_threads
 
-        def merge(index: int) -> None:
-            def target(_: LoadedPiece) -> Bytes:
-                return targets[index]
+        map_spans = map if side_by_side else self._map_spans
 
-            map_spans = map if side_by_side else self._map_spans
-            self._merger.merge(units[index], target, ledgers[index], map_spans)
+        def merge(run: range) -> None:
+            for index in run:
 
-        for _ in (self._pool.map if side_by_side else map)(merge, range(len(units))):
+                def target(_: LoadedPiece, index: int = index) -> Bytes:
+                    return targets[index]
+
+                self._merger.merge(units[index], target, ledgers[index], map_spans)
+
+        for _ in (self._pool.map if side_by_side else map)(merge, _runs(units)):
             pass
         for unit in units:
             self._close_ledger_at_end(unit)
@@ -311,6 +315,16 @@ class _ShardRun:
     def _close_ledger_at_end(self, unit: Unit) -> None:
         if unit.stop == unit.job.num_elems:
             self.facts.append(self._ledgers.pop(unit.job.output.name).close())
+
+
+def _runs(units: Sequence[Unit]) -> Iterator[range]:
+    """Yield the indices of consecutive units that together are long enough to be one thread's task."""
+    first, num_elems = 0, 0
+    for index, unit in enumerate(units):
+        num_elems += unit.stop - unit.start
+        if num_elems >= SPAN_ELEMS or index + 1 == len(units):
+            yield range(first, index + 1)
+            first, num_elems = index + 1, 0
 
 
 def current_memory_bytes() -> int:
