@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MAX_PER_FILE = 50
 """A file that is wrong altogether is wrong in every line; so many of them are named."""
+MAX_FINDINGS = 5000
 MAX_CHARACTERS = 1000
 _QUOTED = 200
 
@@ -31,11 +32,15 @@ class Findings:
         """Begin with none."""
         self._kept: dict[Finding, None] = {}
         self._per_file: Counter[str] = Counter()
+        self._num_dropped = 0
 
     def add(self, found: Iterable[Finding]) -> None:
         """Take findings; one that is known already says nothing more."""
         for finding in found:
             if finding in self._kept:
+                continue
+            if len(self._kept) == MAX_FINDINGS:
+                self._num_dropped += 1
                 continue
             self._per_file[finding.where] += 1
             if self._per_file[finding.where] <= MAX_PER_FILE:
@@ -48,7 +53,8 @@ class Findings:
             for where, count in self._per_file.items()
             if count > MAX_PER_FILE
         )
-        return (*self._kept, *rest)
+        dropped = Finding("everywhere", f"{self._num_dropped:,} more problems")
+        return (*self._kept, *rest, *([dropped] if self._num_dropped else []))
 
 
 def quoted(name: object) -> str:

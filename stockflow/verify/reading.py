@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from stockflow.errors import CheckpointError
+from stockflow.errors import CheckpointError, StorageError
 from stockflow.sealed import check_num_values
 from stockflow.storage import Stamp, Store, check_key, read_small
 
@@ -92,6 +92,19 @@ class Output:
         if max_values is not None:
             check_num_values(payload, max_values, key)
         return payload
+
+    def list(self, prefix: str = "") -> Iterable[str]:
+        """Return the keys below a folder, or directly in the output.
+
+        Raises:
+            CheckpointError: it is a folder that cannot be listed, for example for a link that leads to itself.
+        """
+        try:
+            return self.store.list(prefix) if prefix else self.store.list_top()
+        except StorageError as error:
+            if not self.is_local:
+                raise
+            raise CheckpointError(str(error)) from None
 
     def read_ahead(
         self, ranges: Iterable[Range], stamps: Callable[[str], Stamp], pool: ThreadPoolExecutor, num_ahead: int

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
 
 from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
-from stockflow.errors import UserError
+from stockflow.errors import CheckpointError, UserError
 from stockflow.manifest import MANIFEST_FILE, RECORDS, Manifest, plan_key, receipt_folder, tensors_key
 from stockflow.plan import CheckpointRef, MergePlan
 from stockflow.plan_file import RecordedPlan, decode_plan
@@ -99,7 +99,12 @@ def check_receipts(
     """
     folder = receipt_folder(manifest.plan_id)
     ours = folder.removesuffix("receipts/")
-    for key in output.store.list(RECORDS):
+    try:
+        keys = output.list(RECORDS)
+    except CheckpointError as error:
+        yield Finding(RECORDS, str(error))
+        return
+    for key in keys:
         if key.startswith(folder):
             yield from _check_receipt(output, key, manifest, table, wanted, coefficients)
         elif not key.startswith(ours) and "/" in key.removeprefix(RECORDS):
@@ -162,7 +167,12 @@ def _coefficients(facts: TensorFacts) -> tuple[tuple[float, ...], ...]:
 
 def check_strangers(output: Output, manifest: Manifest) -> Iterator[Finding]:
     """Yield weight files that loaders might pick up although the manifest does not know them."""
-    for key in output.store.list_top():
+    try:
+        keys = output.list()
+    except CheckpointError as error:
+        yield Finding(redact(output.store.url), str(error))
+        return
+    for key in keys:
         if key.endswith(".safetensors") and key not in manifest.files:
             yield Finding(key, "is not in the manifest; remove it, or loaders may read it")
 

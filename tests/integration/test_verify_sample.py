@@ -115,7 +115,7 @@ def test_without_receipts_the_table_has_the_ratio_and_the_rest_is_decided_again(
     assert result.findings == ()
     assert result.sampled is not None
     scope = case.asked.get("stockflow", {}).get("scope", "tensor")
-    on_table = {"model_stock": {"tensor": 6, "row": 3, "leading": 5}[scope], "slerp": 0}.get(case.method, 6)
+    on_table = {"model_stock": {"tensor": 6, "row": 3, "leading": 5}[scope], "slerp": 0, "ties": 0}.get(case.method, 6)
     assert (result.sampled.num_recorded, result.sampled.num_decided) == (on_table, 6 - on_table)
 
 
