@@ -9,6 +9,32 @@ import pytest
 from tests.s3_server import moto_server, s3_credentials
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make chaos` be replayed and sized."""
+    parser.addoption("--seed", type=int, help="of the random kills; one at random if not given")
+    parser.addoption("--sites", default="disk,s3,ray,ray s3", help="where they are killed")
+    parser.addoption("--kills", type=int, default=104, help="how many processes are killed at random moments")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of everything random in a test of chaos; printed with its results."""
+    given: int | None = request.config.getoption("--seed")
+    return secrets.randbelow(10**6) if given is None else given
+
+
+@pytest.fixture
+def sites(request: pytest.FixtureRequest) -> list[str]:
+    """Where a test of chaos kills."""
+    return str(request.config.getoption("--sites")).split(",")
+
+
+@pytest.fixture
+def num_kills(request: pytest.FixtureRequest) -> int:
+    """How many kills a test of chaos makes."""
+    return int(request.config.getoption("--kills"))
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The URL of an S3 server, with credentials for it in the environment."""
