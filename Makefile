@@ -6,13 +6,15 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-scale test-ceph test-cluster fuzz clean
+.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-scale test-races test-ceph test-cluster chaos fuzz clean
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
 	@echo "make test        the test suite (under five minutes, no network, no GPU)"
 	@echo "make lint types  ruff and mypy"
 	@echo "make test-scale  large tensors and the planning of 92,000 names"
+	@echo "make test-races  two drivers at once, twenty times each, and every way to be interrupted"
+	@echo "make chaos       a hundred random kills, storms of faults, full disks (ARGS='--seed 7' replays; root for the disks)"
 	@echo "make test-cluster  ray job submit, several nodes, a node drained"
 	@echo "make test-ceph   the storage contract on Ceph's gateway (Debian's packages)"
 	@echo "make bench       time and memory of merges against the I/O floor; docs/benchmarks.md"
@@ -48,12 +50,18 @@ types: $(VENV)/.installed-dev
 test-scale: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m scale $(ARGS)
 
+test-races: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m races $(ARGS)
+
 test-ceph: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m ceph $(ARGS)
 
 $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	@touch $@
+
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m chaos $(ARGS)
 
 fuzz: $(VENV)/.installed-fuzz
 	$(BIN)/python -m pytest -m fuzz -rP $(ARGS)

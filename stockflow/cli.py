@@ -110,10 +110,11 @@ def merge(
     """
     from stockflow import driver
     from stockflow.describe import result_facts, result_lines
+    from stockflow.interruption import interruptible
     from stockflow.reporting import reporting
 
     with _exit_codes():
-        with driver.interruptible(), reporting(quiet=quiet) as observer:
+        with interruptible(), reporting(quiet=quiet) as observer:
             observer.on_stage("opening checkpoints")
             options = _options(memory, shard_size, workers, device, overwrite, on_ray=_is_on_ray(executor))
             execute = _execute(executor, workers, gpus_per_worker)
@@ -205,6 +206,37 @@ def verify(
             print("\n".join(summary_lines(result)))
         if result.findings:
             raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command()
+def clean(
+    output: Output,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is shown.")] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose storage options apply (endpoints, anonymous access).")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what killed runs left at OUTPUT: open uploads, temporary files, stale records. --yes removes it.
+
+    Nothing is touched while a run is at work, or was seen less than 15 minutes ago. What is published stays,
+    and so do finished shards of an unfinished merge, which the same merge run again goes on with.
+    """
+    from stockflow.clean import find_leftovers, leftover_facts, leftover_lines, remove
+    from stockflow.recipe import load_recipe
+    from stockflow.storage import StorageConfig, open_store
+
+    with _exit_codes():
+        config = load_recipe(recipe).storage if recipe else StorageConfig()
+        store = open_store(output, config, writable=True)
+        leftovers = find_leftovers(store)
+        if yes:
+            remove(store, leftovers)
+        if as_json:
+            print(json.dumps(leftover_facts(leftovers, is_removed=yes), indent=1))
+        elif not quiet:
+            print("\n".join(leftover_lines(leftovers, is_removed=yes)))
 
 
 @app.command()

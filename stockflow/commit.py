@@ -9,7 +9,7 @@ from importlib import metadata
 from stockflow import __version__
 from stockflow.card import model_card
 from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
-from stockflow.errors import AlreadyExistsError, OutputConflictError
+from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError
 from stockflow.header import DTYPES
 from stockflow.manifest import MANIFEST_FILE, Manifest, PublishedFile, plan_key, read_manifest, tensors_key
 from stockflow.plan import NUMERICS, MergePlan, SideFile
@@ -42,11 +42,15 @@ def commit(
         OutputConflictError: another run took the prefix meanwhile.
         StorageError: writing failed; running again resumes.
     """
+    twin = _published_meanwhile(output, plan)
+    if twin is not None:
+        return twin
     rows = [row for receipt in receipts for row in receipt.tensors]
     published = {receipt.file: PublishedFile(receipt.size, receipt.sha256) for receipt in receipts}
 
     def publish(key: str, payload: bytes) -> None:
-        output.put(key, payload)
+        if _published_meanwhile(output, plan) is None:  # with other versions of libraries its bytes may be others
+            output.put(key, payload)
         published[key] = PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
 
     publish(plan_key(plan.plan_id), encode_plan(plan))
@@ -74,14 +78,32 @@ def commit(
     try:
         output.put_new(MANIFEST_FILE, manifest.to_json())
     except AlreadyExistsError:
-        existing = read_manifest(output)
-        if existing.plan_id != plan.plan_id:
+        twin = _published_meanwhile(output, plan)
+        if twin is None:
             raise OutputConflictError(
-                f"{redact(output.url)} was published by another plan ({existing.plan_id[:12]}) while this one ran; "
-                "choose another output"
+                f"{redact(output.url)}/{MANIFEST_FILE} came and went while this run published: another one replaces "
+                "this output. End it, then run again"
             ) from None
-        return existing
+        return twin
     return manifest
+
+
+def _published_meanwhile(output: Store, plan: MergePlan) -> Manifest | None:
+    """Return the manifest of a run of the same plan that was faster, None if nothing is published yet.
+
+    Raises:
+        OutputConflictError: another plan was faster.
+    """
+    try:
+        existing = read_manifest(output)
+    except NotFoundError:
+        return None
+    if existing.plan_id != plan.plan_id:
+        raise OutputConflictError(
+            f"{redact(output.url)} was published by another plan ({existing.plan_id[:12]}) while this one ran; "
+            "choose another output"
+        )
+    return existing
 
 
 def encode_index(plan: MergePlan) -> bytes:

@@ -1,28 +1,23 @@
 """The driver: from a recipe and an output location to a published manifest, resuming what an earlier run left."""
 
 import gc
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from stockflow.budget import BASELINE_BYTES, Workspace, client_bytes, divide
 from stockflow.checkpoint import Checkpoint, open_checkpoints
-from stockflow.errors import (
-    InterruptedRunError,
-    PlanError,
-)
-from stockflow.manifest import (
-    Manifest,
-    plan_key,
-)
+from stockflow.claims import Heartbeat, agreed_numerics, new_run
+from stockflow.errors import PlanError, StockflowError
+from stockflow.interruption import finishing, last_act
+from stockflow.manifest import Manifest, plan_key, progress_key
 from stockflow.plan import MergePlan, ShardPlan
 from stockflow.plan_file import encode_plan
 from stockflow.planning import make_plan
-from stockflow.prefix import Heartbeat, look, take, valid_receipts, weak_promises
+from stockflow.prefix import admit, look, progress, sweep, take, valid_receipts, weak_promises
 from stockflow.receipts import Receipt
 from stockflow.recipe import Recipe
 from stockflow.storage import Store, is_within, open_store, pin_revision, redact
@@ -160,31 +155,70 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     observer.on_stage("planning")
     plan, _ = plan_merge(inputs, output, options)
     store = open_store(output, recipe.storage, writable=True)
-    finished = take(store, plan, overwrite=options.overwrite)
-    if finished is not None:
-        return MergeResult("already_finished", plan, finished, store.url, len(plan.shards), 0.0)
-    for note in weak_promises(store, inputs.stores, plan):
-        observer.on_note(note)
-    store.put(plan_key(plan.plan_id), encode_plan(plan))
-    observer.on_stage("looking for finished shards")
-    receipts = valid_receipts(store, plan)
-    num_resumed = len(receipts)
-    observer.on_start(plan, list(receipts.values()))
-    remaining = [shard for shard in plan.shards if shard.file not in receipts]
-    with Heartbeat(store, plan, receipts):
-        if remaining:
-            for receipt in execute(_worker_spec(recipe, plan, store.url, options), remaining, observer):
+    found = admit(store, plan, overwrite=options.overwrite)
+    if found.finished and not options.overwrite:
+        return MergeResult("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
+    run, receipts = new_run(), dict[str, Receipt]()
+    began = time.time()
+
+    def report() -> None:
+        store.put(progress_key(plan.plan_id), progress(plan, list(receipts.values()), began))
+
+    with Heartbeat(store, plan.plan_id, run, report) as heartbeat, _swept(store, plan, run, observer):
+        is_exclusive = heartbeat.is_exclusive()
+        take(store, plan, run, found, is_exclusive=is_exclusive)
+        for note in weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive):
+            observer.on_note(note)
+        store.put(plan_key(plan.plan_id), encode_plan(plan))
+        observer.on_stage("looking for finished shards")
+        receipts.update(valid_receipts(store, plan))
+        _drop_other_numerics(store, plan, receipts, observer)
+        observer.on_start(plan, list(receipts.values()))
+        resumed = set(receipts)
+        spec = _worker_spec(recipe, plan, store.url, options, run)
+        while remaining := [shard for shard in plan.shards if shard.file not in receipts]:
+            for receipt in execute(spec, remaining, observer):
                 receipts[receipt.file] = receipt
                 observer.on_shard(receipt)
-        store.sweep()
+            resumed &= receipts.keys() - _drop_other_numerics(store, plan, receipts, observer)
         observer.on_stage("publishing")
         from stockflow.commit import commit
 
         manifest = commit(store, inputs.stores, recipe, plan, [receipts[shard.file] for shard in plan.shards])
-    return MergeResult("merged", plan, manifest, store.url, num_resumed, time.perf_counter() - started)
+    return MergeResult("merged", plan, manifest, store.url, len(resumed), time.perf_counter() - started)
 
 
-def _worker_spec(recipe: Recipe, plan: MergePlan, output_url: str, options: MergeOptions) -> "WorkerSpec":
+def _drop_other_numerics(store: Store, plan: MergePlan, receipts: dict[str, Receipt], observer: Observer) -> set[str]:
+    """Forget shards of another numerics class than the one the workers agreed on; return their names."""
+    agreed = agreed_numerics(store, plan.plan_id)
+    others = {file for file, receipt in receipts.items() if agreed not in (None, receipt.numerics_class)}
+    if others:
+        found = ", ".join(sorted({receipts[file].numerics_class for file in others}))
+        observer.on_note(
+            f"{len(others)} shards were merged on machines of class {found}; they are merged again as {agreed}, "
+            "so that all fit together bit for bit"
+        )
+    for file in others:
+        del receipts[file]
+    return others
+
+
+@contextmanager
+def _swept(store: Store, plan: MergePlan, run: str, observer: Observer) -> Iterator[None]:
+    """Leave nothing half-written, however the block ends, or hangs when the process must end."""
+    files = {shard.file for shard in plan.shards}
+    with last_act(partial(sweep, store, plan.plan_id, run, files)):
+        try:
+            yield
+        finally:
+            try:
+                with finishing():
+                    sweep(store, plan.plan_id, run, files)
+            except StockflowError as error:
+                observer.on_note(f"something half-written may be left, `stockflow clean {store.url}` shows it: {error}")
+
+
+def _worker_spec(recipe: Recipe, plan: MergePlan, output_url: str, options: MergeOptions, run: str) -> "WorkerSpec":
     from stockflow.worker import WorkerSpec
 
     return WorkerSpec(
@@ -196,21 +230,6 @@ def _worker_spec(recipe: Recipe, plan: MergePlan, output_url: str, options: Merg
         memory_bytes=options.memory_bytes,
         num_threads=options.num_threads,
         device=options.device,
+        run=run,
+        replaces_numerics=options.overwrite,
     )
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into InterruptedRunError, so that everything is closed on the way out."""
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        error = InterruptedRunError(f"stopped by {signal.Signals(number).name}; run the same command again to resume")
-        error.exit_code = 128 + number  # type: ignore[misc]  # per instance: 130 or 143
-        raise error
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stockflow.claims import agree_on_numerics
 from stockflow.driver import Observer
 from stockflow.errors import CheckpointError, NotFoundError, PlanError
 from stockflow.executors import local
@@ -24,6 +25,7 @@ def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Obs
     """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
     worker = Worker(spec)
     try:
+        _agree(spec, worker)
         published: deque[Future[Receipt]] = deque()
         for future in local.run(lambda shard: worker.begin(shard, observer.on_bytes), shards):
             published.append(future)
@@ -45,11 +47,18 @@ class StartWorker:
         """Return what merges a shard there and gives its file name.
 
         Raises:
-            PlanError: this node does not see the output prefix that the driver claimed.
+            PlanError: this node does not see the output prefix that the driver claimed, or computes otherwise
+                than the others.
         """
         check_output_is_shared(self.spec)
         worker = Worker(self.spec)
+        _agree(self.spec, worker)
         return lambda shard, on_bytes: worker.merge(shard, on_bytes).file
+
+
+def _agree(spec: WorkerSpec, worker: Worker) -> None:
+    store = open_store(spec.output_url, spec.storage, writable=True)
+    agree_on_numerics(store, spec.plan_id, spec.run, worker.numerics_class, replace=spec.replaces_numerics)
 
 
 def check_output_is_shared(spec: WorkerSpec) -> None:

@@ -47,6 +47,16 @@ def tensors_key(plan_id: str) -> str:
     return f"{RECORDS}{plan_id}/tensors.parquet"
 
 
+def run_folder(plan_id: str) -> str:
+    """Return the folder where the runs of a plan say that they are alive."""
+    return f"{RECORDS}{plan_id}/runs/"
+
+
+def numerics_folder(plan_id: str) -> str:
+    """Return the folder that says which numerics class a plan's shards keep to."""
+    return f"{RECORDS}{plan_id}/numerics/"
+
+
 @dataclass(frozen=True, slots=True)
 class PublishedFile:
     """Size and sha256 of one file of an output."""
@@ -107,16 +117,18 @@ def read_manifest(store: Store) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Who writes into a prefix."""
+    """Which plan owns a prefix; written once, so that nobody refreshing it can undo another's taking it over."""
 
     plan_id: str
     heartbeat: float
-    """seconds since the epoch when the driver was last seen alive"""
+    """seconds since the epoch when it was made; its runs beat in records of their own (``claims.Heartbeat``)"""
+    run: str = ""
+    """who made it; tells equal claims of two runs apart"""
 
     @classmethod
-    def now(cls, plan_id: str) -> "Claim":
+    def now(cls, plan_id: str, run: str = "") -> "Claim":
         """Return a claim of this moment."""
-        return cls(plan_id, time.time())
+        return cls(plan_id, time.time(), run)
 
     def to_json(self) -> bytes:
         """Return the claim as it lies in the prefix."""

@@ -1,29 +1,29 @@
-"""The output prefix: who owns it, taking and replacing it, what of an earlier run is still good, the heartbeat."""
+"""The output prefix: who owns it, taking and replacing it, what of an earlier run is still good."""
 
 import hashlib
 import json
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from stockflow.changes import planned_states, since_then, states
 from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
+from stockflow.claims import agreed_numerics, are_others_alive, last_seen
 from stockflow.errors import (
     AlreadyExistsError,
     CheckpointError,
+    InputChangedError,
     NotFoundError,
     OutputConflictError,
-    StockflowError,
 )
+from stockflow.interruption import pause
 from stockflow.manifest import (
     CLAIM_FILE,
     MANIFEST_FILE,
     RECORDS,
     Claim,
     Manifest,
-    progress_key,
     read_claim,
     read_manifest,
     receipt_folder,
@@ -31,9 +31,10 @@ from stockflow.manifest import (
 )
 from stockflow.plan import MergePlan
 from stockflow.receipts import Receipt
-from stockflow.storage import Stamp, Store, read_small, redact
+from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
 
-HEARTBEAT_S = 10.0
+SETTLE_S = 5.0
+"""where creation is not exclusive: how long a claim must stand before it counts"""
 MAX_RECEIPT_BYTES = 1_000_000_000
 
 
@@ -65,7 +66,7 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
             claim = read_claim(store)
             if claim.plan_id == plan.plan_id:
                 return Occupancy(is_ours=True)
-            age = max(time.time() - claim.heartbeat, 0.0)
+            age = max(time.time() - last_seen(store), 0.0)
             changed = since_then(planned_states(store, claim.plan_id), states(plan.checkpoints))
             return Occupancy(
                 conflict=f"{where} is claimed by an unfinished run of another plan{_ids(claim, plan)}, "
@@ -79,11 +80,8 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
     return Occupancy(conflict=f"{where} is not empty and not an output of stockflow (it has {occupant!r})")
 
 
-def take(store: Store, plan: MergePlan, *, overwrite: bool) -> Manifest | None:
-    """Claim the output prefix for this plan; return the manifest if the plan is already published there.
-
-    With ``overwrite`` a finished output of this plan is published anew: shards that are still what their
-    receipts say are kept, damaged ones are merged again.
+def admit(store: Store, plan: MergePlan, *, overwrite: bool) -> Occupancy:
+    """Return what is at the output prefix, if a run of this plan may work there; nothing is written.
 
     Raises:
         OutputConflictError: something else is there and ``overwrite`` is false.
@@ -91,37 +89,63 @@ def take(store: Store, plan: MergePlan, *, overwrite: bool) -> Manifest | None:
     found = look(store, plan)
     if found.conflict and not overwrite:
         raise OutputConflictError(f"{found.conflict}; choose another output, or --overwrite to replace what is there")
-    if found.finished and not overwrite:
-        return found.finished
+    return found
+
+
+def take(store: Store, plan: MergePlan, run: str, found: Occupancy, *, is_exclusive: bool) -> None:
+    """Claim the output prefix for this plan, replacing what was ``found`` there if that is not ours to resume.
+
+    A finished output of this plan is published anew: shards that are still what their receipts say are kept,
+    damaged ones are merged again.
+
+    Args:
+        store: the output.
+        plan: what is to be merged.
+        run: this run, which beats already.
+        found: what ``admit`` returned.
+        is_exclusive: whether the store creates objects exclusively; where not, the last claim to arrive wins.
+
+    Raises:
+        OutputConflictError: another plan claimed it at the same moment.
+    """
     if found.conflict or found.finished:
-        _replace(store, plan)
+        _replace(store, plan, run)
     elif not found.is_ours:
-        _claim(store, plan)
-    return None
+        _claim(store, plan, run, is_exclusive=is_exclusive)
 
 
 def _ids(owner: Manifest | Claim, plan: MergePlan) -> str:
     return f" ({owner.plan_id[:12]}, this one is {plan.plan_id[:12]})"
 
 
-def _claim(store: Store, plan: MergePlan) -> None:
-    try:
-        store.put_new(CLAIM_FILE, Claim.now(plan.plan_id).to_json())
-    except AlreadyExistsError:
+def _claim(store: Store, plan: MergePlan, run: str, *, is_exclusive: bool) -> None:
+    if not is_exclusive:
+        _refuse_rival(store, plan)
+    with suppress(AlreadyExistsError):
+        store.put_new(CLAIM_FILE, Claim.now(plan.plan_id, run).to_json())
+    if not is_exclusive:
+        pause(SETTLE_S)
+    _refuse_rival(store, plan)
+
+
+def _refuse_rival(store: Store, plan: MergePlan) -> None:
+    with suppress(NotFoundError):
         other = read_claim(store)
         if other.plan_id != plan.plan_id:
             raise OutputConflictError(
                 f"{redact(store.url)} was claimed by another plan ({other.plan_id[:12]}) at the same moment; "
                 "choose another output"
-            ) from None
+            )
 
 
-def weak_promises(output: Store, inputs: Sequence[Store], plan: MergePlan) -> Iterator[str]:
-    """Ask stores for what not every one of them does, one request each; the claim on ``output`` is ours."""
-    if not output.refuses_second(CLAIM_FILE, Claim.now(plan.plan_id).to_json()):
+def weak_promises(output: Store, inputs: Sequence[Store], plan: MergePlan, *, is_exclusive: bool) -> Iterator[str]:
+    """Say what the stores do not promise; inputs are asked, with one request for each place."""
+    if not is_exclusive:
         yield (
-            f"{redact(output.url)}: this store does not create objects exclusively (If-None-Match), so two merges "
-            "started into one prefix at the same moment would not notice each other; start one at a time"
+            f"{redact(output.url)}: this store does not create objects exclusively (If-None-Match). Of two merges "
+            f"started into one prefix at the same moment, the one whose claim stands after {SETTLE_S:.0f} s goes on "
+            "and the other is refused; a request delayed for longer is noticed only before a shard appears and before "
+            "publishing. Better start one at a time"
         )
     asked: set[str] = set()
     for source, checkpoint in zip(inputs, plan.checkpoints, strict=True):
@@ -134,7 +158,7 @@ def weak_promises(output: Store, inputs: Sequence[Store], plan: MergePlan) -> It
         asked.add(place)
 
 
-def _replace(store: Store, plan: MergePlan) -> None:
+def _replace(store: Store, plan: MergePlan, run: str) -> None:
     """Unpublish what is there: manifest, index and config first, then whatever the new output will not replace.
 
     Of an output of ours every published file goes; of foreign files only weights, which loaders might pick up.
@@ -144,12 +168,18 @@ def _replace(store: Store, plan: MergePlan) -> None:
         published.update(read_manifest(store).files)
     for key in (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE):
         store.delete([key])
+    _delete_others(store, plan, published)
+    store.put(CLAIM_FILE, Claim.now(plan.plan_id, run).to_json())
+    # A run of the old plan that is still at work writes nothing more once it sees the claim.
+    _delete_others(store, plan, published)
+
+
+def _delete_others(store: Store, plan: MergePlan, published: set[str]) -> None:
     kept = {shard.file for shard in plan.shards}
     stale = [key for key in store.list_top() if key not in kept and (key in published or key.endswith(".safetensors"))]
     current = f"{RECORDS}{plan.plan_id}/"
-    records = [key for key in store.list(RECORDS) if not key.startswith(current)]
+    records = [key for key in store.list(RECORDS) if not key.startswith(current) and key != CLAIM_FILE]
     store.delete([*stale, *records])
-    store.put(CLAIM_FILE, Claim.now(plan.plan_id).to_json())
 
 
 def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
@@ -175,7 +205,33 @@ def _is_intact(store: Store, receipt: Receipt, found: Stamp) -> bool:
     """Whether a shard is the one of the receipt; with another stamp but equal size its bytes decide."""
     if found == receipt.stamp and found.size == receipt.size:
         return True
-    return found.size == receipt.size and sha256_of(store, receipt.file, found) == receipt.sha256
+    if found.size != receipt.size:
+        return False
+    try:
+        return sha256_of(store, receipt.file, found) == receipt.sha256
+    except InputChangedError:  # a run of the same plan beside this one replaced it by its own copy while it was read
+        return _is_intact(store, receipt, store.stamp(receipt.file))
+
+
+def check_owner(store: Store, plan_id: str, numerics_class: str) -> None:
+    """Hold the claim, and the numerics class that was agreed on, against a run that is about to write a shard.
+
+    Raises:
+        OutputConflictError: another plan took the prefix, or it is merged anew on machines of another class.
+    """
+    with suppress(NotFoundError, CheckpointError):
+        owner = read_claim(store)
+        if owner.plan_id != plan_id:
+            raise OutputConflictError(
+                f"{redact(store.url)} was taken by another plan ({owner.plan_id[:12]}, this one is {plan_id[:12]}) "
+                "while this one ran; nothing was published"
+            )
+    agreed = agreed_numerics(store, plan_id)
+    if agreed not in (None, numerics_class):
+        raise OutputConflictError(
+            f"{redact(store.url)} is being merged anew on machines of class {agreed}, while this run computes as "
+            f"{numerics_class}; nothing was published"
+        )
 
 
 def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt]) -> None:
@@ -184,13 +240,8 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
     Raises:
         OutputConflictError: another run took the prefix, or replaced a shard, while this one worked.
     """
-    with suppress(NotFoundError, CheckpointError):
-        owner = read_claim(store)
-        if owner.plan_id != plan.plan_id:
-            raise OutputConflictError(
-                f"{redact(store.url)} was taken by another plan{_ids(owner, plan)} while this one ran; "
-                "nothing was published"
-            )
+    for numerics_class in sorted({receipt.numerics_class for receipt in receipts}):
+        check_owner(store, plan.plan_id, numerics_class)
     present = store.list_top()
     for receipt in receipts:
         found = present.get(receipt.file)
@@ -199,6 +250,42 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
                 f"{redact(store.url)}/{receipt.file} is no longer what this run wrote: another one writes there; "
                 "nothing was published. End it, then run again"
             )
+
+
+def progress(plan: MergePlan, receipts: Collection[Receipt], started: float) -> bytes:
+    """Return what progress.json says of a merge that began at ``started``, in seconds since the epoch."""
+    facts = {
+        "plan_id": plan.plan_id,
+        "started": started,
+        "updated": time.time(),
+        "shards": len(plan.shards),
+        "shards_done": len(receipts),
+        "bytes_written": sum(receipt.size for receipt in receipts),
+        "bytes_to_write": plan.num_output_bytes,
+    }
+    return json.dumps(facts).encode()
+
+
+def sweep(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
+    """Remove what writers of this output who died left half-written; nothing of a run that is still at work.
+
+    Uploads are listed before other runs are looked for: a run says that it is alive before it uploads.
+
+    Args:
+        store: the output.
+        plan_id: whose runs may be at work.
+        run: this run.
+        files: what is uploaded in parts.
+    """
+    ours = [piece for piece in store.half_written() or () if _is_of_output(piece, files)]
+    if not all(piece.is_abandoned for piece in ours) and are_others_alive(store, plan_id, run):
+        ours = [piece for piece in ours if piece.is_abandoned]
+    store.discard(ours)
+
+
+def _is_of_output(piece: HalfWritten, files: Collection[str]) -> bool:
+    is_small_file = piece.is_abandoned and "/" not in piece.key
+    return piece.key in files or piece.key.startswith(RECORDS) or is_small_file
 
 
 def sha256_of(store: Store, key: str, stamp: Stamp, chunk_bytes: int = 8 * 2**20) -> str:
@@ -210,48 +297,3 @@ def sha256_of(store: Store, key: str, stamp: Stamp, chunk_bytes: int = 8 * 2**20
         store.read_into(key, start, part, stamp)
         digest.update(part)
     return digest.hexdigest()
-
-
-class Heartbeat:
-    """Refreshes the claim and progress.json while a merge runs."""
-
-    def __init__(self, store: Store, plan: MergePlan, receipts: Mapping[str, Receipt]) -> None:
-        """Beat for ``plan`` in ``store``; ``receipts`` grows as shards are done."""
-        self._store = store
-        self._plan = plan
-        self._receipts = receipts
-        self._started = time.time()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> "Heartbeat":
-        """Start."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop."""
-        self._stop.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            # A missed beat harms nobody; a store that is really gone fails the merge itself.
-            with suppress(StockflowError):
-                if read_claim(self._store).plan_id != self._plan.plan_id:
-                    return  # replaced by --overwrite: the prefix is another run's now
-                self._store.put(CLAIM_FILE, Claim.now(self._plan.plan_id).to_json())
-                self._store.put(progress_key(self._plan.plan_id), self._progress())
-
-    def _progress(self) -> bytes:
-        done = list(self._receipts.values())
-        progress = {
-            "plan_id": self._plan.plan_id,
-            "started": self._started,
-            "updated": time.time(),
-            "shards": len(self._plan.shards),
-            "shards_done": len(done),
-            "bytes_written": sum(receipt.size for receipt in done),
-            "bytes_to_write": self._plan.num_output_bytes,
-        }
-        return json.dumps(progress).encode()

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
 from stockflow.buffers import Bytes, Pool
+from stockflow.interruption import stop_requested
 from stockflow.kernels.floats import Slab, slab_of
 from stockflow.plan import CheckpointRef
 from stockflow.schedule import Load, Request, Step, split_request
@@ -72,13 +73,14 @@ class Prefetcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop reading; requests in flight are awaited, queued ones dropped."""
+        """Stop reading; requests in flight are awaited unless the process ends, queued ones dropped."""
         self._closing.set()
         self._free.put(None)
         self._feeder.join()
-        self._pool.shutdown(cancel_futures=True)
-        for buffer in self._taken:
-            self._buffers.give(buffer)
+        self._pool.shutdown(wait=not stop_requested(), cancel_futures=True)
+        if not stop_requested():
+            for buffer in self._taken:
+                self._buffers.give(buffer)
 
     def next(self) -> LoadedSlab:
         """Return the next load once all its bytes are there.

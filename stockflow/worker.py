@@ -28,6 +28,7 @@ from stockflow.ledger import Ledger
 from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger
 from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
+from stockflow.prefix import check_owner
 from stockflow.reader import Prefetcher
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.schedule import schedule
@@ -54,6 +55,10 @@ class WorkerSpec:
     memory_bytes: int
     num_threads: int
     device: Device = "auto"
+    run: str = ""
+    """which run this is of; see ``claims``"""
+    replaces_numerics: bool = False
+    """whether shards that earlier runs made in another numerics class are given up"""
 
 
 OnBytes = Callable[[int, int], None]
@@ -77,6 +82,19 @@ class Worker:
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._slabs, self._outs = Pool(self._device.allocate), Pool(self._device.allocate)
         self._baseline_bytes = self._measured_baseline()
+
+    @property
+    def numerics_class(self) -> str:
+        """On which machines equal plans give the same bytes as here."""
+        return self._device.numerics_class
+
+    def check_owner(self) -> None:
+        """Hold the prefix against this run: called before a shard appears.
+
+        Raises:
+            OutputConflictError: it is another one's now.
+        """
+        check_owner(self._output, self._spec.plan_id, self.numerics_class)
 
     def close(self) -> None:
         """Publish what is written and end the threads."""
@@ -116,7 +134,9 @@ class Worker:
 
         def publish() -> Receipt:
             begun = time.perf_counter()
-            closing.close()
+            with closing:
+                sink.sync()
+                self.check_owner()  # as near as can be to the moment when the shard appears
             run.seconds["publish"] = time.perf_counter() - begun
             run.seconds["total"] = time.perf_counter() - started
             return self._receipt(shard, run, self._num_retries() - retries_before)
@@ -138,7 +158,7 @@ class Worker:
             size=run.size,
             sha256=run.sha256,
             stamp=stamp,
-            numerics_class=self._device.numerics_class,
+            numerics_class=self.numerics_class,
             bytes_read=run.bytes_read,
             seconds={stage: round(value, 6) for stage, value in run.seconds.items()},
             retries={"read": num_retries},

@@ -106,7 +106,7 @@ def elect_and_average(
             for k in range(count):
                 is_positive = votes[k] >= zero
                 agrees = weighted[k] > zero if is_positive else weighted[k] < zero
-                totals[k] += weighted[k] if agrees else zero
+                totals[k] += weighted[k] * (one if agrees else zero)  # NaN times zero is NaN: it must not get lost
                 divisors[k] += weight if agrees else zero
         if normalize:
             for k in range(count):
@@ -128,13 +128,13 @@ def _weigh_kept(
     votes: Values,
 ) -> None:
     """Fill ``weighted`` with ``weight * delta`` where the magnitude is kept, else 0, and add it to ``votes``."""
-    zero = delta.dtype.type(0.0)
+    zero, one = delta.dtype.type(0.0), delta.dtype.type(1.0)
     magnitude_mask = pattern.dtype.type((np.uint64(1) << np.uint64(8 * pattern.itemsize - 1)) - np.uint64(1))
     is_any_kept = threshold <= magnitude_mask
     least = pattern.dtype.type(threshold)
     for k in range(count):
         magnitude = pattern.dtype.type(pattern[start + k] & magnitude_mask)
-        weighted[k] = delta[start + k] * weight if magnitude >= least and is_any_kept else zero
+        weighted[k] = delta[start + k] * weight * (one if magnitude >= least and is_any_kept else zero)
     for k in range(count):
         votes[k] += weighted[k]
 

@@ -2,6 +2,8 @@
 
 from stockflow.redaction import redact
 from stockflow.storage.base import (
+    HalfWritten,
+    NewObject,
     Pin,
     Sink,
     Stamp,
@@ -15,6 +17,8 @@ from stockflow.storage.base import (
 from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision
 
 __all__ = [
+    "HalfWritten",
+    "NewObject",
     "Pin",
     "Sink",
     "Stamp",

@@ -1,7 +1,7 @@
 """What every store can do, and what identifies one state of an object."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -27,6 +27,18 @@ class Stamp:
     """bytes"""
     version: str
     """the ETag of an object, ``mtime_ns=...`` of a file, empty where the store has nothing"""
+
+
+@dataclass(frozen=True, slots=True)
+class HalfWritten:
+    """What an object that has not appeared yet is made of."""
+
+    key: str
+    """of the object that was to appear"""
+    name: str
+    """the id of an open multipart upload, or the name of a temporary file beside the key"""
+    is_abandoned: bool
+    """whether nobody can be writing it any more; False: the store cannot tell"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,13 @@ class Sink(Protocol):
 
     def write(self, payload: memoryview | bytes, /) -> object:
         """Append all of ``payload``, or raise; it may be reused by the caller as soon as this returns."""
+
+
+class NewObject(Sink, Protocol):
+    """An object on its way, which nobody sees yet."""
+
+    def sync(self) -> None:
+        """Make durable what was written, as far as that takes time and can be done before the object appears."""
 
 
 class Store(Protocol):
@@ -104,7 +123,7 @@ class Store(Protocol):
     def list_top(self) -> dict[str, Stamp]:
         """Return the objects directly under the prefix, subfolders left out."""
 
-    def create(self, key: str, *, size: int | None = None) -> AbstractContextManager[Sink]:
+    def create(self, key: str, *, size: int | None = None) -> AbstractContextManager[NewObject]:
         """Write one object, all or nothing: it appears, durable, when the block ends without error.
 
         Args:
@@ -125,8 +144,11 @@ class Store(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is already gone is no error."""
 
-    def sweep(self) -> None:
-        """Remove what writers who died left half-written and nobody can see; a live writer's is left alone."""
+    def half_written(self) -> Sequence[HalfWritten] | None:
+        """Return what writers left, or are still writing, below the prefix; None where the store does not tell."""
+
+    def discard(self, leftovers: Iterable[HalfWritten]) -> None:
+        """Remove what ``half_written`` returned; what is already gone is no error."""
 
     def refuses_second(self, key: str, payload: bytes) -> bool:
         """Return whether ``key``, which exists, cannot be created again; where it can, it now holds ``payload``."""

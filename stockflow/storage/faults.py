@@ -6,7 +6,7 @@ from typing import Literal
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError, StorageError
 from stockflow.redaction import without_secrets
 
-Operation = Literal["stat", "read", "list", "write", "create", "delete"]
+Operation = Literal["stat", "read", "list", "write", "create", "delete", "list uploads below", "abort the upload of"]
 
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "XAmzContentSHA256Mismatch"})
@@ -27,6 +27,8 @@ _ACTIONS: dict[str, dict[Operation, str]] = {
         "write": "s3:PutObject",
         "create": "s3:PutObject",
         "delete": "s3:DeleteObject",
+        "list uploads below": "s3:ListBucketMultipartUploads",
+        "abort the upload of": "s3:AbortMultipartUpload",
     },
     "gs": {
         "stat": "storage.objects.get",

@@ -14,10 +14,11 @@ from fsspec.asyn import sync
 
 from stockflow.errors import RecipeError
 from stockflow.redaction import redact
-from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.remote import Client, RemoteStore
 from stockflow.storage.retry import RetryPolicy
+from stockflow.storage.s3 import failure_of_answer
 
 _ERRORS: tuple[type[Exception], ...] = (OSError, aiohttp.ClientError, BotoCoreError, ClientError)
 _VERSION_KEYS = (
@@ -144,6 +145,14 @@ class FsspecClient:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(key))
 
+    def uploads(self) -> Sequence[HalfWritten] | None:
+        """Return nothing for memory, where nothing outlives a writer; elsewhere fsspec does not tell."""
+        return [] if self._is_buffered else None
+
+    def abort(self, key: str, upload: str) -> None:
+        """Never called: ``uploads`` names none."""
+        raise NotImplementedError(f"{key}: upload {upload}")
+
     async def _require_ranges(self, url: str) -> None:
         """Refuse a web server that would send a whole file for every range of it, before it sends one."""
         session = await self._fs.set_session()
@@ -191,15 +200,8 @@ def failure_of(error: Exception) -> Failure:
         return failure_of(error.__cause__)  # fsspec's http calls whatever went wrong "not found"
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if isinstance(response, dict):
-        told = response.get("Error", {})
-        about = response.get("ResponseMetadata", {})
-        return Failure(
-            detail=scrub(str(told.get("Message", error) or "")),
-            status=about.get("HTTPStatusCode"),
-            code=_code_of(told),
-            attempts=about.get("RetryAttempts", 0) + 1,
-            step=_STEPS.get(getattr(error.__cause__ or error, "operation_name", ""), ""),
-        )
+        step = _STEPS.get(getattr(error.__cause__ or error, "operation_name", ""), "")
+        return failure_of_answer(response, str(error), step)
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
     code = type(error).__name__
     return Failure(detail=scrub(str(error)), status=status or _status_of(error), code=code)
@@ -239,12 +241,6 @@ def _stamp_of(details: Mapping[str, Any]) -> Stamp:
                 return Stamp(size, str(value))
             return Stamp(size, f"{name}={value.timestamp() if isinstance(value, datetime) else value}")
     return Stamp(size, "")
-
-
-def _code_of(told: Mapping[str, Any]) -> str:
-    code = str(told.get("Code", ""))
-    # The answer to a HEAD has no body, and botocore puts the status here.
-    return "" if code.isdigit() else code
 
 
 def _status_of(error: Exception) -> int | None:

@@ -6,7 +6,7 @@ import glob
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,7 @@ from stockflow.errors import (
     StockflowError,
     StorageError,
 )
-from stockflow.storage.base import Pin, Stamp, check_key
+from stockflow.storage.base import HalfWritten, NewObject, Pin, Stamp, check_key
 
 PARTIAL_SUFFIX = ".stockflow-partial"
 """Ending of files that are being written; never part of an output."""
@@ -90,19 +90,19 @@ class LocalStore:
         return {name: stamps[name] for name in sorted(stamps) if not name.endswith(PARTIAL_SUFFIX)}
 
     @contextmanager
-    def create(self, key: str, *, size: int | None = None) -> Iterator[BinaryIO]:
+    def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
         """Write a temporary sibling; flush it to the disk and rename it when the block ends well."""
         del size  # a file grows as it is written
         path = self._path(key)
         partial = _partial_of(path)
         with _named(path, "write"):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _make_folder(os.path.dirname(path))
             try:
                 with open(partial, "xb") as file:  # buffered: a raw file may take half of a write on a full disk
                     fcntl.flock(file, fcntl.LOCK_EX)  # until closed, or until this process dies: see sweep
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
+                    being_written = _NewFile(file)
+                    yield being_written
+                    being_written.sync()
                 os.replace(partial, path)
                 _sync_folder(os.path.dirname(path))
             except BaseException:
@@ -120,7 +120,7 @@ class LocalStore:
         path = self._path(key)
         partial = _partial_of(path)
         with _named(path, "create"):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _make_folder(os.path.dirname(path))
             try:
                 with open(partial, "xb") as file:
                     file.write(payload)
@@ -135,20 +135,31 @@ class LocalStore:
                     os.unlink(partial)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove files."""
+        """Remove files; they are gone for good before anything else is written."""
+        folders: dict[str, None] = {}
         for key in keys:
             path = self._path(key)
             with _named(path, "delete"), suppress(FileNotFoundError):
                 os.unlink(path)
+                folders[os.path.dirname(path)] = None
+        for folder in folders:
+            with _named(folder, "delete"):
+                _sync_folder(folder)
 
-    def sweep(self) -> None:
-        """Remove files that writers who died were writing: those that nobody holds a lock on."""
+    def half_written(self) -> Sequence[HalfWritten]:
+        """Return the files that writers who died were writing: those that nobody holds a lock on."""
         pattern = os.path.join(glob.escape(self.url), "**", f".*{PARTIAL_SUFFIX}")
-        for partial in glob.glob(pattern, recursive=True, include_hidden=True):
-            with suppress(FileNotFoundError, BlockingIOError), open(partial, "rb") as file:
-                if time.time() - os.fstat(file.fileno()).st_mtime > LOCKED_WITHIN_S:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(partial)
+        found = []
+        for partial in sorted(glob.glob(pattern, recursive=True, include_hidden=True)):
+            with _named(partial, "read"):
+                if _is_abandoned(partial):
+                    folder, name = os.path.split(os.path.relpath(partial, self.url))
+                    found.append(HalfWritten(os.path.join(folder, _key_of_partial(name)), name, is_abandoned=True))
+        return found
+
+    def discard(self, leftovers: Iterable[HalfWritten]) -> None:
+        """Remove temporary files."""
+        self.delete(os.path.join(os.path.dirname(leftover.key), leftover.name) for leftover in leftovers)
 
     def refuses_second(self, key: str, payload: bytes) -> bool:
         """Return True: a hard link is exclusive."""
@@ -164,6 +175,20 @@ class LocalStore:
         return os.path.join(self.url, check_key(key))
 
 
+class _NewFile:
+    """A file that is written under another name."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, payload: memoryview | bytes, /) -> object:
+        return self._file.write(payload)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
 def _stamp_of(stat: os.stat_result) -> Stamp:
     return Stamp(size=stat.st_size, version=f"mtime_ns={stat.st_mtime_ns}")
 
@@ -173,6 +198,21 @@ def _partial_of(path: str) -> str:
     return os.path.join(folder, f".{name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
 
 
+def _is_abandoned(partial: str) -> bool:
+    try:
+        with open(partial, "rb") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime <= LOCKED_WITHIN_S:
+                return False
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except (FileNotFoundError, BlockingIOError):
+        return False
+
+
+def _key_of_partial(name: str) -> str:
+    return name.removeprefix(".").removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
+
+
 def _read_exactly(descriptor: int, buffer: memoryview, start: int, path: str) -> None:
     done = 0
     while done < buffer.nbytes:
@@ -180,6 +220,18 @@ def _read_exactly(descriptor: int, buffer: memoryview, start: int, path: str) ->
         if count == 0:
             raise InputChangedError(f"{path} ended at byte {start + done} while it was read: it was truncated")
         done += count
+
+
+def _make_folder(folder: str) -> None:
+    """Make a folder and those above it that are missing, each flushed to the disk."""
+    missing = []
+    while not os.path.isdir(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    for path in reversed(missing):
+        with suppress(FileExistsError):  # made by a neighbour meanwhile
+            os.mkdir(path)
+        _sync_folder(os.path.dirname(path))
 
 
 def _sync_folder(folder: str) -> None:

@@ -17,16 +17,20 @@ import obstore
 from obstore import exceptions
 
 from stockflow.errors import AccessDeniedError, RecipeError
-from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.parts import PARTS_IN_FLIGHT
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import (
     CONNECT_TIMEOUT,
+    Bucket,
+    UploadsError,
+    abort_upload,
     has_md5_etags,
     locate_bucket,
     obstore_bucket,
+    open_uploads,
     require_credentials,
 )
 
@@ -90,6 +94,8 @@ class ObstoreClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return the HTTP status, the store's code and the telling words of an obstore error."""
+        if isinstance(error, UploadsError):
+            return error.failure
         text = str(error)
         status = re.search(r"status code: (\d{3})", text)
         code = re.search(r"<Code>(\w+)</Code>", text)
@@ -174,6 +180,14 @@ class ObstoreClient:
         """Return whether ETags may be held against what was sent."""
         return self._scheme == "s3" and has_md5_etags(locate_bucket(self._bucket, self._options))
 
+    def uploads(self) -> Sequence[HalfWritten] | None:
+        """Return the open multipart uploads below the URL; known of S3 only."""
+        return open_uploads(self._bucket_at(), self._root) if self._scheme == "s3" else None
+
+    def abort(self, key: str, upload: str) -> None:
+        """Abort a multipart upload of S3."""
+        abort_upload(self._bucket_at(), self._path(key), upload)
+
     @property
     def _reader(self) -> "Connection":
         return self._connection(repeats=False)
@@ -199,10 +213,13 @@ class ObstoreClient:
         retries = _retries_of(self._policy) if repeats else _NO_RETRIES
         timeouts = _write_timeouts(self._policy) if repeats else _read_timeouts(self._policy)
         if self._scheme == "s3":
-            if not self._options.anonymous:
-                require_credentials()
-            return obstore_bucket(locate_bucket(self._bucket, self._options), retries, timeouts)
+            return obstore_bucket(self._bucket_at(), retries, timeouts)
         return _connect_elsewhere(self._scheme, self._bucket, self._options, retries, timeouts)
+
+    def _bucket_at(self) -> Bucket:
+        if not self._options.anonymous:
+            require_credentials()
+        return locate_bucket(self._bucket, self._options)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")

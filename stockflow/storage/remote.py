@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, StockflowError, StorageError
 from stockflow.redaction import redact
-from stockflow.storage.base import Pin, Sink, Stamp, check_key
+from stockflow.storage.base import HalfWritten, NewObject, Pin, Sink, Stamp, check_key
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.faults import Failure, Operation, WrongAnswerError, storage_error, user_error
 from stockflow.storage.parts import part_bytes
@@ -63,6 +63,12 @@ class Client(Protocol):
     def has_md5_etags(self) -> bool:
         """Return whether an ETag may be held against the MD5 of what was sent."""
 
+    def uploads(self) -> Sequence[HalfWritten] | None:
+        """Return the open multipart uploads below the URL; None where they cannot be listed."""
+
+    def abort(self, key: str, upload: str) -> None:
+        """Abort an upload that may be gone already."""
+
 
 class RemoteStore:
     """A ``Store`` over a client."""
@@ -117,7 +123,7 @@ class RemoteStore:
         return dict(sorted(self._run("list", "", self._client.list_top).items()))
 
     @contextmanager
-    def create(self, key: str, *, size: int | None = None) -> Iterator[Sink]:
+    def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
         """Write one object, all or nothing; ``size``, if known, keeps the number of parts within limits.
 
         What arrived is held against what was sent, where the store's ETags are MD5s.
@@ -173,8 +179,24 @@ class RemoteStore:
         if doomed := [check_key(key) for key in keys]:
             self._run("delete", doomed[0], partial(self._client.delete, doomed))
 
-    def sweep(self) -> None:
-        """Do nothing: uploads that nobody finished are the bucket's lifecycle rule to abort."""
+    def half_written(self) -> Sequence[HalfWritten] | None:
+        """Return the open multipart uploads below the URL, those of live writers included."""
+
+        def attempt() -> Sequence[HalfWritten] | None:
+            try:
+                return self._client.uploads()
+            except self._client.errors as error:
+                if self._client.failure(error).status in (405, 501):
+                    return None
+                raise
+
+        return self._run("list uploads below", "", attempt)
+
+    def discard(self, leftovers: Iterable[HalfWritten]) -> None:
+        """Abort multipart uploads."""
+        for leftover in leftovers:
+            key = check_key(leftover.key)
+            self._run("abort the upload of", key, partial(self._client.abort, key, leftover.name))
 
     def refuses_second(self, key: str, payload: bytes) -> bool:
         """Return whether the store itself refuses to create ``key``, which exists, again."""
@@ -339,6 +361,9 @@ class _NamedSink:
             return self._sink.write(payload)
         except self._errors as error:
             raise self._refuse(error) from None
+
+    def sync(self) -> None:
+        """Do nothing: what a store has taken is durable."""
 
 
 def _words(stamp: Stamp) -> str:

@@ -9,6 +9,7 @@ from itertools import count
 from typing import TypeVar
 
 from stockflow.errors import StockflowError
+from stockflow.interruption import pause
 
 T = TypeVar("T")
 
@@ -50,7 +51,11 @@ class RetryLoop:
         return self._num_retries
 
     def run(self, attempt: Callable[[], T], *, catch: tuple[type[Exception], ...], judge: Judge) -> T:
-        """Return what ``attempt`` returns, trying again as long as ``judge`` has no error to raise."""
+        """Return what ``attempt`` returns, trying again as long as ``judge`` has no error to raise.
+
+        Raises:
+            InterruptedRunError: an attempt failed, and the process is asked to end.
+        """
         deadline = time.monotonic() + self._policy.deadline_s
         for number in count(1):
             pause_s = self._policy.delay_s(number)
@@ -66,5 +71,5 @@ class RetryLoop:
                     raise refusal from None
             with self._lock:
                 self._num_retries += 1
-            time.sleep(pause_s)
+            pause(pause_s)
         raise AssertionError("count() never ends")

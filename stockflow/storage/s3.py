@@ -2,8 +2,8 @@
 
 import os
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from stockflow.errors import AccessDeniedError, RecipeError
 from stockflow.redaction import keep_secret, redact, without_secrets
-from stockflow.storage.base import StoreOptions
+from stockflow.storage.base import HalfWritten, StoreOptions
+from stockflow.storage.faults import Failure, scrub
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential, S3Store
 
 DEFAULT_REGION = "us-east-1"
 """what stores other than AWS expect to see in a signature"""
+LISTING_TIMEOUT_S = 60.0
+"""of one request for open uploads"""
 CONNECT_TIMEOUT = timedelta(seconds=4)
 """eight attempts at an address that never answers, and the pauses between them, end within a minute"""
 _CREDENTIAL_LIFE = timedelta(minutes=10)
@@ -154,19 +157,96 @@ def s3fs_filesystem(bucket: Bucket, *, attempts: int, timeout_s: float) -> Any:
 
 def put_new_object(bucket: Bucket, key: str, payload: bytes, timeout_s: float) -> str:
     """Write a small object unless there is one, by exactly one request of botocore; return its ETag."""
+    arguments = _payer(bucket) | _encryption(bucket.options)
+    client = _single_requests(bucket, timeout_s)
+    reply = client.put_object(Bucket=bucket.name, Key=key, Body=payload, IfNoneMatch="*", **arguments)
+    return str(reply.get("ETag", ""))
+
+
+class UploadsError(OSError):
+    """Open uploads could not be listed or aborted."""
+
+    def __init__(self, failure: Failure) -> None:
+        """Keep what botocore said of it."""
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+def open_uploads(bucket: Bucket, root: str) -> list[HalfWritten]:
+    """Return the open multipart uploads of keys below ``root``, keys relative to it. By botocore: obstore lists none.
+
+    Raises:
+        UploadsError: the request failed.
+    """
+    top = f"{root}/" if root else ""
+    found: list[HalfWritten] = []
+    more: dict[str, str] = {}
+    with _uploads_errors():
+        client = _single_requests(bucket, LISTING_TIMEOUT_S)
+        while True:
+            page = client.list_multipart_uploads(Bucket=bucket.name, Prefix=top, **_payer(bucket), **more)
+            for upload in page.get("Uploads", ()):
+                # Not every store filters by prefix.
+                if upload["Key"].startswith(top):
+                    found.append(HalfWritten(upload["Key"].removeprefix(top), upload["UploadId"], is_abandoned=False))
+            if not page.get("IsTruncated"):
+                return found
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def abort_upload(bucket: Bucket, key: str, upload: str) -> None:
+    """Abort a multipart upload that may be gone already.
+
+    Raises:
+        UploadsError: the request failed.
+    """
+    with _uploads_errors():
+        client = _single_requests(bucket, LISTING_TIMEOUT_S)
+        with suppress(client.exceptions.NoSuchUpload):
+            client.abort_multipart_upload(Bucket=bucket.name, Key=key, UploadId=upload, **_payer(bucket))
+
+
+@contextmanager
+def _uploads_errors() -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        raise UploadsError(failure_of_answer(error.response, str(error))) from None
+    except BotoCoreError as error:
+        raise UploadsError(Failure(detail=scrub(str(error)), code=type(error).__name__)) from None
+
+
+def failure_of_answer(answer: Mapping[str, Any], otherwise: str, step: str = "") -> Failure:
+    """Return what an error's parsed answer says, ``otherwise`` where it has no words of its own."""
+    told = answer.get("Error", {})
+    code = str(told.get("Code", ""))
+    about = answer.get("ResponseMetadata", {})
+    return Failure(
+        detail=scrub(str(told.get("Message", otherwise) or "")),
+        status=about.get("HTTPStatusCode"),
+        code="" if code.isdigit() else code,  # the answer to a HEAD has no body, and botocore puts the status here
+        attempts=about.get("RetryAttempts", 0) + 1,
+        step=step,
+    )
+
+
+def _single_requests(bucket: Bucket, timeout_s: float) -> Any:
+    """Return a botocore client that makes each request once."""
     from botocore import UNSIGNED
     from botocore.config import Config
 
     settings = Config(**_client_settings(bucket, 1, timeout_s))
     if bucket.options.anonymous:
         settings = settings.merge(Config(signature_version=UNSIGNED))
-    client = _session().create_client(
+    return _session().create_client(
         "s3", region_name=bucket.region, endpoint_url=bucket.endpoint, config=settings, **_trust(bucket)
     )
-    payer = {"RequestPayer": "requester"} if bucket.options.requester_pays else {}
-    arguments = payer | _encryption(bucket.options)
-    reply = client.put_object(Bucket=bucket.name, Key=key, Body=payload, IfNoneMatch="*", **arguments)
-    return str(reply.get("ETag", ""))
+
+
+def _payer(bucket: Bucket) -> dict[str, str]:
+    return {"RequestPayer": "requester"} if bucket.options.requester_pays else {}
 
 
 def _client_settings(bucket: Bucket, attempts: int, timeout_s: float) -> dict[str, Any]:

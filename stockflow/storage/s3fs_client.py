@@ -7,14 +7,17 @@ from typing import Any
 
 from fsspec.asyn import sync
 
-from stockflow.storage.base import Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, WrongAnswerError
 from stockflow.storage.fs import _ERRORS, failure_of, open_uncommitted
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import (
     Bucket,
+    UploadsError,
+    abort_upload,
     has_md5_etags,
     locate_bucket,
+    open_uploads,
     put_new_object,
     require_credentials,
     s3fs_filesystem,
@@ -40,7 +43,7 @@ class S3fsClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return what an exception of s3fs, aiohttp or botocore says."""
-        return failure_of(error)
+        return error.failure if isinstance(error, UploadsError) else failure_of(error)
 
     def stamp(self, key: str) -> Stamp:
         """Return size and ETag of an object, by HEAD."""
@@ -107,6 +110,14 @@ class S3fsClient:
     def has_md5_etags(self) -> bool:
         """Return whether ETags may be held against what was sent."""
         return has_md5_etags(self._bucket_at())
+
+    def uploads(self) -> Sequence[HalfWritten]:
+        """Return the open multipart uploads below the URL."""
+        return open_uploads(self._bucket_at(), self._root)
+
+    def abort(self, key: str, upload: str) -> None:
+        """Abort a multipart upload."""
+        abort_upload(self._bucket_at(), self._path(key), upload)
 
     @property
     def _fs(self) -> Any:

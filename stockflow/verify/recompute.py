@@ -15,7 +15,7 @@ from stockflow.methods.protocol import Parameters
 from stockflow.plan import NUMERICS, MergePlan, ShardPlan, Source, TensorJob, method_of
 from stockflow.plan_file import RecordedPlan
 from stockflow.receipts import TensorFacts
-from stockflow.storage import Sink, Stamp, StorageConfig, Store
+from stockflow.storage import NewObject, Stamp, StorageConfig, Store
 from stockflow.verify.contents import Placed, Table
 from stockflow.verify.differences import Difference
 from stockflow.verify.facts import coefficients_agree, differing_facts
@@ -295,6 +295,9 @@ class _ComparingWorker(Worker):
         super().__init__(spec)
         self._output = cast(Store, comparison)
 
+    def check_owner(self) -> None:
+        """Do nothing: no shard appears."""
+
 
 class _Comparison:
     """What a worker takes for its output: it writes nothing, and compares what comes with what was published."""
@@ -311,7 +314,7 @@ class _Comparison:
         self._size = 0
 
     @contextmanager
-    def create(self, key: str, *, size: int | None = None) -> Iterator[Sink]:
+    def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
         """Compare the one shard that is asked for."""
         del key
         num_data_bytes = sum(target.place.num_bytes for target in self._targets)
@@ -368,3 +371,6 @@ class _ComparingSink:
             if self._num_done == target.place.num_bytes:
                 self._target, self._num_done = None, 0
         return None
+
+    def sync(self) -> None:
+        """Do nothing: nothing is written."""

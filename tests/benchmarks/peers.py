@@ -105,6 +105,7 @@ class Peer:
         return {
             "s": finished.seconds,
             "cpu_s": finished.cpu_seconds,
+            "others_cpu_s": finished.others_cpu_seconds,
             "sync_s": sync_s,
             "peak_rss_mib": finished.peak_rss_mib,
             "disk_read_mb": finished.disk_read_mb,
@@ -142,14 +143,15 @@ def show(case: Case, runs: dict[str, list[Facts]], memory: dict[str, Facts]) -> 
                 spread(these, "s"),
                 f"{middle['s'] / ours:.2f}",
                 f"{middle['cpu_s']:.2f}",
+                f"{middle['others_cpu_s']:.2f}" if "others_cpu_s" in middle else "",
                 f"{middle['sync_s']:.2f}" if "sync_s" in middle else "",
                 *(f"{held[kind]:.0f}" if held else "" for kind in ("peak_pss_mib", "peak_anonymous_mib")),
                 f"{middle['peak_rss_mib']:.0f}" if "peak_rss_mib" in middle else "",
                 f"{middle['disk_read_mb']:.0f}" if "disk_read_mb" in middle else "",
             )
         )
-    memory_columns = ("PSS MiB", "anonymous", "RSS")
-    columns = ("", "whole process, s", ": stockflow", "CPU s", "flush after, s", *memory_columns, "from disk, MB")
+    time_columns = ("whole process, s", ": stockflow", "CPU s", "others' CPU s", "flush after, s")
+    columns = ("", *time_columns, "PSS MiB", "anonymous", "RSS", "from disk, MB")
     print_table(f"{case.label}: medians (smallest-largest)", columns, rows)
 
 

@@ -31,6 +31,8 @@ class Finished:
     """user and system, of it and of its children"""
     peak_rss_mib: float
     """largest resident memory of one process, shared and mapped pages included"""
+    others_cpu_seconds: float
+    """what everything else on the machine computed meanwhile"""
     disk_read_mb: float
     """what did not come from the page cache"""
     peak_pss_mib: float | None
@@ -52,28 +54,37 @@ def run(command: Sequence[str], *, sampled: bool = False, environment: Mapping[s
     """
     inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_DEVELOPERS}
     with tempfile.TemporaryFile() as errors:
-        started = time.perf_counter()
+        started, machine_before = time.perf_counter(), machine_cpu_seconds()
         whole = {**inherited, **(environment or {})}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=whole)
         assert process.stdout is not None
         with process.stdout, MemorySampler(process.pid if sampled else None) as sampler:
             stdout = process.stdout.read().decode()
             _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
+        seconds, machine_after = time.perf_counter() - started, machine_cpu_seconds()
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             errors.seek(0)
             end = errors.read().decode(errors="replace")[-3000:]
             raise SystemExit(f"exit code {process.returncode}: {' '.join(command)}\n{end}")
+    cpu_seconds = usage.ru_utime + usage.ru_stime
     return Finished(
         stdout=stdout,
         seconds=seconds,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        cpu_seconds=cpu_seconds,
+        others_cpu_seconds=max(machine_after - machine_before - cpu_seconds, 0.0),
         peak_rss_mib=usage.ru_maxrss / 1024,
         disk_read_mb=usage.ru_inblock * DISK_BLOCK_BYTES / 1e6,
         peak_pss_mib=sampler.peak_pss_kib / 1024 if sampled else None,
         peak_anonymous_mib=sampler.peak_anonymous_kib / 1024 if sampled else None,
     )
+
+
+def machine_cpu_seconds() -> float:
+    """Return the seconds that all cores together have not been idle since the machine started."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    user, nice, system, _idle, _iowait, interrupts, soft_interrupts, stolen = ticks
+    return (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 class MemorySampler:

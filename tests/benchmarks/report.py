@@ -24,7 +24,9 @@ Facts = dict[str, float]
 Key = TypeVar("Key", bound=Hashable)
 
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("torch", "numpy", "obstore", "s3fs", "ray")
+LIBRARIES = ("numpy", "numba", "torch", "pyarrow", "obstore", "s3fs")
+LOAD_AVERAGE_BEFORE = round(os.getloadavg()[0], 2)
+"""of the last minute, taken when the benchmark starts"""
 PLAIN_WIDTH = 160
 """columns of a table that goes to a file"""
 
@@ -62,12 +64,13 @@ def spread(runs: Sequence[Facts], name: str) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
     """Print a table: the first columns are words, the others are numbers."""
-    table = Table(title=title, title_justify="left", show_edge=False)
+    table = Table(show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < words else "right", no_wrap=index < words)
     for row in rows:
         table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(title, style="bold", soft_wrap=True)
     console.print(table)
     console.print()
 
@@ -108,7 +111,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_kib / 2**20, 1),
         "kernel": platform.release(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average_before": LOAD_AVERAGE_BEFORE,
     }
 
 

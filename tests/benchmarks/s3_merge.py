@@ -120,6 +120,7 @@ class S3Bench:
             remove(output, self._endpoints["Ceph"])
         return {
             **facts,
+            "others_cpu_s": finished.others_cpu_seconds,
             "peak_rss_mib": finished.peak_rss_mib,
             **(self._reported(report) if report else {}),
         }

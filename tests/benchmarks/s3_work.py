@@ -6,15 +6,11 @@
 """
 
 import argparse
-import io
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -23,20 +19,8 @@ from stockflow.budget import OPTIMAL_READ_BYTES
 from stockflow.recipe import Recipe, load_recipe
 from stockflow.storage import Stamp, Store, open_store
 from stockflow.worker import NUM_OBJECT_READERS
+from tests.benchmarks.preloaded import NEEDED, NEEDED_ON_OBJECT_STORAGE, clocked, load, stockflow
 
-IMPORTED_LATE = (
-    "obstore.store",
-    "pyarrow.parquet",
-    "s3fs",
-    "stockflow.cli",
-    "stockflow.commit",
-    "stockflow.describe",
-    "stockflow.execution",
-    "stockflow.reporting",
-    "stockflow.storage.objects",
-    "stockflow.storage.s3fs_client",
-)
-"""what stockflow imports when it is needed, a second and more of CPU"""
 PIECE_BYTES = 1 << 20
 """what one write gives to an upload"""
 
@@ -52,23 +36,13 @@ def main() -> None:
     parser.add_argument("--files", type=Path, required=True, help="JSON: names of weight files, per checkpoint")
     parser.add_argument("--shards", type=Path, help="JSON: sizes of the files to write, by name")
     arguments, words = parser.parse_known_args()
-    for module in IMPORTED_LATE:
-        import_module(module)
-    started, cpu = time.perf_counter(), time.process_time()
-    facts = KINDS[arguments.kind](arguments, words)
-    print(json.dumps({"s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, **facts}))
+    load(NEEDED + NEEDED_ON_OBJECT_STORAGE)
+    print(json.dumps(clocked(lambda: KINDS[arguments.kind](arguments, words))))
 
 
 def merge(arguments: argparse.Namespace, words: list[str]) -> Facts:
     """Merge with the options ``words``; return what stockflow reports."""
-    from stockflow.cli import app
-
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        exit_code = app(["merge", str(arguments.recipe), arguments.output, *words], standalone_mode=False)
-    if exit_code:
-        raise SystemExit(exit_code)
-    return {"report": json.loads(printed.getvalue())}
+    return {"report": stockflow(["merge", str(arguments.recipe), arguments.output, *words])}
 
 
 def move(arguments: argparse.Namespace, _: list[str]) -> Facts:

@@ -87,7 +87,7 @@ class Chaos:
         site, draw = self._site, self._random
         num_left = len(self._expected) - len(before.receipts)
         chance, moment_s = draw.random(), draw.random()
-        target = len(self._expected) if chance > 0.88 else len(before.receipts) + draw.choice((0, 0, 1, 1, 2))
+        target = len(self._expected) if chance > 0.86 else len(before.receipts) + draw.choice((0, 0, 1, 1, 2))
         if num_left == 0:  # nothing is left to merge: anywhere from the start to the manifest
             return self._sleep(running, moment_s * (0.7 * site.start_s + site.publish_s))
         if chance < 0.06:

@@ -13,15 +13,17 @@ from threading import Barrier
 
 import pytest
 
-from stockflow.errors import AccessDeniedError, AlreadyExistsError, InputChangedError
+from stockflow.errors import AccessDeniedError, AlreadyExistsError, InputChangedError, StorageError
 from stockflow.recipe import load_recipe
-from stockflow.storage import StorageConfig, Store, StoreOptions, open_store, read_small
+from stockflow.storage import StorageConfig, Store, StoreOptions, open_store, parts, read_small
+from stockflow.storage.etags import PartDigests, names_same
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.s3 import forget_session
 from stockflow.verify import verify
 from tests.ceph_server import PACKAGES, ceph_gateway, missing_binaries
 from tests.contract import test_storage_contract as contract
 from tests.contract import test_storage_s3 as s3_only
+from tests.fault_proxy import FaultyProxy
 from tests.integration.test_s3_merge import Listener, Place, merge_at, shards
 from tests.runs import run
 from tests.s3_server import CREDENTIALS, s3_credentials
@@ -179,6 +181,47 @@ def test_one_of_many_rivals_wins_whichever_client_they_use(s3_endpoint: str, s3_
 
         assert sum(won) == 1
         assert str(won.index(True)).encode() == read_small(rivals[0], key, max_bytes=10)
+
+
+# Flipped bytes
+
+
+@pytest.mark.parametrize("client", ["obstore", "fsspec"])
+def test_the_server_refuses_what_does_not_fit_its_signature(
+    s3_endpoint: str, s3_bucket: str, client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over plain HTTP the hash of every part is signed; moto does not look."""
+    monkeypatch.setattr(parts, "DEFAULT_PART_BYTES", 5 << 20)
+    with FaultyProxy(s3_endpoint) as proxy:
+        options = StoreOptions(endpoint=proxy.url, client=client)
+        store = open_store(f"s3://{s3_bucket}/run", StorageConfig({"s3://": options}))
+        proxy.fail("put", "flip")
+        store.put("small.bin", contract.PAYLOAD)
+        proxy.fail("part", "flip")
+        with pytest.raises(StorageError, match=r"cannot write .*/run/b\.bin .*XAmzContentSHA256Mismatch"):
+            write_large(store, "b.bin")
+
+    assert read_small(store_at(s3_endpoint, s3_bucket), "small.bin", max_bytes=99_999) == contract.PAYLOAD
+    assert "b.bin" not in store_at(s3_endpoint, s3_bucket).list()
+
+
+def store_at(endpoint: str, bucket: str) -> Store:
+    return open_store(f"s3://{bucket}/run", StorageConfig({"s3://": StoreOptions(endpoint=endpoint)}))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 5 << 20, (5 << 20) + 1, 11 << 20])
+def test_its_etags_are_the_digests_of_what_was_sent(
+    store: Store, num_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "DEFAULT_PART_BYTES", 5 << 20)
+    payload = bytes(range(256)) * (num_bytes // 256) + bytes(num_bytes % 256)
+    sent = PartDigests(5 << 20)
+    sent.update(payload)
+
+    with store.create("b.bin", size=num_bytes) as sink:
+        sink.write(payload)
+
+    assert names_same(store.stamp("b.bin").version, sent.etags())
 
 
 # Real pages

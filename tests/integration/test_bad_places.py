@@ -156,12 +156,13 @@ def test_a_refused_write_names_action_and_key(told: Told, proxy: FaultyProxy, bu
 
     said = told(f"s3://{bucket}/base", f"s3://{bucket}/tuned", f"s3://{bucket}/out", client=client)
 
-    assert f"cannot create s3://{bucket}/out/_stockflow/claim.json: access denied" in said
+    assert f"cannot write s3://{bucket}/out/_stockflow/" in said
+    assert "access denied" in said
     assert "the credentials need s3:PutObject on it" in said
 
 
 def test_rights_that_end_during_a_merge_end_it(told: Told, proxy: FaultyProxy, bucket: str) -> None:
-    proxy.fail("PUT", "expired", times=99, after=3)
+    proxy.fail("PUT", "expired", times=99, after=5)  # the first shard
 
     said = told(f"s3://{bucket}/base", f"s3://{bucket}/tuned", f"s3://{bucket}/out")
 

@@ -200,7 +200,8 @@ def test_an_input_replaced_while_merging_is_named_with_both_stamps(
     assert "manifest.json" not in finished
     if "memory" not in place.output:  # where a time is all there is, a restored file is another one
         resumed = merge_at(place)
-        assert resumed.num_resumed == (3 if moment is between_shards else resumed.num_resumed)
+        # The fourth shard is read while the third becomes durable.
+        assert moment is not between_shards or resumed.num_resumed in (3, 4)
         assert resumed.outcome == "merged"
 
 

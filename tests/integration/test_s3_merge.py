@@ -205,8 +205,8 @@ def test_each_bucket_may_have_an_endpoint_of_its_own(
 def test_a_killed_merge_is_resumed(place: Place, out: str, digests: dict[str, str]) -> None:
     recipe = place.recipe(place.on_s3)
     with FaultyProxy(place.endpoint) as proxy:
-        # Claim, probe, plan, and two shards with their receipts pass; then the store goes away.
-        proxy.fail("PUT", "503", times=10_000, after=7)
+        # Heartbeat, probe, claim, plan, numerics class, two shards with their receipts pass; then the store goes away.
+        proxy.fail("PUT", "503", times=10_000, after=9)
         arguments = ("merge", recipe, f"s3://out/{out}", "--shard-size", SHARD_SIZE, "--device", "cpu", "--json")
         storage = yaml.safe_load(recipe.read_text())
         storage["stockflow"]["storage"] = {"s3://out/": {"endpoint": proxy.url}}

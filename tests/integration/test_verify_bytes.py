@@ -36,7 +36,8 @@ def originals(output: Path) -> dict[str, bytes]:
     files = [path for path in sorted(output.rglob("*")) if path.is_file()]
     kept = {str(path.relative_to(output)): path.read_bytes() for path in files}
     # The claim and the progress of a merge say who is at work; they are no part of what is finished.
-    return {key: payload for key, payload in kept.items() if key not in ("manifest.json", "_stockflow/claim.json")}
+    own_records = ("manifest.json", "claim.json", "/numerics/000000.json")
+    return {key: payload for key, payload in kept.items() if not key.endswith(own_records)}
 
 
 def found_in(output: Path) -> set[str]:

@@ -71,7 +71,7 @@ def first_shard(output: Path) -> str:
 
 @pytest.mark.parametrize(
     "key",
-    ["../secret", "/etc/hostname", "a/../../secret", "a\\b", "a\0b", "", "x" * 300, "y/" * 600 + "z", "\ud800", "./x"],
+    ["../secret", "/etc/hostname", "a/../../secret", "a\\b", "a\0b", "", "x" * 300, "y/" * 600 + "z", "./x"],
 )
 def test_a_key_that_leaves_the_output_or_names_nothing_is_not_read(output: Path, key: str) -> None:
     secret = output.parent / "secret"

@@ -14,6 +14,7 @@ from tests.benchmarks import stages, synthetic
 from tests.benchmarks.cases import LAYOUTS, Case, checkpoint_folders, parse_difference, recipe_of, told_apart
 from tests.benchmarks.processes import MIB, process_tree, run
 from tests.benchmarks.report import interleaved, medians
+from tests.checkpoints import llama_shapes, make_family, write_recipe
 
 
 def test_words_of_a_case_have_their_types():
@@ -138,6 +139,17 @@ def test_samples_are_counted_by_thread_and_innermost_line():
     }
 
 
+def test_a_merge_alone_imports_nothing_heavy_within_its_clock(tmp_path: Path):
+    family = make_family(tmp_path, num_tuned=2, shapes=llama_shapes())
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+    command = [sys.executable, "-m", "tests.benchmarks.preloaded", "merge", str(recipe), str(tmp_path / "out")]
+
+    found = json.loads(run([*command, "--device", "cpu", "--json", "--quiet"]).stdout)
+
+    assert found["report"]["outcome"] == "merged"
+    assert not {"torch", "ray", "pyarrow", "rich", "yaml", "obstore", "s3fs"} & set(found["imported_late"])
+
+
 def test_one_whole_benchmark(tmp_path: Path):
     """Merges, floors and start-up are measured and one line is appended."""
     results = tmp_path / "results.jsonl"
@@ -145,12 +157,11 @@ def test_one_whole_benchmark(tmp_path: Path):
 
     printed = run([*command, "--folder", str(tmp_path / "work"), "--results", str(results)]).stdout
 
-    assert "shards alone : floor" in printed
+    assert "merge alone : floor" in printed
     (line,) = results.read_text().splitlines()
     (found,) = json.loads(line)["cases"]
-    assert found["merge"]["s"] > found["merge"]["merge_s"] > found["merge"]["shards_s"] > 0
-    assert found["ratios"]["shards_to_floor"] == pytest.approx(
-        found["merge"]["shards_s"] / found["floor"]["s"], rel=0.01
-    )
+    floor, alone, process = (found["medians"][name] for name in ("floor", "alone", "process"))
+    assert process["s"] > process["merge_s"] > 0
+    assert found["ratios"]["alone_to_floor"] == pytest.approx(alone["s"] / floor["s"], rel=0.01)
     assert found["memory"]["peak_pss_mib"] > 100
     assert not list((tmp_path / "work").iterdir())

@@ -1,0 +1,232 @@
+"""`stockflow clean`: what killed runs left goes, once nobody can be at work; nothing else does."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from stockflow.clean import find_leftovers, leftover_facts, remove
+from stockflow.errors import NotFoundError, OutputConflictError
+from stockflow.manifest import CLAIM_FILE
+from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
+from stockflow.verify import verify
+from tests import runs
+from tests.checkpoints import make_family, write_recipe
+from tests.fault_proxy import Fault, FaultyProxy, Request
+
+SHAPES = {f"model.layers.{index}.weight": (400, 1000) for index in range(8)}
+OPTIONS = ("--shard-size", "800kB", "--memory", "600MiB", "--workers", "1", "--device", "cpu", "--quiet")
+HOUR_S = 3600.0
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    return write_recipe(folder / "recipe.yaml", "model_stock", make_family(folder, 2, SHAPES))
+
+
+def killed(recipe: Path, output: Path) -> None:
+    """Kill a merge while it writes a shard, after its first receipt."""
+    with subprocess.Popen(runs.command("merge", recipe, output, *OPTIONS), cwd=runs.REPOSITORY) as process:
+        while process.poll() is None:
+            if list(output.glob("_stockflow/*/receipts/*.json")) and runs.leftovers(output):
+                process.send_signal(signal.SIGSTOP)
+                if any(".model-" in name for name in runs.leftovers(output)):
+                    break
+                process.send_signal(signal.SIGCONT)
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+
+def grow_old(store: Store, seconds: float = HOUR_S) -> None:
+    """Make claim and records of runs, and on disk temporary files, so much older."""
+    for key in store.list("_stockflow/"):
+        if key == CLAIM_FILE or "/runs/" in key:
+            record = json.loads(store.read_head(key, 1000)[0])
+            store.put(key, json.dumps(record | {"heartbeat": time.time() - seconds}).encode())
+    if "://" not in store.url:
+        for path in Path(store.url).rglob("*partial"):
+            os.utime(path, (time.time() - seconds,) * 2)
+
+
+def contents(output: Path) -> dict[str, str]:
+    """Return the digest of every file, by path."""
+    files = [path for path in output.rglob("*") if path.is_file()]
+    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_what_a_killed_merge_left_is_shown_then_removed_and_the_merge_resumes(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    killed(recipe, output)
+    (receipt, *_) = sorted(output.glob("_stockflow/*/receipts/*.json"))
+    orphan = receipt.with_name("model-00009-of-00010.safetensors.json")
+    orphan.write_bytes(receipt.read_bytes().replace(receipt.stem.encode(), orphan.stem.encode()))
+    (partial,) = [name for name in runs.leftovers(output) if ".model-" in name]
+    store = open_store(str(output), StorageConfig())
+
+    refused = runs.run("clean", output, "--yes")
+    grow_old(store)
+    before = contents(output)
+    shown = runs.run("clean", output)
+    after_showing = contents(output)
+    removed = runs.run("clean", output, "--yes", "--json")
+    is_gone = not orphan.exists()
+    resumed = runs.merge_elsewhere(recipe, output, *OPTIONS[:-1])
+
+    assert refused.returncode == 2
+    assert f"a run was seen in {output}" in refused.stderr
+    assert (shown.returncode, before) == (0, after_showing)
+    assert all(word in shown.stdout for word in (partial, orphan.name, "/runs/", "--yes removes them"))
+    assert receipt.name not in shown.stdout
+    told = json.loads(removed.stdout)
+    assert told["removed"] is True
+    assert partial in [entry["name"] for entry in told["temporary_files"]]
+    assert [orphan.name] == [key.rpartition("/")[2] for key in told["records"] if "/receipts/" in key]
+    assert is_gone
+    assert resumed["resumed_shards"] >= 1
+    assert runs.leftovers(output) == []
+
+
+def test_a_published_output_stays_byte_for_byte(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    runs.merge_here(recipe, output, shard_size=800_000)
+    before = contents(output)
+    store = open_store(str(output), StorageConfig())
+    strangers = {"thesis.txt": b"years of work", "_stockflow/notes.txt": b"mine", "sub/_stockflow/claim.json": b"{}"}
+    for key, payload in strangers.items():
+        store.put(key, payload)
+    store.put(f"_stockflow/{'f' * 64}/receipts/model.safetensors.json", b"of a plan that owns the prefix no more")
+    partial = output / ".model-00001-of-00009.safetensors.0123abcd.stockflow-partial"
+    partial.write_bytes(b"half")
+    grow_old(store)
+    claim = contents(output)[CLAIM_FILE]
+
+    cleaned = runs.run("clean", output, "--yes")
+
+    assert cleaned.returncode == 0, cleaned.stderr
+    assert "removed: 2" in cleaned.stdout
+    expected = before | {CLAIM_FILE: claim} | {k: hashlib.sha256(v).hexdigest() for k, v in strangers.items()}
+    assert expected == contents(output)
+    assert verify(str(output), StorageConfig()).findings == ()
+
+
+@pytest.mark.parametrize("age_s", [0.0, 890.0])
+@pytest.mark.parametrize("sign", ["claim", "run"])
+def test_a_run_seen_lately_is_left_alone(recipe: Path, tmp_path: Path, sign: str, age_s: float) -> None:
+    output = tmp_path / "out"
+    runs.merge_here(recipe, output, shard_size=800_000)
+    store = open_store(str(output), StorageConfig())
+    grow_old(store)
+    plan_id = json.loads((output / "manifest.json").read_text())["plan_id"]
+    found = find_leftovers(store)
+    key = CLAIM_FILE if sign == "claim" else f"_stockflow/{plan_id}/runs/0123.json"
+    record = {"plan_id": plan_id, "heartbeat": time.time() - age_s}
+    store.put(key, json.dumps(record).encode())
+
+    with pytest.raises(OutputConflictError, match="what it writes is not left over"):
+        find_leftovers(store)
+    with pytest.raises(OutputConflictError, match="what it writes is not left over"):
+        remove(store, found)
+
+
+def test_a_foreign_prefix_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".model.safetensors.0123abcd.stockflow-partial").write_bytes(b"half")
+
+    with pytest.raises(NotFoundError, match="neither a manifest nor a claim"):
+        find_leftovers(open_store(str(tmp_path), StorageConfig()))
+
+
+# On object storage
+
+
+class Uploads:
+    """A bucket with an abandoned claim in ``merged`` and open uploads in and around it."""
+
+    ours = ("merged/model-00001-of-00002.safetensors", "merged/model.safetensors")
+    foreign = (
+        "model.safetensors",
+        "merged2/model.safetensors",
+        "merged/sub/model.safetensors",
+        "merged/thesis.tar",
+        "merged/other.safetensors",
+    )
+
+    def __init__(self, endpoint: str, bucket: str) -> None:
+        self.s3: Any = boto3.client("s3", endpoint_url=endpoint)
+        self.bucket = bucket
+        claim = json.dumps({"plan_id": "a" * 64, "heartbeat": time.time() - HOUR_S})
+        self.s3.put_object(Bucket=bucket, Key=f"merged/{CLAIM_FILE}", Body=claim.encode())
+        for key in (*self.ours, *self.ours, *self.foreign):
+            upload = self.s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+            self.s3.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half")
+
+    def open(self) -> list[str]:
+        return sorted(upload["Key"] for upload in self.s3.list_multipart_uploads(Bucket=self.bucket)["Uploads"])
+
+
+@pytest.fixture
+def uploads(s3_endpoint: str, s3_bucket: str) -> Uploads:
+    return Uploads(s3_endpoint, s3_bucket)
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[FaultyProxy]:
+    with FaultyProxy(s3_endpoint) as server:
+        yield server
+
+
+@pytest.mark.parametrize("client", ["obstore", "fsspec"])
+def test_open_uploads_of_the_prefix_go_and_no_others(uploads: Uploads, s3_endpoint: str, client: str) -> None:
+    config = StorageConfig(
+        {"s3://": StoreOptions(endpoint=s3_endpoint, client="fsspec" if client == "fsspec" else "auto")}
+    )
+    store = open_store(f"s3://{uploads.bucket}/merged", config)
+    before = uploads.open()
+
+    found = find_leftovers(store)
+    shown = uploads.open()
+    remove(store, found)
+    remove(store, found)  # what is gone already is no error
+
+    assert sorted(uploads.ours * 2) == sorted(f"merged/{piece.key}" for piece in found.half_written)
+    assert before == shown
+    assert sorted(uploads.foreign) == uploads.open()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("501", "does not list open uploads"), ("denied", "need s3:ListBucketMultipartUploads")]
+)
+@pytest.mark.parametrize("client", ["obstore", "fsspec"])
+def test_a_store_that_tells_nothing_of_uploads_is_named(
+    uploads: Uploads, proxy: FaultyProxy, fault: Fault, said: str, client: str
+) -> None:
+    class Forbids(FaultyProxy):
+        def next_fault(self, request: Request) -> Fault:
+            super().next_fault(request)
+            return fault if "uploads" in request.path else "pass"
+
+    with Forbids(str(uploads.s3.meta.endpoint_url)) as server:
+        config = StorageConfig(
+            {"s3://": StoreOptions(endpoint=server.url, client="fsspec" if client == "fsspec" else "auto")}
+        )
+        found = find_leftovers(open_store(f"s3://{uploads.bucket}/merged", config))
+
+    assert found.half_written == ()
+    assert said in "".join(found.notes)
+    assert leftover_facts(found, is_removed=False)["notes"] == list(found.notes)
+
+
+def test_a_store_without_uploads_has_none() -> None:
+    store = open_store("memory://clean/out", StorageConfig())
+    store.put(CLAIM_FILE, json.dumps({"plan_id": "a" * 64, "heartbeat": 0.0}).encode())
+
+    assert find_leftovers(store).count == 0

@@ -1,0 +1,217 @@
+"""SIGINT and SIGTERM: the process ends within seconds, whatever storage does, and leaves nothing open if it can."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import boto3
+import pytest
+import yaml
+
+from tests import runs
+from tests.checkpoints import Family, make_family
+from tests.fault_proxy import Fault, FaultyProxy, Request, Weather
+
+END_S = 10.0
+"""within which a process must be gone"""
+OPTIONS = ("--memory", "1GiB", "--device", "cpu", "--quiet")
+SHAPES = {f"model.layers.{index}.weight": (1024, 2048) for index in range(7)}
+"""one shard of 29 MB, from two models of that size"""
+ANSWERED_BYTES = 24 << 20
+"""of a model: enough for the upload of the first part, not for the end"""
+races = pytest.mark.races
+
+
+class StallingProxy(FaultyProxy):
+    """Never answers for the last bytes of a model, so that a merge hangs in the middle of its only shard."""
+
+    def next_fault(self, request: Request) -> Fault:
+        fault = super().next_fault(request)
+        first = int((request.header("range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        is_last_of_model = request.step == "get" and "/models/" in request.path and first >= ANSWERED_BYTES
+        return "stall" if is_last_of_model else fault
+
+
+@dataclass
+class Place:
+    """A recipe over models in a bucket, which is the output's too, behind a proxy."""
+
+    recipe: Path
+    bucket: str
+    proxy: FaultyProxy
+    s3: Any
+
+    @property
+    def output(self) -> str:
+        return f"s3://{self.bucket}/merged"
+
+    def uploads(self) -> list[str]:
+        return [upload["Key"] for upload in self.s3.list_multipart_uploads(Bucket=self.bucket).get("Uploads", ())]
+
+    def keys(self) -> list[str]:
+        page = self.s3.list_objects_v2(Bucket=self.bucket, Prefix="merged/", MaxKeys=1000)
+        return [entry["Key"] for entry in page.get("Contents", ())]
+
+    def grow_old(self) -> None:
+        """Make claim and records of runs those of an hour ago."""
+        for key in self.keys():
+            if key.endswith("claim.json") or "/runs/" in key:
+                record = json.loads(self.s3.get_object(Bucket=self.bucket, Key=key)["Body"].read())
+                body = json.dumps(record | {"heartbeat": time.time() - 3600})
+                self.s3.put_object(Bucket=self.bucket, Key=key, Body=body.encode())
+
+    def reach(self, client: str) -> None:
+        """Have the recipe reach the bucket through the proxy."""
+        content = yaml.safe_load(self.recipe.read_text())
+        content["stockflow"] = {"storage": {f"s3://{self.bucket}/": {"endpoint": self.proxy.url, "client": client}}}
+        self.recipe.write_text(yaml.safe_dump(content))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("models"), 2, SHAPES)
+
+
+@pytest.fixture
+def place(family: Family, tmp_path: Path, s3_endpoint: str, s3_bucket: str) -> Iterator[Place]:
+    s3 = boto3.client("s3", endpoint_url=s3_endpoint)
+    urls = []
+    for folder in family.tuned:
+        for file in folder.iterdir():
+            s3.put_object(Bucket=s3_bucket, Key=f"models/{folder.name}/{file.name}", Body=file.read_bytes())
+        urls.append(f"s3://{s3_bucket}/models/{folder.name}")
+    recipe = tmp_path / "recipe.yaml"
+    content = {"merge_method": "linear", "models": [{"model": url} for url in urls], "parameters": {"weight": 1.0}}
+    recipe.write_text(yaml.safe_dump(content))
+    with StallingProxy(s3_endpoint) as proxy:
+        yield Place(recipe, s3_bucket, proxy, s3)
+
+
+def start(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        runs.command(*arguments), cwd=runs.REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def end(process: "subprocess.Popen[str]", number: signal.Signals) -> tuple[float, str]:
+    """Send a signal; return how many seconds the process took to end, and what it said."""
+    started = time.monotonic()
+    process.send_signal(number)
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    return time.monotonic() - started, said
+
+
+@pytest.mark.parametrize(
+    ("number", "client", "executor"),
+    [
+        (signal.SIGTERM, "obstore", "local"),
+        pytest.param(signal.SIGINT, "fsspec", "local", marks=races),
+        pytest.param(signal.SIGTERM, "obstore", "ray", marks=races),
+        pytest.param(signal.SIGINT, "obstore", "local", marks=races),
+        pytest.param(signal.SIGTERM, "fsspec", "local", marks=races),
+        pytest.param(signal.SIGINT, "fsspec", "ray", marks=races),
+    ],
+)
+def test_an_upload_is_aborted_where_the_store_answers(
+    place: Place, number: signal.Signals, client: str, executor: str
+) -> None:
+    place.reach(client)
+    workers = ("--workers", 1, "--executor", executor)
+    process = start("merge", place.recipe, place.output, *OPTIONS, *workers)
+    wait_until(place.uploads, process)
+
+    process.send_signal(number)  # and once more below, as GNU timeout does
+    seconds, said = end(process, number)
+
+    assert process.returncode == 128 + number, said
+    assert seconds < END_S
+    assert place.uploads() == []
+    assert f"stopped by {number.name}; run the same command again to resume" in said
+    assert "Traceback" not in said
+    merged = place.keys()
+    assert not [key for key in merged if key.endswith(("manifest.json", ".safetensors")) or "/runs/" in key]
+
+
+@pytest.mark.parametrize(
+    ("outage", "client", "executor"),
+    [
+        ("stall", "obstore", "local"),
+        pytest.param("503", "fsspec", "local", marks=races),
+        pytest.param("503", "obstore", "local", marks=races),
+        pytest.param("stall", "fsspec", "local", marks=races),
+        pytest.param("503", "obstore", "ray", marks=races),
+        pytest.param("stall", "obstore", "ray", marks=races),
+    ],
+)
+def test_an_outage_keeps_nobody_waiting(
+    place: Place, outage: Literal["503", "stall"], client: str, executor: str
+) -> None:
+    place.reach(client)
+    process = start("merge", place.recipe, place.output, *OPTIONS, "--workers", 1, "--executor", executor)
+    wait_until(place.uploads, process)
+    place.proxy.weathers = [Weather({outage: 1.0}, seed=0)]
+    time.sleep(1)
+
+    seconds, said = end(process, signal.SIGTERM)
+    place.proxy.weathers = []
+    left = place.uploads()
+    place.grow_old()
+    cleaned = runs.run("clean", place.output, "--recipe", place.recipe, "--yes")
+
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert seconds < END_S
+    assert "stopped by SIGTERM; run the same command again to resume" in said
+    assert "stockflow clean" in said
+    assert "Traceback" not in said, said
+    assert left == ["merged/model.safetensors"]
+    assert cleaned.returncode == 0, cleaned.stderr
+    assert place.uploads() == []
+
+
+def test_a_second_signal_ends_at_once(place: Place) -> None:
+    place.reach("obstore")
+    process = start("merge", place.recipe, place.output, *OPTIONS)
+    wait_until(lambda: any("claim.json" in request for request in place.proxy.requests), process)
+    place.proxy.weathers = [Weather({"stall": 1.0}, seed=0)]
+    time.sleep(0.5)
+
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    seconds, said = end(process, signal.SIGTERM)
+
+    assert process.returncode == 128 + signal.SIGTERM
+    assert seconds < 1
+    assert "Ended at once" in said
+
+
+def test_a_stalled_input_leaves_no_temporary_file(place: Place, tmp_path: Path) -> None:
+    place.reach("obstore")
+    output = tmp_path / "out"
+    process = start("merge", place.recipe, output, *OPTIONS)
+    wait_until(lambda: runs.leftovers(output), process)
+
+    seconds, said = end(process, signal.SIGTERM)
+
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert seconds < END_S
+    assert runs.leftovers(output) == []
+    assert "stopped by SIGTERM; run the same command again to resume" in said
+    assert "Traceback" not in said

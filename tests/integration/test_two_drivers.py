@@ -1,0 +1,286 @@
+"""Two drivers and one prefix: the same plan twice is harmless, another plan or other bits never get in."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from stockflow.storage import StorageConfig
+from stockflow.verify import verify
+from tests import runs
+from tests.checkpoints import make_family, write_recipe
+from tests.fault_proxy import Fault, FaultyProxy, Request
+
+OPTIONS = ("--shard-size", "800kB", "--memory", "600MiB", "--workers", "1", "--device", "cpu", "--quiet")
+SHAPES = {f"model.layers.{index}.weight": (400, 1000) for index in range(12)}
+NUM_ROUNDS = 20
+OTHER_CLASS = "from stockflow import cli, host; host.HostArithmetic.numerics_class = 'cuda-sm90'; cli.main()"
+"""A machine without a GPU that says it has one: nothing else about it matters here."""
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two plans over the same models."""
+    folder = tmp_path_factory.mktemp("models")
+    family = make_family(folder, 2, SHAPES)
+    other = {"per_model": {"weight": [0.3, 0.7]}, "with_base": False}
+    return (
+        write_recipe(folder / "one.yaml", "model_stock", family),
+        write_recipe(folder / "other.yaml", "linear", family, **other),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipes: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The digests of the shards of both plans."""
+    outputs = [tmp_path_factory.mktemp("undisturbed") / str(number) for number in range(2)]
+    for recipe, output in zip(recipes, outputs, strict=True):
+        runs.merge_here(recipe, output, shard_size=800_000)
+    return [runs.shard_digests(output) for output in outputs]
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[FaultyProxy]:
+    with FaultyProxy(s3_endpoint) as server:
+        yield server
+
+
+def start(*arguments: object, script: str = "") -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", script, *map(str, arguments)] if script else runs.command(*arguments)
+    return subprocess.Popen(
+        command, cwd=runs.REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+
+def finish(*processes: "subprocess.Popen[str]") -> list[tuple[int, str]]:
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def with_storage(recipe: Path, folder: Path, url: str, **options: str) -> Path:
+    """Return the same recipe with storage options for a URL."""
+    content: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    content["stockflow"] = {"storage": {url: options}}
+    path = folder / recipe.name
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+# At the same instant
+
+
+def race(first: Path, second: Path, outputs: Sequence[str]) -> list[tuple[str, str]]:
+    """Have two processes claim every output at the same moment; return what each of them got, by output."""
+    rivals = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.rival", str(recipe), *outputs], cwd=runs.REPOSITORY, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        for recipe in (first, second)
+    ]  # fmt: skip
+    for rival in rivals:
+        assert rival.stdout
+        assert rival.stdout.readline() == "ready\n"
+    moment = str(time.time() + 0.3)
+    for rival in rivals:
+        assert rival.stdin
+        rival.stdin.write(f"{moment}\n")
+        rival.stdin.flush()
+    return list(zip(*(json.loads(rival.communicate(timeout=120)[0]) for rival in rivals), strict=True))
+
+
+STORES = ["local", "s3-obstore", "weak-obstore"]
+OTHER_STORES = [pytest.param(store, marks=pytest.mark.races) for store in ("s3-fsspec", "weak-fsspec")]
+
+
+@pytest.mark.parametrize("store", [*STORES, *OTHER_STORES])
+def test_one_of_two_plans_gets_the_prefix_at_the_same_instant(
+    store: str, recipes: tuple[Path, Path], tmp_path: Path, s3_bucket: str, proxy: FaultyProxy
+) -> None:
+    top = f"s3://{s3_bucket}" if store != "local" else str(tmp_path)
+    if store != "local":
+        kind, client = store.split("-")
+        proxy.ignored_headers |= {"if-none-match", "if-match"} if kind == "weak" else set()
+        recipes = tuple(with_storage(r, tmp_path, f"{top}/", endpoint=proxy.url, client=client) for r in recipes)  # type: ignore[assignment]
+
+    results = race(*recipes, [f"{top}/{number}" for number in range(NUM_ROUNDS)])
+
+    assert len(results) == NUM_ROUNDS
+    for result in results:
+        assert sorted(told == "ours" for told in result) == [False, True], result
+        (refusal,) = (told for told in result if told != "ours")
+        assert "claimed by" in refusal
+        assert "another plan" in refusal
+
+
+@pytest.mark.parametrize("is_weak", [False, pytest.param(True, marks=pytest.mark.races)])
+def test_the_same_plan_gets_in_twice_at_the_same_instant(
+    is_weak: bool, recipes: tuple[Path, Path], tmp_path: Path, s3_bucket: str, proxy: FaultyProxy
+) -> None:
+    proxy.ignored_headers |= {"if-none-match", "if-match"} if is_weak else set()
+    recipe = with_storage(recipes[0], tmp_path, f"s3://{s3_bucket}/", endpoint=proxy.url)
+
+    results = race(recipe, recipe, [f"s3://{s3_bucket}/{number}" for number in range(NUM_ROUNDS)])
+
+    assert results == [("ours", "ours")] * NUM_ROUNDS
+
+
+# Whole merges
+
+
+ROUNDS = [0, *(pytest.param(number, marks=pytest.mark.races) for number in range(1, NUM_ROUNDS))]
+
+
+@pytest.mark.parametrize("number", ROUNDS)
+def test_the_same_plan_twice_at_once_on_disk(
+    number: int, recipes: tuple[Path, Path], undisturbed: list[dict[str, str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+
+    results = finish(*(start("merge", recipes[0], output, *OPTIONS) for _ in range(2)))
+
+    assert [code for code, _ in results] == [0, 0], results
+    assert undisturbed[0] == runs.shard_digests(output)
+    assert verify(str(output), StorageConfig()).findings == ()
+    assert runs.leftovers(output) == []
+    assert not list(output.glob("_stockflow/*/runs/*"))
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("is_weak", [False, True])
+@pytest.mark.parametrize("number", range(NUM_ROUNDS))
+def test_two_drivers_at_once_on_s3(
+    number: int, is_weak: bool, recipes: tuple[Path, Path], undisturbed: list[dict[str, str]], tmp_path: Path,
+    s3_endpoint: str, s3_bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In even rounds the same plan twice, in odd ones two plans."""
+    proxy.ignored_headers |= {"if-none-match", "if-match"} if is_weak else set()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    output = f"s3://{s3_bucket}/out"
+    is_same = number % 2 == 0
+
+    results = finish(*(start("merge", recipe, output, *OPTIONS) for recipe in (recipes[0], recipes[not is_same])))
+
+    codes = [code for code, _ in results]
+    assert sorted(codes) == ([0, 0] if is_same else [0, 2]), results
+    found = verify(output, StorageConfig())
+    assert found.findings == ()
+    s3 = boto3.client("s3", endpoint_url=s3_endpoint)
+    manifest = json.loads(s3.get_object(Bucket=s3_bucket, Key="out/manifest.json")["Body"].read())
+    expected = undisturbed[0 if is_same else codes.index(0)]
+    assert expected == {key: manifest["files"][key]["sha256"] for key in expected}
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=s3_bucket)
+
+
+class LosesAnswers(FaultyProxy):
+    """Carries out the first exclusive creation of each key, and says nothing."""
+
+    def next_fault(self, request: Request) -> Fault:
+        is_first = bool(request.header("if-none-match")) and f"{request.method} {request.path}" not in self.requests
+        fault = super().next_fault(request)
+        return "lost" if is_first else fault
+
+
+@pytest.mark.parametrize("client", ["obstore", pytest.param("fsspec", marks=pytest.mark.races)])
+def test_a_creation_whose_answer_is_lost_is_our_own(
+    client: str, recipes: tuple[Path, Path], tmp_path: Path, s3_endpoint: str, s3_bucket: str
+) -> None:
+    output = f"s3://{s3_bucket}/out"
+    with LosesAnswers(s3_endpoint) as losing:
+        recipe = with_storage(recipes[0], tmp_path, f"s3://{s3_bucket}/", endpoint=losing.url, client=client)
+        finished = runs.run("merge", recipe, output, *OPTIONS)
+        created = [
+            request
+            for request, headers in zip(losing.requests, losing.headers, strict=True)
+            if "if-none-match" in headers and request.endswith(("claim.json", "manifest.json", "000000.json"))
+        ]
+
+    assert finished.returncode == 0, finished.stderr
+    assert len(set(created)) == 3
+    assert len(created) == 6, "each was asked for twice"
+
+
+# Numerics classes, and runs that lost the prefix
+
+
+def until_a_receipt(process: "subprocess.Popen[str]", output: Path, count: int = 1) -> None:
+    while len(list(output.glob("_stockflow/*/receipts/*.json"))) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def test_an_output_keeps_to_one_numerics_class(
+    recipes: tuple[Path, Path], undisturbed: list[dict[str, str]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    stopped = start("merge", recipes[0], output, *OPTIONS, script=OTHER_CLASS)
+    until_a_receipt(stopped, output)
+    stopped.send_signal(signal.SIGTERM)
+    finish(stopped)
+    (agreed,) = {receipt["numerics_class"] for receipt in runs.receipts(output)}
+
+    refused = runs.run("merge", recipes[0], output, *OPTIONS)
+    anew = runs.run("merge", recipes[0], output, *OPTIONS[:-1], "--overwrite")
+
+    assert refused.returncode == 2
+    assert f"is merged on machines of class {agreed}, and this one computes as" in refused.stderr
+    assert anew.returncode == 0, anew.stderr
+    assert "they are merged again as" in anew.stderr
+    assert undisturbed[0] == runs.shard_digests(output)
+    assert len({receipt["numerics_class"] for receipt in runs.receipts(output)}) == 1
+    assert verify(str(output), StorageConfig()).findings == ()
+
+
+def test_a_live_run_of_another_class_is_not_disturbed(recipes: tuple[Path, Path], tmp_path: Path) -> None:
+    """Else its shards, published meanwhile, would be replaced by other bits."""
+    output = tmp_path / "out"
+    alive = start("merge", recipes[0], output, *OPTIONS, script=OTHER_CLASS)
+    until_a_receipt(alive, output)
+    alive.send_signal(signal.SIGSTOP)
+    try:
+        refused = [runs.run("merge", recipes[0], output, *OPTIONS, *more) for more in ((), ("--overwrite",))]
+    finally:
+        alive.send_signal(signal.SIGCONT)
+    ((code, said),) = finish(alive)
+
+    assert [process.returncode for process in refused] == [2, 2]
+    assert all("would not fit together bit for bit" in process.stderr for process in refused)
+    assert code == 0, said
+    assert verify(str(output), StorageConfig()).findings == ()
+    assert len({receipt["numerics_class"] for receipt in runs.receipts(output)}) == 1
+
+
+def published(output: Path) -> dict[str, int]:
+    """Return the files directly in an output and when they were written, those being written left out."""
+    return {path.name: path.stat().st_mtime_ns for path in output.glob("[!.]*") if path.is_file()}
+
+
+def test_a_run_whose_prefix_was_taken_writes_no_more_shards(
+    recipes: tuple[Path, Path], undisturbed: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """It slept while --overwrite replaced and published the prefix; its shards have the same names."""
+    output = tmp_path / "out"
+    asleep = start("merge", recipes[0], output, *OPTIONS)
+    until_a_receipt(asleep, output, 2)
+    asleep.send_signal(signal.SIGSTOP)
+    try:
+        taken = runs.run("merge", recipes[1], output, *OPTIONS, "--overwrite")
+        before = published(output)
+    finally:
+        asleep.send_signal(signal.SIGCONT)
+    ((code, said),) = finish(asleep)
+
+    assert taken.returncode == 0, taken.stderr
+    assert code == 2
+    assert "was taken by another plan" in said
+    assert undisturbed[1] == runs.shard_digests(output)
+    assert before == published(output)
+    assert verify(str(output), StorageConfig()).findings == ()
