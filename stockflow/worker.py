@@ -165,6 +165,7 @@ class Worker:
             peak_memory_bytes=peak_memory_bytes(),
             tensors=tuple(run.facts),
         )
+        self.check_owner()
         self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
         return receipt
 

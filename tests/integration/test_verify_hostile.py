@@ -273,7 +273,10 @@ def one_long_list() -> bytes:
     return bomb_table(delta_norms=pa.ListArray.from_arrays(pa.array([0, 30_000_000], pa.int32()), values))
 
 
-@pytest.mark.parametrize("make", [many_rows, one_long_text_in_every_row, one_long_list], ids=lambda make: make.__name__)
+SLOW_TABLES = [pytest.param(make, marks=pytest.mark.scale) for make in (one_long_text_in_every_row, one_long_list)]
+
+
+@pytest.mark.parametrize("make", [many_rows, *SLOW_TABLES], ids=lambda make: make.__name__)
 def test_a_table_that_grows_is_a_finding(output: Path, make: Callable[[], bytes]) -> None:
     key = record(output, "tensors.parquet")
     payload = make()
