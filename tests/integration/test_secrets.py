@@ -21,7 +21,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from stockflow.cli import _exit_codes, app
+from stockflow.cli import app, exit_codes
 from stockflow.storage import fs, objects
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import forget_session
@@ -265,7 +265,7 @@ def test_a_secret_on_the_command_line_is_refused_before_anything_hears_of_it(
 def test_a_bug_is_printed_without_secrets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_TOKEN", CANARIES["HF_TOKEN"])
 
-    with pytest.raises(typer.Exit), _exit_codes():
+    with pytest.raises(typer.Exit), exit_codes():
         raise RuntimeError(f"GET https://{IN_URLS['user']}:x@host/?{IN_URLS['signature']} by {CANARIES['HF_TOKEN']}")
 
     told = capsys.readouterr().err

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from stockflow import __version__
-from stockflow.cli import _exit_codes, app
+from stockflow.cli import app, exit_codes
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import REPOSITORY, command, run
 
@@ -491,7 +491,7 @@ def test_a_finding_is_4(world: World) -> None:
 
 
 def test_a_bug_is_70_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as caught, _exit_codes():
+    with pytest.raises(typer.Exit) as caught, exit_codes():
         raise RuntimeError("the unforeseen")
 
     assert caught.value.exit_code == 70

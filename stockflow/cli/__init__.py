@@ -1,0 +1,54 @@
+"""The command line: wiring, printing, exit codes. A command is a function in a module of this folder, listed below."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from stockflow import __version__
+from stockflow.cli.checking import clean, verify
+from stockflow.cli.demonstration import demo
+from stockflow.cli.exits import exit_codes
+from stockflow.cli.merging import merge, plan
+
+app = typer.Typer(
+    help="Exact, streaming merges of checkpoints too large for one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done; 2 change recipe, inputs or budget; 3 storage failed, run again to resume; "
+    "4 verify found something; 5 compute was lost; 70 our bug; 130/143 interrupted, resumable.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"stockflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from stockflow.recipe import recipe_schema
+
+    with exit_codes():
+        print(json.dumps(recipe_schema(), indent=1), flush=True)
+
+
+for command in (merge, plan, verify, clean, demo, schema):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

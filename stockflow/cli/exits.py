@@ -1,0 +1,31 @@
+"""Errors become one clear message and the exit code of their kind."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from stockflow.errors import EXIT_BUG, EXIT_USER, StockflowError
+from stockflow.redaction import without_secrets
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn errors into one clear message and the exit code of their kind."""
+    try:
+        yield
+    except StockflowError as error:
+        print(f"stockflow: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_USER) from None
+    except Exception:
+        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
+        print("stockflow: this is a bug in stockflow; please report the lines above", file=sys.stderr)
+        raise typer.Exit(EXIT_BUG) from None
