@@ -8,6 +8,7 @@ Shape suffixes: M sources (anchor first), E elements of a span, G groups, K elem
 """
 
 import threading
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -47,6 +48,9 @@ class CudaArithmetic:
         """Return page-locked memory, from which copies run beside the computation."""
         memory: Bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
         return memory
+
+    def prepare(self, jobs: Iterable[TensorJob]) -> None:
+        """Do nothing: torch loads its kernels when the device is opened."""
 
     def gram(self, span: LoadedPiece, group_elems: int) -> Floats:
         """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M)."""

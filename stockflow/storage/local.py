@@ -56,16 +56,25 @@ class LocalStore:
     def read_into(self, key: str, start: int, buffer: memoryview, stamp: Stamp) -> None:
         """Fill ``buffer``; the file's stamp is compared before and after the bytes are read."""
         path = self._path(key)
-        with _named(path, "read"), open(path, "rb", buffering=0) as file:
-            found = _stamp_of(os.fstat(file.fileno()))
-            if found == stamp:
-                _read_exactly(file.fileno(), buffer, start, path)
-                found = _stamp_of(os.fstat(file.fileno()))
+        with _named(path, "read"):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = _stamp_of(os.fstat(descriptor))
+                if found == stamp:
+                    _read_exactly(descriptor, buffer, start, path)
+                    found = _stamp_of(os.fstat(descriptor))
+            finally:
+                os.close(descriptor)
         if found != stamp:
             raise InputChangedError(
                 f"{path} changed since it was planned: expected {stamp.size} bytes, {stamp.version}; "
                 f"found {found.size} bytes, {found.version}. Restore the file, or plan again"
             )
+
+    def read_soon(self, key: str, start: int, num_bytes: int) -> None:
+        """Let the system fetch a range from the disk, without waiting for it; reading it is where errors show."""
+        with suppress(OSError), open(self._path(key), "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), start, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def list(self, prefix: str = "") -> dict[str, Stamp]:
         """Return all files below ``prefix``, files being written left out."""
@@ -172,7 +181,7 @@ class LocalStore:
         return True
 
     def _path(self, key: str) -> str:
-        return os.path.join(self.url, check_key(key))
+        return f"{self.url}/{check_key(key)}"
 
 
 class _NewFile:
