@@ -7,6 +7,7 @@ copying five BF16 sources took 1.2 ns per element, first touching as much memory
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from stockflow.buffers import Bytes, allocate
 from stockflow.kernels.floats import Slab, slab_of
 from stockflow.plan import CheckpointRef, TensorJob
 from stockflow.schedule import ALIGNMENT, Load, Step
-from stockflow.storage import LocalStore
+from stockflow.storage import LocalStore, PinnedFile
 from stockflow.units import LoadedPiece
 
 
@@ -38,7 +39,7 @@ class Scratch:
 
 
 class DirectReader:
-    """Reads the sources of spans into the scratch of the calling thread."""
+    """Reads the sources of spans into the scratch of the calling thread; files stay open until the context ends."""
 
     def __init__(
         self,
@@ -59,6 +60,17 @@ class DirectReader:
         self._stores = stores
         self._scratch = scratch
         self._on_read = on_read
+        self._opened = ExitStack()
+        self._files: dict[tuple[int, str], PinnedFile] = {}
+        self._opening = threading.Lock()
+
+    def __enter__(self) -> "DirectReader":
+        """Begin with no file open."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._opened.close()
 
     def read(self, job: TensorJob, start: int, stop: int) -> LoadedPiece:
         """Return elements of a tensor, valid until this thread reads again.
@@ -72,18 +84,26 @@ class DirectReader:
         offsets = _aligned(sizes)
         buffer, slab = self._scratch.of_this_thread(offsets[-1] + sizes[-1])
         for source, width, size, offset in zip(job.sources, job.source_widths, sizes, offsets, strict=True):
-            file, first = source.extent
-            stamp = self._checkpoints[source.checkpoint].files[file]
-            target = buffer.data[offset : offset + size]
-            self._stores[source.checkpoint].read_into(file, first + width * start, target, stamp)
+            file = self._file(source.checkpoint, source.extent.file)
+            file.read_into(source.extent.start + width * start, buffer.data[offset : offset + size])
         self._on_read(sum(sizes), time.perf_counter() - started)
         return LoadedPiece(job, start, stop, slab, buffer, offsets)
 
     def read_soon(self, load: Load) -> None:
         """Let the disk begin with what will be read later."""
         for request in load.requests:
-            store = self._stores[request.checkpoint]
-            store.read_soon(request.file, request.start, request.stop - request.start)
+            self._file(request.checkpoint, request.file).read_soon(request.start, request.stop - request.start)
+
+    def _file(self, checkpoint: int, key: str) -> PinnedFile:
+        found = self._files.get((checkpoint, key))
+        if found is None:
+            with self._opening:
+                found = self._files.get((checkpoint, key))
+                if found is None:
+                    stamp = self._checkpoints[checkpoint].files[key]
+                    found = self._opened.enter_context(self._stores[checkpoint].open_pinned(key, stamp))
+                    self._files[checkpoint, key] = found
+        return found
 
 
 def _aligned(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -259,7 +259,9 @@ class _ShardRun:
                     on_read=self._count_read,
                 )
             )
-            reader = DirectReader(worker._spec.checkpoints, worker._local_stores, worker._scratch, self._count_read)
+            reader = stack.enter_context(
+                DirectReader(worker._spec.checkpoints, worker._local_stores, worker._scratch, self._count_read)
+            )
             lookahead = Lookahead(steps, reader)
             writer.write_header(self._shard.header)
             for step in steps:

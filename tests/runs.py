@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def grown_bytes() -> int:
-    """Return what this process holds beyond a fresh worker, or will once kernels are loaded: a worker in it has less."""
+    """Return what this process holds beyond a fresh worker, or will with kernels loaded: a worker in it has less."""
     return max(current_memory_bytes() + GROWTH_BYTES["cpu"] - BASELINE_BYTES["cpu"], 0) + 64 * MIB
 
 

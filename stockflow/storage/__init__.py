@@ -14,7 +14,7 @@ from stockflow.storage.base import (
     check_stamp,
     read_small,
 )
-from stockflow.storage.local import LocalStore
+from stockflow.storage.local import LocalStore, PinnedFile
 from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "LocalStore",
     "NewObject",
     "Pin",
+    "PinnedFile",
     "Sink",
     "Stamp",
     "StorageConfig",

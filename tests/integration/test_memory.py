@@ -22,7 +22,7 @@ NUM_ROWS = PERIOD_ROWS * NUM_PERIODS
 
 @pytest.fixture(scope="module")
 def large_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """Base and two models with one tensor, 344 MB of sources: more than --memory, more than twice what it leaves for them."""
+    """Base and two models with one tensor: its sources take 344 MB, more than all of --memory."""
     folder = tmp_path_factory.mktemp("large")
     random = torch.Generator().manual_seed(1)
 
