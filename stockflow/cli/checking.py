@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.options import AsJson, Memory, OutputArgument, Quiet, size_option
+from stockflow.cli.options import AsJson, Memory, OutputArgument, Quiet, StorageRecipe, size_option
 from stockflow.errors import EXIT_FINDINGS, RecipeError
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def verify(
         int | None, typer.Option(min=0, help="Which tensors a sample takes. Default: others each time; it is printed.")
     ] = None,
     memory: Memory = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe whose storage options apply (endpoints, anonymous access).")
-    ] = None,
+    recipe: StorageRecipe = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -70,9 +68,7 @@ def verify(
 def clean(
     output: OutputArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is shown.")] = False,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe whose storage options apply (endpoints, anonymous access).")
-    ] = None,
+    recipe: StorageRecipe = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -57,6 +57,9 @@ Executor = Annotated[
 GpusPerWorker = Annotated[float, typer.Option(min=0.0, help="Ray: GPUs per worker; a fraction lets several share one.")]
 Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch sees one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output prefix holds.")]
+StorageRecipe = Annotated[
+    str | None, typer.Option("--recipe", help="Recipe whose storage options apply (endpoints, anonymous access).")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 

@@ -20,7 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__main__",
         "cli",
         "demo",
-        "reporting execution verify clean",
+        "reporting execution verify clean comparing",
+        "differences",
         "describe",
         "driver",
         "commit worker",
@@ -37,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "methods receipts writer",
         "kernels header storage",
         "buffers gram spans executors records sealed interruption",
-        "errors strictjson redaction",
+        "errors strictjson redaction events",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""

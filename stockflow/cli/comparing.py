@@ -1,0 +1,44 @@
+"""``stockflow diff``."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from stockflow.cli.exits import exit_codes
+from stockflow.cli.options import AsJson, Memory, Quiet, StorageRecipe, size_option
+from stockflow.errors import EXIT_DIFFERENT
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Checkpoint: a folder, a URL, or org/name on the hub.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one; distances are relative to A.")],
+    memory: Memory = None,
+    recipe: StorageRecipe = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor, streamed from anywhere. Exit 0 when they are equal, 1 when not.
+
+    Equal means: the same names, shapes, dtypes and bits. For each tensor: relative distance, cosine, largest
+    change, elements that differ, and how many roundings of the dtype they are apart. Order and files do not matter.
+    """
+    from stockflow.budget import default_memory
+    from stockflow.comparing import compare_checkpoints
+    from stockflow.recipe import load_recipe, resolve_location
+    from stockflow.storage import StorageConfig
+
+    with exit_codes():
+        config = load_recipe(recipe).storage if recipe else StorageConfig()
+        found = compare_checkpoints(
+            resolve_location(a),
+            resolve_location(b),
+            config,
+            memory_bytes=size_option("--memory", memory) or default_memory(),
+        )
+        if as_json:
+            print(json.dumps(found.facts(), indent=1))
+        elif not quiet:
+            print(found)
+        if not found.is_equal:
+            raise typer.Exit(EXIT_DIFFERENT)
