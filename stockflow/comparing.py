@@ -93,7 +93,7 @@ def compare_checkpoints(
     started = time.perf_counter()
     on_event(Stage("opening checkpoints", unit="files"))
     stores = [open_store(pin_revision(location), config) for location in (location_a, location_b)]
-    checkpoints = open_checkpoints(stores)
+    checkpoints = open_checkpoints(stores, lambda file: on_event(Done(file)))
     pairs, unmatched = _matched(*checkpoints)
     jobs = [_job(*pair) for pair in pairs]
     on_event(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from stockflow import notebook
 from stockflow.budget import gb
 from stockflow.card import kind_of
 from stockflow.storage import redact
@@ -185,6 +186,30 @@ class CheckpointDifference:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        """Return tables for a notebook: layers, kinds, and the tensors that differ."""
+        differing = f"{len(self.differing)} of {len(self.tensors)} tensors differ"
+        head = {
+            "a": redact(self.url_a),
+            "b": redact(self.url_b),
+            "only in a": ", ".join(self.only_in_a[:NUM_SHOWN]) or None,
+            "only in b": ", ".join(self.only_in_b[:NUM_SHOWN]) or None,
+            "not comparable": ", ".join(map(str, self.unmatched[:NUM_SHOWN])) or None,
+        }
+        columns = ("name", "num_differing", "num_elems", "relative_distance", "cosine", "largest_change")
+        rows = [[getattr(tensor, column) for column in columns] for tensor in self.differing[:NUM_SHOWN]]
+        groups = [
+            [group.name, group.num_differing_tensors, group.num_tensors, group.relative_distance]
+            for group in self.by_layer()
+            if group.num_differing_tensors
+        ]
+        return notebook.block(
+            "diff: equal, bit for bit" if self.is_equal else f"diff: {differing}",
+            notebook.facts({key: value for key, value in head.items() if value is not None}),
+            notebook.table(("layer", "tensors that differ", "of", "relative distance"), groups),
+            notebook.table(("tensor", "elements that differ", "of", *columns[3:]), rows),
+        )
 
 
 def in_words(tensor: TensorDifference) -> str:

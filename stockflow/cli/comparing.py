@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.options import AsJson, Memory, Quiet, StorageRecipe, size_option
+from stockflow.cli.options import AsJson, Memory, Progress, ProgressName, Quiet, StorageRecipe, followed, size_option
 from stockflow.errors import EXIT_DIFFERENT
 
 
@@ -15,6 +15,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="The other one; distances are relative to A.")],
     memory: Memory = None,
     recipe: StorageRecipe = None,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -23,19 +24,12 @@ def diff(
     Equal means: the same names, shapes, dtypes and bits. For each tensor: relative distance, cosine, largest
     change, elements that differ, and how many roundings of the dtype they are apart. Order and files do not matter.
     """
-    from stockflow.budget import default_memory
-    from stockflow.comparing import compare_checkpoints
-    from stockflow.recipe import load_recipe, resolve_location
-    from stockflow.storage import StorageConfig
+    from stockflow import api
+    from stockflow.reporting import DELAY_S
 
     with exit_codes():
-        config = load_recipe(recipe).storage if recipe else StorageConfig()
-        found = compare_checkpoints(
-            resolve_location(a),
-            resolve_location(b),
-            config,
-            memory_bytes=size_option("--memory", memory) or default_memory(),
-        )
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+            found = api.diff(a, b, memory=size_option("--memory", memory), recipe=recipe, on_event=on_event)
         if as_json:
             print(json.dumps(found.facts(), indent=1))
         elif not quiet:

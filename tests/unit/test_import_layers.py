@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "__main__",
         "cli",
-        "demo",
+        "demo api",
         "reporting execution verify clean comparing",
         "differences",
         "describe",
@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "methods receipts writer",
         "kernels header storage",
         "buffers gram spans executors records sealed interruption",
-        "errors strictjson redaction events",
+        "errors strictjson redaction events notebook",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
