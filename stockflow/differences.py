@@ -11,7 +11,9 @@ from stockflow.card import kind_of
 from stockflow.storage import redact
 
 NUM_SHOWN = 20
-"""Tensors and names a summary lists."""
+"""Names and groups a summary lists."""
+NUM_FARTHEST = 10
+"""Tensors a summary lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class GroupDifference:
     num_differing: int
     relative_distance: float | None
     """of all their floats as one vector"""
+    roundings: tuple[int, int, int, int]
+    """how many of their floats are 0, 1, 2 and more roundings apart"""
     most_roundings: int
     largest_change: float | None
     largest_in: str | None
@@ -179,8 +183,8 @@ class CheckpointDifference:
         yield from _table("layer", [group for group in self.by_layer() if group.num_differing_tensors])
         yield from _table("kind", [group for group in self.by_kind() if group.num_differing_tensors])
         yield ""
-        yield f"  tensors, the relatively farthest first{_cut(num_differing)}"
-        for tensor in self.differing[:NUM_SHOWN]:
+        yield f"  tensors, the relatively farthest first{_cut(num_differing, NUM_FARTHEST)}"
+        for tensor in self.differing[:NUM_FARTHEST]:
             yield f"    {tensor.name}: {in_words(tensor)}"
         yield f"next: stockflow diff {a} {b} --json lists every tensor"
 
@@ -222,7 +226,7 @@ def in_words(tensor: TensorDifference) -> str:
     parts.append(f"{tensor.num_differing:,} of {tensor.num_elems:,} elements differ")
     if tensor.distance is None:
         return ", ".join([*parts, f"the first at {tensor.first_differing:,}"])
-    parts.append(f"relative distance {shown(tensor.relative_distance)}, cosine {shown(tensor.cosine)}")
+    parts.append(f"relative distance {shown(tensor.relative_distance)}, cosine {_precise(tensor.cosine)}")
     if tensor.largest_at is not None:
         parts.append(f"largest change {shown(tensor.largest_change)} at {tensor.largest_at:,}")
     parts.append(f"up to {tensor.most_roundings:,} roundings apart")
@@ -257,6 +261,7 @@ def _together(name: str, members: Sequence[TensorDifference]) -> GroupDifference
     changed = [tensor for tensor in floats if tensor.largest_at is not None]
     largest = max(changed, key=lambda tensor: tensor.largest_change or 0.0, default=None)
     distance, norm = (math.hypot(*(getattr(tensor, side) for tensor in floats)) for side in ("distance", "norm_a"))
+    counts = [sum(tensor.roundings[place] for tensor in floats) for place in range(4)]
     return GroupDifference(
         name=name,
         num_tensors=len(members),
@@ -264,6 +269,7 @@ def _together(name: str, members: Sequence[TensorDifference]) -> GroupDifference
         num_elems=sum(tensor.num_elems for tensor in members),
         num_differing=sum(tensor.num_differing for tensor in members),
         relative_distance=relative(distance, norm) if floats else None,
+        roundings=(counts[0], counts[1], counts[2], counts[3]),
         most_roundings=max((tensor.most_roundings or 0 for tensor in floats), default=0),
         largest_change=largest.largest_change if largest else None,
         largest_in=largest.name if largest else None,
@@ -278,13 +284,14 @@ def _table(title: str, groups: Sequence[GroupDifference]) -> Iterator[str]:
     shown_groups = groups[:NUM_SHOWN]
     width = max(len(title), *(len(group.name) for group in shown_groups))
     yield ""
-    yield f"  {title:<{width}}  {'differ':>11}  {'elements':>9}  {'distance':>9}  {'roundings':>11}  largest change"
+    yield f"  {title:<{width}}  {'differ':>11}  {'elements':>9}  {'distance':>9}  {'> 2 roundings':>13}  largest change"
     for group in shown_groups:
         share = 100.0 * group.num_differing / max(group.num_elems, 1)
+        beyond = f"{100.0 * group.roundings[3] / sum(group.roundings):.3g} %" if sum(group.roundings) else "-"
         largest = "-" if group.largest_in is None else f"{shown(group.largest_change)} in {group.largest_in}"
         yield (
             f"  {group.name:<{width}}  {group.num_differing_tensors:>4} of {group.num_tensors:<3}  {share:>7.3g} %  "
-            f"{shown(group.relative_distance):>9}  {group.most_roundings:>11,}  {largest}"
+            f"{shown(group.relative_distance):>9}  {beyond:>13}  {largest}"
         )
     if len(groups) > NUM_SHOWN:
         yield f"  ... and {len(groups) - NUM_SHOWN} more"
@@ -296,8 +303,12 @@ def _listed(title: str, names: Sequence[str]) -> Iterator[str]:
         yield from (f"    {name}" for name in names[:NUM_SHOWN])
 
 
-def _cut(number: int) -> str:
-    return f" (the first {NUM_SHOWN} of {number})" if number > NUM_SHOWN else ""
+def _cut(number: int, most: int = NUM_SHOWN) -> str:
+    return f" (the first {most} of {number})" if number > most else ""
+
+
+def _precise(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"
 
 
 def layer_of(name: str) -> str:

@@ -15,7 +15,10 @@ from stockflow.reporting.state import Lane, Snapshot, State, duration, in_words
 REFRESH_S = 0.2
 LONG_S = 2.0
 """A stage that took longer leaves a line."""
-BAR_CELLS = 28
+WORDS_CELLS = 84
+"""What everything beside the bar takes, mostly."""
+BAR_CELLS = (8, 28)
+"""The least and the most of a bar."""
 
 
 class LiveDisplay(Ticking):
@@ -53,6 +56,8 @@ class LiveDisplay(Ticking):
     def __call__(self, event: Event) -> None:
         """Count an event; leave notes, and stages that took long, standing above the block."""
         ended = self._state.take(event)
+        if self._live.is_started and (ended is not None or isinstance(event, Note)):
+            self._live.refresh()  # what is printed above a block redraws its last picture
         if ended is not None and ended.elapsed_s >= LONG_S:
             self._console.print(_ended(ended), markup=False, highlight=False)
         if isinstance(event, Note):
@@ -68,13 +73,15 @@ class LiveDisplay(Ticking):
         now = self._state.snapshot()
         line = Table.grid(padding=(0, 1))
         line.add_column(no_wrap=True)
-        line.add_column(no_wrap=True, style="bold")
+        line.add_column(no_wrap=True, style="bold", min_width=len(now.stage.name))
         if now.share is None:
             line.add_row(self._spinner, now.stage.name, Text(in_words(now), style="dim"))
         else:
-            line.add_column(no_wrap=True)
+            least, most = BAR_CELLS
+            cells = min(max(self._console.width - len(now.stage.name) - WORDS_CELLS, least), most)
+            line.add_column(no_wrap=True, min_width=cells)
             line.add_column(no_wrap=True, overflow="ellipsis")
-            bar = ProgressBar(total=1.0, completed=now.share, width=BAR_CELLS)
+            bar = ProgressBar(total=1.0, completed=now.share, width=cells)
             line.add_row(self._spinner, now.stage.name, bar, Text(in_words(now)))
         return Group(line, _lanes(now)) if self._has_lanes and now.lanes else line
 
@@ -83,7 +90,7 @@ def _lanes(now: Snapshot) -> Table:
     table = Table.grid(padding=(0, 2))
     for _ in range(5):
         table.add_column(no_wrap=True, overflow="ellipsis")
-    for lane in now.lanes:
+    for lane in (lane for lane in now.lanes if lane.num_read or lane.num_written):
         table.add_row(f"  {lane.worker or 'here'}", *_cells(lane, now))
     return table
 

@@ -176,7 +176,7 @@ def in_words(state: Snapshot) -> str:
 
 def duration(seconds: float) -> str:
     """Return a time for people."""
-    whole = round(seconds)
+    whole = max(round(seconds), 1)
     if whole < 120:
         return f"{whole} s"
     if whole < 7200:
