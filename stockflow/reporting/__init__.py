@@ -43,11 +43,12 @@ class AsEvents:
 
     def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
         """Tell that merging begins, and what is there already."""
+        tensor_bytes = {shard.file: shard.num_bytes - len(shard.header) for shard in plan.shards}  # as workers count
         self._on_event(
             Stage(
                 "merging",
-                total_bytes=plan.num_output_bytes,
-                done_bytes=sum(receipt.size for receipt in resumed),
+                total_bytes=sum(tensor_bytes.values()),
+                done_bytes=sum(tensor_bytes[receipt.file] for receipt in resumed),
                 num_items=len(plan.shards),
                 num_done=len(resumed),
                 unit="shards",

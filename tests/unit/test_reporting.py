@@ -269,7 +269,14 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str,
     root = tmp_path_factory.mktemp("world")
     family = make_family(root, 2, {"w": (40, 16), "v": (16,)}, buffers=False)
     recipe = write_recipe(root / "recipe.yaml", "model_stock", family)
-    places = {"RECIPE": recipe, "OUT": root / "out", "A": family.base, "B": family.base, "MISSING": root / "missing"}
+    places = {
+        "RECIPE": recipe,
+        "OUT": root / "out",
+        "NEW": root / "new",
+        "A": family.base,
+        "B": family.base,
+        "MISSING": root / "missing",
+    }
 
     def run(*arguments: str) -> tuple[str, str]:
         words = [str(places.get(word, word)) for word in arguments]
@@ -281,7 +288,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str,
 
 
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
-    "merge": (["merge", "RECIPE", "OUT", "--overwrite"], ["opening checkpoints", "planning", "merging", "publishing"]),
+    "merge": (["merge", "RECIPE", "NEW"], ["opening checkpoints", "planning", "merging", "publishing"]),
     "plan": (["plan", "RECIPE", "OUT"], ["opening checkpoints", "planning", "looking at the output"]),
     "verify": (["verify", "OUT", "--inputs", "--sample", "100%"], ["verifying", "merging a sample again"]),
     "diff": (["diff", "A", "B"], ["opening checkpoints", "comparing"]),
