@@ -1,24 +1,26 @@
 """Two checkpoints compared tensor by tensor, streamed from wherever they are within a bound of memory.
 
 A tensor is compared by numbers where both sides are of BF16, F16, F32 or F64, in the wider format where they differ;
-everything else by bits. Each byte of both is read once, by the same prefetcher as in a merge.
+everything else by bits. Each byte of both is read once, by the same means as in a merge: the prefetcher, or for local
+files the threads that compare.
 """
 
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
-from stockflow.budget import BASELINE_BYTES, MIB, SPANS_AHEAD, client_bytes, divide
+from stockflow.budget import BASELINE_BYTES, SPANS_AHEAD, client_bytes, divide
 from stockflow.buffers import Pool, allocate
 from stockflow.checkpoint import Checkpoint, open_checkpoints
 from stockflow.differences import CheckpointDifference, TensorDifference, Unmatched
+from stockflow.direct import DirectReader, Lookahead, Scratch, UnreadPiece
 from stockflow.events import Done, Moved, OnEvent, Stage, ignore
 from stockflow.gram import Floats
 from stockflow.header import DTYPES, TensorSpec
@@ -30,15 +32,13 @@ from stockflow.plan import COPY_EQUAL, CheckpointRef, Source, TensorJob
 from stockflow.reader import LoadedSlab, Prefetcher
 from stockflow.schedule import Step, schedule
 from stockflow.spans import SPAN_ELEMS, span_bounds
-from stockflow.storage import StorageConfig, Store, check_stamp, open_store, pin_revision
-from stockflow.units import LoadedPiece
+from stockflow.storage import LocalStore, StorageConfig, Store, check_stamp, open_store, pin_revision
+from stockflow.units import LoadedPiece, Piece
 from stockflow.worker import NUM_LOCAL_READERS, NUM_OBJECT_READERS, map_ahead
 
-LOCAL_SLABS_BYTES = 24 * MIB
-"""Read ahead from local files no further than the processor's last cache reaches: the system reads ahead by itself."""
 NO_PARAMETERS = Parameters({}, {})
 
-Run = Sequence[LoadedPiece]
+Run = Sequence[Piece]
 """Spans that together are long enough to be one thread's task."""
 
 
@@ -167,27 +167,35 @@ class _Comparison:
 
     def run(self, jobs: Sequence[TensorJob]) -> list[Tally]:
         """Return what was found, in the order of ``jobs``."""
-        is_local = all("://" not in store.url for store in self._stores)
+        local_stores = [store for store in self._stores if isinstance(store, LocalStore)]
+        is_local = len(local_stores) == len(self._stores)
         baseline = BASELINE_BYTES["cpu"] + client_bytes((store.url for store in self._stores), os.devnull, 0)
-        memory_bytes = min(self._memory_bytes, baseline + LOCAL_SLABS_BYTES) if is_local else self._memory_bytes
-        workspace = divide(jobs, memory_bytes, num_threads=self._num_threads, baseline_bytes=baseline)
+        workspace = divide(
+            jobs, self._memory_bytes, num_threads=self._num_threads, baseline_bytes=baseline, direct=is_local
+        )
         slabs = Pool(allocate)
         slabs.fit(workspace.slab_bytes, workspace.num_slabs)
+        refs = [CheckpointRef(each.url, each.files) for each in self._checkpoints]
         tallies = {job.output.name: Tally() for job in jobs}
         steps = list(schedule(jobs, workspace))
+
+        def on_read(num_bytes: int, _: float) -> None:
+            self._on_event(Moved(num_bytes))
+
         with (
             ThreadPoolExecutor(self._num_threads, thread_name_prefix="compare") as pool,
             Prefetcher(
                 steps,
-                checkpoints=[CheckpointRef(each.url, each.files) for each in self._checkpoints],
+                checkpoints=refs,
                 stores=self._stores,
                 pool=slabs,
                 num_slabs=workspace.num_slabs,
                 num_readers=NUM_LOCAL_READERS if is_local else NUM_OBJECT_READERS,
-                on_read=lambda num_bytes, _: self._on_event(Moved(num_bytes)),
+                on_read=on_read,
             ) as prefetcher,
+            DirectReader(refs, local_stores, Scratch(), on_read) as reader,
         ):
-            work = map_ahead(pool, SPANS_AHEAD * self._num_threads, self._compare, _tasks(steps, prefetcher))
+            work = map_ahead(pool, SPANS_AHEAD * self._num_threads, self._compare, _tasks(steps, prefetcher, reader))
             for run, found in work:
                 for span, (sums, counts) in zip(run, found, strict=True):
                     tallies[span.job.output.name].add(span.start, span.stop - span.start, sums, counts)
@@ -198,7 +206,7 @@ class _Comparison:
 
     def _compare(self, task: "Task") -> tuple[Run, list[tuple[Floats, Counts]]]:
         try:
-            return task.run, [self._compare_span(span) for span in task.run]
+            return task.run, [self._compare_span(span.loaded()) for span in task.run]
         finally:
             task.finish()
 
@@ -244,12 +252,21 @@ class Task:
     finish: Callable[[], None]
 
 
-def _tasks(steps: Sequence[Step], prefetcher: Prefetcher) -> Iterator[Task]:
-    """Yield runs of spans as their slabs arrive; a slab is given back when the last of its runs is compared."""
+def _tasks(steps: Sequence[Step], prefetcher: Prefetcher, reader: DirectReader) -> Iterator[Task]:
+    """Yield runs of spans: those that are read directly, and others as their slabs arrive.
+
+    A slab is given back when the last of its runs is compared.
+    """
+    lookahead = Lookahead(steps, reader)
     for step in steps:
-        for _ in step.loads:
+        for load in step.loads:
+            if step.direct:
+                lookahead.passed(load)
+                for run in _runs([UnreadPiece(*piece, reader) for piece in load.pieces]):
+                    yield Task(run, lambda: None)
+                continue
             loaded = prefetcher.next()
-            runs = list(_runs(loaded))
+            runs = list(_runs(_pieces(loaded)))
             countdown = _Countdown(len(runs), partial(prefetcher.release, loaded))
             for run in runs:
                 yield Task(run, countdown.count)
@@ -271,15 +288,19 @@ class _Countdown:
             self._then()
 
 
-def _runs(loaded: LoadedSlab) -> Iterator[Run]:
-    """Cut the pieces of a slab into spans, and put small ones together."""
-    run: list[LoadedPiece] = []
-    for index, piece in enumerate(loaded.load.pieces):
-        whole = LoadedPiece(piece.job, piece.start, piece.stop, loaded.slab, loaded.buffer, loaded.load.offsets[index])
+def _pieces(loaded: LoadedSlab) -> Iterator[LoadedPiece]:
+    for piece, offsets in zip(loaded.load.pieces, loaded.load.offsets, strict=True):
+        yield LoadedPiece(*piece, loaded.slab, loaded.buffer, offsets)
+
+
+def _runs(pieces: Iterable[Piece]) -> Iterator[Run]:
+    """Cut pieces into spans, and put small ones together."""
+    run: list[Piece] = []
+    for piece in pieces:
         num_elems = piece.stop - piece.start
         bounds = list(span_bounds(num_elems, num_elems)) or [(0, 0)]
         for start, stop in bounds:
-            run.append(whole.narrow(piece.start + start, piece.start + stop))
+            run.append(piece.narrow(piece.start + start, piece.start + stop))
             if sum(span.stop - span.start for span in run) >= SPAN_ELEMS:
                 yield run
                 run = []

@@ -6,7 +6,6 @@ Each round runs, each in a process of its own, with the files in the page cache 
 
     read 1      reads every weight file of both, one thread, 1 MiB at a time into one reused buffer: the floor of merges
     read N      the same with as many threads as the machine has cores, each on a part of every file
-    prefetch    reads both as diff does, slab by slab, and compares nothing
     diff        compares
 
 Seconds are those of the work itself, start of the interpreter and loading of kernels left out; ``process`` is all of
@@ -18,12 +17,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+import torch
+
+from stockflow.comparing import compare_checkpoints
+from stockflow.storage import StorageConfig
+from tests.checkpoints import write_checkpoint
 from tests.runs import REPOSITORY, command
 
 READ_BYTES = 2**20
@@ -52,34 +57,22 @@ def read(folders: list[Path], num_threads: int) -> None:
         list(pool.map(read_part, range(num_threads)))
 
 
-def compare(folders: list[Path], *, only_read: bool) -> None:
-    """Compare both, or do all of it but the comparing."""
-    from stockflow import comparing
-    from stockflow.storage import StorageConfig
-
-    if only_read:
-        comparing._Comparison._compare = _release  # type: ignore[method-assign]
-    comparing.compare_checkpoints(*map(str, folders), StorageConfig(), memory_bytes=MEMORY_BYTES)
-
-
-def _release(_: object, task: "comparing.Task") -> tuple[list[object], list[object]]:  # type: ignore[name-defined] # noqa: F821
-    task.finish()
-    return [], []
+def compare(folders: list[Path]) -> None:
+    """Compare both."""
+    compare_checkpoints(*map(str, folders), StorageConfig(), memory_bytes=MEMORY_BYTES)
 
 
 WORK: dict[str, Callable[[list[Path]], None]] = {
     "read 1": lambda folders: read(folders, 1),
     "read N": lambda folders: read(folders, len(os.sched_getaffinity(0))),
-    "prefetch": lambda folders: compare(folders, only_read=True),
-    "diff": lambda folders: compare(folders, only_read=False),
+    "diff": compare,
 }
 
 
 def measure_here(name: str, folders: list[Path]) -> None:
     """Do one piece of work twice, the first time to load what is lazy, and print what the second one took."""
-    if name in ("prefetch", "diff"):
-        warm = Path(os.environ["WARM"])
-        compare([warm, warm], only_read=False)
+    if name == "diff":
+        compare([Path(os.environ["WARM"])] * 2)
     started, cpu = time.perf_counter(), time.process_time()
     WORK[name](folders)
     print(json.dumps([time.perf_counter() - started, time.process_time() - cpu]))
@@ -110,12 +103,6 @@ def main() -> None:
     if options.one:
         measure_here(options.one, options.folders)
         return
-    import tempfile
-
-    import torch
-
-    from tests.checkpoints import write_checkpoint
-
     total = sum(path.stat().st_size for path in weight_files(options.folders))
     print(f"{total / 1e9:.2f} GB, {len(os.sched_getaffinity(0))} cores")
     with tempfile.TemporaryDirectory() as folder:
