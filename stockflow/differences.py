@@ -1,13 +1,13 @@
 """What a comparison of two checkpoints found: per tensor, and summed up by layer and kind; in words and in numbers."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from stockflow import notebook
 from stockflow.budget import gb
-from stockflow.card import kind_of
+from stockflow.naming import KINDS, kind_of, layer_of
 from stockflow.storage import redact
 
 NUM_SHOWN = 20
@@ -142,12 +142,19 @@ class CheckpointDifference:
         return not (self.only_in_a or self.only_in_b or self.unmatched or self.differing)
 
     def by_layer(self) -> tuple[GroupDifference, ...]:
-        """Return the differences by layer, in the order of a's files."""
-        return _grouped(self.tensors, lambda tensor: layer_of(tensor.name))
+        """Return the differences by layer, by their numbers; ``-`` are the tensors that are in none, at the end."""
+        groups: dict[int | None, list[TensorDifference]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(layer_of(tensor.name), []).append(tensor)
+        in_order = sorted(groups, key=lambda layer: (layer is None, layer or 0))
+        return tuple(_together("-" if layer is None else str(layer), groups[layer]) for layer in in_order)
 
     def by_kind(self) -> tuple[GroupDifference, ...]:
-        """Return the differences by kind of layer, in the order of a's files."""
-        return _grouped(self.tensors, lambda tensor: kind_of(tensor.name))
+        """Return the differences by kind of module, in the order of ``naming.KINDS``."""
+        groups: dict[str, list[TensorDifference]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(kind_of(tensor.name), []).append(tensor)
+        return tuple(_together(kind, groups[kind]) for kind in KINDS if kind in groups)
 
     def facts(self) -> dict[str, object]:
         """Return all of it for programs: what is not finite is None."""
@@ -247,15 +254,6 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _grouped(
-    tensors: Sequence[TensorDifference], group_of: Callable[[TensorDifference], str]
-) -> tuple[GroupDifference, ...]:
-    groups: dict[str, list[TensorDifference]] = {}
-    for tensor in tensors:
-        groups.setdefault(group_of(tensor), []).append(tensor)
-    return tuple(_together(name, members) for name, members in groups.items())
-
-
 def _together(name: str, members: Sequence[TensorDifference]) -> GroupDifference:
     floats = [tensor for tensor in members if tensor.distance is not None]
     changed = [tensor for tensor in floats if tensor.largest_at is not None]
@@ -309,11 +307,6 @@ def _cut(number: int, most: int = NUM_SHOWN) -> str:
 
 def _precise(value: float | None) -> str:
     return "-" if value is None else f"{value:.6f}"
-
-
-def layer_of(name: str) -> str:
-    """Return the layer a tensor belongs to, by its name."""
-    return ".".join(name.split(".")[:3])
 
 
 def _or_infinity(value: float | None) -> float:
