@@ -65,7 +65,9 @@ class OnDisk:
         return self._path.read_bytes()
 
     def replace(self, payload: bytes) -> None:
-        self._path.write_bytes(payload)
+        # In place, by one write: what is read beside it sees the old state or the new one, none in between.
+        with self._path.open("r+b", buffering=0) as file:
+            assert file.write(payload) == len(payload)
 
     def restore(self, payload: bytes) -> None:
         self._path.write_bytes(payload)

@@ -298,6 +298,7 @@ with open(sys.argv[1], "w") as dump:
 """Merges on one local cluster, and writes down what Ray knows in the end."""
 
 
+@pytest.mark.slow
 def test_a_merge_on_ray_leaves_no_secret_in_ray_either(
     family: Family, s3_endpoint: str, s3_bucket: str, tmp_path: Path
 ) -> None:
