@@ -387,6 +387,7 @@ def test_memory_of_the_clients_is_counted_where_they_work() -> None:
     assert both > 296 * MIB
 
 
+@pytest.mark.slow
 def test_a_worker_on_s3_stays_within_its_memory(place: Place, out: str, tmp_path: Path) -> None:
     drawn = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
     urls = []
