@@ -12,8 +12,7 @@ from stockflow.errors import CheckpointError, NotFoundError, PlanError
 from stockflow.executors import local
 from stockflow.manifest import read_claim, receipt_key
 from stockflow.plan import ShardPlan
-from stockflow.prefix import MAX_RECEIPT_BYTES
-from stockflow.receipts import Receipt
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.storage import open_store, read_small, redact
 from stockflow.worker import OnBytes, Worker, WorkerSpec
 

@@ -4,7 +4,8 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,13 @@ def unit(module: str) -> str:
     return module.split(".")[0]
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and dotted name of everything a file imports at run time, in functions too."""
+@cache
+def imports(path: Path) -> Sequence[tuple[int, str]]:
+    """Return line and dotted name of everything a file imports at run time, in functions too."""
+    return list(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
     tree = ast.parse(path.read_text())
     only_for_types = {
         id(inner)
