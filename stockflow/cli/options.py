@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stockflow.errors import RecipeError
+from stockflow.errors import PlanError, RecipeError
 
 if TYPE_CHECKING:
     from stockflow.driver import Execute, Inputs, MergeOptions, Observer
@@ -55,6 +55,18 @@ Executor = Annotated[
     typer.Option(help="Where to merge. Default: ray if RAY_ADDRESS is set, else local.", show_default=False),
 ]
 GpusPerWorker = Annotated[float, typer.Option(min=0.0, help="Ray: GPUs per worker; a fraction lets several share one.")]
+WorkerTimeout = Annotated[
+    float | None,
+    typer.Option(min=1.0, metavar="SECONDS", help="Ray: give up if no worker comes within this. Default: 900."),
+]
+ShardTimeout = Annotated[
+    float | None,
+    typer.Option(min=1.0, metavar="SECONDS", help="Ray: a shard not done within this goes to another worker."),
+]
+Label = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Ray: workers go to nodes with this label; may be repeated."),
+]
 Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch sees one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output prefix holds.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
@@ -66,9 +78,37 @@ def is_on_ray(executor: ExecutorName | None) -> bool:
     return executor is ExecutorName.ray or (executor is None and bool(os.environ.get("RAY_ADDRESS")))
 
 
-def execute_on(executor: ExecutorName | None, workers: int | None, gpus_per_worker: float) -> "Execute":
-    """Return what merges shards where the options say."""
-    return partial(_on_ray, workers, gpus_per_worker) if is_on_ray(executor) else _in_this_process
+def execute_on(
+    executor: ExecutorName | None,
+    workers: int | None,
+    gpus_per_worker: float,
+    *,
+    worker_timeout: float | None = None,
+    shard_timeout: float | None = None,
+    label: Sequence[str] | None = None,
+) -> "Execute":
+    """Return what merges shards where the options say.
+
+    Raises:
+        PlanError: a label is not KEY=VALUE.
+    """
+    labels = _labels(label or ())
+    if not is_on_ray(executor):
+        return _in_this_process
+    asked: dict[str, Any] = {"num_workers": workers, "gpus_per_worker": gpus_per_worker, "labels": labels}
+    if worker_timeout is not None:
+        asked["no_worker_timeout_s"] = worker_timeout
+    return partial(_on_ray, asked | {"item_timeout_s": shard_timeout})
+
+
+def _labels(pairs: Sequence[str]) -> dict[str, str]:
+    labels = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise PlanError(f"--label {pair}: expected KEY=VALUE, such as pool=spot")
+        labels[name] = value
+    return labels
 
 
 def _in_this_process(spec: "WorkerSpec", shards: "Sequence[ShardPlan]", observer: "Observer") -> "Iterator[Receipt]":
@@ -78,16 +118,12 @@ def _in_this_process(spec: "WorkerSpec", shards: "Sequence[ShardPlan]", observer
 
 
 def _on_ray(
-    workers: int | None,
-    gpus_per_worker: float,
-    spec: "WorkerSpec",
-    shards: "Sequence[ShardPlan]",
-    observer: "Observer",
+    asked: dict[str, Any], spec: "WorkerSpec", shards: "Sequence[ShardPlan]", observer: "Observer"
 ) -> "Iterator[Receipt]":
     from stockflow.execution import on_ray
     from stockflow.executors.ray import RayOptions
 
-    return on_ray(spec, shards, observer, RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker))
+    return on_ray(spec, shards, observer, RayOptions(**asked))
 
 
 def open_inputs(recipe: str) -> "Inputs":
@@ -119,6 +155,7 @@ def merge_options(
         device=device.value,
         shard_size=size_option("--shard-size", shard_size),
         overwrite=overwrite,
+        num_workers=workers if on_ray else None,
     )
 
 
