@@ -20,7 +20,7 @@ from stockflow.planning import make_plan
 from stockflow.prefix import admit, look, progress, sweep, take, valid_receipts, weak_promises
 from stockflow.receipts import Receipt
 from stockflow.recipe import Recipe
-from stockflow.storage import Store, is_within, open_store, pin_revision, redact
+from stockflow.storage import LocalStore, Store, is_within, open_store, pin_revision, redact
 
 if TYPE_CHECKING:
     from stockflow.devices import Device
@@ -127,7 +127,13 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
     largest_shard = max(shard.num_bytes for shard in plan.shards)
     clients = client_bytes((store.url for store in inputs.stores), output_url, largest_shard)
     baseline = BASELINE_BYTES["cuda" if options.device == "cuda" else "cpu"] + clients
-    workspace = divide(list(plan.jobs), options.memory_bytes, num_threads=options.num_threads, baseline_bytes=baseline)
+    workspace = divide(
+        list(plan.jobs),
+        options.memory_bytes,
+        num_threads=options.num_threads,
+        baseline_bytes=baseline,
+        direct=options.device != "cuda" and all(isinstance(store, LocalStore) for store in inputs.stores),
+    )
     return plan, workspace
 
 

@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "describe",
         "driver",
         "commit worker",
+        "direct",
         "card devices prefix",
         "merging",
         "host cuda",
