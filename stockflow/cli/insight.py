@@ -1,0 +1,134 @@
+"""``stockflow inspect`` and ``stockflow audit``."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stockflow.cli.exits import exit_codes
+from stockflow.cli.options import (
+    AsJson,
+    Device,
+    DeviceName,
+    Executor,
+    GpusPerWorker,
+    Memory,
+    Quiet,
+    RecipeArgument,
+    Workers,
+    is_on_ray,
+    merge_options,
+    open_inputs,
+)
+
+if TYPE_CHECKING:
+    from stockflow.cli.options import ExecutorName
+    from stockflow.insight.inspection import Survey, SurveyOptions
+    from stockflow.plan import TensorJob
+    from stockflow.storage import StorageConfig
+    from stockflow.survey import SurveySpec
+
+Out = Annotated[
+    str | None,
+    typer.Option("--out", metavar="DIR", help="Folder or URL that gets every tensor's row, as Parquet and as JSON."),
+]
+
+
+def inspect(
+    recipe: RecipeArgument,
+    out: Out = None,
+    memory: Memory = None,
+    workers: Workers = None,
+    executor: Executor = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    device: Device = DeviceName.auto,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the geometry of RECIPE's models: cosines, norms, angles and ratios of every tensor. Nothing is merged.
+
+    Reads every input once. The ratio t of Model Stock is given as the paper has it, and as other tools compute it.
+    """
+    from stockflow.insight import inspection as inspecting
+    from stockflow.insight.inspection_lines import inspection_lines
+    from stockflow.interruption import interruptible
+    from stockflow.reporting import counting
+
+    with exit_codes():
+        with interruptible(), counting("read", quiet=quiet) as on_read:
+            survey = survey_on(executor, workers, gpus_per_worker, quiet=quiet)
+            inputs = open_inputs(recipe)
+            options = survey_options(memory, workers, executor, device)
+            found = inspecting.inspect(inputs, options, survey, on_read)
+        if out is not None:
+            from stockflow.tables import INSPECTION_SCHEMA, encode_rows
+
+            table = encode_rows(found.rows(), INSPECTION_SCHEMA)
+            publish(out, inputs.recipe.storage, "inspect", table, inspecting.json_parts(found))
+        if as_json:
+            sys.stdout.writelines(inspecting.json_parts(found))
+        elif not quiet:
+            print("\n".join(inspection_lines(found)))
+            if out is not None:
+                print(f"rows of every tensor: {out}/inspect.parquet and inspect.json")
+
+
+def publish(out: str, config: "StorageConfig", name: str, table: bytes, parts: Iterable[str]) -> None:
+    """Write rows as Parquet and as JSON into a folder."""
+    from stockflow.storage import open_store
+
+    store = open_store(out, config, writable=True)
+    store.put(f"{name}.parquet", table)
+    with store.create(f"{name}.json") as sink:
+        for part in parts:
+            sink.write(part.encode())
+
+
+def survey_options(
+    memory: str | None, workers: int | None, executor: "ExecutorName | None", device: DeviceName
+) -> "SurveyOptions":
+    """Return what a survey may use."""
+    from stockflow.insight.inspection import SurveyOptions
+
+    options = merge_options(memory, None, workers, device, False, on_ray=is_on_ray(executor))
+    return SurveyOptions(options.memory_bytes, options.num_threads, options.device)
+
+
+def survey_on(executor: "ExecutorName | None", workers: int | None, gpus_per_worker: float, *, quiet: bool) -> "Survey":
+    """Return what looks at tensors where the options say."""
+    if not is_on_ray(executor):
+        return _in_this_process
+    return partial(_on_ray, workers, gpus_per_worker, _silent if quiet else _say)
+
+
+def _in_this_process(
+    spec: "SurveySpec", jobs: "Sequence[TensorJob]", on_read: Callable[[int], None]
+) -> Iterator[tuple[int, Any]]:
+    from stockflow.execution import survey_in_this_process
+
+    return survey_in_this_process(spec, jobs, on_read)
+
+
+def _on_ray(
+    workers: int | None,
+    gpus_per_worker: float,
+    on_note: Callable[[str], None],
+    spec: "SurveySpec",
+    jobs: "Sequence[TensorJob]",
+    on_read: Callable[[int], None],
+) -> Iterator[tuple[int, Any]]:
+    from stockflow.execution import survey_on_ray
+    from stockflow.executors.ray import RayOptions
+
+    options = RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker)
+    return survey_on_ray(spec, jobs, on_read, on_note, options)
+
+
+def _say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _silent(_: str) -> None:
+    pass
