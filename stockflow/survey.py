@@ -27,8 +27,9 @@ R = TypeVar("R")
 class Examiner(Protocol):
     """What is learned of a tensor. It is sent to other processes, so it can be pickled."""
 
-    num_sweeps: int
-    """how often it goes over the elements of a unit: 1, or 2"""
+    @property
+    def num_sweeps(self) -> int:
+        """How often it goes over the elements of a unit: 1, or 2."""
 
     def span_bytes(self, job: TensorJob) -> int:
         """Return what one thread needs beside the sources of a span."""

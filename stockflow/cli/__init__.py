@@ -11,7 +11,7 @@ from stockflow import __version__
 from stockflow.cli.checking import clean, verify
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.insight import inspect
+from stockflow.cli.insight import audit, inspect
 from stockflow.cli.merging import merge, plan
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, inspect, verify, clean, demo, schema):
+for command in (merge, plan, inspect, audit, verify, clean, demo, schema):
     app.command()(command)
 
 

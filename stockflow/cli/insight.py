@@ -1,5 +1,6 @@
 """``stockflow inspect`` and ``stockflow audit``."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -73,6 +74,62 @@ def inspect(
             print("\n".join(inspection_lines(found)))
             if out is not None:
                 print(f"rows of every tensor: {out}/inspect.parquet and inspect.json")
+
+
+def audit(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|OUTPUT", help="Recipe of a merge; or an output of stockflow, which says itself what it is."
+        ),
+    ],
+    merged: Annotated[
+        str | None, typer.Argument(metavar="[MERGED]", help="Checkpoint that some tool made by the recipe.")
+    ] = None,
+    out: Out = None,
+    memory: Memory = None,
+    workers: Workers = None,
+    executor: Executor = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    device: Device = DeviceName.auto,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell which formula made a Model Stock merge, how far it is from the correct one, and whether to merge again.
+
+    RECIPE alone: what the formula that mergekit first had would have done to these models. RECIPE MERGED: the merge
+    that is there, tensor by tensor, whoever made it. OUTPUT: one of stockflow's own.
+    """
+    from stockflow.insight import audit as auditing
+    from stockflow.insight.audit_lines import audit_lines
+    from stockflow.interruption import interruptible
+    from stockflow.reporting import counting
+    from stockflow.storage import StorageConfig
+
+    with exit_codes():
+        with interruptible(), counting("read", quiet=quiet) as on_read:
+            survey = survey_on(executor, workers, gpus_per_worker, quiet=quiet)
+            if merged is None and _is_output(recipe):
+                merge = auditing.open_output(recipe, StorageConfig())
+            else:
+                merge = auditing.open_recipe(open_inputs(recipe), merged)
+            found = auditing.audit(merge, survey_options(memory, workers, executor, device), survey, on_read)
+        if out is not None:
+            from stockflow.tables import AUDIT_SCHEMA, encode_rows
+
+            table = encode_rows(found.rows, AUDIT_SCHEMA)
+            publish(out, merge.storage, "audit", table, auditing.json_parts(found))
+        if as_json:
+            sys.stdout.writelines(auditing.json_parts(found))
+        elif not quiet:
+            print("\n".join(audit_lines(found)))
+            if out is not None:
+                print(f"rows of every tensor: {out}/audit.parquet and audit.json")
+
+
+def _is_output(location: str) -> bool:
+    """Whether a location is a folder rather than a recipe."""
+    return os.path.isdir(location) or ("://" in location and not location.endswith((".yaml", ".yml", ".json")))
 
 
 def publish(out: str, config: "StorageConfig", name: str, table: bytes, parts: Iterable[str]) -> None:

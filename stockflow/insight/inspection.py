@@ -49,7 +49,10 @@ class SurveyOptions:
 class GramExaminer:
     """Takes the Gram of whole tensors."""
 
-    num_sweeps = 1
+    @property
+    def num_sweeps(self) -> int:
+        """Once."""
+        return 1
 
     def span_bytes(self, job: TensorJob) -> int:
         """Return 0: a Gram is taken in the caches."""
