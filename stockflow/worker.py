@@ -32,7 +32,7 @@ from stockflow.merging import StageClock, UnitMerger
 from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
 from stockflow.prefix import check_owner
 from stockflow.reader import Prefetcher
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.receipts import Receipt, TensorFacts, within_bounds
 from stockflow.schedule import schedule
 from stockflow.spans import SPAN_ELEMS
 from stockflow.storage import LocalStore, Sink, StorageConfig, check_stamp, open_store, redact
@@ -169,7 +169,7 @@ class Worker:
             seconds={stage: round(value, 6) for stage, value in run.seconds.items()},
             retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
-            tensors=tuple(run.facts),
+            tensors=tuple(within_bounds(run.facts)),
         )
         self.check_owner()
         self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
