@@ -13,6 +13,7 @@ from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanEr
 from stockflow.executors import local
 from stockflow.manifest import read_claim, receipt_key
 from stockflow.plan import ShardPlan, TensorJob
+from stockflow.prefix import is_finished
 from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.sources import OnRead
 from stockflow.storage import open_store, read_small, redact
@@ -69,6 +70,7 @@ class ShardWork:
     def __init__(self, spec: WorkerSpec) -> None:
         """Open a worker with the whole budget."""
         self._spec = spec
+        self._output = open_store(spec.output_url, spec.storage)
         self._frugality = 0
         self.worker = Worker(spec)
 
@@ -83,6 +85,8 @@ class ShardWork:
         Raises:
             StockflowError: see ``Worker.merge``.
         """
+        if is_finished(self._output, self._spec.plan_id, shard, self.worker.numerics_class):
+            return shard.file
         for halvings in range(frugality, -1, -1):
             self._reopen(halvings)
             try:

@@ -29,7 +29,7 @@ from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger
 from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
 from stockflow.prefix import check_owner
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.receipts import Receipt, TensorFacts, within_bounds
 from stockflow.schedule import schedule
 from stockflow.sources import Sources
 from stockflow.spans import SPAN_ELEMS
@@ -162,7 +162,7 @@ class Worker:
             seconds={stage: round(value, 6) for stage, value in run.seconds.items()},
             retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
-            tensors=tuple(run.facts),
+            tensors=tuple(within_bounds(run.facts)),
         )
         self.check_owner()
         self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
