@@ -7,6 +7,7 @@ job, a node that loses its power in the middle. The script ends with an error if
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,7 @@ class Bucket:
 
 def main() -> int:
     """Tell the story; return an exit code."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything is stopped then too
     began = time.monotonic()
     with s3_credentials(), places() as (folder, proxy), ray_nodes.cluster(os.environ) as cluster:
         bucket = put_checkpoints_on_s3(folder, proxy.url)
