@@ -92,6 +92,15 @@ def test_a_merge_gives_the_bytes_it_gives_here_and_compiles_nothing(
     assert store.inside(container, *listing) == compiled
 
 
+def test_its_machine_code_is_for_every_processor_with_avx2(store: buildah.Store, container: str) -> None:
+    """Not for the one it was built on: numba takes code only for the very processor that it was compiled for."""
+    ask = (
+        "from numba.core.registry import cpu_target as c; print(*c.target_context.codegen().magic_tuple()[1:], sep='|')"
+    )
+
+    assert store.inside(container, "python", "-c", ask).strip() == "x86-64-v3|"
+
+
 def test_sources_carry_whole_seconds_so_that_their_machine_code_survives_a_registry(
     store: buildah.Store, container: str
 ) -> None:
