@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stockflow.errors import CheckpointError
@@ -63,6 +63,8 @@ class Receipt:
     """by cause"""
     peak_memory_bytes: int
     tensors: tuple[TensorFacts, ...]
+    gram: tuple[tuple[float, ...], ...] = ()
+    """products of [w_0, d_1 .. d_N], summed over the tensors whose method needs them and all checkpoints; () if none"""
 
     def to_json(self) -> bytes:
         """Return the receipt as it lies in the output prefix."""
@@ -85,6 +87,18 @@ class Receipt:
         except ValueError as error:
             raise CheckpointError(f"{where} is not a receipt of stockflow: {error}") from None
         return receipt
+
+
+def total_gram(receipts: Sequence[Receipt]) -> tuple[tuple[float, ...], ...]:
+    """Return the Gram of whole models, added over shards: () if no shard has one, or one that should have it does not.
+
+    Receipts of earlier versions lack it; what was summed without theirs would be no property of the models.
+    """
+    with_norms = [receipt for receipt in receipts if receipt.gram or any(row.delta_norms for row in receipt.tensors)]
+    if not with_norms or len({len(receipt.gram) for receipt in with_norms}) > 1:
+        return ()
+    rows = zip(*(receipt.gram for receipt in with_norms), strict=True)
+    return tuple(tuple(map(math.fsum, zip(*same_row, strict=True))) for same_row in rows)
 
 
 def finite(value: float) -> float | None:

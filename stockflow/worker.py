@@ -26,7 +26,7 @@ from stockflow.buffers import Bytes, Pool
 from stockflow.devices import Device, open_device
 from stockflow.direct import DirectReader, DirectUnit, Lookahead, Scratch
 from stockflow.errors import StorageError
-from stockflow.ledger import Ledger
+from stockflow.ledger import GramSum, Ledger
 from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger
 from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
@@ -170,6 +170,7 @@ class Worker:
             retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
             tensors=tuple(run.facts),
+            gram=run.gram.rows(),
         )
         self.check_owner()
         self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
@@ -234,6 +235,7 @@ class _ShardRun:
         )
         self._ledgers: dict[str, Ledger] = {}
         self.facts: list[TensorFacts] = []
+        self.gram = GramSum(len(worker._spec.checkpoints))
         self.seconds: dict[str, float] = {}
         self.bytes_read = 0
         self._read_s = 0.0
@@ -348,7 +350,9 @@ class _ShardRun:
 
     def _close_ledger_at_end(self, unit: Unit) -> None:
         if unit.stop == unit.job.num_elems:
-            self.facts.append(self._ledgers.pop(unit.job.output.name).close())
+            ledger = self._ledgers.pop(unit.job.output.name)
+            self.facts.append(ledger.close())
+            self.gram.add(ledger)
 
 
 def _runs(units: Sequence[Unit]) -> Iterator[range]:
