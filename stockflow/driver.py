@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from stockflow.budget import BASELINE_BYTES, Workspace, client_bytes, divide
-from stockflow.checkpoint import Checkpoint, open_checkpoints
+from stockflow.checkpoint import Checkpoint, OnFile, open_checkpoints, unheard
 from stockflow.claims import Heartbeat, agreed_numerics, new_run
 from stockflow.errors import PlanError, StockflowError
 from stockflow.interruption import finishing, last_act
@@ -41,8 +41,8 @@ class Observer(Protocol):
     def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
         """Merging begins; ``resumed`` shards need no work."""
 
-    def on_bytes(self, num_read: int, num_written: int) -> None:
-        """Bytes went by."""
+    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
+        """Bytes went by, moved by ``worker`` where there are several."""
 
     def on_shard(self, receipt: Receipt) -> None:
         """A shard is done."""
@@ -99,8 +99,8 @@ class Inputs:
     checkpoints: list[Checkpoint] = field(default_factory=list)
 
     @classmethod
-    def open(cls, recipe: Recipe) -> "Inputs":
-        """Open every checkpoint concurrently.
+    def open(cls, recipe: Recipe, on_file: OnFile = unheard) -> "Inputs":
+        """Open every checkpoint concurrently; ``on_file`` is told of each file whose header was read.
 
         Raises:
             UserError: one is missing, forbidden or malformed.
@@ -108,7 +108,7 @@ class Inputs:
         """
         stores = [open_store(pin_revision(location), recipe.storage) for location in recipe.checkpoints]
         with collector_paused():
-            return cls(recipe, stores, open_checkpoints(stores))
+            return cls(recipe, stores, open_checkpoints(stores, on_file))
 
 
 def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[MergePlan, Workspace]:

@@ -19,8 +19,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "__main__",
         "cli",
-        "demo",
-        "reporting execution verify clean",
+        "demo api",
+        "reporting execution verify clean comparing",
+        "differences",
         "describe",
         "driver",
         "commit worker",
@@ -38,7 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "methods receipts writer",
         "kernels header storage",
         "buffers gram spans executors records sealed interruption",
-        "errors strictjson redaction naming",
+        "errors strictjson redaction events notebook naming",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
