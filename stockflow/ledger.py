@@ -39,7 +39,9 @@ class Ledger:
             self.facts.setdefault(name, []).append(values_G)
         flags = dict(coefficients.flags)
         if gram is not None:
-            self.gram_MM = gram.products_GMM.sum(axis=0) + (0.0 if self.gram_MM is None else self.gram_MM)
+            so_far = [] if self.gram_MM is None else [self.gram_MM[np.newaxis]]
+            # Along the first axis numpy adds one after the other, so it is no matter how groups came in units.
+            self.gram_MM = np.add.reduce(np.concatenate([*so_far, gram.products_GMM]), axis=0)
             self.squares.append(np.diagonal(gram.products_GMM, axis1=1, axis2=2).copy())  # a view would keep it all
             flags["zero_delta"] = gram.zero_deltas_GN.any(axis=1)
         for name, flags_G in flags.items():

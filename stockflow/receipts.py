@@ -63,6 +63,8 @@ class Receipt:
     """by cause"""
     peak_memory_bytes: int
     tensors: tuple[TensorFacts, ...]
+    memory_bytes: int | None = None
+    """what its worker was allowed; None in receipts of earlier versions"""
     gram: tuple[tuple[float, ...], ...] = ()
     """products of [w_0, d_1 .. d_N], summed over the tensors whose method needs them and all checkpoints; () if none"""
 

@@ -170,6 +170,7 @@ class Worker:
             retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
             tensors=tuple(run.facts),
+            memory_bytes=self._spec.memory_bytes,
             gram=run.gram.rows(),
         )
         self.check_owner()

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 from stockflow.errors import CheckpointError
+from stockflow.gram import Gram
+from stockflow.header import TensorSpec
+from stockflow.ledger import Ledger
+from stockflow.methods.protocol import Coefficients, Parameters
+from stockflow.plan import TensorJob
 from stockflow.receipts import Receipt, total_gram
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_recipe
@@ -39,6 +44,23 @@ def test_the_gram_of_whole_models_is_that_of_their_task_vectors(parameters: dict
     assert len(receipts) > 2
     np.testing.assert_allclose(summed, expected, rtol=1e-12)
     np.testing.assert_allclose(np.array(result.manifest.gram), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (9,), (3, 4, 20)])
+def test_how_groups_come_in_units_changes_no_bit(cuts: tuple[int, ...]) -> None:
+    products_GMM = np.random.default_rng(0).standard_normal((40, 3, 3)) * 10.0 ** np.arange(-8, 1).reshape(3, 3)
+    coefficients = Coefficients(np.zeros((1, 2)), anchored=True)
+    one_by_one = products_GMM[0]
+    for product_MM in products_GMM[1:]:
+        one_by_one = one_by_one + product_MM
+    spec = TensorSpec("w", "F32", (40, 10))
+    ledger = Ledger(TensorJob(spec, (), "model_stock", Parameters(), "row"), "shard")
+
+    for part_GMM in np.split(products_GMM, cuts):
+        ledger.record(coefficients, Gram(part_GMM))
+
+    assert ledger.gram_MM is not None
+    assert ledger.gram_MM.tobytes() == one_by_one.tobytes()
 
 
 def test_methods_without_a_gram_record_none(tmp_path: Path) -> None:
