@@ -67,6 +67,12 @@ class Receipt:
     """what its worker was allowed; None in receipts of earlier versions"""
     gram: tuple[tuple[float, ...], ...] = ()
     """products of [w_0, d_1 .. d_N], summed over the tensors whose method needs them and all checkpoints; () if none"""
+    began: float | None = None
+    """when its worker began with it, in seconds since the epoch; None in receipts of earlier versions"""
+    ended: float | None = None
+    """when it was durable, by the same clock"""
+    worker: str = ""
+    """which process merged it, as ``node:pid``"""
 
     def to_json(self) -> bytes:
         """Return the receipt as it lies in the output prefix."""

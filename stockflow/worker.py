@@ -121,7 +121,7 @@ class Worker:
             UserError: the inputs changed, hold NaN, or the budget is too small.
             StorageError: reading or writing failed after retries.
         """
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.time()
         retries_before = self._num_retries()
         self._check_inputs(shard)
         self._device.prepare(shard.jobs)
@@ -145,11 +145,11 @@ class Worker:
                 self.check_owner()  # as near as can be to the moment when the shard appears
             run.seconds["publish"] = time.perf_counter() - begun
             run.seconds["total"] = time.perf_counter() - started
-            return self._receipt(shard, run, self._num_retries() - retries_before)
+            return self._receipt(shard, run, self._num_retries() - retries_before, began)
 
         return self._publisher.submit(publish)
 
-    def _receipt(self, shard: ShardPlan, run: "_ShardRun", num_retries: int) -> Receipt:
+    def _receipt(self, shard: ShardPlan, run: "_ShardRun", num_retries: int, began: float) -> Receipt:
         """Write the receipt of a shard that is durable."""
         self._check_inputs(shard)
         stamp = self._output.stamp(shard.file)
@@ -172,6 +172,9 @@ class Worker:
             tensors=tuple(run.facts),
             memory_bytes=self._spec.memory_bytes,
             gram=run.gram.rows(),
+            began=began,
+            ended=time.time(),
+            worker=process_name(),
         )
         self.check_owner()
         self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
@@ -364,6 +367,11 @@ def _runs(units: Sequence[Unit]) -> Iterator[range]:
         if num_elems >= SPAN_ELEMS or index + 1 == len(units):
             yield range(first, index + 1)
             first, num_elems = index + 1, 0
+
+
+def process_name() -> str:
+    """Return which process of which machine this is, as ``node:pid``."""
+    return f"{os.uname().nodename}:{os.getpid()}"
 
 
 def current_memory_bytes() -> int:
