@@ -24,7 +24,7 @@ from stockflow.budget import (
 from stockflow.buffers import Bytes, Pool
 from stockflow.devices import Device, open_device
 from stockflow.errors import StorageError
-from stockflow.ledger import Ledger
+from stockflow.ledger import GramSum, Ledger
 from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger
 from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
@@ -114,7 +114,7 @@ class Worker:
             UserError: the inputs changed, hold NaN, or the budget is too small.
             StorageError: reading or writing failed after retries.
         """
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.time()
         retries_before = self._sources.num_retries
         self._sources.check(shard.jobs)
         self._device.prepare(shard.jobs)
@@ -138,11 +138,11 @@ class Worker:
                 self.check_owner()  # as near as can be to the moment when the shard appears
             run.seconds["publish"] = time.perf_counter() - begun
             run.seconds["total"] = time.perf_counter() - started
-            return self._receipt(shard, run, self._sources.num_retries - retries_before)
+            return self._receipt(shard, run, self._sources.num_retries - retries_before, began)
 
         return self._publisher.submit(publish)
 
-    def _receipt(self, shard: ShardPlan, run: "_ShardRun", num_retries: int) -> Receipt:
+    def _receipt(self, shard: ShardPlan, run: "_ShardRun", num_retries: int, began: float) -> Receipt:
         """Write the receipt of a shard that is durable."""
         self._sources.check(shard.jobs)
         stamp = self._output.stamp(shard.file)
@@ -163,6 +163,11 @@ class Worker:
             retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
             tensors=tuple(within_bounds(run.facts)),
+            memory_bytes=self._spec.memory_bytes,
+            gram=run.gram.rows(),
+            began=began,
+            ended=time.time(),
+            worker=process_name(),
         )
         self.check_owner()
         self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
@@ -216,6 +221,7 @@ class _ShardRun:
         )
         self._ledgers: dict[str, Ledger] = {}
         self.facts: list[TensorFacts] = []
+        self.gram = GramSum(len(worker._spec.checkpoints))
         self.seconds: dict[str, float] = {}
         self.bytes_read = 0
         self.size, self.sha256 = 0, ""
@@ -305,7 +311,9 @@ class _ShardRun:
 
     def _close_ledger_at_end(self, unit: Unit) -> None:
         if unit.stop == unit.job.num_elems:
-            self.facts.append(self._ledgers.pop(unit.job.output.name).close())
+            ledger = self._ledgers.pop(unit.job.output.name)
+            self.facts.append(ledger.close())
+            self.gram.add(ledger)
 
 
 def runs(units: Sequence[Unit]) -> Iterator[range]:
@@ -316,6 +324,11 @@ def runs(units: Sequence[Unit]) -> Iterator[range]:
         if num_elems >= SPAN_ELEMS or index + 1 == len(units):
             yield range(first, index + 1)
             first, num_elems = index + 1, 0
+
+
+def process_name() -> str:
+    """Return which process of which machine this is, as ``node:pid``."""
+    return f"{os.uname().nodename}:{os.getpid()}"
 
 
 def current_memory_bytes() -> int:
