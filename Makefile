@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo
+.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-ceph   the storage contract on Ceph's gateway (Debian's packages)"
 	@echo "make bench       time and memory of merges against the I/O floor; docs/benchmarks.md"
 	@echo "make bench-peers the same merge by mergekit, in an environment of its own"
+	@echo "make test-peers  verdicts on real output of mergekit, in an environment of its own"
 	@echo "make fuzz        malformed inputs for every reader, guided by coverage (8 minutes)"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
 	@echo "make profile     where the time of a merge goes, by stage"
@@ -71,6 +72,9 @@ chaos: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-fuzz
 	$(BIN)/python -m pytest -m fuzz -rP $(ARGS)
+
+test-peers: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m peers $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m cluster $(ARGS)
