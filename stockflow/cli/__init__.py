@@ -11,7 +11,8 @@ from stockflow import __version__
 from stockflow.cli.checking import clean, verify
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.merging import merge, plan
+from stockflow.cli.merging import merge
+from stockflow.cli.planning import calibrate, plan
 
 app = typer.Typer(
     help="Exact, streaming merges of checkpoints too large for one machine.",
@@ -47,7 +48,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, verify, clean, demo, schema):
+for command in (merge, plan, calibrate, verify, clean, demo, schema):
     app.command()(command)
 
 

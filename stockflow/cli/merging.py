@@ -1,4 +1,4 @@
-"""``stockflow merge`` and ``stockflow plan``."""
+"""``stockflow merge``."""
 
 import json
 
@@ -56,31 +56,3 @@ def merge(
             print(json.dumps(result_facts(result), indent=1))
         elif not quiet:
             print("\n".join(result_lines(result)))
-
-
-def plan(
-    recipe: RecipeArgument,
-    output: OutputArgument,
-    memory: Memory = None,
-    shard_size: ShardSize = None,
-    workers: Workers = None,
-    executor: Executor = None,
-    device: Device = DeviceName.auto,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a merge would read, write and hold; refuse what cannot work. Nothing is written."""
-    from stockflow import driver
-    from stockflow.describe import plan_lines, project
-
-    with exit_codes():
-        options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-        opened = open_inputs(recipe)
-        merge_plan, workspace = driver.plan_merge(opened, output, options)
-        notes = list(driver.output_notes(opened, output, merge_plan, overwrite=overwrite))
-        with driver.collector_paused():
-            if as_json:
-                print(json.dumps(project(merge_plan, workspace, notes), indent=1))
-            elif not quiet:
-                print("\n".join(plan_lines(merge_plan, workspace, notes)))

@@ -19,10 +19,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "__main__",
         "cli",
-        "demo",
-        "reporting execution verify clean",
-        "describe",
-        "driver",
+        "demo measuring",
+        "reporting execution verify clean forecast",
+        "describe prediction",
+        "driver calibration prices",
+        "workload",
         "commit worker",
         "direct",
         "card devices prefix",
@@ -38,7 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "methods receipts writer",
         "kernels header storage",
         "buffers gram spans executors records sealed interruption",
-        "errors strictjson redaction",
+        "errors strictjson redaction pagecache",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
