@@ -33,8 +33,8 @@ MAX_SHARED_SLABS = 4
 MIN_SLABS = 2
 GOOD_NUM_SLABS = 6
 """With fewer slabs than this reading and computing hardly overlap, so smaller ones are tried first."""
-LOOKAHEAD_BYTES = 256 * MIB
-"""How far reading may run ahead of computing."""
+LOOKAHEAD_BYTES = 128 * MIB
+"""How far reading may run ahead of computing: as much as is in flight on object storage."""
 NUM_OUT_BUFFERS = 3
 """One being filled, one being hashed and written, one between them."""
 MAX_CHUNK_GROUPS = 2**14

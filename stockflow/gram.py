@@ -20,7 +20,7 @@ class Gram:
     """Products of the anchor and the task vectors, per group."""
 
     products_GMM: Floats
-    """row and column 0 belong to the anchor w_0, the others to the task vectors"""
+    """row and column 0 belong to the anchor w_0, the others to the task vectors; <w_0, d_i> may be left out as 0"""
 
     @property
     def num_tuned(self) -> int:

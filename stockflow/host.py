@@ -44,12 +44,23 @@ class HostArithmetic:
             self.gram(element, 1)
             self.combine(element, np.zeros((1, len(job.sources) - 1)), memory[: job.output_width], anchored=True)
 
-    def gram(self, span: LoadedPiece, group_elems: int) -> Floats:
-        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M)."""
+    def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
+        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M).
+
+        Those of w_0 with the task vectors are 0 unless ``with_anchor``.
+        """
         num_elems, num_sources = span.stop - span.start, len(span.job.sources)
         products_GMM = np.empty((num_elems // group_elems, num_sources, num_sources))
         tile_T: npt.NDArray[Any] = np.empty(TILE, working_dtype(span.job))
-        linear.gram(span.slab, span.firsts_M, formats_of(span.job), tile_T, np.uint64(group_elems), products_GMM)
+        linear.gram(
+            span.slab,
+            span.firsts_M,
+            formats_of(span.job),
+            tile_T,
+            np.uint64(group_elems),
+            with_anchor,
+            products_GMM,
+        )
         return products_GMM
 
     def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, *, anchored: bool) -> bool:

@@ -38,7 +38,7 @@ class MapSpans(Protocol):
 class Arithmetic(Protocol):
     """Where linear methods are computed; every method may be called from several threads."""
 
-    def gram(self, span: LoadedPiece, group_elems: int) -> Floats:
+    def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
         """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M)."""
 
     def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, *, anchored: bool) -> bool:
@@ -129,7 +129,7 @@ class UnitMerger:
         assert method.linear is not None
         job = unit.job
         num_groups = (unit.stop - unit.start) // job.group_elems
-        gram = self._gram(unit, num_groups, map_spans) if method.needs_gram else None
+        gram = self._gram(method, unit, num_groups, map_spans) if method.needs_gram else None
         try:
             decided = method.linear(gram or _no_gram(job), job.parameters)
         except NumericsError as error:
@@ -143,7 +143,7 @@ class UnitMerger:
 
         self._combine(unit, combine, out, map_spans)
 
-    def _gram(self, unit: Unit, num_groups: int, map_spans: MapSpans) -> Gram:
+    def _gram(self, method: Method, unit: Unit, num_groups: int, map_spans: MapSpans) -> Gram:
         job = unit.job
         num_sources = len(job.sources)
         total_GMM = np.zeros((num_groups, num_sources, num_sources))
@@ -151,7 +151,9 @@ class UnitMerger:
         def products(unread: Piece) -> Floats:
             span = unread.loaded()
             started = time.perf_counter()
-            products_GMM = self._arithmetic.gram(span, min(job.group_elems, span.stop - span.start))
+            products_GMM = self._arithmetic.gram(
+                span, min(job.group_elems, span.stop - span.start), with_anchor=method.needs_anchor
+            )
             if not np.isfinite(products_GMM).all():
                 self._refuse_nonfinite(span, "a product of task vectors")
             self._clock.add("statistics", started)
