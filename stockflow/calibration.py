@@ -73,12 +73,12 @@ class MachineCosts:
         own = [cost for cost in method if cost.dtype == kernel.dtype] or method
         if len(own) > 1:
             return _interpolated(own, kernel.num_sources, figure)
-        reference = [cost for cost in self.kernels if cost.method == "linear" and cost.dtype == "BF16"]
         (only,) = own
-        grown = _interpolated(reference, kernel.num_sources, figure) / _interpolated(
-            reference, only.num_sources, figure
-        )
-        return figure(only) * grown
+        reference = [cost for cost in self.kernels if cost.method == "linear" and cost.dtype == "BF16"]
+        if only.num_sources == kernel.num_sources or not reference:
+            return figure(only)
+        here, there = (_interpolated(reference, number, figure) for number in (only.num_sources, kernel.num_sources))
+        return figure(only) * there / here if here else figure(only)
 
 
 def _interpolated(costs: Sequence[KernelCost], num_sources: int, figure: Callable[[KernelCost], float]) -> float:

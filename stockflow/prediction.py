@@ -230,7 +230,9 @@ class Model:
     def _publishing_s(self, work: Workload) -> float:
         output = self._place(self.output)
         slower = 0.0 if output.is_local else PUBLISHING_REQUESTS * (self._request_s(output) - output.get_s)
-        side_s = work.num_side_files * (output.put_s + self._request_s(self._place(self.inputs[0])))
+        side_s = -(-work.num_side_files // NUM_PUBLISHERS) * (
+            output.put_s + self._request_s(self._place(self.inputs[0]))
+        )
         return output.publish_s + slower + side_s + work.num_tensors * self.calibration.machine.plan_tensor_us / 1e6
 
     def _merging(self, durations: Sequence[float]) -> tuple[float, float]:
@@ -254,6 +256,7 @@ class Model:
         return self._places[url]
 
 
+NUM_PUBLISHERS = 8
 PUBLISHING_REQUESTS = 25
 """one after the other, around the shards of a merge"""
 
