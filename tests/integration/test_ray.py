@@ -28,8 +28,10 @@ from stockflow.errors import (
     StorageError,
     UserError,
 )
+from stockflow.executors import scheduling
 from stockflow.executors.ray import RayOptions, actor, connected, loop
 from stockflow.executors.ray import run as run_on_ray
+from stockflow.executors.scheduling import Limits
 from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
@@ -207,7 +209,7 @@ def test_workers_live_as_long_as_the_run(cluster: str, tmp_path: Path) -> None:
 
 
 def test_an_item_that_fails_on_storage_is_tried_again(cluster: str, tmp_path: Path) -> None:
-    items = [("never", 0), ("twice", loop.MAX_STORAGE_FAILURES - 1)]
+    items = [("never", 0), ("twice", Limits().storage_failures - 1)]
 
     assert sorted(run_items(ray_items.Doing(ray_items.fail_on_storage, tmp_path), items)) == ["never", "twice"]
 
@@ -216,11 +218,11 @@ def test_an_item_that_keeps_failing_on_storage_is_given_up(cluster: str, tmp_pat
     with pytest.raises(StorageError, match=r"^always cannot be written$"):
         run_items(ray_items.Doing(ray_items.fail_on_storage, tmp_path), [("always", 99)])
 
-    assert len(list(tmp_path.glob("always-*"))) == loop.MAX_STORAGE_FAILURES
+    assert len(list(tmp_path.glob("always-*"))) == Limits().storage_failures
 
 
 def test_a_start_that_fails_on_storage_is_tried_again(cluster: str, tmp_path: Path) -> None:
-    times = loop.MAX_STORAGE_FAILURES - 1
+    times = Limits().storage_failures - 1
 
     assert run_items(ray_items.FailingStart(tmp_path, times), [7], RayOptions(num_workers=1)) == [7]
 
@@ -287,7 +289,7 @@ def test_no_room_for_a_worker_is_said_after_a_while(cluster: str, tmp_path: Path
 def test_cpus_taken_by_others_are_said_while_waiting_and_in_the_end(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SAY_WAITING_S", 0.5)
+    monkeypatch.setattr(scheduling, "SAY_WAITING_S", 0.5)
     neighbour: Any = ray.remote(actor.Actor)
     taken = neighbour.options(num_cpus=NUM_CPUS).remote()
     ray.get(taken.counters.remote())
