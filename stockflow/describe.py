@@ -23,8 +23,8 @@ def project(
                 "url": redact(checkpoint.url),
                 "files": len(checkpoint.files),
                 "bytes": sum(stamp.size for stamp in checkpoint.files.values()),
-                "bytes_to_read": work.of_checkpoint(index).num_bytes,
-                "requests": work.of_checkpoint(index).num_requests,
+                "bytes_to_read": work.readings[index].num_bytes,
+                "requests": work.readings[index].num_requests,
             }
             for index, checkpoint in enumerate(plan.checkpoints)
         ],
@@ -68,7 +68,7 @@ def plan_lines(
 
 def _source_lines(plan: MergePlan, work: Workload) -> Iterator[str]:
     for index, checkpoint in enumerate(plan.checkpoints):
-        reading = work.of_checkpoint(index)
+        reading = work.readings[index]
         total = sum(stamp.size for stamp in checkpoint.files.values())
         role = " (names, order, config)" if index == plan.donor else ""
         yield (

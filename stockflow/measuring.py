@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from socket import gethostbyname
@@ -42,14 +43,13 @@ from stockflow.storage import Stamp, StorageConfig, Store, open_store, redact
 
 SEED = 5
 POOL_ELEMS = 2**22
-KERNEL_TENSORS = 4
 KERNEL_BYTES = 128 * 2**20
-"""of all sources together: more than any cache holds, as in a real merge"""
+"""of all sources of one tensor: more than caches hold between its two sweeps, as in a real merge"""
 ROUNDS = 3
 TINY_TENSORS = 2000
 TINY_SHARDS = 9
 LOCAL_BYTES = 256 * 2**20
-FIRST_REMOTE_BYTES = 32 * 2**20
+FIRST_REMOTE_BYTES = 64 * 2**20
 TRANSFER_S = 3.0
 """how long to move bytes to and from a store, about"""
 SMALL_OBJECTS = 8
@@ -210,12 +210,11 @@ def _per_tensor(single: _Run, many: _Run, wide: _Run) -> dict[str, float]:
 
 
 def _measure_kernels(work: Path) -> tuple[tuple[KernelCost, ...], dict[str, float]]:
-    """Merge a few large tensors by one thread, and once by all, in this process; its receipts tell the stages."""
+    """Merge a large tensor by one thread, and once by all, in this process; its receipts tell the stages."""
     costs, hashes, reads = [], [], []
     crowding = 1.0
     for method, dtype, num_sources in KERNELS:
-        step = KERNEL_TENSORS * 1024
-        num_elems = KERNEL_BYTES // (num_sources * WIDTHS[dtype]) // step * step
+        num_elems = KERNEL_BYTES // (num_sources * WIDTHS[dtype]) // 1024 * 1024
         inputs = _kernel_inputs(work, dtype, num_sources, num_elems)
         recipe = _write_recipe(work / "kernel.yaml", method, [str(path) for path in inputs])
         _merged_here(recipe, work, 1)  # loads the kernels, and brings the files into memory
@@ -248,11 +247,9 @@ def _measure_kernels(work: Path) -> tuple[tuple[KernelCost, ...], dict[str, floa
 
 
 def _kernel_inputs(work: Path, dtype: str, num_sources: int, num_elems: int) -> list[Path]:
-    """Checkpoints of a few square tensors each; enough elements that fixed costs of a tensor do not show."""
+    """Checkpoints of one tensor each, so large that fixed costs do not show."""
     pool = _pool()
-    per_tensor = num_elems // KERNEL_TENSORS
-    specs = [TensorSpec(f"{i}.weight", dtype, (per_tensor // 1024, 1024)) for i in range(KERNEL_TENSORS)]
-    header = encode_header(specs, {"format": "pt"})
+    header = encode_header([TensorSpec("weight", dtype, (num_elems // 1024, 1024))], {"format": "pt"})
     folders = []
     for index in range(num_sources):
         folder = work / f"kernel-{index}"
@@ -366,7 +363,8 @@ def _place(
 def _measure_disk(store: Store, work: Path) -> _PlaceRates:
     """Write and read a large file: from memory, then from the disk itself, then both at once."""
     get_s, put_s = _small_objects(store)
-    writes = [_measured(lambda: _write(store, "large", LOCAL_BYTES)) for _ in range(ROUNDS)]
+    names = ["large", *(f"large-{number}" for number in range(1, ROUNDS))]  # pages given back would be used again
+    writes = [_measured(partial(_write, store, name, LOCAL_BYTES)) for name in names]
     write = sorted(writes, key=lambda transfer: transfer.wall_s)[ROUNDS // 2]
     read = _measured(lambda: _read(store, "large", LOCAL_BYTES, NUM_LOCAL_READERS))
     _forget(work / "large")

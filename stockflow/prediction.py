@@ -1,21 +1,25 @@
 """How long a merge will take, and what it will wait for: a workload and a calibration made into seconds. Pure.
 
-Within a shard, stages run side by side on resources of their own, so the slowest decides; what fills the pipeline
-before it, and drains it behind, is added. Around the shards lie the start, opening, and publishing. Each formula is
-explained in docs/planning.md.
+A shard goes through the worker's pipeline in virtual time, and takes no less than any resource it needs for itself:
+network, disk, cores, the store's requests. Shards go to workers by the executor's own policy. Around them lie the
+start, opening, and publishing. Each formula is explained in docs/planning.md.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from stockflow.budget import OPTIMAL_READ_BYTES
+from stockflow.budget import NUM_OUT_BUFFERS, OPTIMAL_READ_BYTES
 from stockflow.calibration import Calibration, MachineCosts, PlaceCosts
-from stockflow.workload import ShardWork, Workload
+from stockflow.executors.simulation import simulate
+from stockflow.pipeline import Elapsed, LoadTime, StepTime, run
+from stockflow.workload import Kernel, Reading, ShardWork, StepWork, Workload
 
 RANGES_IN_FLIGHT = 16
 """of one process, from object stores"""
 HEADERS_IN_FLIGHT = 16
+SETTLING_ROUNDS = 4
+"""runs of the pipeline until the share of the cores that others take has settled"""
 REQUESTS_TO_OPEN = 4
 """one after the other, per checkpoint: listing, index, a header, config.json"""
 CALIBRATED_ROUNDS = 6
@@ -94,14 +98,10 @@ class Prediction:
 class ShardTime:
     """One shard on one worker."""
 
+    seconds: float
+    """from its first request to its receipt"""
     stages: Mapping[str, float]
-    edges_s: float
-    """what does not overlap: the first load, the last bytes, what is done once per shard"""
-
-    @property
-    def seconds(self) -> float:
-        """From its first request to its receipt."""
-        return max(self.stages.values(), default=0.0) + self.edges_s
+    """seconds of each resource, if it were the only one; the longest bounds the whole from below"""
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,11 @@ class Model:
     direct: bool
     """whether the threads that compute read, see ``Workspace``"""
     _places: dict[str, PlaceCosts] = field(default_factory=dict, init=False)
+    _costs: dict[Kernel, tuple[float, float]] = field(default_factory=dict, init=False)
 
     def predict(self, work: Workload) -> Prediction:
         """Return the time a merge takes."""
-        times = [self.shard_time(shard) for shard in work.shards]
+        times = [self.shard_time(shard, work.num_slabs) for shard in work.shards]
         stages: Counter[str] = Counter()
         for time in times:
             stages.update(time.stages)
@@ -139,27 +140,18 @@ class Model:
         bottleneck = "start" if around > merging else "workers" if tail > merging / 2 else deciding
         return Prediction(phases, dict(stages), bottleneck, total * self.conditions.num_workers)
 
-    def shard_time(self, shard: ShardWork) -> ShardTime:
-        """Return the stages of one shard on one worker while all workers are at work."""
-        conditions, machine, output = self.conditions, self.calibration.machine, self._place(self.output)
-        read_s, cold_s, read_cpu_s, first_s = self._reading(shard)
-        kernel_s = sum(machine.statistics_ns(kernel) * elems for kernel, elems in shard.statistics.items()) / 1e9
-        kernel_s += sum(machine.combine_ns(kernel) * elems for kernel, elems in shard.combined.items()) / 1e9
-        python_s = (machine.merge_tensor_us * shard.num_tensors + machine.merge_piece_us * shard.num_pieces) / 1e6
-        in_threads_s = kernel_s + (read_cpu_s if self.direct else 0.0)
-        crowded = _crowding(machine, min(conditions.num_threads, conditions.cores_per_worker))
-        threads = min(conditions.num_threads, conditions.cores_per_worker) * (1.0 - shard.idle_share)
-        write_ns = output.write_thread_ns + machine.hash_ns
+    def shard_time(self, shard: ShardWork, num_slabs: int) -> ShardTime:
+        """Return what one shard takes one worker while all workers are at work."""
+        conditions, output = self.conditions, self._place(self.output)
+        steps = [self._step_time(step) for step in shard.steps]
+        read_s, cold_s, client_s = self._reading(shard.readings())
         write_rate = _slower(output.write_rate, None if output.is_local else conditions.write_rate)
         write_s = shard.num_bytes / write_rate
-        cpu_s = kernel_s + python_s + read_cpu_s + shard.num_bytes * (machine.hash_ns + output.write_cpu_ns) / 1e9
-        stages = {
-            "compute": in_threads_s * crowded / threads + python_s,
-            "hash": shard.num_bytes * write_ns / 1e9,
-            "cpu": (cpu_s * _crowding(machine, conditions.cores_per_worker) + self._server_cpu_s(shard))
-            / conditions.cores_per_worker,
-            "disk_write" if output.is_local else "network_write": write_s,
-        }
+        stages = self._threads(steps)
+        beside_s = self._beside_s(shard, 0.0 if self.direct else client_s)
+        cores = conditions.cores_per_worker
+        stages["cpu"] = (stages["compute"] * min(conditions.num_threads, cores) + stages["hash"] + beside_s) / cores
+        stages["disk_write" if output.is_local else "network_write"] = write_s
         if read_s:
             stages["network_read"] = read_s
         if cold_s:
@@ -168,13 +160,74 @@ class Model:
             stages["store"] = together
         if conditions.request_rate:
             stages["request_rate"] = self._num_requests(shard) * conditions.num_workers / conditions.request_rate
-        last_s = shard.last_bytes * (write_ns / 1e9 + 1 / write_rate)
-        return ShardTime(stages, first_s + min(last_s, stages["hash"] + write_s) + self._shard_s(output))
+        elapsed = self._elapsed(steps, beside_s, num_slabs)
+        seconds = max(elapsed.seconds, elapsed.first_output_s + write_s, *stages.values())
+        return ShardTime(seconds + self._shard_s(output), stages)
 
-    def _reading(self, shard: ShardWork) -> tuple[float, float, float, float]:
-        """Seconds of the network, of the disk, of CPU, and until the first load has come."""
+    def _elapsed(self, steps: Sequence[StepTime], beside_s: float, num_slabs: int) -> Elapsed:
+        """Run the pipeline; clients and servers on this machine take their share of the cores meanwhile."""
+        threads, cores = self.conditions.num_threads, self.conditions.cores_per_worker
+        left = cores
+        for _ in range(1 + SETTLING_ROUNDS * bool(beside_s)):
+            elapsed = run(steps, num_threads=threads, cores=left, num_slabs=num_slabs, num_buffers=NUM_OUT_BUFFERS)
+            left = max(cores - beside_s / max(elapsed.seconds, 1e-9), cores / 4)
+        return elapsed
+
+    def _step_time(self, step: StepWork) -> StepTime:
+        """Return the seconds of each load on all threads, reading included where those do it."""
+        machine, conditions = self.calibration.machine, self.conditions
+        crowded = _crowding(machine, min(conditions.num_threads, conditions.cores_per_worker))
+        per_second = crowded / (conditions.num_threads * (1.0 - step.idle_share))
+        loads = []
+        for load in step.loads:
+            read_s, cold_s, client_s = self._reading(load.readings)
+            statistics_s = sum(self._cost(kernel)[0] * elems for kernel, elems in load.elems.items()) / 1e9
+            combine_s = sum(self._cost(kernel)[1] * elems for kernel, elems in load.elems.items()) / 1e9
+            if self.direct:  # once per sweep, by the thread that computes
+                read_s = 0.0
+                is_swept = step.num_reads > 1
+                statistics_s += client_s * is_swept
+                combine_s += client_s
+            serial_s = (machine.merge_tensor_us * load.num_tensors + machine.merge_piece_us * load.num_pieces) / 1e6
+            loads.append(
+                LoadTime(
+                    read_s=read_s + cold_s * (not self.direct),
+                    statistics_s=statistics_s * per_second,
+                    combine_s=combine_s * per_second,
+                    serial_s=serial_s,
+                    write_s=load.num_bytes_out * self._write_ns() / 1e9,
+                )
+            )
+        return StepTime(tuple(loads), step.num_passes, step.num_reads)
+
+    def _write_ns(self) -> float:
+        """Hashing and writing one byte, in the thread that does both."""
+        machine = self.calibration.machine
+        return (machine.hash_ns + self._place(self.output).write_thread_ns) * _crowding(
+            machine, self.conditions.cores_per_worker
+        )
+
+    def _threads(self, steps: Sequence[StepTime]) -> dict[str, float]:
+        """Seconds of the threads that compute, and of the one that hashes and writes."""
+        slow = max(self.conditions.num_threads / self.conditions.cores_per_worker, 1.0)
+        compute_s = write_s = 0.0
+        for step in steps:
+            for load in step.loads:
+                compute_s += (load.statistics_s * step.num_passes + load.combine_s) * slow + load.serial_s
+                write_s += load.write_s
+        return {"compute": compute_s, "hash": write_s}
+
+    def _beside_s(self, shard: ShardWork, client_s: float) -> float:
+        """CPU beside the worker's own threads: of the clients, and of servers on this very machine."""
+        output = self._place(self.output)
+        upload_ns = max(output.write_cpu_ns - output.write_thread_ns, 0.0)
+        crowded = _crowding(self.calibration.machine, self.conditions.cores_per_worker)
+        return (client_s + shard.num_bytes * upload_ns / 1e9) * crowded + self._server_cpu_s(shard)
+
+    def _reading(self, readings: Mapping[int, Reading]) -> tuple[float, float, float]:
+        """Seconds of the network, of the disk, and of CPU."""
         network_s = disk_s = cpu_s = 0.0
-        for index, reading in shard.readings.items():
+        for index, reading in readings.items():
             place = self._place(self.inputs[index])
             cpu_s += reading.num_bytes * place.read_cpu_ns / 1e9
             if place.is_local:
@@ -185,10 +238,7 @@ class Model:
                 waits += whole * max(self._request_s(place) - place.get_s, 0.0)
                 network_s += reading.num_bytes / _slower(place.read_rate, self.conditions.read_rate)
                 network_s += waits / RANGES_IN_FLIGHT
-        total = max(shard.num_bytes_read, 1)
-        share = min(shard.first_bytes / total, 1.0)
-        waits_s = max((self._request_s(self._place(self.inputs[index])) for index in shard.readings), default=0.0)
-        return network_s, disk_s, cpu_s, (network_s + disk_s) * share + (waits_s if network_s else 0.0)
+        return network_s, disk_s, cpu_s
 
     def _taking_turns(self, read_s: float, write_s: float) -> float:
         """Seconds of a store that serves reads and writes, if it is one and the same; else 0."""
@@ -201,14 +251,17 @@ class Model:
         """CPU that servers on this very machine take."""
         reading = sum(
             reading.num_bytes * self._place(self.inputs[index]).server_read_ns
-            for index, reading in shard.readings.items()
+            for index, reading in shard.readings().items()
         )
         return (reading + shard.num_bytes * self._place(self.output).server_write_ns) / 1e9
 
     def _num_requests(self, shard: ShardWork) -> int:
-        remote = [index for index in shard.readings if not self._place(self.inputs[index]).is_local]
         parts = 0 if self._place(self.output).is_local else shard.num_parts
-        return sum(shard.readings[index].num_requests for index in remote) + parts
+        return parts + sum(
+            reading.num_requests
+            for index, reading in shard.readings().items()
+            if not self._place(self.inputs[index]).is_local
+        )
 
     def _shard_s(self, output: PlaceCosts) -> float:
         return output.shard_s + (0.0 if output.is_local else 4 * (self._request_s(output) - output.get_s))
@@ -237,18 +290,22 @@ class Model:
 
     def _merging(self, durations: Sequence[float]) -> tuple[float, float]:
         """Seconds while every worker has work, and from then on until the last shard is there."""
-        if self.conditions.num_workers == 1:
+        if not self.conditions.on_ray:
             return sum(durations), 0.0
-        free = [0.0] * self.conditions.num_workers
-        for duration in sorted(durations, reverse=True):
-            first = min(range(len(free)), key=free.__getitem__)
-            free[first] += duration
-        return min(free), max(free) - min(free)
+        found = simulate(durations, self.conditions.num_workers, duration=lambda seconds: seconds)
+        return found.makespan_s - found.tail_s, found.tail_s
 
     def _request_s(self, place: PlaceCosts) -> float:
         """One small request."""
         given = self.conditions.request_s
         return place.get_s if place.is_local or given is None else given
+
+    def _cost(self, kernel: Kernel) -> tuple[float, float]:
+        """Statistics and combine of one element, in ns."""
+        if kernel not in self._costs:
+            machine = self.calibration.machine
+            self._costs[kernel] = machine.statistics_ns(kernel), machine.combine_ns(kernel)
+        return self._costs[kernel]
 
     def _place(self, url: str) -> PlaceCosts:
         if url not in self._places:

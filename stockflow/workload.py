@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from stockflow.budget import OPTIMAL_READ_BYTES, Workspace
@@ -34,37 +35,58 @@ class Reading:
 
 
 @dataclass(slots=True)
+class LoadWork:
+    """What is read, computed and written together."""
+
+    elems: Mapping[Kernel, int]
+    """of the output"""
+    num_bytes_out: int
+    readings: Mapping[int, Reading]
+    """by checkpoint, of one pass"""
+    num_tensors: int = 0
+    """that begin here"""
+    num_pieces: int = 0
+    """sources of these tensors: what Python handles one by one"""
+
+
+@dataclass(slots=True)
+class StepWork:
+    """Loads that are decided as one: statistics over all of them, then the combine, load by load."""
+
+    loads: tuple[LoadWork, ...]
+    num_passes: int
+    """statistics passes; elements of small tensors that share a load are passed over together"""
+    num_reads: int
+    """how often the loads are read"""
+    idle_share: float = 0.0
+    """of the threads' time: at the end of each load some have nothing to do"""
+
+
+@dataclass(slots=True)
 class ShardWork:
     """What one shard asks of the worker that merges it."""
 
     file: str
     num_bytes: int
     """size of the output file"""
-    num_tensors: int
-    num_pieces: int
-    """sources of tensors, each tensor counted once: what Python handles one by one"""
-    readings: dict[int, Reading] = field(default_factory=dict)
-    """by checkpoint"""
-    statistics: Counter[Kernel] = field(default_factory=Counter)
-    """elements, once per statistics pass"""
-    combined: Counter[Kernel] = field(default_factory=Counter)
-    """elements of the output"""
-    first_bytes: int = 0
-    """the load that must have come before anything is computed"""
-    last_bytes: int = 0
-    """of the output: what is left to hash and write when everything is computed"""
-    idle_share: float = 0.0
-    """of the threads' time: at the end of each tensor some have nothing to do"""
+    steps: tuple[StepWork, ...]
+
+    def readings(self) -> dict[int, Reading]:
+        """Return what is read, by checkpoint, all passes."""
+        found: dict[int, Reading] = {}
+        for step in self.steps:
+            for load in step.loads:
+                for index, reading in load.readings.items():
+                    total = found.setdefault(index, Reading())
+                    total.num_requests += reading.num_requests * step.num_reads
+                    total.num_bytes += reading.num_bytes * step.num_reads
+                    total.num_bytes_once += reading.num_bytes
+        return found
 
     @property
-    def num_reads(self) -> int:
-        """Requests, of all checkpoints."""
-        return sum(reading.num_requests for reading in self.readings.values())
-
-    @property
-    def num_bytes_read(self) -> int:
-        """Bytes of all passes over all checkpoints."""
-        return sum(reading.num_bytes for reading in self.readings.values())
+    def num_pieces(self) -> int:
+        """Sources of tensors."""
+        return sum(load.num_pieces for step in self.steps for load in step.loads)
 
     @property
     def num_parts(self) -> int:
@@ -88,30 +110,34 @@ class Workload:
     passes: Mapping[int, int]
     """number of tensors by how often they are read"""
 
+    num_slabs: int = 4
+    """loads in memory at once"""
+
+    @cached_property
+    def readings(self) -> Mapping[int, Reading]:
+        """What is read of each checkpoint, headers not counted."""
+        total = {index: Reading() for index in range(len(self.num_checkpoint_files))}
+        for shard in self.shards:
+            for index, reading in shard.readings().items():
+                total[index].num_requests += reading.num_requests
+                total[index].num_bytes += reading.num_bytes
+                total[index].num_bytes_once += reading.num_bytes_once
+        return total
+
     @property
     def num_reads(self) -> int:
         """Requests for ranges of checkpoints, headers not counted."""
-        return sum(shard.num_reads for shard in self.shards)
+        return sum(reading.num_requests for reading in self.readings.values())
 
     @property
     def num_bytes_read(self) -> int:
         """Bytes of checkpoints, every pass counted."""
-        return sum(shard.num_bytes_read for shard in self.shards)
+        return sum(reading.num_bytes for reading in self.readings.values())
 
     @property
     def num_bytes_written(self) -> int:
         """Bytes of all shards."""
         return sum(shard.num_bytes for shard in self.shards)
-
-    def of_checkpoint(self, index: int) -> Reading:
-        """Return what is read of one checkpoint."""
-        total = Reading()
-        for shard in self.shards:
-            reading = shard.readings.get(index, Reading())
-            total.num_requests += reading.num_requests
-            total.num_bytes += reading.num_bytes
-            total.num_bytes_once += reading.num_bytes_once
-        return total
 
 
 @dataclass(slots=True)
@@ -149,7 +175,7 @@ def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[
     """
     by_input = []
     for index, num_files in enumerate(work.num_checkpoint_files):
-        reading = work.of_checkpoint(index)
+        reading = work.readings[index]
         gets = reading.num_requests + num_files * OPENING_GETS_PER_FILE + work.has_config
         by_input.append(Requests(gets, OPENING_LISTS, reading.num_bytes))
     asked: set[str] = set()
@@ -183,6 +209,7 @@ def survey(plan: MergePlan, workspace: Workspace, num_threads: int) -> Workload:
         side_files_from=plan.side_files[0].checkpoint if plan.side_files else plan.donor,
         has_config=plan.config is not None,
         passes=dict(sorted(passes.items())),
+        num_slabs=workspace.num_slabs,
     )
 
 
@@ -195,34 +222,36 @@ def kernel_of(job: TensorJob) -> Kernel:
 
 
 def _shard_work(shard: ShardPlan, workspace: Workspace, num_threads: int, passes: Counter[int]) -> ShardWork:
-    work = ShardWork(shard.file, shard.num_bytes, len(shard.jobs), sum(len(job.sources) for job in shard.jobs))
-    elems = slots = 0.0
-    last: Step | None = None
+    steps = []
     for step in schedule(shard.jobs, workspace):
         finished = [piece for piece in step.loads[-1].pieces if piece.stop == piece.job.num_elems]
         passes[step.num_reads] += len(finished)
-        if last is None:
-            work.first_bytes = _first_bytes(step, num_threads)
-        for load in step.loads:
-            _count_reads(work, load, step)
-            for job, start, stop in load.pieces:
-                kernel, num_elems = kernel_of(job), stop - start
-                work.combined[kernel] += num_elems
-                work.statistics[kernel] += num_elems * job.num_statistic_passes
-        step_elems, step_slots = _occupied(step, num_threads)
-        elems, slots, last = elems + step_elems, slots + step_slots, step
-    if last is not None:
-        work.last_bytes = sum(piece.job.output_width * (piece.stop - piece.start) for piece in last.loads[-1].pieces)
-    work.idle_share = 1.0 - elems / slots if slots else 0.0
-    return work
+        steps.append(_step_work(step, num_threads))
+    return ShardWork(shard.file, shard.num_bytes, tuple(steps))
 
 
-def _count_reads(work: ShardWork, load: Load, step: Step) -> None:
+def _step_work(step: Step, num_threads: int) -> StepWork:
+    num_passes = max((piece.job.num_statistic_passes for piece in step.loads[0].pieces), default=0)
+    elems, slots = _occupied(step, num_threads)
+    idle_share = 1.0 - elems / slots if slots else 0.0
+    return StepWork(tuple(_load_work(load, step) for load in step.loads), num_passes, step.num_reads, idle_share)
+
+
+def _load_work(load: Load, step: Step) -> LoadWork:
+    elems: Counter[Kernel] = Counter()
+    num_bytes = num_tensors = num_pieces = 0
+    for job, start, stop in load.pieces:
+        elems[kernel_of(job)] += stop - start
+        num_bytes += job.output_width * (stop - start)
+        num_tensors += start == 0
+        num_pieces += len(job.sources) if start == 0 else 0
+    readings: dict[int, Reading] = {}
     for checkpoint, size, num_requests in _requests(load, step):
-        reading = work.readings.setdefault(checkpoint, Reading())
-        reading.num_requests += num_requests * step.num_reads
-        reading.num_bytes += size * step.num_reads
+        reading = readings.setdefault(checkpoint, Reading())
+        reading.num_requests += num_requests
+        reading.num_bytes += size
         reading.num_bytes_once += size
+    return LoadWork(elems, num_bytes, readings, num_tensors, num_pieces)
 
 
 def _requests(load: Load, step: Step) -> Iterator[tuple[int, int, int]]:
@@ -238,12 +267,6 @@ def _requests(load: Load, step: Step) -> Iterator[tuple[int, int, int]]:
         num_requests = -(-(stop - start) // SPAN_ELEMS) if step.direct else -(-size // OPTIMAL_READ_BYTES)
         if size:
             yield source.checkpoint, size, num_requests
-
-
-def _first_bytes(step: Step, num_threads: int) -> int:
-    if step.direct:
-        return step.loads[0].pieces[0].job.bytes_per_elem * SPAN_ELEMS * num_threads
-    return sum(size for _, size, _ in _requests(step.loads[0], step))
 
 
 def _occupied(step: Step, num_threads: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -211,20 +212,19 @@ def _conditions(
     )
 
 
+_BITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
 def _rate(option: str, text: str | None) -> float | None:
     """Return bytes per second from ``10Gbit/s`` or ``1.25GB/s``."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([kMGT])bit/s", text.strip())
-    if match:
-        found = float(match[1]) * float(1000 ** " kMGT".index(match[2])) / 8
-    elif text.strip().endswith("/s"):
-        found = float(size_option(option, text.strip()[:-2]) or 0)
-    else:
-        found = 0.0
-    if not found:
-        raise RecipeError(f"{option}: expected a rate such as 10Gbit/s or 1.25GB/s, found {text!r}")
-    return found
+    with suppress(RecipeError):
+        found = float(match[1]) * _BITS[match[2]] / 8 if match else size_option(option, text.strip().removesuffix("/s"))
+        if found and text.strip().endswith("/s"):
+            return float(found)
+    raise RecipeError(f"{option}: expected a rate such as 10Gbit/s or 1.25GB/s, found {text!r}")
 
 
 def _seconds(option: str, text: str | None) -> float | None:

@@ -85,7 +85,7 @@ def main() -> None:
     add_case_options(parser, gb=0.8)
     parser.add_argument("--sizes", type=float, nargs="*", default=[0.2, 0.8, 2.0], help="GB per checkpoint, on disk")
     parser.add_argument(
-        "--s3-sizes", type=float, nargs="*", default=[0.02, 0.06, 0.16], help="GB per checkpoint, on S3"
+        "--s3-sizes", type=float, nargs="*", default=[0.03, 0.06, 0.13], help="GB per checkpoint, on S3"
     )
     parser.add_argument("--s3-tuned", type=int, default=2)
     parser.add_argument("--server", choices=("moto", "ceph"), default="moto")
@@ -104,7 +104,7 @@ def main() -> None:
         places = [_on_disk(each, arguments.folder, work) for each in local]
         endpoint = None
         if remote:
-            server = moto_server() if arguments.server == "moto" else ceph_gateway(memory_bytes=4 << 30)
+            server = moto_server() if arguments.server == "moto" else ceph_gateway(memory_bytes=8 << 30)
             endpoint = stack.enter_context(server)
             os.environ["AWS_ENDPOINT_URL"] = endpoint
             boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)

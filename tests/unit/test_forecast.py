@@ -42,8 +42,9 @@ def test_elements_are_counted_once_per_pass(recipe: Path, tmp_path: Path) -> Non
 
     (shard,) = survey(plan, workspace, 2).shards
 
-    num_elems = 700 * 1024 + 33 * 7 + 5 + 1000
-    assert sum(shard.combined.values()) == sum(shard.statistics.values()) == num_elems
+    loads = [load for step in shard.steps for load in step.loads]
+    assert sum(sum(load.elems.values()) for load in loads) == 700 * 1024 + 33 * 7 + 5 + 1000
+    assert sum(load.num_bytes_out for load in loads) == shard.num_bytes - len(plan.shards[0].header)
     assert shard.num_pieces == 3 * len(SHAPES)
 
 

@@ -39,7 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "methods receipts writer",
         "kernels header storage",
         "buffers gram spans executors records sealed interruption",
-        "errors strictjson redaction pagecache",
+        "errors strictjson redaction pagecache pipeline",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
