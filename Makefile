@@ -6,12 +6,13 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 bench-prediction profile test-scale test-races test-ceph test-cluster chaos fuzz clean
+.PHONY: help demo test lint types bench bench-peers bench-s3 bench-prediction profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
 	@echo "make test        the test suite (under five minutes, no network, no GPU)"
 	@echo "make lint types  ruff and mypy"
+	@echo "make test-slow   more of what make test shows: a processor with SSE2 alone, secrets on Ray, more workers, whole benchmarks"
 	@echo "make test-scale  large tensors and the planning of 92,000 names"
 	@echo "make test-races  two drivers at once, twenty times each, and every way to be interrupted"
 	@echo "make chaos       a hundred random kills, storms of faults, full disks (ARGS='--seed 7' replays; root for the disks)"
@@ -39,7 +40,7 @@ demo: $(VENV)/.installed
 	$(BIN)/stockflow demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -47,6 +48,9 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-scale: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m scale $(ARGS)

@@ -189,7 +189,7 @@ def default_path() -> Path:
     return Path(home or Path.home() / ".config") / "stockflow" / "calibration.json"
 
 
-def load_calibration(given: str | None) -> tuple[Calibration, str]:
+def load_calibration(given: str | os.PathLike[str] | None) -> tuple[Calibration, str]:
     """Return the calibration to use and where it is from, in words: the one given, the user's, else the built-in one.
 
     Raises:

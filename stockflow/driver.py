@@ -9,14 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from stockflow.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory
-from stockflow.checkpoint import Checkpoint, open_checkpoints
+from stockflow.checkpoint import Checkpoint, OnFile, open_checkpoints, unheard
 from stockflow.claims import Heartbeat, agreed_numerics, new_run
 from stockflow.errors import PlanError, StockflowError
 from stockflow.interruption import finishing, last_act
 from stockflow.manifest import Manifest, plan_key, progress_key
 from stockflow.plan import MergePlan, ShardPlan
 from stockflow.plan_file import encode_plan
-from stockflow.planning import make_plan
+from stockflow.planning import few_shards_note, make_plan
 from stockflow.prefix import admit, look, progress, sweep, take, valid_receipts, weak_promises
 from stockflow.receipts import Receipt
 from stockflow.recipe import Recipe
@@ -41,8 +41,8 @@ class Observer(Protocol):
     def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
         """Merging begins; ``resumed`` shards need no work."""
 
-    def on_bytes(self, num_read: int, num_written: int) -> None:
-        """Bytes went by."""
+    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
+        """Bytes went by, moved by ``worker`` where there are several."""
 
     def on_shard(self, receipt: Receipt) -> None:
         """A shard is done."""
@@ -61,6 +61,8 @@ class MergeOptions:
     device: "Device" = "auto"
     shard_size: int | None = None
     overwrite: bool = False
+    num_workers: int | None = None
+    """processes that share the shards, if a number was asked for; None: one, or as many as there is room for"""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class Inputs:
     checkpoints: list[Checkpoint] = field(default_factory=list)
 
     @classmethod
-    def open(cls, recipe: Recipe) -> "Inputs":
-        """Open every checkpoint concurrently.
+    def open(cls, recipe: Recipe, on_file: OnFile = unheard) -> "Inputs":
+        """Open every checkpoint concurrently; ``on_file`` is told of each file whose header was read.
 
         Raises:
             UserError: one is missing, forbidden or malformed.
@@ -108,7 +110,7 @@ class Inputs:
         """
         stores = [open_store(pin_revision(location), recipe.storage) for location in recipe.checkpoints]
         with collector_paused():
-            return cls(recipe, stores, open_checkpoints(stores))
+            return cls(recipe, stores, open_checkpoints(stores, on_file))
 
 
 def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[MergePlan, Workspace]:
@@ -199,6 +201,8 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     with Heartbeat(store, plan.plan_id, run, report) as heartbeat, _swept(store, plan, run, observer):
         is_exclusive = heartbeat.is_exclusive()
         take(store, plan, run, found, is_exclusive=is_exclusive)
+        for note in few_shards_note(plan, options.num_workers):
+            observer.on_note(note)
         for note in weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive):
             observer.on_note(note)
         store.put(plan_key(plan.plan_id), encode_plan(plan))

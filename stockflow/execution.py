@@ -1,19 +1,19 @@
 """Where shards are merged: the glue between the driver and an executor."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stockflow.claims import agree_on_numerics
+from stockflow.devices import without_gpu
 from stockflow.driver import Observer
-from stockflow.errors import CheckpointError, NotFoundError, PlanError
+from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
 from stockflow.executors import local
 from stockflow.manifest import read_claim, receipt_key
 from stockflow.plan import ShardPlan
-from stockflow.prefix import MAX_RECEIPT_BYTES
-from stockflow.receipts import Receipt
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.storage import open_store, read_small, redact
 from stockflow.worker import OnBytes, Worker, WorkerSpec
 
@@ -43,17 +43,53 @@ class StartWorker:
 
     spec: WorkerSpec
 
-    def __call__(self) -> Callable[[ShardPlan, OnBytes], str]:
-        """Return what merges a shard there and gives its file name.
+    def __call__(self) -> "ShardWork":
+        """Return what merges shards there.
 
         Raises:
             PlanError: this node does not see the output prefix that the driver claimed, or computes otherwise
                 than the others.
         """
         check_output_is_shared(self.spec)
-        worker = Worker(self.spec)
-        _agree(self.spec, worker)
-        return lambda shard, on_bytes: worker.merge(shard, on_bytes).file
+        work = ShardWork(self.spec)
+        _agree(self.spec, work.worker)
+        return work
+
+
+class ShardWork:
+    """Merges shards in a process somewhere else; a shard that ran out of memory before with less of it."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Open a worker with the whole budget."""
+        self._spec = spec
+        self._frugality = 0
+        self.worker = Worker(spec)
+
+    @property
+    def note(self) -> str:
+        """What the driver should know of this worker."""
+        return without_gpu() if self._spec.device == "auto" else ""
+
+    def __call__(self, shard: ShardPlan, on_bytes: OnBytes, frugality: int) -> str:
+        """Merge a shard and return its file name; smaller buffers mean more passes and the same bytes.
+
+        Raises:
+            StockflowError: see ``Worker.merge``.
+        """
+        for halvings in range(frugality, -1, -1):
+            self._reopen(halvings)
+            try:
+                return self.worker.merge(shard, on_bytes).file
+            except BudgetError:  # as little as that is not enough for it
+                if not halvings:
+                    raise
+        raise AssertionError("not reached")
+
+    def _reopen(self, halvings: int) -> None:
+        if halvings != self._frugality:
+            self.worker.close()
+            self.worker = Worker(replace(self._spec, memory_bytes=self._spec.memory_bytes >> halvings))
+            self._frugality = halvings
 
 
 def _agree(spec: WorkerSpec, worker: Worker) -> None:
@@ -85,6 +121,7 @@ def on_ray(
     """Merge shards on the workers of a Ray cluster; only shards, file names and counters pass through Ray."""
     from stockflow.executors import ray
 
+    spec = _on_what_was_asked_for(spec, options)
     store = open_store(spec.output_url, spec.storage)
     files = ray.run(
         StartWorker(spec),
@@ -97,3 +134,12 @@ def on_ray(
     for file in files:
         key = receipt_key(spec.plan_id, file)
         yield Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
+
+
+def _on_what_was_asked_for(spec: WorkerSpec, options: "ray.RayOptions") -> WorkerSpec:
+    """Keep workers that hold no GPU off those of their node: Ray hides none from them (2.60)."""
+    if options.gpus_per_worker:
+        return spec
+    if spec.device == "cuda":
+        raise PlanError("--device cuda on Ray: say how many GPUs a worker gets (--gpus-per-worker 1)")
+    return replace(spec, device="cpu")

@@ -156,11 +156,11 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
     yield f"  time    about {duration(prediction.seconds)} by {workers}, {threads} each: {parts}"
     yield f"  limit   {STAGES[prediction.bottleneck]}; side by side: {_stages(prediction.stages)}"
     cost, unit = found.cost, found.prices.currency
-    machines = f"machines {_money(cost.machines)}"
+    machines = f"machines {money(cost.machines)}"
     machines += f" ({found.num_machines} x {found.machine})" if found.machine else " (none named: --machine)"
     yield (
-        f"  cost    {_money(cost.total)} {unit}: requests {_money(cost.requests)}, transfer {_money(cost.transfer)}, "
-        f"{machines}; the output then {_money(cost.storage_per_month)} a month"
+        f"  cost    {money(cost.total, unit)}: requests {money(cost.requests)}, transfer {money(cost.transfer)}, "
+        f"{machines}; the output then {money(cost.storage_per_month)} a month"
     )
     yield f"  prices  {found.prices.source}"
     for source in found.sources:
@@ -185,5 +185,7 @@ def _counted(number: int, word: str) -> str:
     return f"{number} {word}" + ("" if number == 1 else "s")
 
 
-def _money(amount: float) -> str:
-    return f"{amount:.2f}" if amount >= 1 or amount == 0 else f"{amount:.2g}"
+def money(amount: float, currency: str = "") -> str:
+    """Return an amount for people."""
+    text = f"{amount:.2f}" if amount >= 1 or amount == 0 else f"{amount:.2g}"
+    return f"{text} {currency}".strip()

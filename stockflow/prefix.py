@@ -30,12 +30,11 @@ from stockflow.manifest import (
     receipt_key,
 )
 from stockflow.plan import MergePlan
-from stockflow.receipts import Receipt
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
 
 SETTLE_S = 5.0
 """where creation is not exclusive: how long a claim must stand before it counts"""
-MAX_RECEIPT_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)

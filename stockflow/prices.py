@@ -1,5 +1,6 @@
 """What a merge costs: requests, transfer and machines apart, by a table of prices that the user can replace."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -138,7 +139,7 @@ def _entry(table: Mapping[str, T], name: str, kind: str, prices: Prices) -> T:
     return table[name]
 
 
-def load_prices(given: str | None) -> Prices:
+def load_prices(given: str | os.PathLike[str] | None) -> Prices:
     """Return the prices of a file, or the built-in examples.
 
     Raises:
@@ -151,7 +152,7 @@ def load_prices(given: str | None) -> Prices:
             payload = file.read(MAX_FILE_BYTES)
     except OSError as error:
         raise RecipeError(f"cannot read the prices {given}: {error.strerror}") from None
-    return _parsed(payload, given)
+    return _parsed(payload, os.fspath(given))
 
 
 def _parsed(payload: bytes, where: str) -> Prices:

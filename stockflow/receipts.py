@@ -1,7 +1,6 @@
 """What a worker reports of a shard: one row of facts per tensor and a receipt, plain JSON in the output prefix."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +12,8 @@ from stockflow.storage import Stamp
 from stockflow.strictjson import shown
 
 RECEIPT_FORMAT = "stockflow-receipt-1"
+MAX_RECEIPT_BYTES = 256_000_000
+"""A shard of 92,000 tensors of 16 models each has 80 MB, of two 40 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,3 @@ class Receipt:
         except ValueError as error:
             raise CheckpointError(f"{where} is not a receipt of stockflow: {error}") from None
         return receipt
-
-
-def finite(value: float) -> float | None:
-    """Return a number as it goes into facts: None for NaN and infinity, which JSON and tables do without."""
-    return float(value) if math.isfinite(value) else None

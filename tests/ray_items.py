@@ -20,8 +20,8 @@ class Doing:
     work: Callable[[Path, Any, Count], Any]
     folder: Path
 
-    def __call__(self) -> Callable[[Any, Count], Any]:
-        return lambda item, count: self.work(self.folder, item, count)
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
+        return lambda item, count, frugality: self.work(self.folder, item, count)
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class FailingStart:
     folder: Path
     times: int
 
-    def __call__(self) -> Callable[[Any, Count], Any]:
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
         if note(self.folder, "start") <= self.times:
             raise StorageError("the claim cannot be read")
-        return lambda item, count: item
+        return lambda item, count, frugality: item
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RaisingStart:
 
     error: Exception
 
-    def __call__(self) -> Callable[[Any, Count], Any]:
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
         raise self.error
 
 
@@ -51,25 +51,25 @@ class RaisingStart:
 class HangingOnce:
     """A start of another: the first item that counts anything says which process it is in, and hangs there."""
 
-    start: Callable[[], Callable[[Any, Count], Any]]
+    start: Callable[[], Callable[[Any, Count, int], Any]]
     folder: Path
 
-    def __call__(self) -> Callable[[Any, Count], Any]:
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
         work = self.start()
 
-        def hanging(item: Any, count: Count) -> Any:
+        def hanging(item: Any, count: Count, frugality: int) -> Any:
             def hang_once(num_read: int, num_written: int) -> None:
                 count(num_read, num_written)
                 if num_written and note(self.folder, "hanging") == 1:
                     time.sleep(WAIT_S)
 
             note(self.folder, "begun")
-            return work(item, hang_once)
+            return work(item, hang_once, frugality)
 
         return hanging
 
 
-def die() -> Callable[[Any, Count], Any]:
+def die() -> Callable[[Any, Count, int], Any]:
     """End the process where a worker should start."""
     os._exit(17)
 
@@ -101,6 +101,15 @@ def hang_first_time(folder: Path, item: str, count: Count) -> str:
     del count
     if item == "slow" and note(folder, "slow") == 1:
         time.sleep(WAIT_S)
+    return item
+
+
+def slow_first_time(folder: Path, item: str, count: Count) -> str:
+    """Count on and on; the second time end at once."""
+    if note(folder, item) == 1:
+        for _ in range(int(WAIT_S / 0.05)):
+            count(1, 0)
+            time.sleep(0.05)
     return item
 
 

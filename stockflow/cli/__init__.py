@@ -9,6 +9,7 @@ import typer
 
 from stockflow import __version__
 from stockflow.cli.checking import clean, verify
+from stockflow.cli.comparing import diff
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
 from stockflow.cli.merging import merge
@@ -20,8 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 done; 2 change recipe, inputs or budget; 3 storage failed, run again to resume; "
-    "4 verify found something; 5 compute was lost; 70 our bug; 130/143 interrupted, resumable.",
+    epilog="Exit codes: 0 done; 1 diff: they differ; 2 change recipe, inputs or budget; 3 storage failed, run again to "
+    "resume; 4 verify found something; 5 compute was lost; 70 our bug; 130/143 interrupted, resumable.",
 )
 
 
@@ -48,7 +49,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, calibrate, verify, clean, demo, schema):
+for command in (merge, plan, calibrate, verify, diff, clean, demo, schema):
     app.command()(command)
 
 

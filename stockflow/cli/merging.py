@@ -9,17 +9,21 @@ from stockflow.cli.options import (
     DeviceName,
     Executor,
     GpusPerWorker,
+    Label,
     Memory,
     OutputArgument,
     Overwrite,
+    Progress,
+    ProgressName,
     Quiet,
     RecipeArgument,
     ShardSize,
+    ShardTimeout,
     Workers,
-    execute_on,
-    is_on_ray,
-    merge_options,
-    open_inputs,
+    WorkerTimeout,
+    followed,
+    labels_option,
+    size_option,
 )
 
 
@@ -31,8 +35,12 @@ def merge(
     workers: Workers = None,
     executor: Executor = None,
     gpus_per_worker: GpusPerWorker = 0.0,
+    label: Label = None,
+    worker_timeout: WorkerTimeout = None,
+    shard_timeout: ShardTimeout = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,18 +49,27 @@ def merge(
     Running the same command again resumes: shards that are there already are kept. The output is complete
     when OUTPUT/manifest.json exists; `stockflow verify` checks every byte of it.
     """
-    from stockflow import driver
-    from stockflow.describe import result_facts, result_lines
+    from stockflow import api
     from stockflow.interruption import interruptible
-    from stockflow.reporting import reporting
 
     with exit_codes():
-        with interruptible(), reporting(quiet=quiet) as observer:
-            observer.on_stage("opening checkpoints")
-            options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-            execute = execute_on(executor, workers, gpus_per_worker)
-            result = driver.merge(open_inputs(recipe), output, options, execute, observer)
+        with interruptible(), followed(progress, quiet=quiet) as on_event:
+            result = api.merge(
+                recipe,
+                output,
+                memory=size_option("--memory", memory),
+                shard_size=size_option("--shard-size", shard_size),
+                workers=workers,
+                executor=executor.value if executor else None,
+                gpus_per_worker=gpus_per_worker,
+                labels=labels_option(label or ()),
+                worker_timeout=worker_timeout,
+                shard_timeout=shard_timeout,
+                device=device.value,
+                overwrite=overwrite,
+                on_event=on_event,
+            )
         if as_json:
-            print(json.dumps(result_facts(result), indent=1))
+            print(json.dumps(result.facts(), indent=1))
         elif not quiet:
-            print("\n".join(result_lines(result)))
+            print(result)

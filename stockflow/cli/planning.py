@@ -1,10 +1,6 @@
 """``stockflow plan`` and ``stockflow calibrate``."""
 
 import json
-import os
-import re
-import sys
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,20 +16,19 @@ from stockflow.cli.options import (
     Memory,
     OutputArgument,
     Overwrite,
+    Progress,
+    ProgressName,
     Quiet,
     RecipeArgument,
     ShardSize,
     Workers,
-    is_on_ray,
-    merge_options,
-    open_inputs,
+    followed,
     size_option,
 )
 from stockflow.errors import RecipeError
 
 if TYPE_CHECKING:
     from stockflow.calibration import Calibration
-    from stockflow.prediction import Conditions
 
 
 class TransferName(StrEnum):
@@ -84,6 +79,7 @@ def plan(
     prices: PriceFile = None,
     machine: Machine = None,
     transfer: Transfer = TransferName.same_region,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -91,42 +87,36 @@ def plan(
 
     Times come from constants that `stockflow calibrate` measures on this machine; docs/planning.md explains the model.
     """
-    from stockflow import driver
-    from stockflow.calibration import load_calibration
-    from stockflow.describe import plan_lines, project
-    from stockflow.forecast import cold_share, forecast, forecast_facts, forecast_lines
-    from stockflow.prices import load_prices
-    from stockflow.workload import survey
+    from stockflow import api
+    from stockflow.reporting import DELAY_S
+    from stockflow.storage import redact
 
     with exit_codes():
-        on_ray = is_on_ray(executor)
-        constants, table = load_calibration(calibration), load_prices(prices)
-        options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
-        conditions = _conditions(options.num_threads, workers, on_ray, read_rate, write_rate, latency, request_rate)
-        opened = open_inputs(recipe)
-        merge_plan, workspace = driver.plan_merge(opened, output, options)
-        least = driver.least_memory_of(opened, output, merge_plan, options)
-        notes = list(driver.output_notes(opened, output, merge_plan, overwrite=overwrite))
-        with driver.collector_paused():
-            work = survey(merge_plan, workspace, options.num_threads)
-            found = forecast(
-                merge_plan,
-                work,
-                driver.output_url(opened, output),
-                conditions.cold(cold_share(merge_plan, opened.stores)),
-                direct=workspace.direct,
-                calibration=constants,
-                prices=table,
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+            result = api.plan(
+                recipe,
+                output,
+                memory=size_option("--memory", memory),
+                shard_size=size_option("--shard-size", shard_size),
+                workers=workers,
+                executor=executor.value if executor else None,
+                device=device.value,
+                overwrite=overwrite,
+                read_rate=api.rate("--read-rate", read_rate),
+                write_rate=api.rate("--write-rate", write_rate),
+                latency=api.seconds("--latency", latency),
+                request_rate=request_rate,
+                calibration=calibration,
+                prices=prices,
                 machine=machine,
                 transfer=transfer.value,
-                memory_bytes=options.memory_bytes,
+                on_event=on_event,
             )
-            if as_json:
-                facts = project(merge_plan, workspace, work, least, notes) | {"forecast": forecast_facts(found)}
-                print(json.dumps(facts, indent=1))
-            elif not quiet:
-                print("\n".join(plan_lines(merge_plan, workspace, work, least, notes)))
-                print("\n".join(forecast_lines(found)))
+        if as_json:
+            print(json.dumps(result.facts(), indent=1))
+        elif not quiet:
+            print(result)
+            print(f"next: stockflow merge {redact(recipe)} {redact(output)}")
 
 
 def calibrate(
@@ -139,6 +129,7 @@ def calibrate(
     url: Annotated[
         list[str] | None, typer.Option(help="Bucket or prefix to measure, too; may be repeated. Written and cleaned.")
     ] = None,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -148,16 +139,13 @@ def calibrate(
     earlier, of the same machine, are kept.
     """
     from stockflow.calibration import default_path
+    from stockflow.events import Stage
     from stockflow.measuring import calibrate as measure
     from stockflow.storage import redact
 
     with exit_codes():
-
-        def say(text: str) -> None:
-            if not quiet:
-                print(text, file=sys.stderr, flush=True)
-
-        found = measure(folder.absolute(), url or [], say)
+        with followed(progress, quiet=quiet) as on_event:
+            found = measure(folder.absolute(), url or [], lambda text: on_event(Stage(text)))
         path = out or default_path()
         found = _kept(found, path)
         try:
@@ -186,52 +174,3 @@ def _kept(found: "Calibration", path: Path) -> "Calibration":
         return found
     same = (earlier.machine.name, earlier.machine.cores) == (found.machine.name, found.machine.cores)
     return earlier.with_places(found.places).with_machine(found) if same else found
-
-
-def _conditions(
-    num_threads: int,
-    workers: int | None,
-    on_ray: bool,
-    read_rate: str | None,
-    write_rate: str | None,
-    latency: str | None,
-    request_rate: float | None,
-) -> "Conditions":
-    from stockflow.prediction import Conditions
-
-    cores = len(os.sched_getaffinity(0))
-    return Conditions(
-        num_workers=(workers or cores) if on_ray else 1,
-        num_threads=num_threads,
-        cores_per_worker=float(num_threads) if on_ray else float(cores),
-        read_rate=_rate("--read-rate", read_rate),
-        write_rate=_rate("--write-rate", write_rate),
-        request_s=_seconds("--latency", latency),
-        request_rate=request_rate,
-        on_ray=on_ray,
-    )
-
-
-_BITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-
-
-def _rate(option: str, text: str | None) -> float | None:
-    """Return bytes per second from ``10Gbit/s`` or ``1.25GB/s``."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([kMGT])bit/s", text.strip())
-    with suppress(RecipeError):
-        found = float(match[1]) * _BITS[match[2]] / 8 if match else size_option(option, text.strip().removesuffix("/s"))
-        if found and text.strip().endswith("/s"):
-            return float(found)
-    raise RecipeError(f"{option}: expected a rate such as 10Gbit/s or 1.25GB/s, found {text!r}")
-
-
-def _seconds(option: str, text: str | None) -> float | None:
-    """Return seconds from ``30ms`` or ``0.03s``."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?(ms|s)", text.strip())
-    if not match:
-        raise RecipeError(f"{option}: expected a time such as 30ms or 0.03s, found {text!r}")
-    return float(match[1]) / (1000 if match[2] == "ms" else 1)

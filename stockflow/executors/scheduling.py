@@ -24,8 +24,8 @@ class Cause(StrEnum):
     storage = "storage"
     lost = "lost"
     """its process or node died"""
-    hung = "hung"
-    """it counted nothing for too long"""
+    late = "late"
+    """it counted nothing, or was not done, for too long"""
     out_of_memory = "out of memory"
     """its node had no memory left"""
     preempted = "preempted"
@@ -40,10 +40,14 @@ class Limits:
     """for the first worker, and for a next one once all are lost; a GPU node takes minutes"""
     stall_timeout_s: float = 900.0
     """an item that counts nothing for so long is taken for hung; its worker is replaced"""
+    item_timeout_s: float | None = None
+    """an item that is not done after so long is given to another worker, however busy this one is"""
     storage_failures: int = 3
     """per item, or per start of a worker; each has many requests repeated within it"""
     losses: int = 6
-    """per item: workers that died or hung under it, pre-emptions not counted"""
+    """per item: workers that died under it, pre-emptions not counted"""
+    delays: int = 3
+    """per item: workers that were too slow with it; more would only be slower"""
     out_of_memory: int = 3
     """per item: workers that were killed because their node had no memory left"""
     deaths_at_start: int = 3
@@ -63,6 +67,8 @@ class Give(Generic[T]):
 
     worker: int
     item: T
+    frugality: int = 0
+    """how often the item ran out of memory: it should be done with half as much, a quarter, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,8 @@ class _Worker(Generic[T]):
     node: str | None = None
     """where it came up; None while it starts"""
     task: _Task[T] | None = None
+    given: float = 0.0
+    """when it was given its task"""
     moved: float = 0.0
     """when it was given its task, or last counted something"""
     storage_failures: int = 0
@@ -165,24 +173,28 @@ class Scheduler(Generic[T]):
         for worker in self._workers.values():
             if worker.node is not None and worker.task is None and self._waiting:
                 worker.task = self._waiting.popleft()
-                worker.moved = now
-                actions.append(Give(worker.number, worker.task.item))
+                worker.given = worker.moved = now
+                actions.append(Give(worker.number, worker.task.item, worker.task.failures[Cause.out_of_memory]))
         return actions
 
     def check(self, now: float) -> list[Action[T]]:
-        """End workers that hang; call it about once a second.
+        """End workers that hang or are too slow; call it about once a second.
 
         Raises:
             ComputeLostError: no worker came, or an item was lost too often.
         """
         actions: list[Action[T]] = []
         for worker in list(self._workers.values()):
-            if worker.task is not None and now - worker.moved > self._limits.stall_timeout_s:
+            delay = self._delay_of(worker, now)
+            if delay:
                 actions.append(End(worker.number))
-                stalled = f"nothing read or written for {self._limits.stall_timeout_s:.0f} s"
-                self.lost(worker.number, Cause.hung, stalled)
+                self.lost(worker.number, Cause.late, delay)
         self._check_for_workers(now)
         return actions
+
+    def want(self, num_workers: int) -> None:
+        """Have this many workers from now on, if it is more than before: the cluster has grown."""
+        self._num_workers = max(self._num_workers, num_workers)
 
     # What happened
 
@@ -239,20 +251,42 @@ class Scheduler(Generic[T]):
                     "look at the workers' logs (`ray logs`): the image or the node is at fault"
                 )
             return
-        failures = worker.task.failures
-        failures[cause] += 1
-        losses = failures[Cause.lost] + failures[Cause.hung]
-        if losses >= self._limits.losses or failures[Cause.out_of_memory] >= self._limits.out_of_memory:
-            raise ComputeLostError(
-                f"{losses + failures[Cause.out_of_memory]} workers died doing the same item: {text}; "
-                "give workers more memory (--memory bounds each), then run again to resume"
-            )
-        self._on_note(f"a worker was lost, another does its item again: {text}")
+        worker.task.failures[cause] += 1
+        self._give_up_if_hopeless(worker.task.failures, text)
+        again = ", with half the memory" if cause is Cause.out_of_memory else ""
+        self._on_note(f"a worker was lost, another does its item again{again}: {text}")
         self._waiting.appendleft(worker.task)
 
     def drain(self, nodes: frozenset[str]) -> None:
         """These nodes, and no others, are about to leave: their workers end as soon as they are idle."""
         self._draining = nodes
+
+    def _give_up_if_hopeless(self, failures: Counter[Cause], text: str) -> None:
+        advice = {
+            Cause.lost: (self._limits.losses, "look at the workers' logs (`ray logs`)"),
+            Cause.late: (self._limits.delays, "raise the timeouts, or make shards smaller (--shard-size)"),
+            Cause.out_of_memory: (
+                self._limits.out_of_memory,
+                "put fewer workers on a node, or lower what each may take (--memory)",
+            ),
+        }
+        for cause, (most, what_to_do) in advice.items():
+            if failures[cause] >= most:
+                raise ComputeLostError(
+                    f"{failures[cause]} workers were lost doing the same item ({cause}): {text}; "
+                    f"{what_to_do}, then run again to resume"
+                )
+
+    def _delay_of(self, worker: _Worker[T], now: float) -> str:
+        """What is too long about a worker; nothing: an empty text."""
+        limits = self._limits
+        if worker.task is None:
+            return ""
+        if now - worker.moved > limits.stall_timeout_s:
+            return f"nothing read or written for {limits.stall_timeout_s:.0f} s"
+        if limits.item_timeout_s is not None and now - worker.given > limits.item_timeout_s:
+            return f"not done after {limits.item_timeout_s:.0f} s"
+        return ""
 
     def _end(self, number: int) -> End:
         del self._workers[number]
@@ -267,7 +301,7 @@ class Scheduler(Generic[T]):
         if waited_s > self._limits.no_worker_timeout_s:
             raise ComputeLostError(
                 f"no worker came within {self._limits.no_worker_timeout_s:.0f} s: {self._need()}; "
-                "free or add resources, or ask for fewer GPUs, then run again to resume"
+                "free or add resources, or ask for less, then run again to resume"
             )
         if now - self._said_waiting > SAY_WAITING_S:
             self._said_waiting = now

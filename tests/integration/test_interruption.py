@@ -153,7 +153,7 @@ def test_an_upload_is_aborted_where_the_store_answers(
 @pytest.mark.parametrize(
     ("outage", "client", "executor"),
     [
-        ("stall", "obstore", "local"),
+        pytest.param("stall", "obstore", "local", marks=races),
         pytest.param("503", "fsspec", "local", marks=races),
         pytest.param("503", "obstore", "local", marks=races),
         pytest.param("stall", "fsspec", "local", marks=races),

@@ -458,7 +458,7 @@ def test_exit_4_with_one_line_per_finding(sharded: Path) -> None:
 # -------------------------------------------------------------------------------------------------- transformers
 
 
-@pytest.mark.parametrize("layout", ["single", "sharded"])
+@pytest.mark.parametrize("layout", [pytest.param("single", marks=pytest.mark.slow), "sharded"])
 def test_transformers_loads_the_output(merged: Merged, layout: str) -> None:
     transformers = pytest.importorskip("transformers")
     output = getattr(merged, layout)

@@ -22,7 +22,7 @@ from stockflow.sealed import seal
 from stockflow.storage import StorageConfig
 from stockflow.tables import encode_tensors, read_facts
 from stockflow.units import LoadedPiece
-from stockflow.verify import SampleOptions, Verification, verify
+from stockflow.verify import SampleOptions, Verification, recompute, verify
 from tests import runs
 from tests.checkpoints import Family, Shape, make_family, write_recipe
 from tests.integration.test_verify import endorse, manifest
@@ -313,7 +313,7 @@ def test_a_budget_too_small_and_numerics_of_another_version_are_refused(
 ) -> None:
     with pytest.raises(BudgetError, match="Raise --memory"):
         sampled(root / "out", memory_bytes=20 * MIB)
-    monkeypatch.setattr("stockflow.verify.recompute.NUMERICS", 99)
+    monkeypatch.setattr(recompute, "NUMERICS", 99)
     with pytest.raises(PlanError, match="made with numerics 2, this version of stockflow has 99"):
         sampled(root / "out")
 

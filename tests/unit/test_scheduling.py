@@ -48,7 +48,7 @@ def test_the_item_of_a_lost_worker_is_the_next_one_given_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cause", "most"), [(Cause.lost, 6), (Cause.hung, 6), (Cause.out_of_memory, 3)], ids=lambda value: str(value)
+    ("cause", "most"), [(Cause.lost, 6), (Cause.late, 3), (Cause.out_of_memory, 3)], ids=lambda value: str(value)
 )
 def test_an_item_under_which_workers_keep_dying_ends_the_run(cause: Cause, most: int) -> None:
     run = with_workers_up(["a"], 1)
@@ -59,7 +59,7 @@ def test_an_item_under_which_workers_keep_dying_ends_the_run(cause: Cause, most:
         run.came_up(number + 1, "node", 1.0)
         run.decide(1.0)
 
-    with pytest.raises(ComputeLostError, match=f"{most} workers died doing the same item: why"):
+    with pytest.raises(ComputeLostError, match=rf"{most} workers were lost doing the same item \({cause}\): why"):
         run.lost(most - 1, cause, "why")
 
 
@@ -77,7 +77,7 @@ def test_preemptions_are_free() -> None:
 def test_each_cause_has_a_counter_of_its_own() -> None:
     run = with_workers_up(["a"], 1)
     run.decide(0.0)
-    for number, cause in enumerate([Cause.lost, Cause.out_of_memory, Cause.hung] * 2):
+    for number, cause in enumerate([Cause.lost, Cause.out_of_memory, Cause.late] * 2):
         run.lost(number, cause, "why")
         run.decide(1.0)
         run.came_up(number + 1, "node", 1.0)
@@ -153,3 +153,39 @@ def test_that_no_worker_comes_is_said_and_then_ends_the_run() -> None:
     assert notes == [f"no worker has come for {31 * number} s: there is nothing" for number in (1, 2, 3)]
     with pytest.raises(ComputeLostError, match=r"no worker came within 100 s: there is nothing"):
         run.check(101.0)
+
+
+def test_an_item_that_ran_out_of_memory_is_done_with_less_of_it_by_whoever_does_it_next() -> None:
+    notes: list[str] = []
+    run = with_workers_up(["a", "b"], 2, notes)
+    assert run.decide(0.0) == [Give(0, "a", frugality=0), Give(1, "b", frugality=0)]
+
+    run.lost(0, Cause.out_of_memory, "killed")
+    run.finished(1)
+
+    assert Give(1, "a", frugality=1) in run.decide(1.0)
+    assert notes == ["a worker was lost, another does its item again, with half the memory: killed"]
+
+
+def test_an_item_has_a_deadline_of_its_own_however_busy_its_worker_is() -> None:
+    run = Scheduler(["a"], 1, Limits(stall_timeout_s=10.0, item_timeout_s=30.0), now=0.0)
+    run.decide(0.0)
+    run.came_up(0, "node", 5.0)
+    run.decide(5.0)
+    for now in range(6, 36):
+        run.counted(0, float(now))
+        assert run.check(float(now)) == []
+
+    assert run.check(36.0) == [End(0)]
+
+
+def test_workers_are_added_while_the_cluster_grows_and_kept_when_it_shrinks() -> None:
+    run = with_workers_up(["a", "b", "c", "d"], 1)
+    run.decide(0.0)
+
+    run.want(3)
+    assert run.decide(1.0) == [Start(1), Start(2)]
+    run.want(2)
+    run.finished(0)
+
+    assert run.decide(2.0) == [Give(0, "b")]

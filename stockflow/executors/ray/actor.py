@@ -14,8 +14,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Counters = tuple[int, int]
-Work = Callable[[T, Callable[[int, int], None]], R]
-"""Does one item, telling its second argument what it counts."""
+Work = Callable[[T, Callable[[int, int], None], int], R]
+"""Does one item, telling its second argument what it counts; the third says how often it ran out of memory before."""
 
 
 class Actor:
@@ -28,8 +28,8 @@ class Actor:
         self._read = self._written = 0
         self._is_stopping = False
 
-    def start(self, driver_version: str, pickled_start: bytes) -> str:
-        """Make ready and return the id of the node; an error of the start is raised as itself.
+    def start(self, driver_version: str, pickled_start: bytes) -> tuple[str, str]:
+        """Make ready; return the id of the node and what the driver should know. An error of the start is itself.
 
         Raises:
             ComputeLostError: this environment is not the driver's.
@@ -46,12 +46,12 @@ class Actor:
                 f"a worker's environment is not the driver's: {error}; install the same packages on every node"
             ) from error
         self._work = start()
-        return str(ray.get_runtime_context().get_node_id())
+        return str(ray.get_runtime_context().get_node_id()), str(getattr(self._work, "note", ""))
 
-    def work(self, item: Any) -> tuple[Any, Counters]:
+    def work(self, item: Any, frugality: int) -> tuple[Any, Counters]:
         """Do one item; return its result and what has been counted so far."""
         assert self._work is not None
-        return self._work(item, self._count), self.counters()
+        return self._work(item, self._count, frugality), self.counters()
 
     def counters(self) -> Counters:
         """Return what has been counted so far."""

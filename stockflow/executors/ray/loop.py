@@ -19,6 +19,7 @@ from stockflow.executors.ray.cluster import (
     connected,
     describe_resources,
     draining_nodes,
+    refuse_impossible,
     worker_count,
 )
 from stockflow.executors.scheduling import Action, Cause, Give, Limits, Scheduler, Start
@@ -56,6 +57,7 @@ def run(
         StockflowError: any other error of an item, as itself.
     """
     with connected(options, len(items)):
+        refuse_impossible(options, on_note)
         loop: _Loop[T, R] = _Loop(start, sorted(items, key=size, reverse=True), options, on_count, on_note)
         try:
             yield from loop.results()
@@ -88,14 +90,21 @@ class _Loop(Generic[T, R]):
         # By value and once: every worker of a large plan reads the same object.
         self._start = ray.put(cloudpickle.dumps(start))  # type: ignore[no-untyped-call]
         self._options = options
+        self._num_items = len(items)
         self._on_count = on_count
+        self._on_note = on_note
+        self._noted: set[str] = set()
         self._actor_class: Any = ray.remote(Actor)
         self._handles: dict[int, _Handle] = {}
         self._polled = time.monotonic()
         self._scheduler = Scheduler(
             items,
-            worker_count(options),
-            Limits(no_worker_timeout_s=options.no_worker_timeout_s, stall_timeout_s=options.stall_timeout_s),
+            worker_count(options, len(items)),
+            Limits(
+                no_worker_timeout_s=options.no_worker_timeout_s,
+                stall_timeout_s=options.stall_timeout_s,
+                item_timeout_s=options.item_timeout_s,
+            ),
             now=self._polled,
             need=self._need,
             on_note=on_note,
@@ -139,7 +148,7 @@ class _Loop(Generic[T, R]):
                 self._handles[action.worker] = self._started()
             elif isinstance(action, Give):
                 handle = self._handles[action.worker]
-                handle.call = handle.actor.work.remote(action.item)
+                handle.call = handle.actor.work.remote(action.item, action.frugality)
             else:
                 _kill(self._handles.pop(action.worker))
 
@@ -149,6 +158,7 @@ class _Loop(Generic[T, R]):
             num_gpus=self._options.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
+            label_selector=dict(self._options.labels),
             max_concurrency=2,  # an item, and beside it what `Actor` promises
             scheduling_strategy="SPREAD",
         ).remote()
@@ -169,7 +179,9 @@ class _Loop(Generic[T, R]):
         handle.call = None
         if not handle.is_up:
             handle.is_up = True
-            self._scheduler.came_up(number, outcome, time.monotonic())
+            node, note = outcome
+            self._scheduler.came_up(number, node, time.monotonic())
+            self._note_once(note)
             return None
         self._scheduler.finished(number)
         result, counters = outcome
@@ -188,6 +200,8 @@ class _Loop(Generic[T, R]):
         """Ask busy actors what they have counted, without waiting for answers; see what has been too long."""
         self._polled = time.monotonic()
         self._scheduler.drain(draining_nodes())
+        if self._options.num_workers is None:  # nodes that have joined meanwhile
+            self._scheduler.want(worker_count(self._options, self._num_items))
         asked = {handle.counting: number for number, handle in self._handles.items() if handle.counting is not None}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0) if asked else ([], [])
         for question in answered:
@@ -208,8 +222,13 @@ class _Loop(Generic[T, R]):
             self._scheduler.counted(number, time.monotonic())
             self._on_count(read, written)
 
+    def _note_once(self, note: str) -> None:
+        if note and note not in self._noted:
+            self._noted.add(note)
+            self._on_note(note)
+
     def _need(self) -> str:
-        return f"the cluster has {describe_resources()}, a worker needs 1 CPU and {self._options.gpus_per_worker:g} GPU"
+        return f"the cluster has {describe_resources()}, a worker needs {self._options.need}"
 
 
 def _cause_of(error: RayError) -> Cause:
