@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers
+.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers bench-prediction
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-peers  verdicts on real output of mergekit, in an environment of its own"
 	@echo "make fuzz        malformed inputs for every reader, guided by coverage (8 minutes)"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
+	@echo "make bench-prediction  what stockflow plan predicts against what merges take; docs/planning.md"
 	@echo "make profile     where the time of a merge goes, by stage"
 
 $(BIN)/python:
@@ -93,6 +94,9 @@ bench-peers: $(VENV)/.installed-dev
 
 bench-s3: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.s3_merge $(ARGS)
+
+bench-prediction: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.prediction $(ARGS)
 
 profile: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.stages $(ARGS)
