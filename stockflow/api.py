@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from stockflow import driver, notebook
 from stockflow.budget import Workspace, default_memory, gb, mib
 from stockflow.describe import plan_lines, project, result_facts, result_lines
-from stockflow.driver import Execute, Inputs, MergeOptions, Observer, Outcome
+from stockflow.driver import Execute, Inputs, MergeOptions, Outcome
 from stockflow.errors import RecipeError
 from stockflow.events import Done, OnEvent, Stage, ignore
 from stockflow.manifest import Manifest, tensors_key
@@ -24,6 +24,7 @@ from stockflow.storage import StorageConfig, open_store, read_small, redact
 
 if TYPE_CHECKING:
     from stockflow.differences import CheckpointDifference
+    from stockflow.tracking import Tracker
     from stockflow.verify import SampleOptions, Verification
     from stockflow.worker import WorkerSpec
 
@@ -384,19 +385,19 @@ def execute_on(executor: ExecutorName | None, workers: int | None, gpus_per_work
     return partial(_on_ray, workers, gpus_per_worker) if is_on_ray(executor) else _in_this_process
 
 
-def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker") -> Iterator[Receipt]:
     from stockflow.execution import in_this_process
 
-    return in_this_process(spec, shards, observer)
+    return in_this_process(spec, shards, tracker)
 
 
 def _on_ray(
-    workers: int | None, gpus_per_worker: float, spec: "WorkerSpec", shards: Sequence[ShardPlan], observer: Observer
+    workers: int | None, gpus_per_worker: float, spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
 ) -> Iterator[Receipt]:
     from stockflow.execution import on_ray
     from stockflow.executors.ray import RayOptions
 
-    return on_ray(spec, shards, observer, RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker))
+    return on_ray(spec, shards, tracker, RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker))
 
 
 def _check_choice(option: str, given: object, choices: Sequence[object]) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from stockflow import __version__
 from stockflow.cli.checking import clean, verify
+from stockflow.cli.cluster import status
 from stockflow.cli.comparing import diff
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
@@ -48,7 +49,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, verify, diff, clean, demo, schema):
+for command in (merge, plan, status, verify, diff, clean, demo, schema):
     app.command()(command)
 
 
