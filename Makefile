@@ -6,16 +6,19 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-scale test-races test-ceph test-cluster chaos fuzz clean
+.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
 	@echo "make test        the test suite (under five minutes, no network, no GPU)"
 	@echo "make lint types  ruff and mypy"
+	@echo "make test-slow   more of what make test shows: a processor with SSE2 alone, secrets on Ray, more workers, whole benchmarks"
 	@echo "make test-scale  large tensors and the planning of 92,000 names"
 	@echo "make test-races  two drivers at once, twenty times each, and every way to be interrupted"
 	@echo "make chaos       a hundred random kills, storms of faults, full disks (ARGS='--seed 7' replays; root for the disks)"
 	@echo "make test-cluster  ray job submit, several nodes, a node drained"
+	@echo "make cluster-demo  a Ray cluster of three nodes, a merge from S3 to S3, a node killed: told step by step"
+	@echo "make image-test  build the container image and merge in it (root, buildah, debootstrap)"
 	@echo "make test-ceph   the storage contract on Ceph's gateway (Debian's packages)"
 	@echo "make bench       time and memory of merges against the I/O floor; docs/benchmarks.md"
 	@echo "make bench-peers the same merge by mergekit, in an environment of its own"
@@ -38,7 +41,7 @@ demo: $(VENV)/.installed
 	$(BIN)/stockflow demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -46,6 +49,9 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-scale: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m scale $(ARGS)
@@ -68,6 +74,12 @@ fuzz: $(VENV)/.installed-fuzz
 
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m cluster $(ARGS)
+
+image-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m image -rs $(ARGS)
+
+cluster-demo: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.cluster_demo
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.local_merge $(ARGS)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stockflow import driver, notebook
 from stockflow.budget import Workspace, default_memory, gb, mib
@@ -17,6 +17,7 @@ from stockflow.errors import RecipeError
 from stockflow.events import Done, OnEvent, Stage, ignore
 from stockflow.manifest import Manifest, tensors_key
 from stockflow.plan import MergePlan, ShardPlan
+from stockflow.planning import few_shards_note
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.recipe import RecipeLike, parse_size, recipe_of, resolve_location
 from stockflow.reporting import AsEvents
@@ -203,7 +204,10 @@ def plan(
     on_event(Stage("planning"))
     merge_plan, workspace = driver.plan_merge(inputs, location, options)
     on_event(Stage("looking at the output"))
-    notes = tuple(driver.output_notes(inputs, location, merge_plan, overwrite=overwrite))
+    notes = (
+        *driver.output_notes(inputs, location, merge_plan, overwrite=overwrite),
+        *few_shards_note(merge_plan, options.num_workers),
+    )
     return PlanResult(merge_plan, workspace, notes, open_store(location, inputs.recipe.storage).url)
 
 
@@ -216,6 +220,9 @@ def merge(
     workers: int | None = None,
     executor: ExecutorName | None = None,
     gpus_per_worker: float = 0.0,
+    labels: Mapping[str, str] | None = None,
+    worker_timeout: float | None = None,
+    shard_timeout: float | None = None,
     device: DeviceName = "auto",
     overwrite: bool = False,
     on_event: OnEvent = ignore,
@@ -230,6 +237,9 @@ def merge(
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
         gpus_per_worker: Ray: a fraction lets several share one.
+        labels: Ray: workers go to nodes with these labels.
+        worker_timeout: Ray: seconds within which a worker must come; 900 if None.
+        shard_timeout: Ray: seconds after which a shard that is not done goes to another worker.
         device: auto takes a GPU if torch sees one.
         overwrite: whether to replace what the output prefix holds.
         on_event: told how it goes, from several threads.
@@ -240,7 +250,10 @@ def merge(
         ComputeLostError: workers were lost for good.
     """
     options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-    execute = execute_on(executor, workers, gpus_per_worker)
+    asked: dict[str, Any] = {"num_workers": workers, "gpus_per_worker": gpus_per_worker, "labels": labels or {}}
+    if worker_timeout is not None:
+        asked["no_worker_timeout_s"] = worker_timeout
+    execute = execute_on(executor, asked | {"item_timeout_s": shard_timeout})
     inputs = open_inputs(recipe, on_event)
     result = driver.merge(inputs, os.fspath(output), options, execute, AsEvents(on_event))
     return MergeResult(result, inputs.recipe.storage)
@@ -377,12 +390,13 @@ def merge_options(
         device=device,
         shard_size=num_bytes("shard_size", shard_size),
         overwrite=overwrite,
+        num_workers=workers if on_ray else None,
     )
 
 
-def execute_on(executor: ExecutorName | None, workers: int | None, gpus_per_worker: float) -> Execute:
-    """Return what merges shards where the options say."""
-    return partial(_on_ray, workers, gpus_per_worker) if is_on_ray(executor) else _in_this_process
+def execute_on(executor: ExecutorName | None, on_ray: Mapping[str, Any]) -> Execute:
+    """Return what merges shards where the options say; ``on_ray`` is what to ask of Ray (``RayOptions``)."""
+    return partial(_on_ray, on_ray) if is_on_ray(executor) else _in_this_process
 
 
 def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker") -> Iterator[Receipt]:
@@ -392,12 +406,12 @@ def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "
 
 
 def _on_ray(
-    workers: int | None, gpus_per_worker: float, spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
+    asked: Mapping[str, Any], spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
 ) -> Iterator[Receipt]:
     from stockflow.execution import on_ray
     from stockflow.executors.ray import RayOptions
 
-    return on_ray(spec, shards, tracker, RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker))
+    return on_ray(spec, shards, tracker, RayOptions(**asked))
 
 
 def _check_choice(option: str, given: object, choices: Sequence[object]) -> None:

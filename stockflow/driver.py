@@ -16,7 +16,7 @@ from stockflow.interruption import finishing, last_act
 from stockflow.manifest import Manifest, plan_key
 from stockflow.plan import MergePlan, ShardPlan
 from stockflow.plan_file import encode_plan
-from stockflow.planning import make_plan
+from stockflow.planning import few_shards_note, make_plan
 from stockflow.prefix import admit, look, sweep, take, valid_receipts, weak_promises
 from stockflow.receipts import Receipt
 from stockflow.recipe import Recipe
@@ -62,6 +62,8 @@ class MergeOptions:
     device: "Device" = "auto"
     shard_size: int | None = None
     overwrite: bool = False
+    num_workers: int | None = None
+    """processes that share the shards, if a number was asked for; None: one, or as many as there is room for"""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     ):
         is_exclusive = heartbeat.is_exclusive()
         take(store, plan, run, found, is_exclusive=is_exclusive)
+        for note in few_shards_note(plan, options.num_workers):
+            observer.on_note(note)
         for note in weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive):
             observer.on_note(note)
         store.put(plan_key(plan.plan_id), encode_plan(plan))

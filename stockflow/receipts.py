@@ -1,9 +1,8 @@
 """What a worker reports of a shard: one row of facts per tensor and a receipt, plain JSON in the output prefix."""
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from stockflow.errors import CheckpointError
 from stockflow.header import DTYPES
@@ -13,6 +12,10 @@ from stockflow.storage import Stamp
 from stockflow.strictjson import shown
 
 RECEIPT_FORMAT = "stockflow-receipt-1"
+MAX_RECEIPT_BYTES = 256_000_000
+"""Of 92,000 tensors of 16 models it has 110 MB."""
+MAX_COEFFICIENTS = 2_000_000
+"""of all tensors of a shard together, 50 MB; by row, a shard of experts would have several times as many"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,13 @@ class Receipt:
         return receipt
 
 
-def finite(value: float) -> float | None:
-    """Return a number as it goes into facts: None for NaN and infinity, which JSON and tables do without."""
-    return float(value) if math.isfinite(value) else None
+def within_bounds(tensors: Sequence[TensorFacts]) -> Iterator[TensorFacts]:
+    """Yield the facts of a shard's tensors as they go into its receipt, so that it is never too large to be read.
+
+    Coefficients are left out from where there would be more than ``MAX_COEFFICIENTS``; ``verify --sample`` decides
+    those tensors again.
+    """
+    left = MAX_COEFFICIENTS
+    for facts in tensors:
+        left -= sum(map(len, facts.coefficients or ()))
+        yield facts if left >= 0 else replace(facts, coefficients=None)
