@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from stockflow.claims import agree_on_numerics
 from stockflow.devices import without_gpu
-from stockflow.driver import Observer
 from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
 from stockflow.executors import local
 from stockflow.manifest import read_claim, receipt_key
@@ -18,7 +17,8 @@ from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.sources import OnRead
 from stockflow.storage import open_store, read_small, redact
 from stockflow.survey import Surveyor, SurveySpec
-from stockflow.worker import OnBytes, Worker, WorkerSpec
+from stockflow.tracking import Tracker
+from stockflow.worker import OnBytes, Worker, WorkerSpec, process_name
 
 if TYPE_CHECKING:
     from stockflow.executors import ray
@@ -29,13 +29,18 @@ MAX_BATCH_BYTES = 2 * 10**9
 """Of sources; a larger tensor is a batch of its own."""
 
 
-def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
     """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
     worker = Worker(spec)
+
+    def begin(shard: ShardPlan) -> Future[Receipt]:
+        tracker.on_begin(shard.file, process_name())
+        return worker.begin(shard, tracker.on_bytes)
+
     try:
         _agree(spec, worker)
         published: deque[Future[Receipt]] = deque()
-        for future in local.run(lambda shard: worker.begin(shard, observer.on_bytes), shards):
+        for future in local.run(begin, shards):
             published.append(future)
             if len(published) > 1:
                 yield published.popleft().result()
@@ -127,7 +132,7 @@ def check_output_is_shared(spec: WorkerSpec) -> None:
 
 
 def on_ray(
-    spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer, options: "ray.RayOptions"
+    spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker, options: "ray.RayOptions"
 ) -> Iterator[Receipt]:
     """Merge shards on the workers of a Ray cluster; only shards, file names and counters pass through Ray."""
     from stockflow.executors import ray
@@ -139,8 +144,10 @@ def on_ray(
         shards,
         size=lambda shard: shard.source_bytes,
         options=options,
-        on_count=observer.on_bytes,
-        on_note=observer.on_note,
+        on_count=tracker.on_bytes,
+        on_note=tracker.on_note,
+        on_give=lambda shard, worker: tracker.on_begin(shard.file, worker),
+        on_failure=lambda cause, shard: tracker.on_failure(cause, shard.file if shard else None),
     )
     for file in files:
         key = receipt_key(spec.plan_id, file)

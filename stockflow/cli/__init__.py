@@ -9,6 +9,7 @@ import typer
 
 from stockflow import __version__
 from stockflow.cli.checking import clean, verify
+from stockflow.cli.cluster import status
 from stockflow.cli.comparing import diff
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
@@ -50,7 +51,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, inspect, audit, verify, diff, calibrate, clean, demo, schema):
+for command in (merge, plan, status, inspect, audit, verify, diff, calibrate, clean, demo, schema):
     app.command()(command)
 
 
