@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stockflow.claims import agree_on_numerics
-from stockflow.driver import Observer
 from stockflow.errors import CheckpointError, NotFoundError, PlanError
 from stockflow.executors import local
 from stockflow.manifest import read_claim, receipt_key
@@ -15,19 +14,25 @@ from stockflow.plan import ShardPlan
 from stockflow.prefix import MAX_RECEIPT_BYTES
 from stockflow.receipts import Receipt
 from stockflow.storage import open_store, read_small, redact
-from stockflow.worker import OnBytes, Worker, WorkerSpec
+from stockflow.tracking import Tracker
+from stockflow.worker import OnBytes, Worker, WorkerSpec, process_name
 
 if TYPE_CHECKING:
     from stockflow.executors import ray
 
 
-def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
     """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
     worker = Worker(spec)
+
+    def begin(shard: ShardPlan) -> Future[Receipt]:
+        tracker.on_begin(shard.file, process_name())
+        return worker.begin(shard, tracker.on_bytes)
+
     try:
         _agree(spec, worker)
         published: deque[Future[Receipt]] = deque()
-        for future in local.run(lambda shard: worker.begin(shard, observer.on_bytes), shards):
+        for future in local.run(begin, shards):
             published.append(future)
             if len(published) > 1:
                 yield published.popleft().result()
@@ -80,7 +85,7 @@ def check_output_is_shared(spec: WorkerSpec) -> None:
 
 
 def on_ray(
-    spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer, options: "ray.RayOptions"
+    spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker, options: "ray.RayOptions"
 ) -> Iterator[Receipt]:
     """Merge shards on the workers of a Ray cluster; only shards, file names and counters pass through Ray."""
     from stockflow.executors import ray
@@ -91,8 +96,8 @@ def on_ray(
         shards,
         size=lambda shard: shard.source_bytes,
         options=options,
-        on_count=observer.on_bytes,
-        on_note=observer.on_note,
+        on_count=tracker.on_bytes,
+        on_note=tracker.on_note,
     )
     for file in files:
         key = receipt_key(spec.plan_id, file)

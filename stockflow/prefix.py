@@ -1,7 +1,6 @@
 """The output prefix: who owns it, taking and replacing it, what of an earlier run is still good."""
 
 import hashlib
-import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -250,20 +249,6 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
                 f"{redact(store.url)}/{receipt.file} is no longer what this run wrote: another one writes there; "
                 "nothing was published. End it, then run again"
             )
-
-
-def progress(plan: MergePlan, receipts: Collection[Receipt], started: float) -> bytes:
-    """Return what progress.json says of a merge that began at ``started``, in seconds since the epoch."""
-    facts = {
-        "plan_id": plan.plan_id,
-        "started": started,
-        "updated": time.time(),
-        "shards": len(plan.shards),
-        "shards_done": len(receipts),
-        "bytes_written": sum(receipt.size for receipt in receipts),
-        "bytes_to_write": plan.num_output_bytes,
-    }
-    return json.dumps(facts).encode()
 
 
 def sweep(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:

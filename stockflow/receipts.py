@@ -63,6 +63,12 @@ class Receipt:
     """by cause"""
     peak_memory_bytes: int
     tensors: tuple[TensorFacts, ...]
+    began: float | None = None
+    """when its worker began with it, in seconds since the epoch; None in receipts of earlier versions"""
+    ended: float | None = None
+    """when it was durable, by the same clock"""
+    worker: str = ""
+    """which process merged it, as ``node:pid``"""
 
     def to_json(self) -> bytes:
         """Return the receipt as it lies in the output prefix."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,7 @@ from stockflow.budget import (
 )
 from stockflow.buffers import Bytes, Pool
 from stockflow.devices import Device, open_device
+from stockflow.direct import DirectReader, DirectUnit, Lookahead, Scratch
 from stockflow.errors import StorageError
 from stockflow.ledger import Ledger
 from stockflow.manifest import receipt_key
@@ -33,12 +35,12 @@ from stockflow.reader import Prefetcher
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.schedule import schedule
 from stockflow.spans import SPAN_ELEMS
-from stockflow.storage import Sink, StorageConfig, check_stamp, open_store, redact
-from stockflow.units import LargeUnit, LoadedPiece, PackedUnit, Unit
+from stockflow.storage import LocalStore, Sink, StorageConfig, check_stamp, open_store, redact
+from stockflow.units import LargeUnit, PackedUnit, Piece, Unit
 from stockflow.writer import OrderedWriter
 
-GROWTH_BYTES = 96 * MIB
-"""What a process still grows after its imports: lazily loaded code of torch, thread stacks, small allocations."""
+GROWTH_BYTES = {"cpu": 24 * MIB, "cuda": 96 * MIB}
+"""What a process still grows once its kernels are loaded: thread stacks, small allocations, lazily loaded code."""
 NUM_LOCAL_READERS = 2
 NUM_OBJECT_READERS = 16
 
@@ -81,7 +83,9 @@ class Worker:
         self._pool = ThreadPoolExecutor(spec.num_threads, thread_name_prefix="compute")
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._slabs, self._outs = Pool(self._device.allocate), Pool(self._device.allocate)
-        self._baseline_bytes = self._measured_baseline()
+        self._local_stores = [store for store in self._stores if isinstance(store, LocalStore)]
+        self._is_direct = self._device.kind == "cpu" and len(self._local_stores) == len(self._stores)
+        self._scratch = Scratch()
 
     @property
     def numerics_class(self) -> str:
@@ -117,14 +121,16 @@ class Worker:
             UserError: the inputs changed, hold NaN, or the budget is too small.
             StorageError: reading or writing failed after retries.
         """
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.time()
         retries_before = self._num_retries()
         self._check_inputs(shard)
+        self._device.prepare(shard.jobs)
         workspace = divide(
             shard.jobs,
             self._spec.memory_bytes,
             num_threads=self._spec.num_threads,
             baseline_bytes=self._baseline_bytes + self._client_bytes(shard),
+            direct=self._is_direct,
         )
         run = _ShardRun(self, shard, workspace, on_bytes)
         with ExitStack() as stack:
@@ -139,11 +145,11 @@ class Worker:
                 self.check_owner()  # as near as can be to the moment when the shard appears
             run.seconds["publish"] = time.perf_counter() - begun
             run.seconds["total"] = time.perf_counter() - started
-            return self._receipt(shard, run, self._num_retries() - retries_before)
+            return self._receipt(shard, run, self._num_retries() - retries_before, began)
 
         return self._publisher.submit(publish)
 
-    def _receipt(self, shard: ShardPlan, run: "_ShardRun", num_retries: int) -> Receipt:
+    def _receipt(self, shard: ShardPlan, run: "_ShardRun", num_retries: int, began: float) -> Receipt:
         """Write the receipt of a shard that is durable."""
         self._check_inputs(shard)
         stamp = self._output.stamp(shard.file)
@@ -164,6 +170,9 @@ class Worker:
             retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
             tensors=tuple(run.facts),
+            began=began,
+            ended=time.time(),
+            worker=process_name(),
         )
         self.check_owner()
         self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
@@ -180,8 +189,10 @@ class Worker:
             if store.pin == "stat":
                 check_stamp(store, file, expected)
 
-    def _measured_baseline(self) -> int:
-        return max(BASELINE_BYTES[self._device.kind], current_memory_bytes() + GROWTH_BYTES)
+    @cached_property
+    def _baseline_bytes(self) -> int:
+        """What this process takes by itself, measured once: when kernels are loaded and before there are buffers."""
+        return max(BASELINE_BYTES[self._device.kind], current_memory_bytes() + GROWTH_BYTES[self._device.kind])
 
     def _client_bytes(self, shard: ShardPlan) -> int:
         return client_bytes((store.url for store in self._stores), self._output.url, shard.num_bytes)
@@ -235,7 +246,6 @@ class _ShardRun:
     def execute(self, sink: Sink) -> None:
         """Read, merge and write everything."""
         worker, workspace = self._worker, self._workspace
-        local = all("://" not in store.url for store in worker._stores)
         steps = list(schedule(self._shard.jobs, workspace))
         worker._slabs.fit(workspace.slab_bytes, workspace.num_slabs)
         worker._outs.fit(workspace.out_bytes, NUM_OUT_BUFFERS)
@@ -248,13 +258,19 @@ class _ShardRun:
                     stores=worker._stores,
                     pool=worker._slabs,
                     num_slabs=workspace.num_slabs,
-                    num_readers=NUM_LOCAL_READERS if local else NUM_OBJECT_READERS,
+                    num_readers=NUM_LOCAL_READERS if workspace.direct else NUM_OBJECT_READERS,
                     on_read=self._count_read,
                 )
             )
+            reader = stack.enter_context(
+                DirectReader(worker._spec.checkpoints, worker._local_stores, worker._scratch, self._count_read)
+            )
+            lookahead = Lookahead(steps, reader)
             writer.write_header(self._shard.header)
             for step in steps:
-                if len(step.loads) == 1:
+                if step.direct:
+                    self._merge_large(DirectUnit(step, reader, lookahead), writer)
+                elif len(step.loads) == 1:
                     self._merge_packed(prefetcher, writer)
                 else:
                     self._merge_large(LargeUnit(step, prefetcher), writer)
@@ -286,7 +302,7 @@ class _ShardRun:
         def merge(run: range) -> None:
             for index in run:
 
-                def target(_: LoadedPiece, index: int = index) -> Bytes:
+                def target(_: Piece, index: int = index) -> Bytes:
                     return targets[index]
 
                 self._merger.merge(units[index], target, ledgers[index], map_spans)
@@ -299,10 +315,10 @@ class _ShardRun:
         self._emit(writer, buffer, ends[-1])
 
     def _merge_large(self, unit: Unit, writer: OrderedWriter) -> None:
-        """Merge a unit over several loads, its spans side by side."""
+        """Merge a unit that fills several output buffers, its spans side by side."""
         filled: list[tuple[Bytes, int]] = []
 
-        def target(piece: LoadedPiece) -> Bytes:
+        def target(piece: Piece) -> Bytes:
             self._emit_all(writer, filled)
             buffer = writer.buffer()
             num_bytes = unit.job.output_width * (piece.stop - piece.start)
@@ -346,6 +362,11 @@ def _runs(units: Sequence[Unit]) -> Iterator[range]:
         if num_elems >= SPAN_ELEMS or index + 1 == len(units):
             yield range(first, index + 1)
             first, num_elems = index + 1, 0
+
+
+def process_name() -> str:
+    """Return which process of which machine this is, as ``node:pid``."""
+    return f"{os.uname().nodename}:{os.getpid()}"
 
 
 def current_memory_bytes() -> int:

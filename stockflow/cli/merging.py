@@ -12,14 +12,14 @@ from stockflow.cli.options import (
     Memory,
     OutputArgument,
     Overwrite,
+    Progress,
+    ProgressName,
     Quiet,
     RecipeArgument,
     ShardSize,
     Workers,
-    execute_on,
-    is_on_ray,
-    merge_options,
-    open_inputs,
+    followed,
+    size_option,
 )
 
 
@@ -33,6 +33,7 @@ def merge(
     gpus_per_worker: GpusPerWorker = 0.0,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,21 +42,27 @@ def merge(
     Running the same command again resumes: shards that are there already are kept. The output is complete
     when OUTPUT/manifest.json exists; `stockflow verify` checks every byte of it.
     """
-    from stockflow import driver
-    from stockflow.describe import result_facts, result_lines
+    from stockflow import api
     from stockflow.interruption import interruptible
-    from stockflow.reporting import reporting
 
     with exit_codes():
-        with interruptible(), reporting(quiet=quiet) as observer:
-            observer.on_stage("opening checkpoints")
-            options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-            execute = execute_on(executor, workers, gpus_per_worker)
-            result = driver.merge(open_inputs(recipe), output, options, execute, observer)
+        with interruptible(), followed(progress, quiet=quiet) as on_event:
+            result = api.merge(
+                recipe,
+                output,
+                memory=size_option("--memory", memory),
+                shard_size=size_option("--shard-size", shard_size),
+                workers=workers,
+                executor=executor.value if executor else None,
+                gpus_per_worker=gpus_per_worker,
+                device=device.value,
+                overwrite=overwrite,
+                on_event=on_event,
+            )
         if as_json:
-            print(json.dumps(result_facts(result), indent=1))
+            print(json.dumps(result.facts(), indent=1))
         elif not quiet:
-            print("\n".join(result_lines(result)))
+            print(result)
 
 
 def plan(
@@ -67,20 +74,30 @@ def plan(
     executor: Executor = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a merge would read, write and hold; refuse what cannot work. Nothing is written."""
-    from stockflow import driver
-    from stockflow.describe import plan_lines, project
+    from stockflow import api
+    from stockflow.reporting import DELAY_S
+    from stockflow.storage import redact
 
     with exit_codes():
-        options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-        opened = open_inputs(recipe)
-        merge_plan, workspace = driver.plan_merge(opened, output, options)
-        notes = list(driver.output_notes(opened, output, merge_plan, overwrite=overwrite))
-        with driver.collector_paused():
-            if as_json:
-                print(json.dumps(project(merge_plan, workspace, notes), indent=1))
-            elif not quiet:
-                print("\n".join(plan_lines(merge_plan, workspace, notes)))
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+            result = api.plan(
+                recipe,
+                output,
+                memory=size_option("--memory", memory),
+                shard_size=size_option("--shard-size", shard_size),
+                workers=workers,
+                executor=executor.value if executor else None,
+                device=device.value,
+                overwrite=overwrite,
+                on_event=on_event,
+            )
+        if as_json:
+            print(json.dumps(result.facts(), indent=1))
+        elif not quiet:
+            print(result)
+            print(f"next: stockflow merge {redact(recipe)} {redact(output)}")

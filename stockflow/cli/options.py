@@ -1,9 +1,8 @@
 """The words that commands share: arguments, options, and what is made of them."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +10,8 @@ import typer
 from stockflow.errors import RecipeError
 
 if TYPE_CHECKING:
-    from stockflow.driver import Execute, Inputs, MergeOptions, Observer
-    from stockflow.plan import ShardPlan
-    from stockflow.receipts import Receipt
-    from stockflow.worker import WorkerSpec
+    from stockflow.driver import Execute, Inputs, MergeOptions
+    from stockflow.events import OnEvent
 
 
 class ExecutorName(StrEnum):
@@ -22,6 +19,17 @@ class ExecutorName(StrEnum):
 
     local = "local"
     ray = "ray"
+
+
+class ProgressName(StrEnum):
+    """How progress is shown."""
+
+    auto = "auto"
+    plain = "plain"
+    rich = "rich"
+    lanes = "lanes"
+    json = "json"
+    none = "none"
 
 
 class DeviceName(StrEnum):
@@ -57,45 +65,58 @@ Executor = Annotated[
 GpusPerWorker = Annotated[float, typer.Option(min=0.0, help="Ray: GPUs per worker; a fraction lets several share one.")]
 Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch sees one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output prefix holds.")]
+StorageRecipe = Annotated[
+    str | None, typer.Option("--recipe", help="Recipe whose storage options apply (endpoints, anonymous access).")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+Progress = Annotated[
+    ProgressName,
+    typer.Option(
+        help="On standard error. auto: rich on a terminal, else plain lines; lanes: rich with a line per worker; "
+        "json: one object per line, for programs."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@contextmanager
+def followed(progress: ProgressName, *, quiet: bool, delay_s: float = 0.0) -> "Iterator[OnEvent]":
+    """Provide who is told of events and shows them; what takes less than ``delay_s`` shows nothing.
+
+    With ``--progress json`` standard error has nothing but JSON, the message of an error in its last object.
+    """
+    from stockflow.errors import StockflowError
+    from stockflow.reporting import reporting
+
+    style = ProgressName.none if quiet else progress
+    try:
+        with reporting(style.value, delay_s=delay_s) as on_event:
+            yield on_event
+    except StockflowError as error:
+        if style is ProgressName.json:
+            raise typer.Exit(error.exit_code) from None
+        raise
 
 
 def is_on_ray(executor: ExecutorName | None) -> bool:
     """Return whether Ray executes: asked for by name, or by RAY_ADDRESS."""
-    return executor is ExecutorName.ray or (executor is None and bool(os.environ.get("RAY_ADDRESS")))
+    from stockflow import api
+
+    return api.is_on_ray(executor.value if executor else None)
 
 
 def execute_on(executor: ExecutorName | None, workers: int | None, gpus_per_worker: float) -> "Execute":
     """Return what merges shards where the options say."""
-    return partial(_on_ray, workers, gpus_per_worker) if is_on_ray(executor) else _in_this_process
+    from stockflow import api
 
-
-def _in_this_process(spec: "WorkerSpec", shards: "Sequence[ShardPlan]", observer: "Observer") -> "Iterator[Receipt]":
-    from stockflow.execution import in_this_process
-
-    return in_this_process(spec, shards, observer)
-
-
-def _on_ray(
-    workers: int | None,
-    gpus_per_worker: float,
-    spec: "WorkerSpec",
-    shards: "Sequence[ShardPlan]",
-    observer: "Observer",
-) -> "Iterator[Receipt]":
-    from stockflow.execution import on_ray
-    from stockflow.executors.ray import RayOptions
-
-    return on_ray(spec, shards, observer, RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker))
+    return api.execute_on(executor.value if executor else None, workers, gpus_per_worker)
 
 
 def open_inputs(recipe: str) -> "Inputs":
     """Return the opened checkpoints of a recipe."""
-    from stockflow.driver import Inputs
-    from stockflow.recipe import load_recipe
+    from stockflow import api
 
-    return Inputs.open(load_recipe(recipe))
+    return api.open_inputs(recipe)
 
 
 def merge_options(
@@ -108,25 +129,24 @@ def merge_options(
     on_ray: bool = False,
 ) -> "MergeOptions":
     """Return the options of a merge as the driver takes them."""
-    from stockflow.budget import default_memory
-    from stockflow.driver import MergeOptions
+    from stockflow import api
 
-    cores = len(os.sched_getaffinity(0))
-    # A Ray worker has one CPU slot, so it computes on one thread and shares the node with the others.
-    return MergeOptions(
-        memory_bytes=size_option("--memory", memory) or default_memory(num_slots=(workers or cores) if on_ray else 1),
-        num_threads=1 if on_ray else workers or cores,
-        device=device.value,
-        shard_size=size_option("--shard-size", shard_size),
-        overwrite=overwrite,
-    )
+    sizes = size_option("--memory", memory), size_option("--shard-size", shard_size)
+    return api.merge_options(*sizes, workers, device.value, overwrite, on_ray=on_ray)
 
 
 def size_option(option: str, text: str | None) -> int | None:
     """Return a size in bytes, or None if none is given; a message about it names the option."""
-    from stockflow.recipe import parse_size
+    from stockflow import api
+
+    return api.num_bytes(option, text)
+
+
+def share_option(option: str, text: str | None) -> float | None:
+    """Return a share of the tensors, or None if none is given; a message about it names the option."""
+    from stockflow.verify.sample import parse_share
 
     try:
-        return None if text is None else parse_size(text)
+        return None if text is None else parse_share(text)
     except RecipeError as error:
         raise RecipeError(f"{option}: {error}") from None

@@ -14,12 +14,15 @@ from stockflow.storage.base import (
     check_stamp,
     read_small,
 )
+from stockflow.storage.local import LocalStore, PinnedFile
 from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision
 
 __all__ = [
     "HalfWritten",
+    "LocalStore",
     "NewObject",
     "Pin",
+    "PinnedFile",
     "Sink",
     "Stamp",
     "StorageConfig",

@@ -1,7 +1,7 @@
 """Sampled verification: tensors merged again from the inputs, compared with what was written and recorded."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from typing import cast
 
 from stockflow.devices import Device, open_device
 from stockflow.errors import NumericsError, PlanError
+from stockflow.events import Moved, OnEvent, Stage
 from stockflow.header import DTYPES, TensorSpec
 from stockflow.manifest import Manifest, receipt_key, tensors_key
 from stockflow.methods.protocol import Parameters
@@ -59,7 +60,7 @@ def recompute(
     chosen: Collection[str],
     options: SampleOptions,
     config: StorageConfig,
-    on_bytes: Callable[[int], None],
+    on_event: OnEvent,
 ) -> tuple[Sampled, list[Finding]]:
     """Merge the chosen tensors again and compare statistics, coefficients and bytes.
 
@@ -74,19 +75,17 @@ def recompute(
             f"--sample: the output was made with numerics {evidence.recorded.numerics}, this version of stockflow "
             f"has {NUMERICS}; take the version that made it ({evidence.manifest.versions.get('stockflow')})"
         )
-    return _Recomputation(evidence, options, config, on_bytes).run(chosen)
+    return _Recomputation(evidence, options, config, on_event).run(chosen)
 
 
 class _Recomputation:
     """One sample on its way."""
 
-    def __init__(
-        self, evidence: Evidence, options: SampleOptions, config: StorageConfig, on_bytes: Callable[[int], None]
-    ) -> None:
+    def __init__(self, evidence: Evidence, options: SampleOptions, config: StorageConfig, on_event: OnEvent) -> None:
         self._evidence = evidence
         self._options = options
         self._config = config
-        self._on_bytes = on_bytes
+        self._on_event = on_event
         made_on_cpu = all(name.startswith("cpu") for name in evidence.manifest.numerics_classes)
         self._device: Device = "cpu" if made_on_cpu else "auto"
         ours = open_device(self._device).numerics_class
@@ -159,7 +158,8 @@ class _Recomputation:
             worker = _ComparingWorker(self._spec(), comparison)
             try:
                 shard = ShardPlan("sample", tuple(target.job for target in targets))
-                receipt = worker.merge(shard, lambda num_read, _: self._on_bytes(num_read))
+                self._on_event(Stage("merging a sample again", total_bytes=shard.source_bytes))
+                receipt = worker.merge(shard, lambda num_read, _: self._on_event(Moved(num_read)))
             finally:
                 worker.close()
         return {facts.name: facts for facts in receipt.tensors}, comparison.differences

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from stockflow.driver import Inputs, MergeOptions, Observer, merge
+from stockflow.driver import Inputs, MergeOptions, merge
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError
 from stockflow.execution import in_this_process
 from stockflow.manifest import CLAIM_FILE, Claim
@@ -21,6 +21,7 @@ from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
 from stockflow.reporting import Silent
+from stockflow.tracking import Tracker
 from stockflow.worker import WorkerSpec
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
@@ -279,7 +280,7 @@ def test_a_run_that_lost_its_prefix_publishes_nothing(rival: str, recipe: Path, 
     """Another driver with --overwrite takes the prefix while this one is still writing."""
     output = tmp_path / "out"
 
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
         yield from in_this_process(spec, shards, observer)
         if rival == "takes the prefix":
             (output / CLAIM_FILE).write_bytes(Claim.now("f" * 64).to_json())

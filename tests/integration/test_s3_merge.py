@@ -394,7 +394,7 @@ def test_a_worker_on_s3_stays_within_its_memory(place: Place, out: str, tmp_path
 
 
 def test_a_limit_without_room_for_the_clients_is_refused(place: Place, out: str) -> None:
-    options = MergeOptions(600 * MIB, 2, "cpu", SHARD_SIZE)
+    options = MergeOptions(480 * MIB, 2, "cpu", SHARD_SIZE)
     on_disk, on_s3 = (Inputs.open(load_recipe(str(place.recipe(models)))) for models in (place.on_disk, place.on_s3))
 
     plan_merge(on_disk, "/nowhere/out", options)

@@ -127,7 +127,7 @@ def test_a_recipe_names_what_the_method_needs():
 
 def test_samples_are_counted_by_thread_and_innermost_line():
     stacks = [
-        'process 1:"python -m stockflow";thread (1);<module> (stockflow/cli/__init__.py:1);_find_and_load (<frozen>:1) 5',
+        'process 1:"python -m stockflow";thread (1);<module> (stockflow/x.py:1);_find_and_load (<frozen>:1) 5',
         "thread (2): compute_0;run (threading.py:1);load_rows (stockflow/kernels.py:64);helper (torch/x.py:9) 3",
         "thread (3): compute_1;run (threading.py:1);load_rows (stockflow/kernels.py:64) 4",
         "thread (4): read_0;_worker (concurrent/futures/thread.py:81) 2",

@@ -19,11 +19,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "__main__",
         "cli",
-        "demo",
-        "reporting execution verify clean",
+        "demo api",
+        "reporting execution verify clean comparing status",
+        "differences",
         "describe",
         "driver",
-        "commit worker",
+        "commit worker tracking",
+        "direct",
         "card devices prefix",
         "merging",
         "host cuda",
@@ -37,7 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "methods receipts writer",
         "kernels header storage",
         "buffers gram spans executors records sealed interruption",
-        "errors strictjson redaction",
+        "errors strictjson redaction events notebook naming",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
