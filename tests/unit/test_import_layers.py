@@ -20,12 +20,16 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "__main__",
         "cli",
+        "measuring",
         "demo api",
-        "reporting execution verify clean comparing",
-        "differences",
+        "insight",
+        "reporting execution verify clean comparing forecast",
+        "differences prediction",
         "describe",
-        "driver",
+        "driver survey calibration prices",
+        "workload",
         "commit worker",
+        "sources",
         "direct",
         "card devices prefix",
         "merging",
@@ -37,10 +41,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "plan_file",
         "plan",
         "recipe checkpoint tables",
-        "methods receipts writer",
+        "methods receipts writer geometry",
         "kernels header storage",
         "buffers gram spans executors records sealed interruption",
-        "errors strictjson redaction events notebook naming",
+        "errors strictjson redaction events notebook naming pagecache pipeline",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""

@@ -11,7 +11,7 @@ from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from stockflow import __version__
-from stockflow.errors import StockflowError, StorageError
+from stockflow.errors import ComputeLostError, StockflowError, StorageError
 from stockflow.executors.ray.actor import Actor, Counters, Work
 from stockflow.executors.ray.cluster import (
     RayOptions,
@@ -173,6 +173,11 @@ class _Loop(Generic[T, R]):
             self._retry_or_raise(number, handle, error)
             return None
         except RayError as error:
+            if not handle.is_up and "ModuleNotFoundError" in str(error):  # before `Actor` itself could say it better
+                raise ComputeLostError(
+                    f"a worker cannot import what it needs: {brief(error)}; "
+                    f"install stockflow {__version__} and what it requires on every node, or in their image"
+                ) from error
             _kill(self._handles.pop(number))  # an actor that is only unreachable would keep its CPU
             self._scheduler.lost(number, _cause_of(error), brief(error))
             return None
