@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers bench-prediction
+.PHONY: help demo test lint types bench bench-peers bench-s3 bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers bench-prediction
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
@@ -26,6 +26,8 @@ help:
 	@echo "make fuzz        malformed inputs for every reader, guided by coverage (8 minutes)"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
 	@echo "make bench-prediction  what stockflow plan predicts against what merges take; docs/planning.md"
+	@echo "make bench-scale how well 1 to 16 Ray workers share a merge, each one's rate capped (25 minutes)"
+	@echo "make makespans   simulated merges of 10**12 parameters on 8 to 512 workers"
 	@echo "make profile     where the time of a merge goes, by stage"
 
 $(BIN)/python:
@@ -97,6 +99,12 @@ bench-s3: $(VENV)/.installed-dev
 
 bench-prediction: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.prediction $(ARGS)
+
+bench-scale: $(VENV)/.installed-dev
+	for workers in 16 8 4 2 1; do $(BIN)/python -m tests.benchmarks.scale_out --workers $$workers $(ARGS) || exit; done
+
+makespans: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.makespans $(ARGS)
 
 profile: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.stages $(ARGS)
