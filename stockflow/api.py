@@ -484,6 +484,7 @@ def merge_options(
         shard_size=num_bytes("shard_size", shard_size),
         overwrite=overwrite,
         num_workers=workers if on_ray else None,
+        holds_plan=not on_ray,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from stockflow.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory
+from stockflow.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.checkpoint import Checkpoint, OnFile, open_checkpoints, unheard
 from stockflow.claims import Heartbeat, agreed_numerics, new_run
 from stockflow.errors import PlanError, StockflowError
@@ -64,6 +64,8 @@ class MergeOptions:
     overwrite: bool = False
     num_workers: int | None = None
     """processes that share the shards, if a number was asked for; None: one, or as many as there is room for"""
+    holds_plan: bool = True
+    """whether the process that merges keeps the plan of all tensors, too; a Ray worker sees one shard at a time"""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def least_memory_of(inputs: Inputs, output: str, plan: MergePlan, options: Merge
 def _baseline_bytes(inputs: Inputs, output: str, plan: MergePlan, options: MergeOptions) -> int:
     largest_shard = max(shard.num_bytes for shard in plan.shards)
     clients = client_bytes((store.url for store in inputs.stores), output, largest_shard)
-    return BASELINE_BYTES["cuda" if options.device == "cuda" else "cpu"] + clients
+    planned = planned_bytes(plan.jobs) if options.holds_plan else 0
+    return BASELINE_BYTES["cuda" if options.device == "cuda" else "cpu"] + planned + clients
 
 
 def _is_direct(inputs: Inputs, options: MergeOptions) -> bool:
