@@ -92,8 +92,7 @@ def check_mergeable(jobs: Iterable[TensorJob], where: str) -> None:
 def _problem(job: TensorJob) -> str | None:
     """What stands against merging a job, None if nothing does."""
     if job.is_copy:
-        alike = all(source.spec == job.output for source in job.sources)
-        return None if alike and (len(job.sources) == 1 or job.method != COPY) else "copies of unlike tensors"
+        return None if _is_copyable(job) else "copies of unlike tensors"
     if job.method not in METHODS:
         return f"the method {shown(job.method)}"
     method = METHODS[job.method]
@@ -105,6 +104,17 @@ def _problem(job: TensorJob) -> str | None:
     if job.scope not in method.scopes or not job.num_elems:
         return f"{method.name} with the scope {job.scope!r} of {job.num_elems} elements"
     return _wrong_parameter(method, job.parameters, num_tuned)
+
+
+def _is_copyable(job: TensorJob) -> bool:
+    """Return whether the sources may hold the bytes of the output. Of an empty tensor, a float of any width does."""
+    wanted = job.output
+    alike = all(
+        spec == wanted
+        or (not wanted.num_elems and spec.kind == "float" and spec._replace(dtype=wanted.dtype) == wanted)
+        for spec in (source.spec for source in job.sources)
+    )
+    return alike and (len(job.sources) == 1 or job.method != COPY)
 
 
 def _wrong_parameter(method: Method, given: Parameters, num_tuned: int) -> str | None:

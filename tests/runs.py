@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,20 @@ from stockflow.worker import GROWTH_BYTES, current_memory_bytes
 
 REPOSITORY = Path(__file__).parent.parent
 MIB = 2**20
+_STOPS_ITSELF = """
+import itertools, os, signal
+from stockflow.storage.local import LocalStore
+
+put, receipts = LocalStore.put, itertools.count(1)
+
+def put_and_stop(store, key, payload):
+    put(store, key, payload)
+    if "/receipts/" in key and next(receipts) == {count}:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+LocalStore.put = put_and_stop
+"""
+"""A run that stops as it has written its so manieth receipt: seen from outside it may have ended by then."""
 
 
 def grown_bytes() -> int:
@@ -87,3 +102,21 @@ def expected_digests(results: Sequence[MergeResult]) -> list[dict[str, str]]:
     return [
         {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards} for result in results
     ]
+
+
+def start(*arguments: object, script: str = "") -> "subprocess.Popen[str]":
+    """Start a command, after a script in the same process."""
+    script += "\nfrom stockflow import cli; cli.main()"
+    line = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(
+        line, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+
+def start_and_stop(*arguments: object, script: str = "", num_receipts: int = 1) -> "subprocess.Popen[str]":
+    """Start a command and return it stopped, with so many receipts written and shards on their way."""
+    process = start(*arguments, script=script + _STOPS_ITSELF.format(count=num_receipts))
+    state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert state
+    assert state.si_code == os.CLD_STOPPED, process.communicate()
+    return process

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -56,15 +55,13 @@ def recipe(family: Family, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
 
 
-def merge_until_a_receipt(recipe: Path, output: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Start a merge and send it a signal as soon as it has written a receipt."""
-    command = runs.command("merge", recipe, output, "--quiet", *OPTIONS)
-    with subprocess.Popen(command, cwd=runs.REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(output.glob("_stockflow/*/receipts/*.json")):
-            time.sleep(0.002)
-        process.send_signal(number)
-        _, errors = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, "", errors)
+def merge_until_a_receipt(recipe: Path, output: Path, number: signal.Signals) -> tuple[int, str]:
+    """Start a merge, send it a signal as soon as it has written a receipt, and return its exit code and its words."""
+    process = runs.start_and_stop("merge", recipe, output, "--quiet", *OPTIONS)
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
 
 
 def test_a_killed_merge_resumes_to_the_same_bytes(
@@ -72,12 +69,12 @@ def test_a_killed_merge_resumes_to_the_same_bytes(
 ) -> None:
     output = tmp_path / "out"
 
-    killed = merge_until_a_receipt(slow_recipe, output, signal.SIGKILL)
+    code, said = merge_until_a_receipt(slow_recipe, output, signal.SIGKILL)
     was_published = (output / "manifest.json").exists() or (output / "config.json").exists()
     num_receipts = len(runs.receipts(output))
     resumed = runs.merge_elsewhere(slow_recipe, output, *OPTIONS)
 
-    assert killed.returncode == -signal.SIGKILL
+    assert code == -signal.SIGKILL, said
     assert not was_published
     assert 1 <= num_receipts < len(undisturbed)
     assert resumed["outcome"] == "merged"
@@ -90,14 +87,14 @@ def test_a_terminated_merge_leaves_nothing_half_written_and_resumes(
 ) -> None:
     output = tmp_path / "out"
 
-    stopped = merge_until_a_receipt(slow_recipe, output, signal.SIGTERM)
+    code, said = merge_until_a_receipt(slow_recipe, output, signal.SIGTERM)
     left_behind = runs.leftovers(output)
     was_published = (output / "manifest.json").exists()
     resumed = runs.merge_elsewhere(slow_recipe, output, *OPTIONS)
 
-    assert stopped.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; run the same command again to resume" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
+    assert code == 128 + signal.SIGTERM, said
+    assert "stopped by SIGTERM; run the same command again to resume" in said
+    assert "Traceback" not in said
     assert left_behind == []
     assert not was_published
     assert resumed["resumed_shards"] >= 1

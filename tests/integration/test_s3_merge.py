@@ -37,6 +37,7 @@ class Listener(Silent):
     """Keeps the notes it is told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.notes: list[str] = []
 
     def on_note(self, text: str) -> None:

@@ -18,13 +18,14 @@ from stockflow.verify import verify
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.fault_proxy import Fault, FaultyProxy, Request
+from tests.runs import start, start_and_stop
 
 OPTIONS = ("--shard-size", "800kB", "--memory", "600MiB", "--workers", "1", "--device", "cpu", "--quiet")
 SHAPES = {f"model.layers.{index}.weight": (400, 1000) for index in range(12)}
 NUM_ROUNDS = 20
 FEW = 6
 """rounds where the other fourteen belong to make test-races"""
-OTHER_CLASS = "from stockflow import cli, host; host.HostArithmetic.numerics_class = 'cuda-sm90'; cli.main()"
+OTHER_CLASS = "from stockflow import host; host.HostArithmetic.numerics_class = 'cuda-sm90'\n"
 """A machine without a GPU that says it has one: nothing else about it matters here."""
 
 races = pytest.mark.races
@@ -55,13 +56,6 @@ def undisturbed(recipes: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
 def proxy(s3_endpoint: str) -> Iterator[FaultyProxy]:
     with FaultyProxy(s3_endpoint) as server:
         yield server
-
-
-def start(*arguments: object, script: str = "") -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", script, *map(str, arguments)] if script else runs.command(*arguments)
-    return subprocess.Popen(
-        command, cwd=runs.REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
 
 
 def finish(*processes: "subprocess.Popen[str]") -> list[tuple[int, str]]:
@@ -221,25 +215,20 @@ def test_a_creation_whose_answer_is_lost_is_our_own(
 # Numerics classes, and runs that lost the prefix
 
 
-def until_a_receipt(process: "subprocess.Popen[str]", output: Path, count: int = 1) -> None:
-    while len(list(output.glob("_stockflow/*/receipts/*.json"))) < count:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
 def test_an_output_keeps_to_one_numerics_class(
     recipes: tuple[Path, Path], undisturbed: list[dict[str, str]], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    stopped = start("merge", recipes[0], output, *OPTIONS, script=OTHER_CLASS)
-    until_a_receipt(stopped, output)
+    stopped = start_and_stop("merge", recipes[0], output, *OPTIONS, script=OTHER_CLASS)
     stopped.send_signal(signal.SIGTERM)
-    finish(stopped)
+    stopped.send_signal(signal.SIGCONT)
+    ((code, said),) = finish(stopped)
     (agreed,) = {receipt["numerics_class"] for receipt in runs.receipts(output)}
 
     refused = runs.run("merge", recipes[0], output, *OPTIONS)
     anew = runs.run("merge", recipes[0], output, *OPTIONS[:-1], "--overwrite")
 
+    assert code == 128 + signal.SIGTERM, said
     assert refused.returncode == 2
     assert f"is merged on machines of class {agreed}, and this one computes as" in refused.stderr
     assert anew.returncode == 0, anew.stderr
@@ -252,9 +241,7 @@ def test_an_output_keeps_to_one_numerics_class(
 def test_a_live_run_of_another_class_is_not_disturbed(recipes: tuple[Path, Path], tmp_path: Path) -> None:
     """Else its shards, published meanwhile, would be replaced by other bits."""
     output = tmp_path / "out"
-    alive = start("merge", recipes[0], output, *OPTIONS, script=OTHER_CLASS)
-    until_a_receipt(alive, output)
-    alive.send_signal(signal.SIGSTOP)
+    alive = start_and_stop("merge", recipes[0], output, *OPTIONS, script=OTHER_CLASS)
     try:
         refused = [runs.run("merge", recipes[0], output, *OPTIONS, *more) for more in ((), ("--overwrite",))]
     finally:
@@ -278,9 +265,7 @@ def test_a_run_whose_prefix_was_taken_writes_no_more_shards(
 ) -> None:
     """It slept while --overwrite replaced and published the prefix; its shards have the same names."""
     output = tmp_path / "out"
-    asleep = start("merge", recipes[0], output, *OPTIONS)
-    until_a_receipt(asleep, output, 2)
-    asleep.send_signal(signal.SIGSTOP)
+    asleep = start_and_stop("merge", recipes[0], output, *OPTIONS, num_receipts=2)
     try:
         taken = runs.run("merge", recipes[1], output, *OPTIONS, "--overwrite")
         before = published(output)
