@@ -373,6 +373,23 @@ def test_an_address_without_a_cluster_is_said_at_once(s3_endpoint: str) -> None:
     assert "head" in malformed
 
 
+def test_a_node_that_does_not_come_up_is_lost_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a bare Exception after 30 s on a machine that is too busy: no bug of ours."""
+
+    def time_out(**_: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", time_out)
+
+    with (
+        pytest.raises(ComputeLostError, match="cannot use Ray on this machine: The current node timed out"),
+        connected(RayOptions(), 1),
+    ):
+        pass
+
+
 def test_an_unreachable_cluster_exits_with_5(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
 
