@@ -1,3 +1,91 @@
-"""stockflow: exact, streaming merges of checkpoints too large for one machine."""
+"""stockflow: exact, streaming merges of checkpoints too large for one machine.
+
+    import stockflow
+
+    print(stockflow.plan("recipe.yaml", "out"))
+    stockflow.merge("recipe.yaml", "out")
+
+``plan``, ``merge``, ``verify`` and ``diff`` do what the commands of these names do; `docs/python.md` has examples.
+Names are loaded when they are first used, so that the import itself takes no time.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from stockflow.api import MergeResult, PlanResult, diff, merge, plan, verify
+    from stockflow.differences import CheckpointDifference, GroupDifference, TensorDifference
+    from stockflow.errors import (
+        AccessDeniedError,
+        AlreadyExistsError,
+        BudgetError,
+        CheckpointError,
+        ComputeLostError,
+        HeaderError,
+        InputChangedError,
+        InterruptedRunError,
+        NotFoundError,
+        NumericsError,
+        OutputConflictError,
+        PlanError,
+        RecipeError,
+        StockflowError,
+        StorageError,
+        UserError,
+    )
+    from stockflow.events import Done, Event, Moved, Note, Stage
+    from stockflow.receipts import TensorFacts
+    from stockflow.verify import Finding, Verification
+
+_HOMES = {
+    "api": ("MergeResult", "PlanResult", "diff", "merge", "plan", "verify"),
+    "differences": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
+    "errors": (
+        "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
+        "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
+        "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
+    ),
+    "events": ("Done", "Event", "Moved", "Note", "Stage"),
+    "receipts": ("TensorFacts",),
+    "verify": ("Finding", "Verification"),
+}  # fmt: skip
+"""Public names by the module they are in; the same as above."""
+_PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022  # as in _HOMES
+    "__version__",
+    "MergeResult", "PlanResult", "diff", "merge", "plan", "verify",
+    "CheckpointDifference", "GroupDifference", "TensorDifference",
+    "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
+    "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
+    "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
+    "Done", "Event", "Moved", "Note", "Stage",
+    "TensorFacts",
+    "Finding", "Verification",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps ``stockflow.plan`` the function, though ``stockflow/plan.py`` is a module of its own."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system binds a module to its name in the package.
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

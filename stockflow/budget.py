@@ -1,7 +1,7 @@
 """The memory model: what one worker process may hold, one formula each. All sizes in bytes."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,10 @@ from stockflow.storage.parts import upload_bytes
 
 MIB = 2**20
 
-BASELINE_BYTES = {"cpu": 256 * MIB, "cuda": 1200 * MIB}
-"""Interpreter, libraries and the compiler of kernels, by device: 162 MiB measured, 230 where kernels are compiled."""
+BASELINE_BYTES = {"cpu": 184 * MIB, "cuda": 1200 * MIB}
+"""Interpreter, libraries, loaded kernels and thread stacks, by device: 160 MiB measured before threads start."""
+LEAST_MEMORY_BYTES = 304 * MIB
+"""What a process takes that compiles the kernels before it has buffers, once per machine: 290 MiB measured."""
 REMOTE_CLIENT_BYTES = 64 * MIB
 """A client's libraries, connections and what its allocator keeps."""
 RANGES_IN_FLIGHT_BYTES = 192 * MIB
@@ -23,11 +25,16 @@ OPTIMAL_READ_BYTES = 8 * MIB
 """Range size at which object storage clients are cheapest; larger ones pay for fresh pages."""
 MAX_CHUNK_SPANS = 16
 """At most this many spans of each source are read at a time: 4 Mi elements, 8 MiB of BF16."""
+CHUNK_SPANS = tuple(MAX_CHUNK_SPANS >> halved for halved in range(MAX_CHUNK_SPANS.bit_length()))
+"""Sizes of a chunk to choose from, the best first."""
+MAX_SHARED_SPANS = 4
+"""Spans of each source in a slab that only small tensors share: little enough to stay in the caches."""
+MAX_SHARED_SLABS = 4
 MIN_SLABS = 2
 GOOD_NUM_SLABS = 6
 """With fewer slabs than this reading and computing hardly overlap, so smaller ones are tried first."""
-LOOKAHEAD_BYTES = 256 * MIB
-"""How far reading may run ahead of computing."""
+LOOKAHEAD_BYTES = 128 * MIB
+"""How far reading may run ahead of computing: as much as is in flight on object storage."""
 NUM_OUT_BUFFERS = 3
 """One being filled, one being hashed and written, one between them."""
 MAX_CHUNK_GROUPS = 2**14
@@ -57,6 +64,8 @@ class Workspace:
     """size of an output buffer: what one slab can become"""
     fixed_bytes: int
     """baseline, clients and the threads' scratch"""
+    direct: bool = False
+    """whether the threads that compute read large units themselves, span by span and on every sweep"""
 
     @property
     def projected_bytes(self) -> int:
@@ -64,9 +73,10 @@ class Workspace:
         return self.fixed_bytes + self.num_slabs * self.slab_bytes + NUM_OUT_BUFFERS * self.out_bytes
 
     def chunk_elems(self, job: TensorJob) -> int:
-        """Most elements of a tensor that one slab holds."""
+        """Most elements of a tensor that are read, and then written, as one: what a slab or an output buffer holds."""
         usable = self.slab_bytes - PIECE_OVERHEAD * len(job.sources)
-        return min(usable // job.bytes_per_elem, max(MAX_CHUNK_GROUPS * job.group_elems, SPAN_ELEMS))
+        most = self.out_bytes // job.output_width if self.direct else usable // job.bytes_per_elem
+        return min(most, max(MAX_CHUNK_GROUPS * job.group_elems, SPAN_ELEMS))
 
 
 def scratch_bytes(job: TensorJob) -> int:
@@ -105,6 +115,7 @@ def divide(
     *,
     num_threads: int,
     baseline_bytes: int,
+    direct: bool = False,
 ) -> Workspace:
     """Return how to spend ``memory_bytes`` on these tensors.
 
@@ -113,40 +124,84 @@ def divide(
         memory_bytes: bound of the whole process.
         num_threads: compute threads.
         baseline_bytes: what the process takes before it reads anything, clients included.
+        direct: whether reading a source again costs next to nothing, as from local files in the page cache. Large
+            units are then never held: they are read into scratch that stays in the processor's caches.
 
     Raises:
         BudgetError: not even one span of the widest tensor fits.
     """
     jobs = [job for job in jobs if job.num_elems]
-    if not jobs:
-        return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes)
-    widest = max(jobs, key=lambda job: job.bytes_per_elem)
-    out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
-    per_thread = max(map(scratch_bytes, jobs)) + (SPANS_AHEAD + 1) * max(map(span_result_bytes, jobs))
-    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, jobs))
-    overhead = PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
-    num_spans = MAX_CHUNK_SPANS
-    while True:
-        slab = widest.bytes_per_elem * SPAN_ELEMS * num_spans + overhead
-        out = int(slab * out_per_source_byte) + 1
-        num_slabs = (memory_bytes - fixed - NUM_OUT_BUFFERS * out) // slab
-        if num_slabs >= GOOD_NUM_SLABS or num_spans == 1:
-            break
-        num_spans //= 2
-    if num_slabs < MIN_SLABS:
-        least = fixed + NUM_OUT_BUFFERS * out + MIN_SLABS * slab
+    found, least = _divided(jobs, memory_bytes, num_threads, baseline_bytes, direct)
+    if jobs and least > memory_bytes:
+        widest = _widest(jobs)
         raise BudgetError(
             f"tensor {widest.output.name!r} needs at least {mib(least)} of memory for its smallest chunk "
             f"({SPAN_ELEMS:,} elements x {len(widest.sources)} checkpoints x {num_threads} threads, "
             f"{mib(baseline_bytes)} of it for the process itself); the limit is {mib(memory_bytes)}. "
             "Raise --memory or lower --workers"
         )
+    return found
+
+
+def least_memory(jobs: Iterable[TensorJob], *, num_threads: int, baseline_bytes: int, direct: bool = False) -> int:
+    """Return the least ``memory_bytes`` that ``divide`` accepts for these tensors."""
+    return _divided([job for job in jobs if job.num_elems], 0, num_threads, baseline_bytes, direct)[1]
+
+
+def _divided(
+    jobs: Sequence[TensorJob], memory_bytes: int, num_threads: int, baseline_bytes: int, direct: bool
+) -> tuple[Workspace, int]:
+    """The best division, the smallest one if none fits; and the memory it takes at least."""
+    if not jobs:
+        return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes), baseline_bytes
+    per_thread = max(map(scratch_bytes, jobs)) + (SPANS_AHEAD + 1) * max(map(span_result_bytes, jobs))
+    per_thread += direct * max(map(_span_source_bytes, jobs))
+    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, jobs))
+    found = _direct(jobs, memory_bytes, fixed) if direct else _streamed(jobs, memory_bytes, fixed)
+    return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
+
+
+def _streamed(jobs: Sequence[TensorJob], memory_bytes: int, fixed_bytes: int) -> Workspace:
+    """Large chunks in enough slabs to read ahead, and to hold the largest unit; the least if nothing fits."""
+    overhead = PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
+    out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
+    for num_spans in CHUNK_SPANS:
+        slab = _widest(jobs).bytes_per_elem * SPAN_ELEMS * num_spans + overhead
+        out = int(slab * out_per_source_byte) + 1
+        num_slabs = (memory_bytes - fixed_bytes - NUM_OUT_BUFFERS * out) // slab
+        if num_slabs >= GOOD_NUM_SLABS:
+            break
     lookahead = max(-(-LOOKAHEAD_BYTES // slab), 2)
     largest_unit = max(_unit_elems(job) * job.bytes_per_elem for job in jobs)
     holding = min(num_slabs, -(-largest_unit // (slab - overhead)))
     total = sum(job.num_elems * job.bytes_per_elem for job in jobs)
     wanted = min(holding + lookahead, -(-total // (slab - overhead)) + 1)
-    return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed)
+    return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed_bytes)
+
+
+def _direct(jobs: Sequence[TensorJob], memory_bytes: int, fixed_bytes: int) -> Workspace:
+    """Output buffers of many spans, a few slabs for tensors smaller than one; the least if nothing fits."""
+    out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
+    shared = sum(_span_source_bytes(job) for job in jobs if job.group_elems <= SPAN_ELEMS)
+    for num_spans in CHUNK_SPANS:
+        largest = _widest(jobs).bytes_per_elem * SPAN_ELEMS * min(num_spans, MAX_SHARED_SPANS)
+        slab = max(min(largest, shared), PIECE_OVERHEAD) + PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
+        span_out = max(job.output_width for job in jobs) * SPAN_ELEMS
+        out = max(span_out * num_spans, int(slab * out_per_source_byte) + 1)
+        num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
+        found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, direct=True)
+        if found.projected_bytes <= memory_bytes:
+            break
+    return found
+
+
+def _widest(jobs: Sequence[TensorJob]) -> TensorJob:
+    return max(jobs, key=lambda job: job.bytes_per_elem)
+
+
+def _span_source_bytes(job: TensorJob) -> int:
+    """What the sources of one span take, each on a boundary of its own."""
+    return min(SPAN_ELEMS, job.num_elems) * job.bytes_per_elem + PIECE_OVERHEAD * len(job.sources)
 
 
 def _unit_elems(job: TensorJob) -> int:

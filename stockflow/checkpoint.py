@@ -5,7 +5,7 @@ named by ``model.safetensors.index.json``.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,6 +60,8 @@ class Checkpoint:
     """the ones that are too large to be copied, or whose names not every store takes"""
 
 
+OnFile = Callable[[str], None]
+"""Told of each file whose header was read, from several threads."""
 Layout = tuple[dict[str, TensorSpec], dict[str, Extent]]
 """Specs and extents by name."""
 
@@ -93,7 +95,11 @@ class HeaderCache:
             return placed
 
 
-def open_checkpoint(store: Store, cache: HeaderCache) -> Checkpoint:
+def unheard(file: str) -> None:
+    """Do nothing."""
+
+
+def open_checkpoint(store: Store, cache: HeaderCache, on_file: OnFile = unheard) -> Checkpoint:
     """Read the index and the headers of the checkpoint in ``store``.
 
     Raises:
@@ -110,7 +116,7 @@ def open_checkpoint(store: Store, cache: HeaderCache) -> Checkpoint:
     else:
         raise NotFoundError(_nothing_here(where, listing))
     with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
-        headers = list(pool.map(lambda file: _read_header(store, file, cache), files))
+        headers = list(pool.map(lambda file: _read_header(store, file, cache, on_file), files))
     specs, extents = cache.collect(where, files, [placed for placed, _ in headers])
     if weight_map is not None:
         _check_coverage(where, weight_map, extents)
@@ -130,12 +136,12 @@ def open_checkpoint(store: Store, cache: HeaderCache) -> Checkpoint:
     )
 
 
-def open_checkpoints(stores: Sequence[Store]) -> list[Checkpoint]:
+def open_checkpoints(stores: Sequence[Store], on_file: OnFile = unheard) -> list[Checkpoint]:
     """Open several checkpoints, the first one first and the others concurrently, in the order given."""
     cache = HeaderCache()
-    first = [open_checkpoint(store, cache) for store in stores[:1]]  # fills the cache for the others
+    first = [open_checkpoint(store, cache, on_file) for store in stores[:1]]  # fills the cache for the others
     with ThreadPoolExecutor(max(len(stores), 1)) as pool:
-        return first + list(pool.map(lambda store: open_checkpoint(store, cache), stores[1:]))
+        return first + list(pool.map(lambda store: open_checkpoint(store, cache, on_file), stores[1:]))
 
 
 def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
@@ -186,7 +192,7 @@ def _read_json(store: Store, key: str, max_bytes: int) -> dict[str, object]:
     return parsed
 
 
-def _read_header(store: Store, file: str, cache: HeaderCache) -> tuple[list[PlacedTensor], Stamp]:
+def _read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) -> tuple[list[PlacedTensor], Stamp]:
     where = f"{redact(store.url)}/{file}"
     try:
         head, stamp = store.read_head(file, FIRST_READ_BYTES)
@@ -197,7 +203,9 @@ def _read_header(store: Store, file: str, cache: HeaderCache) -> tuple[list[Plac
         rest = bytearray(needed - len(head))
         store.read_into(file, len(head), memoryview(rest), stamp)
         head += bytes(rest)
-    return cache.parse(head[:needed], stamp.size, where), stamp
+    placed = cache.parse(head[:needed], stamp.size, where)
+    on_file(where)
+    return placed, stamp
 
 
 def _collect(where: str, files: Sequence[str], headers: Sequence[list[PlacedTensor]]) -> Layout:

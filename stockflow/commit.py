@@ -3,7 +3,9 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 
 from stockflow import __version__
@@ -15,12 +17,14 @@ from stockflow.manifest import MANIFEST_FILE, Manifest, PublishedFile, plan_key,
 from stockflow.plan import NUMERICS, MergePlan, SideFile
 from stockflow.plan_file import encode_plan
 from stockflow.prefix import check_still_ours
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.receipts import Receipt, TensorFacts, total_gram
 from stockflow.recipe import Recipe
 from stockflow.storage import Store, check_stamp, redact
 from stockflow.tables import encode_tensors
 
 CARD_FILE = "README.md"
+NUM_PUBLISHERS = 8
+"""Small files that are written at the same time: on object storage each takes two or three round trips."""
 HF_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 DTYPE_KEYS = ("torch_dtype", "dtype")
 RECORDED_VERSIONS = ("torch", "numpy", "safetensors", "obstore", "fsspec", "s3fs", "ray", "pyarrow")
@@ -48,20 +52,16 @@ def commit(
     rows = [row for receipt in receipts for row in receipt.tensors]
     published = {receipt.file: PublishedFile(receipt.size, receipt.sha256) for receipt in receipts}
 
-    def publish(key: str, payload: bytes) -> None:
+    def publish(key: str, encode: Callable[[], bytes]) -> None:
+        payload = encode()
         if _published_meanwhile(output, plan) is None:  # with other versions of libraries its bytes may be others
             output.put(key, payload)
         published[key] = PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
 
-    publish(plan_key(plan.plan_id), encode_plan(plan))
-    publish(tensors_key(plan.plan_id), encode_tensors(rows))
-    for side_file in plan.side_files:
-        publish(side_file.key, _read_side_file(inputs[side_file.checkpoint], side_file))
-    publish(CARD_FILE, model_card(recipe, plan, rows).encode())
-    if len(plan.shards) > 1:
-        publish(INDEX_FILE, encode_index(plan))
-    if plan.config is not None:
-        publish(CONFIG_FILE, encode_config(plan.config, rows))
+    with ThreadPoolExecutor(NUM_PUBLISHERS, thread_name_prefix="commit") as pool:
+        for files in _files_in_order(inputs, recipe, plan, rows):
+            for done in [pool.submit(publish, key, encode) for key, encode in files.items()]:
+                done.result()
     manifest = Manifest(
         plan_id=plan.plan_id,
         merge_id=plan.merge_id,
@@ -73,6 +73,7 @@ def commit(
         numerics_classes=tuple(sorted({receipt.numerics_class for receipt in receipts})),
         versions=versions(),
         summary=summarize(receipts),
+        gram=total_gram(receipts),
     )
     check_still_ours(output, plan, receipts)
     try:
@@ -86,6 +87,23 @@ def commit(
             ) from None
         return twin
     return manifest
+
+
+def _files_in_order(
+    inputs: Sequence[Store], recipe: Recipe, plan: MergePlan, rows: Sequence[TensorFacts]
+) -> Iterator[dict[str, Callable[[], bytes]]]:
+    """Yield the files beside the shards and what makes their bytes: those that may appear at the same time together."""
+    yield {
+        plan_key(plan.plan_id): lambda: encode_plan(plan),
+        tensors_key(plan.plan_id): lambda: encode_tensors(rows),
+        CARD_FILE: lambda: model_card(recipe, plan, rows).encode(),
+        **{side.key: partial(_read_side_file, inputs[side.checkpoint], side) for side in plan.side_files},
+    }
+    if len(plan.shards) > 1:
+        yield {INDEX_FILE: lambda: encode_index(plan)}
+    config = plan.config
+    if config is not None:
+        yield {CONFIG_FILE: lambda: encode_config(config, rows)}
 
 
 def _published_meanwhile(output: Store, plan: MergePlan) -> Manifest | None:

@@ -8,6 +8,7 @@ Shape suffixes: M sources (anchor first), E elements of a span, G groups, K elem
 """
 
 import threading
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -48,8 +49,12 @@ class CudaArithmetic:
         memory: Bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
         return memory
 
-    def gram(self, span: LoadedPiece, group_elems: int) -> Floats:
-        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M)."""
+    def prepare(self, jobs: Iterable[TensorJob]) -> None:
+        """Do nothing: torch loads its kernels when the device is opened."""
+
+    def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
+        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M); all of them, at no cost."""
+        del with_anchor
         with torch.cuda.stream(self._stream()):
             rows_ME = self._load(span)
             torch.sub(rows_ME[1:], rows_ME[:1], out=rows_ME[1:])

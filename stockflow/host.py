@@ -1,5 +1,6 @@
 """The arithmetic of linear methods on the processor: spans of loaded pieces handed to compiled kernels."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -8,8 +9,8 @@ import numpy.typing as npt
 from stockflow.buffers import Bytes, allocate
 from stockflow.gram import Floats
 from stockflow.kernels import linear
-from stockflow.kernels.floats import FORMATS, TILE, results_in
-from stockflow.plan import TensorJob
+from stockflow.kernels.floats import FORMATS, TILE, results_in, slab_of
+from stockflow.plan import TensorJob, is_linear
 from stockflow.units import LoadedPiece
 
 
@@ -34,12 +35,32 @@ class HostArithmetic:
         """Return memory to read into or to compute into."""
         return allocate(num_bytes)
 
-    def gram(self, span: LoadedPiece, group_elems: int) -> Floats:
-        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M)."""
+    def prepare(self, jobs: Iterable[TensorJob]) -> None:
+        """Compile the kernels of these tensors, or load what was compiled earlier on this machine."""
+        distinct = {(job.float_bits, job.output.dtype): job for job in jobs if is_linear(job)}
+        for job in distinct.values():
+            memory = np.zeros(8 * len(job.sources), np.uint8)
+            element = LoadedPiece(job, 0, 1, slab_of(memory), memory, (0,) * len(job.sources))
+            self.gram(element, 1)
+            self.combine(element, np.zeros((1, len(job.sources) - 1)), memory[: job.output_width], anchored=True)
+
+    def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
+        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M).
+
+        Those of w_0 with the task vectors are 0 unless ``with_anchor``.
+        """
         num_elems, num_sources = span.stop - span.start, len(span.job.sources)
         products_GMM = np.empty((num_elems // group_elems, num_sources, num_sources))
         tile_T: npt.NDArray[Any] = np.empty(TILE, working_dtype(span.job))
-        linear.gram(span.slab, span.firsts_M, formats_of(span.job), tile_T, np.uint64(group_elems), products_GMM)
+        linear.gram(
+            span.slab,
+            span.firsts_M,
+            formats_of(span.job),
+            tile_T,
+            np.uint64(group_elems),
+            with_anchor,
+            products_GMM,
+        )
         return products_GMM
 
     def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, *, anchored: bool) -> bool:

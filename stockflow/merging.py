@@ -19,7 +19,7 @@ from stockflow.methods.protocol import Block, Elementwise, Method, TensorContext
 from stockflow.plan import COPY_EQUAL, CheckpointRef, OnNonfinite, TensorJob, method_of
 from stockflow.spans import span_bounds
 from stockflow.storage import redact
-from stockflow.units import LoadedPiece, Unit
+from stockflow.units import LoadedPiece, Piece, Unit
 
 COMPARED_BYTES = 2**20
 """How much of two integer tensors is compared at a time."""
@@ -38,11 +38,14 @@ class MapSpans(Protocol):
 class Arithmetic(Protocol):
     """Where linear methods are computed; every method may be called from several threads."""
 
-    def gram(self, span: LoadedPiece, group_elems: int) -> Floats:
+    def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
         """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M)."""
 
     def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, *, anchored: bool) -> bool:
         """Write the weighted sum of a span into ``out``; return whether every result is finite."""
+
+    def prepare(self, jobs: Iterable[TensorJob]) -> None:
+        """Load what computing these tensors needs, before buffers take memory."""
 
 
 @dataclass
@@ -84,7 +87,7 @@ class UnitMerger:
         self._clock = clock
         self._threads = threading.local()
 
-    def merge(self, unit: Unit, out: Callable[[LoadedPiece], Bytes], ledger: Ledger, map_spans: MapSpans) -> None:
+    def merge(self, unit: Unit, out: Callable[[Piece], Bytes], ledger: Ledger, map_spans: MapSpans) -> None:
         """Decide and combine one unit.
 
         Args:
@@ -98,33 +101,35 @@ class UnitMerger:
         """
         method = method_of(unit.job)
         if method is None:
-            self._copy(unit, out)
+            self._copy(unit, out, map_spans)
         elif method.linear is not None:
             self._merge_linear(method, unit, out, ledger, map_spans)
         else:
             self._merge_elementwise(method, unit, out, ledger, map_spans)
 
-    def _copy(self, unit: Unit, out: Callable[[LoadedPiece], Bytes]) -> None:
-        for piece in unit.sweep(last=True):
-            donated = piece.source(0)
+    def _copy(self, unit: Unit, out: Callable[[Piece], Bytes], map_spans: MapSpans) -> None:
+        def copy(span: LoadedPiece, target: Bytes) -> None:
+            donated = span.source(0)
             if unit.job.method == COPY_EQUAL:
                 for index, source in enumerate(unit.job.sources[1:], start=1):
-                    if not _same_bytes(donated, piece.source(index)):
+                    if not _same_bytes(donated, span.source(index)):
                         raise NumericsError(self._integers_differ(unit.job, source.checkpoint))
-            np.copyto(out(piece), donated)
+            np.copyto(target, donated)
+
+        _fill(unit, copy, out, map_spans)
 
     def _merge_linear(
         self,
         method: Method,
         unit: Unit,
-        out: Callable[[LoadedPiece], Bytes],
+        out: Callable[[Piece], Bytes],
         ledger: Ledger,
         map_spans: MapSpans,
     ) -> None:
         assert method.linear is not None
         job = unit.job
         num_groups = (unit.stop - unit.start) // job.group_elems
-        gram = self._gram(unit, num_groups, map_spans) if method.needs_gram else None
+        gram = self._gram(method, unit, num_groups, map_spans) if method.needs_gram else None
         try:
             decided = method.linear(gram or _no_gram(job), job.parameters)
         except NumericsError as error:
@@ -138,21 +143,24 @@ class UnitMerger:
 
         self._combine(unit, combine, out, map_spans)
 
-    def _gram(self, unit: Unit, num_groups: int, map_spans: MapSpans) -> Gram:
+    def _gram(self, method: Method, unit: Unit, num_groups: int, map_spans: MapSpans) -> Gram:
         job = unit.job
         num_sources = len(job.sources)
         total_GMM = np.zeros((num_groups, num_sources, num_sources))
 
-        def products(span: LoadedPiece) -> Floats:
+        def products(unread: Piece) -> Floats:
+            span = unread.loaded()
             started = time.perf_counter()
-            products_GMM = self._arithmetic.gram(span, min(job.group_elems, span.stop - span.start))
+            products_GMM = self._arithmetic.gram(
+                span, min(job.group_elems, span.stop - span.start), with_anchor=method.needs_anchor
+            )
             if not np.isfinite(products_GMM).all():
                 self._refuse_nonfinite(span, "a product of task vectors")
             self._clock.add("statistics", started)
             return products_GMM
 
         for piece in unit.sweep(last=False):
-            spans = _spans(piece)
+            spans = spans_of(piece)
             for span, products_GMM in zip(spans, map_spans(products, spans), strict=True):
                 first = (span.start - unit.start) // job.group_elems
                 total_GMM[first : first + len(products_GMM)] += products_GMM
@@ -162,7 +170,7 @@ class UnitMerger:
         self,
         method: Method,
         unit: Unit,
-        out: Callable[[LoadedPiece], Bytes],
+        out: Callable[[Piece], Bytes],
         ledger: Ledger,
         map_spans: MapSpans,
     ) -> None:
@@ -174,7 +182,8 @@ class UnitMerger:
         for _ in range(job.num_statistic_passes):
             statistic = rounds.send(result)
 
-            def update(span: LoadedPiece, statistic: Any = statistic) -> Any:
+            def update(unread: Piece, statistic: Any = statistic) -> Any:
+                span = unread.loaded()
                 started = time.perf_counter()
                 state = statistic.update(statistic.zero(), self._block(span))
                 self._clock.add("statistics", started)
@@ -182,7 +191,7 @@ class UnitMerger:
 
             state = statistic.zero()
             for piece in unit.sweep(last=False):
-                for partial in map_spans(update, _spans(piece)):
+                for partial in map_spans(update, spans_of(piece)):
                     state = statistic.combine(state, partial)
             result = statistic.finish(state)
         decided = _returned(rounds, result)
@@ -199,22 +208,16 @@ class UnitMerger:
         self,
         unit: Unit,
         combine: Callable[[LoadedPiece, Bytes], bool],
-        out: Callable[[LoadedPiece], Bytes],
+        out: Callable[[Piece], Bytes],
         map_spans: MapSpans,
     ) -> None:
-        dtype, width = unit.job.output.dtype, unit.job.output_width
-        for piece in unit.sweep(last=True):
-            target, first = out(piece), piece.start
+        def combine_span(span: LoadedPiece, target: Bytes) -> None:
+            started = time.perf_counter()
+            if not combine(span, target):
+                self._refuse_nonfinite(span, f"the merged tensor, rounded to {unit.job.output.dtype},")
+            self._clock.add("combine", started)
 
-            def combine_span(span: LoadedPiece, target: Bytes = target, first: int = first) -> None:
-                started = time.perf_counter()
-                part = target[width * (span.start - first) : width * (span.stop - first)]
-                if not combine(span, part):
-                    self._refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
-                self._clock.add("combine", started)
-
-            for _ in map_spans(combine_span, _spans(piece)):
-                pass
+        _fill(unit, combine_span, out, map_spans)
 
     def _block(self, span: LoadedPiece) -> Block:
         """The sources of a span in working precision, as base and task vectors, in this thread's scratch."""
@@ -251,7 +254,26 @@ class UnitMerger:
         )
 
 
-def _spans(piece: LoadedPiece) -> list[LoadedPiece]:
+def _fill(
+    unit: Unit,
+    fill_span: Callable[[LoadedPiece, Bytes], None],
+    out: Callable[[Piece], Bytes],
+    map_spans: MapSpans,
+) -> None:
+    """Fill the output of a unit, span by span, in its last sweep."""
+    width = unit.job.output_width
+    for piece in unit.sweep(last=True):
+        target = out(piece)
+
+        def fill(span: Piece, target: Bytes = target, first: int = piece.start) -> None:
+            fill_span(span.loaded(), target[width * (span.start - first) : width * (span.stop - first)])
+
+        for _ in map_spans(fill, spans_of(piece)):
+            pass
+
+
+def spans_of(piece: Piece) -> list[Piece]:
+    """Return the spans of a piece, in order."""
     num_elems = piece.stop - piece.start
     bounds = span_bounds(num_elems, min(piece.job.group_elems, num_elems))
     return [piece.narrow(piece.start + start, piece.start + stop) for start, stop in bounds]

@@ -263,3 +263,9 @@ def canonical_digest(canonical: object) -> str:
 def method_of(job: TensorJob) -> Method | None:
     """Return the merge method of a job, None for a copy."""
     return None if job.is_copy else METHODS[job.method]
+
+
+def is_linear(job: TensorJob) -> bool:
+    """Return whether a tensor is a weighted sum of its sources."""
+    method = method_of(job)
+    return method is not None and method.linear is not None

@@ -44,7 +44,7 @@ class Prefetcher:
         """Prepare; reading starts when the context is entered.
 
         Args:
-            steps: the schedule; every load is read ``num_reads`` times, step by step.
+            steps: the schedule; every load is read ``num_reads`` times, step by step, but for direct steps.
             checkpoints: the inputs with their stamps.
             stores: one open store per checkpoint.
             pool: where slabs come from and go back to at the end.
@@ -134,5 +134,5 @@ class Prefetcher:
 
 def _in_reading_order(steps: Iterable[Step]) -> Iterator[Load]:
     for step in steps:
-        for _ in range(step.num_reads):
+        for _ in range(0 if step.direct else step.num_reads):
             yield from step.loads

@@ -2,7 +2,8 @@
 
 A *unit* is a run of elements that is decided as one: a tensor, a chunk of whole rows, an expert. A *load* is
 what fills one slab: a chunk of one unit, or many small units side by side, so that neighbours in a file are
-read by one request. A *step* is a load of whole units, or one unit over several loads.
+read by one request. A *step* is a load of whole units, or one unit over several loads. The loads of a *direct* step
+fill no slab: threads read what they compute next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ class Piece(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One range to read into a slab."""
+    """One range to read into a slab, or that a direct step is about to read."""
 
     checkpoint: int
     file: str
@@ -66,6 +67,8 @@ class Step:
     """how often the loads go by: statistics passes, then the combine"""
     held: bool
     """whether the loads stay in memory between sweeps; otherwise they are read again"""
+    direct: bool = False
+    """whether the threads that compute read the loads, span by span"""
 
     @property
     def num_reads(self) -> int:
@@ -79,7 +82,7 @@ def schedule(jobs: Sequence[TensorJob], workspace: Workspace) -> Iterator[Step]:
     filled = 0
     for job in jobs:
         for unit in _units(job, workspace.chunk_elems(job) if job.num_elems else 0):
-            if len(unit) > 1:
+            if len(unit) > 1 or (workspace.direct and unit[-1].stop - unit[0].start > SPAN_ELEMS):
                 if small:
                     yield _packed(small)
                     small, filled = [], 0
@@ -130,8 +133,8 @@ def _packed(pieces: Sequence[Piece]) -> Step:
 
 def _large(unit: Sequence[Piece], workspace: Workspace) -> Step:
     num_sweeps = unit[0].job.num_statistic_passes + 1
-    held = num_sweeps > 1 and len(unit) <= workspace.num_slabs
-    return Step(tuple(Load((piece,)) for piece in unit), num_sweeps, held)
+    held = not workspace.direct and num_sweeps > 1 and len(unit) <= workspace.num_slabs
+    return Step(tuple(Load((piece,)) for piece in unit), num_sweeps, held, workspace.direct)
 
 
 def _lay_out(pieces: Sequence[Piece]) -> tuple[tuple[Request, ...], tuple[tuple[int, ...], ...]]:

@@ -13,6 +13,28 @@ from stockflow.reader import LoadedSlab, Prefetcher
 from stockflow.schedule import Step
 
 
+class Piece(Protocol):
+    """A run of elements of one tensor, in memory or about to be."""
+
+    @property
+    def job(self) -> TensorJob:
+        """The tensor it belongs to."""
+
+    @property
+    def start(self) -> int:
+        """First element."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+
+    def narrow(self, start: int, stop: int) -> "Piece":
+        """Return what lies between two elements of the tensor."""
+
+    def loaded(self) -> "LoadedPiece":
+        """Return it with its source bytes in memory, for the thread that asks."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedPiece:
     """A run of elements whose source bytes are in memory."""
@@ -33,6 +55,10 @@ class LoadedPiece:
             for offset, width in zip(self.offsets, self.job.source_widths, strict=True)
         )
         return LoadedPiece(self.job, start, stop, self.slab, self.buffer, tuple(offsets))
+
+    def loaded(self) -> "LoadedPiece":
+        """Return itself."""
+        return self
 
     def source(self, index: int) -> Bytes:
         """Return the bytes of one source."""
@@ -61,7 +87,7 @@ class Unit(Protocol):
     def stop(self) -> int:
         """One past the last element."""
 
-    def sweep(self, *, last: bool) -> Iterator[LoadedPiece]:
+    def sweep(self, *, last: bool) -> Iterator[Piece]:
         """Yield the pieces in order; a piece is valid until the next one is asked for."""
 
 

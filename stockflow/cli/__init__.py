@@ -1,15 +1,21 @@
 """The command line: wiring, printing, exit codes. A command is a function in a module of this folder, listed below."""
 
+import gc
 import json
+import os
 from typing import Annotated
 
 import typer
 
 from stockflow import __version__
 from stockflow.cli.checking import clean, verify
+from stockflow.cli.cluster import status
+from stockflow.cli.comparing import diff
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.merging import merge, plan
+from stockflow.cli.insight import audit, inspect
+from stockflow.cli.merging import merge
+from stockflow.cli.planning import calibrate, plan
 
 app = typer.Typer(
     help="Exact, streaming merges of checkpoints too large for one machine.",
@@ -17,8 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 done; 2 change recipe, inputs or budget; 3 storage failed, run again to resume; "
-    "4 verify found something; 5 compute was lost; 70 our bug; 130/143 interrupted, resumable.",
+    epilog="Exit codes: 0 done; 1 diff: they differ; 2 change recipe, inputs or budget; 3 storage failed, run again to "
+    "resume; 4 verify found something; 5 compute was lost; 70 our bug; 130/143 interrupted, resumable.",
 )
 
 
@@ -45,10 +51,13 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, verify, clean, demo, schema):
+for command in (merge, plan, status, inspect, audit, verify, diff, calibrate, clean, demo, schema):
     app.command()(command)
 
 
 def main() -> None:
     """Run the command line."""
+    # Importing makes some hundred thousand objects that stay; walking them again and again took a fifth of the start.
+    gc.set_threshold(200_000, 20, 20)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here multiplies matrices; idle threads of numpy spin
     app()

@@ -1,17 +1,24 @@
 """``stockflow verify`` and ``stockflow clean``."""
 
 import json
-import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.options import AsJson, Memory, OutputArgument, Quiet, size_option
+from stockflow.cli.options import (
+    AsJson,
+    Memory,
+    OutputArgument,
+    Progress,
+    ProgressName,
+    Quiet,
+    StorageRecipe,
+    followed,
+    share_option,
+    size_option,
+)
 from stockflow.errors import EXIT_FINDINGS, RecipeError
-
-if TYPE_CHECKING:
-    from stockflow.verify import SampleOptions
 
 
 def verify(
@@ -29,9 +36,8 @@ def verify(
         int | None, typer.Option(min=0, help="Which tensors a sample takes. Default: others each time; it is printed.")
     ] = None,
     memory: Memory = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe whose storage options apply (endpoints, anonymous access).")
-    ] = None,
+    recipe: StorageRecipe = None,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -40,29 +46,26 @@ def verify(
     The output may be anyone's. --inputs and --sample also read the inputs that it names: use them where you
     trust those places. --seed and --memory go with --sample.
     """
-    from dataclasses import asdict
-
-    from stockflow.recipe import load_recipe
-    from stockflow.reporting import counting
-    from stockflow.storage import StorageConfig
-    from stockflow.verify import summary_lines
-    from stockflow.verify import verify as verify_output
+    from stockflow import api
+    from stockflow.reporting import DELAY_S
 
     with exit_codes():
-        config = load_recipe(recipe).storage if recipe else StorageConfig()
-        options = _sample(sample, seed, memory)
-        with counting("verified", quiet=quiet) as on_bytes:
-            result = verify_output(output, config, inputs=inputs, sample=options, on_bytes=on_bytes)
+        if sample is None and (seed is not None or memory is not None):
+            raise RecipeError("--seed and --memory go with --sample: nothing is computed without it")
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+            result = api.verify(
+                output,
+                inputs=inputs,
+                sample=share_option("--sample", sample),
+                seed=seed,
+                memory=size_option("--memory", memory),
+                recipe=recipe,
+                on_event=on_event,
+            )
         if as_json:
-            facts = {
-                "output": result.output_url,
-                "plan_id": result.plan_id,
-                **({"sampled": asdict(result.sampled)} if result.sampled else {}),
-                "findings": [asdict(finding) for finding in result.findings],
-            }
-            print(json.dumps(facts, indent=1))
+            print(json.dumps(result.facts(), indent=1))
         elif result.findings or not quiet:
-            print("\n".join(summary_lines(result)))
+            print(result)
         if result.findings:
             raise typer.Exit(EXIT_FINDINGS)
 
@@ -70,9 +73,7 @@ def verify(
 def clean(
     output: OutputArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is shown.")] = False,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe whose storage options apply (endpoints, anonymous access).")
-    ] = None,
+    recipe: StorageRecipe = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -95,23 +96,3 @@ def clean(
             print(json.dumps(leftover_facts(leftovers, is_removed=yes), indent=1))
         elif not quiet:
             print("\n".join(leftover_lines(leftovers, is_removed=yes)))
-
-
-def _sample(share: str | None, seed: int | None, memory: str | None) -> "SampleOptions | None":
-    from stockflow.budget import default_memory
-    from stockflow.verify.sample import SampleOptions, draw_seed, parse_share
-
-    if share is None:
-        if seed is not None or memory is not None:
-            raise RecipeError("--seed and --memory go with --sample: nothing is computed without it")
-        return None
-    try:
-        parsed = parse_share(share)
-    except RecipeError as error:
-        raise RecipeError(f"--sample: {error}") from None
-    return SampleOptions(
-        share=parsed,
-        seed=draw_seed() if seed is None else seed,
-        memory_bytes=size_option("--memory", memory) or default_memory(),
-        num_threads=len(os.sched_getaffinity(0)),
-    )

@@ -1,4 +1,4 @@
-"""``stockflow merge`` and ``stockflow plan``."""
+"""``stockflow merge``."""
 
 import json
 
@@ -13,16 +13,17 @@ from stockflow.cli.options import (
     Memory,
     OutputArgument,
     Overwrite,
+    Progress,
+    ProgressName,
     Quiet,
     RecipeArgument,
     ShardSize,
     ShardTimeout,
     Workers,
     WorkerTimeout,
-    execute_on,
-    is_on_ray,
-    merge_options,
-    open_inputs,
+    followed,
+    labels_option,
+    size_option,
 )
 
 
@@ -39,6 +40,7 @@ def merge(
     shard_timeout: ShardTimeout = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,55 +49,27 @@ def merge(
     Running the same command again resumes: shards that are there already are kept. The output is complete
     when OUTPUT/manifest.json exists; `stockflow verify` checks every byte of it.
     """
-    from stockflow import driver
-    from stockflow.describe import result_facts, result_lines
+    from stockflow import api
     from stockflow.interruption import interruptible
-    from stockflow.reporting import reporting
 
     with exit_codes():
-        with interruptible(), reporting(quiet=quiet) as observer:
-            observer.on_stage("opening checkpoints")
-            options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-            execute = execute_on(
-                executor,
-                workers,
-                gpus_per_worker,
+        with interruptible(), followed(progress, quiet=quiet) as on_event:
+            result = api.merge(
+                recipe,
+                output,
+                memory=size_option("--memory", memory),
+                shard_size=size_option("--shard-size", shard_size),
+                workers=workers,
+                executor=executor.value if executor else None,
+                gpus_per_worker=gpus_per_worker,
+                labels=labels_option(label or ()),
                 worker_timeout=worker_timeout,
                 shard_timeout=shard_timeout,
-                label=label,
+                device=device.value,
+                overwrite=overwrite,
+                on_event=on_event,
             )
-            result = driver.merge(open_inputs(recipe), output, options, execute, observer)
         if as_json:
-            print(json.dumps(result_facts(result), indent=1))
+            print(json.dumps(result.facts(), indent=1))
         elif not quiet:
-            print("\n".join(result_lines(result)))
-
-
-def plan(
-    recipe: RecipeArgument,
-    output: OutputArgument,
-    memory: Memory = None,
-    shard_size: ShardSize = None,
-    workers: Workers = None,
-    executor: Executor = None,
-    device: Device = DeviceName.auto,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a merge would read, write and hold; refuse what cannot work. Nothing is written."""
-    from stockflow import driver
-    from stockflow.describe import plan_lines, project
-    from stockflow.planning import few_shards_note
-
-    with exit_codes():
-        options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-        opened = open_inputs(recipe)
-        merge_plan, workspace = driver.plan_merge(opened, output, options)
-        notes = list(driver.output_notes(opened, output, merge_plan, overwrite=overwrite))
-        notes += few_shards_note(merge_plan, options.num_workers)
-        with driver.collector_paused():
-            if as_json:
-                print(json.dumps(project(merge_plan, workspace, notes), indent=1))
-            elif not quiet:
-                print("\n".join(plan_lines(merge_plan, workspace, notes)))
+            print(result)

@@ -1,20 +1,17 @@
 """The words that commands share: arguments, options, and what is made of them."""
 
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stockflow.errors import PlanError, RecipeError
 
 if TYPE_CHECKING:
-    from stockflow.driver import Execute, Inputs, MergeOptions, Observer
-    from stockflow.plan import ShardPlan
-    from stockflow.receipts import Receipt
-    from stockflow.worker import WorkerSpec
+    from stockflow.driver import Inputs, MergeOptions
+    from stockflow.events import OnEvent
 
 
 class ExecutorName(StrEnum):
@@ -22,6 +19,17 @@ class ExecutorName(StrEnum):
 
     local = "local"
     ray = "ray"
+
+
+class ProgressName(StrEnum):
+    """How progress is shown."""
+
+    auto = "auto"
+    plain = "plain"
+    rich = "rich"
+    lanes = "lanes"
+    json = "json"
+    none = "none"
 
 
 class DeviceName(StrEnum):
@@ -69,69 +77,51 @@ Label = Annotated[
 ]
 Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch sees one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output prefix holds.")]
+StorageRecipe = Annotated[
+    str | None, typer.Option("--recipe", help="Recipe whose storage options apply (endpoints, anonymous access).")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+Progress = Annotated[
+    ProgressName,
+    typer.Option(
+        help="On standard error. auto: rich on a terminal, else plain lines; lanes: rich with a line per worker; "
+        "json: one object per line, for programs."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@contextmanager
+def followed(progress: ProgressName, *, quiet: bool, delay_s: float = 0.0) -> "Iterator[OnEvent]":
+    """Provide who is told of events and shows them; what takes less than ``delay_s`` shows nothing.
+
+    With ``--progress json`` standard error has nothing but JSON, the message of an error in its last object.
+    """
+    from stockflow.errors import StockflowError
+    from stockflow.reporting import reporting
+
+    style = ProgressName.none if quiet else progress
+    try:
+        with reporting(style.value, delay_s=delay_s) as on_event:
+            yield on_event
+    except StockflowError as error:
+        if style is ProgressName.json:
+            raise typer.Exit(error.exit_code) from None
+        raise
 
 
 def is_on_ray(executor: ExecutorName | None) -> bool:
     """Return whether Ray executes: asked for by name, or by RAY_ADDRESS."""
-    return executor is ExecutorName.ray or (executor is None and bool(os.environ.get("RAY_ADDRESS")))
+    from stockflow import api
 
-
-def execute_on(
-    executor: ExecutorName | None,
-    workers: int | None,
-    gpus_per_worker: float,
-    *,
-    worker_timeout: float | None = None,
-    shard_timeout: float | None = None,
-    label: Sequence[str] | None = None,
-) -> "Execute":
-    """Return what merges shards where the options say.
-
-    Raises:
-        PlanError: a label is not KEY=VALUE.
-    """
-    labels = _labels(label or ())
-    if not is_on_ray(executor):
-        return _in_this_process
-    asked: dict[str, Any] = {"num_workers": workers, "gpus_per_worker": gpus_per_worker, "labels": labels}
-    if worker_timeout is not None:
-        asked["no_worker_timeout_s"] = worker_timeout
-    return partial(_on_ray, asked | {"item_timeout_s": shard_timeout})
-
-
-def _labels(pairs: Sequence[str]) -> dict[str, str]:
-    labels = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise PlanError(f"--label {pair}: expected KEY=VALUE, such as pool=spot")
-        labels[name] = value
-    return labels
-
-
-def _in_this_process(spec: "WorkerSpec", shards: "Sequence[ShardPlan]", observer: "Observer") -> "Iterator[Receipt]":
-    from stockflow.execution import in_this_process
-
-    return in_this_process(spec, shards, observer)
-
-
-def _on_ray(
-    asked: dict[str, Any], spec: "WorkerSpec", shards: "Sequence[ShardPlan]", observer: "Observer"
-) -> "Iterator[Receipt]":
-    from stockflow.execution import on_ray
-    from stockflow.executors.ray import RayOptions
-
-    return on_ray(spec, shards, observer, RayOptions(**asked))
+    return api.is_on_ray(executor.value if executor else None)
 
 
 def open_inputs(recipe: str) -> "Inputs":
     """Return the opened checkpoints of a recipe."""
-    from stockflow.driver import Inputs
-    from stockflow.recipe import load_recipe
+    from stockflow import api
 
-    return Inputs.open(load_recipe(recipe))
+    return api.open_inputs(recipe)
 
 
 def merge_options(
@@ -144,26 +134,39 @@ def merge_options(
     on_ray: bool = False,
 ) -> "MergeOptions":
     """Return the options of a merge as the driver takes them."""
-    from stockflow.budget import default_memory
-    from stockflow.driver import MergeOptions
+    from stockflow import api
 
-    cores = len(os.sched_getaffinity(0))
-    # A Ray worker has one CPU slot, so it computes on one thread and shares the node with the others.
-    return MergeOptions(
-        memory_bytes=size_option("--memory", memory) or default_memory(num_slots=(workers or cores) if on_ray else 1),
-        num_threads=1 if on_ray else workers or cores,
-        device=device.value,
-        shard_size=size_option("--shard-size", shard_size),
-        overwrite=overwrite,
-        num_workers=workers if on_ray else None,
-    )
+    sizes = size_option("--memory", memory), size_option("--shard-size", shard_size)
+    return api.merge_options(*sizes, workers, device.value, overwrite, on_ray=on_ray)
+
+
+def labels_option(pairs: Sequence[str]) -> dict[str, str]:
+    """Return labels by name.
+
+    Raises:
+        PlanError: one is not KEY=VALUE.
+    """
+    labels = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise PlanError(f"--label {pair}: expected KEY=VALUE, such as pool=spot")
+        labels[name] = value
+    return labels
 
 
 def size_option(option: str, text: str | None) -> int | None:
     """Return a size in bytes, or None if none is given; a message about it names the option."""
-    from stockflow.recipe import parse_size
+    from stockflow import api
+
+    return api.num_bytes(option, text)
+
+
+def share_option(option: str, text: str | None) -> float | None:
+    """Return a share of the tensors, or None if none is given; a message about it names the option."""
+    from stockflow.verify.sample import parse_share
 
     try:
-        return None if text is None else parse_size(text)
+        return None if text is None else parse_share(text)
     except RecipeError as error:
         raise RecipeError(f"{option}: {error}") from None

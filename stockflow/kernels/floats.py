@@ -30,7 +30,7 @@ FORMATS = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 """Bytes per element."""
 _OUT_TYPES = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32, "F64": np.float64}
-_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
+EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
 """The bits that are all set in infinities and NaN, and only there."""
 
 
@@ -64,7 +64,7 @@ def widen(slab: Slab, first: Index, count: Index, format_: int, bits: Bits, floa
         for k in range(count):
             out[k] = floats[k]
     elif format_ == F16:
-        _widen_f16(slab.halves, first, count, bits, floats)
+        widen_f16(slab.halves, first, count, bits, floats)
         for k in range(count):
             out[k] = floats[k]
     elif format_ == F32:
@@ -76,7 +76,7 @@ def widen(slab: Slab, first: Index, count: Index, format_: int, bits: Bits, floa
 
 
 @jit
-def _widen_f16(halves: Halves, first: Index, count: Index, bits: Bits, floats: Singles) -> None:
+def widen_f16(halves: Halves, first: Index, count: Index, bits: Bits, floats: Singles) -> None:
     """Move exponent and fraction into a float32 and mend the exponent's bias by a multiplication, which is exact."""
     for k in range(count):
         bits[k] = np.uint32(halves[first + k] & np.uint16(0x7FFF)) << np.uint32(13)
@@ -158,5 +158,5 @@ def _round_to_f16(bits: Bits, floats: Singles, count: Index, out: Values, first:
 def first_nonfinite(raw: Bytes, dtype: str) -> int | None:
     """Return the index of the first NaN or infinity among the elements in ``raw``, None if there is none."""
     patterns = np.frombuffer(raw.tobytes(), dtype=f"<u{WIDTHS[dtype]}")
-    bad = (patterns & _EXPONENTS[dtype]) == _EXPONENTS[dtype]
+    bad = (patterns & EXPONENTS[dtype]) == EXPONENTS[dtype]
     return int(bad.argmax()) if bad.any() else None

@@ -23,9 +23,15 @@ Unsigned = npt.NDArray[np.uint64]
 
 @jit
 def gram(
-    slab: Slab, firsts_M: Unsigned, formats_M: Unsigned, tile_T: Values, group_elems: Index, products_GMM: Floats
+    slab: Slab,
+    firsts_M: Unsigned,
+    formats_M: Unsigned,
+    tile_T: Values,
+    group_elems: Index,
+    with_anchor: bool,
+    products_GMM: Floats,
 ) -> None:
-    """Fill ``products_GMM`` with all products of [w_0, d_1 .. d_N], ``d_i = w_i - w_0``, per group of the span.
+    """Fill ``products_GMM`` with the products of [w_0, d_1 .. d_N], ``d_i = w_i - w_0``, per group of the span.
 
     Task vectors are rounded to working precision; products and sums are float64, so that nothing under- or
     overflows before the norms themselves do. Element k of a group belongs to partial sum ``k % 16``, added in index
@@ -38,6 +44,8 @@ def gram(
         formats_M: format of each source.
         tile_T: a tile of the working precision; overwritten.
         group_elems: elements per group.
+        with_anchor: whether the products of w_0 with the task vectors are wanted; without them they are 0, and
+            five sources take a seventh less time.
         products_GMM: receives the products.
     """
     num_sources = len(firsts_M)
@@ -59,7 +67,7 @@ def gram(
                 widen(slab, firsts_M[m] + start, count, formats_M[m], bits, floats, wide)
                 _cut(wide, anchor, runs_RMK, m)
             for r in range((count + np.uint64(RUN - 1)) // np.uint64(RUN)):
-                _add_products(runs_RMK[r], sums_MML)
+                _add_products(runs_RMK[r], with_anchor, sums_MML)
             start += count
         for i in range(num_sources):
             for j in range(i, num_sources):
@@ -80,11 +88,11 @@ def _cut(values: Values, origin: Values, runs_RMK: Values, m: int) -> None:
 
 
 @jit
-def _add_products(rows_MK: Values, sums_MML: Values) -> None:
+def _add_products(rows_MK: Values, with_anchor: bool, sums_MML: Values) -> None:
     """Add the products of ``RUN`` elements: sixteen of them per lane, added up pairwise."""
     for i in range(len(rows_MK)):
         a = rows_MK[i]
-        for j in range(i, len(rows_MK)):
+        for j in range(i, len(rows_MK) if i or with_anchor else 1):
             b, sums = rows_MK[j], sums_MML[i, j]
             for n in range(LANES):
                 first = (a[n] * b[n] + a[n + 16] * b[n + 16]) + (a[n + 32] * b[n + 32] + a[n + 48] * b[n + 48])

@@ -156,6 +156,8 @@ class Method:
     scopes: tuple[Scope, ...]
     needs_gram: bool
     """linear methods only: False if the coefficients follow from the parameters alone"""
+    needs_anchor: bool = False
+    """whether it uses the Gram's products of w_0 with the task vectors; |w_0|^2 is there in any case"""
     linear: Callable[[Gram, Parameters], Coefficients] | None = None
     rounds: Callable[[TensorContext, Parameters], Rounds] | None = None
     num_rounds: Callable[[int], int] = field(default=lambda float_bits: 1)
@@ -181,6 +183,7 @@ def linear_method(
     parameters: tuple[Parameter, ...] = (),
     scopes: tuple[Scope, ...] = ("tensor",),
     needs_gram: bool = True,
+    needs_anchor: bool = False,
 ) -> Callable[[Callable[[Gram, Parameters], Coefficients]], Callable[[Gram, Parameters], Coefficients]]:
     """Register a function from a Gram matrix to coefficients as a merge method."""
 
@@ -188,7 +191,7 @@ def linear_method(
         function: Callable[[Gram, Parameters], Coefficients],
     ) -> Callable[[Gram, Parameters], Coefficients]:
         REGISTRY[name] = Method(
-            name, source, base, min_tuned, max_tuned, parameters, scopes, needs_gram, linear=function
+            name, source, base, min_tuned, max_tuned, parameters, scopes, needs_gram, needs_anchor, linear=function
         )
         return function
 

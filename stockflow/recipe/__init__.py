@@ -6,7 +6,7 @@ Imports go one way: wording, document, values and locations, settings, resolve, 
 
 from stockflow.recipe.locations import resolve_location
 from stockflow.recipe.model import ModelEntry, Options, Recipe, Rule, StorageEntry
-from stockflow.recipe.reading import load_recipe, parse_recipe, recipe_schema
+from stockflow.recipe.reading import RecipeLike, load_recipe, parse_recipe, recipe_of, recipe_schema
 from stockflow.recipe.settings import Conditional
 from stockflow.recipe.values import OUTPUT_DTYPES, parse_size
 
@@ -16,11 +16,13 @@ __all__ = [
     "ModelEntry",
     "Options",
     "Recipe",
+    "RecipeLike",
     "Rule",
     "StorageEntry",
     "load_recipe",
     "parse_recipe",
     "parse_size",
+    "recipe_of",
     "recipe_schema",
     "resolve_location",
 ]

@@ -1,7 +1,9 @@
 """Recipes from files, URLs, standard input and text, and the JSON schema that editors check them with."""
 
+import json
 import os
 import sys
+from collections.abc import Mapping
 
 from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
@@ -13,6 +15,9 @@ from stockflow.recipe.structure import parse_structure
 from stockflow.storage import StorageConfig, open_store, read_small, redact
 
 MAX_RECIPE_BYTES = 1 << 20
+
+RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
+"""A recipe, its location, its YAML, or what its YAML says as plain Python."""
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
@@ -54,6 +59,25 @@ def load_recipe(location: str) -> Recipe:
         column = error.start - payload.rfind(b"\n", 0, error.start)
         place = f"{source}:{line}:{column}"
         raise RecipeError(f"{place}: expected UTF-8, found an {error.reason}; save it as UTF-8") from None
+
+
+def recipe_of(given: RecipeLike) -> Recipe:
+    """Return the recipe that is meant: a text of several lines is YAML, one of one line is a location.
+
+    Raises:
+        RecipeError: as for ``parse_recipe`` and ``load_recipe``; or a mapping that no YAML could give.
+        NotFoundError: there is no such file.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        try:
+            text = json.dumps(dict(given), indent=1, default=os.fspath)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"the recipe is a mapping that no YAML could give: {error}") from None
+        return parse_recipe(text, "<mapping>")
+    text = os.fspath(given)
+    return parse_recipe(text, "<text>") if "\n" in text else load_recipe(text)
 
 
 def recipe_schema() -> dict[str, object]:

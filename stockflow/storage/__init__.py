@@ -14,12 +14,15 @@ from stockflow.storage.base import (
     check_stamp,
     read_small,
 )
-from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision
+from stockflow.storage.local import LocalStore, PinnedFile
+from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision, scheme_of
 
 __all__ = [
     "HalfWritten",
+    "LocalStore",
     "NewObject",
     "Pin",
+    "PinnedFile",
     "Sink",
     "Stamp",
     "StorageConfig",
@@ -33,4 +36,5 @@ __all__ = [
     "pin_revision",
     "read_small",
     "redact",
+    "scheme_of",
 ]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
 from stockflow.errors import InputChangedError, RecipeError
@@ -185,6 +186,7 @@ MAX_NAME_BYTES = 255
 """of one segment, on local file systems"""
 
 
+@lru_cache(maxsize=4096)
 def check_key(key: str) -> str:
     """Return ``key`` if it stays inside a prefix and every store can hold it.
 

@@ -50,22 +50,27 @@ class LocalStore:
             stamp = _stamp_of(os.fstat(file.fileno()))
             wanted = min(num_bytes, stamp.size)
             payload = bytearray(wanted)
-            _read_exactly(file.fileno(), memoryview(payload), 0, path)
+            if (num_read := _read_up_to(file.fileno(), memoryview(payload), 0)) < wanted:
+                raise _truncated(path, num_read)
             return bytes(payload), stamp
 
     def read_into(self, key: str, start: int, buffer: memoryview, stamp: Stamp) -> None:
         """Fill ``buffer``; the file's stamp is compared before and after the bytes are read."""
+        with self.open_pinned(key, stamp) as file:
+            file.read_into(start, buffer)
+
+    @contextmanager
+    def open_pinned(self, key: str, stamp: Stamp) -> Iterator["PinnedFile"]:
+        """Keep a file open, from which nothing is read but the state that ``stamp`` describes."""
         path = self._path(key)
-        with _named(path, "read"), open(path, "rb", buffering=0) as file:
-            found = _stamp_of(os.fstat(file.fileno()))
-            if found == stamp:
-                _read_exactly(file.fileno(), buffer, start, path)
-                found = _stamp_of(os.fstat(file.fileno()))
-        if found != stamp:
-            raise InputChangedError(
-                f"{path} changed since it was planned: expected {stamp.size} bytes, {stamp.version}; "
-                f"found {found.size} bytes, {found.version}. Restore the file, or plan again"
-            )
+        with _named(path, "read"):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                file = PinnedFile(path, descriptor, stamp)
+                file.check()
+                yield file
+            finally:
+                os.close(descriptor)
 
     def list(self, prefix: str = "") -> dict[str, Stamp]:
         """Return all files below ``prefix``, files being written left out."""
@@ -103,7 +108,7 @@ class LocalStore:
                     being_written = _NewFile(file)
                     yield being_written
                     being_written.sync()
-                os.replace(partial, path)
+                    os.replace(partial, path)  # while it is locked, or a neighbour might sweep it away
                 _sync_folder(os.path.dirname(path))
             except BaseException:
                 with suppress(OSError):
@@ -172,7 +177,48 @@ class LocalStore:
         return True
 
     def _path(self, key: str) -> str:
-        return os.path.join(self.url, check_key(key))
+        return f"{self.url}/{check_key(key)}"
+
+
+class PinnedFile:
+    """An open file in the state of its stamp."""
+
+    def __init__(self, path: str, descriptor: int, stamp: Stamp) -> None:
+        """Take an open descriptor; who opened it closes it."""
+        self._path = path
+        self._descriptor = descriptor
+        self._stamp = stamp
+
+    def check(self) -> None:
+        """Compare the file with its stamp.
+
+        Raises:
+            InputChangedError: it was written to.
+        """
+        found = _stamp_of(os.fstat(self._descriptor))
+        if found != self._stamp:
+            raise InputChangedError(
+                f"{self._path} changed since it was planned: expected {self._stamp.size} bytes, "
+                f"{self._stamp.version}; found {found.size} bytes, {found.version}. Restore the file, or plan again"
+            )
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer``; the file is compared with its stamp afterwards, so that no changed byte is used.
+
+        Raises:
+            InputChangedError: it was written to.
+            StorageError: the disk failed.
+        """
+        with _named(self._path, "read"):
+            num_read = _read_up_to(self._descriptor, buffer, start)
+            self.check()
+        if num_read < buffer.nbytes:
+            raise _truncated(self._path, start + num_read)
+
+    def read_soon(self, start: int, num_bytes: int) -> None:
+        """Let the system fetch a range from the disk, without waiting for it; reading it is where errors show."""
+        with suppress(OSError):
+            os.posix_fadvise(self._descriptor, start, num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 class _NewFile:
@@ -180,13 +226,25 @@ class _NewFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._started = 0
+        """bytes the disk was told to begin with"""
+        self._is_durable = False
 
     def write(self, payload: memoryview | bytes, /) -> object:
-        return self._file.write(payload)
+        self._is_durable = False
+        written = self._file.write(payload)
+        # Dirty pages are not dropped: the disk begins with them now, so that fsync finds little left to wait for
+        # (0.22 s less for 0.8 GB).
+        os.posix_fadvise(self._file.fileno(), self._started, 0, os.POSIX_FADV_DONTNEED)
+        self._started += len(payload)
+        return written
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        # Once: between looking at who owns the prefix and the shard's appearing there must be no wait for the disk.
+        if not self._is_durable:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._is_durable = True
 
 
 def _stamp_of(stat: os.stat_result) -> Stamp:
@@ -213,13 +271,16 @@ def _key_of_partial(name: str) -> str:
     return name.removeprefix(".").removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
 
 
-def _read_exactly(descriptor: int, buffer: memoryview, start: int, path: str) -> None:
+def _read_up_to(descriptor: int, buffer: memoryview, start: int) -> int:
+    """Fill ``buffer``, and return how many bytes there were: fewer if the file ends before."""
     done = 0
-    while done < buffer.nbytes:
-        count = os.preadv(descriptor, [buffer[done:]], start + done)
-        if count == 0:
-            raise InputChangedError(f"{path} ended at byte {start + done} while it was read: it was truncated")
+    while done < buffer.nbytes and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
         done += count
+    return done
+
+
+def _truncated(path: str, num_bytes: int) -> InputChangedError:
+    return InputChangedError(f"{path} ended at byte {num_bytes} while it was read: it was truncated")
 
 
 def _make_folder(folder: str) -> None:

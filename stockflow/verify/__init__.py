@@ -1,12 +1,14 @@
 """Verification: every published byte read again and held against manifest, plan, index and headers."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from stockflow import notebook
 from stockflow.budget import gb
 from stockflow.checkpoint import INDEX_FILE, SINGLE_FILE
 from stockflow.errors import CheckpointError, NotFoundError, UserError
+from stockflow.events import Done, Moved, OnEvent, Stage, ignore
 from stockflow.manifest import MANIFEST_FILE, Manifest, plan_key, read_manifest, tensors_key
 from stockflow.plan_file import RecordedPlan
 from stockflow.storage import Stamp, StorageConfig, open_store, redact
@@ -33,6 +35,40 @@ class Verification:
     findings: tuple[Finding, ...]
     sampled: Sampled | None = None
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is no finding."""
+        return not self.findings
+
+    def facts(self) -> dict[str, object]:
+        """Return the result for programs."""
+        return {
+            "output": self.output_url,
+            "plan_id": self.plan_id,
+            **({"sampled": asdict(self.sampled)} if self.sampled else {}),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(summary_lines(self))
+
+    def _repr_html_(self) -> str:
+        number = len(self.findings)
+        return notebook.block(
+            f"verify: {number or 'no'} finding{'' if number == 1 else 's'}",
+            notebook.facts(
+                {
+                    "output": redact(self.output_url),
+                    "files": self.num_files,
+                    "tensors": self.num_tensors,
+                    "size": gb(self.num_bytes),
+                    "plan": self.plan_id[:12] or None,
+                    "sample": sampled_line(self.sampled) if self.sampled else None,
+                }
+            ),
+            notebook.table(("where", "what"), [(finding.where, finding.problem) for finding in self.findings]),
+        )
+
 
 def verify(
     location: str,
@@ -40,7 +76,7 @@ def verify(
     *,
     inputs: bool = False,
     sample: SampleOptions | None = None,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_event: OnEvent = ignore,
 ) -> Verification:
     """Read every published file again, and merge a sample of the tensors again if asked for.
 
@@ -52,7 +88,7 @@ def verify(
         config: how to reach it, and its inputs.
         inputs: whether to compare the inputs' stamps too.
         sample: which share of the tensors to compute again from the inputs.
-        on_bytes: told of bytes read, from several threads.
+        on_event: told how it goes, from several threads.
 
     Raises:
         NotFoundError: there is no manifest, so there is nothing to verify.
@@ -73,7 +109,7 @@ def verify(
     except CheckpointError as error:
         return Verification(url, "", 0, 0, 0, (Finding(MANIFEST_FILE, str(error)),))
     verifier = _Verifier(output, manifest, config)
-    sampled = verifier.run(inputs=inputs, sample=sample, on_bytes=on_bytes)
+    sampled = verifier.run(inputs=inputs, sample=sample, on_event=on_event)
     return Verification(
         url,
         manifest.plan_id,
@@ -103,9 +139,12 @@ class _Verifier:
         self._damaged: set[str] = set()
         self._num_readers = NUM_LOCAL_READERS if output.is_local else NUM_OBJECT_READERS
 
-    def run(self, *, inputs: bool, sample: SampleOptions | None, on_bytes: Callable[[int], None]) -> Sampled | None:
+    def run(self, *, inputs: bool, sample: SampleOptions | None, on_event: OnEvent) -> Sampled | None:
         manifest, output, findings = self._manifest, self._output, self.findings
-        self._check_files(on_bytes)
+        num_bytes = sum(file.size for file in manifest.files.values())
+        on_event(Stage("verifying", total_bytes=num_bytes, num_items=len(manifest.files), unit="files"))
+        self._check_files(on_event)
+        on_event(Stage("checking the records"))
         recorded = self._read_plan()
         if recorded:
             findings.add(records.check_manifest(manifest, recorded))
@@ -116,13 +155,15 @@ class _Verifier:
         findings.add(records.check_receipts(output, manifest, table, chosen, coefficients))
         findings.add(records.check_strangers(output, manifest))
         if inputs:
+            on_event(Stage("looking at the inputs", num_items=len(manifest.inputs), unit="inputs"))
             for ref in manifest.inputs:
                 findings.add(records.check_input(ref, self._config, ref.files.keys()))
+                on_event(Done(redact(ref.url)))
         if not sample or not recorded:
             return None
-        return self._recompute(recorded, table, coefficients, chosen, sample, on_bytes)
+        return self._recompute(recorded, table, coefficients, chosen, sample, on_event)
 
-    def _check_files(self, on_bytes: Callable[[int], None]) -> None:
+    def _check_files(self, on_event: OnEvent) -> None:
         """Hold size and digest of every published file against the manifest, the largest first."""
         files = self._manifest.files
         ahead = max(self._num_readers // NUM_FILES_AT_ONCE, self._num_readers // max(len(files), 1))
@@ -139,10 +180,10 @@ class _Verifier:
                     stamp = self._output.store.stamp(key)
                     if stamp.size != expected.size:
                         return Finding(key, f"is {stamp.size:,} bytes long, expected {expected.size:,}")
-                    digest = self._output.sha256(key, stamp, readers, ahead)
+                    digest = self._output.sha256(key, stamp, readers, ahead, lambda size: on_event(Moved(size)))
                 except UserError as error:
                     return Finding(key, str(error))
-                on_bytes(stamp.size)
+                on_event(Done(key))
                 self._stamps[key] = stamp
                 if digest != expected.sha256:
                     return Finding(key, f"has sha256 {digest[:16]}..., expected {expected.sha256[:16]}...")
@@ -204,12 +245,12 @@ class _Verifier:
         coefficients: Mapping[str, Groups],
         chosen: Set[str],
         sample: SampleOptions,
-        on_bytes: Callable[[int], None],
+        on_event: OnEvent,
     ) -> Sampled:
         from stockflow.verify.recompute import Evidence, recompute
 
         evidence = Evidence(self._output, self._manifest, recorded, table, self.placed, self._stamps, coefficients)
-        sampled, findings = recompute(evidence, chosen, sample, self._config, on_bytes)
+        sampled, findings = recompute(evidence, chosen, sample, self._config, on_event)
         self.findings.add(findings)
         return sampled
 
@@ -219,9 +260,14 @@ def summary_lines(result: Verification) -> Sequence[str]:
     sampled = [sampled_line(result.sampled)] if result.sampled else []
     if result.findings:
         count = "1 finding" if len(result.findings) == 1 else f"{len(result.findings)} findings"
-        return [*map(str, result.findings), *sampled, f"{count} in {redact(result.output_url)}"]
+        return [
+            *map(str, result.findings),
+            *sampled,
+            f"{count} in {redact(result.output_url)}",
+            "next: restore what is named above from a copy, or merge again with --overwrite; then verify again",
+        ]
     return [
         f"verified {redact(result.output_url)}: {result.num_files} files, {result.num_tensors} tensors, "
         f"{gb(result.num_bytes)}, all as the manifest says",
-        *sampled,
+        *(sampled or [f"next: stockflow verify {redact(result.output_url)} --sample 5% merges a share again"]),
     ]

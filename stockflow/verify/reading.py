@@ -132,8 +132,10 @@ class Output:
         finally:
             wait(future for future, _ in pending)
 
-    def sha256(self, key: str, stamp: Stamp, pool: ThreadPoolExecutor, num_ahead: int) -> str:
-        """Return the sha256 of a file, in hex."""
+    def sha256(
+        self, key: str, stamp: Stamp, pool: ThreadPoolExecutor, num_ahead: int, on_bytes: Callable[[int], None]
+    ) -> str:
+        """Return the sha256 of a file, in hex; ``on_bytes`` is told of what was read."""
         digest = hashlib.sha256()
         if self.is_local:  # the system reads ahead by itself
             buffer = memoryview(bytearray(min(LOCAL_CHUNK_BYTES, stamp.size)))
@@ -141,9 +143,11 @@ class Output:
                 part = buffer[: stamp.size - start]
                 self.store.read_into(key, start, part, stamp)
                 digest.update(part)
+                on_bytes(part.nbytes)
         else:
             for part in self.read_ahead([Range(key, 0, stamp.size)], lambda _: stamp, pool, num_ahead):
                 digest.update(part)
+                on_bytes(part.nbytes)
         return digest.hexdigest()
 
 

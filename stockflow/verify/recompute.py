@@ -1,19 +1,20 @@
 """Sampled verification: tensors merged again from the inputs, compared with what was written and recorded."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
 from stockflow.devices import Device, open_device
-from stockflow.errors import NumericsError, PlanError
+from stockflow.errors import CheckpointError, NumericsError, PlanError
+from stockflow.events import Moved, OnEvent, Stage
 from stockflow.header import DTYPES, TensorSpec
-from stockflow.manifest import Manifest, receipt_key, tensors_key
+from stockflow.manifest import Manifest, plan_key, receipt_key, tensors_key
 from stockflow.methods.protocol import Parameters
 from stockflow.plan import NUMERICS, MergePlan, ShardPlan, Source, TensorJob, method_of
-from stockflow.plan_file import RecordedPlan
+from stockflow.plan_file import RecordedPlan, check_mergeable
 from stockflow.receipts import TensorFacts
 from stockflow.storage import NewObject, Stamp, StorageConfig, Store
 from stockflow.verify.contents import Placed, Table
@@ -59,7 +60,7 @@ def recompute(
     chosen: Collection[str],
     options: SampleOptions,
     config: StorageConfig,
-    on_bytes: Callable[[int], None],
+    on_event: OnEvent,
 ) -> tuple[Sampled, list[Finding]]:
     """Merge the chosen tensors again and compare statistics, coefficients and bytes.
 
@@ -74,19 +75,17 @@ def recompute(
             f"--sample: the output was made with numerics {evidence.recorded.numerics}, this version of stockflow "
             f"has {NUMERICS}; take the version that made it ({evidence.manifest.versions.get('stockflow')})"
         )
-    return _Recomputation(evidence, options, config, on_bytes).run(chosen)
+    return _Recomputation(evidence, options, config, on_event).run(chosen)
 
 
 class _Recomputation:
     """One sample on its way."""
 
-    def __init__(
-        self, evidence: Evidence, options: SampleOptions, config: StorageConfig, on_bytes: Callable[[int], None]
-    ) -> None:
+    def __init__(self, evidence: Evidence, options: SampleOptions, config: StorageConfig, on_event: OnEvent) -> None:
         self._evidence = evidence
         self._options = options
         self._config = config
-        self._on_bytes = on_bytes
+        self._on_event = on_event
         made_on_cpu = all(name.startswith("cpu") for name in evidence.manifest.numerics_classes)
         self._device: Device = "cpu" if made_on_cpu else "auto"
         ours = open_device(self._device).numerics_class
@@ -99,8 +98,14 @@ class _Recomputation:
         return self._evidence.recorded.plan
 
     def run(self, chosen: Collection[str]) -> tuple[Sampled, list[Finding]]:
-        targets = self._usable([job for job in self._plan.jobs if job.output.name in chosen])
+        jobs = [job for job in self._plan.jobs if job.output.name in chosen]
         sampled = Sampled(self._options.seed, len(self._shard_of), 0, same_class=self._same_class)
+        plan_file = plan_key(self._evidence.manifest.plan_id)
+        try:
+            check_mergeable(jobs, plan_file)
+        except CheckpointError as error:
+            return replace(sampled, num_left_out=len(chosen)), [Finding(plan_file, str(error))]
+        targets = self._usable(jobs)
         try:
             facts, differences = self._merge(targets)
             again = self._judge(targets, facts, differences)
@@ -159,7 +164,8 @@ class _Recomputation:
             worker = _ComparingWorker(self._spec(), comparison)
             try:
                 shard = ShardPlan("sample", tuple(target.job for target in targets))
-                receipt = worker.merge(shard, lambda num_read, _: self._on_bytes(num_read))
+                self._on_event(Stage("merging a sample again", total_bytes=shard.source_bytes))
+                receipt = worker.merge(shard, lambda num_read, _: self._on_event(Moved(num_read)))
             finally:
                 worker.close()
         return {facts.name: facts for facts in receipt.tensors}, comparison.differences

@@ -1,6 +1,7 @@
 """Nothing on a disk counts before it is on the disk: the order of writes, flushes and renames of a whole merge."""
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +21,26 @@ class Recorder:
     """What a process asked of the file system, in order: (call, path), a rename by where it leads."""
 
     events: list[tuple[str, str]] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    """who asked"""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def wrap(self, name: str, told: Callable[..., str]) -> Callable[..., Any]:
         function = getattr(os, name)
 
         def recorded(*arguments: Any, **named: Any) -> Any:
-            self.events.append((name, told(*arguments)))
+            with self._lock:
+                self.events.append((name, told(*arguments)))
+                self.threads.append(threading.get_ident())
             return function(*arguments, **named)
 
         return recorded
+
+    def neighbours(self, number: int) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Return what the same thread asked just before and just after."""
+        own = [event for event, thread in enumerate(self.threads) if thread == self.threads[number]]
+        here = own.index(number)
+        return self.events[own[here - 1]], self.events[own[here + 1]]
 
     def positions(self, name: str, path: object) -> list[int]:
         """Return when a call was made on a path."""
@@ -63,6 +75,7 @@ def test_every_file_of_a_merge_is_flushed_named_and_flushed_again_before_the_nex
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
     output = tmp_path / "new" / "out"
     recorder.events.clear()
+    recorder.threads.clear()
 
     merge_here(recipe, output, shard_size=5_000)
 
@@ -71,7 +84,7 @@ def test_every_file_of_a_merge_is_flushed_named_and_flushed_again_before_the_nex
     assert len(shards) == 3
     durable: dict[str, int] = {}
     for number, path in named:
-        flushed, (name, folder) = recorder.events[number - 1], recorder.events[number + 1]
+        flushed, (name, folder) = recorder.neighbours(number)
         assert flushed[0] == "fsync", f"{path} was named before it was flushed"
         assert flushed[1].startswith(partial_of(path))
         assert flushed[1].endswith(PARTIAL_SUFFIX)

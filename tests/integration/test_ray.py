@@ -110,9 +110,9 @@ def run_items(
 @pytest.mark.parametrize(
     "options",
     [
-        RayOptions(num_workers=1),
+        pytest.param(RayOptions(num_workers=1), marks=pytest.mark.slow),
         RayOptions(num_workers=2),
-        RayOptions(num_workers=4),
+        pytest.param(RayOptions(num_workers=4), marks=pytest.mark.slow),
         RayOptions(gpus_per_worker=0.5),
     ],
     ids=["1 worker", "2 workers", "4 workers", "2 workers on one logical GPU"],
@@ -150,7 +150,7 @@ def test_s3_to_s3_gives_the_bytes_of_disk_to_disk(
     assert expected == runs.expected_digests([result])[0]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(
     cluster: str,
     recipe: Path,

@@ -22,7 +22,7 @@ from stockflow.sealed import seal
 from stockflow.storage import StorageConfig
 from stockflow.tables import encode_tensors, read_facts
 from stockflow.units import LoadedPiece
-from stockflow.verify import SampleOptions, Verification, verify
+from stockflow.verify import SampleOptions, Verification, recompute, verify
 from tests import runs
 from tests.checkpoints import Family, Shape, make_family, write_recipe
 from tests.integration.test_verify import endorse, manifest
@@ -133,8 +133,10 @@ def test_another_class_of_machine_agrees(case: Case, tmp_path: Path, monkeypatch
     recipe = write_recipe(tmp_path / "recipe.yaml", case.method, family, **case.asked)
     ours = HostArithmetic.gram
 
-    def otherwise_rounded(self: HostArithmetic, span: LoadedPiece, group_elems: int) -> Floats:
-        products = ours(self, span, group_elems)
+    def otherwise_rounded(
+        self: HostArithmetic, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True
+    ) -> Floats:
+        products = ours(self, span, group_elems, with_anchor=with_anchor)
         return products * (1.0 + 1e-14 * np.cos(np.arange(products.size)).reshape(products.shape))
 
     with monkeypatch.context() as elsewhere:
@@ -311,7 +313,7 @@ def test_a_budget_too_small_and_numerics_of_another_version_are_refused(
 ) -> None:
     with pytest.raises(BudgetError, match="Raise --memory"):
         sampled(root / "out", memory_bytes=20 * MIB)
-    monkeypatch.setattr("stockflow.verify.recompute.NUMERICS", 99)
+    monkeypatch.setattr(recompute, "NUMERICS", 99)
     with pytest.raises(PlanError, match="made with numerics 2, this version of stockflow has 99"):
         sampled(root / "out")
 

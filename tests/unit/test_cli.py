@@ -25,7 +25,7 @@ from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import REPOSITORY, command, run
 
 SHAPES = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,), "lm_head.weight": (40, 16)}
-COMMANDS = ("merge", "plan", "verify", "demo", "schema")
+COMMANDS = ("merge", "plan", "verify", "diff", "demo", "schema")
 
 
 def cli(*arguments: object) -> Result:

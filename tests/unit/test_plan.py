@@ -565,19 +565,19 @@ def shards(draw: st.DrawFn) -> list[TensorJob]:
     return jobs
 
 
-def workspace_for(jobs: list[TensorJob], spare: int) -> Workspace:
-    return divide(jobs, spare, num_threads=1, baseline_bytes=0)
+def workspace_for(jobs: list[TensorJob], spare: int, *, direct: bool = False) -> Workspace:
+    return divide(jobs, spare, num_threads=1, baseline_bytes=0, direct=direct)
 
 
 def pieces_of(steps: list[Step]) -> list[Piece]:
     return [piece for step in steps for load in step.loads for piece in load.pieces]
 
 
-def check_load(load: Load, workspace: Workspace) -> None:
-    """Every source byte of every piece is where the offsets say, in a slab that is large enough."""
+def check_load(load: Load, workspace: Workspace, room: int) -> None:
+    """Every source byte of every piece is where the offsets say, in ``room`` bytes."""
     taken = sorted((request.offset, request.offset + request.stop - request.start) for request in load.requests)
     assert all(before[1] <= after[0] for before, after in pairwise(taken)), "requests overwrite each other"
-    assert all(stop <= workspace.slab_bytes for _, stop in taken), "a load is larger than its slab"
+    assert all(stop <= room for _, stop in taken), "a load is larger than its slab"
     assert sum(piece.job.output_width * (piece.stop - piece.start) for piece in load.pieces) <= workspace.out_bytes
     for piece, offsets in zip(load.pieces, load.offsets, strict=True):
         for source, width, offset in zip(piece.job.sources, piece.job.source_widths, offsets, strict=True):
@@ -606,10 +606,12 @@ def check_load(load: Load, workspace: Workspace) -> None:
         assert not (touching and aligned), "neighbours in a file are read by one request"
 
 
-@given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
+@given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB), direct=st.booleans())
 @settings(deadline=None, max_examples=120)
-def test_the_schedule_covers_every_tensor_once_within_its_slabs(jobs: list[TensorJob], spare: int) -> None:
-    workspace = workspace_for(jobs, spare)
+def test_the_schedule_covers_every_tensor_once_within_its_slabs(
+    jobs: list[TensorJob], spare: int, direct: bool
+) -> None:
+    workspace = workspace_for(jobs, spare, direct=direct)
 
     steps = list(schedule(jobs, workspace))
 
@@ -624,7 +626,7 @@ def test_the_schedule_covers_every_tensor_once_within_its_slabs(jobs: list[Tenso
     assert [each.output.name for each in jobs] == list(dict.fromkeys(order))
     for step in steps:
         for load in step.loads:
-            check_load(load, workspace)
+            check_load(load, workspace, sys.maxsize if step.direct else workspace.slab_bytes)
 
 
 @given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
@@ -650,10 +652,10 @@ def test_steps_are_whole_units_and_held_ones_fit(jobs: list[TensorJob], spare: i
             assert step.held == (len(step.loads) <= workspace.num_slabs)
 
 
-@given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
+@given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB), direct=st.booleans())
 @settings(deadline=None, max_examples=60)
-def test_the_workspace_keeps_within_the_memory(jobs: list[TensorJob], spare: int) -> None:
-    workspace = workspace_for(jobs, spare)
+def test_the_workspace_keeps_within_the_memory(jobs: list[TensorJob], spare: int, direct: bool) -> None:
+    workspace = workspace_for(jobs, spare, direct=direct)
 
     assert workspace.projected_bytes <= spare or not any(each.num_elems for each in jobs)
     assert workspace.num_slabs >= MIN_SLABS
@@ -687,6 +689,28 @@ def test_a_large_tensor_is_held_if_it_fits_and_read_again_if_not() -> None:
     assert (held.held, held.num_sweeps, held.num_reads) == (True, 2, 1)
     assert (streamed.held, streamed.num_sweeps, streamed.num_reads) == (False, 2, 2)
     assert len(held.loads) < len(streamed.loads)
+
+
+@given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
+@settings(deadline=None, max_examples=120)
+def test_direct_steps_are_the_units_larger_than_a_span_and_hold_nothing(jobs: list[TensorJob], spare: int) -> None:
+    for step in schedule(jobs, workspace_for(jobs, spare, direct=True)):
+        pieces = [piece for load in step.loads for piece in load.pieces]
+        if not step.direct:
+            assert all(piece.stop - piece.start <= SPAN_ELEMS for piece in pieces)
+            continue
+        owner = pieces[0].job
+        assert {id(piece.job) for piece in pieces} == {id(owner)}
+        assert pieces[-1].stop - pieces[0].start > SPAN_ELEMS
+        assert step.num_reads == step.num_sweeps == owner.num_statistic_passes + 1
+
+
+def test_direct_reading_takes_the_same_memory_whatever_the_tensor() -> None:
+    small, huge = (job("t", (spans * SPAN_ELEMS,), ("BF16",) * 5) for spans in (40, 400_000))
+
+    small_bytes, huge_bytes = (workspace_for([each], 2**40, direct=True).projected_bytes for each in (small, huge))
+
+    assert small_bytes == huge_bytes < 32 * MIB
 
 
 def test_without_statistics_nothing_is_read_twice() -> None:

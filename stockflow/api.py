@@ -1,0 +1,522 @@
+"""The Python API: what the command line does, as functions with typed results. The command line calls these.
+
+Names of options and their defaults are the command line's. Errors are StockflowError and its kinds.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from stockflow import driver, notebook
+from stockflow.budget import Workspace, default_memory, gb, mib
+from stockflow.calibration import load_calibration
+from stockflow.describe import plan_lines, project, result_facts, result_lines
+from stockflow.driver import Execute, Inputs, MergeOptions, Outcome
+from stockflow.errors import RecipeError
+from stockflow.events import Done, OnEvent, Stage, ignore
+from stockflow.forecast import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
+from stockflow.manifest import Manifest, tensors_key
+from stockflow.plan import MergePlan, ShardPlan
+from stockflow.planning import few_shards_note
+from stockflow.prediction import STAGES, Conditions
+from stockflow.prices import TransferFrom, load_prices
+from stockflow.receipts import Receipt, TensorFacts
+from stockflow.recipe import RecipeLike, parse_size, recipe_of, resolve_location
+from stockflow.reporting import AsEvents
+from stockflow.storage import StorageConfig, open_store, read_small, redact
+from stockflow.workload import Workload, survey
+
+if TYPE_CHECKING:
+    from stockflow.differences import CheckpointDifference
+    from stockflow.tracking import Tracker
+    from stockflow.verify import SampleOptions, Verification
+    from stockflow.worker import WorkerSpec
+
+ExecutorName = Literal["local", "ray"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+Size = int | str
+"""Bytes, or a text such as ``2GiB``."""
+Location = str | os.PathLike[str]
+"""A folder or a URL; of a checkpoint also ``org/name`` on the hub."""
+
+MAX_TABLE_BYTES = 2_000_000_000
+NUM_SHOWN = 20
+"""Rows of a table in a notebook."""
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a merge would read, write and hold."""
+
+    plan: MergePlan
+    """the recipe made exact: every tensor, its sources, its method"""
+    workspace: Workspace
+    """how a worker would divide its memory"""
+    notes: tuple[str, ...]
+    """what a merge would find at its output"""
+    output_url: str
+    work: Workload
+    """requests, bytes and elements, shard by shard"""
+    least_memory_bytes: int
+    """a worker given less would refuse"""
+    forecast: Forecast
+    """time and money"""
+
+    @property
+    def plan_id(self) -> str:
+        """sha256 of everything that decides the output's bytes."""
+        return self.plan.plan_id
+
+    @property
+    def seconds(self) -> float:
+        """How long a merge is predicted to take, from the start of its process to the end."""
+        return self.forecast.prediction.seconds
+
+    def facts(self) -> dict[str, object]:
+        """Return what `stockflow plan --json` prints."""
+        projected = project(self.plan, self.workspace, self.work, self.least_memory_bytes, self.notes)
+        return projected | {"forecast": forecast_facts(self.forecast)}
+
+    def lines(self) -> Iterator[str]:
+        """Yield what `stockflow plan` prints."""
+        yield from plan_lines(self.plan, self.workspace, self.work, self.least_memory_bytes, self.notes)
+        yield from forecast_lines(self.forecast)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        facts = self.facts()
+        plan = self.plan
+        inputs = [
+            (redact(checkpoint.url), len(checkpoint.files), gb(sum(stamp.size for stamp in checkpoint.files.values())))
+            for checkpoint in plan.checkpoints
+        ]
+        return notebook.block(
+            f"plan {plan.plan_id[:12]}",
+            notebook.table(("input", "files", "size"), inputs),
+            notebook.facts(
+                {
+                    "output": redact(self.output_url),
+                    "tensors": facts["tensors"],
+                    "methods": _counted(facts["methods"]),
+                    "shards": len(plan.shards),
+                    "to read": gb(_number(facts["bytes_to_read"])),
+                    "to write": gb(plan.num_output_bytes),
+                    "requests": facts["requests"],
+                    "memory per worker": mib(self.workspace.projected_bytes),
+                    "time": f"about {duration(self.seconds)}",
+                    "waits for": STAGES[self.forecast.prediction.bottleneck],
+                    "cost": money(self.forecast.cost.total, self.forecast.prices.currency),
+                    "notes": "; ".join((*plan.notes, *self.notes)) or None,
+                }
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a finished merge was."""
+
+    result: driver.MergeResult
+    storage: StorageConfig
+
+    @property
+    def outcome(self) -> Outcome:
+        """``merged``, or ``already_finished`` if there was nothing to do."""
+        return self.result.outcome
+
+    @property
+    def output_url(self) -> str:
+        """Where it is."""
+        return self.result.output_url
+
+    @property
+    def plan(self) -> MergePlan:
+        """What was merged, how."""
+        return self.result.plan
+
+    @property
+    def manifest(self) -> Manifest:
+        """What was published."""
+        return self.result.manifest
+
+    @property
+    def summary(self) -> Mapping[str, float]:
+        """Tensors, bytes, seconds by stage, peak memory, retries and more, by name."""
+        return self.result.manifest.summary
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.result.seconds
+
+    @cached_property
+    def tensors(self) -> tuple[TensorFacts, ...]:
+        """One row of facts per tensor, read from the output: cosines, ratio, norms, flags.
+
+        Raises:
+            StockflowError: it cannot be read.
+        """
+        from stockflow.tables import decode_tensors
+
+        store = open_store(self.output_url, self.storage)
+        payload = read_small(store, tensors_key(self.plan.plan_id), max_bytes=MAX_TABLE_BYTES)
+        return tuple(TensorFacts(**row) for row in decode_tensors(payload))  # type: ignore[arg-type]
+
+    def facts(self) -> dict[str, object]:
+        """Return what `stockflow merge --json` prints."""
+        return result_facts(self.result)
+
+    def lines(self) -> Iterator[str]:
+        """Yield what `stockflow merge` prints."""
+        return result_lines(self.result)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        columns = ("name", "num_elems", "mean_cosine", "ratio", "base_norm")
+        rows = [[getattr(tensor, column) for column in columns] for tensor in self.tensors]
+        return notebook.block(
+            f"{self.outcome.replace('_', ' ')}: {redact(self.output_url)}",
+            notebook.lines(str(self)),
+            notebook.table(columns, rows[:NUM_SHOWN]),
+            f"<p>the first {NUM_SHOWN} of {len(rows):,} tensors</p>" if len(rows) > NUM_SHOWN else "",
+        )
+
+
+def plan(
+    recipe: RecipeLike,
+    output: Location,
+    *,
+    memory: Size | None = None,
+    shard_size: Size | None = None,
+    workers: int | None = None,
+    executor: ExecutorName | None = None,
+    device: DeviceName = "auto",
+    overwrite: bool = False,
+    read_rate: str | float | None = None,
+    write_rate: str | float | None = None,
+    latency: str | float | None = None,
+    request_rate: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    prices: str | os.PathLike[str] | None = None,
+    machine: str | None = None,
+    transfer: TransferFrom = "same-region",
+    on_event: OnEvent = ignore,
+) -> PlanResult:
+    """Return what a merge would read, write, hold, take and cost; refuse what cannot work. Nothing is written.
+
+    Args:
+        recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
+        output: folder or URL of the output.
+        memory: bound of one worker process; 80 % of what the machine allows if None.
+        shard_size: largest output shard; a 256th of the output, from 256 MB to 5 GB, if None.
+        workers: local: compute threads, one per core if None. Ray: worker processes.
+        executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
+        device: auto takes a GPU if torch sees one.
+        overwrite: whether a merge would replace what the output prefix holds.
+        read_rate: network of one worker to the inputs' store, such as ``10Gbit/s``; as calibrated if None.
+        write_rate: network of one worker to the output's store; as calibrated if None.
+        latency: of one small request to a store, such as ``30ms``; as calibrated if None.
+        request_rate: requests per second that the store takes from all workers together.
+        calibration: file of constants; what `stockflow calibrate` wrote, else the built-in ones, if None.
+        prices: table of prices; the built-in examples if None.
+        machine: kind of machine in that table; machines cost nothing if None.
+        transfer: where the machines are, seen from the inputs.
+        on_event: told how it goes, from several threads.
+
+    Raises:
+        UserError: the recipe, the inputs or the budget must change.
+        StorageError: reading failed after retries.
+    """
+    on_ray = is_on_ray(executor)
+    options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
+    _check_choice("transfer", transfer, get_args(TransferFrom))
+    cores = len(os.sched_getaffinity(0))
+    conditions = Conditions(
+        num_workers=(workers or cores) if on_ray else 1,
+        num_threads=options.num_threads,
+        cores_per_worker=float(options.num_threads if on_ray else cores),
+        read_rate=rate("read_rate", read_rate),
+        write_rate=rate("write_rate", write_rate),
+        request_s=seconds("latency", latency),
+        request_rate=request_rate,
+        on_ray=on_ray,
+    )
+    constants, table = load_calibration(calibration), load_prices(prices)
+    inputs = open_inputs(recipe, on_event)
+    location = os.fspath(output)
+    on_event(Stage("planning"))
+    merge_plan, workspace = driver.plan_merge(inputs, location, options)
+    least_bytes = driver.least_memory_of(inputs, location, merge_plan, options)
+    on_event(Stage("looking at the output"))
+    notes = (
+        *driver.output_notes(inputs, location, merge_plan, overwrite=overwrite),
+        *few_shards_note(merge_plan, options.num_workers),
+    )
+    url = driver.output_url(inputs, location)
+    with driver.collector_paused():
+        work = survey(merge_plan, workspace, options.num_threads)
+        found = forecast(
+            merge_plan,
+            work,
+            url,
+            conditions.cold(cold_share(merge_plan, inputs.stores)),
+            direct=workspace.direct,
+            calibration=constants,
+            prices=table,
+            machine=machine,
+            transfer=transfer,
+            memory_bytes=options.memory_bytes,
+        )
+    return PlanResult(merge_plan, workspace, notes, url, work, least_bytes, found)
+
+
+def merge(
+    recipe: RecipeLike,
+    output: Location,
+    *,
+    memory: Size | None = None,
+    shard_size: Size | None = None,
+    workers: int | None = None,
+    executor: ExecutorName | None = None,
+    gpus_per_worker: float = 0.0,
+    labels: Mapping[str, str] | None = None,
+    worker_timeout: float | None = None,
+    shard_timeout: float | None = None,
+    device: DeviceName = "auto",
+    overwrite: bool = False,
+    on_event: OnEvent = ignore,
+) -> MergeResult:
+    """Merge checkpoints as the recipe says and publish the result; the same call again resumes.
+
+    Args:
+        recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
+        output: folder or URL of the output.
+        memory: bound of one worker process; 80 % of what the machine allows if None.
+        shard_size: largest output shard; a 256th of the output, from 256 MB to 5 GB, if None.
+        workers: local: compute threads, one per core if None. Ray: worker processes.
+        executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
+        gpus_per_worker: Ray: a fraction lets several share one.
+        labels: Ray: workers go to nodes with these labels.
+        worker_timeout: Ray: seconds within which a worker must come; 900 if None.
+        shard_timeout: Ray: seconds after which a shard that is not done goes to another worker.
+        device: auto takes a GPU if torch sees one.
+        overwrite: whether to replace what the output prefix holds.
+        on_event: told how it goes, from several threads.
+
+    Raises:
+        UserError: the recipe, the inputs, the output or the budget must change.
+        StorageError: storage failed after retries; the same call again resumes.
+        ComputeLostError: workers were lost for good.
+    """
+    options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
+    asked: dict[str, Any] = {"num_workers": workers, "gpus_per_worker": gpus_per_worker, "labels": labels or {}}
+    if worker_timeout is not None:
+        asked["no_worker_timeout_s"] = worker_timeout
+    execute = execute_on(executor, asked | {"item_timeout_s": shard_timeout})
+    inputs = open_inputs(recipe, on_event)
+    result = driver.merge(inputs, os.fspath(output), options, execute, AsEvents(on_event))
+    return MergeResult(result, inputs.recipe.storage)
+
+
+def diff(
+    a: Location,
+    b: Location,
+    *,
+    memory: Size | None = None,
+    recipe: RecipeLike | None = None,
+    on_event: OnEvent = ignore,
+) -> "CheckpointDifference":
+    """Compare two checkpoints tensor by tensor, streamed from anywhere.
+
+    Args:
+        a: the one that distances are relative to.
+        b: the other one.
+        memory: bound of the process; 80 % of what the machine allows if None.
+        recipe: its storage options apply (endpoints, anonymous access).
+        on_event: told how it goes, from several threads.
+
+    Raises:
+        UserError: a checkpoint is missing, forbidden or malformed, or the memory is too small.
+        StorageError: reading failed after retries.
+    """
+    from stockflow.comparing import compare_checkpoints
+
+    return compare_checkpoints(
+        resolve_location(os.fspath(a)),
+        resolve_location(os.fspath(b)),
+        storage_of(recipe),
+        memory_bytes=num_bytes("memory", memory) or default_memory(),
+        on_event=on_event,
+    )
+
+
+def verify(
+    output: Location,
+    *,
+    inputs: bool = False,
+    sample: float | str | None = None,
+    seed: int | None = None,
+    memory: Size | None = None,
+    recipe: RecipeLike | None = None,
+    on_event: OnEvent = ignore,
+) -> "Verification":
+    """Read every published file again and hold it against the manifest.
+
+    Args:
+        output: folder or URL of the output.
+        inputs: whether to compare the inputs' stamps too.
+        sample: merge this share of the tensors, such as ``0.05`` or ``5%``, again from the inputs.
+        seed: which tensors a sample takes; others each time if None.
+        memory: bound of the process that merges a sample again.
+        recipe: its storage options apply (endpoints, anonymous access).
+        on_event: told how it goes, from several threads.
+
+    Raises:
+        UserError: there is no finished output, or a sample cannot be merged again here.
+        StorageError: reading failed after retries.
+    """
+    from stockflow.verify import verify as verify_output
+
+    config = storage_of(recipe)
+    options = sample_options(sample, seed, memory)
+    return verify_output(os.fspath(output), config, inputs=inputs, sample=options, on_event=on_event)
+
+
+def storage_of(recipe: RecipeLike | None) -> StorageConfig:
+    """Return the storage options of a recipe, or none."""
+    return StorageConfig() if recipe is None else recipe_of(recipe).storage
+
+
+def open_inputs(recipe: RecipeLike, on_event: OnEvent = ignore) -> Inputs:
+    """Return the opened checkpoints of a recipe."""
+    on_event(Stage("opening checkpoints", unit="files"))
+    return Inputs.open(recipe_of(recipe), lambda file: on_event(Done(file)))
+
+
+def num_bytes(option: str, size: Size | None) -> int | None:
+    """Return a size in bytes, or None if none is given; a message about it names the option."""
+    try:
+        return None if size is None else parse_size(str(size))
+    except RecipeError as error:
+        raise RecipeError(f"{option}: {error}") from None
+
+
+_BITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def rate(option: str, given: str | float | None) -> float | None:
+    """Return bytes per second from ``10Gbit/s``, ``1.25GB/s`` or a number; a message about it names the option."""
+    if given is None:
+        return None
+    text = given.strip() if isinstance(given, str) else f"{given}/s"
+    bits = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([kMGT])bit/s", text)
+    with suppress(RecipeError):
+        found = float(bits[1]) * _BITS[bits[2]] / 8 if bits else num_bytes(option, text.removesuffix("/s"))
+        if found and text.endswith("/s"):
+            return float(found)
+    raise RecipeError(f"{option}: expected a rate such as 10Gbit/s or 1.25GB/s, found {given!r}")
+
+
+def seconds(option: str, given: str | float | None) -> float | None:
+    """Return seconds from ``30ms``, ``0.03s`` or a number; a message about it names the option."""
+    if given is None:
+        return None
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?(ms|s)", given.strip() if isinstance(given, str) else f"{given}s")
+    if not found:
+        raise RecipeError(f"{option}: expected a time such as 30ms or 0.03s, found {given!r}")
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+
+
+def sample_options(sample: float | str | None, seed: int | None, memory: Size | None) -> "SampleOptions | None":
+    """Return which share of the tensors to merge again, and with what."""
+    from stockflow.verify.sample import SampleOptions, draw_seed, parse_share
+
+    if sample is None:
+        if seed is not None or memory is not None:
+            raise RecipeError("seed and memory go with a sample: nothing is computed without it")
+        return None
+    try:
+        share = parse_share(str(sample))
+    except RecipeError as error:
+        raise RecipeError(f"sample: {error}") from None
+    return SampleOptions(
+        share=share,
+        seed=draw_seed() if seed is None else seed,
+        memory_bytes=num_bytes("memory", memory) or default_memory(),
+        num_threads=len(os.sched_getaffinity(0)),
+    )
+
+
+def is_on_ray(executor: ExecutorName | None) -> bool:
+    """Return whether Ray executes: asked for by name, or by RAY_ADDRESS."""
+    _check_choice("executor", executor, (None, *get_args(ExecutorName)))
+    return executor == "ray" or (executor is None and bool(os.environ.get("RAY_ADDRESS")))
+
+
+def merge_options(
+    memory: Size | None,
+    shard_size: Size | None,
+    workers: int | None,
+    device: DeviceName,
+    overwrite: bool,
+    *,
+    on_ray: bool = False,
+) -> MergeOptions:
+    """Return the options of a merge as the driver takes them."""
+    _check_choice("device", device, get_args(DeviceName))
+    if workers is not None and workers < 1:
+        raise RecipeError(f"workers: expected at least 1, found {workers}")
+    cores = len(os.sched_getaffinity(0))
+    # A Ray worker has one CPU slot, so it computes on one thread and shares the node with the others.
+    num_slots = (workers or cores) if on_ray else 1
+    return MergeOptions(
+        memory_bytes=num_bytes("memory", memory) or default_memory(num_slots=num_slots),
+        num_threads=1 if on_ray else workers or cores,
+        device=device,
+        shard_size=num_bytes("shard_size", shard_size),
+        overwrite=overwrite,
+        num_workers=workers if on_ray else None,
+    )
+
+
+def execute_on(executor: ExecutorName | None, on_ray: Mapping[str, Any]) -> Execute:
+    """Return what merges shards where the options say; ``on_ray`` is what to ask of Ray (``RayOptions``)."""
+    return partial(_on_ray, on_ray) if is_on_ray(executor) else _in_this_process
+
+
+def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker") -> Iterator[Receipt]:
+    from stockflow.execution import in_this_process
+
+    return in_this_process(spec, shards, tracker)
+
+
+def _on_ray(
+    asked: Mapping[str, Any], spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
+) -> Iterator[Receipt]:
+    from stockflow.execution import on_ray
+    from stockflow.executors.ray import RayOptions
+
+    return on_ray(spec, shards, tracker, RayOptions(**asked))
+
+
+def _check_choice(option: str, given: object, choices: Sequence[object]) -> None:
+    if given not in choices:
+        raise RecipeError(f"{option}: expected one of {', '.join(map(repr, choices))}, found {given!r}")
+
+
+def _counted(counts: object) -> str:
+    assert isinstance(counts, Mapping)
+    return ", ".join(f"{count} by {name}" for name, count in counts.items())
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    return value

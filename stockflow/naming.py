@@ -1,0 +1,59 @@
+"""What a tensor is, told from its name: the kind of module it belongs to, and its layer.
+
+A name is split at its dots; upper and lower case are the same. The first rule that holds gives the kind:
+
+1. ``norm``: a part that contains ``norm``, or is ``ln``, ``ln_1``, ``bn2`` and the like, wherever it stands
+   (``post_attention_layernorm`` is a norm, not attention)
+2. ``router``: ``router``, ``gate`` as a part of its own outside an expert, ``shared_expert_gate``
+3. ``experts``: a part that contains ``expert``, shared experts too
+4. ``head``: ``lm_head``, ``classifier``, ``score``, ``pooler``, a part that ends in ``head``, ``output`` at the top ...
+5. ``other``: rotary tables, which are buffers
+6. ``embedding``: a part that contains ``embed``; ``wte``, ``wpe``, ``cls_token``, ``shared`` at the top ...
+7. ``attention``: a part that contains ``attn`` or ``attention``
+8. ``mlp``: ``mlp``, ``ffn``, ``feed_forward``, ``fc1``, ``up_proj``; BERT's ``intermediate`` and ``output``
+9. ``other``: the rest
+"""
+
+import re
+
+KINDS = ("embedding", "attention", "mlp", "experts", "router", "norm", "head", "other")
+"""Every kind there is, in the order in which reports show them."""
+
+_RULES = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        ("norm", r"norm|(^|\.)(ln|bn)(_?\w)?(\.|$)|(^|\.)ln_\w+"),
+        ("router", r"(^|\.)(router|shared_expert_gate)(\.|$)|^(?!.*(^|\.)experts?\.).*(^|\.)gate(\.|$)"),
+        ("experts", r"expert"),
+        (
+            "head",
+            r"(^|\.)(classifier|score|pooler|cls|heads|qa_outputs|embed_out|text_projection|visual_projection)(\.|$)"
+            r"|(^|[._])head(\.|$)|^output\.",
+        ),
+        ("other", r"rotary"),
+        ("embedding", r"embed|(^|\.)(wte|wpe|(cls|dist|mask|register)_tokens?)(\.|$)|^shared\."),
+        ("attention", r"attn|attention"),
+        (
+            "mlp",
+            r"mlp|ffn|feed_?forward|densereludense|(^|\.)(ff|fc\d?|(gate|up|down|gate_up)_proj|intermediate|output)(\.|$)"
+            r"|dense_h_to_4h|dense_4h_to_h",
+        ),
+    )
+)
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d{1,9})(?:\.|$)", re.I)
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of module that a tensor belongs to, one of ``KINDS``."""
+    lowered = name.lower()
+    return next((kind for kind, pattern in _RULES if pattern.search(lowered)), "other")
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to, None if it is in no layer.
+
+    It is the first number behind ``layers``, ``layer``, ``h``, ``block``, ``blocks`` or ``resblocks``: the outer one
+    where such parts are nested. Encoder and decoder, and the towers of a model with several, count from 0 each.
+    """
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None

@@ -1,0 +1,184 @@
+"""Progress as lines: plain ones for people and logs, JSON for machines."""
+
+import json
+import threading
+import time
+from types import TracebackType
+from typing import IO
+
+from stockflow.budget import gb
+from stockflow.errors import EXIT_BUG, StockflowError
+from stockflow.events import Event, Note, Stage
+from stockflow.redaction import without_secrets
+from stockflow.reporting.state import Snapshot, State, in_words
+
+LINE_INTERVAL_S = 5.0
+JSON_INTERVAL_S = 1.0
+EXIT_INTERRUPTED = 130
+
+
+class Ticking:
+    """Calls ``tick`` from time to time on a thread of its own until the block ends."""
+
+    def __init__(self, interval_s: float, delay_s: float) -> None:
+        """Call it every ``interval_s``, the first time after ``delay_s``."""
+        self._interval_s = interval_s
+        self._delay_s = delay_s
+        self._is_over = threading.Event()
+        self._ticker = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def tick(self) -> None:
+        """Show how things stand."""
+
+    def _start(self) -> None:
+        self._ticker.start()
+
+    def _stop(self) -> None:
+        self._is_over.set()
+        self._ticker.join()
+
+    def _run(self) -> None:
+        wait_s = self._delay_s or self._interval_s
+        while not self._is_over.wait(wait_s):
+            self.tick()
+            wait_s = self._interval_s
+
+
+class PlainLines(Ticking):
+    """A line when a stage begins, and how it stands every few seconds, whether bytes move or not."""
+
+    def __init__(self, stream: IO[str], *, delay_s: float = 0.0, interval_s: float = LINE_INTERVAL_S) -> None:
+        """Write to ``stream``.
+
+        Args:
+            stream: where lines go.
+            delay_s: nothing is said of what ends before, notes excepted.
+            interval_s: between lines of one stage.
+        """
+        super().__init__(interval_s, delay_s)
+        self._stream = stream
+        self._state = State()
+        self._lock = threading.Lock()
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> "PlainLines":
+        """Begin."""
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End; what the outcome was is not for here to say."""
+        self._stop()
+
+    def __call__(self, event: Event) -> None:
+        """Count an event, and say what is worth a line."""
+        self._state.take(event)
+        if isinstance(event, Note):
+            self._say(f"note: {event.text}")
+        elif isinstance(event, Stage) and time.monotonic() - self._began >= self._delay_s:
+            self._say(_heading(event))
+
+    def tick(self) -> None:
+        """Say how things stand, unless something was said just now."""
+        if self._said + 0.9 * min(self._interval_s, self._delay_s or self._interval_s) > time.monotonic():
+            return
+        now = self._state.snapshot()
+        if now.stage.name:
+            self._say(f"{now.stage.name}: {in_words(now)}")
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            self._said = time.monotonic()
+            print(text, file=self._stream, flush=True)
+
+
+class JsonLines(Ticking):
+    """One JSON object per line; `docs/python.md` has the fields."""
+
+    def __init__(self, stream: IO[str], *, interval_s: float = JSON_INTERVAL_S) -> None:
+        """Write to ``stream``, how things stand every ``interval_s``."""
+        super().__init__(interval_s, 0.0)
+        self._stream = stream
+        self._state = State()
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+
+    def __enter__(self) -> "JsonLines":
+        """Begin."""
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Say how the last stage stood, and how everything ended."""
+        self._stop()
+        self.tick()
+        self._write(
+            {"event": "end", "outcome": "done" if error is None else "failed", **_failure(error)},
+            elapsed_s=time.monotonic() - self._began,
+        )
+
+    def __call__(self, event: Event) -> None:
+        """Count an event, and write a stage or a note."""
+        ended = self._state.take(event)
+        if ended is not None:
+            self._write(_progress(ended))
+        if isinstance(event, Note):
+            self._write({"event": "note", "text": event.text})
+        elif isinstance(event, Stage):
+            self._write({"event": "stage", **_stage(event)})
+
+    def tick(self) -> None:
+        """Write how things stand."""
+        now = self._state.snapshot()
+        if now.stage.name:
+            self._write(_progress(now))
+
+    def _write(self, facts: dict[str, object], **more: object) -> None:
+        line = json.dumps({**facts, **more, "time": round(time.time(), 3)})
+        with self._lock:
+            print(line, file=self._stream, flush=True)
+
+
+def _heading(stage: Stage) -> str:
+    """Name a stage and what it will go through."""
+    size = "" if stage.num_items is None else f" {stage.num_items:,} {stage.unit}"
+    size += "" if stage.total_bytes is None else f", {gb(stage.total_bytes)}"
+    resumed = f"; {stage.num_done:,} are there already" if stage.num_done else ""
+    return f"{stage.name}{size}{resumed}"
+
+
+def _stage(stage: Stage) -> dict[str, object]:
+    return {
+        "stage": stage.name,
+        "total_bytes": stage.total_bytes,
+        "done_bytes": stage.done_bytes,
+        "items": stage.num_items,
+        "items_done": stage.num_done,
+        "unit": stage.unit or None,
+    }
+
+
+def _progress(state: Snapshot) -> dict[str, object]:
+    return {
+        "event": "progress",
+        **_stage(state.stage),
+        "done_bytes": state.done_bytes,
+        "items_done": state.num_done,
+        "read_bytes": state.num_read,
+        "written_bytes": state.num_written,
+        "bytes_per_s": round(state.bytes_per_s),
+        "left_s": None if state.left_s is None else round(state.left_s, 1),
+        "elapsed_s": round(state.elapsed_s, 3),
+        "last_item": state.last_item or None,
+    }
+
+
+def _failure(error: BaseException | None) -> dict[str, object]:
+    if error is None:
+        return {"exit_code": 0, "message": None}
+    if isinstance(error, StockflowError):
+        return {"exit_code": error.exit_code, "message": str(error)}
+    exit_code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BUG
+    return {"exit_code": exit_code, "message": without_secrets(f"{type(error).__name__}: {error}")}

@@ -1,0 +1,46 @@
+"""docs/python.md runs as it stands, and docs/progress.md names every field there is."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stockflow.cli import app
+from tests.checkpoints import make_family, write_recipe
+from tests.runs import REPOSITORY
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)
+PROGRESS = (REPOSITORY / "docs/progress.md").read_text()
+
+
+def test_every_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "docs"}
+
+    assert len(BLOCKS) >= 7
+    for number, block in enumerate(BLOCKS, start=1):
+        exec(compile(block, f"docs/python.md, block {number}", "exec"), names)
+
+
+def test_the_fields_of_progress_are_those_that_are_documented(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 2, {"w": (8, 4)}, buffers=False)
+    recipe, output = write_recipe(tmp_path / "recipe.yaml", "model_stock", family), tmp_path / "out"
+    commands = (
+        ["merge", recipe, output],
+        ["plan", recipe, output],
+        ["verify", output, "--inputs", "--sample", "100%"],
+        ["diff", family.base, family.base],
+    )
+    events = [
+        json.loads(line)
+        for command in commands
+        for line in CliRunner().invoke(app, [*map(str, command), "--progress", "json"]).stderr.splitlines()
+    ]
+
+    documented = set(re.findall(r"`([a-z_]+)`", PROGRESS))
+    assert {key for event in events for key in event} <= documented
+    assert {event["stage"] for event in events if event["event"] == "stage"} == set(
+        re.search(r"^\| `stage` \| (`.*`) \|$", PROGRESS, re.MULTILINE)[1].strip("`").split("`, `")  # type: ignore[index]
+    )
