@@ -384,10 +384,10 @@ def test_with_token_authentication(
 
 def autoscaling(port: int, path: Path, **resources: float) -> Path:
     """Write the configuration of Ray's own imitation of a cloud: nodes are raylets that the head starts."""
-    unused: dict[str, Any] = dict.fromkeys(("auth", "docker", "file_mounts"), {})
+    unused: dict[str, Any] = {name: {} for name in ("auth", "docker", "file_mounts")}
     names = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
-    unused |= dict.fromkeys((f"{name}_commands" for name in names), [])
-    unused |= dict.fromkeys(("cluster_synced_files", "rsync_exclude", "rsync_filter"), [])
+    unused |= {f"{name}_commands": [] for name in names}
+    unused |= {name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")}
     head_type = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     worker_type = {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2}
     provider = {
