@@ -152,13 +152,14 @@ def other_bytes(payload: bytes) -> bytes:
     return payload[:-2] + bytes([payload[-2] ^ 1, payload[-1]])
 
 
-class Once(Silent):
+class Once(Tracker):
     """Replaces the input when the first bytes have been read."""
 
-    def __init__(self, act: Callable[[], None]) -> None:
+    def __init__(self, tracker: Tracker, act: Callable[[], None]) -> None:
+        super().__init__(Silent(), tracker.plan, tracker.run)
         self._act, self._is_done = act, False
 
-    def on_bytes(self, num_read: int, num_written: int) -> None:
+    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
         if num_read and not self._is_done:
             self._is_done = True
             self._act()
@@ -174,7 +175,7 @@ def at_the_start(act: Callable[[], None]) -> Execute:
 
 def within_a_shard(act: Callable[[], None]) -> Execute:
     def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
-        yield from in_this_process(spec, shards, Once(act))
+        yield from in_this_process(spec, shards, Once(observer, act))
 
     return execute
 

@@ -82,7 +82,7 @@ class Listening(Silent):
     written: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def on_bytes(self, num_read: int, num_written: int) -> None:
+    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
         self.written.append(num_written)
 
     def on_note(self, text: str) -> None:
@@ -371,6 +371,23 @@ def test_an_address_without_a_cluster_is_said_at_once(s3_endpoint: str) -> None:
     assert "is not the head of a Ray cluster" in foreign
     assert "ray job submit" in dashboard
     assert "head" in malformed
+
+
+def test_a_node_that_does_not_come_up_is_lost_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a bare Exception after 30 s on a machine that is too busy: no bug of ours."""
+
+    def time_out(**_: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", time_out)
+
+    with (
+        pytest.raises(ComputeLostError, match="cannot use Ray on this machine: The current node timed out"),
+        connected(RayOptions(), 1),
+    ):
+        pass
 
 
 def test_an_unreachable_cluster_exits_with_5(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

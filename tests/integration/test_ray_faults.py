@@ -317,13 +317,19 @@ def test_a_driver_that_was_killed_is_run_again(
 
 
 @contextmanager
-def head_with_token(environment: Mapping[str, str], folder: Path) -> Iterator[str]:
+def head(environment: Mapping[str, str], folder: Path, *options: str, port: int, num_cpus: int) -> Iterator[str]:
     """Run ``ray start --head`` and give its address."""
-    port = free_port()
     command = [
-        *(str(SCRIPTS / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--object-store-memory={STORE_BYTES}"),
+        *(
+            str(SCRIPTS / "ray"),
+            "start",
+            "--head",
+            "--block",
+            f"--num-cpus={num_cpus}",
+            f"--object-store-memory={STORE_BYTES}",
+        ),
         *(f"--port={port}", "--include-dashboard=false", f"--ray-client-server-port={free_port()}"),
-        *(f"--temp-dir={folder}", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
+        *(f"--temp-dir={folder}", "--disable-usage-stats", *options),
     ]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -341,8 +347,12 @@ def head_with_token(environment: Mapping[str, str], folder: Path) -> Iterator[st
             time.sleep(0.5)
         yield f"127.0.0.1:{port}"
     finally:
+        below = process_tree(process.pid)
         process.terminate()
         process.wait(WAIT_S)
+        for pid in below:  # nodes that the autoscaler has started
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_with_token_authentication(
@@ -353,7 +363,8 @@ def test_with_token_authentication(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    with head_with_token(dict(os.environ), short_folder) as address:
+    address_option = "--node-ip-address=127.0.0.1"
+    with head(dict(os.environ), short_folder, address_option, port=free_port(), num_cpus=2) as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
         options = ("--workers", 2, "--memory", "1GiB", "--shard-size", SHARD_SIZE)
 
@@ -369,6 +380,60 @@ def test_with_token_authentication(
         assert f"stockflow: the cluster at {address} does not accept this token" in refused.stderr
         assert "Traceback" not in refused.stderr
         assert "a" * 40 not in refused.stderr
+
+
+def autoscaling(port: int, path: Path, **resources: float) -> Path:
+    """Write the configuration of Ray's own imitation of a cloud: nodes are raylets that the head starts."""
+    unused: dict[str, Any] = {name: {} for name in ("auth", "docker", "file_mounts")}
+    names = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    unused |= {f"{name}_commands": [] for name in names}
+    unused |= {name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")}
+    head_type = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    worker_type = {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    provider = {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+        "gcs_address": f"{ray.util.get_node_ip_address()}:{port}",
+    }
+    document = {
+        "cluster_name": "imitation",
+        "max_workers": 2,
+        "provider": provider,
+        "available_node_types": {"ray.head.default": head_type, "worker": worker_type},
+        "head_node_type": "ray.head.default",
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.1,
+        "file_mounts_sync_continuously": False,
+    }
+    path.write_text(json.dumps(document | unused))
+    return path
+
+
+def test_an_autoscaler_brings_the_nodes(
+    recipe: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_folder: Path
+) -> None:
+    """From a head that has no room at all to as many nodes as the autoscaler's bounds allow."""
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    port = free_port()
+    option = f"--autoscaling-config={autoscaling(port, tmp_path / 'autoscaling.json', CPU=1)}"
+    environment = os.environ | {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    with head(environment, short_folder, option, port=port, num_cpus=0) as address:
+        ray.init(address=address, log_to_driver=False)
+        try:
+            began = time.time()
+            merging = SlowMerge(recipe, tmp_path, RayOptions())
+
+            assert expected == merging.digests()
+        finally:
+            ray.shutdown()
+
+    assert "no node of the cluster can hold a worker" in merging.observer.notes[0]
+    assert len({event["node"] for event in merging.events("begun")}) == 2
+    say("no node at all, an autoscaler", "the first shard began", merging.events("begun")[0]["when"] - began)
 
 
 @pytest.fixture
