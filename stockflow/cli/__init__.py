@@ -13,6 +13,7 @@ from stockflow.cli.comparing import diff
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
 from stockflow.cli.merging import merge, plan
+from stockflow.cli.reporting import report
 
 app = typer.Typer(
     help="Exact, streaming merges of checkpoints too large for one machine.",
@@ -48,7 +49,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, verify, diff, clean, demo, schema):
+for command in (merge, plan, verify, report, diff, clean, demo, schema):
     app.command()(command)
 
 

@@ -20,6 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__main__",
         "cli",
         "demo api",
+        "report",
         "reporting execution verify clean comparing",
         "differences",
         "describe",
@@ -59,6 +60,8 @@ HOMES = {
     "yaml": {"recipe"},
     "pydantic": {"recipe"},
     "typer": {"cli"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "rich": {"reporting"},
 }
 
