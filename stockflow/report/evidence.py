@@ -23,7 +23,7 @@ from stockflow.manifest import (
 )
 from stockflow.methods import METHODS
 from stockflow.plan import CheckpointRef, MergePlan
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt, TensorFacts
 from stockflow.records import parse_record
 from stockflow.sealed import check_seal
 from stockflow.storage import StorageConfig, open_store, redact
@@ -31,7 +31,7 @@ from stockflow.strictjson import parse_text_json
 from stockflow.verify import Finding
 from stockflow.verify.contents import MAX_TABLE_BYTES, MAX_UNPLANNED_ROWS
 from stockflow.verify.reading import Output
-from stockflow.verify.records import MAX_RECEIPT_BYTES, MAX_RECEIPT_VALUES, read_plan
+from stockflow.verify.records import MAX_RECEIPT_VALUES, read_plan
 from stockflow.verify.table import decode_apart
 
 NUM_READERS = 16

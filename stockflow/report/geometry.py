@@ -225,6 +225,11 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(len(known), *map(float, np.percentile(known, [0, 25, 50, 75, 100])))
 
 
+def _median(values: Iterable[float | None]) -> float | None:
+    found = spread(values)
+    return found.median if found else None
+
+
 def _kinds(rows: Sequence[TensorFacts]) -> Iterator[KindSummary]:
     by_kind: dict[str, list[TensorFacts]] = {kind: [] for kind in KINDS}
     for row in rows:
@@ -323,8 +328,8 @@ def _outside(rows: Sequence[TensorFacts]) -> Iterator[Outside]:
         if layer_of(row.name) is None and (row.ratio is not None or row.mean_cosine is not None):
             groups[part_of(row.name)].append(row)
     for part, members in list(groups.items())[:MAX_PARTS]:
-        ratio, cosine = spread(row.ratio for row in members), spread(row.mean_cosine for row in members)
-        yield Outside(part, kind_of(members[0].name), len(members), ratio and ratio.median, cosine and cosine.median)
+        ratio, cosine = (_median(map(measure, members)) for measure in (_ratio, _cosine))
+        yield Outside(part, kind_of(members[0].name), len(members), ratio, cosine)
 
 
 def _changes(

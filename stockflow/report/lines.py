@@ -37,11 +37,13 @@ def report_lines(report: Report) -> Iterator[str]:
     yield "inputs"
     for model in evidence.models:
         role = " (base)" if model.role == "base" else ""
-        yield f"  {model.letter}  {printable(model.url, 200)}{role}: {counted(model.num_files, 'file')}, {gb(model.num_bytes)}"
+        size = f"{counted(model.num_files, 'file')}, {gb(model.num_bytes)}"
+        yield f"  {model.letter}  {printable(model.url, 200)}{role}: {size}"
     yield "methods"
     for use in evidence.methods[:10]:
         parameters = f" ({printable(use.parameters, 120)})" if use.parameters else ""
-        yield f"  {counted(use.num_tensors, 'tensor')} by {method_name(use.method)}, per {printable(use.scope, 20)}{parameters}"
+        decided = f"per {printable(use.scope, 20)}{parameters}"
+        yield f"  {counted(use.num_tensors, 'tensor')} by {method_name(use.method)}, {decided}"
     yield from _geometry_lines(report.geometry)
     yield from _course_lines(report)
     yield ""
@@ -83,11 +85,12 @@ def _geometry_lines(geometry: Geometry) -> Iterator[str]:
     if geometry.notable and (total.ratio or total.cosine):
         yield ""
         yield "tensors worth a look"
-        rows = [
-            (printable(one.row.name, 60), number(one.row.ratio, 4), number(one.row.mean_cosine, 4), ", ".join(one.reasons))
+        named = [
+            (printable(row.name, 60), number(row.ratio, 4), number(row.mean_cosine, 4), ", ".join(one.reasons))
             for one in geometry.notable[:NUM_NOTABLE]
+            for row in (one.row,)
         ]
-        yield from _table(("tensor", "t", "cos", "why"), rows, left={0, 3})
+        yield from _table(("tensor", "t", "cos", "why"), named, left=(0, 3))
 
 
 def _three(found: Spread | None) -> tuple[str, str, str]:
@@ -100,7 +103,8 @@ def _course_lines(report: Report) -> Iterator[str]:
     if course.began is not None:
         rate = f", {gb(course.mean_rate)}/s" if course.mean_rate else ""
         workers = counted(len(course.lanes), "worker")
-        yield f"ran {moment(course.began)} to {moment(course.ended)}: {seconds(course.working_s)} at work on {workers}{rate}"
+        worked = f"{seconds(course.working_s)} at work on {workers}{rate}"
+        yield f"ran {moment(course.began)} to {moment(course.ended)}: {worked}"
     for pause in course.pauses:
         yield f"  {seconds(pause.seconds)} without work after {seconds(pause.at)}"
     most = max((stage.seconds for stage in course.stages), default=0.0)
@@ -112,7 +116,7 @@ def _course_lines(report: Report) -> Iterator[str]:
     yield f"  {counted(course.num_retries, 'request')} repeated" if course.num_retries else "  no request was repeated"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: frozenset[int] | set[int] = frozenset({0})) -> Iterator[str]:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
     """Yield columns under their heads; those not in ``left`` are numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     for row in (heads, *rows):

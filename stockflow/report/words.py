@@ -111,8 +111,8 @@ def verdict(report: Report) -> Iterator[str]:
         yield f"As wholes, the models' changes have a cosine of {number(cosine)}{average}."
     if total.num_clamped:
         yield (
-            f"{counted(total.num_clamped, 'tensor')} kept the base in whole or part, because there the models pull in opposite "
-            "directions."
+            f"{counted(total.num_clamped, 'tensor')} kept the base in whole or part, because there the models pull in "
+            "opposite directions."
         )
     elif total.ratio:
         yield "No tensor had to be clamped to the base."
