@@ -25,6 +25,8 @@ NUM_STEPS = 96
 LONGEST_PAUSE_SHARE = 0.1
 """A time without work that is longer than this share of the working time, and than a minute, is cut out."""
 LONGEST_PAUSE_S = 60.0
+LATEST = 4e9
+"""Seconds since the epoch; a later time is no time of a merge."""
 MAX_LANES = 24
 MAX_SPANS = 3000
 
@@ -130,7 +132,10 @@ def course_of(receipts: Sequence[Receipt], summary: Mapping[str, float]) -> Cour
     retries: Counter[str] = Counter()
     for receipt in receipts:
         retries.update({cause: count for cause, count in receipt.retries.items() if count})
+    if (without_cause := int(summary.get("retries", 0)) - sum(retries.values())) > 0:
+        retries["cause not on record"] = without_cause  # the receipts are gone, the manifest has the sum
     retried = sorted(((sum(receipt.retries.values()), receipt.file) for receipt in receipts), reverse=True)
+    peaks = [receipt.peak_memory_bytes for receipt in receipts]
     return Course(
         stages=tuple(_stages(summary)),
         lanes=tuple(_lanes(receipts, clock)),
@@ -140,7 +145,7 @@ def course_of(receipts: Sequence[Receipt], summary: Mapping[str, float]) -> Cour
         ended=max((receipt.ended or 0.0 for receipt in timed), default=None),
         rates=_rates(timed, clock),
         num_bytes=sum(receipt.bytes_read + receipt.size for receipt in timed),
-        peak_bytes=max((receipt.peak_memory_bytes for receipt in receipts), default=0),
+        peak_bytes=max([int(summary.get("peak_memory_bytes", 0)), *peaks]),
         memory_bytes=max(budgets, default=None),
         retries=dict(retries.most_common()),
         retried_shards=tuple((file, count) for count, file in retried[:10] if count),
@@ -149,7 +154,7 @@ def course_of(receipts: Sequence[Receipt], summary: Mapping[str, float]) -> Cour
 
 def _is_timed(receipt: Receipt) -> bool:
     """Whether it says when its shard was merged; a clock that was set back meanwhile says nothing."""
-    return receipt.began is not None and receipt.ended is not None and 0.0 < receipt.began <= receipt.ended
+    return receipt.began is not None and receipt.ended is not None and 0.0 < receipt.began <= receipt.ended < LATEST
 
 
 class _Clock:

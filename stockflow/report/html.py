@@ -8,13 +8,14 @@ policy names the one style and the one script by their digests, so that nothing 
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from stockflow import __version__
 from stockflow.budget import gb, mib
@@ -24,8 +25,12 @@ from stockflow.report import Report, palette, words
 from stockflow.report.course import MAX_LANES, MAX_SPANS
 from stockflow.report.geometry import MAX_ROWS, Geometry, Heatmap, Spread, relative_changes
 
-MAX_FILES_LISTED = 60
-NUM_TICKS = 5
+MAX_FILES_LISTED = 600
+"""of all inputs together"""
+MAX_MODELS = 26
+"""in the matrix of cosines, and of curves"""
+MAX_TICKS = 6
+MAX_RECIPE_LINES, MAX_RECIPE_WIDTH = 500, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +51,20 @@ class Scale:
         width = self.high - self.low
         return f"{100 * min(max((right - left) / width, 0.0), 1.0):.2f}%" if width > 0 else "0%"
 
-    def ticks(self, num: int = NUM_TICKS) -> list[float]:
-        """Return numbers to write at a line."""
-        return [self.low + (self.high - self.low) * index / (num - 1) for index in range(num)]
+    def ticks(self, unit: float = 1.0) -> list[float]:
+        """Return round numbers, or round multiples of a unit, to write at the line: at most ``MAX_TICKS``."""
+        width = (self.high - self.low) / unit
+        if not 0.0 < width < 1e300:
+            return [self.low]
+        step = round_step(width / MAX_TICKS) * unit
+        first = math.ceil(self.low / step - 1e-9)
+        numbers = [step * index for index in range(first, first + MAX_TICKS + 1)]
+        return [number for number in numbers if number <= self.high + 1e-9 * step]
+
+    def anchor(self, value: float) -> str:
+        """Return how text at a number is aligned: so that it stays within the line."""
+        place = float(self.at(value)[:-1])
+        return "start" if place < 2.0 else "end" if place > 98.0 else "middle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +79,20 @@ def rising_axis(largest: float, num: int = 4) -> Axis:
     """Return an axis from zero to a round number that is at least ``largest``."""
     if not 0.0 < largest < 1e300:
         return Axis(Scale(0.0, 1.0), (0.0, 1.0))
-    rough = largest / num
-    power = 10.0 ** int(f"{rough:e}".split("e")[1])
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * num >= largest * (1 - 1e-9))
+    step = round_step(largest / num)
     marks = [step * index for index in range(num + 1) if step * (index - 1) < largest]
     return Axis(Scale(0.0, marks[-1]), tuple(marks))
+
+
+def round_step(least: float) -> float:
+    """Return the smallest round number that is at least ``least``, which is positive."""
+    power = 10.0 ** int(f"{least:e}".split("e")[1])
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
+
+
+def time_unit(longest: float) -> float:
+    """Return the unit in which times up to ``longest`` are read: a second, a minute, an hour, a day."""
+    return next((unit for unit in (86_400.0, 3600.0, 60.0) if longest >= 2 * unit), 1.0)
 
 
 def render(report: Report) -> str:
@@ -95,10 +120,13 @@ def render(report: Report) -> str:
         formula_note=words.formula_note(geometry),
         recipe=without_secrets(report.evidence.manifest.recipe),
         limits={
-            "files": MAX_FILES_LISTED, "lanes": MAX_LANES, "spans": MAX_SPANS, "rows": MAX_ROWS,
+            "files": max(MAX_FILES_LISTED // max(len(report.evidence.models), 1), 5),
+            "lanes": MAX_LANES,
+            "spans": MAX_SPANS,
+            "rows": MAX_ROWS,
         },
         version=__version__,
-    )  # fmt: skip
+    )
     return page
 
 
@@ -125,9 +153,12 @@ def _environment() -> Environment:
         "kind": kind_of,
         "layer": layer_of,
         "text": _text,
+        "breaking": _breaking,
     }
     environment.globals |= {
         "Scale": Scale,
+        "max_models": MAX_MODELS,
+        "time_unit": time_unit,
         "rising_axis": rising_axis,
         "shade": shade,
         "shown_layers": shown_layers,
@@ -154,7 +185,14 @@ def _digest(text: str) -> str:
 
 def _text(value: str) -> str:
     """Return a stranger's text of several lines as it is shown: without what is not printable."""
-    return "\n".join(words.printable(line, 2000) for line in value.splitlines()[:2000])
+    lines = value.splitlines()
+    shown = [words.printable(line, MAX_RECIPE_WIDTH) for line in lines[:MAX_RECIPE_LINES]]
+    return "\n".join(shown if len(lines) <= MAX_RECIPE_LINES else [*shown, "... (manifest.json has all of it)"])
+
+
+def _breaking(name: str) -> Markup:
+    """Return a tensor's name as it is shown: where it is too long for its column, it breaks behind a dot."""
+    return Markup(".<wbr>").join(escape(part) for part in words.printable(name).split("."))
 
 
 def shade(heatmap: Heatmap, value: float) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from stockflow.report import Report
+from stockflow.report.course import LATEST
 from stockflow.report.geometry import Geometry
 
 METHOD_NAMES = {
@@ -15,8 +16,6 @@ METHOD_NAMES = {
 }
 COPIES = ("copy", "copy_equal")
 MAX_NAME = 160
-LATEST = 4e9
-"""Seconds since the epoch; a later time is no time of a merge."""
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -57,7 +56,7 @@ def moment(value: float | None) -> str:
     """Return a time of day in UTC."""
     if value is None or not 0 < value < LATEST:
         return "-"
-    return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def amount(value: float) -> str:

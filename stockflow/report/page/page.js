@@ -49,6 +49,22 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// What is wider than the page can be scrolled by keyboard too.
+const reachable = () => {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const isWide = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
+    const heading = box.closest("figure,section")?.querySelector("h3,h2");
+    if (isWide && !box.hasAttribute("tabindex")) {
+      box.tabIndex = 0;
+      box.setAttribute("role", "region");
+      box.setAttribute("aria-label", heading ? heading.textContent : "Table");
+    }
+  }
+};
+reachable();
+addEventListener("resize", reachable);
+document.addEventListener("toggle", reachable, true);
+
 // Charts: hovering, or the arrow keys, read out one point after the other.
 for (const chart of document.querySelectorAll("[data-chart]")) {
   const readout = chart.closest("figure").querySelector(".readout");
