@@ -42,15 +42,17 @@ if TYPE_CHECKING:
     from stockflow.verify import Finding, Verification
 
 _HOMES = {
-    "api": ("MergeResult", "PlanResult", "diff", "merge", "plan", "verify"),
+    "api": ("MergeResult", "PlanResult", "diff", "merge", "plan", "report", "verify"),
     "differences": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
     "errors": (
-        "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
-        "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
-        "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
+        "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
+        "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "NotFoundError",
+        "NumericsError", "OutputConflictError", "PlanError", "RecipeError", "StockflowError", "StorageError",
+        "UserError",
     ),
     "events": ("Done", "Event", "Moved", "Note", "Stage"),
     "receipts": ("TensorFacts",),
+    "report": ("Report",),
     "verify": ("Finding", "Verification"),
 }  # fmt: skip
 """Public names by the module they are in; the same as above."""
@@ -58,14 +60,14 @@ _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  # as in _HOMES
     "__version__",
-    "MergeResult", "PlanResult", "diff", "merge", "plan", "verify",
+    "MergeResult", "PlanResult", "diff", "merge", "plan", "report", "verify",
     "CheckpointDifference", "GroupDifference", "TensorDifference",
-    "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
-    "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
-    "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
+    "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
+    "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError",
+    "OutputConflictError", "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
     "Done", "Event", "Moved", "Note", "Stage",
     "TensorFacts",
-    "Finding", "Verification",
+    "Finding", "Report", "Verification",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from stockflow.calibration import load_calibration
 from stockflow.describe import plan_lines, project, result_facts, result_lines
 from stockflow.driver import Execute, Inputs, MergeOptions, Outcome
 from stockflow.errors import RecipeError
-from stockflow.events import Done, OnEvent, Stage, ignore
+from stockflow.events import Done, Moved, OnEvent, Stage, ignore
 from stockflow.forecast import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
 from stockflow.manifest import Manifest, tensors_key
 from stockflow.plan import MergePlan, ShardPlan
@@ -32,6 +32,7 @@ from stockflow.workload import Workload, survey
 
 if TYPE_CHECKING:
     from stockflow.differences import CheckpointDifference
+    from stockflow.report import Report
     from stockflow.tracking import Tracker
     from stockflow.verify import SampleOptions, Verification
     from stockflow.worker import WorkerSpec
@@ -388,6 +389,26 @@ def verify(
     config = storage_of(recipe)
     options = sample_options(sample, seed, memory)
     return verify_output(os.fspath(output), config, inputs=inputs, sample=options, on_event=on_event)
+
+
+def report(output: Location, *, recipe: RecipeLike | None = None, on_event: OnEvent = ignore) -> "Report":
+    """Return what a finished merge did to the models and how it ran, from its records alone; no weight is read.
+
+    Args:
+        output: folder or URL of the output.
+        recipe: its storage options apply (endpoints, anonymous access).
+        on_event: told how it goes, from several threads.
+
+    Raises:
+        NotFoundError: there is no finished output.
+        DamagedOutputError: its manifest or its table of tensors is not what was published.
+        StorageError: reading failed after retries.
+    """
+    from stockflow.report import report as report_on
+
+    config = storage_of(recipe)
+    on_event(Stage("reading records"))
+    return report_on(os.fspath(output), config, lambda num_bytes: on_event(Moved(num_bytes)))
 
 
 def storage_of(recipe: RecipeLike | None) -> StorageConfig:

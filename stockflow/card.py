@@ -1,10 +1,11 @@
 """The model card: what was merged, how, from what."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from stockflow import __version__
 from stockflow.checkpoint import CONFIG_FILE
+from stockflow.naming import KINDS, kind_of
 from stockflow.plan import MergePlan
 from stockflow.receipts import TensorFacts
 from stockflow.recipe import Recipe
@@ -40,47 +41,41 @@ This checkpoint was made by [stockflow](https://github.com/stockflow/stockflow) 
 
 ## Summary
 
+t is the share of the models' average change that was kept, cosine the mean over pairs of models.
+
 {summary_table(rows)}
+
+`stockflow report . --html report.html`, run in a copy of this folder or with its URL, shows it by layer, and how the
+merge ran.
 
 Merge id `{plan.merge_id}`, plan id `{plan.plan_id}`.
 """
 
 
 def summary_table(rows: Sequence[TensorFacts]) -> str:
-    """Return a Markdown table: tensors, parameters, mean cosine and ratio per kind of layer."""
+    """Return a Markdown table: per kind of module and over all, tensors, parameters, and where t and cosine lie."""
     lines = [
-        "| kind | tensors | parameters | mean cosine | mean ratio t | clamped |",
-        "|---|---|---|---|---|---|",
+        "| kind | tensors | parameters | t: mean | least | largest | cosine: mean | least | largest | clamped |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for kind, members in by_kind(rows).items():
-        cosine, ratio = (mean([getattr(row, name) for row in members]) for name in ("mean_cosine", "ratio"))
+    groups = by_kind(rows)
+    for kind, members in (*groups.items(), *([("**all**", rows)] if len(groups) > 1 else [])):
+        numbers = [
+            shown(of([getattr(row, name) for row in members]))
+            for name in ("ratio", "mean_cosine")
+            for of in (mean, least, largest)
+        ]
         clamped = sum("clamped" in row.flags for row in members)
         lines.append(
-            f"| {kind} | {len(members)} | {sum(row.num_elems for row in members):,} "
-            f"| {shown(cosine)} | {shown(ratio)} | {clamped} |"
+            f"| {kind} | {len(members):,} | {sum(row.num_elems for row in members):,} "
+            f"| {' | '.join(numbers)} | {clamped:,} |"
         )
     return "\n".join(lines)
 
 
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "norm": ("norm", "ln_"),
-    "experts": ("expert",),
-    "attention": ("attn", "attention"),
-    "mlp": ("mlp", "feed_forward", "ffn"),
-    "embedding": ("embed", "wte", "wpe"),
-    "head": ("lm_head", "score", "classifier"),
-}
-"""Kinds of layers and the parts of names that show them, first match wins."""
-
-
-def kind_of(name: str) -> str:
-    """Return what kind of layer a tensor belongs to, by its name."""
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
-
-
 def by_kind(rows: Sequence[TensorFacts]) -> dict[str, list[TensorFacts]]:
-    """Return the rows grouped by kind of layer, in the order of ``KINDS``."""
-    groups: dict[str, list[TensorFacts]] = {kind: [] for kind in (*KINDS, "other")}
+    """Return the rows grouped by kind of module, in the order of ``KINDS``."""
+    groups: dict[str, list[TensorFacts]] = {kind: [] for kind in KINDS}
     for row in rows:
         groups[kind_of(row.name)].append(row)
     return {kind: members for kind, members in groups.items() if members}
@@ -90,6 +85,16 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the numbers that are there, None if none is."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+def least(values: Sequence[float | None]) -> float | None:
+    """Return the least of the numbers that are there, None if none is."""
+    return min((value for value in values if value is not None), default=None)
+
+
+def largest(values: Sequence[float | None]) -> float | None:
+    """Return the largest of the numbers that are there, None if none is."""
+    return max((value for value in values if value is not None), default=None)
 
 
 def shown(value: float | None) -> str:

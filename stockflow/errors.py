@@ -14,6 +14,7 @@
     |  `- OutputConflictError               the output prefix belongs to something else
     |- StorageError                     3   storage failed after retries: run again to resume
     |  `- AlreadyExistsError                an exclusive creation found the key taken
+    |- DamagedOutputError               4   what an output says of itself is not what was published
     |- ComputeLostError                 5   workers, capacity, deadline or memory were lost
     `- InterruptedRunError              130 / 143   stopped by a signal; clean and resumable
 
@@ -92,6 +93,12 @@ class StorageError(StockflowError, OSError):
 
 class AlreadyExistsError(StorageError, FileExistsError):
     """An exclusive creation found the key already there."""
+
+
+class DamagedOutputError(StockflowError, ValueError):
+    """An output's own records are not what was published, and what was asked for needs them."""
+
+    exit_code = EXIT_FINDINGS
 
 
 class ComputeLostError(StockflowError, RuntimeError):

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "cli",
         "measuring",
         "demo api",
-        "insight",
+        "insight report",
         "reporting execution verify clean comparing forecast status",
         "differences prediction",
         "describe",
@@ -64,6 +64,8 @@ HOMES = {
     "yaml": {"recipe"},
     "pydantic": {"recipe"},
     "typer": {"cli"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "rich": {"reporting"},
 }
 
