@@ -109,9 +109,9 @@ def _problem(job: TensorJob) -> str | None:
 def _is_copyable(job: TensorJob) -> bool:
     """Return whether the sources may hold the bytes of the output. Of an empty tensor, a float of any width does."""
     wanted = job.output
+    is_empty_float = wanted.kind == "float" and not wanted.num_elems
     alike = all(
-        spec == wanted
-        or (not wanted.num_elems and spec.kind == "float" and spec._replace(dtype=wanted.dtype) == wanted)
+        spec == wanted or (is_empty_float and spec.kind == "float" and spec._replace(dtype=wanted.dtype) == wanted)
         for spec in (source.spec for source in job.sources)
     )
     return alike and (len(job.sources) == 1 or job.method != COPY)

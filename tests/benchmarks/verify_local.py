@@ -1,8 +1,9 @@
 """Time and CPU of `stockflow verify` on a local output against hashing the same files with as many threads.
 
-    python -m tests.benchmarks.verify_local OUTPUT [--rounds 3] [--sample 5%]
+    python -m tests.benchmarks.verify_local OUTPUT [--rounds 3] [--sample 5%] [--cold [INPUT ...]]
 
-Each round runs both, each in a process of its own; the files are in the page cache if they fit.
+Each round runs both, each in a process of its own; the files are in the page cache if they fit. With --cold those of
+the output and of the inputs named are dropped from it before each, so that the disk sets the pace.
 """
 
 import argparse
@@ -36,6 +37,17 @@ with ThreadPoolExecutor(num_threads) as pool:
 """Hash every published file, the largest first, and import nothing else: the least that verifying can be."""
 
 
+def drop(folders: Sequence[Path]) -> None:
+    """Have the kernel forget the files of some folders."""
+    os.sync()
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def timed(arguments: Sequence[str]) -> tuple[float, float]:
     """Return wall seconds and CPU seconds of a process and its children."""
     before, started = os.times(), time.perf_counter()
@@ -51,6 +63,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sample", default="5%")
+    parser.add_argument("--cold", type=Path, nargs="*", metavar="INPUT", help="drop these inputs and the output first")
     options = parser.parse_args()
     runs = {
         "sha256": [sys.executable, "-c", FLOOR, str(options.output), str(NUM_FILES_AT_ONCE)],
@@ -60,6 +73,8 @@ def main() -> None:
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, arguments in runs.items():
+            if options.cold is not None:
+                drop([options.output, *options.cold])
             measured[name].append(timed(arguments))
     floor = [median(column) for column in zip(*measured["sha256"], strict=True)]
     for name, pairs in measured.items():

@@ -5,6 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stockflow.changes import planned_states
+from stockflow.checkpoint import Extent
 from stockflow.errors import CheckpointError, RecipeError
+from stockflow.header import TensorSpec
 from stockflow.manifest import Manifest, plan_key
+from stockflow.methods.protocol import Parameters
+from stockflow.plan import COPY, Source, TensorJob
+from stockflow.plan_file import check_mergeable
 from stockflow.storage import StorageConfig, check_key, open_store
 from tests.fuzz.readers import MANIFEST, NASTY, READERS, SHARD, Reader, attempt, places
 
@@ -251,6 +257,26 @@ def test_a_plan_that_no_recipe_leads_to_is_not_merged_again(spoil: Callable[[Any
 
     assert (reason is None) == (told is None)
     assert told is None or told in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "is_possible"),
+    [
+        (("F64", (0, 7)), ("BF16", (0, 7)), True),
+        (("F64", (1, 7)), ("BF16", (1, 7)), False),
+        (("F64", (0, 8)), ("BF16", (0, 7)), False),
+        (("I64", (0, 7)), ("BF16", (0, 7)), False),
+        (("F64", (0, 7)), ("I64", (0, 7)), False),
+    ],
+)
+def test_only_an_empty_tensor_is_copied_to_another_dtype(
+    source: tuple[str, tuple[int, ...]], output: tuple[str, tuple[int, ...]], is_possible: bool
+) -> None:
+    copied = Source(0, TensorSpec("a", *source), Extent("model.safetensors", 300))
+    job = TensorJob(TensorSpec("a", *output), (copied,), COPY, Parameters(), "tensor")
+
+    with nullcontext() if is_possible else pytest.raises(CheckpointError, match="copies of unlike tensors"):
+        check_mergeable([job], "plan.json")
 
 
 @pytest.mark.parametrize(

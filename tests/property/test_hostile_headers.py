@@ -69,6 +69,10 @@ def test_ten_thousand_malformed_headers_are_refused_by_the_rule_they_break(
     record_property("malformed", hits.total())
     record_property("hits", dict(hits))
     record_property("slowest_s", slowest_s)
+    print(
+        f"seed {SEED}: {hits.total():,} malformed headers refused by {len(hits)} rules, each at least "
+        f"{min(hits.values())} times; the slowest took {slowest_s * 1000:.0f} ms"
+    )
     assert hits.total() >= 10_000
     assert RULES.keys() == hits.keys()
     assert min(hits.values()) >= 100, hits
@@ -77,11 +81,14 @@ def test_ten_thousand_malformed_headers_are_refused_by_the_rule_they_break(
 
 
 def test_a_malformed_header_takes_memory_in_proportion_to_its_size() -> None:
+    most, largest = 0, 0
     for file in malformed(SEED + 1, 10):
         with measured() as peak, suppress(HeaderError):
             parse(file)
 
         assert peak.num_bytes < 100_000 + BYTES_PER_BYTE * len(file)
+        most, largest = max(most, peak.num_bytes), max(largest, len(file))
+    print(f"seed {SEED + 1}: at most {most:,} bytes of memory; the largest file has {largest:,} bytes")
 
 
 LARGE = {
@@ -120,6 +127,9 @@ def test_a_large_header_takes_memory_and_time_in_proportion(
 
     record_property("bytes_per_byte", peak.num_bytes / len(file))
     record_property("seconds_per_megabyte", seconds * 1e6 / len(file))
+    print(
+        f"{kind}: {peak.num_bytes / len(file):.0f} bytes of memory per byte, {seconds * 1e6 / len(file):.2f} s per MB"
+    )
     assert len(str(caught.value)) < 500
     assert peak.num_bytes < BYTES_PER_BYTE * len(file)
     assert seconds < MOST_SECONDS * 2
