@@ -395,7 +395,7 @@ def _models_matrix(
 
 
 def _notable(rows: Sequence[TensorFacts]) -> Iterator[Notable]:
-    """Yield tensors worth a look: of each reason the strongest."""
+    """Yield tensors worth a look: of each reason the strongest, the gravest reason first."""
     reasons: dict[int, list[str]] = defaultdict(list)
 
     def pick(reason: Callable[[TensorFacts], str], strength: Measure) -> None:
@@ -409,7 +409,7 @@ def _notable(rows: Sequence[TensorFacts]) -> Iterator[Notable]:
     pick(lambda _: "largest change", lambda row: max(relative_changes(row), default=None))
     pick(lambda _: "uneven changes", _unevenness)
     pick(lambda _: "formula matters", _formula_gap)
-    for index, words in sorted(reasons.items(), key=lambda item: item[0]):
+    for index, words in reasons.items():
         yield Notable(rows[index], tuple(words))
 
 
