@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers bench-prediction
+.PHONY: help demo test lint types bench bench-peers bench-s3 bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser bench-prediction
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
@@ -18,6 +18,7 @@ help:
 	@echo "make chaos       a hundred random kills, storms of faults, full disks (ARGS='--seed 7' replays; root for the disks)"
 	@echo "make test-cluster  ray job submit, several nodes, a node drained"
 	@echo "make cluster-demo  a Ray cluster of three nodes, a merge from S3 to S3, a node killed: told step by step"
+	@echo "make test-browser  the report's page in a headless chromium (Debian's, or one of playwright's)"
 	@echo "make image-test  build the container image and merge in it (root, buildah, debootstrap)"
 	@echo "make test-ceph   the storage contract on Ceph's gateway (Debian's packages)"
 	@echo "make bench       time and memory of merges against the I/O floor; docs/benchmarks.md"
@@ -78,6 +79,13 @@ fuzz: $(VENV)/.installed-fuzz
 
 test-peers: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m peers $(ARGS)
+
+$(VENV)/.installed-browser: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	@touch $@
+
+test-browser: $(VENV)/.installed-browser
+	$(BIN)/python -m pytest -m browser -rs $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m cluster $(ARGS)

@@ -53,6 +53,7 @@ class Model:
     pin: str
     """how its reads were held to the stamps"""
     num_files: int
+    """of weights"""
     num_bytes: int
     stamps: str
     """digest of the states of all its files"""
@@ -240,14 +241,15 @@ def _models(manifest: Manifest, *, has_base: bool) -> Iterator[Model]:
     for index, ref in enumerate(manifest.inputs):
         is_base = has_base and index == 0
         url = redact(ref.url)
+        weights = [stamp.size for key, stamp in ref.files.items() if key.endswith(".safetensors")]
         yield Model(
             letter="0" if is_base else next(letters, str(index + (0 if has_base else 1))),
             name=url.rstrip("/").rsplit("/", 1)[-1] or url,
             url=url,
             role="base" if is_base else "model",
             pin=manifest.pins[index] if index < len(manifest.pins) else "",
-            num_files=len(ref.files),
-            num_bytes=sum(stamp.size for stamp in ref.files.values()),
+            num_files=len(weights),
+            num_bytes=sum(weights),
             stamps=_stamps_digest(ref),
         )
 

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,6 +24,9 @@ MAX_ROWS = 2000
 
 LARGEST_ROUNDED = 1e6
 """Ends of a scale beyond this are no ratio; they are shown as they are."""
+
+_kind_of, _layer_of = lru_cache(maxsize=2**17)(kind_of), lru_cache(maxsize=2**17)(layer_of)
+"""Every chart asks them of every tensor."""
 
 Measure = Callable[[TensorFacts], float | None]
 
@@ -233,7 +237,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 def _kinds(rows: Sequence[TensorFacts]) -> Iterator[KindSummary]:
     by_kind: dict[str, list[TensorFacts]] = {kind: [] for kind in KINDS}
     for row in rows:
-        by_kind[kind_of(row.name)].append(row)
+        by_kind[_kind_of(row.name)].append(row)
     for kind, members in (*by_kind.items(), ("all", rows)):
         if members or kind == "all":
             yield KindSummary(
@@ -252,7 +256,7 @@ def _kinds(rows: Sequence[TensorFacts]) -> Iterator[KindSummary]:
 
 def _columns(rows: Sequence[TensorFacts]) -> tuple[tuple[int, int], ...]:
     """Return the runs of layers that are shown side by side."""
-    layers = sorted({layer for row in rows if (layer := layer_of(row.name)) is not None})
+    layers = sorted({layer for row in rows if (layer := _layer_of(row.name)) is not None})
     width = -(-len(layers) // MAX_LAYERS) or 1
     runs = [layers[start : start + width] for start in range(0, len(layers), width)]
     return tuple((run[0], run[-1]) for run in runs)
@@ -268,11 +272,11 @@ def _parts(rows: Sequence[TensorFacts]) -> dict[str, str]:
 
     What all parts begin with, such as ``model.layers.*``, is left out.
     """
-    in_layers = [row.name for row in rows if layer_of(row.name) is not None]
+    in_layers = [row.name for row in rows if _layer_of(row.name) is not None]
     parts = {name: part_of(name) for name in in_layers}
     distinct = set(parts.values())
     if len(distinct) > MAX_PARTS:
-        return {name: kind_of(name) for name in in_layers}
+        return {name: _kind_of(name) for name in in_layers}
     heads = {part.split("*.", 1)[0] for part in distinct}
     if len(heads) == 1:
         return {name: part.split("*.", 1)[-1] for name, part in parts.items()}
@@ -280,16 +284,16 @@ def _parts(rows: Sequence[TensorFacts]) -> dict[str, str]:
 
 
 def _heatmap(rows: Sequence[TensorFacts], columns: Sequence[tuple[int, int]], measure: Measure) -> Heatmap | None:
-    measured = [row for row in rows if measure(row) is not None and layer_of(row.name) is not None]
+    measured = [row for row in rows if measure(row) is not None and _layer_of(row.name) is not None]
     if not measured:
         return None
     parts = _parts(measured)
     place = {layer: index for index, (first, last) in enumerate(columns) for layer in range(first, last + 1)}
     members: dict[tuple[str, str], dict[int, list[TensorFacts]]] = defaultdict(lambda: defaultdict(list))
     for row in measured:
-        layer = layer_of(row.name)
+        layer = _layer_of(row.name)
         assert layer is not None
-        members[kind_of(row.name), parts[row.name]][place[layer]].append(row)
+        members[_kind_of(row.name), parts[row.name]][place[layer]].append(row)
     ordered = sorted(members.items(), key=lambda item: KINDS.index(item[0][0]))  # else in the order of the model
     lines = tuple(
         Line(part, kind, tuple(_cell(by_column.get(index, ()), measure) for index in range(len(columns))))
@@ -325,11 +329,11 @@ def _outside(rows: Sequence[TensorFacts]) -> Iterator[Outside]:
     """Yield the tensors in no layer that were decided by their geometry."""
     groups: dict[str, list[TensorFacts]] = defaultdict(list)
     for row in rows:
-        if layer_of(row.name) is None and (row.ratio is not None or row.mean_cosine is not None):
+        if _layer_of(row.name) is None and (row.ratio is not None or row.mean_cosine is not None):
             groups[part_of(row.name)].append(row)
     for part, members in list(groups.items())[:MAX_PARTS]:
         ratio, cosine = (_median(map(measure, members)) for measure in (_ratio, _cosine))
-        yield Outside(part, kind_of(members[0].name), len(members), ratio, cosine)
+        yield Outside(part, _kind_of(members[0].name), len(members), ratio, cosine)
 
 
 def _changes(
@@ -345,7 +349,7 @@ def _changes(
     squares = (np.array([[row.base_norm or 0.0, *row.delta_norms] for row in known]) / largest) ** 2
     by_column = np.zeros((len(columns), 1 + len(letters)))
     for row, square in zip(known, squares, strict=True):
-        layer = layer_of(row.name)
+        layer = _layer_of(row.name)
         if layer is not None:
             by_column[place[layer]] += square
     total = squares.sum(axis=0)
@@ -391,7 +395,7 @@ def _models_matrix(
 
 
 def _notable(rows: Sequence[TensorFacts]) -> Iterator[Notable]:
-    """Yield tensors worth a look: of each reason the strongest."""
+    """Yield tensors worth a look: of each reason the strongest, the gravest reason first."""
     reasons: dict[int, list[str]] = defaultdict(list)
 
     def pick(reason: Callable[[TensorFacts], str], strength: Measure) -> None:
@@ -405,7 +409,7 @@ def _notable(rows: Sequence[TensorFacts]) -> Iterator[Notable]:
     pick(lambda _: "largest change", lambda row: max(relative_changes(row), default=None))
     pick(lambda _: "uneven changes", _unevenness)
     pick(lambda _: "formula matters", _formula_gap)
-    for index, words in sorted(reasons.items(), key=lambda item: item[0]):
+    for index, words in reasons.items():
         yield Notable(rows[index], tuple(words))
 
 

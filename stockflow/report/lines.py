@@ -109,7 +109,7 @@ def _course_lines(report: Report) -> Iterator[str]:
         yield f"  {seconds(pause.seconds)} without work after {seconds(pause.at)}"
     most = max((stage.seconds for stage in course.stages), default=0.0)
     for stage in course.stages:
-        bar = "#" * round(BAR * stage.seconds / most) if most else ""
+        bar = "#" * round(BAR * (stage.seconds / most)) if most else ""
         yield f"  {stage.name:<20}{stage.seconds:>10,.2f} s  {bar}".rstrip()
     allowed = f" of {mib(course.memory_bytes)} allowed" if course.memory_bytes else ""
     yield f"  peak memory {mib(course.peak_bytes)}{allowed}"
