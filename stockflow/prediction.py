@@ -145,7 +145,7 @@ class Model:
         conditions, output = self.conditions, self._place(self.output)
         steps = [self._step_time(step) for step in shard.steps]
         read_s, cold_s, client_s = self._reading(shard.readings())
-        write_rate = _slower(output.write_rate, None if output.is_local else conditions.write_rate)
+        write_rate = output.write_rate if output.is_local else conditions.write_rate or output.write_rate
         write_s = shard.num_bytes / write_rate
         stages = self._threads(steps)
         beside_s = self._beside_s(shard, 0.0 if self.direct else client_s)
@@ -236,7 +236,7 @@ class Model:
                 whole = reading.num_bytes / OPTIMAL_READ_BYTES  # what the calibrated rate has in it already
                 waits = max(reading.num_requests - whole, 0.0) * self._request_s(place)
                 waits += whole * max(self._request_s(place) - place.get_s, 0.0)
-                network_s += reading.num_bytes / _slower(place.read_rate, self.conditions.read_rate)
+                network_s += reading.num_bytes / (self.conditions.read_rate or place.read_rate)
                 network_s += waits / RANGES_IN_FLIGHT
         return network_s, disk_s, cpu_s
 
@@ -316,11 +316,6 @@ class Model:
 NUM_PUBLISHERS = 8
 PUBLISHING_REQUESTS = 25
 """one after the other, around the shards of a merge"""
-
-
-def _slower(calibrated: float, given: float | None) -> float:
-    """A network is as fast as it is said to be; without a word, as calibrated."""
-    return calibrated if given is None else given
 
 
 def _crowding(machine: MachineCosts, busy: float) -> float:

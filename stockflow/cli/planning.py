@@ -58,7 +58,9 @@ RequestRate = Annotated[
 PriceFile = Annotated[
     str | None, typer.Option("--prices", metavar="FILE", help="Table of prices. Default: examples that come with us.")
 ]
-Machine = Annotated[str | None, typer.Option(help="Kind of machine in the table of prices. Default: costs nothing.")]
+Machine = Annotated[
+    str | None, typer.Option(help="Kind of machine in the table of prices. Default: this one, which costs nothing.")
+]
 Transfer = Annotated[TransferName, typer.Option(help="Where the machines are, seen from the inputs.")]
 
 

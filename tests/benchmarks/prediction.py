@@ -39,6 +39,9 @@ from tests.ceph_server import ceph_gateway, missing_binaries
 from tests.s3_server import CREDENTIALS, FORBIDDEN, moto_server
 
 GOAL = 0.25
+ALONE_SHARE = 0.1
+"""of the cores' time that others may take during a merge from disk to disk; else it is measured again"""
+MAX_TRIES = 4
 
 
 @dataclass
@@ -61,6 +64,18 @@ class Place:
         """Return what ``stockflow plan`` says."""
         warm(self.inputs)
         return planned(self.recipe, self.output, [*self.options, "--calibration", str(calibration)])
+
+    def merge_alone(self) -> dict[str, float]:
+        """Return what a merge took while others computed little; with a server on this machine that cannot be told."""
+        for _ in range(MAX_TRIES):
+            found = self.merge()
+            if self.endpoint or found["others_cpu_s"] <= ALONE_SHARE * os.cpu_count() * found["s"]:  # type: ignore[operator]
+                break
+            print(
+                f"{self.name}: {found['s']:.2f} s, again: others took {found['others_cpu_s']:.1f} CPU s",
+                file=sys.stderr,
+            )
+        return found
 
     def merge(self) -> dict[str, float]:
         """Return what a merge took."""
@@ -114,7 +129,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for place in places:
                 predicted = place.predict(calibration)
-                measured = place.merge()
+                measured = place.merge_alone()
                 found[place.name].append((predicted, measured))
                 seconds = predicted["forecast"]["seconds"]
                 print(f"{place.name}: predicted {seconds:.2f} s, measured {measured['s']:.2f} s", file=sys.stderr)
@@ -146,6 +161,7 @@ def main() -> None:
                 "bottleneck": predicted["bottleneck"],
                 "measured": measured,
                 "measured_s": spread,
+                "others_cpu_s": [facts["others_cpu_s"] for _, facts in found[place.name]],
             }
         )
     columns = ("", "predicted s", "measured s (smallest-largest)", "error", "bottleneck")
