@@ -15,7 +15,7 @@ from stockflow import driver, notebook
 from stockflow.budget import Workspace, default_memory, gb, mib
 from stockflow.calibration import load_calibration
 from stockflow.describe import plan_lines, project, result_facts, result_lines
-from stockflow.driver import Execute, Inputs, MergeOptions, Observer, Outcome
+from stockflow.driver import Execute, Inputs, MergeOptions, Outcome
 from stockflow.errors import RecipeError
 from stockflow.events import Done, OnEvent, Stage, ignore
 from stockflow.forecast import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
@@ -32,6 +32,7 @@ from stockflow.workload import Workload, survey
 
 if TYPE_CHECKING:
     from stockflow.differences import CheckpointDifference
+    from stockflow.tracking import Tracker
     from stockflow.verify import SampleOptions, Verification
     from stockflow.worker import WorkerSpec
 
@@ -496,19 +497,19 @@ def execute_on(executor: ExecutorName | None, on_ray: Mapping[str, Any]) -> Exec
     return partial(_on_ray, on_ray) if is_on_ray(executor) else _in_this_process
 
 
-def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker") -> Iterator[Receipt]:
     from stockflow.execution import in_this_process
 
-    return in_this_process(spec, shards, observer)
+    return in_this_process(spec, shards, tracker)
 
 
 def _on_ray(
-    asked: Mapping[str, Any], spec: "WorkerSpec", shards: Sequence[ShardPlan], observer: Observer
+    asked: Mapping[str, Any], spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
 ) -> Iterator[Receipt]:
     from stockflow.execution import on_ray
     from stockflow.executors.ray import RayOptions
 
-    return on_ray(spec, shards, observer, RayOptions(**asked))
+    return on_ray(spec, shards, tracker, RayOptions(**asked))
 
 
 def _check_choice(option: str, given: object, choices: Sequence[object]) -> None:

@@ -8,7 +8,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -26,6 +26,8 @@ from stockflow.manifest import RECORDS, numerics_folder, read_claim, receipt_fol
 from stockflow.storage import Store, read_small, redact
 
 HEARTBEAT_S = 10.0
+FIRST_BEAT_S = 1.0
+"""after a run began; whoever looks at it then finds a report"""
 ABANDONED_S = 900.0
 """A run that was not seen for so long is taken for dead; an outage of the store keeps one from beating for minutes."""
 JOIN_S = 2.0
@@ -76,7 +78,9 @@ class Heartbeat:
         return self._store.refuses_second(self._key, _beat_now())
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
+        wait_s = FIRST_BEAT_S
+        while not self._stop.wait(wait_s):
+            wait_s = HEARTBEAT_S
             # A missed beat harms nobody; a store that is really gone fails the merge itself.
             with suppress(StockflowError):
                 self._store.put(self._key, _beat_now())
@@ -97,6 +101,18 @@ def last_seen(store: Store) -> float:
     with suppress(NotFoundError, CheckpointError):
         seen.append(read_claim(store).heartbeat)
     return max(seen, default=0.0)
+
+
+def beats(store: Store, keys: Iterable[str], plan_id: str) -> list[float]:
+    """Return when each run of this plan that has not ended was last seen, in seconds since the epoch.
+
+    Args:
+        store: the output.
+        keys: the records that are there, as listed.
+        plan_id: whose runs.
+    """
+    folder = run_folder(plan_id)
+    return [beat for key in keys if key.startswith(folder) and (beat := _beat_of(store, key))]
 
 
 def are_others_alive(store: Store, plan_id: str, run: str) -> bool:

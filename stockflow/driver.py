@@ -13,14 +13,15 @@ from stockflow.checkpoint import Checkpoint, OnFile, open_checkpoints, unheard
 from stockflow.claims import Heartbeat, agreed_numerics, new_run
 from stockflow.errors import PlanError, StockflowError
 from stockflow.interruption import finishing, last_act
-from stockflow.manifest import Manifest, plan_key, progress_key
+from stockflow.manifest import Manifest, plan_key
 from stockflow.plan import MergePlan, ShardPlan
 from stockflow.plan_file import encode_plan
 from stockflow.planning import few_shards_note, make_plan
-from stockflow.prefix import admit, look, progress, sweep, take, valid_receipts, weak_promises
+from stockflow.prefix import admit, look, sweep, take, valid_receipts, weak_promises
 from stockflow.receipts import Receipt
 from stockflow.recipe import Recipe
 from stockflow.storage import LocalStore, Store, is_within, open_store, pin_revision, redact
+from stockflow.tracking import Tracker, reported
 
 if TYPE_CHECKING:
     from stockflow.devices import Device
@@ -48,8 +49,8 @@ class Observer(Protocol):
         """A shard is done."""
 
 
-Execute = Callable[["WorkerSpec", Sequence[ShardPlan], Observer], Iterator[Receipt]]
-"""Merges shards somewhere and yields their receipts."""
+Execute = Callable[["WorkerSpec", Sequence[ShardPlan], Tracker], Iterator[Receipt]]
+"""Merges shards somewhere and yields their receipts; the tracker is told who is at which."""
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,12 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     if found.finished and not options.overwrite:
         return MergeResult("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
     run, receipts = new_run(), dict[str, Receipt]()
-    began = time.time()
-
-    def report() -> None:
-        store.put(progress_key(plan.plan_id), progress(plan, list(receipts.values()), began))
-
-    with Heartbeat(store, plan.plan_id, run, report) as heartbeat, _swept(store, plan, run, observer):
+    tracker = Tracker(observer, plan, run)
+    with (
+        reported(store, tracker) as report,
+        Heartbeat(store, plan.plan_id, run, report) as heartbeat,
+        _swept(store, plan, run, observer),
+    ):
         is_exclusive = heartbeat.is_exclusive()
         take(store, plan, run, found, is_exclusive=is_exclusive)
         for note in few_shards_note(plan, options.num_workers):
@@ -206,36 +207,37 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         for note in weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive):
             observer.on_note(note)
         store.put(plan_key(plan.plan_id), encode_plan(plan))
-        observer.on_stage("looking for finished shards")
+        tracker.on_stage("looking for finished shards")
         receipts.update(valid_receipts(store, plan))
-        _drop_other_numerics(store, plan, receipts, observer)
-        observer.on_start(plan, list(receipts.values()))
+        _drop_other_numerics(store, plan, receipts, tracker)
+        tracker.on_start(plan, list(receipts.values()))
         resumed = set(receipts)
         spec = _worker_spec(recipe, plan, store.url, options, run)
         while remaining := [shard for shard in plan.shards if shard.file not in receipts]:
-            for receipt in execute(spec, remaining, observer):
+            for receipt in execute(spec, remaining, tracker):
                 receipts[receipt.file] = receipt
-                observer.on_shard(receipt)
-            resumed &= receipts.keys() - _drop_other_numerics(store, plan, receipts, observer)
-        observer.on_stage("publishing")
+                tracker.on_shard(receipt)
+            resumed &= receipts.keys() - _drop_other_numerics(store, plan, receipts, tracker)
+        tracker.on_stage("publishing")
         from stockflow.commit import commit
 
         manifest = commit(store, inputs.stores, recipe, plan, [receipts[shard.file] for shard in plan.shards])
     return MergeResult("merged", plan, manifest, store.url, len(resumed), time.perf_counter() - started)
 
 
-def _drop_other_numerics(store: Store, plan: MergePlan, receipts: dict[str, Receipt], observer: Observer) -> set[str]:
+def _drop_other_numerics(store: Store, plan: MergePlan, receipts: dict[str, Receipt], tracker: Tracker) -> set[str]:
     """Forget shards of another numerics class than the one the workers agreed on; return their names."""
     agreed = agreed_numerics(store, plan.plan_id)
     others = {file for file, receipt in receipts.items() if agreed not in (None, receipt.numerics_class)}
     if others:
         found = ", ".join(sorted({receipts[file].numerics_class for file in others}))
-        observer.on_note(
+        tracker.on_note(
             f"{len(others)} shards were merged on machines of class {found}; they are merged again as {agreed}, "
             "so that all fit together bit for bit"
         )
     for file in others:
         del receipts[file]
+    tracker.drop(others)
     return others
 
 

@@ -1,7 +1,6 @@
 """The output prefix: who owns it, taking and replacing it, what of an earlier run is still good."""
 
 import hashlib
-import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from stockflow.manifest import (
     receipt_folder,
     receipt_key,
 )
-from stockflow.plan import MergePlan
+from stockflow.plan import MergePlan, ShardPlan
 from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
 
@@ -187,17 +186,31 @@ def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
     present = store.list_top() if known else {}
     receipts = {}
     for shard in plan.shards:
-        key = receipt_key(plan.plan_id, shard.file)
-        if key in known and shard.file in present:
-            payload = read_small(store, key, max_bytes=MAX_RECEIPT_BYTES)
-            try:
-                receipt = Receipt.from_json(payload, key)
-            except CheckpointError:
-                continue  # a receipt that cannot be read proves nothing: the shard is merged again
-            is_of_shard = (receipt.plan_id, receipt.file, receipt.size) == (plan.plan_id, shard.file, shard.num_bytes)
-            if is_of_shard and _is_intact(store, receipt, present[shard.file]):
+        if receipt_key(plan.plan_id, shard.file) in known and shard.file in present:
+            receipt = _valid_receipt(store, plan.plan_id, shard, present[shard.file])
+            if receipt:
                 receipts[shard.file] = receipt
     return receipts
+
+
+def is_finished(store: Store, plan_id: str, shard: ShardPlan, numerics_class: str) -> bool:
+    """Return whether a shard is there with its receipt: a worker that was lost may have done it, and not said so."""
+    try:
+        receipt = _valid_receipt(store, plan_id, shard, store.stamp(shard.file))
+    except NotFoundError:
+        return False
+    return receipt is not None and receipt.numerics_class == numerics_class
+
+
+def _valid_receipt(store: Store, plan_id: str, shard: ShardPlan, found: Stamp) -> Receipt | None:
+    key = receipt_key(plan_id, shard.file)
+    payload = read_small(store, key, max_bytes=MAX_RECEIPT_BYTES)
+    try:
+        receipt = Receipt.from_json(payload, key)
+    except CheckpointError:
+        return None  # a receipt that cannot be read proves nothing: the shard is merged again
+    is_of_shard = (receipt.plan_id, receipt.file, receipt.size) == (plan_id, shard.file, shard.num_bytes)
+    return receipt if is_of_shard and _is_intact(store, receipt, found) else None
 
 
 def _is_intact(store: Store, receipt: Receipt, found: Stamp) -> bool:
@@ -249,20 +262,6 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
                 f"{redact(store.url)}/{receipt.file} is no longer what this run wrote: another one writes there; "
                 "nothing was published. End it, then run again"
             )
-
-
-def progress(plan: MergePlan, receipts: Collection[Receipt], started: float) -> bytes:
-    """Return what progress.json says of a merge that began at ``started``, in seconds since the epoch."""
-    facts = {
-        "plan_id": plan.plan_id,
-        "started": started,
-        "updated": time.time(),
-        "shards": len(plan.shards),
-        "shards_done": len(receipts),
-        "bytes_written": sum(receipt.size for receipt in receipts),
-        "bytes_to_write": plan.num_output_bytes,
-    }
-    return json.dumps(facts).encode()
 
 
 def sweep(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:

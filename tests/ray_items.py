@@ -1,5 +1,6 @@
 """What the tests let workers of a Ray cluster do. Workers import it, so it imports little."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -67,6 +68,48 @@ class HangingOnce:
             return work(item, hang_once, frugality)
 
         return hanging
+
+
+@dataclass(frozen=True)
+class Slowly:
+    """A start of another: each item takes longer by some seconds, and is noted with its node, begin and end."""
+
+    start: Callable[[], Callable[[Any, Count, int], Any]]
+    folder: Path
+    seconds: float
+    stuck: int = 0
+    """the number of the item that never ends; 0: all do"""
+    hungry_bytes: int = 0
+    """what the first item takes of memory, unless it is told to be frugal"""
+
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
+        import ray
+
+        work = self.start()
+        node = str(ray.get_runtime_context().get_node_id())
+
+        def slowly(item: Any, count: Count, frugality: int) -> Any:
+            self._note("begun", item.file, node, frugality)
+            if note(self.folder, "item") == self.stuck:
+                note(self.folder, "stuck")
+                time.sleep(WAIT_S)
+            eaten = []
+            if self.hungry_bytes and not frugality and note(self.folder, "hungry") == 1:
+                for _ in range(self.hungry_bytes >> 26):
+                    eaten.append(b"x" * (1 << 26))
+                    time.sleep(0.02)
+                time.sleep(WAIT_S)
+            time.sleep(self.seconds)
+            result = work(item, count, frugality)
+            self._note("ended", item.file, node, frugality)
+            return result
+
+        return slowly
+
+    def _note(self, event: str, file: str, node: str, frugality: int) -> None:
+        line = {"event": event, "file": file, "node": node, "frugality": frugality, "when": time.time()}
+        with open(self.folder / "events.jsonl", "a") as opened:
+            opened.write(json.dumps(line) + "\n")
 
 
 def die() -> Callable[[Any, Count, int], Any]:

@@ -9,9 +9,11 @@ import typer
 
 from stockflow import __version__
 from stockflow.cli.checking import clean, verify
+from stockflow.cli.cluster import status
 from stockflow.cli.comparing import diff
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
+from stockflow.cli.insight import audit, inspect
 from stockflow.cli.merging import merge
 from stockflow.cli.planning import calibrate, plan
 
@@ -49,7 +51,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, calibrate, verify, diff, clean, demo, schema):
+for command in (merge, plan, status, inspect, audit, verify, diff, calibrate, clean, demo, schema):
     app.command()(command)
 
 

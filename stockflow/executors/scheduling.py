@@ -117,6 +117,7 @@ class Scheduler(Generic[T]):
         now: float,
         need: Callable[[], str] = lambda: "",
         on_note: Callable[[str], None] = lambda text: None,
+        on_failure: Callable[[Cause, T | None], None] = lambda cause, item: None,
     ) -> None:
         """Plan to do ``items`` in this order.
 
@@ -127,7 +128,9 @@ class Scheduler(Generic[T]):
             now: when the run begins.
             need: says in words what there is and what a worker needs, for messages.
             on_note: told of what costs time: no worker yet, a lost one, storage that failed.
+            on_failure: told the cause whenever an item is to be done again, or (None) a worker to be started again.
         """
+        self._on_failure = on_failure
         self._waiting = deque(_Task(item) for item in items)
         self._num_workers = num_workers
         self._limits = limits
@@ -231,6 +234,7 @@ class Scheduler(Generic[T]):
             num_failures = worker.task.failures[Cause.storage]
         if num_failures >= self._limits.storage_failures:
             raise error
+        self._on_failure(Cause.storage, None if worker.task is None else worker.task.item)
         self._on_note(f"tried again: {text}")
         if worker.task is not None:
             self._waiting.appendleft(worker.task)
@@ -243,6 +247,7 @@ class Scheduler(Generic[T]):
             ComputeLostError: that was once too often, for the item or in a row at the start.
         """
         worker = self._workers.pop(number)
+        self._on_failure(cause, None if worker.task is None else worker.task.item)
         if worker.task is None:
             self._deaths_at_start += worker.node is None and cause is not Cause.preempted
             if self._deaths_at_start >= self._limits.deaths_at_start:

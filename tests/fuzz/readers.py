@@ -33,7 +33,20 @@ TENSORS = (
     TensorFacts("größe", (), "F32", SHARD, "copy", "tensor", 1, flags=("copied",)),
 )  # fmt: skip
 RECEIPT = Receipt(
-    "a" * 64, SHARD, 9360, "b" * 64, STAMP, "cpu-AVX512", 28_000, {"total": 0.5, "hash": 0}, {"read": 1}, 2**29, TENSORS
+    "a" * 64,
+    SHARD,
+    9360,
+    "b" * 64,
+    STAMP,
+    "cpu-AVX512",
+    28_000,
+    {"total": 0.5, "hash": 0},
+    {"read": 1},
+    2**29,
+    TENSORS,
+    began=1.7e9,
+    ended=1.7e9 + 4.5,
+    worker="node-7:4711",
 )
 MANIFEST = Manifest(
     "a" * 64, "c" * 64, "merge_method: model_stock\n",

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from stockflow.driver import Inputs, MergeOptions, MergeResult, Observer, merge
+from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.errors import InputChangedError, OutputConflictError
 from stockflow.execution import in_this_process
 from stockflow.plan import ShardPlan
@@ -19,6 +19,7 @@ from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
 from stockflow.reporting import Silent
 from stockflow.storage import Stamp, StorageConfig, StoreOptions, local, open_store
+from stockflow.tracking import Tracker
 from stockflow.worker import WorkerSpec
 from tests.checkpoints import Family, make_family
 from tests.fault_proxy import FaultyProxy
@@ -138,7 +139,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, s3_endpoint: str) -> I
         yield Remote(tmp_path, family, f"s3://{bucket}", StoreOptions(endpoint=proxy.url, client=client))
 
 
-Execute = Callable[[WorkerSpec, Sequence[ShardPlan], Observer], Iterator[Receipt]]
+Execute = Callable[[WorkerSpec, Sequence[ShardPlan], Tracker], Iterator[Receipt]]
 
 
 def merge_at(place: Place, execute: Execute = in_this_process) -> MergeResult:
@@ -164,7 +165,7 @@ class Once(Silent):
 
 
 def at_the_start(act: Callable[[], None]) -> Execute:
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
         act()
         yield from in_this_process(spec, shards, observer)
 
@@ -172,14 +173,14 @@ def at_the_start(act: Callable[[], None]) -> Execute:
 
 
 def within_a_shard(act: Callable[[], None]) -> Execute:
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
         yield from in_this_process(spec, shards, Once(act))
 
     return execute
 
 
 def between_shards(act: Callable[[], None]) -> Execute:
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
         for number, receipt in enumerate(in_this_process(spec, shards, observer)):
             yield receipt
             if number == 2:

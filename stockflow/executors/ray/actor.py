@@ -1,5 +1,6 @@
 """What lives in a worker process on some node."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,8 +29,10 @@ class Actor:
         self._read = self._written = 0
         self._is_stopping = False
 
-    def start(self, driver_version: str, pickled_start: bytes) -> tuple[str, str]:
-        """Make ready; return the id of the node and what the driver should know. An error of the start is itself.
+    def start(self, driver_version: str, pickled_start: bytes) -> tuple[str, str, str]:
+        """Make ready; return the id of the node, ``node:pid`` and what the driver should know.
+
+        An error of the start is raised as itself.
 
         Raises:
             ComputeLostError: this environment is not the driver's.
@@ -46,7 +49,8 @@ class Actor:
                 f"a worker's environment is not the driver's: {error}; install the same packages on every node"
             ) from error
         self._work = start()
-        return str(ray.get_runtime_context().get_node_id()), str(getattr(self._work, "note", ""))
+        name = f"{os.uname().nodename}:{os.getpid()}"
+        return str(ray.get_runtime_context().get_node_id()), name, str(getattr(self._work, "note", ""))
 
     def work(self, item: Any, frugality: int) -> tuple[Any, Counters]:
         """Do one item; return its result and what has been counted so far."""

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from stockflow.errors import ComputeLostError, PlanError, StockflowError
 
@@ -25,6 +27,9 @@ ITEMS_PER_WORKER = 4
 """With fewer the last ones leave many workers idle."""
 _SETTINGS = b"\x04"
 """type of the frame that both sides of HTTP/2 begin with"""
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +189,9 @@ def _can_grow() -> bool:
 
 def brief(error: BaseException) -> str:
     """Return the first and the last line of an error: what Ray says of it, and the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
     return text.removesuffix(".") if len(text) <= 500 else f"{text[:500]}..."
 
@@ -197,6 +204,7 @@ def _join(address: str) -> None:
         )
     if ":" in address and not os.environ.get("RAY_USE_TLS"):
         _probe(address)
+        _check_token(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except RuntimeError as error:
@@ -217,6 +225,20 @@ def _probe(address: str) -> None:
         raise ConnectionError(
             "what answers there is not the head of a Ray cluster; expected its GCS port, 6379 by default"
         )
+
+
+def _check_token(address: str) -> None:
+    """Ask the head for something: ``ray.init`` takes 20 s to say that a token is wrong, and does not say it (2.60)."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+
+    try:
+        GcsClient(address=address).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=PROBE_S)
+    except AuthenticationError:
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        raise ComputeLostError(
+            f"the cluster at {address} does not accept this token (RAY_AUTH_MODE is {mode}): set RAY_AUTH_MODE=token, "
+            "and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the token of the cluster"
+        ) from None
 
 
 def _start_here(options: RayOptions, num_items: int) -> None:

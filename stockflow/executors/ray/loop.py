@@ -11,7 +11,7 @@ from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from stockflow import __version__
-from stockflow.errors import StockflowError, StorageError
+from stockflow.errors import ComputeLostError, StockflowError, StorageError
 from stockflow.executors.ray.actor import Actor, Counters, Work
 from stockflow.executors.ray.cluster import (
     RayOptions,
@@ -40,6 +40,8 @@ def run(
     options: RayOptions,
     on_count: Callable[[int, int], None],
     on_note: Callable[[str], None] = lambda text: None,
+    on_give: Callable[[T, str], None] = lambda item, worker: None,
+    on_failure: Callable[[str, T | None], None] = lambda cause, item: None,
 ) -> Iterator[R]:
     """Yield results as items finish, largest items first.
 
@@ -50,6 +52,8 @@ def run(
         options: workers, GPUs, cluster.
         on_count: told what the workers count.
         on_note: told of what costs time: no worker yet, a lost one, storage that failed.
+        on_give: told of an item and the worker (``node:pid``) that begins with it.
+        on_failure: told the cause whenever an item is to be done again, or (None) a worker to be started again.
 
     Raises:
         ComputeLostError: Ray cannot be reached, no worker comes, or workers keep dying.
@@ -58,7 +62,9 @@ def run(
     """
     with connected(options, len(items)):
         refuse_impossible(options, on_note)
-        loop: _Loop[T, R] = _Loop(start, sorted(items, key=size, reverse=True), options, on_count, on_note)
+        loop: _Loop[T, R] = _Loop(
+            start, sorted(items, key=size, reverse=True), options, on_count, on_note, on_give, on_failure
+        )
         try:
             yield from loop.results()
         finally:
@@ -73,6 +79,8 @@ class _Handle:
     call: Any
     """the start, or an item; None if idle"""
     is_up: bool = False
+    name: str = ""
+    """``node:pid``"""
     counted: Counters = (0, 0)
     counting: Any = None
     """a question for its counters"""
@@ -86,6 +94,8 @@ class _Loop(Generic[T, R]):
         options: RayOptions,
         on_count: Callable[[int, int], None],
         on_note: Callable[[str], None],
+        on_give: Callable[[T, str], None],
+        on_failure: Callable[[str, T | None], None],
     ) -> None:
         # By value and once: every worker of a large plan reads the same object.
         self._start = ray.put(cloudpickle.dumps(start))  # type: ignore[no-untyped-call]
@@ -93,6 +103,7 @@ class _Loop(Generic[T, R]):
         self._num_items = len(items)
         self._on_count = on_count
         self._on_note = on_note
+        self._on_give = on_give
         self._noted: set[str] = set()
         self._actor_class: Any = ray.remote(Actor)
         self._handles: dict[int, _Handle] = {}
@@ -108,6 +119,7 @@ class _Loop(Generic[T, R]):
             now=self._polled,
             need=self._need,
             on_note=on_note,
+            on_failure=on_failure,
         )
 
     def results(self) -> Iterator[R]:
@@ -149,6 +161,7 @@ class _Loop(Generic[T, R]):
             elif isinstance(action, Give):
                 handle = self._handles[action.worker]
                 handle.call = handle.actor.work.remote(action.item, action.frugality)
+                self._on_give(action.item, handle.name)
             else:
                 _kill(self._handles.pop(action.worker))
 
@@ -173,13 +186,18 @@ class _Loop(Generic[T, R]):
             self._retry_or_raise(number, handle, error)
             return None
         except RayError as error:
+            if not handle.is_up and "ModuleNotFoundError" in str(error):  # before `Actor` itself could say it better
+                raise ComputeLostError(
+                    f"a worker cannot import what it needs: {brief(error)}; "
+                    f"install stockflow {__version__} and what it requires on every node, or in their image"
+                ) from error
             _kill(self._handles.pop(number))  # an actor that is only unreachable would keep its CPU
             self._scheduler.lost(number, _cause_of(error), brief(error))
             return None
         handle.call = None
         if not handle.is_up:
             handle.is_up = True
-            node, note = outcome
+            node, handle.name, note = outcome
             self._scheduler.came_up(number, node, time.monotonic())
             self._note_once(note)
             return None

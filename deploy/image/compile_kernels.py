@@ -1,0 +1,69 @@
+"""Compile every kernel once, by merging tiny checkpoints with every method in every precision.
+
+Run while an image is built, or once on a machine before work begins: machine code goes to ``NUMBA_CACHE_DIR`` and no
+worker compiles for itself.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from stockflow.cli import app
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+METHODS: dict[str, dict[str, object]] = {
+    "model_stock": {},
+    "linear": {"weight": 0.5},
+    "task_arithmetic": {"weight": 0.5},
+    "ties": {"weight": 0.5, "density": 0.5},
+    "slerp": {"t": 0.5},
+}
+
+
+def main() -> None:
+    """Merge everything with everything and say how often."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipes = list(write_recipes(Path(folder)))
+        for recipe in recipes:
+            app(
+                ["merge", str(recipe), str(recipe.with_suffix("")), "--device", "cpu", "--quiet"], standalone_mode=False
+            )
+    print(f"kernels compiled: {len(recipes)} merges")
+
+
+def write_recipes(folder: Path) -> Iterator[Path]:
+    """Write checkpoints of two tensors and yield a recipe per method and precision."""
+    generator = torch.Generator().manual_seed(0)
+    for name, dtype in DTYPES.items():
+        for model in ("base", "tuned-1", "tuned-2"):
+            tensors = {
+                "model.norm.weight": torch.randn(7, generator=generator, dtype=torch.float64).to(dtype),
+                "model.up_proj.weight": torch.randn(33, 65, generator=generator, dtype=torch.float64).to(dtype),
+            }
+            path = folder / f"{model}-{name}" / "model.safetensors"
+            path.parent.mkdir()
+            save_file(tensors, path, metadata={"format": "pt"})
+            (path.parent / "config.json").write_text("{}")
+    for (method, parameters), source, target in itertools.product(METHODS.items(), DTYPES, DTYPES):
+        recipe: dict[str, object] = {
+            "merge_method": method,
+            "models": [{"model": str(folder / f"tuned-{number}-{source}")} for number in (1, 2)],
+            "parameters": parameters,
+            "dtype": target,
+        }
+        if method == "slerp":  # between the base and one model
+            recipe["models"] = [{"model": str(folder / f"tuned-1-{source}")}]
+        if method != "linear":
+            recipe["base_model"] = str(folder / f"base-{source}")
+        path = folder / f"{method}-{source}-{target}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        yield path
+
+
+if __name__ == "__main__":
+    main()
