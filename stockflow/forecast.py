@@ -1,5 +1,6 @@
 """What ``stockflow plan`` answers: what a merge will read, write, hold, take and cost; in words and for programs."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from stockflow.pagecache import cached_share
 from stockflow.plan import MergePlan
 from stockflow.prediction import STAGES, Conditions, Model, Prediction
 from stockflow.prices import Cost, Prices, TransferFrom, cost_of, machine_of
-from stockflow.storage import LocalStore, Store, redact, scheme_of
+from stockflow.storage import LocalStore, Store, redact
 from stockflow.workload import Requests, Workload, requests_of
 
 SHOWN_STAGES = 4
@@ -101,15 +102,18 @@ def _num_machines(prices: Prices, name: str, conditions: Conditions, memory_byte
 
 
 def _assumptions(calibration: Calibration, urls: Sequence[str], conditions: Conditions) -> Iterator[str]:
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for url in urls:
-        place, other = calibration.place(url)
-        root = "/".join(url.split("/")[:3]) if "://" in url else "local folders"
-        if other and (root, other) not in seen:
-            seen.add((root, other))
-            option = "--folder" if scheme_of(url) == "file" else "--url"
-            like = f"{redact(root)} was not measured: taken to be like {redact(place.url)}"
-            yield f"{like} (`stockflow calibrate {option}` measures it)"
+        place, is_measured = calibration.place(url)
+        root = redact("/".join(url.split("/")[:3])) if "://" in url else os.path.dirname(url)
+        if is_measured or root in seen or (place.is_local and place.name):  # then the machine is another one anyway
+            continue
+        seen.add(root)
+        option = "--folder" if place.is_local else "--url"
+        yield (
+            f"{root} was not measured: taken to be like {place.name or redact(place.url)}; "
+            f"`stockflow calibrate {option} {root}` measures it"
+        )
     if conditions.cold_share:
         yield f"{conditions.cold_share:.0%} of the local inputs must come from the disk, the rest is in memory"
 

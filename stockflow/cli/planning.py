@@ -163,6 +163,7 @@ def calibrate(
                     f"{redact(place.url)}: reads {place.read_rate / 1e9:.2f} GB/s, writes "
                     f"{place.write_rate / 1e9:.2f} GB/s, a small request {place.get_s * 1e3:.2g} ms"
                 )
+            print(f"note: {found.note}")
             print(f"written to {path}, where `stockflow plan` finds it" if not out else f"written to {path}")
 
 

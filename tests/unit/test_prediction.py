@@ -15,7 +15,7 @@ from stockflow.workload import Kernel, LoadWork, Reading, Requests, ShardWork, S
 GB = 10**9
 KERNEL = Kernel("linear", "BF16", 3)
 FREE = MachineCosts(
-    name="free", cores=4, kernels=(KernelCost("linear", "BF16", 3, 0.0, 0.0),), hash_ns=0.0, crowding=1.0,
+    name="free", cores=4, kernels=(KernelCost("linear", "BF16", 3, 0.0, 0.0),), hash_ns=0.0, crowding=1.0, turn_us=0.0,
     open_piece_us=0.0, plan_tensor_us=0.0, merge_tensor_us=0.0, merge_piece_us=0.0, ray_start_s=0.0,
 )  # fmt: skip
 ENDLESS = 1e30
