@@ -34,12 +34,26 @@ STAGES = {
     "disk_read": "disk: reading",
     "network_write": "network: writing",
     "disk_write": "disk: writing",
-    "store": "the store: reads and writes take turns",
+    "disk": "disk: reading and writing take turns",
+    "store": "the store: reading and writing take turns",
     "request_rate": "the store's request rate",
     "start": "start-up, opening and publishing: the merge is small",
     "workers": "idle workers: there are too few shards",
 }
 """What may decide how long a merge takes, in words."""
+SHORT_STAGES = {
+    "compute": "computing",
+    "cpu": "all cores",
+    "hash": "hashing and writing",
+    "network_read": "reading",
+    "disk_read": "reading",
+    "network_write": "uploading",
+    "disk_write": "the disk's writing",
+    "disk": "the disk",
+    "store": "the store",
+    "request_rate": "requests",
+}
+"""The stages of a shard, where several are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +183,7 @@ class Model:
         if reading.disk_s:
             stages["disk_read"] = reading.disk_s * conditions.num_workers  # one disk for all
         if together := self._taking_turns(reading.network_s + reading.disk_s, write_s):
-            stages["store"] = together
+            stages["disk" if output.is_local else "store"] = together
         if conditions.request_rate:
             stages["request_rate"] = self._num_requests(shard) * conditions.num_workers / conditions.request_rate
         elapsed = self._elapsed(steps, beside_s, num_slabs)
@@ -261,9 +275,10 @@ class Model:
     def _taking_turns(self, read_s: float, write_s: float) -> float:
         """Seconds of a store that serves reads and writes, if it is one and the same; else 0."""
         output = self._place(self.output)
-        if all(self._place(url) is not output for url in self.inputs):
+        if not output.turns or all(self._place(url) is not output for url in self.inputs):
             return 0.0
-        return max(read_s, write_s) + output.turns * min(read_s, write_s) if output.turns else 0.0
+        shorter = min(read_s, write_s)
+        return max(read_s, write_s) + output.turns * shorter if shorter else 0.0
 
     def _server_cpu_s(self, shard: ShardWork) -> float:
         """CPU that servers on this very machine take."""
