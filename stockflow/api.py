@@ -23,7 +23,7 @@ from stockflow.manifest import Manifest, tensors_key
 from stockflow.plan import MergePlan, ShardPlan
 from stockflow.planning import few_shards_note
 from stockflow.prediction import STAGES, Conditions
-from stockflow.prices import TransferFrom, load_prices
+from stockflow.prices import TransferFrom, load_prices, machine_of
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.recipe import RecipeLike, parse_size, recipe_of, resolve_location
 from stockflow.reporting import AsEvents
@@ -228,7 +228,7 @@ def plan(
         request_rate: requests per second that the store takes from all workers together.
         calibration: file of constants; what `stockflow calibrate` wrote, else the built-in ones, if None.
         prices: table of prices; the built-in examples if None.
-        machine: kind of machine in that table; machines cost nothing if None.
+        machine: kind of machine in that table, whose cores and network count then; this one, at no cost, if None.
         transfer: where the machines are, seen from the inputs.
         on_event: told how it goes, from several threads.
 
@@ -237,20 +237,25 @@ def plan(
         StorageError: reading failed after retries.
     """
     on_ray = is_on_ray(executor)
-    options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
     _check_choice("transfer", transfer, get_args(TransferFrom))
-    cores = len(os.sched_getaffinity(0))
+    constants, table = load_calibration(calibration), load_prices(prices)
+    machines = machine_of(table, machine) if machine else None
+    cores = machines.cores if machines else len(os.sched_getaffinity(0))
+    options = merge_options(
+        memory, shard_size, workers or (cores if machines else None), device, overwrite, on_ray=on_ray
+    )
+    num_workers = (workers or cores) if on_ray else 1
+    network = machines.share_of_network(num_workers) if machines else None
     conditions = Conditions(
-        num_workers=(workers or cores) if on_ray else 1,
+        num_workers=num_workers,
         num_threads=options.num_threads,
         cores_per_worker=float(options.num_threads if on_ray else cores),
-        read_rate=rate("read_rate", read_rate),
-        write_rate=rate("write_rate", write_rate),
+        read_rate=rate("read_rate", read_rate) or network,
+        write_rate=rate("write_rate", write_rate) or network,
         request_s=seconds("latency", latency),
         request_rate=request_rate,
         on_ray=on_ray,
     )
-    constants, table = load_calibration(calibration), load_prices(prices)
     inputs = open_inputs(recipe, on_event)
     location = os.fspath(output)
     on_event(Stage("planning"))

@@ -46,6 +46,9 @@ class MachineCosts:
     """per byte of the output"""
     crowding: float
     """CPU seconds of the same work on all cores, over those on one: caches and memory are shared"""
+    turn_us: float
+    """per source of each span that a thread reads itself, while all cores compute: it waits for the interpreter, which
+    one thread has at a time"""
     open_piece_us: float
     """per tensor of each checkpoint: reading headers"""
     plan_tensor_us: float
@@ -124,6 +127,10 @@ class PlaceCosts:
     server_write_ns: float = 0.0
     turns: float = 0.0
     """0: reading and writing at once do not disturb each other; 1: they take turns"""
+    cold_cpu_ns: float = 0.0
+    """CPU per byte that comes from the disk, beyond ``read_cpu_ns``: finding pages for it, and asking"""
+    name: str = ""
+    """in words, if it is none of the reader's own places"""
 
     @property
     def is_local(self) -> bool:
@@ -144,15 +151,15 @@ class Calibration:
     machine: MachineCosts
     places: tuple[PlaceCosts, ...]
 
-    def place(self, url: str) -> tuple[PlaceCosts, str]:
-        """Return the costs of a location, and where they are from if not from itself: the nearest of its kind."""
-        within = [place for place in self.places if is_within(url, place.url)]
+    def place(self, url: str) -> tuple[PlaceCosts, bool]:
+        """Return the costs of a location, and whether they were measured there and not at the next of its kind."""
+        within = [place for place in self.places if is_within(url, place.url) and not place.name]
         if within:
-            return max(within, key=lambda place: len(place.url)), ""
+            return max(within, key=lambda place: len(place.url)), True
         scheme = scheme_of(url)
         alike = [place for place in self.places if scheme_of(place.url) == scheme]
-        chosen = alike or [place for place in self.places if not place.is_local] or list(self.places)
-        return chosen[0], chosen[0].url
+        stores = [place for place in self.places if not place.is_local]
+        return (alike or stores or list(self.places))[0], False
 
     def to_json(self) -> str:
         """Return the text of a calibration file."""
@@ -192,9 +199,13 @@ def default_path() -> Path:
 def load_calibration(given: str | os.PathLike[str] | None) -> tuple[Calibration, str]:
     """Return the calibration to use and where it is from, in words: the one given, the user's, else the built-in one.
 
+    Kinds of places that a calibration of the user's lacks are taken from the built-in one.
+
     Raises:
         RecipeError: the file given is not there, or one of the files is no calibration.
     """
+    payload = resources.files("stockflow").joinpath("data", BUILT_IN).read_bytes()
+    built_in = parse_calibration(payload, f"the built-in {BUILT_IN}")
     path = Path(given) if given else default_path()
     if given or path.exists():
         try:
@@ -203,12 +214,13 @@ def load_calibration(given: str | os.PathLike[str] | None) -> tuple[Calibration,
         except OSError as error:
             raise RecipeError(f"cannot read the calibration {path}: {error.strerror}") from None
         found = parse_calibration(payload, str(path))
-        return found, f"{path}, measured {found.measured}"
-    payload = resources.files("stockflow").joinpath("data", BUILT_IN).read_bytes()
-    found = parse_calibration(payload, f"the built-in {BUILT_IN}")
-    return found, (
-        f"built in, measured on another machine ({found.machine.name}, {found.machine.cores} cores, "
-        f"{found.measured}); `stockflow calibrate` measures this one"
+        known = {place.is_local for place in found.places}
+        others = [place for place in built_in.places if place.is_local not in known]
+        return found.with_places(others), f"{path}, measured {found.measured}"
+    machine = built_in.machine
+    return built_in, (
+        f"constants of another machine ({machine.name}, {machine.cores} cores, {built_in.measured[:10]}): "
+        "times may be far off; `stockflow calibrate` measures this one in a minute"
     )
 
 

@@ -61,7 +61,8 @@ def plan_lines(
     yield f"  passes  {'; '.join(times)}"
     worst = worst_tensor(plan.jobs)
     because = f", for {worst.output.name!r} ({len(worst.sources)} x {gb(worst.output.num_bytes)})" if worst else ""
-    yield f"  memory  {mib(workspace.projected_bytes)} per worker projected; {mib(least_bytes)} would do{because}"
+    projected, least = mib(workspace.projected_bytes), mib(least_bytes)
+    yield f"  memory  {projected} per worker projected; the least --memory is {least}{because}"
     for note in (*plan.notes, *notes):
         yield f"  note    {note}"
 

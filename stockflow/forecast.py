@@ -1,14 +1,15 @@
 """What ``stockflow plan`` answers: what a merge will read, write, hold, take and cost; in words and for programs."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stockflow.calibration import Calibration
 from stockflow.pagecache import cached_share
 from stockflow.plan import MergePlan
-from stockflow.prediction import STAGES, Conditions, Model, Prediction
+from stockflow.prediction import SHORT_STAGES, STAGES, Conditions, Model, Prediction
 from stockflow.prices import Cost, Prices, TransferFrom, cost_of, machine_of
-from stockflow.storage import LocalStore, Store, redact, scheme_of
+from stockflow.storage import LocalStore, Store, redact
 from stockflow.workload import Requests, Workload, requests_of
 
 SHOWN_STAGES = 4
@@ -101,15 +102,18 @@ def _num_machines(prices: Prices, name: str, conditions: Conditions, memory_byte
 
 
 def _assumptions(calibration: Calibration, urls: Sequence[str], conditions: Conditions) -> Iterator[str]:
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for url in urls:
-        place, other = calibration.place(url)
-        root = "/".join(url.split("/")[:3]) if "://" in url else "local folders"
-        if other and (root, other) not in seen:
-            seen.add((root, other))
-            option = "--folder" if scheme_of(url) == "file" else "--url"
-            like = f"{redact(root)} was not measured: taken to be like {redact(place.url)}"
-            yield f"{like} (`stockflow calibrate {option}` measures it)"
+        place, is_measured = calibration.place(url)
+        root = redact("/".join(url.split("/")[:3])) if "://" in url else os.path.dirname(url)
+        if is_measured or root in seen or (place.is_local and place.name):  # then the machine is another one anyway
+            continue
+        seen.add(root)
+        option = "--folder" if place.is_local else "--url"
+        yield (
+            f"{root} was not measured: taken to be like {place.name or redact(place.url)}; "
+            f"`stockflow calibrate {option} {root}` measures it"
+        )
     if conditions.cold_share:
         yield f"{conditions.cold_share:.0%} of the local inputs must come from the disk, the rest is in memory"
 
@@ -149,13 +153,23 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
     """Yield it line by line, for people."""
     prediction, conditions = found.prediction, found.conditions
     workers = _counted(conditions.num_workers, "worker") if conditions.on_ray else "one process"
+    each = " each" if conditions.num_workers > 1 else ""
     parts = ", ".join(
         f"{phase.name} {duration(phase.seconds)}" for phase in prediction.phases if phase.seconds >= 0.005
     )
     threads = _counted(conditions.num_threads, "thread")
-    yield f"  time    about {duration(prediction.seconds)} by {workers}, {threads} each: {parts}"
+    yield f"  time    about {duration(prediction.seconds)} by {workers} of {threads}{each}: {parts}"
     yield f"  limit   {STAGES[prediction.bottleneck]}; side by side: {_stages(prediction.stages)}"
+    yield from _cost_lines(found)
+    for source in found.sources:
+        yield f"  model   {source}"
+
+
+def _cost_lines(found: Forecast) -> Iterator[str]:
     cost, unit = found.cost, found.prices.currency
+    if not (cost.total or cost.storage_per_month or found.machine):
+        yield "  cost    nothing is billed here; --machine NAME adds the price of machines"
+        return
     machines = f"machines {money(cost.machines)}"
     machines += f" ({found.num_machines} x {found.machine})" if found.machine else " (none named: --machine)"
     yield (
@@ -163,14 +177,12 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
         f"{machines}; the output then {money(cost.storage_per_month)} a month"
     )
     yield f"  prices  {found.prices.source}"
-    for source in found.sources:
-        yield f"  model   {source}"
 
 
 def _stages(stages: Mapping[str, float]) -> str:
     longest = max(stages.values(), default=0.0)
     shown = sorted((stage for stage in stages if stages[stage] >= SHOWN_SHARE * longest), key=lambda s: -stages[s])
-    return ", ".join(f"{stage} {duration(stages[stage])}" for stage in shown[:SHOWN_STAGES])
+    return ", ".join(f"{SHORT_STAGES[stage]} {duration(stages[stage])}" for stage in shown[:SHOWN_STAGES])
 
 
 def duration(seconds: float) -> str:

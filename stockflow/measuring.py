@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
@@ -31,21 +31,30 @@ import numpy as np
 from stockflow import __version__
 from stockflow.budget import OPTIMAL_READ_BYTES, default_memory
 from stockflow.calibration import Calibration, KernelCost, MachineCosts, PlaceCosts
-from stockflow.driver import Inputs, MergeOptions, merge
+from stockflow.driver import Inputs, MergeOptions, merge, plan_merge
 from stockflow.errors import ComputeLostError, StockflowError, StorageError
 from stockflow.execution import in_this_process
 from stockflow.header import TensorSpec, encode_header
-from stockflow.prediction import CALIBRATED_ROUNDS, RANGES_IN_FLIGHT
+from stockflow.prediction import CALIBRATED_ROUNDS, RANGES_IN_FLIGHT, Conditions, Model
 from stockflow.recipe import load_recipe
 from stockflow.redaction import without_secrets
 from stockflow.reporting import Silent
 from stockflow.storage import Stamp, StorageConfig, Store, open_store, redact
+from stockflow.workload import survey
 
 SEED = 5
 POOL_ELEMS = 2**22
+TOGETHER_BYTES = 512 * 2**20
+"""of all sources of the tensor that all threads merge together: so many that the ends hardly count"""
+TOGETHER_SOURCES = 5
 KERNEL_BYTES = 128 * 2**20
 """of all sources of one tensor: more than caches hold between its two sweeps, as in a real merge"""
-ROUNDS = 3
+ROUNDS = 5
+"""Of several rounds the fastest counts: what else the machine does can only slow one down."""
+TINY_ROUNDS = 3
+DISK_ROUNDS = 3
+BUSY_SHARE = 0.1
+"""of the cores' time that others may take before we say so"""
 TINY_TENSORS = 2000
 TINY_SHARDS = 9
 LOCAL_BYTES = 256 * 2**20
@@ -94,6 +103,7 @@ def calibrate(folder: Path, urls: Sequence[str], say: Say) -> Calibration:
         StockflowError: a place cannot be written or read.
     """
     with _workplace(folder) as work:
+        alone = _Alone()
         say("measuring start-up")
         place_store = open_store(str(work), StorageConfig(), writable=True)
         tiny = _Tiny(work, str(work))
@@ -102,32 +112,54 @@ def calibrate(folder: Path, urls: Sequence[str], say: Say) -> Calibration:
         tiny.make(place_store, "many", TINY_TENSORS, 2)
         tiny.make(place_store, "wide", TINY_TENSORS, 8)
         tiny.run("single")  # compiles the kernels, once per machine
-        single = _median_run([tiny.run("single") for _ in range(ROUNDS)])
-        several, many, wide = (_median_run([tiny.run(name) for _ in range(2)]) for name in ("several", "many", "wide"))
+        single, several, many, wide = (
+            tiny.fastest(name, TINY_ROUNDS) for name in ("single", "several", "many", "wide")
+        )
         say("measuring the arithmetic")
         kernels, rates = _measure_kernels(work)
         say(f"measuring the disk of {folder}")
         disk = _measure_disk(place_store, work)
         local = _place(str(folder), single, several, disk, read_cpu_ns=rates["read_ns"])
+        say("measuring all threads together")
         machine = MachineCosts(
             name=_processor(),
             cores=len(os.sched_getaffinity(0)),
             kernels=kernels,
             hash_ns=rates["hash_ns"],
-            crowding=rates["crowding"],
+            crowding=1.0,
+            turn_us=0.0,
             ray_start_s=RAY_START_S,
             **_per_tensor(single, many, wide),
         )
+        machine = _measure_together(work, machine, local)
+        note = f"the start of Ray's workers is assumed to take {RAY_START_S} s"
+        if disturbed := alone.disturbed():
+            note += f"; {disturbed}"
         places = [local]
         for url in urls:
             places.append(_measure_store(url, work, say))
     return Calibration(
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
         stockflow=__version__,
-        note=f"the start of Ray's workers is assumed to take {RAY_START_S} s",
+        note=note,
         machine=machine,
         places=tuple(places),
     )
+
+
+class _Alone:
+    """Watches what else the machine computes."""
+
+    def __init__(self) -> None:
+        self._started, self._ours, self._all = time.perf_counter(), _our_cpu_s(), _machine_cpu_s()
+
+    def disturbed(self) -> str:
+        """Return what is to be said of it, or nothing."""
+        others_s = _machine_cpu_s() - self._all - (_our_cpu_s() - self._ours)
+        share = others_s / ((time.perf_counter() - self._started) * (os.cpu_count() or 1))
+        if share < BUSY_SHARE:
+            return ""
+        return f"meanwhile others took {share:.0%} of the processor: measure again while nothing else runs"
 
 
 RAY_START_S = 6.0
@@ -186,9 +218,9 @@ class _Tiny:
         result = json.loads(finished.stdout)
         return _Run(wall_s, result["seconds"], result["summary"]["seconds_total"])
 
-
-def _median_run(runs: Sequence[_Run]) -> _Run:
-    return sorted(runs, key=lambda run: run.wall_s)[(len(runs) - 1) // 2]
+    def fastest(self, name: str, num_rounds: int) -> _Run:
+        """Merge several times; return the run that was disturbed least."""
+        return min((self.run(name) for _ in range(num_rounds)), key=lambda run: run.wall_s)
 
 
 def _per_tensor(single: _Run, many: _Run, wide: _Run) -> dict[str, float]:
@@ -212,38 +244,84 @@ def _per_tensor(single: _Run, many: _Run, wide: _Run) -> dict[str, float]:
 def _measure_kernels(work: Path) -> tuple[tuple[KernelCost, ...], dict[str, float]]:
     """Merge a large tensor by one thread, and once by all, in this process; its receipts tell the stages."""
     costs, hashes, reads = [], [], []
-    crowding = 1.0
     for method, dtype, num_sources in KERNELS:
         num_elems = KERNEL_BYTES // (num_sources * WIDTHS[dtype]) // 1024 * 1024
         inputs = _kernel_inputs(work, dtype, num_sources, num_elems)
         recipe = _write_recipe(work / "kernel.yaml", method, [str(path) for path in inputs])
         _merged_here(recipe, work, 1)  # loads the kernels, and brings the files into memory
         runs = [_merged_here(recipe, work, 1) for _ in range(ROUNDS)]
-        middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        least = {name: min(run[name] for run in runs) for name in runs[0]}
         passes = PASSES[method]
         costs.append(
             KernelCost(
                 "linear" if method == "model_stock" else "elementwise",
                 dtype,
                 num_sources,
-                statistics_ns=middle["seconds_statistics"] / (num_elems * passes) * 1e9,
-                combine_ns=middle["seconds_combine"] / num_elems * 1e9,
+                statistics_ns=least["seconds_statistics"] / (num_elems * passes) * 1e9,
+                combine_ns=least["seconds_combine"] / num_elems * 1e9,
             )
         )
-        hashes.append(middle["seconds_hash"] / middle["bytes_written"] * 1e9)
+        hashes.append(least["seconds_hash"] / least["bytes_written"] * 1e9)
         if method == "model_stock" and dtype == "BF16":
-            reads.append(middle["seconds_read"] / middle["bytes_read"] * 1e9)
-            if num_sources == 5:
-                together = [_merged_here(recipe, work, len(os.sched_getaffinity(0))) for _ in range(ROUNDS)]
-                crowding = statistics.median(run["cpu_s"] for run in together) / middle["cpu_s"]
+            reads.append(least["seconds_read"] / least["bytes_read"] * 1e9)
         for path in inputs:
             shutil.rmtree(path)
     rates = {
         "hash_ns": statistics.median(hashes),
         "read_ns": statistics.median(reads),
-        "crowding": max(crowding, 1.0),
     }
     return tuple(costs), rates
+
+
+def _measure_together(work: Path, machine: MachineCosts, place: PlaceCosts) -> MachineCosts:
+    """Merge by one thread, then by all: how much more CPU that takes, and how long threads wait for one another.
+
+    Waiting is what is left between the model and the clock when everything else is accounted for.
+    """
+    num_threads = len(os.sched_getaffinity(0))
+    if num_threads == 1:
+        return machine
+    num_elems = TOGETHER_BYTES // (TOGETHER_SOURCES * WIDTHS["BF16"]) // 1024 * 1024
+    inputs = _kernel_inputs(work, "BF16", TOGETHER_SOURCES, num_elems)
+    recipe = _write_recipe(work / "kernel.yaml", "model_stock", [str(path) for path in inputs])
+    _merged_here(recipe, work, 1)  # brings the files into memory
+    alone = [_merged_here(recipe, work, 1) for _ in range(ROUNDS)]
+    alone_s, writing_s = (min(run[name] for run in alone) for name in ("cpu_s", "seconds_write"))
+    # Here memory that was just given back is written to, which is cheaper than elsewhere.
+    write_ns = writing_s / alone[0]["bytes_written"] * 1e9
+    place = replace(place, write_thread_ns=write_ns, write_cpu_ns=write_ns)
+    together = [_merged_here(recipe, work, num_threads) for _ in range(ROUNDS)]
+    shard_s = min(run["seconds_total"] for run in together)
+    crowded = replace(machine, crowding=max(min(run["cpu_s"] for run in together) / alone_s, 1.0))
+    options = MergeOptions(default_memory(), num_threads, "cpu")
+    plan, workspace = plan_merge(Inputs.open(load_recipe(str(recipe))), str(work / "kernel-output"), options)
+    asked = survey(plan, workspace, num_threads)
+    conditions = Conditions(num_threads=num_threads, cores_per_worker=float(num_threads))
+    urls = [str(path) for path in inputs]
+
+    def predicted_s(turn_us: float) -> float:
+        calibration = Calibration("", __version__, "", replace(crowded, turn_us=turn_us), (place,))
+        model = Model(calibration, urls, str(work / "kernel-output"), conditions, workspace.direct)
+        return sum(model.shard_time(shard, asked.num_slabs).seconds for shard in asked.shards)
+
+    for path in inputs:
+        shutil.rmtree(path)
+    return replace(crowded, turn_us=_solved(predicted_s, shard_s))
+
+
+MAX_TURN_US = 10_000.0
+BISECTIONS = 30
+
+
+def _solved(predicted_s: Callable[[float], float], measured_s: float) -> float:
+    """Return the argument at which a rising function has a value; 0 if it lies above it everywhere."""
+    low, high = 0.0, MAX_TURN_US
+    if predicted_s(low) >= measured_s:
+        return low
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if predicted_s(middle) < measured_s else (low, middle)
+    return low
 
 
 def _kernel_inputs(work: Path, dtype: str, num_sources: int, num_elems: int) -> list[Path]:
@@ -267,7 +345,10 @@ def _merged_here(recipe: Path, work: Path, num_threads: int) -> dict[str, float]
     result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process, Silent())
     cpu_s = time.process_time() - started
     shutil.rmtree(output)
-    stages = ("seconds_statistics", "seconds_combine", "seconds_read", "seconds_hash", "bytes_read", "bytes_written")
+    stages = (
+        "seconds_statistics", "seconds_combine", "seconds_read", "seconds_hash", "seconds_write", "seconds_total",
+        "bytes_read", "bytes_written",
+    )  # fmt: skip
     return {name: result.manifest.summary[name] for name in stages} | {"cpu_s": cpu_s}
 
 
@@ -328,6 +409,7 @@ class _PlaceRates:
     put_s: float
     read: _Transfer
     cold_rate: float
+    cold_cpu_ns: float
     write: _Transfer
     turns: float
 
@@ -357,19 +439,23 @@ def _place(
         server_read_ns=read.others_s / read.num_bytes * 1e9 if is_here else 0.0,
         server_write_ns=write.others_s / write.num_bytes * 1e9 if is_here else 0.0,
         turns=rates.turns,
+        cold_cpu_ns=rates.cold_cpu_ns,
     )
 
 
 def _measure_disk(store: Store, work: Path) -> _PlaceRates:
     """Write and read a large file: from memory, then from the disk itself, then both at once."""
     get_s, put_s = _small_objects(store)
-    names = ["large", *(f"large-{number}" for number in range(1, ROUNDS))]  # pages given back would be used again
-    writes = [_measured(partial(_write, store, name, LOCAL_BYTES)) for name in names]
-    write = sorted(writes, key=lambda transfer: transfer.wall_s)[ROUNDS // 2]
-    read = _measured(lambda: _read(store, "large", LOCAL_BYTES, NUM_LOCAL_READERS))
+    names = ["large", *(f"large-{number}" for number in range(1, DISK_ROUNDS))]  # pages given back would be used again
+    write = min((_measured(partial(_write, store, name, LOCAL_BYTES)) for name in names), key=lambda each: each.wall_s)
+
+    def read_large() -> _Transfer:
+        return _measured(lambda: _read(store, "large", LOCAL_BYTES, NUM_LOCAL_READERS))
+
+    read = min((read_large() for _ in range(DISK_ROUNDS)), key=lambda each: each.wall_s)
     _forget(work / "large")
     before = _bytes_from_disk()
-    cold = _measured(lambda: _read(store, "large", LOCAL_BYTES, NUM_LOCAL_READERS))
+    cold = read_large()
     came_from_disk = _bytes_from_disk() - before
     is_disk = came_from_disk > LOCAL_BYTES // 2  # not on tmpfs, nor where another keeps the file in memory
     turns = 0.0
@@ -381,7 +467,9 @@ def _measure_disk(store: Store, work: Path) -> _PlaceRates:
             cold.wall_s,
             write.wall_s,
         )
-    return _PlaceRates(get_s, put_s, read, cold.rate if is_disk else read.rate, write, turns)
+    cold_rate = cold.rate if is_disk else read.rate
+    cold_cpu_ns = max(cold.cpu_s - read.cpu_s, 0.0) / LOCAL_BYTES * 1e9 if is_disk else 0.0
+    return _PlaceRates(get_s, put_s, read, cold_rate, cold_cpu_ns, write, turns)
 
 
 def _measure_store(url: str, work: Path, say: Say) -> PlaceCosts:
@@ -393,10 +481,13 @@ def _measure_store(url: str, work: Path, say: Say) -> PlaceCosts:
         get_s, put_s = _small_objects(store)
         first = _measured(lambda: _write(store, "large", FIRST_REMOTE_BYTES))
         size = FIRST_REMOTE_BYTES * int(min(max(first.rate * TRANSFER_S / FIRST_REMOTE_BYTES, 1), 16))
-        write = _measured(lambda: _write(store, "second", size))
+        write = min((_measured(lambda: _write(store, "second", size)) for _ in range(2)), key=lambda each: each.wall_s)
         ranges = int(max(write.rate * TRANSFER_S, FIRST_REMOTE_BYTES))
         _read(store, "large", FIRST_REMOTE_BYTES, RANGES_IN_FLIGHT)  # opens the connections
-        read = _measured(lambda: _read(store, "large", ranges, RANGES_IN_FLIGHT))
+        read = min(
+            (_measured(lambda: _read(store, "large", ranges, RANGES_IN_FLIGHT)) for _ in range(2)),
+            key=lambda each: each.wall_s,
+        )
         both = int(read.rate * write.wall_s)
         turns = _turns(
             lambda: _read(store, "large", both, RANGES_IN_FLIGHT),
@@ -407,9 +498,8 @@ def _measure_store(url: str, work: Path, say: Say) -> PlaceCosts:
         tiny = _Tiny(work, prefix)
         tiny.make(store, "single", 1, 2)
         tiny.make(store, "several", TINY_SHARDS, 2)
-        single = _median_run([tiny.run("single") for _ in range(2)])
-        several = tiny.run("several")
-        rates = _PlaceRates(get_s, put_s, read, read.rate, write, turns)
+        single, several = (tiny.fastest(name, TINY_ROUNDS) for name in ("single", "several"))
+        rates = _PlaceRates(get_s, put_s, read, read.rate, 0.0, write, turns)
         read_cpu_ns = read.cpu_s / read.num_bytes * 1e9
         return _place(
             url.rstrip("/"), single, several, rates, read_cpu_ns=read_cpu_ns, is_here=_is_on_this_machine(url)
@@ -487,6 +577,12 @@ def _machine_cpu_s() -> float:
     ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     user, nice, system, _idle, _iowait, interrupts, soft_interrupts, stolen = ticks
     return (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def _our_cpu_s() -> float:
+    """Of this process and of those it started that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _is_on_this_machine(url: str) -> bool:

@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NOTHING_S = 1e-12
-
 
 @dataclass(frozen=True, slots=True)
 class LoadTime:
@@ -91,7 +89,7 @@ class _Pipeline:
             self._take_buffer()
             self._compute(load.combine_s)
             self._release()
-            if load.write_s > NOTHING_S:
+            if load.write_s:
                 self._writing.append(load.write_s)
             if self.first_output_s is None:
                 self.first_output_s = self._now
@@ -104,14 +102,14 @@ class _Pipeline:
         if load.read_s:
             free = self._released.popleft() if self._released else self._now
             self._reader_done = max(self._reader_done, free) + load.read_s
-            self._advance(max(self._reader_done - self._now, 0.0), 0)
+            self._wait(max(self._reader_done - self._now, 0.0))
 
     def _release(self) -> None:
         self._released.append(self._now)
 
     def _take_buffer(self) -> None:
         if len(self._writing) >= self._num_buffers:
-            self._advance(self._writing[0] / min(1.0, self._cores), 0)
+            self._now += self._writing.popleft() / min(1.0, self._cores)
 
     def _compute(self, seconds: float) -> None:
         self._work(seconds, self._num_threads)
@@ -120,19 +118,28 @@ class _Pipeline:
         self._work(seconds, 1)
 
     def _work(self, seconds: float, num_threads: int) -> None:
-        """Compute so much, in competition with the thread that writes."""
-        while seconds > NOTHING_S:
-            speed = min(1.0, self._cores / (num_threads + bool(self._writing)))
-            done = min(seconds, self._writing[0]) if self._writing else seconds
-            seconds -= done
-            self._advance(done / speed, num_threads)
+        """Compute so much; while something is being written, its thread gets on as fast as one of those that compute.
 
-    def _advance(self, seconds: float, num_threads: int) -> None:
-        """Let time go by; the thread that writes gets on."""
-        self._now += seconds
-        written = seconds * min(1.0, self._cores / (num_threads + 1))
+        Every turn but the last finishes an output, so there are no more turns than outputs that wait.
+        """
+        beside = min(1.0, self._cores / (num_threads + 1))
         while self._writing:
-            if self._writing[0] > written + NOTHING_S:
+            written = self._writing[0]
+            if written > seconds:
+                self._writing[0] -= seconds
+                self._now += seconds / beside
+                return
+            self._writing.popleft()
+            self._now += written / beside
+            seconds -= written
+        self._now += seconds / min(1.0, self._cores / num_threads)
+
+    def _wait(self, seconds: float) -> None:
+        """Let time go by; the thread that writes has a core meanwhile."""
+        self._now += seconds
+        written = seconds * min(1.0, self._cores)
+        while self._writing:
+            if self._writing[0] > written:
                 self._writing[0] -= written
                 return
-            written = max(written - self._writing.popleft(), 0.0)
+            written -= self._writing.popleft()

@@ -8,6 +8,7 @@ start, opening, and publishing. Each formula is explained in docs/planning.md.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from stockflow.budget import NUM_OUT_BUFFERS, OPTIMAL_READ_BYTES
 from stockflow.calibration import Calibration, MachineCosts, PlaceCosts
@@ -33,12 +34,26 @@ STAGES = {
     "disk_read": "disk: reading",
     "network_write": "network: writing",
     "disk_write": "disk: writing",
-    "store": "the store: reads and writes take turns",
+    "disk": "disk: reading and writing take turns",
+    "store": "the store: reading and writing take turns",
     "request_rate": "the store's request rate",
     "start": "start-up, opening and publishing: the merge is small",
     "workers": "idle workers: there are too few shards",
 }
 """What may decide how long a merge takes, in words."""
+SHORT_STAGES = {
+    "compute": "computing",
+    "cpu": "all cores",
+    "hash": "hashing and writing",
+    "network_read": "reading",
+    "disk_read": "reading",
+    "network_write": "uploading",
+    "disk_write": "the disk's writing",
+    "disk": "the disk",
+    "store": "the store",
+    "request_rate": "requests",
+}
+"""The stages of a shard, where several are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +119,17 @@ class ShardTime:
     """seconds of each resource, if it were the only one; the longest bounds the whole from below"""
 
 
+class ReadTime(NamedTuple):
+    """What reading takes, by what it occupies."""
+
+    network_s: float
+    disk_s: float
+    cpu_s: float
+    """each time"""
+    cold_cpu_s: float
+    """the first time"""
+
+
 @dataclass(frozen=True)
 class Model:
     """One merge's places, machine and conditions."""
@@ -144,20 +170,20 @@ class Model:
         """Return what one shard takes one worker while all workers are at work."""
         conditions, output = self.conditions, self._place(self.output)
         steps = [self._step_time(step) for step in shard.steps]
-        read_s, cold_s, client_s = self._reading(shard.readings())
-        write_rate = _slower(output.write_rate, None if output.is_local else conditions.write_rate)
+        reading = self._reading(shard.readings())
+        write_rate = output.write_rate if output.is_local else conditions.write_rate or output.write_rate
         write_s = shard.num_bytes / write_rate
         stages = self._threads(steps)
-        beside_s = self._beside_s(shard, 0.0 if self.direct else client_s)
+        beside_s = self._beside_s(shard, 0.0 if self.direct else reading.cpu_s + reading.cold_cpu_s)
         cores = conditions.cores_per_worker
         stages["cpu"] = (stages["compute"] * min(conditions.num_threads, cores) + stages["hash"] + beside_s) / cores
         stages["disk_write" if output.is_local else "network_write"] = write_s
-        if read_s:
-            stages["network_read"] = read_s
-        if cold_s:
-            stages["disk_read"] = cold_s * conditions.num_workers  # one disk for all
-        if together := self._taking_turns(read_s + cold_s, write_s):
-            stages["store"] = together
+        if reading.network_s:
+            stages["network_read"] = reading.network_s
+        if reading.disk_s:
+            stages["disk_read"] = reading.disk_s * conditions.num_workers  # one disk for all
+        if together := self._taking_turns(reading.network_s + reading.disk_s, write_s):
+            stages["disk" if output.is_local else "store"] = together
         if conditions.request_rate:
             stages["request_rate"] = self._num_requests(shard) * conditions.num_workers / conditions.request_rate
         elapsed = self._elapsed(steps, beside_s, num_slabs)
@@ -176,24 +202,29 @@ class Model:
     def _step_time(self, step: StepWork) -> StepTime:
         """Return the seconds of each load on all threads, reading included where those do it."""
         machine, conditions = self.calibration.machine, self.conditions
-        crowded = _crowding(machine, min(conditions.num_threads, conditions.cores_per_worker))
-        per_second = crowded / (conditions.num_threads * (1.0 - step.idle_share))
+        busy = min(conditions.num_threads, conditions.cores_per_worker)
+        per_second = _crowding(machine, busy) / (conditions.num_threads * (1.0 - step.idle_share))
+        turn_s = machine.turn_us / 1e6 * _fullness(machine, busy) / conditions.num_threads
         loads = []
         for load in step.loads:
-            read_s, cold_s, client_s = self._reading(load.readings)
+            reading = self._reading(load.readings)
+            arrives_s = reading.network_s + reading.disk_s
             statistics_s = sum(self._cost(kernel)[0] * elems for kernel, elems in load.elems.items()) / 1e9
             combine_s = sum(self._cost(kernel)[1] * elems for kernel, elems in load.elems.items()) / 1e9
             if self.direct:  # once per sweep, by the thread that computes
-                read_s = 0.0
-                is_swept = step.num_reads > 1
-                statistics_s += client_s * is_swept
-                combine_s += client_s
+                arrives_s = 0.0
+                if step.num_reads > 1:
+                    statistics_s += reading.cpu_s + reading.cold_cpu_s / step.num_passes
+                    combine_s += reading.cpu_s
+                else:
+                    combine_s += reading.cpu_s + reading.cold_cpu_s
+            waits_s = load.num_turns * turn_s
             serial_s = (machine.merge_tensor_us * load.num_tensors + machine.merge_piece_us * load.num_pieces) / 1e6
             loads.append(
                 LoadTime(
-                    read_s=read_s + cold_s * (not self.direct),
-                    statistics_s=statistics_s * per_second,
-                    combine_s=combine_s * per_second,
+                    read_s=arrives_s,
+                    statistics_s=statistics_s * per_second + waits_s * (step.num_reads > 1),
+                    combine_s=combine_s * per_second + waits_s,
                     serial_s=serial_s,
                     write_s=load.num_bytes_out * self._write_ns() / 1e9,
                 )
@@ -224,28 +255,30 @@ class Model:
         crowded = _crowding(self.calibration.machine, self.conditions.cores_per_worker)
         return (client_s + shard.num_bytes * upload_ns / 1e9) * crowded + self._server_cpu_s(shard)
 
-    def _reading(self, readings: Mapping[int, Reading]) -> tuple[float, float, float]:
-        """Seconds of the network, of the disk, and of CPU."""
-        network_s = disk_s = cpu_s = 0.0
+    def _reading(self, readings: Mapping[int, Reading]) -> ReadTime:
+        network_s = disk_s = cpu_s = cold_cpu_s = 0.0
         for index, reading in readings.items():
             place = self._place(self.inputs[index])
             cpu_s += reading.num_bytes * place.read_cpu_ns / 1e9
             if place.is_local:
-                disk_s += self.conditions.cold_share * reading.num_bytes_once / place.cold_rate
+                cold_bytes = self.conditions.cold_share * reading.num_bytes_once
+                disk_s += cold_bytes / place.cold_rate
+                cold_cpu_s += cold_bytes * place.cold_cpu_ns / 1e9
             else:
                 whole = reading.num_bytes / OPTIMAL_READ_BYTES  # what the calibrated rate has in it already
                 waits = max(reading.num_requests - whole, 0.0) * self._request_s(place)
                 waits += whole * max(self._request_s(place) - place.get_s, 0.0)
-                network_s += reading.num_bytes / _slower(place.read_rate, self.conditions.read_rate)
+                network_s += reading.num_bytes / (self.conditions.read_rate or place.read_rate)
                 network_s += waits / RANGES_IN_FLIGHT
-        return network_s, disk_s, cpu_s
+        return ReadTime(network_s, disk_s, cpu_s, cold_cpu_s)
 
     def _taking_turns(self, read_s: float, write_s: float) -> float:
         """Seconds of a store that serves reads and writes, if it is one and the same; else 0."""
         output = self._place(self.output)
-        if all(self._place(url) is not output for url in self.inputs):
+        if not output.turns or all(self._place(url) is not output for url in self.inputs):
             return 0.0
-        return max(read_s, write_s) + output.turns * min(read_s, write_s) if output.turns else 0.0
+        shorter = min(read_s, write_s)
+        return max(read_s, write_s) + output.turns * shorter if shorter else 0.0
 
     def _server_cpu_s(self, shard: ShardWork) -> float:
         """CPU that servers on this very machine take."""
@@ -318,13 +351,11 @@ PUBLISHING_REQUESTS = 25
 """one after the other, around the shards of a merge"""
 
 
-def _slower(calibrated: float, given: float | None) -> float:
-    """A network is as fast as it is said to be; without a word, as calibrated."""
-    return calibrated if given is None else given
-
-
 def _crowding(machine: MachineCosts, busy: float) -> float:
     """How much more CPU work takes while so many cores are busy."""
-    if machine.cores <= 1:
-        return 1.0
-    return 1.0 + (machine.crowding - 1.0) * (min(max(busy, 1.0), machine.cores) - 1.0) / (machine.cores - 1.0)
+    return 1.0 + (machine.crowding - 1.0) * _fullness(machine, busy)
+
+
+def _fullness(machine: MachineCosts, busy: float) -> float:
+    """0 while one core is busy, 1 while all are."""
+    return (min(max(busy, 1.0), machine.cores) - 1.0) / (machine.cores - 1.0) if machine.cores > 1 else 0.0

@@ -52,6 +52,10 @@ class MachinePrices:
     network_gbit: float
     """sustained"""
 
+    def share_of_network(self, num_workers: int) -> float:
+        """Return the bytes per second of one of so many workers, each with a core of its own."""
+        return self.network_gbit * 1e9 / 8 / min(num_workers, self.cores)
+
 
 @dataclass(frozen=True, slots=True)
 class Prices:

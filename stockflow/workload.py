@@ -47,6 +47,8 @@ class LoadWork:
     """that begin here"""
     num_pieces: int = 0
     """sources of these tensors: what Python handles one by one"""
+    num_turns: int = 0
+    """sources of spans that the threads that compute read themselves, in one pass"""
 
 
 @dataclass(slots=True)
@@ -251,7 +253,8 @@ def _load_work(load: Load, step: Step) -> LoadWork:
         reading.num_requests += num_requests
         reading.num_bytes += size
         reading.num_bytes_once += size
-    return LoadWork(elems, num_bytes, readings, num_tensors, num_pieces)
+    num_turns = sum(reading.num_requests for reading in readings.values()) if step.direct else 0
+    return LoadWork(elems, num_bytes, readings, num_tensors, num_pieces, num_turns)
 
 
 def _requests(load: Load, step: Step) -> Iterator[tuple[int, int, int]]:

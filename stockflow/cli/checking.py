@@ -74,6 +74,7 @@ def clean(
     output: OutputArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is shown.")] = False,
     recipe: StorageRecipe = None,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -83,15 +84,20 @@ def clean(
     and so do finished shards of an unfinished merge, which the same merge run again goes on with.
     """
     from stockflow.clean import find_leftovers, leftover_facts, leftover_lines, remove
+    from stockflow.events import Stage
     from stockflow.recipe import load_recipe
+    from stockflow.reporting import DELAY_S
     from stockflow.storage import StorageConfig, open_store
 
     with exit_codes():
         config = load_recipe(recipe).storage if recipe else StorageConfig()
-        store = open_store(output, config, writable=True)
-        leftovers = find_leftovers(store)
-        if yes:
-            remove(store, leftovers)
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+            on_event(Stage("looking for what is left over"))
+            store = open_store(output, config, writable=True)
+            leftovers = find_leftovers(store)
+            if yes:
+                on_event(Stage("removing it"))
+                remove(store, leftovers)
         if as_json:
             print(json.dumps(leftover_facts(leftovers, is_removed=yes), indent=1))
         elif not quiet:

@@ -13,9 +13,12 @@ from stockflow.cli.options import (
     Executor,
     Memory,
     Overwrite,
+    Progress,
+    ProgressName,
     Quiet,
     ShardSize,
     Workers,
+    followed,
     is_on_ray,
     merge_options,
 )
@@ -30,6 +33,7 @@ def demo(
     executor: Executor = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -48,11 +52,16 @@ def demo(
         where.mkdir(parents=True, exist_ok=True)
         options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
         execute = execute_on(executor.value if executor else None, {"num_workers": workers})
-        result = run_demo(where, options, execute, (lambda _: None) if quiet or as_json else print)
+        tells = not (quiet or as_json)
+        # The story on standard output is progress enough.
+        style = ProgressName.none if tells and progress is ProgressName.auto else progress
+        with followed(style, quiet=quiet) as on_event:
+            result = run_demo(where, options, execute, print if tells else lambda _: None, on_event)
         if as_json:
             facts = {"losses": result.losses, "findings": [str(finding) for finding in result.verification.findings]}
             print(json.dumps({**facts, "folder": str(where), "seconds": result.seconds}, indent=1))
         elif not quiet:
             print(f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}")
+            print(f"next: stockflow inspect {where / 'model-stock.yaml'}")
         if result.verification.findings:
             raise typer.Exit(EXIT_FINDINGS)

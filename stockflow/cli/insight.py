@@ -61,6 +61,7 @@ def inspect(
     from stockflow.insight.inspection_lines import inspection_lines
     from stockflow.interruption import interruptible
     from stockflow.reporting import DELAY_S
+    from stockflow.storage import redact
 
     with exit_codes():
         with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
@@ -78,7 +79,8 @@ def inspect(
         elif not quiet:
             print("\n".join(inspection_lines(found)))
             if out is not None:
-                print(f"rows of every tensor: {out}/inspect.parquet and inspect.json")
+                print(f"rows of every tensor: {redact(out)}/inspect.parquet and inspect.json")
+            print(f"next: stockflow plan {redact(recipe)} OUTPUT says what the merge would take")
 
 
 def audit(
@@ -110,7 +112,7 @@ def audit(
     from stockflow.insight.audit_lines import audit_lines
     from stockflow.interruption import interruptible
     from stockflow.reporting import DELAY_S
-    from stockflow.storage import StorageConfig
+    from stockflow.storage import StorageConfig, redact
 
     with exit_codes():
         with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
@@ -130,7 +132,7 @@ def audit(
         elif not quiet:
             print("\n".join(audit_lines(found)))
             if out is not None:
-                print(f"rows of every tensor: {out}/audit.parquet and audit.json")
+                print(f"rows of every tensor: {redact(out)}/audit.parquet and audit.json")
 
 
 def _is_output(location: str) -> bool:

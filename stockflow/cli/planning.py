@@ -58,7 +58,9 @@ RequestRate = Annotated[
 PriceFile = Annotated[
     str | None, typer.Option("--prices", metavar="FILE", help="Table of prices. Default: examples that come with us.")
 ]
-Machine = Annotated[str | None, typer.Option(help="Kind of machine in the table of prices. Default: costs nothing.")]
+Machine = Annotated[
+    str | None, typer.Option(help="Kind of machine in the table of prices. Default: this one, which costs nothing.")
+]
 Transfer = Annotated[TransferName, typer.Option(help="Where the machines are, seen from the inputs.")]
 
 
@@ -161,6 +163,7 @@ def calibrate(
                     f"{redact(place.url)}: reads {place.read_rate / 1e9:.2f} GB/s, writes "
                     f"{place.write_rate / 1e9:.2f} GB/s, a small request {place.get_s * 1e3:.2g} ms"
                 )
+            print(f"note: {found.note}")
             print(f"written to {path}, where `stockflow plan` finds it" if not out else f"written to {path}")
 
 

@@ -10,10 +10,11 @@ from stockflow.card import by_kind, mean, shown
 from stockflow.demo import DemoInputs, held_out_loss, make_checkpoints
 from stockflow.describe import plan_lines, result_lines
 from stockflow.driver import Execute, MergeOptions, MergeResult
+from stockflow.events import OnEvent, Stage, ignore
 from stockflow.manifest import tensors_key
 from stockflow.receipts import TensorFacts
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.reporting import AsEvents
 from stockflow.storage import StorageConfig
 from stockflow.tables import read_facts
 from stockflow.verify import Verification, summary_lines, verify
@@ -33,7 +34,7 @@ class DemoResult:
     seconds: float
 
 
-def run_demo(folder: Path, options: MergeOptions, execute: Execute, say: Say) -> DemoResult:
+def run_demo(folder: Path, options: MergeOptions, execute: Execute, say: Say, on_event: OnEvent = ignore) -> DemoResult:
     """Make checkpoints in ``folder``, merge them twice, verify, and measure every model.
 
     Args:
@@ -41,9 +42,11 @@ def run_demo(folder: Path, options: MergeOptions, execute: Execute, say: Say) ->
         options: memory, threads, device and shard size of the merges.
         execute: where shards are merged.
         say: called with each line for the reader.
+        on_event: told how it goes, from several threads.
     """
     started = time.perf_counter()
     say(f"1. training a small language model and four fine-tuned ones in {folder} (about a minute)")
+    on_event(Stage("training models"))
     inputs = make_checkpoints(folder, lambda line: say(f"   {line}"))
     stock_recipe, average_recipe = _write_recipes(folder, inputs)
     say(f"\n2. stockflow plan {stock_recipe} {folder / 'model-stock'}")
@@ -53,15 +56,16 @@ def run_demo(folder: Path, options: MergeOptions, execute: Execute, say: Say) ->
     for line in plan_lines(plan, workspace, work, driver.least_memory_of(opened, output, plan, options)):
         say(f"   {line}")
     say(f"\n3. stockflow merge {stock_recipe} {folder / 'model-stock'}")
-    stock = _merge(stock_recipe, folder / "model-stock", options, execute)
+    stock = _merge(stock_recipe, folder / "model-stock", options, execute, on_event)
     for line in result_lines(stock):
         say(f"   {line}")
-    _merge(average_recipe, folder / "average", options, execute)
+    _merge(average_recipe, folder / "average", options, execute, on_event)
     say(f"\n4. stockflow verify {folder / 'model-stock'}")
-    verification = verify(str(folder / "model-stock"), StorageConfig(), inputs=True)
+    verification = verify(str(folder / "model-stock"), StorageConfig(), inputs=True, on_event=on_event)
     for line in summary_lines(verification):
         say(f"   {line}")
     say("\n5. measuring all models on text none of them has read")
+    on_event(Stage("measuring models"))
     folders = {
         "base": inputs.base,
         **inputs.tuned,
@@ -107,8 +111,8 @@ def _open(recipe: Path) -> driver.Inputs:
     return driver.Inputs.open(load_recipe(str(recipe)))
 
 
-def _merge(recipe: Path, output: Path, options: MergeOptions, execute: Execute) -> MergeResult:
-    return driver.merge(_open(recipe), str(output), options, execute, Silent())
+def _merge(recipe: Path, output: Path, options: MergeOptions, execute: Execute, on_event: OnEvent) -> MergeResult:
+    return driver.merge(_open(recipe), str(output), options, execute, AsEvents(on_event))
 
 
 def _ratios(

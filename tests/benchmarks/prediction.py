@@ -1,9 +1,9 @@
 """How well ``stockflow plan`` predicts: ``make bench-prediction``.
 
 Constants are measured first, by ``stockflow calibrate``, and stay as they are. Then every case is planned and
-merged once per round, interleaved: three sizes from disk to disk, and three from an S3 server to itself (moto, a
-process on the same cores, or Ceph's gateway where it is installed). Printed are the seconds of the whole process,
-predicted and measured.
+merged once per round, interleaved: three sizes from disk to disk, and three from an S3 server to itself (Ceph's
+gateway on the same cores; ``--server moto`` only for sizes of some megabytes). Printed are the seconds of the whole
+process, predicted and measured.
 """
 
 import argparse
@@ -39,6 +39,9 @@ from tests.ceph_server import ceph_gateway, missing_binaries
 from tests.s3_server import CREDENTIALS, FORBIDDEN, moto_server
 
 GOAL = 0.25
+ALONE_SHARE = 0.1
+"""of the cores' time that others may take during a merge from disk to disk; else it is measured again"""
+MAX_TRIES = 4
 
 
 @dataclass
@@ -62,6 +65,20 @@ class Place:
         warm(self.inputs)
         return planned(self.recipe, self.output, [*self.options, "--calibration", str(calibration)])
 
+    def merge_alone(self) -> dict[str, float]:
+        """Return what a merge took while others computed little; with a server on this machine that cannot be told."""
+        tries = []
+        for _ in range(MAX_TRIES):
+            found = self.merge()
+            tries.append(found)
+            if self.endpoint or found["others_cpu_s"] <= ALONE_SHARE * os.cpu_count() * found["s"]:  # type: ignore[operator]
+                break
+            print(
+                f"{self.name}: {found['s']:.2f} s, again: others took {found['others_cpu_s']:.1f} CPU s",
+                file=sys.stderr,
+            )
+        return min(tries, key=lambda each: each["others_cpu_s"] / each["s"])
+
     def merge(self) -> dict[str, float]:
         """Return what a merge took."""
         finished = run([*STOCKFLOW, "merge", str(self.recipe), self.output, *self.options])
@@ -83,12 +100,10 @@ def main() -> None:
     """Calibrate, predict and merge, print and append the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_case_options(parser, gb=0.8)
-    parser.add_argument("--sizes", type=float, nargs="*", default=[0.2, 0.8, 2.0], help="GB per checkpoint, on disk")
-    parser.add_argument(
-        "--s3-sizes", type=float, nargs="*", default=[0.03, 0.06, 0.13], help="GB per checkpoint, on S3"
-    )
-    parser.add_argument("--s3-tuned", type=int, default=2)
-    parser.add_argument("--server", choices=("moto", "ceph"), default="moto")
+    parser.add_argument("--sizes", type=float, nargs="*", default=[0.08, 0.3, 0.8], help="GB per checkpoint, on disk")
+    parser.add_argument("--s3-sizes", type=float, nargs="*", default=[0.08, 0.3, 0.8], help="GB per checkpoint, on S3")
+    parser.add_argument("--s3-tuned", type=int, default=4)
+    parser.add_argument("--server", choices=("moto", "ceph"), default="ceph")
     parser.add_argument("--calibration", type=Path, help="constants measured earlier, instead of measuring them now")
     add_run_options(parser, "prediction")
     arguments = parser.parse_args()
@@ -104,7 +119,7 @@ def main() -> None:
         places = [_on_disk(each, arguments.folder, work) for each in local]
         endpoint = None
         if remote:
-            server = moto_server() if arguments.server == "moto" else ceph_gateway(memory_bytes=8 << 30)
+            server = moto_server() if arguments.server == "moto" else ceph_gateway(memory_bytes=12 << 30)
             endpoint = stack.enter_context(server)
             os.environ["AWS_ENDPOINT_URL"] = endpoint
             boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)
@@ -114,7 +129,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for place in places:
                 predicted = place.predict(calibration)
-                measured = place.merge()
+                measured = place.merge_alone()
                 found[place.name].append((predicted, measured))
                 seconds = predicted["forecast"]["seconds"]
                 print(f"{place.name}: predicted {seconds:.2f} s, measured {measured['s']:.2f} s", file=sys.stderr)
@@ -146,6 +161,7 @@ def main() -> None:
                 "bottleneck": predicted["bottleneck"],
                 "measured": measured,
                 "measured_s": spread,
+                "others_cpu_s": [facts["others_cpu_s"] for _, facts in found[place.name]],
             }
         )
     columns = ("", "predicted s", "measured s (smallest-largest)", "error", "bottleneck")

@@ -2,11 +2,14 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from stockflow.calibration import load_calibration, parse_calibration
+from stockflow.cli import app
 from stockflow.driver import Inputs, MergeOptions, plan_merge
 from stockflow.errors import RecipeError
 from stockflow.measuring import calibrate
@@ -76,9 +79,9 @@ def test_plan_tells_time_memory_and_cost(recipe: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_understood_is_said(recipe: Path, tmp_path: Path, words: list[str], said: str) -> None:
-    finished = run("plan", recipe, tmp_path / "out", *words)
+    finished = CliRunner().invoke(app, ["plan", str(recipe), str(tmp_path / "out"), *words])
 
-    assert finished.returncode == 2
+    assert finished.exit_code == 2
     assert said in finished.stderr
     assert finished.stdout == ""
 
@@ -86,7 +89,7 @@ def test_what_cannot_be_understood_is_said(recipe: Path, tmp_path: Path, words: 
 def test_a_users_calibration_goes_before_the_built_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     built_in, where = load_calibration(None)
-    assert "built in" in where
+    assert "another machine" in where
     own = tmp_path / "stockflow" / "calibration.json"
     own.parent.mkdir()
     own.write_text(built_in.to_json().replace(built_in.measured, "yesterday"))
@@ -96,6 +99,33 @@ def test_a_users_calibration_goes_before_the_built_in_one(tmp_path: Path, monkey
     assert found.measured == "yesterday"
     assert str(own) in where
     assert parse_calibration(own.read_bytes(), "own") == found
+
+
+def test_the_built_in_calibration_names_no_folder_of_ours(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+    found = json.loads(run("plan", recipe, tmp_path / "out", "--json").stdout)["forecast"]["sources"]
+
+    assert len(found) == 1
+    assert "constants of another machine" in found[0]
+
+
+def test_a_store_that_was_not_measured_is_taken_for_a_store_and_not_for_a_disk(tmp_path: Path) -> None:
+    built_in, _ = load_calibration(None)
+    own = tmp_path / "own.json"
+    disk = replace(next(place for place in built_in.places if place.is_local), url="/data", name="")
+    own.write_text(replace(built_in, places=(disk,)).to_json())
+
+    found, _ = load_calibration(own)
+
+    place, is_measured = found.place("s3://bucket/model")
+    assert not is_measured
+    assert not place.is_local
+    assert "assumed" in place.name
+    assert found.place("/data/model") == (disk, True)
+    assert found.place("/other") == (disk, False)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "stockflow-calibration-1", "measured": "now"}'])

@@ -15,7 +15,7 @@ from stockflow.workload import Kernel, LoadWork, Reading, Requests, ShardWork, S
 GB = 10**9
 KERNEL = Kernel("linear", "BF16", 3)
 FREE = MachineCosts(
-    name="free", cores=4, kernels=(KernelCost("linear", "BF16", 3, 0.0, 0.0),), hash_ns=0.0, crowding=1.0,
+    name="free", cores=4, kernels=(KernelCost("linear", "BF16", 3, 0.0, 0.0),), hash_ns=0.0, crowding=1.0, turn_us=0.0,
     open_piece_us=0.0, plan_tensor_us=0.0, merge_tensor_us=0.0, merge_piece_us=0.0, ray_start_s=0.0,
 )  # fmt: skip
 ENDLESS = 1e30
@@ -28,12 +28,21 @@ DISK = replace(INSTANT, url="/disk")
 NUM_LOADS = 100
 
 
-def shard(num_bytes: int = GB, read: int = GB, requests: int = 1000, elems: int = GB // 2) -> ShardWork:
+def shard(
+    num_bytes: int = GB,
+    read: int = GB,
+    requests: int = 1000,
+    elems: int = GB // 2,
+    *,
+    turns: int = 0,
+    passes: int = 1,
+    reads: int = 1,
+) -> ShardWork:
     """A shard in many equal steps, so that the ends of the pipeline hardly count."""
     part = NUM_LOADS
     readings = {index: Reading(requests // part, read // part, read // part) for index in range(3)}
-    load = LoadWork(Counter({KERNEL: elems // part}), num_bytes // part, readings)
-    return ShardWork("model.safetensors", num_bytes, (StepWork((load,), 1, 1),) * part)
+    load = LoadWork(Counter({KERNEL: elems // part}), num_bytes // part, readings, num_turns=turns // part)
+    return ShardWork("model.safetensors", num_bytes, (StepWork((load,), passes, reads),) * part)
 
 
 SHARD = shard()
@@ -133,6 +142,32 @@ def test_only_what_is_not_in_memory_comes_from_the_disk() -> None:
 
     assert (warm.seconds, half.seconds) == (pytest.approx(0.0, abs=1e-6), pytest.approx(1.5))
     assert half.bottleneck == "disk_read"
+
+
+def test_what_comes_from_the_disk_costs_cpu_once() -> None:
+    place = replace(DISK, cold_cpu_ns=2.0, read_cpu_ns=1.0)
+    work = workload(shard=shard(passes=1, reads=2))
+
+    warm, cold = (
+        predict(place=place, conditions=Conditions(cold_share=share), work=work, direct=True).seconds
+        for share in (0.0, 1.0)
+    )
+
+    assert warm == pytest.approx(2 * 3.0)
+    assert cold == pytest.approx(2 * 3.0 + 6.0)
+
+
+def test_threads_that_read_wait_for_one_another() -> None:
+    work = workload(shard=shard(turns=1000))
+    conditions = Conditions(num_threads=2, cores_per_worker=4.0)
+
+    alone, together = (
+        predict(replace(FREE, turn_us=300.0), DISK, replace(conditions, num_threads=n), work, direct=True).seconds
+        for n in (1, 4)
+    )
+
+    assert alone == pytest.approx(0.0, abs=1e-9)
+    assert together == pytest.approx(1000 * 300e-6 / 4)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4, 8])
