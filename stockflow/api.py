@@ -241,9 +241,8 @@ def plan(
     constants, table = load_calibration(calibration), load_prices(prices)
     machines = machine_of(table, machine) if machine else None
     cores = machines.cores if machines else len(os.sched_getaffinity(0))
-    options = merge_options(
-        memory, shard_size, workers or (cores if machines else None), device, overwrite, on_ray=on_ray
-    )
+    threads = cores if machines and workers is None else workers
+    options = merge_options(memory, shard_size, threads, device, overwrite, on_ray=on_ray)
     num_workers = (workers or cores) if on_ray else 1
     network = machines.share_of_network(num_workers) if machines else None
     conditions = Conditions(

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from stockflow.budget import OPTIMAL_READ_BYTES, Workspace
+from stockflow.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.plan import MergePlan, ShardPlan, TensorJob, is_linear
 from stockflow.schedule import Load, Step, schedule
 from stockflow.spans import SPAN_ELEMS
@@ -167,7 +168,10 @@ UPLOAD_PUTS = 2
 """start and end of an upload in parts"""
 PUBLISHED_GETS, PUBLISHED_PUTS = 1, 1
 """of each further file that is published: index, config.json, side files"""
-BEAT_S, BEAT_PUTS = 10.0, 2
+BEAT_PUTS = 2
+"""Of each heartbeat after the first: that the run is alive, and how far it is."""
+LAST_PROGRESS_PUTS = 1
+"""Of a run that lasted until its second heartbeat: how it ended."""
 
 
 def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[list[Requests], Requests]:
@@ -193,10 +197,16 @@ def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[
         + num_further * PUBLISHED_PUTS
         + len(work.shards) * SHARD_PUTS
         + sum(shard.num_parts + (UPLOAD_PUTS if shard.num_parts > 1 else 0) for shard in work.shards)
-        + int(seconds // BEAT_S) * BEAT_PUTS,
+        + _clock_puts(seconds),
         bytes_kept=work.num_bytes_written,
     )
     return by_input, output
+
+
+def _clock_puts(seconds: float) -> int:
+    if seconds < FIRST_BEAT_S:
+        return 0
+    return (1 + int((seconds - FIRST_BEAT_S) // HEARTBEAT_S)) * BEAT_PUTS + LAST_PROGRESS_PUTS
 
 
 def survey(plan: MergePlan, workspace: Workspace, num_threads: int) -> Workload:

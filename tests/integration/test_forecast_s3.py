@@ -43,16 +43,26 @@ def test_requests_that_are_announced_are_made(
     models = [{"model": location} for location in locations[1:]]
     recipe.write_text(yaml.safe_dump({"merge_method": "model_stock", "base_model": locations[0], "models": models}))
     words = [recipe, f"s3://{OUTPUTS}/{shard_size}", "--shard-size", shard_size, "--json"]
-    announced = json.loads(run("plan", *words).stdout)["forecast"]["store_requests"]
+    forecast = json.loads(run("plan", *words).stdout)["forecast"]
+    announced = forecast["store_requests"]
     proxy.requests.clear()
 
     assert run("merge", *words, "--quiet").returncode == 0
 
     asked = Counter(_billed(request) for request in proxy.requests)
+    num_reports = sum("progress.json" in request for request in proxy.requests if request.startswith("PUT"))
+    asked[OUTPUTS, "puts"] += _written_by_the_clock(1 + int((forecast["seconds"] - 1) // 10)) - _written_by_the_clock(
+        num_reports - 1
+    )
     for bucket in (INPUTS, OUTPUTS):
         for kind in ("gets", "puts"):
             expected = sum(store[kind] for store in announced if f"s3://{bucket}/" in store["url"])
             assert asked[bucket, kind] == expected, (bucket, kind)
+
+
+def _written_by_the_clock(num_beats: int) -> int:
+    """Heartbeats one second into the run and every ten, a report with each, and one after all."""
+    return 2 * num_beats + 1 if num_beats > 0 else 0
 
 
 def _billed(request: str) -> tuple[str, str]:
