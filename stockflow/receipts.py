@@ -1,6 +1,7 @@
 """What a worker reports of a shard: one row of facts per tensor and a receipt, plain JSON in the output prefix."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -66,6 +67,10 @@ class Receipt:
     """by cause"""
     peak_memory_bytes: int
     tensors: tuple[TensorFacts, ...]
+    memory_bytes: int | None = None
+    """what its worker was allowed; None in receipts of earlier versions"""
+    gram: tuple[tuple[float, ...], ...] = ()
+    """products of [w_0, d_1 .. d_N], summed over the tensors whose method needs them and all checkpoints; () if none"""
     began: float | None = None
     """when its worker began with it, in seconds since the epoch; None in receipts of earlier versions"""
     ended: float | None = None
@@ -106,3 +111,15 @@ def within_bounds(tensors: Sequence[TensorFacts]) -> Iterator[TensorFacts]:
     for facts in tensors:
         left -= sum(map(len, facts.coefficients or ()))
         yield facts if left >= 0 else replace(facts, coefficients=None)
+
+
+def total_gram(receipts: Sequence[Receipt]) -> tuple[tuple[float, ...], ...]:
+    """Return the Gram of whole models, added over shards: () if no shard has one, or one that should have it does not.
+
+    Receipts of earlier versions lack it; what was summed without theirs would be no property of the models.
+    """
+    with_norms = [receipt for receipt in receipts if receipt.gram or any(row.delta_norms for row in receipt.tensors)]
+    if not with_norms or len({len(receipt.gram) for receipt in with_norms}) > 1:
+        return ()
+    rows = zip(*(receipt.gram for receipt in with_norms), strict=True)
+    return tuple(tuple(map(math.fsum, zip(*same_row, strict=True))) for same_row in rows)

@@ -24,7 +24,7 @@ from stockflow.budget import (
 from stockflow.buffers import Bytes, Pool
 from stockflow.devices import Device, open_device
 from stockflow.errors import StorageError
-from stockflow.ledger import Ledger
+from stockflow.ledger import GramSum, Ledger
 from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger
 from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
@@ -163,6 +163,8 @@ class Worker:
             retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
             tensors=tuple(within_bounds(run.facts)),
+            memory_bytes=self._spec.memory_bytes,
+            gram=run.gram.rows(),
             began=began,
             ended=time.time(),
             worker=process_name(),
@@ -219,6 +221,7 @@ class _ShardRun:
         )
         self._ledgers: dict[str, Ledger] = {}
         self.facts: list[TensorFacts] = []
+        self.gram = GramSum(len(worker._spec.checkpoints))
         self.seconds: dict[str, float] = {}
         self.bytes_read = 0
         self.size, self.sha256 = 0, ""
@@ -308,7 +311,9 @@ class _ShardRun:
 
     def _close_ledger_at_end(self, unit: Unit) -> None:
         if unit.stop == unit.job.num_elems:
-            self.facts.append(self._ledgers.pop(unit.job.output.name).close())
+            ledger = self._ledgers.pop(unit.job.output.name)
+            self.facts.append(ledger.close())
+            self.gram.add(ledger)
 
 
 def runs(units: Sequence[Unit]) -> Iterator[range]:

@@ -1,4 +1,4 @@
-"""``stockflow merge`` and ``stockflow plan``."""
+"""``stockflow merge``."""
 
 import json
 
@@ -73,41 +73,3 @@ def merge(
             print(json.dumps(result.facts(), indent=1))
         elif not quiet:
             print(result)
-
-
-def plan(
-    recipe: RecipeArgument,
-    output: OutputArgument,
-    memory: Memory = None,
-    shard_size: ShardSize = None,
-    workers: Workers = None,
-    executor: Executor = None,
-    device: Device = DeviceName.auto,
-    overwrite: Overwrite = False,
-    progress: Progress = ProgressName.auto,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a merge would read, write and hold; refuse what cannot work. Nothing is written."""
-    from stockflow import api
-    from stockflow.reporting import DELAY_S
-    from stockflow.storage import redact
-
-    with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
-            result = api.plan(
-                recipe,
-                output,
-                memory=size_option("--memory", memory),
-                shard_size=size_option("--shard-size", shard_size),
-                workers=workers,
-                executor=executor.value if executor else None,
-                device=device.value,
-                overwrite=overwrite,
-                on_event=on_event,
-            )
-        if as_json:
-            print(json.dumps(result.facts(), indent=1))
-        elif not quiet:
-            print(result)
-            print(f"next: stockflow merge {redact(recipe)} {redact(output)}")

@@ -17,12 +17,12 @@ from stockflow.header import TensorSpec
 from stockflow.insight.formulas import (
     FORMULAS,
     GRAM_PRECISION,
-    RATIO_PRECISION,
     ROUNDINGS_OF_A_TOOL,
     SAME_RATIO,
     SECONDARY,
     Evidence,
     decide,
+    ratio_errors,
     ratios_of,
 )
 from stockflow.kernels.roundings import (
@@ -182,15 +182,18 @@ class AuditExaminer:
             along_G = np.where(mean_G > 0.0, times_mean_G**2 / mean_G, 0.0)
             distances_KG = merged_G - 2.0 * ratios_KG * times_mean_G + ratios_KG**2 * mean_G
             scale_K = (merged_G + ratios_KG**2 * mean_G).sum(axis=1)
-            own_error_K = RATIO_PRECISION[job.output.dtype] ** 2 * (ratios_KG**2 * mean_G).sum(axis=1)
+            own_errors_KG = ratio_errors(ratios_KG, num_tuned, job.output.dtype)
+            own_error_K = (own_errors_KG**2 * mean_G).sum(axis=1)
+            # Outside of [0, 1] a tool subtracts larger numbers than it ends with, and each of them is rounded.
+            reach_K = (np.abs(ratios_KG) + np.abs(1.0 - ratios_KG)).max(axis=1)
+            noise_K = (ROUNDINGS_OF_A_TOOL * reach_K) ** 2 * tally.steps_squared / 12.0
+            allowed_K = noise_K + own_error_K + GRAM_PRECISION * scale_K
         tally.merged_squared = float(merged_G.sum())
         tally.merged_times_mean = float(times_mean_G.sum())
         tally.off_ray_squared = float(np.maximum(merged_G - along_G, 0.0).sum())
         tally.distances_K = np.maximum(distances_KG, 0.0).sum(axis=1)
         tally.deltas_NN = products_GMM[:, 1:-1, 1:-1].sum(axis=0)
         tally.merged_times_deltas_N = times_deltas_GN.sum(axis=0)
-        noise = ROUNDINGS_OF_A_TOOL**2 * tally.steps_squared / 12.0
-        allowed_K = noise + own_error_K + GRAM_PRECISION * scale_K
         tally.contenders_K = np.asarray(np.isfinite(ratios_KG).all(axis=1) & (tally.distances_K <= allowed_K))
 
     def _candidates(self, tally: Tally, job: TensorJob) -> list[int]:
@@ -284,8 +287,8 @@ def audit_row(job: TensorJob, tally: Tally, *, has_merged: bool) -> dict[str, An
     num_elems = job.num_elems
     match, candidates = decide(
         Evidence(
-            num_elems, tally.contenders_K.tolist(), ratios_K, tally.same_KK, tally.equal_K.tolist(),
-            tally.roundings_K.tolist(), tally.nearer_KK,
+            num_elems, len(job.sources) - 2, tally.contenders_K.tolist(), ratios_K, tally.same_KK,
+            tally.equal_K.tolist(), tally.roundings_K.tolist(), tally.nearer_KK,
         ),
         job.output.dtype,
     )  # fmt: skip

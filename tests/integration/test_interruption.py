@@ -182,7 +182,8 @@ def test_an_outage_keeps_nobody_waiting(
     assert "stopped by SIGTERM; run the same command again to resume" in said
     assert "stockflow clean" in said
     assert "Traceback" not in said, said
-    assert left == ["merged/model.safetensors"]
+    # What stalls is an answer: the abort may have been carried out.
+    assert left == ["merged/model.safetensors"] or (outage == "stall" and left == [])
     assert cleaned.returncode == 0, cleaned.stderr
     assert place.uploads() == []
 

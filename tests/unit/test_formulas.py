@@ -59,6 +59,7 @@ def evidence(
         wins[row, column] = count
     return Evidence(
         num_elems=1000,
+        num_tuned=3,
         is_contender=[k in contenders for k in range(size)],
         ratios=ratios.tolist(),
         is_same=np.ones((size, size), np.bool_) if same else np.eye(size, dtype=np.bool_),

@@ -20,12 +20,14 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "__main__",
         "cli",
+        "measuring",
         "demo api",
         "insight",
-        "reporting execution verify clean comparing status",
-        "differences",
+        "reporting execution verify clean comparing forecast status",
+        "differences prediction",
         "describe",
-        "driver survey",
+        "driver survey calibration prices",
+        "workload",
         "commit worker tracking",
         "sources",
         "direct",
@@ -42,7 +44,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "methods receipts writer geometry",
         "kernels header storage",
         "buffers gram spans executors records sealed interruption",
-        "errors strictjson redaction events notebook naming",
+        "errors strictjson redaction events notebook naming pagecache pipeline",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
