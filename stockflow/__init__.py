@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         StorageError,
         UserError,
     )
-    from stockflow.events import Done, Event, Moved, Note, Stage
+    from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
     from stockflow.receipts import TensorFacts
     from stockflow.verify import Finding, Verification
 
@@ -49,7 +49,7 @@ _HOMES = {
         "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
         "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
     ),
-    "events": ("Done", "Event", "Moved", "Note", "Stage"),
+    "events": ("Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage"),
     "receipts": ("TensorFacts",),
     "verify": ("Finding", "Verification"),
 }  # fmt: skip
@@ -63,7 +63,7 @@ __all__ = [  # noqa: RUF022  # as in _HOMES
     "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
     "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
     "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
-    "Done", "Event", "Moved", "Note", "Stage",
+    "Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage",
     "TensorFacts",
     "Finding", "Verification",
 ]  # fmt: skip

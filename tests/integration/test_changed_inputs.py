@@ -158,7 +158,10 @@ class Once(Silent):
     def __init__(self, act: Callable[[], None]) -> None:
         self._act, self._is_done = act, False
 
-    def on_bytes(self, num_read: int, num_written: int) -> None:
+    def on_begin(self, shard: str, worker: str) -> None:
+        """It stands for the driver's tracker."""
+
+    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
         if num_read and not self._is_done:
             self._is_done = True
             self._act()

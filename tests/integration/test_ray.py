@@ -82,7 +82,7 @@ class Listening(Silent):
     written: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def on_bytes(self, num_read: int, num_written: int) -> None:
+    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
         self.written.append(num_written)
 
     def on_note(self, text: str) -> None:

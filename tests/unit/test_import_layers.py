@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "measuring",
         "demo api",
         "insight",
-        "reporting execution verify clean comparing forecast status",
+        "reporting metrics execution verify clean comparing forecast status",
         "differences prediction",
         "describe",
         "driver survey calibration prices",
@@ -65,6 +65,7 @@ HOMES = {
     "pydantic": {"recipe"},
     "typer": {"cli"},
     "rich": {"reporting"},
+    "prometheus_client": {"metrics"},
 }
 
 

@@ -81,8 +81,6 @@ def test_a_merge_in_the_middle(plan: MergePlan) -> None:
     assert now.seconds_left == pytest.approx((plan.num_output_bytes - done) / (written / 20))
     assert [(one.shard, one.worker, one.since) for one in now.in_flight] == [(files[2], "node-c:3", 1020.0)]
     assert now.retries == {"lost": 1, "read": 3}
-    assert tracker.totals().shards == {"waiting": 1, "in_flight": 1, "done": 2}
-    assert tracker.totals().in_flight_bytes == plan.shards[2].num_bytes
 
 
 def test_rates_are_of_the_last_minute_and_of_all(plan: MergePlan) -> None:
