@@ -63,8 +63,8 @@ def merge(
 
     with exit_codes():
         with (
-            interruptible(),
             followed(progress, quiet=quiet, log_format=log_format, log_level=log_level) as told,
+            interruptible(),  # within: it would turn the exit that `followed` makes of a signal into an error again
             measured(metrics_port, told) as on_event,
         ):
             result = api.merge(
