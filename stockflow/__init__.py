@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         StorageError,
         UserError,
     )
-    from stockflow.events import Done, Event, Moved, Note, Stage
+    from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
     from stockflow.receipts import TensorFacts
     from stockflow.report import Report
     from stockflow.verify import Finding, Verification
@@ -53,7 +53,7 @@ _HOMES = {
         "NumericsError", "OutputConflictError", "PlanError", "RecipeError", "StockflowError", "StorageError",
         "UserError",
     ),
-    "events": ("Done", "Event", "Moved", "Note", "Stage"),
+    "events": ("Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage"),
     "receipts": ("TensorFacts",),
     "report": ("Report",),
     "verify": ("Finding", "Verification"),
@@ -65,10 +65,17 @@ __all__ = [  # noqa: RUF022  # as in _HOMES
     "__version__",
     "MergeResult", "PlanResult", "diff", "merge", "plan", "report", "verify",
     "CheckpointDifference", "GroupDifference", "TensorDifference",
+<<<<<<< HEAD
     "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
     "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError",
     "OutputConflictError", "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
     "Done", "Event", "Moved", "Note", "Stage",
+=======
+    "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
+    "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
+    "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
+    "Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage",
+>>>>>>> e2
     "TensorFacts",
     "Finding", "Report", "Verification",
 ]  # fmt: skip

@@ -33,6 +33,9 @@ Outcome = Literal["merged", "already_finished"]
 class Observer(Protocol):
     """Who is told how a merge goes; called from several threads."""
 
+    def on_run(self, run: str, plan_id: str) -> None:
+        """This run begins to work on this plan."""
+
     def on_stage(self, text: str) -> None:
         """A new stage begins."""
 
@@ -42,11 +45,20 @@ class Observer(Protocol):
     def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
         """Merging begins; ``resumed`` shards need no work."""
 
+    def on_begin(self, shard: str, worker: str) -> None:
+        """A worker begins with a shard."""
+
     def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
         """Bytes went by, moved by ``worker`` where there are several."""
 
+    def on_failure(self, cause: str, shard: str | None = None) -> None:
+        """A shard, or (None) the start of a worker, is to be tried again."""
+
     def on_shard(self, receipt: Receipt) -> None:
         """A shard is done."""
+
+    def on_drop(self, shard: str) -> None:
+        """A shard that was done is not good after all."""
 
 
 Execute = Callable[["WorkerSpec", Sequence[ShardPlan], Tracker], Iterator[Receipt]]
@@ -198,6 +210,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         return MergeResult("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
     run, receipts = new_run(), dict[str, Receipt]()
     tracker = Tracker(observer, plan, run)
+    observer.on_run(run, plan.plan_id)
     with (
         reported(store, tracker) as report,
         Heartbeat(store, plan.plan_id, run, report) as heartbeat,

@@ -1,16 +1,28 @@
 """What happens while something takes long: typed events, told as they come, from any thread.
 
-    Stage   opening checkpoints | planning | merging | verifying | comparing ...   one ends where the next begins
-      Moved   bytes went by
-      Done    an item of the stage is done: a file, a tensor, a shard
-    Note    something the reader should know, and need not act on
+    Run       which run of which plan all that follows is
+    Stage     opening checkpoints | planning | merging | verifying | comparing ...   one ends where the next begins
+      Begun     a worker begins with an item of the stage
+      Moved     bytes went by
+      Retry     an item is to be done again
+      Done      an item of the stage is done: a file, a tensor, a shard
+      Dropped   an item that was done is not good after all
+    Note      something the reader should know, and need not act on
 
-``reporting`` shows them; the Python API hands them to a callback. An event is told once, in no more than a few
-microseconds; the one who is told must not raise and must not take long.
+``reporting`` shows them, ``metrics`` adds them up; the Python API hands them to a callback. An event is told once, in
+no more than a few microseconds; the one who is told must not raise and must not take long.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A merge begins to work on its plan; several runs may do so, one after the other or at once."""
+
+    run: str
+    plan_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,17 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """A worker begins with an item of the stage; it may have begun, and been lost, before."""
+
+    item: str
+    worker: str
+    """as ``node:pid``"""
+    num_bytes: int
+    """what it adds to ``done_bytes`` of the stage"""
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """Bytes went by."""
 
@@ -44,12 +67,48 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a shard took, as its worker says."""
+
+    num_bytes: int
+    """what it adds to ``done_bytes`` of the stage"""
+    num_tensors: int
+    seconds: Mapping[str, float]
+    """by stage of its worker, over all threads; and ``total``, by the clock"""
+    retries: Mapping[str, int]
+    """by cause: requests that were repeated while it was in work"""
+    peak_memory_bytes: int
+    """the most that its worker ever held"""
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """An item of the stage is done."""
 
     item: str
     worker: str = ""
     """who did it, where there are several"""
+    cost: Cost | None = None
+    """of shards"""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """An item, or the start of a worker, is to be done again."""
+
+    cause: str
+    """``storage``, ``lost``, ``late``, ``out of memory``, ``preempted``"""
+    item: str | None = None
+    """None: a worker did not come up"""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An item that was done, by this run or an earlier one, is not good after all and is to be done again."""
+
+    item: str
+    num_bytes: int
+    """what it had added to ``done_bytes`` of the stage"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +118,7 @@ class Note:
     text: str
 
 
-Event = Stage | Moved | Done | Note
+Event = Run | Stage | Begun | Moved | Done | Retry | Dropped | Note
 OnEvent = Callable[[Event], None]
 """Told of events, from several threads."""
 

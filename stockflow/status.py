@@ -78,6 +78,7 @@ def read_status(store: Store) -> Status:
     try:
         claim = read_claim(store)
     except NotFoundError:
+        store.list_top()  # says so if there is no such bucket
         raise NotFoundError(
             f"{redact(store.url)} has neither a manifest nor a claim of stockflow: no merge began there. "
             "Check the location, or wait until the merge has planned"

@@ -109,22 +109,6 @@ def read_progress(store: Store, plan_id: str) -> Progress | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Everything that is counted, at one moment; for metrics."""
-
-    bytes_read: int
-    bytes_written: int
-    shards: Mapping[str, int]
-    """by state: waiting, in_flight, done"""
-    in_flight_bytes: int
-    """output bytes of the shards in flight"""
-    retries: Mapping[str, int]
-    """by cause"""
-    stage_seconds: Mapping[str, float]
-    """by stage of a shard, over the workers' threads; of this run"""
-
-
 class Tracker:
     """Counts what the driver is told of a merge, and tells an observer; may be told from several threads."""
 
@@ -135,14 +119,12 @@ class Tracker:
         self._observer = observer
         self._clock = clock
         self._lock = threading.Lock()
-        self._sizes = {shard.file: shard.num_bytes for shard in plan.shards}
         self._stage = PLANNING
         self._started = self._merging_since = clock()
         self._resumed: dict[str, int] = {}
         self._done: dict[str, int] = {}
         self._in_flight: dict[str, InFlight] = {}
         self._retries: Counter[str] = Counter()
-        self._stage_seconds: Counter[str] = Counter()
         self._read = self._written = 0
         self._samples = deque([(self._started, 0, 0)])
         self._exit_code: int | None = None
@@ -175,6 +157,7 @@ class Tracker:
         """A worker begins with a shard."""
         with self._lock:
             self._in_flight[shard] = InFlight(shard, worker, self._clock())
+        self._observer.on_begin(shard, worker)
 
     def on_failure(self, cause: str, shard: str | None = None) -> None:
         """A shard, or the start of a worker, is to be tried again."""
@@ -182,6 +165,7 @@ class Tracker:
             self._retries[cause] += 1
             if shard is not None:
                 self._in_flight.pop(shard, None)
+        self._observer.on_failure(cause, shard)
 
     def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
         """Count bytes."""
@@ -197,16 +181,17 @@ class Tracker:
             self._in_flight.pop(receipt.file, None)
             self._done[receipt.file] = receipt.size
             self._retries.update(receipt.retries)
-            for stage, seconds in receipt.seconds.items():
-                self._stage_seconds[stage] += seconds  # type: ignore[assignment]  # Counter's values are numbers
         self._observer.on_shard(receipt)
 
     def drop(self, files: set[str]) -> None:
         """These shards are not good after all."""
         with self._lock:
-            for file in files:
+            counted = files & (self._resumed.keys() | self._done.keys())
+            for file in counted:
                 self._resumed.pop(file, None)
                 self._done.pop(file, None)
+        for file in sorted(counted):
+            self._observer.on_drop(file)
 
     def end(self, outcome: Outcome, error: BaseException | None = None) -> None:
         """Nothing more happens."""
@@ -234,7 +219,7 @@ class Tracker:
                 started=self._started,
                 updated=now,
                 heartbeat_s=HEARTBEAT_S,
-                shards=len(self._sizes),
+                shards=len(self.plan.shards),
                 shards_done=len(self._resumed) + len(self._done),
                 shards_resumed=len(self._resumed),
                 bytes_to_write=num_to_write,
@@ -248,23 +233,6 @@ class Tracker:
                 retries={cause: count for cause, count in sorted(self._retries.items()) if count},
                 exit_code=self._exit_code,
                 message=self._message,
-            )
-
-    def totals(self) -> Totals:
-        """Return everything that is counted."""
-        with self._lock:
-            num_done, num_in_flight = len(self._resumed) + len(self._done), len(self._in_flight)
-            return Totals(
-                bytes_read=self._read,
-                bytes_written=self._written,
-                shards={
-                    "waiting": max(len(self._sizes) - num_done - num_in_flight, 0),
-                    "in_flight": num_in_flight,
-                    "done": num_done,
-                },
-                in_flight_bytes=sum(self._sizes[shard] for shard in self._in_flight),
-                retries=dict(self._retries),
-                stage_seconds=dict(self._stage_seconds),
             )
 
     def _sample(self) -> None:

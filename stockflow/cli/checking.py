@@ -8,6 +8,10 @@ import typer
 from stockflow.cli.exits import exit_codes
 from stockflow.cli.options import (
     AsJson,
+    LogFormat,
+    LogFormatName,
+    LogLevel,
+    LogLevelName,
     Memory,
     OutputArgument,
     Progress,
@@ -38,6 +42,8 @@ def verify(
     memory: Memory = None,
     recipe: StorageRecipe = None,
     progress: Progress = ProgressName.auto,
+    log_format: LogFormat = LogFormatName.text,
+    log_level: LogLevel = LogLevelName.info,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +58,7 @@ def verify(
     with exit_codes():
         if sample is None and (seed is not None or memory is not None):
             raise RecipeError("--seed and --memory go with --sample: nothing is computed without it")
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with followed(progress, quiet=quiet, delay_s=DELAY_S, log_format=log_format, log_level=log_level) as on_event:
             result = api.verify(
                 output,
                 inputs=inputs,

@@ -64,7 +64,7 @@ def inspect(
     from stockflow.storage import redact
 
     with exit_codes():
-        with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), _reading(on_event)
             inputs = open_inputs(recipe)
             options = survey_options(memory, workers, executor, device)
@@ -115,7 +115,7 @@ def audit(
     from stockflow.storage import StorageConfig, redact
 
     with exit_codes():
-        with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), _reading(on_event)
             if merged is None and _is_output(recipe):
                 merge = auditing.open_output(recipe, StorageConfig())

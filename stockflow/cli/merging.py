@@ -10,7 +10,12 @@ from stockflow.cli.options import (
     Executor,
     GpusPerWorker,
     Label,
+    LogFormat,
+    LogFormatName,
+    LogLevel,
+    LogLevelName,
     Memory,
+    MetricsPort,
     OutputArgument,
     Overwrite,
     Progress,
@@ -23,6 +28,7 @@ from stockflow.cli.options import (
     WorkerTimeout,
     followed,
     labels_option,
+    measured,
     size_option,
 )
 
@@ -41,6 +47,9 @@ def merge(
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
     progress: Progress = ProgressName.auto,
+    log_format: LogFormat = LogFormatName.text,
+    log_level: LogLevel = LogLevelName.info,
+    metrics_port: MetricsPort = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +62,11 @@ def merge(
     from stockflow.interruption import interruptible
 
     with exit_codes():
-        with interruptible(), followed(progress, quiet=quiet) as on_event:
+        with (
+            followed(progress, quiet=quiet, log_format=log_format, log_level=log_level) as told,
+            interruptible(),  # within: it would turn the exit that `followed` makes of a signal into an error again
+            measured(metrics_port, told) as on_event,
+        ):
             result = api.merge(
                 recipe,
                 output,

@@ -1,5 +1,6 @@
 """The words that commands share: arguments, options, and what is made of them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stockflow.errors import PlanError, RecipeError
+from stockflow.errors import EXIT_BUG, PlanError, RecipeError, UserError
 
 if TYPE_CHECKING:
     from stockflow.driver import Inputs, MergeOptions
@@ -30,6 +31,22 @@ class ProgressName(StrEnum):
     lanes = "lanes"
     json = "json"
     none = "none"
+
+
+class LogFormatName(StrEnum):
+    """How lines on standard error are written."""
+
+    text = "text"
+    json = "json"
+
+
+class LogLevelName(StrEnum):
+    """What is said at least."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
 
 
 class DeviceName(StrEnum):
@@ -88,26 +105,89 @@ Progress = Annotated[
         "json: one object per line, for programs."
     ),
 ]
+LogFormat = Annotated[
+    LogFormatName,
+    typer.Option(
+        help="json: everything on standard error is one JSON object per line, with time, level, message and the ids of "
+        "run, plan, shard and worker."
+    ),
+]
+LogLevel = Annotated[
+    LogLevelName, typer.Option(help="Least level of lines: debug tells of each shard, warning of what goes wrong.")
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=65535,
+        metavar="PORT",
+        help="Serve Prometheus metrics at /metrics while it runs; 0 takes a port that is free and says which.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 @contextmanager
-def followed(progress: ProgressName, *, quiet: bool, delay_s: float = 0.0) -> "Iterator[OnEvent]":
+def followed(
+    progress: ProgressName,
+    *,
+    quiet: bool,
+    delay_s: float = 0.0,
+    log_format: LogFormatName = LogFormatName.text,
+    log_level: LogLevelName = LogLevelName.info,
+) -> "Iterator[OnEvent]":
     """Provide who is told of events and shows them; what takes less than ``delay_s`` shows nothing.
 
-    With ``--progress json`` standard error has nothing but JSON, the message of an error in its last object.
+    With ``--progress json`` and ``--log-format json`` standard error has nothing but JSON, the message of an error in
+    its last object.
+
+    Raises:
+        UserError: progress and logs are asked for in two forms.
     """
     from stockflow.errors import StockflowError
     from stockflow.reporting import reporting
 
+    is_logged = log_format is LogFormatName.json
+    if is_logged and progress in (ProgressName.rich, ProgressName.lanes, ProgressName.json):
+        raise UserError(f"--log-format json and --progress {progress.value} exclude each other: leave one of them out")
     style = ProgressName.none if quiet else progress
+    level = LogLevelName.error if quiet else log_level
     try:
-        with reporting(style.value, delay_s=delay_s) as on_event:
+        with reporting(style.value, delay_s=delay_s, log_format=log_format.value, level=level.value) as on_event:
             yield on_event
     except StockflowError as error:
-        if style is ProgressName.json:
+        if is_logged or style is ProgressName.json:
             raise typer.Exit(error.exit_code) from None
         raise
+    except Exception as error:
+        if is_logged and not isinstance(error, typer.Exit | typer.Abort | BrokenPipeError):
+            raise typer.Exit(EXIT_BUG) from None  # the traceback is in the last line
+        raise
+
+
+@contextmanager
+def measured(port: int | None, on_event: "OnEvent") -> "Iterator[OnEvent]":
+    """Provide who is told of events, counts them for whoever scrapes ``port``, and passes them on.
+
+    Raises:
+        UserError: the port cannot be had.
+    """
+    if port is None:
+        yield on_event
+        return
+    from stockflow.events import Event, Note
+    from stockflow.metrics import Metrics, served
+
+    metrics = Metrics()
+
+    def tell(event: Event) -> None:
+        metrics(event)
+        on_event(event)
+
+    with served(metrics, port) as bound:
+        if not port:
+            on_event(Note(f"metrics at http://{os.uname().nodename}:{bound}/metrics"))
+        yield tell
 
 
 def is_on_ray(executor: ExecutorName | None) -> bool:

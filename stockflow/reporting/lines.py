@@ -6,10 +6,10 @@ import time
 from types import TracebackType
 from typing import IO
 
-from stockflow.budget import gb
 from stockflow.errors import EXIT_BUG, StockflowError
 from stockflow.events import Event, Note, Stage
 from stockflow.redaction import without_secrets
+from stockflow.reporting.levels import LogLevel, heading, in_a_line, is_told
 from stockflow.reporting.state import Snapshot, State, in_words
 
 LINE_INTERVAL_S = 5.0
@@ -47,16 +47,25 @@ class Ticking:
 class PlainLines(Ticking):
     """A line when a stage begins, and how it stands every few seconds, whether bytes move or not."""
 
-    def __init__(self, stream: IO[str], *, delay_s: float = 0.0, interval_s: float = LINE_INTERVAL_S) -> None:
+    def __init__(
+        self,
+        stream: IO[str],
+        *,
+        delay_s: float = 0.0,
+        interval_s: float = LINE_INTERVAL_S,
+        level: LogLevel = "info",
+    ) -> None:
         """Write to ``stream``.
 
         Args:
             stream: where lines go.
             delay_s: nothing is said of what ends before, notes excepted.
             interval_s: between lines of one stage.
+            level: what matters less is not said; with ``debug`` each shard is, too.
         """
         super().__init__(interval_s, delay_s)
         self._stream = stream
+        self._level = level
         self._state = State()
         self._lock = threading.Lock()
         self._began = self._said = time.monotonic()
@@ -74,12 +83,18 @@ class PlainLines(Ticking):
         """Count an event, and say what is worth a line."""
         self._state.take(event)
         if isinstance(event, Note):
-            self._say(f"note: {event.text}")
-        elif isinstance(event, Stage) and time.monotonic() - self._began >= self._delay_s:
-            self._say(_heading(event))
+            if is_told("warning", self._level):
+                self._say(f"note: {event.text}")
+        elif isinstance(event, Stage):
+            if is_told("info", self._level) and time.monotonic() - self._began >= self._delay_s:
+                self._say(heading(event))
+        elif self._level == "debug" and (text := in_a_line(event)):
+            self._say(text)
 
     def tick(self) -> None:
         """Say how things stand, unless something was said just now."""
+        if not is_told("info", self._level):
+            return
         if self._said + 0.9 * min(self._interval_s, self._delay_s or self._interval_s) > time.monotonic():
             return
         now = self._state.snapshot()
@@ -115,7 +130,7 @@ class JsonLines(Ticking):
         self._stop()
         self.tick()
         self._write(
-            {"event": "end", "outcome": "done" if error is None else "failed", **_failure(error)},
+            {"event": "end", "outcome": "done" if error is None else "failed", **outcome_facts(error)},
             elapsed_s=time.monotonic() - self._began,
         )
 
@@ -123,17 +138,17 @@ class JsonLines(Ticking):
         """Count an event, and write a stage or a note."""
         ended = self._state.take(event)
         if ended is not None:
-            self._write(_progress(ended))
+            self._write({"event": "progress", **progress_facts(ended)})
         if isinstance(event, Note):
             self._write({"event": "note", "text": event.text})
         elif isinstance(event, Stage):
-            self._write({"event": "stage", **_stage(event)})
+            self._write({"event": "stage", **stage_facts(event)})
 
     def tick(self) -> None:
         """Write how things stand."""
         now = self._state.snapshot()
         if now.stage.name:
-            self._write(_progress(now))
+            self._write({"event": "progress", **progress_facts(now)})
 
     def _write(self, facts: dict[str, object], **more: object) -> None:
         line = json.dumps({**facts, **more, "time": round(time.time(), 3)})
@@ -141,15 +156,8 @@ class JsonLines(Ticking):
             print(line, file=self._stream, flush=True)
 
 
-def _heading(stage: Stage) -> str:
-    """Name a stage and what it will go through."""
-    size = "" if stage.num_items is None else f" {stage.num_items:,} {stage.unit}"
-    size += "" if stage.total_bytes is None else f", {gb(stage.total_bytes)}"
-    resumed = f"; {stage.num_done:,} are there already" if stage.num_done else ""
-    return f"{stage.name}{size}{resumed}"
-
-
-def _stage(stage: Stage) -> dict[str, object]:
+def stage_facts(stage: Stage) -> dict[str, object]:
+    """Return what a stage will go through, by the names of `docs/progress.md`."""
     return {
         "stage": stage.name,
         "total_bytes": stage.total_bytes,
@@ -160,10 +168,10 @@ def _stage(stage: Stage) -> dict[str, object]:
     }
 
 
-def _progress(state: Snapshot) -> dict[str, object]:
+def progress_facts(state: Snapshot) -> dict[str, object]:
+    """Return how a stage stands, by the names of `docs/progress.md`."""
     return {
-        "event": "progress",
-        **_stage(state.stage),
+        **stage_facts(state.stage),
         "done_bytes": state.done_bytes,
         "items_done": state.num_done,
         "read_bytes": state.num_read,
@@ -175,7 +183,8 @@ def _progress(state: Snapshot) -> dict[str, object]:
     }
 
 
-def _failure(error: BaseException | None) -> dict[str, object]:
+def outcome_facts(error: BaseException | None) -> dict[str, object]:
+    """Return the exit code that an error leads to, and its message without secrets."""
     if error is None:
         return {"exit_code": 0, "message": None}
     if isinstance(error, StockflowError):

@@ -37,6 +37,13 @@ def test_the_policy_allows_what_stockflow_asks_of_s3_and_nothing_else() -> None:
         assert ("s3:ListBucket" in actions) == ("/" not in resource), "listing is a right on the bucket"
 
 
+def test_the_page_names_everything_in_the_folder() -> None:
+    page = (DEPLOY / "README.md").read_text()
+
+    for path in set(DEPLOY.iterdir()) - {DEPLOY / "README.md", DEPLOY / "Dockerfile.dockerignore"}:
+        assert f"`{path.name}" in page, path
+
+
 def test_the_bucket_takes_the_rule_that_aborts_stale_uploads(s3_endpoint: str, s3_bucket: str) -> None:
     rules = json.loads((DEPLOY / "s3-lifecycle.json").read_text())
     client = boto3.client("s3", endpoint_url=s3_endpoint)

@@ -49,6 +49,7 @@ RENDERED: dict[str, Documents] = {
     "rayjob.yaml": by_kind(list(yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text()))),
     **{folder.name: by_kind(kustomize.render(folder)) for folder in OVERLAYS},
 }
+MONITOR = list(yaml.safe_load_all((DEPLOY / "kustomize" / "components" / "podmonitor" / "podmonitor.yaml").read_text()))
 VARIANTS = RENDERED | {folder.name: with_component(folder) for folder in COMPONENTS}
 
 
@@ -335,6 +336,35 @@ def test_the_network_policy_is_about_the_pods_of_the_job(variant: Documents) -> 
     assert [rule["from"] for rule in unlimited] == [[{"podSelector": policy["podSelector"]}]]
 
 
+def test_prometheus_finds_the_port_that_the_driver_serves(variant: Documents) -> None:
+    """By annotations, by the monitor of the operator, and through the network policy."""
+    words = shlex.split(variant["RayJob"]["spec"]["entrypoint"])
+    head = variant["RayJob"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    monitor = by_kind(MONITOR)["PodMonitor"]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    (swap,) = endpoint["relabelings"]
+    port = words[words.index("--metrics-port") + 1]
+    policy = variant["NetworkPolicy"]["spec"]
+    (let_in,) = (rule for rule in policy["ingress"] if {"port": int(port), "protocol": "TCP"} in rule.get("ports", ()))
+
+    assert head["metadata"]["annotations"]["prometheus.io/port"] == port
+    assert head["metadata"]["annotations"]["prometheus.io/path"] == endpoint["path"] == "/metrics"
+    assert let_in["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "prometheus"}
+    selected = monitor["spec"]["selector"]["matchLabels"]
+    assert selected.items() <= (head["metadata"]["labels"] | {"ray.io/node-type": "head"}).items(), "KubeRay's label"
+    assert (swap["sourceLabels"], swap["targetLabel"]) == (["__address__"], "__address__")
+    for address in ("10.0.0.7", "[fd00::7]"):
+        template = swap["replacement"].replace("$1", r"\1")
+        assert re.sub(f"^(?:{swap['regex']})$", template, f"{address}:8080") == f"{address}:{port}"
+
+
+def test_the_head_declares_no_port(variant: Documents) -> None:
+    """KubeRay makes the head's service from declared ports; with one of ours it would lack Ray's (GCS, dashboard)."""
+    head = variant["RayJob"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+
+    assert all("ports" not in container for container in head["containers"])
+
+
 def test_the_entrypoint_is_plain_words_that_the_command_line_takes(job: Any) -> None:
     """It passes through a shell; and an option that is gone would cost a cluster to find out."""
     words = shlex.split(job["spec"]["entrypoint"])
@@ -346,6 +376,7 @@ def test_the_entrypoint_is_plain_words_that_the_command_line_takes(job: Any) -> 
     assert words == job["spec"]["entrypoint"].split()
     assert words[:2] == ["stockflow", "merge"]
     assert options["executor"] == "ray"
+    assert options["metrics_port"] == 9464
     if options["gpus_per_worker"]:
         slots = int(limits["nvidia.com/gpu"]) / options["gpus_per_worker"]
     else:

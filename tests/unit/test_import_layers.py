@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "measuring",
         "demo api",
         "insight report",
-        "reporting execution verify clean comparing forecast status",
+        "reporting metrics execution verify clean comparing forecast status",
         "differences prediction",
         "describe",
         "driver survey calibration prices",
@@ -67,6 +67,7 @@ HOMES = {
     "jinja2": {"report"},
     "markupsafe": {"report"},
     "rich": {"reporting"},
+    "prometheus_client": {"metrics"},
 }
 
 

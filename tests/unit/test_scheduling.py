@@ -189,3 +189,20 @@ def test_workers_are_added_while_the_cluster_grows_and_kept_when_it_shrinks() ->
     run.finished(0)
 
     assert run.decide(2.0) == [Give(0, "b")]
+
+
+def test_every_failure_is_told_with_its_cause() -> None:
+    told: list[tuple[Cause, str | None]] = []
+    run = Scheduler(["a"], 1, LIMITS, now=0.0, on_failure=lambda cause, item: told.append((cause, item)))
+    run.decide(0.0)
+
+    run.storage_failed(0, StorageError("full"), "full")
+    run.came_up(0, "node", 1.0)
+    run.decide(1.0)
+    run.storage_failed(0, StorageError("full"), "full")
+    run.decide(2.0)
+    run.check(20.0)
+    run.decide(20.0)
+    run.lost(1, Cause.preempted, "spot")
+
+    assert told == [(Cause.storage, None), (Cause.storage, "a"), (Cause.late, "a"), (Cause.preempted, None)]

@@ -1,0 +1,252 @@
+"""`stockflow status`: how a merge stands, from its prefix alone, on disk and on S3; and with the rights it needs."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.errors import CheckpointError, NotFoundError, NumericsError, StockflowError
+from stockflow.execution import in_this_process
+from stockflow.plan import ShardPlan
+from stockflow.receipts import Receipt
+from stockflow.recipe import load_recipe
+from stockflow.reporting import Silent
+from stockflow.status import Status, exit_code, read_status, status_line, status_lines
+from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
+from stockflow.tracking import Tracker
+from stockflow.worker import WorkerSpec, process_name
+from tests import runs
+from tests.checkpoints import Family, make_family, write_recipe
+from tests.fault_proxy import FaultyProxy
+
+SHARD_SIZE = 300_000
+"""four shards of the little models here"""
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("family"), 2)
+
+
+@pytest.fixture(scope="module")
+def recipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", "model_stock", family)
+
+
+def output_of(url: str, endpoint: str | None = None) -> Store:
+    options = {url: StoreOptions(endpoint=endpoint)} if endpoint else {}
+    return open_store(url, StorageConfig(options))
+
+
+def merge_with(recipe: Path, output: str, execute: Any) -> MergeResult:
+    options = MergeOptions(1024 * runs.MIB + runs.grown_bytes(), 1, "cpu", SHARD_SIZE)
+    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute, Silent())
+
+
+@contextmanager
+def paused_merge(recipe: Path, output: str) -> Iterator[None]:
+    """Have a merge go on in a thread, with its first shard done and its second one in work; let it end at the end."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards[:1], tracker)
+        tracker.on_failure("lost")
+        tracker.on_begin(shards[1].file, process_name())
+        reached.set()
+        assert go_on.wait(60)
+        yield from in_this_process(spec, shards[1:], tracker)
+
+    with ThreadPoolExecutor(1) as pool:
+        merging = pool.submit(merge_with, recipe, output, execute)
+        try:
+            while not reached.wait(0.1):
+                assert not merging.done(), merging.result()
+            yield
+        finally:
+            go_on.set()
+            merging.result()
+
+
+def await_report(store: Store) -> Status:
+    """Read the status until the run has reported; that takes a second."""
+    deadline = time.monotonic() + 30
+    while (status := read_status(store)).progress is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return status
+
+
+def check_running(status: Status) -> None:
+    assert (status.state, status.num_runs) == ("running", 1)
+    assert status.seen_s_ago is not None
+    assert (status.shards, status.shards_done) == (4, 1)
+    assert status.progress is not None
+    assert [one.worker for one in status.progress.in_flight] == [process_name()]
+    assert status.progress.retries == {"lost": 1}
+    said = "\n".join(status_lines(status))
+    assert "running, last seen " in said
+    assert "1 of 4 shards" in said
+    assert "tried again: 1 x lost" in said
+    assert f"{process_name()}: at model-0000" in said
+    assert status_line(status).startswith("running  1/4 shards  ")
+
+
+def test_a_merge_on_disk_while_it_runs_and_when_it_is_finished(recipe: Path, tmp_path: Path) -> None:
+    store = output_of(str(tmp_path / "out"))
+
+    with paused_merge(recipe, store.url):
+        check_running(await_report(store))
+
+    status = read_status(store)
+    assert (status.state, status.shards, status.shards_done, exit_code(status)) == ("finished", 4, 4, 0)
+    assert status.bytes_done == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert status.progress is not None
+    assert (status.progress.stage, status.progress.bytes_done) == ("finished", status.bytes_done)
+
+
+def test_a_merge_on_s3_needs_no_more_than_reading_its_output(
+    family: Family, s3_endpoint: str, s3_bucket: str, tmp_path: Path
+) -> None:
+    """Every request is one that a policy for looking allows."""
+    url = f"s3://{s3_bucket}/models/out"
+    document = {
+        "merge_method": "model_stock",
+        "base_model": str(family.base),
+        "models": [{"model": str(folder)} for folder in family.tuned],
+        "stockflow": {"storage": {f"s3://{s3_bucket}": {"endpoint": s3_endpoint}}},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(document))
+
+    with FaultyProxy(s3_endpoint) as proxy, paused_merge(recipe, url):
+        check_running(await_report(output_of(url, proxy.url)))
+
+    used = {"list": "s3:ListBucket", "get": "s3:GetObject", "head": "s3:GetObject"}
+    assert set(proxy.steps) <= used.keys()
+    for name in ("s3-policy.json", "s3-status-policy.json"):
+        allowed = allowed_on(name, "models/out")
+        for step, request in zip(proxy.steps, proxy.requests, strict=True):
+            key = request.split("?")[0].split("/", 2)[-1]
+            resource = "bucket" if step == "list" else "records" if "_stockflow/" in key else key.rpartition("/")[2]
+            assert used[step] in allowed(resource), (name, request)
+
+
+def allowed_on(policy: str, prefix: str) -> Any:
+    """Return what tells which actions a policy allows on the bucket, the records or a file of an output."""
+    statements = json.loads((runs.REPOSITORY / "deploy" / policy).read_text())["Statement"]
+
+    def allowed(resource: str) -> set[str]:
+        path = {"bucket": "", "records": "/OUTPUT_PREFIX/_stockflow/x"}.get(resource, f"/OUTPUT_PREFIX/{resource}")
+        actions: set[str] = set()
+        for statement in statements:
+            resources = statement["Resource"]
+            for pattern in [resources] if isinstance(resources, str) else resources:
+                place = pattern.removeprefix("arn:aws:s3:::OUTPUT_BUCKET")
+                if place == path or (place.endswith("*") and path.startswith(place[:-1])):
+                    given = statement["Action"]
+                    actions.update([given] if isinstance(given, str) else given)
+        return actions
+
+    return allowed
+
+
+def test_a_policy_for_looking_allows_nothing_else() -> None:
+    policy = json.loads((runs.REPOSITORY / "deploy" / "s3-status-policy.json").read_text())
+
+    assert {statement["Action"] for statement in policy["Statement"]} == {"s3:ListBucket", "s3:GetObject"}
+
+
+def test_no_claim_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+
+    finished = runs.run("status", tmp_path / "out")
+
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"stockflow: {tmp_path}/out has neither a manifest nor a claim of stockflow: ")
+    assert len(finished.stderr.splitlines()) == 1
+
+
+def test_an_output_that_cannot_be_read_is_said(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "_stockflow").mkdir(parents=True)
+    (tmp_path / "out" / "_stockflow" / "claim.json").write_text("{")
+
+    with pytest.raises(CheckpointError, match=r"claim\.json is not a claim of stockflow"):
+        read_status(output_of(str(tmp_path / "out")))
+
+
+def test_a_bucket_that_is_not_there_is_said(s3_endpoint: str, s3_bucket: str) -> None:
+    with pytest.raises(NotFoundError, match="the bucket does not exist"):
+        read_status(output_of(f"s3://{s3_bucket}-x/out", s3_endpoint))
+
+
+def failing_merge(recipe: Path, output: str, error: BaseException) -> None:
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards[:2], tracker)
+        raise error
+
+    with pytest.raises(type(error)):
+        merge_with(recipe, output, execute)
+
+
+def test_a_merge_that_failed_says_why(recipe: Path, tmp_path: Path) -> None:
+    failing_merge(recipe, str(tmp_path / "out"), NumericsError("tensor 'a' holds NaN"))
+
+    status = read_status(output_of(str(tmp_path / "out")))
+
+    assert (status.state, status.shards_done, exit_code(status)) == ("failed", 2, 2)
+    assert "  it said: tensor 'a' holds NaN" in status_lines(status)
+
+
+def test_a_merge_that_was_killed_is_silent_and_then_dead(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = output_of(str(tmp_path / "out"))
+    with paused_merge(recipe, store.url):
+        await_report(store)
+        (record,) = (tmp_path / "out").glob("_stockflow/*/runs/*.json")
+        now = time.time()
+        states = {}
+        for passed_s in (30, 120, 1200):
+            monkeypatch.setattr("stockflow.status.time.time", lambda passed_s=passed_s: now + passed_s)
+            states[passed_s] = read_status(store).state
+        monkeypatch.undo()
+        record.unlink()
+        ended = read_status(store)
+
+    assert states == {30: "running", 120: "silent", 1200: "dead"}
+    assert (ended.state, exit_code(ended)) == ("dead", 5)
+
+
+def test_the_shards_of_a_run_that_reported_nothing_are_counted(recipe: Path, tmp_path: Path) -> None:
+    failing_merge(recipe, str(tmp_path / "out"), NumericsError("no"))
+    (report,) = (tmp_path / "out").glob("_stockflow/*/progress.json")
+    report.write_text('{"plan_id": "x", "started": 1.0}')
+
+    status = read_status(output_of(str(tmp_path / "out")))
+
+    assert (status.shards, status.shards_done, status.progress) == (None, 2, None)
+    assert "  plan" in "\n".join(status_lines(status))
+
+
+@pytest.mark.parametrize("error", [None, NumericsError("tensor 'a' holds NaN")], ids=["finished", "failed"])
+def test_watching_ends_with_the_merge_and_its_exit_code(
+    recipe: Path, tmp_path: Path, error: StockflowError | None
+) -> None:
+    if error is None:
+        merge_with(recipe, str(tmp_path / "out"), in_this_process)
+    else:
+        failing_merge(recipe, str(tmp_path / "out"), error)
+
+    finished = runs.run("status", tmp_path / "out", "--watch", "--json", "--interval", "0.1")
+
+    assert finished.returncode == (0 if error is None else 2)
+    assert json.loads(finished.stdout)["state"] == ("finished" if error is None else "failed")
+    assert finished.stderr == ""

@@ -1,0 +1,179 @@
+"""What progress.json says, at times that the test chooses; the arithmetic is done again here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from stockflow.driver import Inputs, MergeOptions, plan_merge
+from stockflow.errors import (
+    CheckpointError,
+    InterruptedRunError,
+    NumericsError,
+    OutputConflictError,
+    StorageError,
+)
+from stockflow.plan import MergePlan
+from stockflow.receipts import Receipt
+from stockflow.recipe import load_recipe
+from stockflow.reporting import Silent
+from stockflow.storage import Stamp, StorageConfig, Store, open_store
+from stockflow.tracking import PROGRESS_FORMAT, Progress, Tracker, read_progress, reported
+from tests.checkpoints import make_family, write_recipe
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
+    """Four shards of one tensor each."""
+    root = tmp_path_factory.mktemp("plan")
+    shapes = {f"layer.{number}": (100, 100) for number in range(4)}
+    recipe = write_recipe(root / "recipe.yaml", "model_stock", make_family(root, 2, shapes, buffers=False))
+    inputs = Inputs.open(load_recipe(str(recipe)))
+    made, _ = plan_merge(inputs, str(root / "out"), MergeOptions(1024 * MIB, 1, shard_size=25_000))
+    assert len(made.shards) == 4
+    return made
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def receipt(plan: MergePlan, number: int, **fields: object) -> Receipt:
+    shard = plan.shards[number]
+    stamp = Stamp(shard.num_bytes, "x")
+    seconds, retries = fields.get("seconds", {}), fields.get("retries", {})
+    return Receipt(plan.plan_id, shard.file, shard.num_bytes, "0" * 64, stamp, "cpu", 0, seconds, retries, 0, ())  # type: ignore[arg-type]
+
+
+def begun(plan: MergePlan, clock: Clock, resumed: Sequence[Receipt] = ()) -> Tracker:
+    tracker = Tracker(Silent(), plan, "run", clock)
+    tracker.on_start(plan, resumed)
+    return tracker
+
+
+def test_a_merge_in_the_middle(plan: MergePlan) -> None:
+    clock, files = Clock(), [shard.file for shard in plan.shards]
+    tracker = begun(plan, clock, [receipt(plan, 0)])
+    tracker.on_begin(files[1], "node-a:1")
+    tracker.on_begin(files[2], "node-b:2")
+    clock.now += 10
+    tracker.on_bytes(60_000, plan.shards[1].num_bytes)
+    tracker.on_shard(receipt(plan, 1, retries={"read": 3}))
+    tracker.on_failure("lost", files[2])
+    clock.now += 10
+    tracker.on_begin(files[2], "node-c:3")
+    tracker.on_bytes(30_000, 10_000)
+
+    now = tracker.progress()
+
+    written = plan.shards[1].num_bytes + 10_000
+    done = plan.shards[0].num_bytes + written
+    assert (now.stage, now.started, now.updated) == ("merging", 1000.0, 1020.0)
+    assert (now.shards, now.shards_done, now.shards_resumed) == (4, 2, 1)
+    assert (now.bytes_read, now.bytes_written, now.bytes_done) == (90_000, written, done)
+    assert now.bytes_per_s == pytest.approx((90_000 + written) / 20)
+    assert now.seconds_left == pytest.approx((plan.num_output_bytes - done) / (written / 20))
+    assert [(one.shard, one.worker, one.since) for one in now.in_flight] == [(files[2], "node-c:3", 1020.0)]
+    assert now.retries == {"lost": 1, "read": 3}
+
+
+def test_rates_are_of_the_last_minute_and_of_all(plan: MergePlan) -> None:
+    clock = Clock()
+    tracker = begun(plan, clock)
+    for _ in range(100):
+        clock.now += 1
+        tracker.on_bytes(1000, 100)
+    for _ in range(60):
+        clock.now += 1
+        tracker.on_bytes(10, 0)
+
+    now = tracker.progress()
+
+    assert now.bytes_per_s_lately == pytest.approx(10, rel=0.05)
+    assert now.bytes_per_s == pytest.approx((100 * 1100 + 600) / 160)
+    assert now.seconds_left is None, "nothing was written in the last minute"
+
+
+def test_a_report_comes_back_as_it_was_written(plan: MergePlan) -> None:
+    tracker = begun(plan, Clock())
+    tracker.on_begin(plan.shards[0].file, "größe:7")
+
+    written = tracker.progress()
+
+    assert written == Progress.from_json(written.to_json(), "progress.json")
+
+
+@pytest.mark.parametrize("payload", [b"", b"[]", b"{}", b'{"plan_id": "x", "shards": 3}', b"\xff" * 10])
+def test_what_is_no_report_of_this_version_is_refused_in_words(payload: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"progress\.json is not a report of stockflow: "):
+        Progress.from_json(payload, "progress.json")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "out"), StorageConfig(), writable=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "stage", "exit_code", "message"),
+    [
+        (NumericsError("tensor 'a' holds NaN"), "failed", 2, "tensor 'a' holds NaN"),
+        (InterruptedRunError("stopped by SIGINT"), "stopped", 130, "stopped by SIGINT"),
+        (ZeroDivisionError("secret"), "failed", None, "ZeroDivisionError"),
+    ],
+    ids=["a mistake", "a signal", "a bug"],
+)
+def test_how_a_run_ended_is_reported(
+    plan: MergePlan, store: Store, error: Exception, stage: str, exit_code: int | None, message: str
+) -> None:
+    tracker = begun(plan, Clock())
+    tracker.on_begin(plan.shards[0].file, "here:1")
+
+    with pytest.raises(type(error)), reported(store, tracker):
+        raise error
+
+    last = read_progress(store, plan.plan_id)
+    assert last is not None
+    assert (last.stage, last.exit_code, last.message, last.in_flight) == (stage, exit_code, message, ())
+
+
+@pytest.mark.parametrize("error", [OutputConflictError("taken"), StorageError("gone")])
+def test_nothing_is_written_where_the_prefix_is_anothers_or_storage_is_gone(
+    plan: MergePlan, store: Store, error: Exception
+) -> None:
+    with pytest.raises(type(error)), reported(store, begun(plan, Clock())):
+        raise error
+
+    assert read_progress(store, plan.plan_id) is None
+
+
+def test_nothing_is_written_before_the_prefix_is_claimed(plan: MergePlan, store: Store) -> None:
+    with reported(store, Tracker(Silent(), plan, "run")) as report:
+        report()
+
+    assert read_progress(store, plan.plan_id) is None
+
+
+@pytest.mark.parametrize("num_reports", [0, 1])
+def test_a_finished_run_says_so_if_it_ever_said_anything(plan: MergePlan, store: Store, num_reports: int) -> None:
+    with reported(store, begun(plan, Clock())) as report:
+        for _ in range(num_reports):
+            report()
+
+    last = read_progress(store, plan.plan_id)
+    told = [] if last is None else [(last.stage, last.exit_code)]
+    assert told == [("finished", 0)] * num_reports
+
+
+def test_every_field_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    fields = Progress.__dataclass_fields__
+
+    assert [name for name in fields if f"`{name}`" not in page] == []
+    assert PROGRESS_FORMAT in page
