@@ -5,8 +5,8 @@
     print(stockflow.plan("recipe.yaml", "out"))
     stockflow.merge("recipe.yaml", "out")
 
-``plan``, ``merge``, ``verify`` and ``diff`` do what the commands of these names do; `docs/python.md` has examples.
-Names are loaded when they are first used, so that the import itself takes no time.
+``plan``, ``merge``, ``verify``, ``report`` and ``diff`` do what the commands of these names do;
+`docs/python.md` has examples. Names are loaded when they are first used, so that the import itself takes no time.
 """
 
 import sys
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stockflow.api import MergeResult, PlanResult, diff, merge, plan, verify
+    from stockflow.api import MergeResult, PlanResult, diff, merge, plan, report, verify
     from stockflow.differences import CheckpointDifference, GroupDifference, TensorDifference
     from stockflow.errors import (
         AccessDeniedError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         BudgetError,
         CheckpointError,
         ComputeLostError,
+        DamagedOutputError,
         HeaderError,
         InputChangedError,
         InterruptedRunError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     )
     from stockflow.events import Done, Event, Moved, Note, Stage
     from stockflow.receipts import TensorFacts
+    from stockflow.report import Report
     from stockflow.verify import Finding, Verification
 
 _HOMES = {
