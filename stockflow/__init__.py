@@ -65,17 +65,10 @@ __all__ = [  # noqa: RUF022  # as in _HOMES
     "__version__",
     "MergeResult", "PlanResult", "diff", "merge", "plan", "report", "verify",
     "CheckpointDifference", "GroupDifference", "TensorDifference",
-<<<<<<< HEAD
     "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
     "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError",
     "OutputConflictError", "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
-    "Done", "Event", "Moved", "Note", "Stage",
-=======
-    "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
-    "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
-    "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
     "Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage",
->>>>>>> e2
     "TensorFacts",
     "Finding", "Report", "Verification",
 ]  # fmt: skip

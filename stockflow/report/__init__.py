@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from stockflow import notebook
 from stockflow.errors import NotFoundError
 from stockflow.report.course import Course, course_of
 from stockflow.report.evidence import Evidence, gather
-from stockflow.report.geometry import Geometry, geometry_of
+from stockflow.report.geometry import Geometry, Spread, geometry_of
 from stockflow.storage import StorageConfig, open_store, redact
 from stockflow.verify import Finding
 
@@ -83,8 +84,29 @@ class Report:
         where = os.path.dirname(os.path.abspath(place)) if is_local else folder
         open_store(where, self.storage, writable=True).put(name, self.html().encode())
 
+    def _repr_html_(self) -> str:
+        """Return tables for a notebook: ratio and cosine by kind, and the cosines between models."""
+        from stockflow.report.words import headline, verdict
+
+        kinds = [
+            [kind.kind, kind.num_tensors, *_median_least_largest(kind.ratio), *_median_least_largest(kind.cosine)]
+            for kind in self.geometry.kinds
+        ]
+        measures = [f"{which} {of}" for of in ("t", "cos") for which in ("median", "least", "largest")]
+        cosines = [[letter, *row] for letter, row in zip(self.geometry.letters, self.geometry.matrix, strict=False)]
+        return notebook.block(
+            headline(self),
+            notebook.facts({"output": self.evidence.url, "in short": " ".join(verdict(self))}),
+            notebook.table(("kind", "tensors", *measures), kinds),
+            notebook.table(("cosines", *self.geometry.letters), cosines),
+        )
+
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+def _median_least_largest(found: Spread | None) -> tuple[float | None, float | None, float | None]:
+    return (found.median, found.low, found.high) if found else (None, None, None)
 
 
 def report(location: str, config: StorageConfig, on_bytes: Callable[[int], None] = lambda _: None) -> Report:

@@ -60,12 +60,13 @@ def test_importing_loads_nothing_and_errors_little() -> None:
 
 def test_names_that_are_modules_too_stay_functions() -> None:
     script = (
-        "import stockflow.plan, stockflow.verify, stockflow.api\n"
+        "import stockflow.plan, stockflow.report, stockflow.verify, stockflow.api\n"
         "from stockflow.plan import MergePlan\nfrom stockflow.verify import Finding\n"
-        "from stockflow import plan, verify\n"
+        "from stockflow import plan, report, verify\n"
         "import stockflow\n"
         "assert plan is stockflow.plan is stockflow.api.plan, stockflow.plan\n"
         "assert verify is stockflow.verify is stockflow.api.verify\n"
+        "assert report is stockflow.report is stockflow.api.report, stockflow.report\n"
         "assert stockflow.Finding is Finding\n"
         "from stockflow import driver, planning\n"
         "assert driver.__name__ == 'stockflow.driver'"
@@ -165,11 +166,13 @@ def test_results_show_themselves_in_a_notebook(root: Path) -> None:
     merge = shown(stockflow.merge(root / "recipe.yaml", root / "out"))
     verification = shown(stockflow.verify(root / "out"))
     diff = shown(stockflow.diff(root / "base", root / "tuned-1"))
+    report = shown(stockflow.report(root / "out"))
 
     assert "3 by model_stock" in plan
     assert "already finished" in merge
     assert "no findings" in verification
     assert "3 of 3 tensors differ" in diff
+    assert "Two models, merged by Model Stock" in report
     for text in (merge, diff):
         assert "<b>" in text.splitlines(), "names are text, never tags"
 
