@@ -95,7 +95,7 @@ def calibrate(folder: Path, urls: Sequence[str], say: Say) -> Calibration:
     """Measure this machine, a folder of its disk, and what the URLs name; leaves nothing behind.
 
     Args:
-        folder: on the disk that merges will use; some 600 MB of it are written.
+        folder: on the disk that merges will use; some 1.7 GB of it are written.
         urls: buckets or prefixes of object stores where we may write.
         say: told what is measured next.
 
