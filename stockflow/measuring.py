@@ -95,7 +95,7 @@ def calibrate(folder: Path, urls: Sequence[str], say: Say) -> Calibration:
     """Measure this machine, a folder of its disk, and what the URLs name; leaves nothing behind.
 
     Args:
-        folder: on the disk that merges will use; some 600 MB of it are written.
+        folder: on the disk that merges will use; some 1.7 GB of it are written.
         urls: buckets or prefixes of object stores where we may write.
         say: told what is measured next.
 
@@ -306,14 +306,14 @@ def _measure_together(work: Path, machine: MachineCosts, place: PlaceCosts) -> M
 
     for path in inputs:
         shutil.rmtree(path)
-    return replace(crowded, turn_us=_solved(predicted_s, shard_s))
+    return replace(crowded, turn_us=solved(predicted_s, shard_s))
 
 
 MAX_TURN_US = 10_000.0
 BISECTIONS = 30
 
 
-def _solved(predicted_s: Callable[[float], float], measured_s: float) -> float:
+def solved(predicted_s: Callable[[float], float], measured_s: float) -> float:
     """Return the argument at which a rising function has a value; 0 if it lies above it everywhere."""
     low, high = 0.0, MAX_TURN_US
     if predicted_s(low) >= measured_s:

@@ -54,6 +54,8 @@ SHORT_STAGES = {
     "request_rate": "requests",
 }
 """The stages of a shard, where several are listed."""
+SHARED_STAGES = frozenset({"disk_read", "disk_write", "disk", "request_rate"})
+"""What all workers have in common: more of them do not get through it faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Prediction:
     phases: tuple[Phase, ...]
     """start, opening, merging, publishing, tail; their sum is the whole"""
     stages: Mapping[str, float]
-    """seconds by stage, of all shards, if each had a worker's resources for itself: they overlap"""
+    """seconds by stage, of all shards, if nothing else took time; they overlap"""
     bottleneck: str
     """key of ``STAGES``"""
     worker_seconds: float
@@ -147,12 +149,11 @@ class Model:
     def predict(self, work: Workload) -> Prediction:
         """Return the time a merge takes."""
         times = [self.shard_time(shard, work.num_slabs) for shard in work.shards]
-        stages: Counter[str] = Counter()
-        for time in times:
-            stages.update(time.stages)
-        durations = [time.seconds for time in times]
+        stages = self._stages(times)
         start, opening, publishing = self._start_s(), self._opening_s(work), self._publishing_s(work)
-        merging, tail = self._merging(durations)
+        merging, tail = self._merging([time.seconds for time in times])
+        together = max((seconds for stage, seconds in stages.items() if stage in SHARED_STAGES), default=0.0)
+        merging = max(merging, together - tail)
         phases = (
             Phase("start", start),
             Phase("opening", opening),
@@ -164,10 +165,18 @@ class Model:
         around = start + opening + publishing
         deciding = max(stages, key=lambda stage: stages[stage], default="start")
         bottleneck = "start" if around > merging else "workers" if tail > merging / 2 else deciding
-        return Prediction(phases, dict(stages), bottleneck, total * self.conditions.num_workers)
+        return Prediction(phases, stages, bottleneck, total * self.conditions.num_workers)
+
+    def _stages(self, times: Sequence[ShardTime]) -> dict[str, float]:
+        """Seconds of each stage if nothing else took time: of all shards, divided among the workers that have any."""
+        totals: Counter[str] = Counter()
+        for time in times:
+            totals.update(time.stages)
+        num_workers = max(min(self.conditions.num_workers, len(times)), 1)
+        return {stage: total if stage in SHARED_STAGES else total / num_workers for stage, total in totals.items()}
 
     def shard_time(self, shard: ShardWork, num_slabs: int) -> ShardTime:
-        """Return what one shard takes one worker while all workers are at work."""
+        """Return what one shard takes one worker, if it has what all share for itself."""
         conditions, output = self.conditions, self._place(self.output)
         steps = [self._step_time(step) for step in shard.steps]
         reading = self._reading(shard.readings())
@@ -181,11 +190,11 @@ class Model:
         if reading.network_s:
             stages["network_read"] = reading.network_s
         if reading.disk_s:
-            stages["disk_read"] = reading.disk_s * conditions.num_workers  # one disk for all
+            stages["disk_read"] = reading.disk_s
         if together := self._taking_turns(reading.network_s + reading.disk_s, write_s):
             stages["disk" if output.is_local else "store"] = together
         if conditions.request_rate:
-            stages["request_rate"] = self._num_requests(shard) * conditions.num_workers / conditions.request_rate
+            stages["request_rate"] = self._num_requests(shard) / conditions.request_rate
         elapsed = self._elapsed(steps, beside_s, num_slabs)
         seconds = max(elapsed.seconds, elapsed.first_output_s + write_s, *stages.values())
         return ShardTime(seconds + self._shard_s(output), stages)

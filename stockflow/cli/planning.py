@@ -126,7 +126,7 @@ def calibrate(
         Path | None, typer.Option(metavar="FILE", help="Where to keep it. Default: your configuration folder.")
     ] = None,
     folder: Annotated[
-        Path, typer.Option(help="On the disk that merges use; 1 GB is written there and removed.")
+        Path, typer.Option(help="On the disk that merges use; 1.7 GB are written there and removed.")
     ] = Path(),
     url: Annotated[
         list[str] | None, typer.Option(help="Bucket or prefix to measure, too; may be repeated. Written and cleaned.")

@@ -12,7 +12,7 @@ from stockflow.calibration import load_calibration, parse_calibration
 from stockflow.cli import app
 from stockflow.driver import Inputs, MergeOptions, plan_merge
 from stockflow.errors import RecipeError
-from stockflow.measuring import calibrate
+from stockflow.measuring import calibrate, solved
 from stockflow.pagecache import cached_share
 from stockflow.prices import load_prices
 from stockflow.recipe import load_recipe
@@ -132,6 +132,11 @@ def test_a_store_that_was_not_measured_is_taken_for_a_store_and_not_for_a_disk(t
 def test_what_is_no_calibration_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="is not a calibration"):
         parse_calibration(text.encode(), "it")
+
+
+@pytest.mark.parametrize(("measured", "found"), [(3.0, 2000.0), (1.0, 0.0), (0.5, 0.0), (1e9, 10_000.0)])
+def test_what_the_model_lacks_is_found_by_halving(measured: float, found: float) -> None:
+    assert solved(lambda micros: 1.0 + micros / 1000.0, measured) == pytest.approx(found, abs=1e-3)
 
 
 def test_a_table_of_prices_can_be_replaced(tmp_path: Path) -> None:
