@@ -28,7 +28,8 @@ LONGEST_PAUSE_S = 60.0
 LATEST = 4e9
 """Seconds since the epoch; a later time is no time of a merge."""
 MAX_LANES = 24
-MAX_SPANS = 3000
+MAX_SPANS = 125
+"""Blocks of a lane; with more shards, neighbours share one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,10 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A shard on its worker, in seconds of working time since the first began."""
+    """A shard, or neighbouring ones, on their worker, in seconds of working time since the first began."""
 
     start: float
     stop: float
-    file: str
-    num_bytes: int
     num_retries: int
 
 
@@ -56,7 +55,9 @@ class Lane:
     """What one worker did."""
 
     worker: str
+    num_shards: int
     spans: tuple[Span, ...]
+    """of the shards whose times are known"""
     num_bytes: int
     peak_bytes: int
     memory_bytes: int | None
@@ -108,7 +109,7 @@ class Course:
             "stages": [asdict(stage) for stage in self.stages],
             "workers": [
                 {
-                    "worker": lane.worker, "shards": len(lane.spans), "bytes": lane.num_bytes,
+                    "worker": lane.worker, "shards": lane.num_shards, "bytes": lane.num_bytes,
                     "peak_memory_bytes": lane.peak_bytes, "memory_bytes": lane.memory_bytes,
                 }
                 for lane in self.lanes
@@ -210,8 +211,6 @@ def _lane(worker: str, receipts: Sequence[Receipt], clock: _Clock) -> Lane:
         Span(
             clock.at(receipt.began or 0.0),
             clock.at(receipt.ended or 0.0),
-            receipt.file,
-            receipt.bytes_read + receipt.size,
             sum(receipt.retries.values()),
         )
         for receipt in receipts
@@ -220,11 +219,21 @@ def _lane(worker: str, receipts: Sequence[Receipt], clock: _Clock) -> Lane:
     budgets = [receipt.memory_bytes for receipt in receipts if receipt.memory_bytes]
     return Lane(
         worker,
-        tuple(sorted(spans, key=lambda span: span.start)),
+        len(receipts),
+        tuple(_blocks(sorted(spans, key=lambda span: span.start))),
         sum(receipt.bytes_read + receipt.size for receipt in receipts),
         max(receipt.peak_memory_bytes for receipt in receipts),
         max(budgets, default=None),
     )
+
+
+def _blocks(spans: Sequence[Span]) -> Iterator[Span]:
+    """Yield at most ``MAX_SPANS`` of what one worker did, in order of time."""
+    size = -(-len(spans) // MAX_SPANS) or 1
+    for first in range(0, len(spans), size):
+        members = spans[first : first + size]
+        stop = max(span.stop for span in members)
+        yield Span(members[0].start, stop, sum(span.num_retries for span in members))
 
 
 def _rates(receipts: Sequence[Receipt], clock: _Clock) -> tuple[float, ...]:

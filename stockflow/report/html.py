@@ -22,7 +22,7 @@ from stockflow.budget import gb, mib
 from stockflow.naming import kind_of, layer_of
 from stockflow.redaction import without_secrets
 from stockflow.report import Report, palette, words
-from stockflow.report.course import MAX_LANES, MAX_SPANS
+from stockflow.report.course import MAX_LANES
 from stockflow.report.geometry import MAX_ROWS, Geometry, Heatmap, Spread, relative_changes
 
 MAX_FILES_LISTED = 600
@@ -122,7 +122,6 @@ def render(report: Report) -> str:
         limits={
             "files": max(MAX_FILES_LISTED // max(len(report.evidence.models), 1), 5),
             "lanes": MAX_LANES,
-            "spans": MAX_SPANS,
             "rows": MAX_ROWS,
         },
         version=__version__,

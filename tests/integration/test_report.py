@@ -205,7 +205,7 @@ def test_how_it_ran_is_what_the_receipts_say(report: Report, whole: Path) -> Non
     assert course.began == min(receipt["began"] for receipt in receipts)
     assert course.peak_bytes == max(receipt["peak_memory_bytes"] for receipt in receipts)
     assert course.memory_bytes == receipts[0]["memory_bytes"]
-    assert [len(lane.spans) for lane in course.lanes] == [len(receipts)]
+    assert [(lane.num_shards, len(lane.spans)) for lane in course.lanes] == [(len(receipts), len(receipts))]
 
 
 def test_the_page_needs_nothing_else_and_names_every_input(report: Report, whole: Path) -> None:

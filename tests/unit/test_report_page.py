@@ -81,6 +81,16 @@ def test_workers_memory_and_retries_are_added_up() -> None:
     ]
 
 
+def test_neighbours_share_a_block_where_a_worker_merged_very_many() -> None:
+    course = course_of([receipt(f"{index}", index, index + 1, retries={"read": 1}) for index in range(1000)], {})
+
+    (lane,) = course.lanes
+    assert (lane.num_shards, len(lane.spans)) == (1000, 125)
+    assert [(span.start, span.stop, span.num_retries) for span in lane.spans] == [
+        (start, start + 8, 8) for start in range(0, 1000, 8)
+    ]
+
+
 def test_text_can_be_read_on_everything_it_is_written_on() -> None:
     for theme in ("light", "dark"):
         colours = palette.tokens(theme)
@@ -179,13 +189,16 @@ def large_report(num_models: int, num_layers: int, num_experts: int) -> Report:
     return Report(evidence, StorageConfig())
 
 
-@pytest.mark.parametrize(("num_models", "num_layers", "num_experts"), [(4, 61, 500), (60, 300, 8)])
+@pytest.mark.parametrize(
+    ("num_models", "num_layers", "num_experts"), [pytest.param(4, 61, 500, marks=pytest.mark.scale), (60, 300, 8)]
+)
 def test_the_page_of_the_largest_outputs_stays_small(num_models: int, num_layers: int, num_experts: int) -> None:
     report = large_report(num_models, num_layers, num_experts)
 
     page = report.html()
 
     assert len(page.encode()) < MAX_PAGE_BYTES
+    assert "4,000 requests were repeated (read: 4,000)" in page
     assert f"of {len(report.evidence.rows):,} tensors: those above and the ones with the lowest t" in page
     listed = [row.ratio for row in report.geometry.listed if row.ratio is not None]
     lowest = sorted(row.ratio for row in report.evidence.rows if row.ratio is not None)[:1900]
