@@ -29,12 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tuned", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 32, 128, 512])
+    parser.add_argument("--shards-per-worker", type=int, default=SHARDS_PER_WORKER, help="at least")
     parser.add_argument("--rate", type=float, default=500e6, help="bytes a second that one worker reads and merges")
     parser.add_argument("--shard-s", type=float, default=1.0, help="fixed seconds of a shard: requests, publishing")
     parser.add_argument("--startup-s", type=float, default=20.0, help="from a place to the first shard")
     parser.add_argument("--slow", type=float, default=0.02, help="share of workers that are slow")
     parser.add_argument("--slowdown", type=float, default=2.0, help="how much slower these are")
-    parser.add_argument("--preemptions", type=float, default=0.1, help="per worker and hour")
+    parser.add_argument("--preemptions", type=float, default=1.0, help="per worker and hour")
     parser.add_argument("--replacement-s", type=float, default=180.0, help="until there is another place")
     parser.add_argument("--seeds", type=int, default=20)
     arguments = parser.parse_args()
@@ -43,7 +44,7 @@ def main() -> None:
     rows = []
     for num_tuned in arguments.tuned:
         for num_workers in arguments.workers:
-            plan = plan_for(num_tuned, num_workers)
+            plan = plan_for(num_tuned, num_workers, arguments.shards_per_worker)
             sizes = [shard.source_bytes for shard in plan.shards]
 
             def run(
@@ -100,15 +101,15 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def plan_for(num_tuned: int, num_workers: int) -> MergePlan:
-    """Return the plan with the default shard size, or with a smaller one where workers would get fewer than four."""
+def plan_for(num_tuned: int, num_workers: int, shards_per_worker: int) -> MergePlan:
+    """Return the plan with the default shard size, or with a smaller one where workers would get fewer than that."""
     with collector_paused():
         checkpoints = make_checkpoints(num_tuned + 1)
         models = "".join(f"- model: s3://models/{number}\n" for number in range(1, num_tuned + 1))
         recipe = parse_recipe(f"merge_method: model_stock\nbase_model: s3://models/0\nmodels:\n{models}", "made here")
         plan = make_plan(recipe, checkpoints)
-        if len(plan.shards) < SHARDS_PER_WORKER * num_workers:
-            size = plan.num_output_bytes // (SHARDS_PER_WORKER * num_workers)
+        if len(plan.shards) < shards_per_worker * num_workers:
+            size = plan.num_output_bytes // (shards_per_worker * num_workers)
             plan = make_plan(recipe, checkpoints, shard_size=size)
         return plan
 
