@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stockflow.events import OnEvent
     from stockflow.insight.inspection import Survey, SurveyOptions
     from stockflow.plan import TensorJob
-    from stockflow.storage import StorageConfig
+    from stockflow.storage import StorageConfig, Store
     from stockflow.survey import SurveySpec
 
 Out = Annotated[
@@ -67,13 +67,14 @@ def inspect(
         with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), _reading(on_event)
             inputs = open_inputs(recipe)
+            folder = open_out(out, inputs.recipe.storage)
             options = survey_options(memory, workers, executor, device)
             found = inspecting.inspect(inputs, options, survey, on_read)
-        if out is not None:
+        if folder is not None:
             from stockflow.tables import INSPECTION_SCHEMA, encode_rows
 
             table = encode_rows(found.rows(), INSPECTION_SCHEMA)
-            publish(out, inputs.recipe.storage, "inspect", table, inspecting.json_parts(found))
+            publish(folder, "inspect", table, inspecting.json_parts(found))
         if as_json:
             sys.stdout.writelines(inspecting.json_parts(found))
         elif not quiet:
@@ -121,12 +122,13 @@ def audit(
                 merge = auditing.open_output(recipe, StorageConfig())
             else:
                 merge = auditing.open_recipe(open_inputs(recipe), merged)
+            folder = open_out(out, merge.storage)
             found = auditing.audit(merge, survey_options(memory, workers, executor, device), survey, on_read)
-        if out is not None:
+        if folder is not None:
             from stockflow.tables import AUDIT_SCHEMA, encode_rows
 
             table = encode_rows(found.rows, AUDIT_SCHEMA)
-            publish(out, merge.storage, "audit", table, auditing.json_parts(found))
+            publish(folder, "audit", table, auditing.json_parts(found))
         if as_json:
             sys.stdout.writelines(auditing.json_parts(found))
         elif not quiet:
@@ -140,11 +142,24 @@ def _is_output(location: str) -> bool:
     return os.path.isdir(location) or ("://" in location and not location.endswith((".yaml", ".yml", ".json")))
 
 
-def publish(out: str, config: "StorageConfig", name: str, table: bytes, parts: Iterable[str]) -> None:
-    """Write rows as Parquet and as JSON into a folder."""
+def open_out(out: str | None, config: "StorageConfig") -> "Store | None":
+    """Return the place that rows go to, looked at before an hour of reading is spent on them.
+
+    Raises:
+        UserError: it cannot be written to, as far as a look tells.
+        StorageError: it does not answer.
+    """
+    if out is None:
+        return None
     from stockflow.storage import open_store
 
     store = open_store(out, config, writable=True)
+    store.list_top()
+    return store
+
+
+def publish(store: "Store", name: str, table: bytes, parts: Iterable[str]) -> None:
+    """Write rows as Parquet and as JSON into a folder."""
     store.put(f"{name}.parquet", table)
     with store.create(f"{name}.json") as sink:
         for part in parts:

@@ -134,7 +134,8 @@ def open_output(output: str, config: StorageConfig) -> Merge:
         raise InputChangedError(
             f"the inputs are not what {redact(store.url)} was merged from; an audit needs them as they were:\n  "
             + "\n  ".join(changed[:MAX_SHOWN])
-            + more
+            + f"{more}\nto hold it against the inputs as they are now, name the recipe too: "
+            + f"stockflow audit RECIPE {redact(output)}"
         )
     return Merge(recorded.plan, config, store.url, open_checkpoints([store])[0])
 

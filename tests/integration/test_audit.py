@@ -369,7 +369,8 @@ def test_inputs_that_changed_since_are_named(tmp_path: Path) -> None:
     write_checkpoint(family.tuned[1], {"w": torch.zeros(51, 50)})
 
     with pytest.raises(
-        InputChangedError, match=r"not what .*out was merged from(.|\n)*tuned-2/model.safetensors: chang"
+        InputChangedError,
+        match=r"not what .*out was merged from(.|\n)*tuned-2/model.safetensors: chang(.|\n)*audit RECIPE .*out",
     ):
         open_output(str(tmp_path / "out"), StorageConfig())
 

@@ -174,3 +174,18 @@ def test_the_command_prints_a_summary_and_leaves_both_files(tmp_path: Path) -> N
     assert [layer["layer"] for layer in document["layers"]] == [0, 1, None]
     row = next(row for row in table if row["kind"] == "mlp")
     assert len(row["cosines"]) == len(document["pairs"]) == 3
+
+
+@pytest.mark.parametrize(("place", "said"), [("{file}", "a file is where a folder should be"), ("web://x", "web://")])
+def test_a_place_that_cannot_take_rows_is_refused_before_anything_is_read(
+    place: str, said: str, tmp_path: Path
+) -> None:
+    family = make_family(tmp_path, 2, LAYERS)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+
+    finished = runs.run("inspect", recipe, "--out", place.format(file=recipe), "--progress", "json")
+
+    assert finished.returncode == 2
+    assert said in finished.stderr
+    assert '"read_bytes": ' not in finished.stderr or '"read_bytes": 0' in finished.stderr
+    assert finished.stdout == ""

@@ -1,0 +1,37 @@
+"""The numbers in docs/model-stock.md, computed again from its words."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stockflow.geometry import Geometry
+from stockflow.gram import Gram
+
+PAGE = (Path(__file__).parents[2] / "docs" / "model-stock.md").read_text()
+ROWS = re.findall(r"^\| (-?0\.\d, -?0\.\d, -?0\.\d) \|(.*)\|$", PAGE, re.MULTILINE)
+READINGS = ("exact", "mean_angle", "adjacent", "two_model")
+
+
+def expected(c12: float, c13: float, c23: float) -> list[float]:
+    mean = (c12 + c13 + c23) / 3
+    angle = math.cos((math.acos(c12) + math.acos(c13) + math.acos(c23)) / 3)
+    ours, angles, neighbours = (3 * c / (1 + 2 * c) for c in (mean, angle, (c12 + c23) / 2))
+    return [ours, angles, neighbours, 2 * mean / (1 + mean)]
+
+
+@pytest.mark.parametrize(("cosines", "cells"), ROWS)
+def test_the_table_of_readings_is_right(cosines: str, cells: str) -> None:
+    c12, c13, c23 = map(float, cosines.split(", "))
+    products = np.array([[1, 0, 0, 0], [0, 1, c12, c13], [0, c12, 1, c23], [0, c13, c23, 1]], np.float64)
+    geometry = Geometry(Gram(products[None]))
+
+    stated = [float(cell) for cell in cells.split("|")]
+    assert stated == pytest.approx(expected(c12, c13, c23), abs=5.1e-5)
+    assert stated == pytest.approx([float(geometry.ratio(name)[0]) for name in READINGS], abs=5.1e-5)
+
+
+def test_the_table_is_there() -> None:
+    assert len(ROWS) == 5
