@@ -179,7 +179,7 @@ def test_calibrating_measures_everything_and_leaves_nothing(tmp_path: Path) -> N
     found = calibrate(tmp_path, [], said.append)
 
     assert os.listdir(tmp_path) == []
-    assert len(said) == 3
+    assert len(said) == 4
     assert parse_calibration(found.to_json().encode(), "it").machine.cores == found.machine.cores
     assert all(cost.statistics_ns > 0 and cost.combine_ns > 0 for cost in found.machine.kernels)
     (place,) = found.places
