@@ -16,6 +16,7 @@ from stockflow.cli.exits import exit_codes
 from stockflow.cli.insight import audit, inspect
 from stockflow.cli.merging import merge
 from stockflow.cli.planning import calibrate, plan
+from stockflow.cli.submitting import submit
 
 app = typer.Typer(
     help="Exact, streaming merges of checkpoints too large for one machine.",
@@ -51,7 +52,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, status, inspect, audit, verify, diff, calibrate, clean, demo, schema):
+for command in (merge, plan, submit, status, inspect, audit, verify, diff, calibrate, clean, demo, schema):
     app.command()(command)
 
 

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "cli",
         "measuring",
         "demo api",
-        "insight",
+        "insight submission",
         "reporting execution verify clean comparing forecast status",
         "differences prediction",
         "describe",
