@@ -1,10 +1,11 @@
 """The model card: what was merged, how, from what."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from stockflow import __version__
 from stockflow.checkpoint import CONFIG_FILE
+from stockflow.naming import KINDS, kind_of
 from stockflow.plan import MergePlan
 from stockflow.receipts import TensorFacts
 from stockflow.recipe import Recipe
@@ -62,25 +63,9 @@ def summary_table(rows: Sequence[TensorFacts]) -> str:
     return "\n".join(lines)
 
 
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "norm": ("norm", "ln_"),
-    "experts": ("expert",),
-    "attention": ("attn", "attention"),
-    "mlp": ("mlp", "feed_forward", "ffn"),
-    "embedding": ("embed", "wte", "wpe"),
-    "head": ("lm_head", "score", "classifier"),
-}
-"""Kinds of layers and the parts of names that show them, first match wins."""
-
-
-def kind_of(name: str) -> str:
-    """Return what kind of layer a tensor belongs to, by its name."""
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
-
-
 def by_kind(rows: Sequence[TensorFacts]) -> dict[str, list[TensorFacts]]:
     """Return the rows grouped by kind of layer, in the order of ``KINDS``."""
-    groups: dict[str, list[TensorFacts]] = {kind: [] for kind in (*KINDS, "other")}
+    groups: dict[str, list[TensorFacts]] = {kind: [] for kind in KINDS}
     for row in rows:
         groups[kind_of(row.name)].append(row)
     return {kind: members for kind, members in groups.items() if members}

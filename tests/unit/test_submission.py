@@ -289,7 +289,7 @@ def test_each_line_is_shown_once_though_the_stream_breaks(monkeypatch: pytest.Mo
 
     plain, _ = followed(monkeypatch, Scripted(log, streams, [RUNNING, RUNNING, RUNNING, DONE]))
     without, _ = followed(monkeypatch, Scripted(log, streams, [RUNNING, RUNNING, DONE]), "stockflow\nmerge")
-    not_begun, _ = followed(monkeypatch, Scripted("no space left\n", [[]], [DONE]), "stockflow\nmerge")
+    not_begun, _ = followed(monkeypatch, Scripted("no space left\n", [[]] * 9, [DONE]), "stockflow\nmerge")
 
     assert plain == log
     assert without == "one\ntwo\nthree\n"
