@@ -140,7 +140,7 @@ def follow(jobs: "Jobs", job_id: str, on_text: OnText, on_note: OnText, *, entry
         ComputeLostError: the cluster no longer knows the job, or did not answer for long.
     """
     log = _Log(jobs, job_id, on_text, entrypoint)
-    job, heard, told = None, time.monotonic(), ""
+    heard, told = time.monotonic(), ""
     while True:
         log.read(LOOK_S)
         try:

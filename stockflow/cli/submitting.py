@@ -75,7 +75,7 @@ def submit(
     from stockflow.execution import check_gpus
     from stockflow.redaction import redact
 
-    with exit_codes():
+    with exit_codes(), _interruption_is_no_abort():
         size_option("--memory", memory), size_option("--shard-size", shard_size)
         labels = labels_option(label or ())
         check_gpus(device.value, gpus_per_worker)
@@ -148,6 +148,15 @@ def _stop(jobs: "Jobs", job_id: str) -> int:
     job = submission.follow(jobs, job_id, lambda text: None, _note)
     _say(submission.how_it_ended(job))
     return EXIT_INTERRUPTED if job.status == "STOPPED" else submission.exit_code(job)
+
+
+@contextmanager
+def _interruption_is_no_abort() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("interrupted; the same command again tells whether a job is at work")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @contextmanager
