@@ -5,7 +5,8 @@
     print(stockflow.plan("recipe.yaml", "out"))
     stockflow.merge("recipe.yaml", "out")
 
-``plan``, ``merge``, ``verify`` and ``diff`` do what the commands of these names do; `docs/python.md` has examples.
+``plan``, ``merge``, ``verify``, ``diff``, ``inspect`` and ``audit`` do what the commands of these names do;
+`docs/python.md` has examples.
 Names are loaded when they are first used, so that the import itself takes no time.
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stockflow.api import MergeResult, PlanResult, diff, merge, plan, verify
+    from stockflow.api import MergeResult, PlanResult, audit, diff, inspect, merge, plan, verify
     from stockflow.differences import CheckpointDifference, GroupDifference, TensorDifference
     from stockflow.errors import (
         AccessDeniedError,
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
         UserError,
     )
     from stockflow.events import Done, Event, Moved, Note, Stage
+    from stockflow.insight.audit import Audit, Verdict
+    from stockflow.insight.inspection import Inspection
     from stockflow.receipts import TensorFacts
     from stockflow.verify import Finding, Verification
 
 _HOMES = {
-    "api": ("MergeResult", "PlanResult", "diff", "merge", "plan", "verify"),
+    "api": ("MergeResult", "PlanResult", "audit", "diff", "inspect", "merge", "plan", "verify"),
     "differences": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
     "errors": (
         "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
@@ -50,6 +53,8 @@ _HOMES = {
         "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
     ),
     "events": ("Done", "Event", "Moved", "Note", "Stage"),
+    "insight.audit": ("Audit", "Verdict"),
+    "insight.inspection": ("Inspection",),
     "receipts": ("TensorFacts",),
     "verify": ("Finding", "Verification"),
 }  # fmt: skip
@@ -58,12 +63,14 @@ _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  # as in _HOMES
     "__version__",
-    "MergeResult", "PlanResult", "diff", "merge", "plan", "verify",
+    "MergeResult", "PlanResult", "audit", "diff", "inspect", "merge", "plan", "verify",
     "CheckpointDifference", "GroupDifference", "TensorDifference",
     "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError", "HeaderError",
     "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError", "OutputConflictError",
     "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
     "Done", "Event", "Moved", "Note", "Stage",
+    "Audit", "Verdict",
+    "Inspection",
     "TensorFacts",
     "Finding", "Verification",
 ]  # fmt: skip
