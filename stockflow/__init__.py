@@ -5,8 +5,8 @@
     print(stockflow.plan("recipe.yaml", "out"))
     stockflow.merge("recipe.yaml", "out")
 
-``plan``, ``merge``, ``verify``, ``diff`` and ``report`` do what the commands of these names do; `docs/python.md` has
-examples.
+``plan``, ``merge``, ``verify``, ``report``, ``diff``, ``inspect`` and ``audit`` do what the commands of these names do;
+`docs/python.md` has examples.
 Names are loaded when they are first used, so that the import itself takes no time.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stockflow.api import MergeResult, PlanResult, diff, merge, plan, report, verify
+    from stockflow.api import MergeResult, PlanResult, audit, diff, inspect, merge, plan, report, verify
     from stockflow.differences import CheckpointDifference, GroupDifference, TensorDifference
     from stockflow.errors import (
         AccessDeniedError,
@@ -40,12 +40,14 @@ if TYPE_CHECKING:
         UserError,
     )
     from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
+    from stockflow.insight.audit import Audit, Verdict
+    from stockflow.insight.inspection import Inspection
     from stockflow.receipts import TensorFacts
     from stockflow.report import Report
     from stockflow.verify import Finding, Verification
 
 _HOMES = {
-    "api": ("MergeResult", "PlanResult", "diff", "merge", "plan", "report", "verify"),
+    "api": ("MergeResult", "PlanResult", "audit", "diff", "inspect", "merge", "plan", "report", "verify"),
     "differences": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
     "errors": (
         "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
@@ -54,6 +56,8 @@ _HOMES = {
         "UserError",
     ),
     "events": ("Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage"),
+    "insight.audit": ("Audit", "Verdict"),
+    "insight.inspection": ("Inspection",),
     "receipts": ("TensorFacts",),
     "report": ("Report",),
     "verify": ("Finding", "Verification"),
@@ -63,12 +67,14 @@ _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  # as in _HOMES
     "__version__",
-    "MergeResult", "PlanResult", "diff", "merge", "plan", "report", "verify",
+    "MergeResult", "PlanResult", "audit", "diff", "inspect", "merge", "plan", "report", "verify",
     "CheckpointDifference", "GroupDifference", "TensorDifference",
     "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
     "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "NotFoundError", "NumericsError",
     "OutputConflictError", "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
     "Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage",
+    "Audit", "Verdict",
+    "Inspection",
     "TensorFacts",
     "Finding", "Report", "Verification",
 ]  # fmt: skip

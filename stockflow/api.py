@@ -5,7 +5,7 @@ Names of options and their defaults are the command line's. Errors are Stockflow
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +17,7 @@ from stockflow.calibration import load_calibration
 from stockflow.describe import plan_lines, project, result_facts, result_lines
 from stockflow.driver import Execute, Inputs, MergeOptions, Outcome
 from stockflow.errors import RecipeError
-from stockflow.events import Done, Moved, OnEvent, Stage, ignore
+from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
 from stockflow.forecast import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
 from stockflow.manifest import Manifest, tensors_key
 from stockflow.plan import MergePlan, ShardPlan
@@ -32,7 +32,11 @@ from stockflow.workload import Workload, survey
 
 if TYPE_CHECKING:
     from stockflow.differences import CheckpointDifference
+    from stockflow.insight.audit import Audit
+    from stockflow.insight.inspection import Inspection, Survey, SurveyOptions
+    from stockflow.plan import TensorJob
     from stockflow.report import Report
+    from stockflow.survey import SurveySpec
     from stockflow.tracking import Tracker
     from stockflow.verify import SampleOptions, Verification
     from stockflow.worker import WorkerSpec
@@ -331,6 +335,79 @@ def merge(
     return MergeResult(result, inputs.recipe.storage)
 
 
+def inspect(
+    recipe: RecipeLike,
+    *,
+    memory: Size | None = None,
+    workers: int | None = None,
+    executor: ExecutorName | None = None,
+    gpus_per_worker: float = 0.0,
+    device: DeviceName = "auto",
+    on_event: OnEvent = ignore,
+) -> "Inspection":
+    """Return the geometry of a recipe's models: cosines, norms, angles and ratios of every tensor. Nothing is merged.
+
+    Args:
+        recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
+        memory: bound of one worker process; 80 % of what the machine allows if None.
+        workers: local: compute threads, one per core if None. Ray: worker processes.
+        executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
+        gpus_per_worker: Ray: a fraction lets several share one.
+        device: auto takes a GPU if torch sees one.
+        on_event: told how it goes, from several threads.
+
+    Raises:
+        UserError: the recipe names no base, the inputs do not fit together, or the memory is too small.
+        StorageError: reading failed after retries.
+        ComputeLostError: workers were lost for good.
+    """
+    from stockflow.insight import inspection
+
+    options = survey_options(memory, workers, executor, device)
+    survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), told_of_reading(on_event)
+    return inspection.inspect(open_inputs(recipe), options, survey, on_read)
+
+
+def audit(
+    recipe: RecipeLike,
+    merged: Location | None = None,
+    *,
+    memory: Size | None = None,
+    workers: int | None = None,
+    executor: ExecutorName | None = None,
+    gpus_per_worker: float = 0.0,
+    device: DeviceName = "auto",
+    on_event: OnEvent = ignore,
+) -> "Audit":
+    """Tell which formula made a Model Stock merge, and how far it is from the correct one.
+
+    Args:
+        recipe: of the merge; alone: what the formula that mergekit first had would have done. Or the location of an
+            output of stockflow, which says itself what it is.
+        merged: checkpoint that some tool made by the recipe.
+        memory: bound of one worker process; 80 % of what the machine allows if None.
+        workers: local: compute threads, one per core if None. Ray: worker processes.
+        executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
+        gpus_per_worker: Ray: a fraction lets several share one.
+        device: auto takes a GPU if torch sees one.
+        on_event: told how it goes, from several threads.
+
+    Raises:
+        UserError: the merge is not by Model Stock, or recipe, inputs or memory must change.
+        StorageError: reading failed after retries.
+        ComputeLostError: workers were lost for good.
+    """
+    from stockflow.insight import audit as auditing
+
+    options = survey_options(memory, workers, executor, device)
+    survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), told_of_reading(on_event)
+    if merged is None and isinstance(recipe, str | os.PathLike) and is_output(os.fspath(recipe)):
+        merge = auditing.open_output(os.fspath(recipe), StorageConfig())
+    else:
+        merge = auditing.open_recipe(open_inputs(recipe), None if merged is None else os.fspath(merged))
+    return auditing.audit(merge, options, survey, on_read)
+
+
 def diff(
     a: Location,
     b: Location,
@@ -531,6 +608,61 @@ def _on_ray(
     from stockflow.executors.ray import RayOptions
 
     return on_ray(spec, shards, tracker, RayOptions(**asked))
+
+
+def is_output(location: str) -> bool:
+    """Return whether a location is that of a checkpoint rather than of a recipe."""
+    if "\n" in location:
+        return False
+    return os.path.isdir(location) or ("://" in location and not location.endswith((".yaml", ".yml", ".json")))
+
+
+def survey_options(
+    memory: Size | None, workers: int | None, executor: ExecutorName | None, device: DeviceName
+) -> "SurveyOptions":
+    """Return what a survey may use."""
+    from stockflow.insight.inspection import SurveyOptions
+
+    options = merge_options(memory, None, workers, device, False, on_ray=is_on_ray(executor))
+    return SurveyOptions(options.memory_bytes, options.num_threads, options.device)
+
+
+def told_of_reading(on_event: OnEvent) -> Callable[[int], None]:
+    """Return who is told of bytes that a survey read."""
+    on_event(Stage("reading the inputs"))
+    return lambda num_bytes: on_event(Moved(num_bytes))
+
+
+def survey_on(
+    executor: ExecutorName | None, workers: int | None, gpus_per_worker: float, on_event: OnEvent
+) -> "Survey":
+    """Return what looks at tensors where the options say."""
+    if not is_on_ray(executor):
+        return _survey_in_this_process
+    return partial(_survey_on_ray, workers, gpus_per_worker, lambda text: on_event(Note(text)))
+
+
+def _survey_in_this_process(
+    spec: "SurveySpec", jobs: "Sequence[TensorJob]", on_read: Callable[[int], None]
+) -> Iterator[tuple[int, Any]]:
+    from stockflow.execution import survey_in_this_process
+
+    return survey_in_this_process(spec, jobs, on_read)
+
+
+def _survey_on_ray(
+    workers: int | None,
+    gpus_per_worker: float,
+    on_note: Callable[[str], None],
+    spec: "SurveySpec",
+    jobs: "Sequence[TensorJob]",
+    on_read: Callable[[int], None],
+) -> Iterator[tuple[int, Any]]:
+    from stockflow.execution import survey_on_ray
+    from stockflow.executors.ray import RayOptions
+
+    options = RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker)
+    return survey_on_ray(spec, jobs, on_read, on_note, options)
 
 
 def _check_choice(option: str, given: object, choices: Sequence[object]) -> None:

@@ -158,9 +158,18 @@ def _on_what_was_asked_for(spec: WorkerSpec, options: "ray.RayOptions") -> Worke
     """Keep workers that hold no GPU off those of their node: Ray hides none from them (2.60)."""
     if options.gpus_per_worker:
         return spec
-    if spec.device == "cuda":
-        raise PlanError("--device cuda on Ray: say how many GPUs a worker gets (--gpus-per-worker 1)")
+    check_gpus(spec.device, options.gpus_per_worker)
     return replace(spec, device="cpu")
+
+
+def check_gpus(device: str, gpus_per_worker: float) -> None:
+    """Refuse to compute on GPUs that nobody asked Ray for.
+
+    Raises:
+        PlanError: a worker must use a GPU, and gets none.
+    """
+    if device == "cuda" and not gpus_per_worker:
+        raise PlanError("--device cuda on Ray: say how many GPUs a worker gets (--gpus-per-worker 1)")
 
 
 def survey_in_this_process(spec: SurveySpec, jobs: Sequence[TensorJob], on_read: OnRead) -> Iterator[tuple[int, Any]]:

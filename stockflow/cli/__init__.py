@@ -17,6 +17,7 @@ from stockflow.cli.insight import audit, inspect
 from stockflow.cli.merging import merge
 from stockflow.cli.planning import calibrate, plan
 from stockflow.cli.reporting import report
+from stockflow.cli.submitting import submit
 
 app = typer.Typer(
     help="Exact, streaming merges of checkpoints too large for one machine.",
@@ -52,7 +53,9 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, status, inspect, audit, verify, report, diff, calibrate, clean, demo, schema):
+for command in (
+    merge, plan, submit, status, inspect, audit, verify, report, diff, calibrate, clean, demo, schema,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -1,10 +1,8 @@
 """``stockflow inspect`` and ``stockflow audit``."""
 
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +12,7 @@ from stockflow.cli.options import (
     Device,
     DeviceName,
     Executor,
+    ExecutorName,
     GpusPerWorker,
     Memory,
     Progress,
@@ -22,18 +21,13 @@ from stockflow.cli.options import (
     RecipeArgument,
     Workers,
     followed,
-    is_on_ray,
-    merge_options,
     open_inputs,
+    size_option,
 )
 
 if TYPE_CHECKING:
-    from stockflow.cli.options import ExecutorName
-    from stockflow.events import OnEvent
-    from stockflow.insight.inspection import Survey, SurveyOptions
-    from stockflow.plan import TensorJob
+    from stockflow.insight.inspection import SurveyOptions
     from stockflow.storage import StorageConfig, Store
-    from stockflow.survey import SurveySpec
 
 Out = Annotated[
     str | None,
@@ -57,6 +51,7 @@ def inspect(
 
     Reads every input once. The ratio t of Model Stock is given as the paper has it, and as other tools compute it.
     """
+    from stockflow import api
     from stockflow.insight import inspection as inspecting
     from stockflow.insight.inspection_lines import inspection_lines
     from stockflow.interruption import interruptible
@@ -64,11 +59,12 @@ def inspect(
     from stockflow.storage import redact
 
     with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
-            survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), _reading(on_event)
+        with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+            survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
+            on_read = api.told_of_reading(on_event)
             inputs = open_inputs(recipe)
             folder = open_out(out, inputs.recipe.storage)
-            options = survey_options(memory, workers, executor, device)
+            options = _options(memory, workers, executor, device)
             found = inspecting.inspect(inputs, options, survey, on_read)
         if folder is not None:
             from stockflow.tables import INSPECTION_SCHEMA, encode_rows
@@ -109,6 +105,7 @@ def audit(
     RECIPE alone: what the formula that mergekit first had would have done to these models. RECIPE MERGED: the merge
     that is there, tensor by tensor, whoever made it. OUTPUT: one of stockflow's own.
     """
+    from stockflow import api
     from stockflow.insight import audit as auditing
     from stockflow.insight.audit_lines import audit_lines
     from stockflow.interruption import interruptible
@@ -116,14 +113,15 @@ def audit(
     from stockflow.storage import StorageConfig, redact
 
     with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
-            survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), _reading(on_event)
-            if merged is None and _is_output(recipe):
+        with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+            survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
+            on_read = api.told_of_reading(on_event)
+            if merged is None and api.is_output(recipe):
                 merge = auditing.open_output(recipe, StorageConfig())
             else:
                 merge = auditing.open_recipe(open_inputs(recipe), merged)
             folder = open_out(out, merge.storage)
-            found = auditing.audit(merge, survey_options(memory, workers, executor, device), survey, on_read)
+            found = auditing.audit(merge, _options(memory, workers, executor, device), survey, on_read)
         if folder is not None:
             from stockflow.tables import AUDIT_SCHEMA, encode_rows
 
@@ -135,11 +133,6 @@ def audit(
             print("\n".join(audit_lines(found)))
             if out is not None:
                 print(f"rows of every tensor: {redact(out)}/audit.parquet and audit.json")
-
-
-def _is_output(location: str) -> bool:
-    """Whether a location is a folder rather than a recipe."""
-    return os.path.isdir(location) or ("://" in location and not location.endswith((".yaml", ".yml", ".json")))
 
 
 def open_out(out: str | None, config: "StorageConfig") -> "Store | None":
@@ -166,53 +159,11 @@ def publish(store: "Store", name: str, table: bytes, parts: Iterable[str]) -> No
             sink.write(part.encode())
 
 
-def survey_options(
-    memory: str | None, workers: int | None, executor: "ExecutorName | None", device: DeviceName
+def _options(
+    memory: str | None, workers: int | None, executor: ExecutorName | None, device: DeviceName
 ) -> "SurveyOptions":
-    """Return what a survey may use."""
-    from stockflow.insight.inspection import SurveyOptions
+    from stockflow import api
 
-    options = merge_options(memory, None, workers, device, False, on_ray=is_on_ray(executor))
-    return SurveyOptions(options.memory_bytes, options.num_threads, options.device)
-
-
-def _reading(on_event: "OnEvent") -> Callable[[int], None]:
-    """Tell of bytes that were read."""
-    from stockflow.events import Moved, Stage
-
-    on_event(Stage("reading the inputs"))
-    return lambda num_bytes: on_event(Moved(num_bytes))
-
-
-def survey_on(
-    executor: "ExecutorName | None", workers: int | None, gpus_per_worker: float, on_event: "OnEvent"
-) -> "Survey":
-    """Return what looks at tensors where the options say."""
-    if not is_on_ray(executor):
-        return _in_this_process
-    from stockflow.events import Note
-
-    return partial(_on_ray, workers, gpus_per_worker, lambda text: on_event(Note(text)))
-
-
-def _in_this_process(
-    spec: "SurveySpec", jobs: "Sequence[TensorJob]", on_read: Callable[[int], None]
-) -> Iterator[tuple[int, Any]]:
-    from stockflow.execution import survey_in_this_process
-
-    return survey_in_this_process(spec, jobs, on_read)
-
-
-def _on_ray(
-    workers: int | None,
-    gpus_per_worker: float,
-    on_note: Callable[[str], None],
-    spec: "SurveySpec",
-    jobs: "Sequence[TensorJob]",
-    on_read: Callable[[int], None],
-) -> Iterator[tuple[int, Any]]:
-    from stockflow.execution import survey_on_ray
-    from stockflow.executors.ray import RayOptions
-
-    options = RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker)
-    return survey_on_ray(spec, jobs, on_read, on_note, options)
+    return api.survey_options(
+        size_option("--memory", memory), workers, executor.value if executor else None, device.value
+    )

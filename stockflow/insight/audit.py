@@ -66,6 +66,20 @@ class Audit:
         """N, the number of tuned models."""
         return max(len(job.sources) for job in self.merge.plan.jobs if job.method == METHOD) - 1
 
+    @property
+    def verdict(self) -> "Verdict":
+        """Whether to merge again."""
+        return judge(self)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `stockflow audit --json` prints."""
+        return summary(self) | {"tensors": list(self.rows)}
+
+    def __str__(self) -> str:
+        from stockflow.insight.audit_lines import audit_lines
+
+        return "\n".join(audit_lines(self))
+
 
 @dataclass(frozen=True)
 class Verdict:

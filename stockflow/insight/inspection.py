@@ -180,6 +180,15 @@ class Inspection:
                     "flags": flags_of.get(number, []),
                 }
 
+    def facts(self) -> dict[str, Any]:
+        """Return what `stockflow inspect --json` prints."""
+        return summary(self) | {"tensors": list(self.rows())}
+
+    def __str__(self) -> str:
+        from stockflow.insight.inspection_lines import inspection_lines
+
+        return "\n".join(inspection_lines(self))
+
     def _statistics(self, numbers: Sequence[int]) -> tuple[Sequence[int], list[dict[str, Any]]]:
         if not numbers:
             return [], []

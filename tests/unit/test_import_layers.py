@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "cli",
         "measuring",
         "demo api",
-        "insight report",
+        "insight report submission",
         "reporting metrics execution verify clean comparing forecast status",
         "differences prediction",
         "describe",

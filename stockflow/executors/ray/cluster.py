@@ -199,8 +199,8 @@ def brief(error: BaseException) -> str:
 def _join(address: str) -> None:
     if address.startswith(("http://", "https://", "ray://")):
         raise ComputeLostError(
-            f"RAY_ADDRESS is {address}: a merge runs inside the cluster. Submit it as a job (`ray job submit --address "
-            "http://HEAD:8265 -- stockflow merge ...`), or name the head itself as HOST:6379"
+            f"RAY_ADDRESS is {address}: a merge runs inside the cluster. Submit it as a job (`stockflow submit ... "
+            "--address http://HEAD:8265`), or name the head itself as HOST:6379"
         )
     if ":" in address and not os.environ.get("RAY_USE_TLS"):
         _probe(address)

@@ -1,0 +1,328 @@
+"""What is submitted to a cluster, and what is refused before one is asked."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stockflow import __version__, submission
+from stockflow.cli import app
+from stockflow.errors import ComputeLostError, NotFoundError, RecipeError
+from stockflow.executors.ray.jobs import Job, is_this_machine
+from stockflow.submission import Request, exit_code, follow, how_it_ended, make_request
+from tests.checkpoints import Family, make_family, write_recipe
+from tests.s3_server import free_port
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    return make_family(tmp_path / "family", 2, {"w": (10, 10)})
+
+
+@pytest.fixture
+def recipe(family: Family, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+
+
+@pytest.fixture(autouse=True)
+def open_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused(recipe: object, output: object, *options: object) -> tuple[int, str]:
+    """Submit what cannot be; return the exit code and the one message."""
+    result = CliRunner().invoke(app, ["submit", str(recipe), str(output), *map(str, options)])
+    assert result.stdout == ""
+    message = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("note: "))
+    assert message.startswith("stockflow: ")
+    assert "Traceback" not in message
+    return result.exit_code, message
+
+
+# ------------------------------------------------------------------------------------------ what the job runs
+
+
+def run_entrypoint(request: Request, program: str | None, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Run what a job would, where ``stockflow`` is a script, or missing."""
+    path = tmp_path / "bin"
+    path.mkdir(exist_ok=True)
+    (path / "cat").symlink_to("/bin/cat")
+    if program is not None:
+        (path / "stockflow").write_text(f"#!/bin/sh\n{program}\n")
+        (path / "stockflow").chmod(0o755)
+    command = ["/bin/sh", "-c", request.entrypoint]
+    return subprocess.run(command, env={"PATH": str(path)}, capture_output=True, text=True, check=False)
+
+
+THIS = f'[ "$1" = --version ] && echo "stockflow {__version__}" && exit\n'
+
+
+def test_the_job_becomes_the_merge_and_hands_it_the_recipe(recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text() + '# it\'s "$HOME" `id` \\ \n# RECIPE\n'
+    recipe.write_text(text)
+    request = make_request(str(recipe), str(tmp_path / "o u't"), ["--label", "pool=in(a,b)", "--workers", "3"])
+
+    done = run_entrypoint(request, THIS + 'for word; do echo "[$word]"; done; cat; exit 5', tmp_path)
+
+    words = ["merge", "-", str(tmp_path / "o u't"), "--executor", "ray", "--label", "pool=in(a,b)", "--workers", "3"]
+    assert done.stdout == "".join(f"[{word}]\n" for word in words) + text
+    assert done.returncode == 5
+
+
+def test_a_recipe_may_hold_the_word_that_ends_it(tmp_path: Path) -> None:
+    text = "a\nRECIPE\nRECIPE_\nb\n"
+    request = Request("", submission._script(["stockflow", "merge"], text), ())
+
+    assert run_entrypoint(request, THIS + "cat", tmp_path).stdout == text
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (None, f"stockflow: the head has no stockflow on its PATH; use an image with stockflow {__version__}"),
+        ("echo stockflow 99.0", f"stockflow: submitted by stockflow {__version__}, and the head has stockflow 99.0"),
+        ("exit 3", f"stockflow: submitted by stockflow {__version__}, and the head has ;"),
+    ],
+)
+def test_an_image_without_this_stockflow_is_refused(
+    program: str | None, message: str, recipe: Path, tmp_path: Path
+) -> None:
+    done = run_entrypoint(make_request(str(recipe), str(tmp_path / "out")), program, tmp_path)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_recipe_at_a_url_is_read_by_the_cluster() -> None:
+    request = make_request("s3://bucket/recipe.yaml", "s3://bucket/out", ["--overwrite"])
+
+    last = "exec stockflow merge s3://bucket/recipe.yaml s3://bucket/out --executor ray --overwrite"
+    assert request.entrypoint.splitlines()[-1] == last
+    assert request.paths == ()
+
+
+def test_ids_tell_outputs_apart_and_requests_are_compared(recipe: Path, tmp_path: Path) -> None:
+    one, same, wider, other = (
+        make_request(str(recipe), f"{tmp_path}/{name}", options)
+        for name, options in (
+            ("A b.v2", []),
+            ("./A b.v2/", []),
+            ("A b.v2", ["--workers", "8"]),
+            ("b", []),
+        )
+    )
+
+    assert one == same
+    assert one.base_id == wider.base_id != other.base_id
+    assert one.digest != wider.digest
+    assert re.fullmatch(r"stockflow-a-b-v2-[0-9a-f]{10}", one.base_id)
+
+
+# ----------------------------------------------------------------------------- refused before a cluster is asked
+
+
+def test_folders_must_mean_the_same_on_the_cluster(
+    family: Family, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(family.base)
+    absolute = recipe.read_text()
+
+    paths = make_request(str(recipe), "out").paths
+    recipe.write_text(absolute.replace(str(family.base), f"'{tmp_path}/link'"))
+    through_a_link = make_request(str(recipe), "out").paths
+    recipe.write_text(absolute.replace(str(family.base), "./family/base"))
+    with pytest.raises(RecipeError, match=f"names {family.base} by a path that depends on where it is read"):
+        make_request(str(recipe), "out")
+
+    assert paths == through_a_link == (str(tmp_path / "out"), str(family.base), *map(str, family.tuned))
+
+
+def test_bad_requests_are_refused_without_a_cluster(recipe: Path, tmp_path: Path) -> None:
+    out, nobody = tmp_path / "out", ("--address", f"http://127.0.0.1:{free_port()}")
+    long = tmp_path / "long.yaml"
+    long.write_text(recipe.read_text() + "# a long comment\n" * 7000)
+    secret = tmp_path / "secret.yaml"
+    secret.write_text(recipe.read_text().replace("base_model: ", "base_model: s3://key:hunter2@bucket"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("merge_method: no_such_method\nmodels: []\n")
+    cuda = ("--device", "cuda", *nobody)
+
+    for given, message in {
+        (recipe, out, "--address", "ray://head:10001"): "--address ray://head:10001: expected where the dashboard",
+        (recipe, out, "--address", "http://head:99999"): "expected where the dashboard",
+        (recipe, out, "--memory", "much", *nobody): "--memory: expected a size",
+        (recipe, out, "--label", "spot", *nobody): "--label spot: expected KEY=VALUE",
+        (recipe, out, *cuda): "--device cuda on Ray: say how many GPUs a worker gets",
+        (recipe, out, "--gpus-per-worker", "1.5", *nobody): "expected a fraction of one GPU",
+        (tmp_path / "none.yaml", out, *nobody): "no such file",
+        (broken, out, *nobody): "unknown method 'no_such_method'",
+        (secret, out, *nobody): "carries a user and a password",
+        (long, out, *nobody): "more than a job can carry .*submit its URL",
+        (recipe, "http://example.com/out", *nobody): "which stockflow only reads",
+        (recipe, "s3://key:hunter2@bucket/out", *nobody): "carries a user and a password",
+        ("s3://key:hunter2@bucket/r.yaml", out, *nobody): "carries a user and a password",
+    }.items():
+        code, said = refused(*given)
+        assert code == 2, given
+        assert re.search(message, said), said
+        assert "hunter2" not in said
+
+
+# --------------------------------------------------------------------------------------- clusters that are none
+
+
+@contextmanager
+def answering(status: int, payload: bytes) -> Iterator[str]:
+    """Serve one answer to everything, as whatever listens at a wrong address may."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            """Stay silent."""
+
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_nobody_at_the_address_exits_with_5(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAY_ADDRESS would send Ray's client elsewhere."""
+    address = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{free_port()}")
+
+    code, message = refused(recipe, tmp_path / "out", "--address", address)
+
+    assert (code, os.environ["RAY_ADDRESS"] != address) == (5, True)
+    assert message.startswith(f"stockflow: no Ray head answers at {address}: connection refused. Expected the address")
+
+
+@pytest.mark.parametrize(
+    ("status", "payload", "code", "message"),
+    [
+        (200, b"<html>hello</html>", 5, "what answers at {} is not the job API of Ray; expected"),
+        (404, b"", 5, "what answers at {} is not the job API of Ray; expected"),
+        (200, b"[]", 5, "what answers at {} is not the job API of Ray; expected"),
+        (401, b"", 2, "the cluster at {} does not accept this token (RAY_AUTH_MODE is disabled): set"),
+        (
+            200,
+            b'{"ray_version": "2.9.3"}',
+            2,
+            "the cluster at {} runs Ray 2.9.3; stockflow needs 2.52",
+        ),
+    ],
+)
+def test_what_answers_is_not_what_is_needed(
+    status: int, payload: bytes, code: int, message: str, recipe: Path, tmp_path: Path
+) -> None:
+    with answering(status, payload) as address:
+        result = refused(recipe, tmp_path / "out", "--address", address)
+
+    assert result[0] == code
+    assert result[1].startswith(f"stockflow: {message.format(address)}")
+
+
+def test_paths_are_doubted_where_the_cluster_is_elsewhere() -> None:
+    assert all(map(is_this_machine, ("http://127.0.0.1:8265", "localhost:8265", "https://[::1]:8265")))
+    assert not any(map(is_this_machine, ("http://head:8265", "10.0.0.7:8265", "http://localhost.example.com:1")))
+
+
+# ------------------------------------------------------------------------------------------- how a job is followed
+
+
+class Scripted:
+    """A cluster whose streams and answers are given; real ones cannot be broken at will."""
+
+    def __init__(self, log: str, streams: Sequence[Sequence[str | None]], answers: Sequence[Job | Exception]) -> None:
+        self._log, self._streams, self._answers = log, iter(streams), iter(answers)
+        self._parts: Iterator[str | None] = iter(())
+
+    def stream(self, job_id: str) -> "Scripted":
+        self._parts = iter(next(self._streams))
+        return self
+
+    def read(self, timeout_s: float) -> str | None:
+        return next(self._parts, None)
+
+    def job(self, job_id: str) -> Job:
+        answer = next(self._answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def logs(self, job_id: str) -> str:
+        return self._log
+
+
+RUNNING = Job("j", "RUNNING", None, "")
+DONE = Job("j", "SUCCEEDED", 0, "")
+
+
+def followed(monkeypatch: pytest.MonkeyPatch, jobs: Any, entrypoint: str = "") -> tuple[str, list[str]]:
+    monkeypatch.setattr(submission, "LOOK_S", 0.01)
+    said: list[str] = []
+    notes: list[str] = []
+    follow(jobs, "j", said.append, notes.append, entrypoint=entrypoint)
+    return "".join(said), notes
+
+
+def test_each_line_is_shown_once_though_the_stream_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = "setting up\nrun: stockflow\nmerge\none\ntwo\nthree\n"
+    streams = [[log[:17], None], [log[:5], log[5:38], None], [], *[[]] * 9]
+
+    plain, _ = followed(monkeypatch, Scripted(log, streams, [RUNNING, RUNNING, RUNNING, DONE]))
+    without, _ = followed(monkeypatch, Scripted(log, streams, [RUNNING, RUNNING, DONE]), "stockflow\nmerge")
+    not_begun, _ = followed(monkeypatch, Scripted("no space left\n", [[]] * 9, [DONE]), "stockflow\nmerge")
+
+    assert plain == log
+    assert without == "one\ntwo\nthree\n"
+    assert not_begun == "no space left\n"
+
+
+def test_a_head_that_is_silent_for_a_while_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[Job | Exception] = [ComputeLostError("no head")] * 3
+    said, notes = followed(monkeypatch, Scripted("x\n", [[]] * 9, [RUNNING, *gone, RUNNING, DONE]))
+
+    assert said == "x\n"
+    assert notes == ["the head does not answer; trying for up to 300 s"]
+    monkeypatch.setattr(submission, "LOST_S", 0.0)
+    with pytest.raises(ComputeLostError, match="the job may go on: submit the same again to follow it"):
+        followed(monkeypatch, Scripted("", [[]] * 9, [RUNNING, *gone]))
+    with pytest.raises(ComputeLostError, match="Submit the same again to resume"):
+        followed(monkeypatch, Scripted("", [[]] * 9, [RUNNING, NotFoundError("not known")]))
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "words"),
+    [
+        (DONE, 0, "job j: done"),
+        (Job("j", "FAILED", 3, ""), 3, "failed with exit code 3"),
+        (Job("j", "FAILED", 70, ""), 70, "failed with exit code 70"),
+        (Job("j", "FAILED", -11, ""), 139, "failed with exit code 139"),
+        (Job("j", "FAILED", 137, ""), 5, "want of memory on the head"),
+        (Job("j", "FAILED", -9, ""), 5, "want of memory on the head"),
+        (Job("j", "FAILED", None, "node died\nmore"), 5, "was lost: node died; submit the same again"),
+        (Job("j", "FAILED", None, ""), 5, "was lost: the head does not say why"),
+        (Job("j", "STOPPED", None, ""), 143, "was stopped; submit the same again"),
+    ],
+)
+def test_the_end_of_a_job_is_the_end_of_the_merge(job: Job, code: int, words: str) -> None:
+    assert exit_code(job) == code
+    assert words in how_it_ended(job)
