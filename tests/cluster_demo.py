@@ -152,10 +152,7 @@ def look_at_progress(cluster: Cluster, bucket: Bucket) -> None:
     """Wait until some shards are done, and say so from what is in the bucket."""
     step("How far is it? The bucket tells, to whoever may read it")
     wait_until(lambda: bucket.num_done() >= 4, cluster, "four shards")
-    say(f"{bucket.num_done()} of 24 shards have a receipt.")
-    (key,) = [key for key in bucket.keys("merged/_stockflow/") if key.endswith("/progress.json")] or [""]
-    if key:
-        say(f"s3://{BUCKET}/{key}: {json.dumps(bucket.json(key))}")
+    stockflow("status", OUTPUT)
 
 
 def read_the_metrics(cluster: Cluster) -> None:
@@ -179,7 +176,8 @@ def lose_a_node(cluster: Cluster, bucket: Bucket) -> None:
     expect(before < len(SHAPES) // 2, "the merge was over before the node was lost")
     expect(status_of(cluster)["status"] == "RUNNING", "the job did not survive that")
     cluster.add_node()
-    say("Another node joins; on Kubernetes the autoscaler brings it, because a worker is asked for.")
+    say("Another node joins; on Kubernetes the autoscaler brings it, because a worker is asked for.\n")
+    stockflow("status", OUTPUT)
 
 
 def wait_for_the_end(cluster: Cluster, bucket: Bucket) -> None:
