@@ -6,12 +6,13 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 profile test-scale test-races test-ceph test-cluster image-test cluster-demo chaos fuzz clean
+.PHONY: help demo test lint types bench bench-peers bench-s3 bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers bench-prediction
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here, without network"
 	@echo "make test        the test suite (under five minutes, no network, no GPU)"
 	@echo "make lint types  ruff and mypy"
+	@echo "make test-slow   more of what make test shows: a processor with SSE2 alone, secrets on Ray, more workers, whole benchmarks"
 	@echo "make test-scale  large tensors and the planning of 92,000 names"
 	@echo "make test-races  two drivers at once, twenty times each, and every way to be interrupted"
 	@echo "make chaos       a hundred random kills, storms of faults, full disks (ARGS='--seed 7' replays; root for the disks)"
@@ -21,8 +22,12 @@ help:
 	@echo "make test-ceph   the storage contract on Ceph's gateway (Debian's packages)"
 	@echo "make bench       time and memory of merges against the I/O floor; docs/benchmarks.md"
 	@echo "make bench-peers the same merge by mergekit, in an environment of its own"
+	@echo "make test-peers  verdicts on real output of mergekit, in an environment of its own"
 	@echo "make fuzz        malformed inputs for every reader, guided by coverage (8 minutes)"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
+	@echo "make bench-prediction  what stockflow plan predicts against what merges take; docs/planning.md"
+	@echo "make bench-scale how well 1 to 16 Ray workers share a merge, each one's rate capped (25 minutes)"
+	@echo "make makespans   simulated merges of 10**12 parameters on 8 to 512 workers"
 	@echo "make profile     where the time of a merge goes, by stage"
 
 $(BIN)/python:
@@ -40,7 +45,7 @@ demo: $(VENV)/.installed
 	$(BIN)/stockflow demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -48,6 +53,9 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-scale: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m scale $(ARGS)
@@ -68,6 +76,9 @@ chaos: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-fuzz
 	$(BIN)/python -m pytest -m fuzz -rP $(ARGS)
 
+test-peers: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m peers $(ARGS)
+
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 
@@ -85,6 +96,15 @@ bench-peers: $(VENV)/.installed-dev
 
 bench-s3: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.s3_merge $(ARGS)
+
+bench-prediction: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.prediction $(ARGS)
+
+bench-scale: $(VENV)/.installed-dev
+	for workers in 16 8 4 2 1; do $(BIN)/python -m tests.benchmarks.scale_out --workers $$workers $(ARGS) || exit; done
+
+makespans: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.makespans $(ARGS)
 
 profile: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.stages $(ARGS)

@@ -4,23 +4,31 @@ Names of options and their defaults are the command line's. Errors are Stockflow
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stockflow import driver, notebook
 from stockflow.budget import Workspace, default_memory, gb, mib
+from stockflow.calibration import load_calibration
 from stockflow.describe import plan_lines, project, result_facts, result_lines
 from stockflow.driver import Execute, Inputs, MergeOptions, Outcome
 from stockflow.errors import RecipeError
 from stockflow.events import Done, OnEvent, Stage, ignore
+from stockflow.forecast import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
 from stockflow.manifest import Manifest, tensors_key
 from stockflow.plan import MergePlan, ShardPlan
+from stockflow.planning import few_shards_note
+from stockflow.prediction import STAGES, Conditions
+from stockflow.prices import TransferFrom, load_prices
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.recipe import RecipeLike, parse_size, recipe_of, resolve_location
 from stockflow.reporting import AsEvents
 from stockflow.storage import StorageConfig, open_store, read_small, redact
+from stockflow.workload import Workload, survey
 
 if TYPE_CHECKING:
     from stockflow.differences import CheckpointDifference
@@ -51,21 +59,32 @@ class PlanResult:
     notes: tuple[str, ...]
     """what a merge would find at its output"""
     output_url: str
+    work: Workload
+    """requests, bytes and elements, shard by shard"""
+    least_memory_bytes: int
+    """a worker given less would refuse"""
+    forecast: Forecast
+    """time and money"""
 
     @property
     def plan_id(self) -> str:
         """sha256 of everything that decides the output's bytes."""
         return self.plan.plan_id
 
+    @property
+    def seconds(self) -> float:
+        """How long a merge is predicted to take, from the start of its process to the end."""
+        return self.forecast.prediction.seconds
+
     def facts(self) -> dict[str, object]:
         """Return what `stockflow plan --json` prints."""
-        with driver.collector_paused():
-            return project(self.plan, self.workspace, self.notes)
+        projected = project(self.plan, self.workspace, self.work, self.least_memory_bytes, self.notes)
+        return projected | {"forecast": forecast_facts(self.forecast)}
 
     def lines(self) -> Iterator[str]:
         """Yield what `stockflow plan` prints."""
-        with driver.collector_paused():
-            yield from plan_lines(self.plan, self.workspace, self.notes)
+        yield from plan_lines(self.plan, self.workspace, self.work, self.least_memory_bytes, self.notes)
+        yield from forecast_lines(self.forecast)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -90,6 +109,9 @@ class PlanResult:
                     "to write": gb(plan.num_output_bytes),
                     "requests": facts["requests"],
                     "memory per worker": mib(self.workspace.projected_bytes),
+                    "time": f"about {duration(self.seconds)}",
+                    "waits for": STAGES[self.forecast.prediction.bottleneck],
+                    "cost": money(self.forecast.cost.total, self.forecast.prices.currency),
                     "notes": "; ".join((*plan.notes, *self.notes)) or None,
                 }
             ),
@@ -178,9 +200,17 @@ def plan(
     executor: ExecutorName | None = None,
     device: DeviceName = "auto",
     overwrite: bool = False,
+    read_rate: str | float | None = None,
+    write_rate: str | float | None = None,
+    latency: str | float | None = None,
+    request_rate: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    prices: str | os.PathLike[str] | None = None,
+    machine: str | None = None,
+    transfer: TransferFrom = "same-region",
     on_event: OnEvent = ignore,
 ) -> PlanResult:
-    """Return what a merge would read, write and hold; refuse what cannot work. Nothing is written.
+    """Return what a merge would read, write, hold, take and cost; refuse what cannot work. Nothing is written.
 
     Args:
         recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
@@ -191,20 +221,61 @@ def plan(
         executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
         device: auto takes a GPU if torch sees one.
         overwrite: whether a merge would replace what the output prefix holds.
+        read_rate: network of one worker to the inputs' store, such as ``10Gbit/s``; as calibrated if None.
+        write_rate: network of one worker to the output's store; as calibrated if None.
+        latency: of one small request to a store, such as ``30ms``; as calibrated if None.
+        request_rate: requests per second that the store takes from all workers together.
+        calibration: file of constants; what `stockflow calibrate` wrote, else the built-in ones, if None.
+        prices: table of prices; the built-in examples if None.
+        machine: kind of machine in that table; machines cost nothing if None.
+        transfer: where the machines are, seen from the inputs.
         on_event: told how it goes, from several threads.
 
     Raises:
         UserError: the recipe, the inputs or the budget must change.
         StorageError: reading failed after retries.
     """
-    options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
+    on_ray = is_on_ray(executor)
+    options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=on_ray)
+    _check_choice("transfer", transfer, get_args(TransferFrom))
+    cores = len(os.sched_getaffinity(0))
+    conditions = Conditions(
+        num_workers=(workers or cores) if on_ray else 1,
+        num_threads=options.num_threads,
+        cores_per_worker=float(options.num_threads if on_ray else cores),
+        read_rate=rate("read_rate", read_rate),
+        write_rate=rate("write_rate", write_rate),
+        request_s=seconds("latency", latency),
+        request_rate=request_rate,
+        on_ray=on_ray,
+    )
+    constants, table = load_calibration(calibration), load_prices(prices)
     inputs = open_inputs(recipe, on_event)
     location = os.fspath(output)
     on_event(Stage("planning"))
     merge_plan, workspace = driver.plan_merge(inputs, location, options)
+    least_bytes = driver.least_memory_of(inputs, location, merge_plan, options)
     on_event(Stage("looking at the output"))
-    notes = tuple(driver.output_notes(inputs, location, merge_plan, overwrite=overwrite))
-    return PlanResult(merge_plan, workspace, notes, open_store(location, inputs.recipe.storage).url)
+    notes = (
+        *driver.output_notes(inputs, location, merge_plan, overwrite=overwrite),
+        *few_shards_note(merge_plan, options.num_workers),
+    )
+    url = driver.output_url(inputs, location)
+    with driver.collector_paused():
+        work = survey(merge_plan, workspace, options.num_threads)
+        found = forecast(
+            merge_plan,
+            work,
+            url,
+            conditions.cold(cold_share(merge_plan, inputs.stores)),
+            direct=workspace.direct,
+            calibration=constants,
+            prices=table,
+            machine=machine,
+            transfer=transfer,
+            memory_bytes=options.memory_bytes,
+        )
+    return PlanResult(merge_plan, workspace, notes, url, work, least_bytes, found)
 
 
 def merge(
@@ -216,6 +287,9 @@ def merge(
     workers: int | None = None,
     executor: ExecutorName | None = None,
     gpus_per_worker: float = 0.0,
+    labels: Mapping[str, str] | None = None,
+    worker_timeout: float | None = None,
+    shard_timeout: float | None = None,
     device: DeviceName = "auto",
     overwrite: bool = False,
     on_event: OnEvent = ignore,
@@ -230,6 +304,9 @@ def merge(
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
         gpus_per_worker: Ray: a fraction lets several share one.
+        labels: Ray: workers go to nodes with these labels.
+        worker_timeout: Ray: seconds within which a worker must come; 900 if None.
+        shard_timeout: Ray: seconds after which a shard that is not done goes to another worker.
         device: auto takes a GPU if torch sees one.
         overwrite: whether to replace what the output prefix holds.
         on_event: told how it goes, from several threads.
@@ -240,7 +317,10 @@ def merge(
         ComputeLostError: workers were lost for good.
     """
     options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-    execute = execute_on(executor, workers, gpus_per_worker)
+    asked: dict[str, Any] = {"num_workers": workers, "gpus_per_worker": gpus_per_worker, "labels": labels or {}}
+    if worker_timeout is not None:
+        asked["no_worker_timeout_s"] = worker_timeout
+    execute = execute_on(executor, asked | {"item_timeout_s": shard_timeout})
     inputs = open_inputs(recipe, on_event)
     result = driver.merge(inputs, os.fspath(output), options, execute, AsEvents(on_event))
     return MergeResult(result, inputs.recipe.storage)
@@ -329,6 +409,32 @@ def num_bytes(option: str, size: Size | None) -> int | None:
         raise RecipeError(f"{option}: {error}") from None
 
 
+_BITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def rate(option: str, given: str | float | None) -> float | None:
+    """Return bytes per second from ``10Gbit/s``, ``1.25GB/s`` or a number; a message about it names the option."""
+    if given is None:
+        return None
+    text = given.strip() if isinstance(given, str) else f"{given}/s"
+    bits = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([kMGT])bit/s", text)
+    with suppress(RecipeError):
+        found = float(bits[1]) * _BITS[bits[2]] / 8 if bits else num_bytes(option, text.removesuffix("/s"))
+        if found and text.endswith("/s"):
+            return float(found)
+    raise RecipeError(f"{option}: expected a rate such as 10Gbit/s or 1.25GB/s, found {given!r}")
+
+
+def seconds(option: str, given: str | float | None) -> float | None:
+    """Return seconds from ``30ms``, ``0.03s`` or a number; a message about it names the option."""
+    if given is None:
+        return None
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?(ms|s)", given.strip() if isinstance(given, str) else f"{given}s")
+    if not found:
+        raise RecipeError(f"{option}: expected a time such as 30ms or 0.03s, found {given!r}")
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+
+
 def sample_options(sample: float | str | None, seed: int | None, memory: Size | None) -> "SampleOptions | None":
     """Return which share of the tensors to merge again, and with what."""
     from stockflow.verify.sample import SampleOptions, draw_seed, parse_share
@@ -377,12 +483,13 @@ def merge_options(
         device=device,
         shard_size=num_bytes("shard_size", shard_size),
         overwrite=overwrite,
+        num_workers=workers if on_ray else None,
     )
 
 
-def execute_on(executor: ExecutorName | None, workers: int | None, gpus_per_worker: float) -> Execute:
-    """Return what merges shards where the options say."""
-    return partial(_on_ray, workers, gpus_per_worker) if is_on_ray(executor) else _in_this_process
+def execute_on(executor: ExecutorName | None, on_ray: Mapping[str, Any]) -> Execute:
+    """Return what merges shards where the options say; ``on_ray`` is what to ask of Ray (``RayOptions``)."""
+    return partial(_on_ray, on_ray) if is_on_ray(executor) else _in_this_process
 
 
 def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker") -> Iterator[Receipt]:
@@ -392,12 +499,12 @@ def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "
 
 
 def _on_ray(
-    workers: int | None, gpus_per_worker: float, spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
+    asked: Mapping[str, Any], spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
 ) -> Iterator[Receipt]:
     from stockflow.execution import on_ray
     from stockflow.executors.ray import RayOptions
 
-    return on_ray(spec, shards, tracker, RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker))
+    return on_ray(spec, shards, tracker, RayOptions(**asked))
 
 
 def _check_choice(option: str, given: object, choices: Sequence[object]) -> None:

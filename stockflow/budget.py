@@ -131,14 +131,8 @@ def divide(
         BudgetError: not even one span of the widest tensor fits.
     """
     jobs = [job for job in jobs if job.num_elems]
-    if not jobs:
-        return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes)
-    per_thread = max(map(scratch_bytes, jobs)) + (SPANS_AHEAD + 1) * max(map(span_result_bytes, jobs))
-    per_thread += direct * max(map(_span_source_bytes, jobs))
-    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, jobs))
-    found = _direct(jobs, memory_bytes, fixed) if direct else _streamed(jobs, memory_bytes, fixed)
-    least = max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
-    if least > memory_bytes:
+    found, least = _divided(jobs, memory_bytes, num_threads, baseline_bytes, direct)
+    if jobs and least > memory_bytes:
         widest = _widest(jobs)
         raise BudgetError(
             f"tensor {widest.output.name!r} needs at least {mib(least)} of memory for its smallest chunk "
@@ -147,6 +141,24 @@ def divide(
             "Raise --memory or lower --workers"
         )
     return found
+
+
+def least_memory(jobs: Iterable[TensorJob], *, num_threads: int, baseline_bytes: int, direct: bool = False) -> int:
+    """Return the least ``memory_bytes`` that ``divide`` accepts for these tensors."""
+    return _divided([job for job in jobs if job.num_elems], 0, num_threads, baseline_bytes, direct)[1]
+
+
+def _divided(
+    jobs: Sequence[TensorJob], memory_bytes: int, num_threads: int, baseline_bytes: int, direct: bool
+) -> tuple[Workspace, int]:
+    """The best division, the smallest one if none fits; and the memory it takes at least."""
+    if not jobs:
+        return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes), baseline_bytes
+    per_thread = max(map(scratch_bytes, jobs)) + (SPANS_AHEAD + 1) * max(map(span_result_bytes, jobs))
+    per_thread += direct * max(map(_span_source_bytes, jobs))
+    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, jobs))
+    found = _direct(jobs, memory_bytes, fixed) if direct else _streamed(jobs, memory_bytes, fixed)
+    return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
 
 
 def _streamed(jobs: Sequence[TensorJob], memory_bytes: int, fixed_bytes: int) -> Workspace:

@@ -1,12 +1,13 @@
 """Which inputs are no longer what an earlier plan was made from: a run that would resume it must say so."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from stockflow.errors import StockflowError
-from stockflow.manifest import MAX_MANIFEST_BYTES, plan_key
+from stockflow.manifest import plan_key
 from stockflow.plan import CheckpointRef
+from stockflow.plan_file import MAX_PLAN_BYTES, MAX_PLAN_VALUES, decode_plan
+from stockflow.sealed import check_num_values
 from stockflow.storage import Stamp, Store, read_small, redact
 
 _MAX_NAMED = 3
@@ -22,12 +23,10 @@ def states(checkpoints: Iterable[CheckpointRef]) -> States:
 
 def planned_states(store: Store, plan_id: str) -> States:
     """Return the states that a plan recorded in an output was made from; nothing if it cannot be read."""
-    with suppress(StockflowError, ValueError, TypeError, KeyError, AttributeError):
-        recorded = json.loads(read_small(store, plan_key(plan_id), max_bytes=MAX_MANIFEST_BYTES))
-        return {
-            item["url"]: {file: Stamp(int(size), str(version)) for file, (size, version) in item["files"].items()}
-            for item in recorded["checkpoints"]
-        }
+    with suppress(StockflowError):
+        payload = read_small(store, plan_key(plan_id), max_bytes=MAX_PLAN_BYTES)
+        check_num_values(payload, MAX_PLAN_VALUES, plan_key(plan_id))
+        return states(decode_plan(payload, plan_key(plan_id)).plan.checkpoints)
     return {}
 
 

@@ -18,8 +18,7 @@ from stockflow.manifest import (
     receipt_folder,
     run_folder,
 )
-from stockflow.prefix import MAX_RECEIPT_BYTES
-from stockflow.receipts import Receipt
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
 
 _SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")

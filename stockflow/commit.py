@@ -17,7 +17,7 @@ from stockflow.manifest import MANIFEST_FILE, Manifest, PublishedFile, plan_key,
 from stockflow.plan import NUMERICS, MergePlan, SideFile
 from stockflow.plan_file import encode_plan
 from stockflow.prefix import check_still_ours
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.receipts import Receipt, TensorFacts, total_gram
 from stockflow.recipe import Recipe
 from stockflow.storage import Store, check_stamp, redact
 from stockflow.tables import encode_tensors
@@ -73,6 +73,7 @@ def commit(
         numerics_classes=tuple(sorted({receipt.numerics_class for receipt in receipts})),
         versions=versions(),
         summary=summarize(receipts),
+        gram=total_gram(receipts),
     )
     check_still_ours(output, plan, receipts)
     try:

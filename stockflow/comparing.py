@@ -31,10 +31,11 @@ from stockflow.methods.protocol import Parameters
 from stockflow.plan import COPY_EQUAL, CheckpointRef, Source, TensorJob
 from stockflow.reader import LoadedSlab, Prefetcher
 from stockflow.schedule import Step, schedule
+from stockflow.sources import NUM_LOCAL_READERS, NUM_OBJECT_READERS
 from stockflow.spans import SPAN_ELEMS, span_bounds
 from stockflow.storage import LocalStore, StorageConfig, Store, check_stamp, open_store, pin_revision
 from stockflow.units import LoadedPiece, Piece
-from stockflow.worker import NUM_LOCAL_READERS, NUM_OBJECT_READERS, map_ahead
+from stockflow.worker import map_ahead
 
 NO_PARAMETERS = Parameters({}, {})
 

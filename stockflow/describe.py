@@ -1,44 +1,20 @@
 """A plan and a result in words and numbers, for people and for programs."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from stockflow.budget import OPTIMAL_READ_BYTES, Workspace, gb, mib
+from stockflow.budget import Workspace, gb, mib
 from stockflow.driver import MergeResult
 from stockflow.plan import MergePlan
-from stockflow.schedule import Load, schedule
 from stockflow.storage import redact
+from stockflow.workload import Workload, worst_tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What one worker with a given workspace reads; another budget reads the same bytes in other portions."""
-
-    requests: int
-    bytes_to_read: int
-    passes: Mapping[int, int]
-    """number of tensors by how often they are read"""
-
-
-def traffic(plan: MergePlan, workspace: Workspace) -> Traffic:
-    """Return the requests, bytes and passes of a merge."""
-    requests = bytes_to_read = 0
-    passes: Counter[int] = Counter()
-    for shard in plan.shards:
-        for step in schedule(shard.jobs, workspace):
-            for load in step.loads:
-                sizes = request_sizes(load)
-                requests += step.num_reads * sum(-(-size // OPTIMAL_READ_BYTES) for size in sizes)
-                bytes_to_read += step.num_reads * sum(sizes)
-            finished = [piece for piece in step.loads[-1].pieces if piece.stop == piece.job.num_elems]
-            passes[step.num_reads] += len(finished)
-    return Traffic(requests, bytes_to_read, dict(sorted(passes.items())))
-
-
-def project(plan: MergePlan, workspace: Workspace, notes: Sequence[str] = ()) -> dict[str, object]:
+def project(
+    plan: MergePlan, workspace: Workspace, work: Workload, least_bytes: int, notes: Sequence[str] = ()
+) -> dict[str, object]:
     """Return what a merge of this plan will read, write and hold, for programs."""
-    reading = traffic(plan, workspace)
+    worst = worst_tensor(plan.jobs)
     return {
         "plan_id": plan.plan_id,
         "merge_id": plan.merge_id,
@@ -47,51 +23,58 @@ def project(plan: MergePlan, workspace: Workspace, notes: Sequence[str] = ()) ->
                 "url": redact(checkpoint.url),
                 "files": len(checkpoint.files),
                 "bytes": sum(stamp.size for stamp in checkpoint.files.values()),
+                "bytes_to_read": work.readings[index].num_bytes,
+                "requests": work.readings[index].num_requests,
             }
-            for checkpoint in plan.checkpoints
+            for index, checkpoint in enumerate(plan.checkpoints)
         ],
         "shards": [{"file": shard.file, "tensors": len(shard.jobs), "bytes": shard.num_bytes} for shard in plan.shards],
-        "tensors": sum(len(shard.jobs) for shard in plan.shards),
+        "tensors": work.num_tensors,
         "methods": dict(Counter(job.method for job in plan.jobs)),
         "skipped": list(plan.skipped),
         "side_files": [side.key for side in plan.side_files],
         "source_bytes": plan.num_source_bytes,
-        "bytes_to_read": reading.bytes_to_read,
+        "bytes_to_read": work.num_bytes_read,
         "bytes_to_write": plan.num_output_bytes,
-        "requests": reading.requests,
-        "passes": {str(number): count for number, count in reading.passes.items()},
+        "requests": work.num_reads,
+        "passes": {str(number): count for number, count in work.passes.items()},
         "projected_memory_bytes": workspace.projected_bytes,
+        "least_memory_bytes": least_bytes,
+        "worst_tensor": worst.output.name if worst else None,
         "notes": [*plan.notes, *notes],
     }
 
 
-def request_sizes(load: Load) -> list[int]:
-    """Return the bytes of each range of a load; for a load of one tensor without laying it out."""
-    if len(load.pieces) > 1:
-        return [request.stop - request.start for request in load.requests]
-    ((job, start, stop),) = load.pieces
-    return [width * (stop - start) for width in job.source_widths]
-
-
-def plan_lines(plan: MergePlan, workspace: Workspace, notes: Sequence[str] = ()) -> Iterator[str]:
+def plan_lines(
+    plan: MergePlan, workspace: Workspace, work: Workload, least_bytes: int, notes: Sequence[str] = ()
+) -> Iterator[str]:
     """Yield the dry run, line by line."""
-    reading = traffic(plan, workspace)
     yield f"plan {plan.plan_id[:12]}"
-    for index, checkpoint in enumerate(plan.checkpoints):
-        total = sum(stamp.size for stamp in checkpoint.files.values())
-        role = " (names, order, config)" if index == plan.donor else ""
-        yield f"  input   {redact(checkpoint.url)}: {len(checkpoint.files)} files, {gb(total)}{role}"
+    yield from _source_lines(plan, work)
     methods = Counter(job.method for job in plan.jobs)
     how = ", ".join(f"{count} by {name}" for name, count in sorted(methods.items()))
     yield f"  tensors {methods.total()}: {how}; {len(plan.skipped)} skipped"
     smallest, largest = (pick(shard.num_bytes for shard in plan.shards) for pick in (min, max))
     yield f"  output  {len(plan.shards)} shards of {gb(smallest)} to {gb(largest)}, {gb(plan.num_output_bytes)} in all"
-    yield f"  read    {gb(reading.bytes_to_read)} in {reading.requests:,} requests"
-    times = (f"{count} tensors read {_times(number)}" for number, count in reading.passes.items())
+    yield f"  read    {gb(work.num_bytes_read)} in {work.num_reads:,} requests"
+    times = (f"{count} tensors read {_times(number)}" for number, count in work.passes.items())
     yield f"  passes  {'; '.join(times)}"
-    yield f"  memory  {mib(workspace.projected_bytes)} per worker projected"
+    worst = worst_tensor(plan.jobs)
+    because = f", for {worst.output.name!r} ({len(worst.sources)} x {gb(worst.output.num_bytes)})" if worst else ""
+    yield f"  memory  {mib(workspace.projected_bytes)} per worker projected; {mib(least_bytes)} would do{because}"
     for note in (*plan.notes, *notes):
         yield f"  note    {note}"
+
+
+def _source_lines(plan: MergePlan, work: Workload) -> Iterator[str]:
+    for index, checkpoint in enumerate(plan.checkpoints):
+        reading = work.readings[index]
+        total = sum(stamp.size for stamp in checkpoint.files.values())
+        role = " (names, order, config)" if index == plan.donor else ""
+        yield (
+            f"  input   {redact(checkpoint.url)}: {len(checkpoint.files)} files, {gb(total)}{role}; "
+            f"{gb(reading.num_bytes)} read in {reading.num_requests:,} requests"
+        )
 
 
 def result_facts(result: MergeResult) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Which device computes, and what every device offers to a worker."""
 
 import ctypes
+import os
 from typing import Literal, Protocol
 
 from stockflow.buffers import Bytes
@@ -44,7 +45,20 @@ def open_device(device: Device) -> OpenDevice:
     return HostArithmetic()
 
 
+def without_gpu() -> str:
+    """Return what is wrong if a scheduler gave this process GPUs and torch sees none; else an empty text."""
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") or not _has_driver():
+        return ""
+    from stockflow.cuda import is_available
+
+    if is_available():
+        return ""
+    return "workers hold GPUs that torch does not see: they compute on processors; install a CUDA build of torch"
+
+
 def _has_driver() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden from this process
+        return False
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from stockflow.budget import BASELINE_BYTES, Workspace, client_bytes, divide
+from stockflow.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory
 from stockflow.checkpoint import Checkpoint, OnFile, open_checkpoints, unheard
 from stockflow.claims import Heartbeat, agreed_numerics, new_run
 from stockflow.errors import PlanError, StockflowError
@@ -16,7 +16,7 @@ from stockflow.interruption import finishing, last_act
 from stockflow.manifest import Manifest, plan_key
 from stockflow.plan import MergePlan, ShardPlan
 from stockflow.plan_file import encode_plan
-from stockflow.planning import make_plan
+from stockflow.planning import few_shards_note, make_plan
 from stockflow.prefix import admit, look, sweep, take, valid_receipts, weak_promises
 from stockflow.receipts import Receipt
 from stockflow.recipe import Recipe
@@ -62,6 +62,8 @@ class MergeOptions:
     device: "Device" = "auto"
     shard_size: int | None = None
     overwrite: bool = False
+    num_workers: int | None = None
+    """processes that share the shards, if a number was asked for; None: one, or as many as there is room for"""
 
 
 @dataclass(frozen=True)
@@ -119,23 +121,49 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
         PlanError: the output overlaps an input, or the inputs do not fit together.
         BudgetError: the memory is too small.
     """
-    output_url = open_store(output, inputs.recipe.storage, writable=True).url
+    where = output_url(inputs, output)
     for store in inputs.stores:
-        if is_within(output_url, store.url):
-            raise PlanError(f"the output {redact(output_url)} is, or lies in, the input {redact(store.url)}; move it")
+        if is_within(where, store.url):
+            raise PlanError(f"the output {redact(where)} is, or lies in, the input {redact(store.url)}; move it")
     with collector_paused():
         plan = make_plan(inputs.recipe, inputs.checkpoints, shard_size=options.shard_size)
-    largest_shard = max(shard.num_bytes for shard in plan.shards)
-    clients = client_bytes((store.url for store in inputs.stores), output_url, largest_shard)
-    baseline = BASELINE_BYTES["cuda" if options.device == "cuda" else "cpu"] + clients
     workspace = divide(
-        list(plan.jobs),
+        plan.jobs,
         options.memory_bytes,
         num_threads=options.num_threads,
-        baseline_bytes=baseline,
-        direct=options.device != "cuda" and all(isinstance(store, LocalStore) for store in inputs.stores),
+        baseline_bytes=_baseline_bytes(inputs, where, plan, options),
+        direct=_is_direct(inputs, options),
     )
     return plan, workspace
+
+
+def output_url(inputs: Inputs, output: str) -> str:
+    """Return the URL of an output as stores know it: absolute, normalized.
+
+    Raises:
+        RecipeError: nothing can be written there.
+    """
+    return open_store(output, inputs.recipe.storage, writable=True).url
+
+
+def least_memory_of(inputs: Inputs, output: str, plan: MergePlan, options: MergeOptions) -> int:
+    """Return the least memory a worker must be given for this plan."""
+    return least_memory(
+        plan.jobs,
+        num_threads=options.num_threads,
+        baseline_bytes=_baseline_bytes(inputs, output_url(inputs, output), plan, options),
+        direct=_is_direct(inputs, options),
+    )
+
+
+def _baseline_bytes(inputs: Inputs, output: str, plan: MergePlan, options: MergeOptions) -> int:
+    largest_shard = max(shard.num_bytes for shard in plan.shards)
+    clients = client_bytes((store.url for store in inputs.stores), output, largest_shard)
+    return BASELINE_BYTES["cuda" if options.device == "cuda" else "cpu"] + clients
+
+
+def _is_direct(inputs: Inputs, options: MergeOptions) -> bool:
+    return options.device != "cuda" and all(isinstance(store, LocalStore) for store in inputs.stores)
 
 
 def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: bool) -> Iterator[str]:
@@ -174,6 +202,8 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     ):
         is_exclusive = heartbeat.is_exclusive()
         take(store, plan, run, found, is_exclusive=is_exclusive)
+        for note in few_shards_note(plan, options.num_workers):
+            observer.on_note(note)
         for note in weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive):
             observer.on_note(note)
         store.put(plan_key(plan.plan_id), encode_plan(plan))

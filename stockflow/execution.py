@@ -3,22 +3,30 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from stockflow.claims import agree_on_numerics
-from stockflow.errors import CheckpointError, NotFoundError, PlanError
+from stockflow.devices import without_gpu
+from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
 from stockflow.executors import local
 from stockflow.manifest import read_claim, receipt_key
-from stockflow.plan import ShardPlan
-from stockflow.prefix import MAX_RECEIPT_BYTES
-from stockflow.receipts import Receipt
+from stockflow.plan import ShardPlan, TensorJob
+from stockflow.prefix import is_finished
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
+from stockflow.sources import OnRead
 from stockflow.storage import open_store, read_small, redact
+from stockflow.survey import Surveyor, SurveySpec
 from stockflow.tracking import Tracker
 from stockflow.worker import OnBytes, Worker, WorkerSpec, process_name
 
 if TYPE_CHECKING:
     from stockflow.executors import ray
+
+MAX_BATCH_TENSORS = 64
+"""Rows of these pass through Ray: 70 kB with sixteen models."""
+MAX_BATCH_BYTES = 2 * 10**9
+"""Of sources; a larger tensor is a batch of its own."""
 
 
 def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
@@ -48,17 +56,56 @@ class StartWorker:
 
     spec: WorkerSpec
 
-    def __call__(self) -> Callable[[ShardPlan, OnBytes], str]:
-        """Return what merges a shard there and gives its file name.
+    def __call__(self) -> "ShardWork":
+        """Return what merges shards there.
 
         Raises:
             PlanError: this node does not see the output prefix that the driver claimed, or computes otherwise
                 than the others.
         """
         check_output_is_shared(self.spec)
-        worker = Worker(self.spec)
-        _agree(self.spec, worker)
-        return lambda shard, on_bytes: worker.merge(shard, on_bytes).file
+        work = ShardWork(self.spec)
+        _agree(self.spec, work.worker)
+        return work
+
+
+class ShardWork:
+    """Merges shards in a process somewhere else; a shard that ran out of memory before with less of it."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Open a worker with the whole budget."""
+        self._spec = spec
+        self._output = open_store(spec.output_url, spec.storage)
+        self._frugality = 0
+        self.worker = Worker(spec)
+
+    @property
+    def note(self) -> str:
+        """What the driver should know of this worker."""
+        return without_gpu() if self._spec.device == "auto" else ""
+
+    def __call__(self, shard: ShardPlan, on_bytes: OnBytes, frugality: int) -> str:
+        """Merge a shard and return its file name; smaller buffers mean more passes and the same bytes.
+
+        Raises:
+            StockflowError: see ``Worker.merge``.
+        """
+        if is_finished(self._output, self._spec.plan_id, shard, self.worker.numerics_class):
+            return shard.file
+        for halvings in range(frugality, -1, -1):
+            self._reopen(halvings)
+            try:
+                return self.worker.merge(shard, on_bytes).file
+            except BudgetError:  # as little as that is not enough for it
+                if not halvings:
+                    raise
+        raise AssertionError("not reached")
+
+    def _reopen(self, halvings: int) -> None:
+        if halvings != self._frugality:
+            self.worker.close()
+            self.worker = Worker(replace(self._spec, memory_bytes=self._spec.memory_bytes >> halvings))
+            self._frugality = halvings
 
 
 def _agree(spec: WorkerSpec, worker: Worker) -> None:
@@ -90,6 +137,7 @@ def on_ray(
     """Merge shards on the workers of a Ray cluster; only shards, file names and counters pass through Ray."""
     from stockflow.executors import ray
 
+    spec = _on_what_was_asked_for(spec, options)
     store = open_store(spec.output_url, spec.storage)
     files = ray.run(
         StartWorker(spec),
@@ -98,7 +146,93 @@ def on_ray(
         options=options,
         on_count=tracker.on_bytes,
         on_note=tracker.on_note,
+        on_give=lambda shard, worker: tracker.on_begin(shard.file, worker),
+        on_failure=lambda cause, shard: tracker.on_failure(cause, shard.file if shard else None),
     )
     for file in files:
         key = receipt_key(spec.plan_id, file)
         yield Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
+
+
+def _on_what_was_asked_for(spec: WorkerSpec, options: "ray.RayOptions") -> WorkerSpec:
+    """Keep workers that hold no GPU off those of their node: Ray hides none from them (2.60)."""
+    if options.gpus_per_worker:
+        return spec
+    if spec.device == "cuda":
+        raise PlanError("--device cuda on Ray: say how many GPUs a worker gets (--gpus-per-worker 1)")
+    return replace(spec, device="cpu")
+
+
+def survey_in_this_process(spec: SurveySpec, jobs: Sequence[TensorJob], on_read: OnRead) -> Iterator[tuple[int, Any]]:
+    """Look at tensors here; yield the number and the row of each."""
+    surveyor = Surveyor(spec)
+    try:
+        yield from enumerate(surveyor.survey(jobs, on_read))
+    finally:
+        surveyor.close()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Neighbouring tensors that one worker looks at; what Ray ships instead of a shard."""
+
+    first: int
+    """number of the first one"""
+    jobs: tuple[TensorJob, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all sources."""
+        return sum(source.spec.num_bytes for job in self.jobs for source in job.sources)
+
+
+@dataclass(frozen=True)
+class StartSurveyor:
+    """Makes a surveyor in a process somewhere else."""
+
+    spec: SurveySpec
+
+    def __call__(self) -> Callable[[Batch, OnBytes, int], tuple[int, list[Any]]]:
+        """Return what looks at a batch there, and gives the number of its first tensor and all rows."""
+        surveyor = Surveyor(self.spec)
+
+        def survey(batch: Batch, on_bytes: OnBytes, frugality: int) -> tuple[int, list[Any]]:
+            del frugality  # its buffers are small already
+            return batch.first, list(surveyor.survey(batch.jobs, lambda num_bytes: on_bytes(num_bytes, 0)))
+
+        return survey
+
+
+def batches(jobs: Sequence[TensorJob]) -> Iterator[Batch]:
+    """Yield tensors in order, in batches whose rows are small and whose sources take some seconds to read."""
+    first, filled = 0, 0
+    for number, job in enumerate(jobs):
+        size = sum(source.spec.num_bytes for source in job.sources)
+        if number > first and (number - first == MAX_BATCH_TENSORS or filled + size > MAX_BATCH_BYTES):
+            yield Batch(first, tuple(jobs[first:number]))
+            first, filled = number, 0
+        filled += size
+    if first < len(jobs):
+        yield Batch(first, tuple(jobs[first:]))
+
+
+def survey_on_ray(
+    spec: SurveySpec,
+    jobs: Sequence[TensorJob],
+    on_read: OnRead,
+    on_note: Callable[[str], None],
+    options: "ray.RayOptions",
+) -> Iterator[tuple[int, Any]]:
+    """Look at tensors on the workers of a Ray cluster; rows come back by value, some kilobytes per batch."""
+    from stockflow.executors import ray
+
+    found = ray.run(
+        StartSurveyor(spec),
+        list(batches(jobs)),
+        size=lambda batch: batch.source_bytes,
+        options=options,
+        on_count=lambda num_read, _: on_read(num_read),
+        on_note=on_note,
+    )
+    for first, rows in found:
+        yield from enumerate(rows, start=first)

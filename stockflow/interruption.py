@@ -41,7 +41,9 @@ _thread = threading.local()
 
 def stop_requested() -> bool:
     """Return whether this process was asked to end."""
-    return _stopping.is_set()
+    # Not `_stopping`: the main thread may be on its way out before the watcher has set it; and its handler cannot,
+    # as a lock of its own could be in its way.
+    return bool(_received)
 
 
 def pause(seconds: float) -> None:

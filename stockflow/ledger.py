@@ -26,6 +26,8 @@ class Ledger:
     """groups that carry a flag"""
     squares: list[Floats] = field(default_factory=list)
     """|w_0|^2 and |d_i|^2 per group, shape (G, M)"""
+    gram_MM: Floats | None = None
+    """products of [w_0, d_1 .. d_N], the groups added in order; None where no Gram is needed"""
     coefficients: list[Floats] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
 
@@ -37,6 +39,9 @@ class Ledger:
             self.facts.setdefault(name, []).append(values_G)
         flags = dict(coefficients.flags)
         if gram is not None:
+            so_far = [] if self.gram_MM is None else [self.gram_MM[np.newaxis]]
+            # Along the first axis numpy adds one after the other, so it is no matter how groups came in units.
+            self.gram_MM = np.add.reduce(np.concatenate([*so_far, gram.products_GMM]), axis=0)
             self.squares.append(np.diagonal(gram.products_GMM, axis1=1, axis2=2).copy())  # a view would keep it all
             flags["zero_delta"] = gram.zero_deltas_GN.any(axis=1)
         for name, flags_G in flags.items():
@@ -93,6 +98,28 @@ class Ledger:
         if not self.coefficients:
             return None
         return tuple(tuple(float(weight).hex() for weight in row) for weights in self.coefficients for row in weights)
+
+
+class GramSum:
+    """The Gram of whole models, tensor by tensor: products of [w_0, d_1 .. d_N] over all elements so far."""
+
+    def __init__(self, num_checkpoints: int) -> None:
+        """Begin with no tensor."""
+        self._sources = tuple(range(num_checkpoints))
+        self._total_MM: Floats | None = None
+
+    def add(self, ledger: Ledger) -> None:
+        """Add a finished tensor, if it has a finite Gram of all checkpoints with the first as anchor."""
+        gram_MM = ledger.gram_MM
+        is_whole = tuple(source.checkpoint for source in ledger.job.sources) == self._sources
+        if gram_MM is not None and is_whole and np.isfinite(gram_MM).all():
+            self._total_MM = gram_MM if self._total_MM is None else self._total_MM + gram_MM
+
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """Return the sum as a receipt holds it: no rows if no tensor was added, or the sum is beyond float64."""
+        if self._total_MM is None or not np.isfinite(self._total_MM).all():
+            return ()
+        return tuple(map(tuple, self._total_MM.tolist()))
 
 
 def _exact_sum(parts: Iterable[Floats]) -> float:

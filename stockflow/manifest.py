@@ -80,6 +80,8 @@ class Manifest:
     numerics_classes: tuple[str, ...]
     versions: Mapping[str, str]
     summary: Mapping[str, float]
+    gram: tuple[tuple[float, ...], ...] = ()
+    """products of [w_0, d_1 .. d_N] over all tensors whose method needs them; () if there is no such tensor"""
 
     def to_json(self) -> bytes:
         """Return the manifest as it is published."""

@@ -160,7 +160,7 @@ class UnitMerger:
             return products_GMM
 
         for piece in unit.sweep(last=False):
-            spans = _spans(piece)
+            spans = spans_of(piece)
             for span, products_GMM in zip(spans, map_spans(products, spans), strict=True):
                 first = (span.start - unit.start) // job.group_elems
                 total_GMM[first : first + len(products_GMM)] += products_GMM
@@ -191,7 +191,7 @@ class UnitMerger:
 
             state = statistic.zero()
             for piece in unit.sweep(last=False):
-                for partial in map_spans(update, _spans(piece)):
+                for partial in map_spans(update, spans_of(piece)):
                     state = statistic.combine(state, partial)
             result = statistic.finish(state)
         decided = _returned(rounds, result)
@@ -268,11 +268,12 @@ def _fill(
         def fill(span: Piece, target: Bytes = target, first: int = piece.start) -> None:
             fill_span(span.loaded(), target[width * (span.start - first) : width * (span.stop - first)])
 
-        for _ in map_spans(fill, _spans(piece)):
+        for _ in map_spans(fill, spans_of(piece)):
             pass
 
 
-def _spans(piece: Piece) -> list[Piece]:
+def spans_of(piece: Piece) -> list[Piece]:
+    """Return the spans of a piece, in order."""
     num_elems = piece.stop - piece.start
     bounds = span_bounds(num_elems, min(piece.job.group_elems, num_elems))
     return [piece.narrow(piece.start + start, piece.start + stop) for start, stop in bounds]

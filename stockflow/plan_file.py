@@ -1,21 +1,35 @@
 """plan.json: the plan as it lies in an output, and read back from there."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stockflow.checkpoint import Extent
 from stockflow.errors import CheckpointError
 from stockflow.header import DTYPES, TensorSpec
-from stockflow.methods.protocol import Parameters
-from stockflow.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob, canonical_digest
+from stockflow.methods import METHODS, Method
+from stockflow.methods.protocol import Parameter, Parameters
+from stockflow.plan import (
+    COPY,
+    CheckpointRef,
+    MergePlan,
+    ShardPlan,
+    SideFile,
+    Source,
+    TensorJob,
+    canonical_digest,
+)
 from stockflow.storage import Stamp
-from stockflow.strictjson import parse_text_json
+from stockflow.strictjson import parse_text_json, shown
 
 PLAN_FORMAT = "stockflow-plan-1"
 UNDIGESTED = ("format", "plan_id", "merge_id", "donor", "skipped", "notes")
 """Fields of plan.json that do not enter ``plan_id``: they decide no byte."""
+MAX_PLAN_BYTES = 512_000_000
+MAX_PLAN_VALUES = 20_000_000
+"""92,000 tensors of nine checkpoints take 5 million."""
 MAX_DIMENSIONS = 64
 MAX_INTEGER = 2**63 - 1
 
@@ -59,8 +73,58 @@ def decode_plan(payload: bytes, where: str) -> RecordedPlan:
             digest=canonical_digest(canonical),
             copies_digest=canonical_digest(_without_places(canonical)),
         )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where} is not a plan of stockflow: {error!r}"[:400]) from None
+
+
+def check_mergeable(jobs: Iterable[TensorJob], where: str) -> None:
+    """Hold jobs read back from a file against the declarations of their methods, before anything merges them.
+
+    Raises:
+        CheckpointError: one is none that a recipe of this version can lead to.
+    """
+    for job in jobs:
+        problem = _problem(job)
+        if problem:
+            raise CheckpointError(f"{where} asks for {shown(job.output.name)} what no recipe can: {problem}")
+
+
+def _problem(job: TensorJob) -> str | None:
+    """What stands against merging a job, None if nothing does."""
+    if job.is_copy:
+        alike = all(source.spec == job.output for source in job.sources)
+        return None if alike and (len(job.sources) == 1 or job.method != COPY) else "copies of unlike tensors"
+    if job.method not in METHODS:
+        return f"the method {shown(job.method)}"
+    method = METHODS[job.method]
+    num_tuned = len(job.sources) - (method.base == "required")
+    if not method.min_tuned <= num_tuned <= (method.max_tuned or num_tuned):
+        return f"{method.name} of {len(job.sources)} models"
+    if any(spec.kind != "float" for spec in (job.output, *(source.spec for source in job.sources))):
+        return "arithmetic on something else than floating-point numbers"
+    if job.scope not in method.scopes or not job.num_elems:
+        return f"{method.name} with the scope {job.scope!r} of {job.num_elems} elements"
+    return _wrong_parameter(method, job.parameters, num_tuned)
+
+
+def _wrong_parameter(method: Method, given: Parameters, num_tuned: int) -> str | None:
+    shared = {parameter.name: parameter for parameter in method.parameters if not parameter.per_model}
+    per_model = {parameter.name for parameter in method.parameters if parameter.per_model}
+    if given.shared.keys() != shared.keys() or given.per_model.keys() != per_model:
+        return f"{method.name} with the parameters {shown(sorted({*given.shared, *given.per_model}))}"
+    for name, values in given.per_model.items():
+        if len(values) != num_tuned or not all(map(math.isfinite, values)):
+            return f"{method.name} with {len(values)} values of {name!r} for {num_tuned} models"
+    wrong = [name for name, parameter in shared.items() if not _fits(parameter, given.shared[name])]
+    return f"{method.name} with {wrong[0]!r} = {shown(given.shared[wrong[0]])}" if wrong else None
+
+
+def _fits(parameter: Parameter, value: object) -> bool:
+    if parameter.kind == "flag":
+        return isinstance(value, bool)
+    if parameter.kind == "word":
+        return value in parameter.choices
+    return type(value) in (int, float) and abs(float(str(value))) < math.inf
 
 
 def _plan(fields: Mapping[str, Any]) -> MergePlan:

@@ -12,6 +12,8 @@ from stockflow.storage import redact
 from stockflow.strictjson import shown
 
 NUM_PROBLEMS_SHOWN = 20
+SHARDS_PER_WORKER = 4
+"""So that the last shards leave few workers idle: at most a quarter of the time of one each."""
 
 
 def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: int | None = None) -> MergePlan:
@@ -58,6 +60,28 @@ def default_shard_size(jobs: Iterable[TensorJob]) -> int:
     """Return a shard size in bytes that depends on the output alone: a 256th of it, from 256 MB to 5 GB."""
     total = sum(job.output.num_bytes for job in jobs)
     return min(max(total // 256, 256_000_000), 5_000_000_000)
+
+
+def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
+    """Return what to say if so many workers share so few shards that many will idle at the end; else nothing."""
+    if num_workers is None or len(plan.shards) >= SHARDS_PER_WORKER * num_workers:
+        return []
+    said = f"{len(plan.shards)} shards for {num_workers} workers: with fewer than {SHARDS_PER_WORKER} each, many idle"
+    enough = SHARDS_PER_WORKER * num_workers
+    jobs = list(plan.jobs)
+    for size in (plan.num_output_bytes // enough, plan.num_output_bytes // enough // 2):
+        if size and len(_cut_shards(jobs, size)) >= enough:
+            return [f"{said}; --shard-size {_two_digits(size)} gives enough"]
+    largest = max(job.output.num_bytes for job in jobs)
+    return [f"{said}, and the largest tensor has {_two_digits(largest)}; ask for fewer workers"]
+
+
+def _two_digits(num_bytes: int) -> str:
+    """A size that ``--shard-size`` takes, rounded down."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if num_bytes >= size:
+            return f"{num_bytes // size}{unit}" if num_bytes >= 10 * size else f"{num_bytes * 10 // size / 10:g}{unit}"
+    return str(num_bytes)
 
 
 def _action(recipe: Recipe, name: str) -> str | None:

@@ -28,13 +28,12 @@ from stockflow.manifest import (
     receipt_folder,
     receipt_key,
 )
-from stockflow.plan import MergePlan
-from stockflow.receipts import Receipt
+from stockflow.plan import MergePlan, ShardPlan
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
 
 SETTLE_S = 5.0
 """where creation is not exclusive: how long a claim must stand before it counts"""
-MAX_RECEIPT_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,17 +186,31 @@ def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
     present = store.list_top() if known else {}
     receipts = {}
     for shard in plan.shards:
-        key = receipt_key(plan.plan_id, shard.file)
-        if key in known and shard.file in present:
-            payload = read_small(store, key, max_bytes=MAX_RECEIPT_BYTES)
-            try:
-                receipt = Receipt.from_json(payload, key)
-            except CheckpointError:
-                continue  # a receipt that cannot be read proves nothing: the shard is merged again
-            is_of_shard = (receipt.plan_id, receipt.file, receipt.size) == (plan.plan_id, shard.file, shard.num_bytes)
-            if is_of_shard and _is_intact(store, receipt, present[shard.file]):
+        if receipt_key(plan.plan_id, shard.file) in known and shard.file in present:
+            receipt = _valid_receipt(store, plan.plan_id, shard, present[shard.file])
+            if receipt:
                 receipts[shard.file] = receipt
     return receipts
+
+
+def is_finished(store: Store, plan_id: str, shard: ShardPlan, numerics_class: str) -> bool:
+    """Return whether a shard is there with its receipt: a worker that was lost may have done it, and not said so."""
+    try:
+        receipt = _valid_receipt(store, plan_id, shard, store.stamp(shard.file))
+    except NotFoundError:
+        return False
+    return receipt is not None and receipt.numerics_class == numerics_class
+
+
+def _valid_receipt(store: Store, plan_id: str, shard: ShardPlan, found: Stamp) -> Receipt | None:
+    key = receipt_key(plan_id, shard.file)
+    payload = read_small(store, key, max_bytes=MAX_RECEIPT_BYTES)
+    try:
+        receipt = Receipt.from_json(payload, key)
+    except CheckpointError:
+        return None  # a receipt that cannot be read proves nothing: the shard is merged again
+    is_of_shard = (receipt.plan_id, receipt.file, receipt.size) == (plan_id, shard.file, shard.num_bytes)
+    return receipt if is_of_shard and _is_intact(store, receipt, found) else None
 
 
 def _is_intact(store: Store, receipt: Receipt, found: Stamp) -> bool:

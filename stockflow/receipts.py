@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from stockflow.errors import CheckpointError
 from stockflow.header import DTYPES
@@ -13,6 +13,10 @@ from stockflow.storage import Stamp
 from stockflow.strictjson import shown
 
 RECEIPT_FORMAT = "stockflow-receipt-1"
+MAX_RECEIPT_BYTES = 256_000_000
+"""Of 92,000 tensors of 16 models it has 110 MB."""
+MAX_COEFFICIENTS = 2_000_000
+"""of all tensors of a shard together, 50 MB; by row, a shard of experts would have several times as many"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,10 @@ class Receipt:
     """by cause"""
     peak_memory_bytes: int
     tensors: tuple[TensorFacts, ...]
+    memory_bytes: int | None = None
+    """what its worker was allowed; None in receipts of earlier versions"""
+    gram: tuple[tuple[float, ...], ...] = ()
+    """products of [w_0, d_1 .. d_N], summed over the tensors whose method needs them and all checkpoints; () if none"""
     began: float | None = None
     """when its worker began with it, in seconds since the epoch; None in receipts of earlier versions"""
     ended: float | None = None
@@ -93,6 +101,25 @@ class Receipt:
         return receipt
 
 
-def finite(value: float) -> float | None:
-    """Return a number as it goes into facts: None for NaN and infinity, which JSON and tables do without."""
-    return float(value) if math.isfinite(value) else None
+def within_bounds(tensors: Sequence[TensorFacts]) -> Iterator[TensorFacts]:
+    """Yield the facts of a shard's tensors as they go into its receipt, so that it is never too large to be read.
+
+    Coefficients are left out from where there would be more than ``MAX_COEFFICIENTS``; ``verify --sample`` decides
+    those tensors again.
+    """
+    left = MAX_COEFFICIENTS
+    for facts in tensors:
+        left -= sum(map(len, facts.coefficients or ()))
+        yield facts if left >= 0 else replace(facts, coefficients=None)
+
+
+def total_gram(receipts: Sequence[Receipt]) -> tuple[tuple[float, ...], ...]:
+    """Return the Gram of whole models, added over shards: () if no shard has one, or one that should have it does not.
+
+    Receipts of earlier versions lack it; what was summed without theirs would be no property of the models.
+    """
+    with_norms = [receipt for receipt in receipts if receipt.gram or any(row.delta_norms for row in receipt.tensors)]
+    if not with_norms or len({len(receipt.gram) for receipt in with_norms}) > 1:
+        return ()
+    rows = zip(*(receipt.gram for receipt in with_norms), strict=True)
+    return tuple(tuple(map(math.fsum, zip(*same_row, strict=True))) for same_row in rows)

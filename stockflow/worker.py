@@ -1,7 +1,6 @@
 """A worker: one process that merges shards, one after the other, within its memory budget."""
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,25 +23,22 @@ from stockflow.budget import (
 )
 from stockflow.buffers import Bytes, Pool
 from stockflow.devices import Device, open_device
-from stockflow.direct import DirectReader, DirectUnit, Lookahead, Scratch
 from stockflow.errors import StorageError
-from stockflow.ledger import Ledger
+from stockflow.ledger import GramSum, Ledger
 from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger
 from stockflow.plan import CheckpointRef, OnNonfinite, ShardPlan, TensorJob
 from stockflow.prefix import check_owner
-from stockflow.reader import Prefetcher
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.receipts import Receipt, TensorFacts, within_bounds
 from stockflow.schedule import schedule
+from stockflow.sources import Sources
 from stockflow.spans import SPAN_ELEMS
-from stockflow.storage import LocalStore, Sink, StorageConfig, check_stamp, open_store, redact
-from stockflow.units import LargeUnit, PackedUnit, Piece, Unit
+from stockflow.storage import Sink, StorageConfig, open_store, redact
+from stockflow.units import Piece, Unit
 from stockflow.writer import OrderedWriter
 
 GROWTH_BYTES = {"cpu": 24 * MIB, "cuda": 96 * MIB}
 """What a process still grows once its kernels are loaded: thread stacks, small allocations, lazily loaded code."""
-NUM_LOCAL_READERS = 2
-NUM_OBJECT_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -78,14 +74,11 @@ class Worker:
         """
         self._spec = spec
         self._device = open_device(spec.device)
-        self._stores = [open_store(checkpoint.url, spec.storage) for checkpoint in spec.checkpoints]
+        self._sources = Sources(spec.checkpoints, spec.storage, self._device)
         self._output = open_store(spec.output_url, spec.storage, writable=True)
         self._pool = ThreadPoolExecutor(spec.num_threads, thread_name_prefix="compute")
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
-        self._slabs, self._outs = Pool(self._device.allocate), Pool(self._device.allocate)
-        self._local_stores = [store for store in self._stores if isinstance(store, LocalStore)]
-        self._is_direct = self._device.kind == "cpu" and len(self._local_stores) == len(self._stores)
-        self._scratch = Scratch()
+        self._outs = Pool(self._device.allocate)
 
     @property
     def numerics_class(self) -> str:
@@ -122,15 +115,15 @@ class Worker:
             StorageError: reading or writing failed after retries.
         """
         started, began = time.perf_counter(), time.time()
-        retries_before = self._num_retries()
-        self._check_inputs(shard)
+        retries_before = self._sources.num_retries
+        self._sources.check(shard.jobs)
         self._device.prepare(shard.jobs)
         workspace = divide(
             shard.jobs,
             self._spec.memory_bytes,
             num_threads=self._spec.num_threads,
             baseline_bytes=self._baseline_bytes + self._client_bytes(shard),
-            direct=self._is_direct,
+            direct=self._sources.is_direct,
         )
         run = _ShardRun(self, shard, workspace, on_bytes)
         with ExitStack() as stack:
@@ -145,13 +138,13 @@ class Worker:
                 self.check_owner()  # as near as can be to the moment when the shard appears
             run.seconds["publish"] = time.perf_counter() - begun
             run.seconds["total"] = time.perf_counter() - started
-            return self._receipt(shard, run, self._num_retries() - retries_before, began)
+            return self._receipt(shard, run, self._sources.num_retries - retries_before, began)
 
         return self._publisher.submit(publish)
 
     def _receipt(self, shard: ShardPlan, run: "_ShardRun", num_retries: int, began: float) -> Receipt:
         """Write the receipt of a shard that is durable."""
-        self._check_inputs(shard)
+        self._sources.check(shard.jobs)
         stamp = self._output.stamp(shard.file)
         if stamp.size != run.size:
             raise StorageError(
@@ -169,7 +162,9 @@ class Worker:
             seconds={stage: round(value, 6) for stage, value in run.seconds.items()},
             retries={"read": num_retries},
             peak_memory_bytes=peak_memory_bytes(),
-            tensors=tuple(run.facts),
+            tensors=tuple(within_bounds(run.facts)),
+            memory_bytes=self._spec.memory_bytes,
+            gram=run.gram.rows(),
             began=began,
             ended=time.time(),
             worker=process_name(),
@@ -178,24 +173,13 @@ class Worker:
         self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
         return receipt
 
-    def _num_retries(self) -> int:
-        return sum(store.num_retries for store in self._stores)
-
-    def _check_inputs(self, shard: ShardPlan) -> None:
-        """Compare stamps where the store cannot pin a read to one."""
-        used = {(source.checkpoint, source.extent.file) for job in shard.jobs for source in job.sources}
-        for checkpoint, file in sorted(used):
-            store, expected = self._stores[checkpoint], self._spec.checkpoints[checkpoint].files[file]
-            if store.pin == "stat":
-                check_stamp(store, file, expected)
-
     @cached_property
     def _baseline_bytes(self) -> int:
         """What this process takes by itself, measured once: when kernels are loaded and before there are buffers."""
         return max(BASELINE_BYTES[self._device.kind], current_memory_bytes() + GROWTH_BYTES[self._device.kind])
 
     def _client_bytes(self, shard: ShardPlan) -> int:
-        return client_bytes((store.url for store in self._stores), self._output.url, shard.num_bytes)
+        return client_bytes(self._sources.urls, self._output.url, shard.num_bytes)
 
 
 T = TypeVar("T")
@@ -237,57 +221,37 @@ class _ShardRun:
         )
         self._ledgers: dict[str, Ledger] = {}
         self.facts: list[TensorFacts] = []
+        self.gram = GramSum(len(worker._spec.checkpoints))
         self.seconds: dict[str, float] = {}
         self.bytes_read = 0
-        self._read_s = 0.0
-        self._count_lock = threading.Lock()
         self.size, self.sha256 = 0, ""
 
     def execute(self, sink: Sink) -> None:
         """Read, merge and write everything."""
         worker, workspace = self._worker, self._workspace
         steps = list(schedule(self._shard.jobs, workspace))
-        worker._slabs.fit(workspace.slab_bytes, workspace.num_slabs)
         worker._outs.fit(workspace.out_bytes, NUM_OUT_BUFFERS)
         with ExitStack() as stack:
             writer = stack.enter_context(OrderedWriter(sink, pool=worker._outs, num_buffers=NUM_OUT_BUFFERS))
-            prefetcher = stack.enter_context(
-                Prefetcher(
-                    steps,
-                    checkpoints=worker._spec.checkpoints,
-                    stores=worker._stores,
-                    pool=worker._slabs,
-                    num_slabs=workspace.num_slabs,
-                    num_readers=NUM_LOCAL_READERS if workspace.direct else NUM_OBJECT_READERS,
-                    on_read=self._count_read,
-                )
-            )
-            reader = stack.enter_context(
-                DirectReader(worker._spec.checkpoints, worker._local_stores, worker._scratch, self._count_read)
-            )
-            lookahead = Lookahead(steps, reader)
+            reading = stack.enter_context(worker._sources.reading(steps, workspace, self._count_read))
             writer.write_header(self._shard.header)
-            for step in steps:
-                if step.direct:
-                    self._merge_large(DirectUnit(step, reader, lookahead), writer)
-                elif len(step.loads) == 1:
-                    self._merge_packed(prefetcher, writer)
+            for units in reading:
+                if len(units) > 1:
+                    self._merge_packed(units, writer)
                 else:
-                    self._merge_large(LargeUnit(step, prefetcher), writer)
+                    self._merge_large(units[0], writer)
             self.size, self.sha256 = writer.finish()
+        self.bytes_read = reading.bytes_read
         self.seconds = {
             **self._clock.seconds,
-            "read": self._read_s,
+            **reading.seconds,
             "hash": writer.hash_s,
             "write": writer.write_s,
             "wait_write": writer.wait_s,
-            "wait_read": prefetcher.wait_s,
         }
 
-    def _merge_packed(self, prefetcher: Prefetcher, writer: OrderedWriter) -> None:
+    def _merge_packed(self, units: Sequence[Unit], writer: OrderedWriter) -> None:
         """Merge the units that share a load: side by side if there are enough, else span by span."""
-        loaded = prefetcher.next()
-        units = [PackedUnit(loaded, index) for index in range(len(loaded.load.pieces))]
         buffer = writer.buffer()
         ends = [0]
         for unit in units:
@@ -307,15 +271,14 @@ class _ShardRun:
 
                 self._merger.merge(units[index], target, ledgers[index], map_spans)
 
-        for _ in (self._pool.map if side_by_side else map)(merge, _runs(units)):
+        for _ in (self._pool.map if side_by_side else map)(merge, runs(units)):
             pass
         for unit in units:
             self._close_ledger_at_end(unit)
-        prefetcher.release(loaded)
         self._emit(writer, buffer, ends[-1])
 
     def _merge_large(self, unit: Unit, writer: OrderedWriter) -> None:
-        """Merge a unit that fills several output buffers, its spans side by side."""
+        """Merge a unit that may fill several output buffers, its spans side by side."""
         filled: list[tuple[Bytes, int]] = []
 
         def target(piece: Piece) -> Bytes:
@@ -340,10 +303,7 @@ class _ShardRun:
         writer.emit(buffer, num_bytes)
         self._on_bytes(0, num_bytes)
 
-    def _count_read(self, num_bytes: int, seconds: float) -> None:
-        with self._count_lock:  # ranges arrive on several threads
-            self.bytes_read += num_bytes
-            self._read_s += seconds
+    def _count_read(self, num_bytes: int) -> None:
         self._on_bytes(num_bytes, 0)
 
     def _ledger_of(self, job: TensorJob) -> Ledger:
@@ -351,10 +311,12 @@ class _ShardRun:
 
     def _close_ledger_at_end(self, unit: Unit) -> None:
         if unit.stop == unit.job.num_elems:
-            self.facts.append(self._ledgers.pop(unit.job.output.name).close())
+            ledger = self._ledgers.pop(unit.job.output.name)
+            self.facts.append(ledger.close())
+            self.gram.add(ledger)
 
 
-def _runs(units: Sequence[Unit]) -> Iterator[range]:
+def runs(units: Sequence[Unit]) -> Iterator[range]:
     """Yield the indices of consecutive units that together are long enough to be one thread's task."""
     first, num_elems = 0, 0
     for index, unit in enumerate(units):

@@ -1,5 +1,6 @@
 """What the tests let workers of a Ray cluster do. Workers import it, so it imports little."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -20,8 +21,8 @@ class Doing:
     work: Callable[[Path, Any, Count], Any]
     folder: Path
 
-    def __call__(self) -> Callable[[Any, Count], Any]:
-        return lambda item, count: self.work(self.folder, item, count)
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
+        return lambda item, count, frugality: self.work(self.folder, item, count)
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class FailingStart:
     folder: Path
     times: int
 
-    def __call__(self) -> Callable[[Any, Count], Any]:
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
         if note(self.folder, "start") <= self.times:
             raise StorageError("the claim cannot be read")
-        return lambda item, count: item
+        return lambda item, count, frugality: item
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class RaisingStart:
 
     error: Exception
 
-    def __call__(self) -> Callable[[Any, Count], Any]:
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
         raise self.error
 
 
@@ -51,25 +52,67 @@ class RaisingStart:
 class HangingOnce:
     """A start of another: the first item that counts anything says which process it is in, and hangs there."""
 
-    start: Callable[[], Callable[[Any, Count], Any]]
+    start: Callable[[], Callable[[Any, Count, int], Any]]
     folder: Path
 
-    def __call__(self) -> Callable[[Any, Count], Any]:
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
         work = self.start()
 
-        def hanging(item: Any, count: Count) -> Any:
+        def hanging(item: Any, count: Count, frugality: int) -> Any:
             def hang_once(num_read: int, num_written: int) -> None:
                 count(num_read, num_written)
                 if num_written and note(self.folder, "hanging") == 1:
                     time.sleep(WAIT_S)
 
             note(self.folder, "begun")
-            return work(item, hang_once)
+            return work(item, hang_once, frugality)
 
         return hanging
 
 
-def die() -> Callable[[Any, Count], Any]:
+@dataclass(frozen=True)
+class Slowly:
+    """A start of another: each item takes longer by some seconds, and is noted with its node, begin and end."""
+
+    start: Callable[[], Callable[[Any, Count, int], Any]]
+    folder: Path
+    seconds: float
+    stuck: int = 0
+    """the number of the item that never ends; 0: all do"""
+    hungry_bytes: int = 0
+    """what the first item takes of memory, unless it is told to be frugal"""
+
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
+        import ray
+
+        work = self.start()
+        node = str(ray.get_runtime_context().get_node_id())
+
+        def slowly(item: Any, count: Count, frugality: int) -> Any:
+            self._note("begun", item.file, node, frugality)
+            if note(self.folder, "item") == self.stuck:
+                note(self.folder, "stuck")
+                time.sleep(WAIT_S)
+            eaten = []
+            if self.hungry_bytes and not frugality and note(self.folder, "hungry") == 1:
+                for _ in range(self.hungry_bytes >> 26):
+                    eaten.append(b"x" * (1 << 26))
+                    time.sleep(0.02)
+                time.sleep(WAIT_S)
+            time.sleep(self.seconds)
+            result = work(item, count, frugality)
+            self._note("ended", item.file, node, frugality)
+            return result
+
+        return slowly
+
+    def _note(self, event: str, file: str, node: str, frugality: int) -> None:
+        line = {"event": event, "file": file, "node": node, "frugality": frugality, "when": time.time()}
+        with open(self.folder / "events.jsonl", "a") as opened:
+            opened.write(json.dumps(line) + "\n")
+
+
+def die() -> Callable[[Any, Count, int], Any]:
     """End the process where a worker should start."""
     os._exit(17)
 
@@ -101,6 +144,15 @@ def hang_first_time(folder: Path, item: str, count: Count) -> str:
     del count
     if item == "slow" and note(folder, "slow") == 1:
         time.sleep(WAIT_S)
+    return item
+
+
+def slow_first_time(folder: Path, item: str, count: Count) -> str:
+    """Count on and on; the second time end at once."""
+    if note(folder, item) == 1:
+        for _ in range(int(WAIT_S / 0.05)):
+            count(1, 0)
+            time.sleep(0.05)
     return item
 
 

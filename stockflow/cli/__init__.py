@@ -13,7 +13,9 @@ from stockflow.cli.cluster import status
 from stockflow.cli.comparing import diff
 from stockflow.cli.demonstration import demo
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.merging import merge, plan
+from stockflow.cli.insight import audit, inspect
+from stockflow.cli.merging import merge
+from stockflow.cli.planning import calibrate, plan
 
 app = typer.Typer(
     help="Exact, streaming merges of checkpoints too large for one machine.",
@@ -49,7 +51,7 @@ def schema() -> None:
         print(json.dumps(recipe_schema(), indent=1), flush=True)
 
 
-for command in (merge, plan, status, verify, diff, clean, demo, schema):
+for command in (merge, plan, status, inspect, audit, verify, diff, calibrate, clean, demo, schema):
     app.command()(command)
 
 

@@ -16,7 +16,6 @@ from stockflow.cli.options import (
     Quiet,
     ShardSize,
     Workers,
-    execute_on,
     is_on_ray,
     merge_options,
 )
@@ -38,6 +37,7 @@ def demo(
     import tempfile
     from pathlib import Path
 
+    from stockflow.api import execute_on
     from stockflow.demo.story import demo_tables, run_demo
     from stockflow.errors import OutputConflictError
 
@@ -47,7 +47,7 @@ def demo(
             raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo, or --overwrite")
         where.mkdir(parents=True, exist_ok=True)
         options = merge_options(memory, shard_size, workers, device, overwrite, on_ray=is_on_ray(executor))
-        execute = execute_on(executor, workers, gpus_per_worker=0.0)
+        execute = execute_on(executor.value if executor else None, {"num_workers": workers})
         result = run_demo(where, options, execute, (lambda _: None) if quiet or as_json else print)
         if as_json:
             facts = {"losses": result.losses, "findings": [str(finding) for finding in result.verification.findings]}

@@ -1,4 +1,4 @@
-"""``stockflow merge`` and ``stockflow plan``."""
+"""``stockflow merge``."""
 
 import json
 
@@ -9,6 +9,7 @@ from stockflow.cli.options import (
     DeviceName,
     Executor,
     GpusPerWorker,
+    Label,
     Memory,
     OutputArgument,
     Overwrite,
@@ -17,8 +18,11 @@ from stockflow.cli.options import (
     Quiet,
     RecipeArgument,
     ShardSize,
+    ShardTimeout,
     Workers,
+    WorkerTimeout,
     followed,
+    labels_option,
     size_option,
 )
 
@@ -31,6 +35,9 @@ def merge(
     workers: Workers = None,
     executor: Executor = None,
     gpus_per_worker: GpusPerWorker = 0.0,
+    label: Label = None,
+    worker_timeout: WorkerTimeout = None,
+    shard_timeout: ShardTimeout = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
     progress: Progress = ProgressName.auto,
@@ -55,6 +62,9 @@ def merge(
                 workers=workers,
                 executor=executor.value if executor else None,
                 gpus_per_worker=gpus_per_worker,
+                labels=labels_option(label or ()),
+                worker_timeout=worker_timeout,
+                shard_timeout=shard_timeout,
                 device=device.value,
                 overwrite=overwrite,
                 on_event=on_event,
@@ -63,41 +73,3 @@ def merge(
             print(json.dumps(result.facts(), indent=1))
         elif not quiet:
             print(result)
-
-
-def plan(
-    recipe: RecipeArgument,
-    output: OutputArgument,
-    memory: Memory = None,
-    shard_size: ShardSize = None,
-    workers: Workers = None,
-    executor: Executor = None,
-    device: Device = DeviceName.auto,
-    overwrite: Overwrite = False,
-    progress: Progress = ProgressName.auto,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a merge would read, write and hold; refuse what cannot work. Nothing is written."""
-    from stockflow import api
-    from stockflow.reporting import DELAY_S
-    from stockflow.storage import redact
-
-    with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
-            result = api.plan(
-                recipe,
-                output,
-                memory=size_option("--memory", memory),
-                shard_size=size_option("--shard-size", shard_size),
-                workers=workers,
-                executor=executor.value if executor else None,
-                device=device.value,
-                overwrite=overwrite,
-                on_event=on_event,
-            )
-        if as_json:
-            print(json.dumps(result.facts(), indent=1))
-        elif not quiet:
-            print(result)
-            print(f"next: stockflow merge {redact(recipe)} {redact(output)}")

@@ -1,16 +1,16 @@
 """The words that commands share: arguments, options, and what is made of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stockflow.errors import RecipeError
+from stockflow.errors import PlanError, RecipeError
 
 if TYPE_CHECKING:
-    from stockflow.driver import Execute, Inputs, MergeOptions
+    from stockflow.driver import Inputs, MergeOptions
     from stockflow.events import OnEvent
 
 
@@ -63,6 +63,18 @@ Executor = Annotated[
     typer.Option(help="Where to merge. Default: ray if RAY_ADDRESS is set, else local.", show_default=False),
 ]
 GpusPerWorker = Annotated[float, typer.Option(min=0.0, help="Ray: GPUs per worker; a fraction lets several share one.")]
+WorkerTimeout = Annotated[
+    float | None,
+    typer.Option(min=1.0, metavar="SECONDS", help="Ray: give up if no worker comes within this. Default: 900."),
+]
+ShardTimeout = Annotated[
+    float | None,
+    typer.Option(min=1.0, metavar="SECONDS", help="Ray: a shard not done within this goes to another worker."),
+]
+Label = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Ray: workers go to nodes with this label; may be repeated."),
+]
 Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch sees one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output prefix holds.")]
 StorageRecipe = Annotated[
@@ -105,13 +117,6 @@ def is_on_ray(executor: ExecutorName | None) -> bool:
     return api.is_on_ray(executor.value if executor else None)
 
 
-def execute_on(executor: ExecutorName | None, workers: int | None, gpus_per_worker: float) -> "Execute":
-    """Return what merges shards where the options say."""
-    from stockflow import api
-
-    return api.execute_on(executor.value if executor else None, workers, gpus_per_worker)
-
-
 def open_inputs(recipe: str) -> "Inputs":
     """Return the opened checkpoints of a recipe."""
     from stockflow import api
@@ -133,6 +138,21 @@ def merge_options(
 
     sizes = size_option("--memory", memory), size_option("--shard-size", shard_size)
     return api.merge_options(*sizes, workers, device.value, overwrite, on_ray=on_ray)
+
+
+def labels_option(pairs: Sequence[str]) -> dict[str, str]:
+    """Return labels by name.
+
+    Raises:
+        PlanError: one is not KEY=VALUE.
+    """
+    labels = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise PlanError(f"--label {pair}: expected KEY=VALUE, such as pool=spot")
+        labels[name] = value
+    return labels
 
 
 def size_option(option: str, text: str | None) -> int | None:

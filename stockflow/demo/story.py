@@ -17,6 +17,7 @@ from stockflow.reporting import Silent
 from stockflow.storage import StorageConfig
 from stockflow.tables import read_facts
 from stockflow.verify import Verification, summary_lines, verify
+from stockflow.workload import survey
 
 Say = Callable[[str], None]
 
@@ -46,8 +47,10 @@ def run_demo(folder: Path, options: MergeOptions, execute: Execute, say: Say) ->
     inputs = make_checkpoints(folder, lambda line: say(f"   {line}"))
     stock_recipe, average_recipe = _write_recipes(folder, inputs)
     say(f"\n2. stockflow plan {stock_recipe} {folder / 'model-stock'}")
-    plan, workspace = driver.plan_merge(_open(stock_recipe), str(folder / "model-stock"), options)
-    for line in plan_lines(plan, workspace):
+    opened, output = _open(stock_recipe), str(folder / "model-stock")
+    plan, workspace = driver.plan_merge(opened, output, options)
+    work = survey(plan, workspace, options.num_threads)
+    for line in plan_lines(plan, workspace, work, driver.least_memory_of(opened, output, plan, options)):
         say(f"   {line}")
     say(f"\n3. stockflow merge {stock_recipe} {folder / 'model-stock'}")
     stock = _merge(stock_recipe, folder / "model-stock", options, execute)

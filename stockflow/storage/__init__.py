@@ -15,7 +15,7 @@ from stockflow.storage.base import (
     read_small,
 )
 from stockflow.storage.local import LocalStore, PinnedFile
-from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision
+from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision, scheme_of
 
 __all__ = [
     "HalfWritten",
@@ -36,4 +36,5 @@ __all__ = [
     "pin_revision",
     "read_small",
     "redact",
+    "scheme_of",
 ]

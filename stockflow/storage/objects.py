@@ -4,7 +4,6 @@ import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
@@ -17,6 +16,7 @@ import obstore
 from obstore import exceptions
 
 from stockflow.errors import AccessDeniedError, RecipeError
+from stockflow.interruption import pause
 from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.parts import PARTS_IN_FLIGHT
@@ -274,7 +274,7 @@ class _Upload:
             except exceptions.BaseError as error:
                 if number == self._policy.attempts or not any(words in str(error) for words in _DAMAGED_START):
                     raise
-            time.sleep(self._policy.delay_s(number))
+            pause(self._policy.delay_s(number))
             self._abandon()
             self._writer = self._stack.enter_context(self._start())
             unsent = self._held

@@ -309,7 +309,8 @@ class RemoteStore:
     def _run(self, operation: Operation, key: str, attempt: Callable[[], T], pinned: Stamp | None = None) -> T:
         def judge(error: Exception, attempts: int, is_last: bool) -> StockflowError | None:
             failure = self._failure(error)
-            if pinned is not None and failure.status in (412, 416) and (found := self.stamp(key)) != pinned:
+            is_another = failure.status in (412, 416) or isinstance(error, WrongAnswerError)
+            if pinned is not None and is_another and (found := self.stamp(key)) != pinned:
                 return self._changed(key, pinned, found)
             if failure.is_transient and not is_last:
                 return None

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from stockflow.devices import Device, open_device
-from stockflow.errors import NumericsError, PlanError
+from stockflow.errors import CheckpointError, NumericsError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
 from stockflow.header import DTYPES, TensorSpec
-from stockflow.manifest import Manifest, receipt_key, tensors_key
+from stockflow.manifest import Manifest, plan_key, receipt_key, tensors_key
 from stockflow.methods.protocol import Parameters
 from stockflow.plan import NUMERICS, MergePlan, ShardPlan, Source, TensorJob, method_of
-from stockflow.plan_file import RecordedPlan
+from stockflow.plan_file import RecordedPlan, check_mergeable
 from stockflow.receipts import TensorFacts
 from stockflow.storage import NewObject, Stamp, StorageConfig, Store
 from stockflow.verify.contents import Placed, Table
@@ -98,8 +98,14 @@ class _Recomputation:
         return self._evidence.recorded.plan
 
     def run(self, chosen: Collection[str]) -> tuple[Sampled, list[Finding]]:
-        targets = self._usable([job for job in self._plan.jobs if job.output.name in chosen])
+        jobs = [job for job in self._plan.jobs if job.output.name in chosen]
         sampled = Sampled(self._options.seed, len(self._shard_of), 0, same_class=self._same_class)
+        plan_file = plan_key(self._evidence.manifest.plan_id)
+        try:
+            check_mergeable(jobs, plan_file)
+        except CheckpointError as error:
+            return replace(sampled, num_left_out=len(chosen)), [Finding(plan_file, str(error))]
+        targets = self._usable(jobs)
         try:
             facts, differences = self._merge(targets)
             again = self._judge(targets, facts, differences)

@@ -7,8 +7,8 @@ from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
 from stockflow.errors import CheckpointError, UserError
 from stockflow.manifest import MANIFEST_FILE, RECORDS, Manifest, plan_key, receipt_folder, tensors_key
 from stockflow.plan import CheckpointRef, MergePlan
-from stockflow.plan_file import RecordedPlan, decode_plan
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.plan_file import MAX_PLAN_BYTES, MAX_PLAN_VALUES, RecordedPlan, decode_plan
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt, TensorFacts
 from stockflow.sealed import check_seal
 from stockflow.storage import Stamp, StorageConfig, open_store, redact
 from stockflow.verify.contents import Table
@@ -16,11 +16,7 @@ from stockflow.verify.findings import Finding, quoted
 from stockflow.verify.reading import Output
 
 CARD_FILE = "README.md"
-MAX_PLAN_BYTES = 512_000_000
-MAX_PLAN_VALUES = 20_000_000
-"""92,000 tensors of nine checkpoints take 5 million."""
-MAX_RECEIPT_BYTES = 256_000_000
-MAX_RECEIPT_VALUES = 10_000_000
+MAX_RECEIPT_VALUES = 12_000_000
 
 RecordedCoefficients = Mapping[str, tuple[tuple[float, ...], ...]]
 """Coefficients per group, by the tensor's name."""

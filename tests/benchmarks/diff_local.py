@@ -1,8 +1,9 @@
 """Time and CPU of `stockflow diff` on two local checkpoints against reading both.
 
-    python -m tests.benchmarks.diff_local A B [--rounds 5]
+    python -m tests.benchmarks.diff_local A B [--rounds 5] [--cold]
 
-Each round runs, each in a process of its own, with the files in the page cache if they fit:
+Each round runs, each in a process of its own, with the files in the page cache if they fit; --cold: taken
+out of it before:
 
     read 1      reads every weight file of both, one thread, 1 MiB at a time into one reused buffer: the floor of merges
     read N      the same with as many threads as the machine has cores, each on a part of every file
@@ -78,6 +79,14 @@ def measure_here(name: str, folders: list[Path]) -> None:
     print(json.dumps([time.perf_counter() - started, time.process_time() - cpu]))
 
 
+def forget(folders: list[Path]) -> None:
+    """Take the weight files of both out of the page cache."""
+    for path in weight_files(folders):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measured(name: str, folders: list[Path], warm: Path) -> tuple[float, float]:
     """Return seconds and CPU seconds of a piece of work in a process of its own."""
     if name == "process":
@@ -98,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs=2, metavar="A B")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="take the files out of the page cache before each run")
     parser.add_argument("--one", choices=WORK, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -108,9 +118,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny = {str(dtype): torch.ones(8, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
         warm = write_checkpoint(Path(folder), tiny)
-        rounds = [
-            {name: measured(name, options.folders, warm) for name in (*WORK, "process")} for _ in range(options.rounds)
-        ]
+        rounds = []
+        for _ in range(options.rounds):
+            rounds.append({})
+            for name in (*WORK, "process"):
+                if options.cold:
+                    forget(options.folders)
+                rounds[-1][name] = measured(name, options.folders, warm)
     floor = median(each["read 1"][0] for each in rounds)
     for name in (*WORK, "process"):
         wall, cpu = (median(each[name][place] for each in rounds) for place in (0, 1))

@@ -20,10 +20,10 @@ from typing import Any
 from stockflow import worker
 from stockflow.driver import Inputs, MergeOptions, merge
 from stockflow.execution import in_this_process
-from stockflow.recipe import load_recipe
+from stockflow.recipe import load_recipe, parse_size
 from stockflow.reporting import Silent
 from stockflow.storage import Stamp, Store, local
-from tests.benchmarks import synthetic
+from tests.benchmarks.cases import Case, add_case_options, case_from, recipe_of, workplace, write_recipe
 
 VARIANTS = ("as it is", "without fsync", "without pinning", "without both")
 
@@ -36,16 +36,10 @@ def leave_out_fsync() -> None:
 def leave_out_pinning() -> None:
     """Let files be read as if nobody could replace them."""
 
-    def read_into(store: local.LocalStore, key: str, start: int, buffer: memoryview, stamp: Stamp) -> None:
-        del stamp
-        path = store._path(key)
-        with open(path, "rb", buffering=0) as file:
-            local._read_exactly(file.fileno(), buffer, start, path)
-
     def check_stamp(store: Store, key: str, expected: Stamp) -> None:
         del store, key, expected
 
-    local.LocalStore.read_into = read_into  # type: ignore[method-assign]
+    local.PinnedFile.check = lambda file: None  # type: ignore[method-assign]
     worker.check_stamp = check_stamp  # type: ignore[attr-defined]
 
 
@@ -64,27 +58,31 @@ class Timed:
             self.seconds += time.perf_counter() - started
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(recipe: Path, output: Path, variant: str, case: Case, shard_size: int) -> dict[str, Any]:
     """Merge once in this process."""
-    if arguments.variant in ("without fsync", "without both"):
+    if variant in ("without fsync", "without both"):
         leave_out_fsync()
-    if arguments.variant in ("without pinning", "without both"):
+    if variant in ("without pinning", "without both"):
         leave_out_pinning()
     flushing, looking = Timed(os.fsync), Timed(os.fstat)
     os.fsync, os.fstat = flushing, looking  # type: ignore[assignment]
     import stockflow.commit  # noqa: F401  # else its imports were counted
 
-    options = MergeOptions(int(arguments.memory_gib * 2**30), arguments.threads, "cpu", arguments.shard_size)
-    inputs = Inputs.open(load_recipe(str(arguments.folder / "recipe.yaml")))
-    result = merge(inputs, str(arguments.folder / "out"), options, in_this_process, Silent())
+    options = MergeOptions(parse_size(case.memory), case.threads, "cpu", shard_size)
+    result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process, Silent())
     return {"s": result.seconds, "fsync_s": flushing.seconds, "fstat_s": looking.seconds}
 
 
-def in_child(variant: str) -> dict[str, Any]:
+def in_child(variant: str, recipe: Path, output: Path) -> dict[str, Any]:
     """Measure in a new process and remove what it wrote, with nothing left to be flushed."""
-    command = [sys.executable, "-m", "tests.benchmarks.safety", *sys.argv[1:], "--variant", variant]
+    command = [sys.executable, "-m", "tests.benchmarks.safety", *sys.argv[1:]]
     os.sync()
-    finished = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    finished = subprocess.run(
+        [*command, "--variant", variant, "--recipe", str(recipe), "--output", str(output)],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    shutil.rmtree(output)
     measured: dict[str, Any] = json.loads(finished.stdout)
     told = (f"{name} {seconds:.3f}" for name, seconds in measured.items())
     print(f"{variant:16}", *told, file=sys.stderr)
@@ -94,26 +92,26 @@ def in_child(variant: str) -> dict[str, Any]:
 def main() -> None:
     """Make the inputs, run the rounds, print the medians and the shares."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gb", type=float, default=0.8, help="size of each checkpoint")
-    parser.add_argument("--tuned", type=int, default=2)
+    add_case_options(parser, tuned=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-gib", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--shard-size", type=int, default=256_000_000)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/stockflow-bench-safety"))
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    case = case_from(arguments)
     if arguments.variant:
-        print(json.dumps(measure(arguments)))
+        print(json.dumps(measure(arguments.recipe, arguments.output, arguments.variant, case, arguments.shard_size)))
         return
-    shutil.rmtree(arguments.folder, ignore_errors=True)
-    synthetic.make(arguments.folder, num_tuned=arguments.tuned, num_bytes=int(arguments.gb * 1e9))
     runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for _ in range(arguments.rounds):
-        for variant in VARIANTS:
-            runs[variant].append(in_child(variant))
-            shutil.rmtree(arguments.folder / "out")
-    shutil.rmtree(arguments.folder)
+    with workplace([case], arguments.folder, keep=False) as work:
+        locations = [str(folder) for folder in case.folders(arguments.folder)]
+        recipe = write_recipe(work / "recipe.yaml", recipe_of(case, locations))
+        in_child(VARIANTS[0], recipe, work / "out")  # compiles what is not compiled yet; the inputs are in memory then
+        for number in range(arguments.rounds):
+            for variant in VARIANTS[number % 4 :] + VARIANTS[: number % 4]:
+                runs[variant].append(in_child(variant, recipe, work / "out"))
     medians = {variant: statistics.median(run["s"] for run in found) for variant, found in runs.items()}
     whole = medians["as it is"]
     shares = {f"less {variant}": 1 - medians[variant] / whole for variant in VARIANTS[1:]}

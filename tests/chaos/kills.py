@@ -30,7 +30,8 @@ class Site:
     new_output: Callable[[], Output]
     victims: Sequence[Victim]
     is_on_ray: bool
-    num_workers: int
+    most_in_flight: int
+    """shards: locally one that is merged, and one that becomes durable meanwhile; on Ray one per worker"""
     start_s: float
     """about how long until the first shard is begun"""
     shard_s: float
@@ -130,7 +131,7 @@ class Chaos:
         self._check(output, before, after)
         begun = len(killed) if self._site.is_on_ray else output.num_in_flight(before, after)
         num_redone = begun if len(after.receipts) < len(self._expected) else 0
-        assert num_redone <= self._site.num_workers
+        assert num_redone <= self._site.most_in_flight
         self.kills.append(Kill(self._site.name, victim, self._phase(after, num_redone), num_redone))
         return after, victim != "worker"
 

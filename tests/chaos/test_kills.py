@@ -63,8 +63,8 @@ class Grounds:
         # A throttled store makes moments that are long enough to be hit.
         self._proxy.delays_s |= {"get": 0.05, "part": 0.03, "put": 0.03}
         return {
-            "disk": Site("disk", self._forked(self._disk), self._folder_output, DRIVER, False, 1, 0.3, 0.06, 0.1),
-            "s3": Site("s3", self._forked(self._s3), self._bucket_output, DRIVER, False, 1, 1.0, 0.3, 0.6),
+            "disk": Site("disk", self._forked(self._disk), self._folder_output, DRIVER, False, 2, 0.3, 0.06, 0.1),
+            "s3": Site("s3", self._forked(self._s3), self._bucket_output, DRIVER, False, 2, 1.0, 0.3, 0.6),
             "ray": Site("ray", self._on_ray(), self._folder_output, ANYBODY, True, 2, 6.0, 0.4, 0.8),
             "ray s3": Site("ray s3", self._on_ray(), self._bucket_output, ANYBODY, True, 2, 6.0, 0.6, 1.2),
         }

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stockflow.checkpoint import INDEX_FILE, SINGLE_FILE, HeaderCache, open_checkpoint
+from stockflow.checkpoint import INDEX_FILE, SINGLE_FILE, Extent, HeaderCache, open_checkpoint
 from stockflow.commit import encode_config, summarize
 from stockflow.errors import CheckpointError, RecipeError, StockflowError
 from stockflow.header import TensorSpec, encode_header
 from stockflow.manifest import CLAIM_FILE, Claim, Manifest, PublishedFile, read_claim
-from stockflow.plan import CheckpointRef
+from stockflow.methods.protocol import Parameters
+from stockflow.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob
+from stockflow.plan_file import check_mergeable, decode_plan, encode_plan
 from stockflow.receipts import Receipt, TensorFacts
 from stockflow.recipe import parse_recipe
 from stockflow.storage import Stamp, StorageConfig, open_store
 from stockflow.tables import decode_tensors, encode_tensors
+from stockflow.verify.records import planned_files
 from tests.fuzz import headers
 
 STAMP = Stamp(120, "mtime_ns=1700000000000000000")
@@ -50,6 +53,24 @@ MANIFEST = Manifest(
     (CheckpointRef("s3://bucket/base", {"model.safetensors": STAMP}),),
     ("if-match",), {SHARD: PublishedFile(9360, "b" * 64), "config.json": PublishedFile(2, "d" * 64)}, 1,
     ("cpu-AVX512",), {"stockflow": "1.0", "torch": "2.9"}, {"tensors": 2, "seconds_total": 0.5},
+)  # fmt: skip
+SPEC, BUFFER = TensorSpec("model.embed_tokens.weight", "BF16", (97, 48)), TensorSpec("größe", "I64", ())
+PLAN = MergePlan(
+    tuple(CheckpointRef(f"s3://bucket/{name}", {"model.safetensors": Stamp(9999, '"e"')}) for name in "bcd"), 0,
+    (
+        ShardPlan(SHARD, (TensorJob(
+            SPEC, tuple(Source(number, SPEC, Extent("model.safetensors", 300)) for number in range(3)), "model_stock",
+            Parameters({"filter_wise": False, "on_negative": "clamp"}), "tensor",
+        ),)),
+        ShardPlan(SHARD.replace("1-", "2-"), (
+            TensorJob(BUFFER, (Source(0, BUFFER, Extent("model.safetensors", 292)),), "copy", Parameters(), "tensor"),
+            TensorJob(
+                SPEC._replace(name="w"), (Source(0, SPEC, Extent("model.safetensors", 300)),) * 2, "ties",
+                Parameters({"lambda": 1.0, "normalize": True}, {"weight": (0.5,), "density": (0.3,)}), "tensor",
+            ),
+        )),
+    ),
+    (SideFile(0, "tokenizer.json", STAMP),), {"model_type": "llama"}, "error", ("a",), ("one note",),
 )  # fmt: skip
 RECIPE = """\
 merge_method: model_stock
@@ -133,6 +154,19 @@ def _read_receipt(payload: bytes) -> object:
     return receipt
 
 
+def _read_plan(payload: bytes) -> object:
+    """What verify takes from a plan: its files and digests, and from those it may merge again, all of it."""
+    recorded = decode_plan(payload, "plan.json")
+    f"{recorded.plan_id[:16]} {recorded.digest} {recorded.copies_digest}".encode()
+    planned_files(recorded.plan, recorded.plan_id)
+    jobs = list(recorded.plan.jobs)
+    check_mergeable(jobs, "plan.json")
+    for job in jobs:
+        assert job.num_statistic_passes >= 0
+        assert job.num_groups * job.group_elems == job.num_elems
+    return recorded
+
+
 def _read_claim(folder: Path) -> object:
     store = open_store(str(folder), StorageConfig())
     claim = read_claim(store)
@@ -164,6 +198,7 @@ READERS: Mapping[str, Reader] = {
     "manifest": Reader(_read_manifest, MANIFEST.to_json()),
     "receipt": Reader(_read_receipt, RECEIPT.to_json()),
     "claim": Reader(_in_a_folder(CLAIM_FILE, _read_claim), Claim("a" * 64, 1.7e9).to_json()),
+    "plan": Reader(_read_plan, encode_plan(PLAN)),
     "recipe": Reader(_read_recipe, RECIPE.encode(), (RecipeError,)),
     "table": Reader(_read_table, encode_tensors(TENSORS)),
 }

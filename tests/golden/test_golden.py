@@ -139,6 +139,7 @@ def test_the_bytes_of_a_merge_do_not_change(name: str, tmp_path: Path) -> None:
     assert (numerics_class, NUMERICS, digest) == ("cpu", 2, GOLDEN[name].sha256)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of this architecture")
 def test_a_processor_without_wide_vectors_and_fused_products_gives_the_same_bytes(tmp_path: Path) -> None:
     """SSE2 alone is the least that an x86-64 processor has; an ARM one shares no instruction with either."""

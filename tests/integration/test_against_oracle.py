@@ -14,7 +14,7 @@ from tests import oracle, runs
 from tests.checkpoints import ZOO, Family, Shape, make_family, write_recipe
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-LARGE: dict[str, Shape] = {"large.matrix": (700, 1000), "large.vector": (400_001,), "large.experts": (3, 1, 140_000)}
+LARGE: dict[str, Shape] = {"large.matrix": (300, 1000), "large.vector": (270_001,), "large.experts": (2, 1, 140_000)}
 """Tensors, rows of experts and vectors of several spans each."""
 
 FLOAT32_EPSILON = 2.0**-24

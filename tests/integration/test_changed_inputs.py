@@ -18,7 +18,7 @@ from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
 from stockflow.reporting import Silent
-from stockflow.storage import Stamp, StorageConfig, StoreOptions, open_store
+from stockflow.storage import Stamp, StorageConfig, StoreOptions, local, open_store
 from stockflow.tracking import Tracker
 from stockflow.worker import WorkerSpec
 from tests.checkpoints import Family, make_family
@@ -66,7 +66,13 @@ class OnDisk:
         return self._path.read_bytes()
 
     def replace(self, payload: bytes) -> None:
-        self._path.write_bytes(payload)
+        # In place, by one write: what is read beside it sees the old state or the new one, none in between.
+        with self._path.open("r+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            assert file.write(payload) == len(payload)
+            if len(payload) < size:
+                file.truncate()
 
     def restore(self, payload: bytes) -> None:
         self._path.write_bytes(payload)
@@ -272,3 +278,33 @@ def test_other_settings_are_not_called_changed_inputs(tmp_path: Path) -> None:
         merge_at(place)
 
     assert "since then" not in str(caught.value)
+
+
+def test_a_file_cut_short_while_it_is_read_is_named_with_both_stamps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(9000))
+    store = open_store(str(tmp_path), StorageConfig())
+    planned, read = store.stamp("a.bin"), local._read_up_to
+
+    def cut_and_read(descriptor: int, buffer: memoryview, start: int) -> int:
+        os.truncate(path, 5000)
+        return read(descriptor, buffer, start)
+
+    monkeypatch.setattr(local, "_read_up_to", cut_and_read)
+    with pytest.raises(InputChangedError) as caught:
+        store.read_into("a.bin", 0, memoryview(bytearray(9000)), planned)
+    cut = store.stamp("a.bin")
+
+    assert cut.size == 5000
+    assert all(words in str(caught.value) for words in (str(path), planned.version, cut.version))
+
+
+def test_a_stamp_that_promises_more_than_there_is_ends_no_loop(tmp_path: Path) -> None:
+    """As a file system may that loses data and keeps the size in its records."""
+    (tmp_path / "a.bin").write_bytes(bytes(10))
+    store = open_store(str(tmp_path), StorageConfig())
+
+    with pytest.raises(InputChangedError, match=r"a\.bin ended at byte 10 while it was read"):
+        store.read_into("a.bin", 4, memoryview(bytearray(9)), store.stamp("a.bin"))

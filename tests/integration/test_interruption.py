@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def test_an_upload_is_aborted_where_the_store_answers(
 @pytest.mark.parametrize(
     ("outage", "client", "executor"),
     [
-        ("stall", "obstore", "local"),
+        pytest.param("stall", "obstore", "local", marks=races),
         pytest.param("503", "fsspec", "local", marks=races),
         pytest.param("503", "obstore", "local", marks=races),
         pytest.param("stall", "fsspec", "local", marks=races),
@@ -181,7 +182,8 @@ def test_an_outage_keeps_nobody_waiting(
     assert "stopped by SIGTERM; run the same command again to resume" in said
     assert "stockflow clean" in said
     assert "Traceback" not in said, said
-    assert left == ["merged/model.safetensors"]
+    # What stalls is an answer: the abort may have been carried out.
+    assert left == ["merged/model.safetensors"] or (outage == "stall" and left == [])
     assert cleaned.returncode == 0, cleaned.stderr
     assert place.uploads() == []
 
@@ -215,3 +217,25 @@ def test_a_stalled_input_leaves_no_temporary_file(place: Place, tmp_path: Path) 
     assert runs.leftovers(output) == []
     assert "stopped by SIGTERM; run the same command again to resume" in said
     assert "Traceback" not in said
+
+
+WITHOUT_A_WATCHER = """
+import os, signal, time
+from stockflow import interruption
+from stockflow.errors import InterruptedRunError
+interruption._watch = lambda descriptor: time.sleep(60)
+try:
+    with interruption.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+except InterruptedRunError:
+    print(interruption.stop_requested(), flush=True)
+os._exit(0)
+"""
+
+
+def test_the_way_out_knows_that_it_is_one_before_the_watcher_does() -> None:
+    """Or it waits for requests that hang: one time in two a signal took six seconds instead of one."""
+    told = subprocess.run([sys.executable, "-c", WITHOUT_A_WATCHER], capture_output=True, text=True, timeout=50)
+
+    assert told.stdout == "True\n", told.stderr

@@ -28,8 +28,10 @@ from stockflow.errors import (
     StorageError,
     UserError,
 )
+from stockflow.executors import scheduling
 from stockflow.executors.ray import RayOptions, actor, connected, loop
 from stockflow.executors.ray import run as run_on_ray
+from stockflow.executors.scheduling import Limits
 from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
@@ -96,7 +98,7 @@ def merge_on_ray(recipe: Path, output: str, options: RayOptions, observer: Silen
 
 
 def run_items(
-    start: Callable[[], Callable[[Any, Any], Any]],
+    start: Callable[[], Callable[[Any, Any, int], Any]],
     items: Sequence[Any],
     options: RayOptions = QUICKLY,
     on_count: Callable[[int, int], None] = lambda read, written: None,
@@ -108,9 +110,9 @@ def run_items(
 @pytest.mark.parametrize(
     "options",
     [
-        RayOptions(num_workers=1),
+        pytest.param(RayOptions(num_workers=1), marks=pytest.mark.slow),
         RayOptions(num_workers=2),
-        RayOptions(num_workers=4),
+        pytest.param(RayOptions(num_workers=4), marks=pytest.mark.slow),
         RayOptions(gpus_per_worker=0.5),
     ],
     ids=["1 worker", "2 workers", "4 workers", "2 workers on one logical GPU"],
@@ -148,7 +150,7 @@ def test_s3_to_s3_gives_the_bytes_of_disk_to_disk(
     assert expected == runs.expected_digests([result])[0]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(
     cluster: str,
     recipe: Path,
@@ -207,7 +209,7 @@ def test_workers_live_as_long_as_the_run(cluster: str, tmp_path: Path) -> None:
 
 
 def test_an_item_that_fails_on_storage_is_tried_again(cluster: str, tmp_path: Path) -> None:
-    items = [("never", 0), ("twice", loop.MAX_STORAGE_FAILURES - 1)]
+    items = [("never", 0), ("twice", Limits().storage_failures - 1)]
 
     assert sorted(run_items(ray_items.Doing(ray_items.fail_on_storage, tmp_path), items)) == ["never", "twice"]
 
@@ -216,11 +218,11 @@ def test_an_item_that_keeps_failing_on_storage_is_given_up(cluster: str, tmp_pat
     with pytest.raises(StorageError, match=r"^always cannot be written$"):
         run_items(ray_items.Doing(ray_items.fail_on_storage, tmp_path), [("always", 99)])
 
-    assert len(list(tmp_path.glob("always-*"))) == loop.MAX_STORAGE_FAILURES
+    assert len(list(tmp_path.glob("always-*"))) == Limits().storage_failures
 
 
 def test_a_start_that_fails_on_storage_is_tried_again(cluster: str, tmp_path: Path) -> None:
-    times = loop.MAX_STORAGE_FAILURES - 1
+    times = Limits().storage_failures - 1
 
     assert run_items(ray_items.FailingStart(tmp_path, times), [7], RayOptions(num_workers=1)) == [7]
 
@@ -277,17 +279,43 @@ def test_items_in_work_clean_up_when_the_run_is_interrupted(cluster: str, tmp_pa
     assert (tmp_path / "cleaned-1").exists()
 
 
-def test_no_room_for_a_worker_is_said_after_a_while(cluster: str, tmp_path: Path) -> None:
-    options = RayOptions(num_workers=1, gpus_per_worker=1000, no_worker_timeout_s=1.0)
-
-    with pytest.raises(ComputeLostError, match=r"within 1 s: .* 1 GPU \(1 free\), a worker needs 1 CPU and 1000 GPU"):
+@pytest.mark.parametrize(
+    ("options", "need"),
+    [
+        (RayOptions(gpus_per_worker=1000), "1000 GPU, and the most GPUs on one node are 1"),
+        (RayOptions(labels={"pool": "spot"}), "1 CPU and 0 GPU, label pool=spot"),
+    ],
+    ids=["GPUs", "label"],
+)
+def test_what_no_node_can_hold_is_said_at_once(cluster: str, tmp_path: Path, options: RayOptions, need: str) -> None:
+    with pytest.raises(ComputeLostError, match=f"no node of the cluster can hold a worker: .*{need}; ask for less"):
         run_items(ray_items.Doing(ray_items.echo, tmp_path), [1], options)
+
+
+def test_gpus_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"--gpus-per-worker 1\.5: expected a fraction of one GPU, or a whole number"):
+        RayOptions(gpus_per_worker=1.5)
+
+
+def test_a_worker_without_gpus_keeps_off_those_of_its_node(recipe: Path, tmp_path: Path) -> None:
+    """Ray hides none from it."""
+    finished = runs.run("merge", recipe, tmp_path / "out", "--executor", "ray", "--device", "cuda", "--memory", "3GiB")
+
+    assert finished.returncode == 2
+    assert "--device cuda on Ray: say how many GPUs a worker gets (--gpus-per-worker 1)" in finished.stderr
+
+
+def test_an_item_that_takes_too_long_is_run_again_elsewhere(cluster: str, tmp_path: Path) -> None:
+    """It counts on and on, so it does not hang."""
+    options = RayOptions(num_workers=1, item_timeout_s=1.0)
+
+    assert run_items(ray_items.Doing(ray_items.slow_first_time, tmp_path), ["slow"], options) == ["slow"]
 
 
 def test_cpus_taken_by_others_are_said_while_waiting_and_in_the_end(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SAY_WAITING_S", 0.5)
+    monkeypatch.setattr(scheduling, "SAY_WAITING_S", 0.5)
     neighbour: Any = ray.remote(actor.Actor)
     taken = neighbour.options(num_cpus=NUM_CPUS).remote()
     ray.get(taken.counters.remote())

@@ -15,7 +15,7 @@ import torch
 
 from stockflow.driver import Inputs, MergeOptions, merge
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError
-from stockflow.execution import in_this_process
+from stockflow.execution import ShardWork, in_this_process
 from stockflow.manifest import CLAIM_FILE, Claim
 from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
@@ -319,3 +319,31 @@ def test_overwrite_mends_a_damaged_output_of_the_same_plan(recipe: Path, tmp_pat
 
     assert mended.num_resumed == len(digests) - 1
     assert digests == runs.shard_digests(output)
+
+
+@pytest.mark.parametrize("change", [None, "shard", "receipt", "class"])
+def test_a_shard_that_a_lost_worker_finished_is_not_merged_again(
+    recipe: Path, tmp_path: Path, change: str | None
+) -> None:
+    """It had written the receipt when it died, and the driver had not heard."""
+    output, works = tmp_path / "out", []
+
+    def again(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards, observer)
+        works.append((ShardWork(spec), shards[0]))
+
+    options = MergeOptions(1024 * MIB + runs.grown_bytes(), 2, "cpu", 5_000)
+    merge(Inputs.open(load_recipe(str(recipe))), str(output), options, again, Silent())
+    ((work, shard),) = works
+    (receipt,) = output.glob(f"_stockflow/*/receipts/{shard.file}.json")
+    if change == "shard":
+        (output / shard.file).write_bytes(bytes((output / shard.file).stat().st_size))
+    elif change == "receipt":
+        receipt.unlink()
+    elif change == "class":
+        work.worker._device.numerics_class = "cpu-of-another-kind"  # type: ignore[misc]
+        (output / "_stockflow" / receipt.parts[-3] / "numerics" / "000000.json").unlink()
+    written: list[int] = []
+
+    assert work(shard, lambda num_read, num_written: written.append(num_written), 0) == shard.file
+    assert (sum(written) > 0) == (change is not None)

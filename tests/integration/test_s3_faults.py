@@ -191,12 +191,12 @@ _FINAL = {"501", "expired", "denied", "elsewhere", "pass", "flip"}
 OUTAGES = [
     Outage("get", "tuned-2/model.safetensors"),
     Outage("part", "model-00003"),
-    Outage("complete", "model-00003"),
-    Outage("head", "model-00003"),
-    Outage("put", "receipts/model-00003"),
     Outage("put", "out/manifest.json"),
 ]
 RARER = [
+    Outage("complete", "model-00003"),
+    Outage("head", "model-00003"),
+    Outage("put", "receipts/model-00003"),
     Outage("list", "base"),
     Outage("put", "_stockflow/claim.json"),
     Outage("put", "/plan.json"),

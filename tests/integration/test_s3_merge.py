@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from stockflow import execution
+from stockflow import execution, prefix
 from stockflow.budget import client_bytes
 from stockflow.driver import Execute, Inputs, MergeOptions, MergeResult, merge, plan_merge
 from stockflow.errors import BudgetError, InputChangedError, OutputConflictError, PlanError, RecipeError
@@ -128,8 +128,15 @@ def shards(result: MergeResult) -> dict[str, str]:
 # The same bytes everywhere
 
 
-@pytest.mark.parametrize("client", ["obstore", "fsspec"])
-@pytest.mark.parametrize("source", ["disk", "s3"])
+@pytest.mark.parametrize(
+    ("source", "client"),
+    [
+        ("disk", "obstore"),
+        ("s3", "obstore"),
+        ("s3", "fsspec"),
+        pytest.param("disk", "fsspec", marks=pytest.mark.slow),
+    ],
+)
 def test_shards_are_the_same_on_s3_as_on_disk(
     place: Place, out: str, digests: dict[str, str], source: str, client: str
 ) -> None:
@@ -319,7 +326,10 @@ def test_an_input_replaced_after_planning_is_named_with_both_stamps(
 
 
 @pytest.mark.parametrize("client", ["obstore", "fsspec"])
-def test_weaker_promises_are_said_and_worked_with(place: Place, out: str, digests: dict[str, str], client: str) -> None:
+def test_weaker_promises_are_said_and_worked_with(
+    place: Place, out: str, digests: dict[str, str], client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "SETTLE_S", 0.1)
     listener = Listener()
     with FaultyProxy(place.endpoint) as proxy:
         proxy.ignored_headers |= {"if-match", "if-none-match"}
@@ -377,6 +387,7 @@ def test_memory_of_the_clients_is_counted_where_they_work() -> None:
     assert both > 296 * MIB
 
 
+@pytest.mark.slow
 def test_a_worker_on_s3_stays_within_its_memory(place: Place, out: str, tmp_path: Path) -> None:
     drawn = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
     urls = []

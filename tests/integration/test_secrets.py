@@ -189,8 +189,18 @@ def test_a_merge_on_s3_leaves_no_secret(
     assert leaks(left, said(finished)) == []
 
 
-@pytest.mark.parametrize("client", ["obstore", "fsspec"])
-@pytest.mark.parametrize("refusal", ANSWERS)
+@pytest.mark.parametrize(
+    ("refusal", "client"),
+    [
+        *((refusal, "obstore") for refusal in ANSWERS),
+        *(("broken", "fsspec"), ("wrong secret", "fsspec")),
+        *(
+            pytest.param(refusal, "fsspec", marks=pytest.mark.slow)
+            for refusal in ANSWERS
+            if refusal not in ("broken", "wrong secret")
+        ),
+    ],
+)
 def test_a_store_that_repeats_what_it_was_told_is_not_quoted(
     refusal: str, client: str, family: Family, tmp_path: Path, in_this_process: Callable[..., str]
 ) -> None:
@@ -298,6 +308,7 @@ with open(sys.argv[1], "w") as dump:
 """Merges on one local cluster, and writes down what Ray knows in the end."""
 
 
+@pytest.mark.slow
 def test_a_merge_on_ray_leaves_no_secret_in_ray_either(
     family: Family, s3_endpoint: str, s3_bucket: str, tmp_path: Path
 ) -> None:

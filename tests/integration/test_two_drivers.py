@@ -22,8 +22,12 @@ from tests.fault_proxy import Fault, FaultyProxy, Request
 OPTIONS = ("--shard-size", "800kB", "--memory", "600MiB", "--workers", "1", "--device", "cpu", "--quiet")
 SHAPES = {f"model.layers.{index}.weight": (400, 1000) for index in range(12)}
 NUM_ROUNDS = 20
+FEW = 6
+"""rounds where the other fourteen belong to make test-races"""
 OTHER_CLASS = "from stockflow import cli, host; host.HostArithmetic.numerics_class = 'cuda-sm90'; cli.main()"
 """A machine without a GPU that says it has one: nothing else about it matters here."""
+
+races = pytest.mark.races
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +102,15 @@ def race(first: Path, second: Path, outputs: Sequence[str]) -> list[tuple[str, s
 
 
 STORES = ["local", "s3-obstore"]
-OTHER_STORES = [pytest.param(store, marks=pytest.mark.races) for store in ("weak-obstore", "s3-fsspec", "weak-fsspec")]
+ALL_STORES = [*STORES, "weak-obstore", "s3-fsspec", "weak-fsspec"]
 
 
-@pytest.mark.parametrize("store", [*STORES, *OTHER_STORES])
+@pytest.mark.parametrize(
+    ("store", "num_rounds"),
+    [*((store, FEW) for store in STORES), *(pytest.param(store, NUM_ROUNDS, marks=races) for store in ALL_STORES)],
+)
 def test_one_of_two_plans_gets_the_prefix_at_the_same_instant(
-    store: str, recipes: tuple[Path, Path], tmp_path: Path, s3_bucket: str, proxy: FaultyProxy
+    store: str, num_rounds: int, recipes: tuple[Path, Path], tmp_path: Path, s3_bucket: str, proxy: FaultyProxy
 ) -> None:
     top = f"s3://{s3_bucket}" if store != "local" else str(tmp_path)
     if store != "local":
@@ -111,9 +118,9 @@ def test_one_of_two_plans_gets_the_prefix_at_the_same_instant(
         proxy.ignored_headers |= {"if-none-match", "if-match"} if kind == "weak" else set()
         recipes = tuple(with_storage(r, tmp_path, f"{top}/", endpoint=proxy.url, client=client) for r in recipes)  # type: ignore[assignment]
 
-    results = race(*recipes, [f"{top}/{number}" for number in range(NUM_ROUNDS)])
+    results = race(*recipes, [f"{top}/{number}" for number in range(num_rounds)])
 
-    assert len(results) == NUM_ROUNDS
+    assert len(results) == num_rounds
     for result in results:
         assert sorted(told == "ours" for told in result) == [False, True], result
         (refusal,) = (told for told in result if told != "ours")
@@ -121,22 +128,25 @@ def test_one_of_two_plans_gets_the_prefix_at_the_same_instant(
         assert "another plan" in refusal
 
 
-@pytest.mark.parametrize("is_weak", [False, pytest.param(True, marks=pytest.mark.races)])
+@pytest.mark.parametrize(
+    ("is_weak", "num_rounds"),
+    [(False, FEW), *(pytest.param(is_weak, NUM_ROUNDS, marks=races) for is_weak in (False, True))],
+)
 def test_the_same_plan_gets_in_twice_at_the_same_instant(
-    is_weak: bool, recipes: tuple[Path, Path], tmp_path: Path, s3_bucket: str, proxy: FaultyProxy
+    is_weak: bool, num_rounds: int, recipes: tuple[Path, Path], tmp_path: Path, s3_bucket: str, proxy: FaultyProxy
 ) -> None:
     proxy.ignored_headers |= {"if-none-match", "if-match"} if is_weak else set()
     recipe = with_storage(recipes[0], tmp_path, f"s3://{s3_bucket}/", endpoint=proxy.url)
 
-    results = race(recipe, recipe, [f"s3://{s3_bucket}/{number}" for number in range(NUM_ROUNDS)])
+    results = race(recipe, recipe, [f"s3://{s3_bucket}/{number}" for number in range(num_rounds)])
 
-    assert results == [("ours", "ours")] * NUM_ROUNDS
+    assert results == [("ours", "ours")] * num_rounds
 
 
 # Whole merges
 
 
-ROUNDS = [0, *(pytest.param(number, marks=pytest.mark.races) for number in range(1, NUM_ROUNDS))]
+ROUNDS = [0, *(pytest.param(number, marks=races) for number in range(1, NUM_ROUNDS))]
 
 
 @pytest.mark.parametrize("number", ROUNDS)
@@ -154,7 +164,7 @@ def test_the_same_plan_twice_at_once_on_disk(
     assert not list(output.glob("_stockflow/*/runs/*"))
 
 
-@pytest.mark.races
+@races
 @pytest.mark.parametrize("is_weak", [False, True])
 @pytest.mark.parametrize("number", range(NUM_ROUNDS))
 def test_two_drivers_at_once_on_s3(
@@ -189,7 +199,7 @@ class LosesAnswers(FaultyProxy):
         return "lost" if is_first else fault
 
 
-@pytest.mark.parametrize("client", ["obstore", pytest.param("fsspec", marks=pytest.mark.races)])
+@pytest.mark.parametrize("client", ["obstore", pytest.param("fsspec", marks=races)])
 def test_a_creation_whose_answer_is_lost_is_our_own(
     client: str, recipes: tuple[Path, Path], tmp_path: Path, s3_endpoint: str, s3_bucket: str
 ) -> None:

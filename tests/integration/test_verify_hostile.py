@@ -211,16 +211,20 @@ def peak_of_verify(output: Path) -> tuple[int, int, float, str]:
 
 
 BOMBS: dict[str, Callable[[], bytes]] = {
-    "values": lambda: b"[" + b"[]," * 40_000_000 + b"[]]",
+    "values": lambda: b"[" + b"[]," * 16_000_000 + b"[]]",
     "depth": lambda: b"[" * 5_000_000,
-    "numbers": lambda: b"[" + b"1e400," * 10_000_000 + b"1]",
-    "text": lambda: b'"' + b"x" * 40_000_000 + b'"',
+    "numbers": lambda: b"[" + b"1e400," * 4_000_000 + b"1]",
+    "text": lambda: b'"' + b"x" * 20_000_000 + b'"',
 }
 
 
 @pytest.mark.parametrize(
     ("key", "bomb"),
-    [*(("plan.json", bomb) for bomb in BOMBS), ("index", "values"), ("receipt", "values"), ("manifest.json", "values")],
+    [
+        *(("plan.json", bomb) for bomb in BOMBS),
+        ("manifest.json", "values"),
+        *(pytest.param(key, "values", marks=pytest.mark.slow) for key in ("index", "receipt")),
+    ],
 )
 def test_json_that_grows_is_refused_before_it_is_parsed(output: Path, key: str, bomb: str) -> None:
     receipt = record(output, f"receipts/{first_shard(output)}.json")
@@ -306,8 +310,8 @@ def test_a_header_that_lies_about_its_length(output: Path, length: int) -> None:
     [
         {"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}},
         {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**62]}},
-        {"x": {"dtype": "F32", "shape": [1] * 1_000_000, "data_offsets": [0, 4]}},
-        {f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)},
+        {"x": {"dtype": "F32", "shape": [1] * 300_000, "data_offsets": [0, 4]}},
+        {f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(30_000)},
         {"../../../etc/passwd": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
     ],
 )

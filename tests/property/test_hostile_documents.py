@@ -12,12 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stockflow.changes import planned_states
 from stockflow.errors import CheckpointError, RecipeError
-from stockflow.manifest import Manifest
+from stockflow.manifest import Manifest, plan_key
 from stockflow.storage import StorageConfig, check_key, open_store
 from tests.fuzz.readers import MANIFEST, NASTY, READERS, SHARD, Reader, attempt, places
 
-JSON_READERS = ("index", "config", "manifest", "receipt", "claim")
+JSON_READERS = ("index", "config", "manifest", "receipt", "plan", "claim")
 BRIEFLY = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )  # fmt: skip
@@ -214,3 +215,57 @@ def test_a_large_recipe_is_read_within_seconds() -> None:
 
     assert attempt(READERS["recipe"], text.encode()) is None
     assert time.perf_counter() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda plan: plan["settings"][0].__setitem__(0, "galaxy"), "the method 'galaxy'"),
+        (lambda plan: plan["settings"][0].__setitem__(1, "leading"), None),
+        (lambda plan: plan["settings"][2].__setitem__(1, "row"), "ties with the scope 'row'"),
+        (lambda plan: plan["settings"][0][2].pop("on_negative"), "model_stock with the parameters"),
+        (lambda plan: plan["settings"][0][2].update(t=0.5), "model_stock with the parameters"),
+        (lambda plan: plan["settings"][0][2].update(on_negative="explode"), "'on_negative' = 'explode'"),
+        (lambda plan: plan["settings"][0][2].update(filter_wise=1), "'filter_wise' = 1"),
+        (lambda plan: plan["settings"][2][2].update({"lambda": 10**400}), "'lambda' = "),
+        (lambda plan: plan["settings"][2][2].update({"lambda": [1]}), "'lambda' = "),
+        (lambda plan: plan["settings"][2][3].update(weight=[1, 2]), "2 values of 'weight' for 1 models"),
+        (lambda plan: plan["settings"][2][3].update(weight=[float("inf")]), "1 values of 'weight'"),
+        (lambda plan: plan["settings"][2][3].update(weight=[10**400]), "is not a plan of stockflow: Overflow"),
+        (lambda plan: plan["shards"][0]["tensors"][0].__setitem__(4, ["BF16"]), "is not a plan of stockflow"),
+        (
+            lambda plan: (plan["shards"][0]["tensors"][0].__setitem__(4, ["BF16"]),
+                          plan["shards"][0]["tensors"][0].__delitem__(slice(6, None))),
+            "model_stock of 1 models",
+        ),
+        (lambda plan: plan["shards"][0]["tensors"][0].__setitem__(4, ["BF16", "I16", "BF16"]), "floating-point"),
+        (lambda plan: plan["shards"][1]["tensors"][0].__setitem__(4, ["F64"]), "copies of unlike tensors"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_no_recipe_leads_to_is_not_merged_again(spoil: Callable[[Any], object], told: str | None) -> None:
+    """Of an output that somebody made up: `verify --sample` would carry it out."""
+    plan = json.loads(READERS["plan"].document)
+    spoil(plan)
+
+    reason = attempt(READERS["plan"], json.dumps(plan).encode())
+
+    assert (reason is None) == (told is None)
+    assert told is None or told in str(reason)
+
+
+@pytest.mark.parametrize(
+    "payload", [b"[" * 100_000, b"[" + b"[]," * 100, b'{"checkpoints": [{"url": 1}]}', b"\xff", b""]
+)
+def test_a_plan_that_cannot_be_read_says_nothing_of_earlier_states(tmp_path: Path, payload: bytes) -> None:
+    """A merge looks at the plan of another one that holds its prefix, to say which inputs changed."""
+    store = open_store(str(tmp_path), StorageConfig())
+    store.put(plan_key("a" * 64), payload)
+
+    assert planned_states(store, "a" * 64) == {}
+
+
+def test_the_states_of_a_plan_that_can_be_read_are_known(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), StorageConfig())
+    store.put(plan_key("a" * 64), READERS["plan"].document)
+
+    assert [*planned_states(store, "a" * 64)] == ["s3://bucket/b", "s3://bucket/c", "s3://bucket/d"]

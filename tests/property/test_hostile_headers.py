@@ -85,24 +85,24 @@ def test_a_malformed_header_takes_memory_in_proportion_to_its_size() -> None:
 
 
 LARGE = {
-    "empty lists": '{"a":[' + "[]," * 350_000 + "[]]}",
-    "empty mappings": '{"a":[' + "{}," * 350_000 + "{}]}",
-    "small numbers": '{"a":[' + "1," * 500_000 + "1]}",
-    "large numbers": '{"a":[' + "9000000000000," * 150_000 + "1]}",
-    "fractions": '{"a":[' + ".1e5,".replace(".", "0.") * 150_000 + "1]}",
-    "empty names": '{"a":{' + ",".join(f'"{number:x}":0' for number in range(100_000)) + "}}",
-    "one name": '{"a":{' + '"":0,' * 200_000 + '"":0}}',
-    "a name": '{"' + "n" * 2_000_000 + '":1}',
-    "a name beyond Latin": '{"' + "n" * 2_000_000 + '🤗":1}',
-    "a shape": '{"a":{"dtype":"U8","shape":[' + "9223372036854775807," * 100_000 + '1],"data_offsets":[0,1]}}',
-    "tensors without keys": "{" + ",".join(f'"{number:x}":{{}}' for number in range(75_000)) + "}",
-    "digits": '{"a":[' + ("9" * 4300 + ",") * 450 + "1]}",
-    "escapes": '{"' + "\\u0041" * 330_000 + '":1}',
-    "quotes": '{"' + '\\"' * 1_000_000,
-    "white space": "{" + " " * 2_000_000,
-    "open lists": '{"a":' + "[" * 2_000_000,
+    "empty lists": '{"a":[' + "[]," * 140_000 + "[]]}",
+    "empty mappings": '{"a":[' + "{}," * 140_000 + "{}]}",
+    "small numbers": '{"a":[' + "1," * 200_000 + "1]}",
+    "large numbers": '{"a":[' + "9000000000000," * 60_000 + "1]}",
+    "fractions": '{"a":[' + ".1e5,".replace(".", "0.") * 60_000 + "1]}",
+    "empty names": '{"a":{' + ",".join(f'"{number:x}":0' for number in range(40_000)) + "}}",
+    "one name": '{"a":{' + '"":0,' * 80_000 + '"":0}}',
+    "a name": '{"' + "n" * 800_000 + '":1}',
+    "a name beyond Latin": '{"' + "n" * 800_000 + '🤗":1}',
+    "a shape": '{"a":{"dtype":"U8","shape":[' + "9223372036854775807," * 40_000 + '1],"data_offsets":[0,1]}}',
+    "tensors without keys": "{" + ",".join(f'"{number:x}":{{}}' for number in range(30_000)) + "}",
+    "digits": '{"a":[' + ("9" * 4300 + ",") * 180 + "1]}",
+    "escapes": '{"' + "\\u0041" * 132_000 + '":1}',
+    "quotes": '{"' + '\\"' * 400_000,
+    "white space": "{" + " " * 800_000,
+    "open lists": '{"a":' + "[" * 800_000,
 }
-"""A megabyte or two each, of what takes the most to hold or the longest to read."""
+"""Half a megabyte each, of what takes the most to hold or the longest to read."""
 
 
 @pytest.mark.parametrize("kind", LARGE)

@@ -139,6 +139,7 @@ def test_samples_are_counted_by_thread_and_innermost_line():
     }
 
 
+@pytest.mark.slow
 def test_a_merge_alone_imports_nothing_heavy_within_its_clock(tmp_path: Path):
     family = make_family(tmp_path, num_tuned=2, shapes=llama_shapes())
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
@@ -150,6 +151,18 @@ def test_a_merge_alone_imports_nothing_heavy_within_its_clock(tmp_path: Path):
     assert not {"torch", "ray", "pyarrow", "rich", "yaml", "obstore", "s3fs"} & set(found["imported_late"])
 
 
+@pytest.mark.slow
+def test_the_cost_of_safety_is_measured(tmp_path: Path):
+    command = [sys.executable, "-m", "tests.benchmarks.safety", "--gb", "0.004", "--rounds", "1"]
+
+    found = json.loads(run([*command, "--folder", str(tmp_path / "work")]).stdout)
+
+    assert found["medians_s"]["without both"] > 0
+    assert found["within fsync"] > 0
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.slow
 def test_one_whole_benchmark(tmp_path: Path):
     """Merges, floors and start-up are measured and one line is appended."""
     results = tmp_path / "results.jsonl"

@@ -160,6 +160,18 @@ def test_plan_prints_what_will_happen_and_writes_nothing(world: World) -> None:
     assert before == sorted(world.root.rglob("*"))
 
 
+def test_plan_says_when_workers_would_idle(world: World) -> None:
+    """Three tensors of 1,280, 32 and 1,280 bytes."""
+    on_ray = ("--executor", "ray", "--memory", "1GiB")
+
+    one = cli("plan", world.recipe, world.output, *on_ray, "--workers", 1).stdout
+    enough = cli("plan", world.recipe, world.output, *on_ray, "--workers", 1, "--shard-size", "10").stdout
+
+    assert "1 shards for 1 workers: with fewer than 4 each, many idle, and the largest tensor has 1.2KB" in one
+    assert "3 shards for 1 workers" in enough
+    assert "many idle" not in cli("plan", world.recipe, world.output, "--workers", 1).stdout
+
+
 def test_plan_as_json(world: World) -> None:
     plan = json.loads(cli("plan", world.recipe, world.output, "--json", "--shard-size", "2000").stdout)
 
@@ -395,6 +407,12 @@ def test_outputs_that_cannot_be(world: World, output: str, message: str) -> None
 def test_options_that_cannot_be(world: World, options: list[str], message: str) -> None:
     assert_refused(cli("plan", world.recipe, world.output, *options), message)
     assert_refused(cli("merge", world.recipe, world.output, *options), message)
+
+
+def test_a_label_that_is_none(world: World) -> None:
+    result = cli("merge", world.recipe, world.output, "--executor", "ray", "--label", "spot")
+
+    assert_refused(result, "--label spot: expected KEY=VALUE, such as pool=spot")
 
 
 @pytest.mark.parametrize(

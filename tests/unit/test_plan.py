@@ -34,8 +34,8 @@ from stockflow.errors import BudgetError, PlanError
 from stockflow.header import TensorSpec, header_bytes, parse_header
 from stockflow.methods.protocol import Parameters, Scope
 from stockflow.plan import COPY, COPY_EQUAL, MergePlan, Source, TensorJob
-from stockflow.planning import default_shard_size, make_plan
-from stockflow.recipe import parse_recipe
+from stockflow.planning import default_shard_size, few_shards_note, make_plan
+from stockflow.recipe import parse_recipe, parse_size
 from stockflow.schedule import ALIGNMENT, Load, Piece, Request, Step, schedule, split_request
 from stockflow.spans import SPAN_ELEMS, span_bounds
 from stockflow.storage import open_store
@@ -801,3 +801,17 @@ def test_plans_survive_copying(merge: Merge) -> None:
 
     assert copy.deepcopy(plan) == plan
     assert copy.deepcopy(plan).plan_id == plan.plan_id
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_few_shards_for_many_workers_are_noted_with_a_size_that_gives_enough(tmp_path: Path, num_workers: int) -> None:
+    merge = Merge(tmp_path, (1, 1, 1))
+    merge.models = [{f"layers.{index}.weight": torch.ones(10 + index % 5, 40) for index in range(20)}] * 3
+    merge.write()
+
+    (note,) = few_shards_note(merge.plan(), num_workers)
+
+    assert note.startswith(f"1 shards for {num_workers} workers: with fewer than 4 each, many idle; --shard-size ")
+    size = note.split("--shard-size ")[1].split(" ")[0]
+    assert few_shards_note(merge.plan(parse_size(size)), num_workers) == []
+    assert few_shards_note(merge.plan(), None) == []

@@ -1,5 +1,6 @@
 """What lives in a worker process on some node."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,8 +15,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Counters = tuple[int, int]
-Work = Callable[[T, Callable[[int, int], None]], R]
-"""Does one item, telling its second argument what it counts."""
+Work = Callable[[T, Callable[[int, int], None], int], R]
+"""Does one item, telling its second argument what it counts; the third says how often it ran out of memory before."""
 
 
 class Actor:
@@ -28,8 +29,10 @@ class Actor:
         self._read = self._written = 0
         self._is_stopping = False
 
-    def start(self, driver_version: str, pickled_start: bytes) -> str:
-        """Make ready and return the id of the node; an error of the start is raised as itself.
+    def start(self, driver_version: str, pickled_start: bytes) -> tuple[str, str, str]:
+        """Make ready; return the id of the node, ``node:pid`` and what the driver should know.
+
+        An error of the start is raised as itself.
 
         Raises:
             ComputeLostError: this environment is not the driver's.
@@ -46,12 +49,13 @@ class Actor:
                 f"a worker's environment is not the driver's: {error}; install the same packages on every node"
             ) from error
         self._work = start()
-        return str(ray.get_runtime_context().get_node_id())
+        name = f"{os.uname().nodename}:{os.getpid()}"
+        return str(ray.get_runtime_context().get_node_id()), name, str(getattr(self._work, "note", ""))
 
-    def work(self, item: Any) -> tuple[Any, Counters]:
+    def work(self, item: Any, frugality: int) -> tuple[Any, Counters]:
         """Do one item; return its result and what has been counted so far."""
         assert self._work is not None
-        return self._work(item, self._count), self.counters()
+        return self._work(item, self._count, frugality), self.counters()
 
     def counters(self) -> Counters:
         """Return what has been counted so far."""

@@ -1,28 +1,35 @@
 """The cluster: finding it, starting one on this machine, what it has, and what it is about to lose."""
 
 import glob
+import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError
 
-from stockflow.errors import ComputeLostError
+from stockflow.errors import ComputeLostError, PlanError, StockflowError
 
 OBJECT_STORE_BYTES = 100_000_000
 """Only keys and counters pass through Ray."""
 PROBE_S = 10.0
 """How long an address may take to answer; ``ray.init`` tries a dead one for minutes (2.60, measured)."""
+ITEMS_PER_WORKER = 4
+"""With fewer the last ones leave many workers idle."""
 _SETTINGS = b"\x04"
 """type of the frame that both sides of HTTP/2 begin with"""
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +37,8 @@ class RayOptions:
     """What the executor asks of Ray."""
 
     num_workers: int | None = None
-    """None: one per GPU if GPUs are asked for, else one per CPU of the cluster"""
+    """None: as many as the cluster has room for, also once it has grown; where an autoscaler adds nodes, one to
+    four items"""
     gpus_per_worker: float = 0.0
     address: str | None = None
     """None: RAY_ADDRESS, else a cluster on this machine"""
@@ -38,6 +46,27 @@ class RayOptions:
     """how long to wait for the first worker, and for a next one once all are lost; a GPU node takes minutes"""
     stall_timeout_s: float = 900.0
     """an item that counts nothing for so long is taken for hung; its worker is replaced"""
+    item_timeout_s: float | None = None
+    """an item that is not done after so long is given to another worker"""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """what the nodes of workers are labelled with; values may be Ray's selectors: ``!spot``, ``in(a,b)``"""
+
+    def __post_init__(self) -> None:
+        """Refuse what Ray would.
+
+        Raises:
+            PlanError: above one, GPUs cannot be shared.
+        """
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise PlanError(
+                f"--gpus-per-worker {self.gpus_per_worker:g}: expected a fraction of one GPU, or a whole number of them"
+            )
+
+    @property
+    def need(self) -> str:
+        """What a worker needs, in words."""
+        labels = "".join(f", label {name}={value}" for name, value in self.labels.items())
+        return f"1 CPU and {self.gpus_per_worker:g} GPU{labels}"
 
 
 @contextmanager
@@ -58,9 +87,9 @@ def connected(options: RayOptions, num_items: int) -> Iterator[None]:
                 _start_here(options, num_items)
             else:
                 _join(address)
-    except (RayError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, ComputeLostError):
-            raise
+    except StockflowError:
+        raise
+    except Exception as error:  # a node that does not come up in time is a plain Exception (2.60)
         raise ComputeLostError(
             f"cannot use Ray {where}: {brief(error)}; check that the head is up, and that it has the Ray and "
             f"Python versions of this environment (Ray {ray.__version__})"
@@ -72,15 +101,35 @@ def connected(options: RayOptions, num_items: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def worker_count(options: RayOptions) -> int:
-    """Return how many workers to start in the connected cluster."""
+def worker_count(options: RayOptions, num_items: int) -> int:
+    """Return how many workers to have in the connected cluster."""
     if options.num_workers:
         return options.num_workers
-    resources = _resources(ray.cluster_resources())  # type: ignore[no-untyped-call]
-    slots = resources["CPU"]
+    if _can_grow():  # workers without a place are what an autoscaler goes by; its own bounds hold
+        return -(-num_items // ITEMS_PER_WORKER)
+    return max(sum(_slots(node, options) for node in _living_nodes()), 1)
+
+
+def refuse_impossible(options: RayOptions, on_note: Callable[[str], None]) -> None:
+    """Hold what a worker needs against every node there is.
+
+    Raises:
+        ComputeLostError: no node could ever hold one, and nothing adds nodes.
+    """
+    nodes = _living_nodes()
+    if any(_slots(node, options) for node in nodes):
+        return
+    found = f"no node of the cluster can hold a worker: it has {describe_resources()}, a worker needs {options.need}"
+    largest = max((_resources(node["Resources"])["GPU"] for node in nodes), default=0.0)
     if options.gpus_per_worker:
-        slots = min(slots, resources["GPU"] / options.gpus_per_worker)
-    return max(int(slots), 1)
+        found += f", and the most GPUs on one node are {largest:g}"
+    # A head alone is a cluster whose nodes have not joined yet.
+    has_workers = any(_resources(node["Resources"])["CPU"] for node in nodes)
+    if has_workers and not _can_grow():
+        raise ComputeLostError(
+            f"{found}; ask for less (--gpus-per-worker, --label) or add nodes, then run again to resume"
+        )
+    on_note(f"{found}; waiting up to {options.no_worker_timeout_s:.0f} s for one that can (--worker-timeout)")
 
 
 def describe_resources() -> str:
@@ -100,9 +149,49 @@ def draining_nodes() -> frozenset[str]:
     return frozenset()
 
 
+def _living_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _slots(node: Mapping[str, Any], options: RayOptions) -> int:
+    """How many workers fit an empty node."""
+    plain = {name: value for name, value in options.labels.items() if not value.startswith(("!", "in(", "!in("))}
+    if any(node["Labels"].get(name) != value for name, value in plain.items()):
+        return 0
+    resources = _resources(node["Resources"])
+    slots = int(resources["CPU"])
+    if options.gpus_per_worker:
+        slots = min(slots, _gpu_slots(resources["GPU"], options.gpus_per_worker))
+    return slots
+
+
+def _gpu_slots(gpus: float, per_worker: float) -> int:
+    """How many workers fit GPUs; a worker on a fraction of one does not reach over two."""
+    if per_worker >= 1:
+        return int(gpus / per_worker)
+    return int(gpus) * int(1 / per_worker + 1e-9)
+
+
+def _can_grow() -> bool:
+    """Whether an autoscaler adds nodes to the cluster."""
+    # Version 2 of it (KubeRay's default) says that it is there. Version 1 runs everywhere, to report; where it adds
+    # none the types of nodes are made up from their ids (2.60). Without an answer the cluster stays as it is.
+    with suppress(Exception):
+        from ray.autoscaler.v2.utils import is_autoscaler_v2
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        if is_autoscaler_v2(fetch_from_server=True):
+            return True
+        status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+        return any(not kind.startswith("node_") for kind in status["autoscaler_report"]["active_nodes"])
+    return False
+
+
 def brief(error: BaseException) -> str:
     """Return the first and the last line of an error: what Ray says of it, and the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
     return text.removesuffix(".") if len(text) <= 500 else f"{text[:500]}..."
 
@@ -115,6 +204,7 @@ def _join(address: str) -> None:
         )
     if ":" in address and not os.environ.get("RAY_USE_TLS"):
         _probe(address)
+        _check_token(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except RuntimeError as error:
@@ -135,6 +225,20 @@ def _probe(address: str) -> None:
         raise ConnectionError(
             "what answers there is not the head of a Ray cluster; expected its GCS port, 6379 by default"
         )
+
+
+def _check_token(address: str) -> None:
+    """Ask the head for something: ``ray.init`` takes 20 s to say that a token is wrong, and does not say it (2.60)."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+
+    try:
+        GcsClient(address=address).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=PROBE_S)
+    except AuthenticationError:
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        raise ComputeLostError(
+            f"the cluster at {address} does not accept this token (RAY_AUTH_MODE is {mode}): set RAY_AUTH_MODE=token, "
+            "and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the token of the cluster"
+        ) from None
 
 
 def _start_here(options: RayOptions, num_items: int) -> None:

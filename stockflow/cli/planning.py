@@ -1,0 +1,176 @@
+"""``stockflow plan`` and ``stockflow calibrate``."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stockflow.cli.exits import exit_codes
+from stockflow.cli.options import (
+    AsJson,
+    Device,
+    DeviceName,
+    Executor,
+    Memory,
+    OutputArgument,
+    Overwrite,
+    Progress,
+    ProgressName,
+    Quiet,
+    RecipeArgument,
+    ShardSize,
+    Workers,
+    followed,
+    size_option,
+)
+from stockflow.errors import RecipeError
+
+if TYPE_CHECKING:
+    from stockflow.calibration import Calibration
+
+
+class TransferName(StrEnum):
+    """Where the machines are, seen from the inputs."""
+
+    same_region = "same-region"
+    other_region = "other-region"
+    internet = "internet"
+
+
+CalibrationFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Constants of the model. Default: what `stockflow calibrate` wrote, else built in."
+    ),
+]
+ReadRate = Annotated[
+    str | None, typer.Option(help="Network of one worker to the inputs' store, such as 10Gbit/s. Default: calibrated.")
+]
+WriteRate = Annotated[
+    str | None, typer.Option(help="Network of one worker to the output's store, such as 1GB/s. Default: calibrated.")
+]
+Latency = Annotated[str | None, typer.Option(help="One small request to a store, such as 30ms. Default: calibrated.")]
+RequestRate = Annotated[
+    float | None, typer.Option(min=1e-3, help="Requests per second the store takes. Default: no limit.")
+]
+PriceFile = Annotated[
+    str | None, typer.Option("--prices", metavar="FILE", help="Table of prices. Default: examples that come with us.")
+]
+Machine = Annotated[str | None, typer.Option(help="Kind of machine in the table of prices. Default: costs nothing.")]
+Transfer = Annotated[TransferName, typer.Option(help="Where the machines are, seen from the inputs.")]
+
+
+def plan(
+    recipe: RecipeArgument,
+    output: OutputArgument,
+    memory: Memory = None,
+    shard_size: ShardSize = None,
+    workers: Workers = None,
+    executor: Executor = None,
+    device: Device = DeviceName.auto,
+    overwrite: Overwrite = False,
+    read_rate: ReadRate = None,
+    write_rate: WriteRate = None,
+    latency: Latency = None,
+    request_rate: RequestRate = None,
+    calibration: CalibrationFile = None,
+    prices: PriceFile = None,
+    machine: Machine = None,
+    transfer: Transfer = TransferName.same_region,
+    progress: Progress = ProgressName.auto,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a merge would read, write, hold, take and cost; refuse what cannot work. Nothing is written.
+
+    Times come from constants that `stockflow calibrate` measures on this machine; docs/planning.md explains the model.
+    """
+    from stockflow import api
+    from stockflow.reporting import DELAY_S
+    from stockflow.storage import redact
+
+    with exit_codes():
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+            result = api.plan(
+                recipe,
+                output,
+                memory=size_option("--memory", memory),
+                shard_size=size_option("--shard-size", shard_size),
+                workers=workers,
+                executor=executor.value if executor else None,
+                device=device.value,
+                overwrite=overwrite,
+                read_rate=api.rate("--read-rate", read_rate),
+                write_rate=api.rate("--write-rate", write_rate),
+                latency=api.seconds("--latency", latency),
+                request_rate=request_rate,
+                calibration=calibration,
+                prices=prices,
+                machine=machine,
+                transfer=transfer.value,
+                on_event=on_event,
+            )
+        if as_json:
+            print(json.dumps(result.facts(), indent=1))
+        elif not quiet:
+            print(result)
+            print(f"next: stockflow merge {redact(recipe)} {redact(output)}")
+
+
+def calibrate(
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to keep it. Default: your configuration folder.")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="On the disk that merges use; 1 GB is written there and removed.")
+    ] = Path(),
+    url: Annotated[
+        list[str] | None, typer.Option(help="Bucket or prefix to measure, too; may be repeated. Written and cleaned.")
+    ] = None,
+    progress: Progress = ProgressName.auto,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what `stockflow plan` predicts times from: this machine, its disk, your stores. Takes about a minute.
+
+    Nothing else should run meanwhile. Endpoint and credentials of stores come from the environment. Places measured
+    earlier, of the same machine, are kept.
+    """
+    from stockflow.calibration import default_path
+    from stockflow.events import Stage
+    from stockflow.measuring import calibrate as measure
+    from stockflow.storage import redact
+
+    with exit_codes():
+        with followed(progress, quiet=quiet) as on_event:
+            found = measure(folder.absolute(), url or [], lambda text: on_event(Stage(text)))
+        path = out or default_path()
+        found = _kept(found, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found.to_json())
+        except OSError as error:
+            raise RecipeError(f"cannot write {path}: {error.strerror}; --out names another file") from None
+        if as_json:
+            print(found.to_json(), end="")
+        elif not quiet:
+            for place in found.places:
+                print(
+                    f"{redact(place.url)}: reads {place.read_rate / 1e9:.2f} GB/s, writes "
+                    f"{place.write_rate / 1e9:.2f} GB/s, a small request {place.get_s * 1e3:.2g} ms"
+                )
+            print(f"written to {path}, where `stockflow plan` finds it" if not out else f"written to {path}")
+
+
+def _kept(found: "Calibration", path: Path) -> "Calibration":
+    """Add the places that an earlier calibration of the same machine measured and this one did not."""
+    from stockflow.calibration import parse_calibration
+
+    try:
+        earlier = parse_calibration(path.read_bytes(), str(path))
+    except (OSError, RecipeError):
+        return found
+    same = (earlier.machine.name, earlier.machine.cores) == (found.machine.name, found.machine.cores)
+    return earlier.with_places(found.places).with_machine(found) if same else found

@@ -1,0 +1,1 @@
+"""Insight: what a merge will do to each tensor, and what an earlier one did."""

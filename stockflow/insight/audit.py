@@ -1,0 +1,311 @@
+"""``stockflow audit``: what the wrong formula did or would have done, and which formula made a merge that exists."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stockflow.checkpoint import Checkpoint, open_checkpoints
+from stockflow.driver import Inputs, collector_paused
+from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
+from stockflow.geometry import RATIOS
+from stockflow.insight.examiner import AuditExaminer, with_merged
+from stockflow.insight.inspection import Survey, SurveyOptions
+from stockflow.kernels.floats import FORMATS
+from stockflow.manifest import MANIFEST_FILE, Manifest, read_manifest
+from stockflow.naming import kind_of, layer_of
+from stockflow.plan import CheckpointRef, MergePlan, Source, TensorJob
+from stockflow.planning import make_plan
+from stockflow.sources import OnRead
+from stockflow.storage import StorageConfig, Store, open_store, redact
+from stockflow.survey import SurveySpec
+from stockflow.verify.findings import Finding
+from stockflow.verify.reading import Output
+from stockflow.verify.records import check_input, read_plan
+
+FORMAT = "stockflow-audit-1"
+METHOD = "model_stock"
+WORTH_IT = 0.01
+"""Error relative to the size of the update from which on merging again is called worth it."""
+MAX_SHOWN = 5
+
+EMPTY_ROW: dict[str, Any] = {
+    **{f"ratio_{name}": None for name in RATIOS},
+    "update_norm": None, "old_distance": None, "old_roundings": None, "match": None, "candidates": [],
+    "implied_ratio": None, "implied_weights": [], "residual": None, "rounding_noise": None, "distance": None,
+    "equal_share": None, "mean_roundings": None, "max_roundings": None, "flags": [],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is to be audited: how it should have been merged, and where the result is."""
+
+    plan: MergePlan
+    storage: StorageConfig
+    merged_url: str | None = None
+    merged: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found; rows are plain, in the order of the plan."""
+
+    merge: Merge
+    rows: Sequence[dict[str, Any]]
+    left_out: Mapping[str, str]
+    """tensors that were not looked at, and why"""
+    num_bytes_read: int
+    seconds: float
+
+    @property
+    def num_tuned(self) -> int:
+        """N, the number of tuned models."""
+        return max(len(job.sources) for job in self.merge.plan.jobs if job.method == METHOD) - 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to merge again."""
+
+    answer: str
+    """``no``, ``hardly``, ``yes``, ``unrelated``; without a merge to look at ``same``, ``hardly``, ``yes``"""
+    distance: float
+    """of all tensors together: error relative to the size of the update"""
+    share: float
+    """of the parameters, in tensors that are not the correct merge"""
+
+
+def open_recipe(inputs: Inputs, merged_url: str | None) -> Merge:
+    """Return what a recipe says of a merge that may be there.
+
+    Raises:
+        PlanError: the checkpoints do not fit together; the merge was made of another number of models.
+        UserError: there is no checkpoint at ``merged_url``, or it is malformed.
+    """
+    with collector_paused():
+        plan = make_plan(inputs.recipe, inputs.checkpoints)
+    _check_method(plan)
+    if merged_url is None:
+        return Merge(plan, inputs.recipe.storage)
+    store = open_store(merged_url, inputs.recipe.storage)
+    manifest = _manifest(store)
+    if manifest is not None and len(manifest.inputs) != len(plan.checkpoints):
+        raise PlanError(
+            f"{redact(store.url)} was merged from {len(manifest.inputs)} checkpoints, as its manifest says, and the "
+            f"recipe names {len(plan.checkpoints)}; give the recipe it was made by, or none: stockflow audit OUTPUT"
+        )
+    notes = []
+    if manifest is not None and [redact(ref.url) for ref in plan.checkpoints] != [
+        redact(ref.url) for ref in manifest.inputs
+    ]:
+        notes.append(f"{redact(store.url)} was merged from other places than the recipe names, as its manifest says")
+    return Merge(plan, inputs.recipe.storage, store.url, open_checkpoints([store])[0], tuple(notes))
+
+
+def open_output(output: str, config: StorageConfig) -> Merge:
+    """Return what an output of ours says of itself.
+
+    Raises:
+        NotFoundError: it has no manifest.
+        CheckpointError: manifest or plan cannot be read.
+        InputChangedError: an input is not there any more as it was merged.
+        PlanError: it was not made by Model Stock.
+    """
+    store = open_store(output, config)
+    manifest = _manifest(store)
+    if manifest is None:
+        raise NotFoundError(
+            f"{redact(store.url)} has no {MANIFEST_FILE}, so nothing says what it was merged from: name the recipe "
+            f"too (stockflow audit RECIPE {redact(output)}); mergekit leaves one as mergekit_config.yml"
+        )
+    recorded = read_plan(Output(store), manifest)
+    if isinstance(recorded, Finding):
+        raise CheckpointError(f"{redact(store.url)}: {recorded}; `stockflow verify` says more")
+    _check_method(recorded.plan)
+    changed = [
+        str(finding) for ref in recorded.plan.checkpoints for finding in check_input(ref, config, ref.files.keys())
+    ]
+    if changed:
+        more = f"\n  ... and {len(changed) - MAX_SHOWN} more" if len(changed) > MAX_SHOWN else ""
+        raise InputChangedError(
+            f"the inputs are not what {redact(store.url)} was merged from; an audit needs them as they were:\n  "
+            + "\n  ".join(changed[:MAX_SHOWN])
+            + more
+        )
+    return Merge(recorded.plan, config, store.url, open_checkpoints([store])[0])
+
+
+def _manifest(store: Store) -> Manifest | None:
+    try:
+        return read_manifest(store)
+    except NotFoundError:
+        return None
+
+
+def _check_method(plan: MergePlan) -> None:
+    methods = sorted({job.method for job in plan.jobs if not job.is_copy})
+    if METHOD not in methods:
+        raise PlanError(
+            f"an audit tells readings of Model Stock apart, and this merge is by {', '.join(methods) or 'copying'}; "
+            "`stockflow inspect` shows the geometry for any method"
+        )
+
+
+def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_read: OnRead) -> Audit:
+    """Look at every tensor.
+
+    Raises:
+        PlanError: the merged checkpoint has nothing in common with the plan.
+        UserError: an input changed, or the budget is too small.
+        StorageError: reading failed after retries.
+    """
+    started = time.perf_counter()
+    jobs, left_out = _jobs(merge)
+    if not jobs:
+        raise PlanError(_nothing_in_common(merge, left_out))
+    checkpoints = merge.plan.checkpoints
+    if merge.merged is not None:
+        checkpoints = (*checkpoints, CheckpointRef(merge.merged.url, merge.merged.files))
+    num_read = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal num_read
+        num_read += num_bytes
+        on_read(num_bytes)
+
+    examiner = AuditExaminer(has_merged=merge.merged is not None)
+    spec = SurveySpec(checkpoints, merge.storage, examiner, options.memory_bytes, options.num_threads, options.device)
+    rows: list[dict[str, Any]] = [{}] * len(jobs)
+    for number, row in survey(spec, jobs, count):
+        name = jobs[number].output.name
+        spec_of = jobs[number].output
+        rows[number] = {
+            "name": name,
+            "kind": kind_of(name),
+            "layer": layer_of(name),
+            "shape": list(spec_of.shape),
+            "num_elems": spec_of.num_elems,
+            **EMPTY_ROW,
+            **row,
+        }
+    return Audit(merge, rows, left_out, num_read, time.perf_counter() - started)
+
+
+def _jobs(merge: Merge) -> tuple[list[TensorJob], dict[str, str]]:
+    """What to read, and what to leave out for which reason."""
+    jobs, left_out = [], {}
+    for job in merge.plan.jobs:
+        name = job.output.name
+        if job.method != METHOD:
+            left_out[name] = "copied" if job.is_copy else f"merged by {job.method}"
+        elif merge.merged is None:
+            jobs.append(job)
+        elif problem := _problem(merge.merged, job):
+            left_out[name] = problem
+        else:
+            source = Source(len(merge.plan.checkpoints), merge.merged.specs[name], merge.merged.extents[name])
+            jobs.append(with_merged(job, source))
+    return jobs, left_out
+
+
+def _problem(merged: Checkpoint, job: TensorJob) -> str | None:
+    spec = merged.specs.get(job.output.name)
+    if spec is None:
+        return "not in the merged checkpoint"
+    if spec.shape != job.output.shape:
+        return f"of shape {list(spec.shape)} in the merged checkpoint, expected {list(job.output.shape)}"
+    if spec.dtype not in FORMATS:
+        return f"{spec.dtype} in the merged checkpoint; expected BF16, F16, F32 or F64"
+    return None
+
+
+def _nothing_in_common(merge: Merge, left_out: Mapping[str, str]) -> str:
+    where = redact(merge.merged_url or "")
+    about = [(name, why) for name, why in left_out.items() if "merged checkpoint" in why]
+    first = "".join(f"\n  {name!r} is {why}" for name, why in about[:MAX_SHOWN])
+    theirs = list(merge.merged.specs)[:3] if merge.merged else []
+    return (
+        f"{where} is no merge of this recipe's models: of {len(about)} tensors none is there in the expected shape; "
+        f"it has {', '.join(map(repr, theirs))}, ...{first}"
+    )
+
+
+def is_correct(row: Mapping[str, Any], *, extrapolates: bool) -> bool:
+    """Return whether a tensor is what the recipe asks for, as far as its numbers tell."""
+    return ("extrapolated" if extrapolates else "exact") in row["candidates"]
+
+
+def judge(found: Audit) -> Verdict:
+    """Return whether to merge again, from all tensors together."""
+    rows = [row for row in found.rows if row["match"] != "not_finite"]
+    total = sum(row["num_elems"] for row in rows)
+    update = math.sqrt(math.fsum((row["update_norm"] or 0.0) ** 2 for row in rows))
+    column = "distance" if found.merge.merged else "old_distance"
+    extrapolating = _extrapolating(found)
+    wrong = [
+        row for row in rows if not found.merge.merged or not is_correct(row, extrapolates=row["name"] in extrapolating)
+    ]
+    errors = [(row[column] or 0.0) * (row["update_norm"] or 0.0) for row in wrong]
+    distance = math.sqrt(math.fsum(error**2 for error in errors)) / update if update else 0.0
+    share = sum(row["num_elems"] for row in wrong) / total if total else 0.0
+    if not found.merge.merged:
+        answer = "same" if not distance else "yes" if distance >= WORTH_IT else "hardly"
+        return Verdict(answer, distance, share)
+    unexplained = sum(row["num_elems"] for row in rows if row["match"] == "none")
+    if total and unexplained > 0.5 * total:
+        return Verdict("unrelated", distance, share)
+    # A tensor whose correct update is zero has no size to compare with, so any other change of it counts.
+    moved = any(row["distance"] and not row["update_norm"] for row in wrong)
+    answer = "no" if not wrong else "yes" if distance >= WORTH_IT or moved else "hardly"
+    return Verdict(answer, distance, share)
+
+
+def _extrapolating(found: Audit) -> frozenset[str]:
+    """The tensors whose recipe asks to extrapolate."""
+    return frozenset(
+        job.output.name for job in found.merge.plan.jobs if job.parameters.shared.get("on_negative") == "extrapolate"
+    )
+
+
+def shares(found: Audit) -> dict[str, dict[str, float]]:
+    """Return how many tensors and parameters carry each label."""
+    labels: dict[str, dict[str, float]] = {}
+    for row in found.rows:
+        counts = labels.setdefault(str(row["match"]), {"tensors": 0, "num_elems": 0})
+        counts["tensors"] += 1
+        counts["num_elems"] += row["num_elems"]
+    return dict(sorted(labels.items(), key=lambda item: -item[1]["num_elems"]))
+
+
+def summary(found: Audit) -> dict[str, Any]:
+    """Return what goes before the rows."""
+    decided = judge(found)
+    return {
+        "format": FORMAT,
+        "base": redact(found.merge.plan.checkpoints[0].url),
+        "models": [redact(ref.url) for ref in found.merge.plan.checkpoints[1:]],
+        "merged": redact(found.merge.merged_url) if found.merge.merged_url else None,
+        "verdict": decided.answer,
+        "distance": decided.distance,
+        "share_of_parameters": decided.share,
+        "labels": shares(found) if found.merge.merged else {},
+        "left_out": dict(found.left_out),
+        "notes": list(found.merge.notes),
+        "bytes_read": found.num_bytes_read,
+        "seconds": found.seconds,
+    }
+
+
+def json_parts(found: Audit) -> Iterator[str]:
+    """Yield audit.json, piece by piece: the summary, and one line per tensor."""
+    head = json.dumps(summary(found), indent=1, ensure_ascii=False)
+    yield head.removesuffix("\n}") + ',\n "tensors": ['
+    separator = "\n"
+    for row in found.rows:
+        yield f"{separator}  {json.dumps(row, ensure_ascii=False)}"
+        separator = ",\n"
+    yield "\n ]\n}\n"

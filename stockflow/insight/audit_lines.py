@@ -1,0 +1,149 @@
+"""An audit in words, for a terminal: the verdict first, then what it rests on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from stockflow.budget import gb
+from stockflow.insight.audit import Audit, Verdict, judge, shares
+from stockflow.insight.formulas import WORDS
+from stockflow.insight.inspection_lines import grid, share
+from stockflow.storage import redact
+
+MAX_WORST = 10
+MAX_REASONS = 6
+
+
+def audit_lines(found: Audit) -> Iterator[str]:
+    """Yield the report, line by line."""
+    decided = judge(found)
+    yield from (_of_merge if found.merge.merged else _of_recipe)(found, decided)
+    yield from _left_out(found)
+    for note in found.merge.notes:
+        yield f"note: {note}"
+
+
+def _of_merge(found: Audit, decided: Verdict) -> Iterator[str]:
+    num_elems = sum(row["num_elems"] for row in found.rows)
+    yield (
+        f"audited {redact(found.merge.merged_url or '')}: {len(found.rows)} tensors, {num_elems / 1e9:.3g} B "
+        f"parameters, {found.num_tuned} models and their base; {found.seconds:.1f} s, read {gb(found.num_bytes_read)}"
+    )
+    yield ""
+    yield _merge_verdict(found, decided)
+    yield ""
+    table = [["tensors", "parameters", "made by"]]
+    for label, counts in shares(found).items():
+        part = share(counts["num_elems"] / num_elems) if num_elems else ""
+        table.append([f"{counts['tensors']:,.0f}", part, _words(found, label)])
+    yield from grid(table, left=(2,))
+    yield from _worst(found.rows, "distance", _merge_columns, "furthest from the correct merge")
+
+
+def _words(found: Audit, label: str) -> str:
+    if label != "indistinguishable":
+        return f"{WORDS[label]} ({label})"
+    sets = {tuple(row["candidates"]) for row in found.rows if row["match"] == label}
+    listed = "; ".join(sorted(" or ".join(candidates) for candidates in sets)[:3])
+    return f"{WORDS[label]}: {listed}"
+
+
+def _merge_verdict(found: Audit, decided: Verdict) -> str:
+    distance, part = share(decided.distance), share(decided.share)
+    if decided.answer == "no":
+        return "A re-merge is not needed: every tensor is the correct merge, up to rounding."
+    if decided.answer == "unrelated":
+        return (
+            "This is no reading of Model Stock of these models: most of it lies off the line from the base through "
+            f"their average{_implied(found)}. Check base, models and their number, or the method it was made by."
+        )
+    if decided.answer == "hardly":
+        return (
+            f"A re-merge is hardly worth it: tensors with {part} of the parameters differ from the correct merge, all "
+            f"together by {distance} of the size of the update."
+        )
+    return (
+        f"A re-merge is worth it: tensors with {part} of the parameters are not the correct merge. All together they "
+        f"miss it by {distance} of the size of the update."
+    )
+
+
+def _implied(found: Audit) -> str:
+    """The weights that fit the largest tensor without an explanation."""
+    unexplained = [row for row in found.rows if row["match"] == "none" and row["implied_weights"]]
+    if not unexplained:
+        return ""
+    row = max(unexplained, key=lambda row: row["num_elems"])
+    weights = ", ".join(f"{weight:.3f}" for weight in row["implied_weights"])
+    return f" (the weights nearest to {row['name']} are {weights})"
+
+
+def _of_recipe(found: Audit, decided: Verdict) -> Iterator[str]:
+    num_elems = sum(row["num_elems"] for row in found.rows)
+    yield (
+        f"compared formulas for {len(found.rows)} tensors, {num_elems / 1e9:.3g} B parameters, {found.num_tuned} "
+        f"models and their base; {found.seconds:.1f} s, read {gb(found.num_bytes_read)}"
+    )
+    yield ""
+    if decided.answer == "same":
+        why = " (for two models both are one)" if found.num_tuned == 2 else ""
+        yield f"The old formula gives the same merge{why}: nothing to do."
+        return
+    worth = "is worth" if decided.answer == "yes" else "is hardly worth"
+    yield (
+        f"A merge of these models by the old formula, t = 2 cos / (1 + cos) for every N, misses the correct one by "
+        f"{share(decided.distance)} of the size of the update, all tensors together: merging it again {worth} it."
+    )
+    yield "Name the merged checkpoint too (stockflow audit RECIPE MERGED) to see which formula made it."
+    yield from _worst(found.rows, "old_distance", _recipe_columns, "where the old formula is furthest off")
+
+
+def _worst(rows: Sequence[Mapping[str, Any]], column: str, columns: Any, title: str) -> Iterator[str]:
+    ranked = sorted((row for row in rows if row[column]), key=lambda row: -row[column])[:MAX_WORST]
+    if not ranked:
+        return
+    yield ""
+    yield f"{title}:"
+    table = [columns(row) for row in ranked]
+    heads = list(table[0])
+    yield from grid([heads, *([cells[head] for head in heads] for cells in table)], left=(0, len(heads) - 1))
+
+
+def _merge_columns(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "tensor": row["name"],
+        "t correct": number(row["ratio_exact"]),
+        "t implied": number(row["implied_ratio"]),
+        "off by": share(row["distance"]),
+        "rounding": share(row["rounding_noise"]) if row["rounding_noise"] is not None else "",
+        "equal": share(row["equal_share"]),
+        "roundings": f"{row['mean_roundings']:.3g}, at most {row['max_roundings']:.3g}",
+        "made by": row["match"] if row["match"] != "indistinguishable" else " or ".join(row["candidates"]),
+    }
+
+
+def _recipe_columns(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "tensor": row["name"],
+        "t": number(row["ratio_exact"]),
+        "old t": number(row["ratio_two_model"]),
+        "off by": share(row["old_distance"]),
+        "roundings": f"{row['old_roundings']:.2g}" if row["old_roundings"] is not None else "",
+        "": ", ".join(row["flags"]),
+    }
+
+
+def _left_out(found: Audit) -> Iterator[str]:
+    reasons: dict[str, list[str]] = {}
+    for name, why in found.left_out.items():
+        reasons.setdefault(why, []).append(name)
+    if reasons:
+        yield ""
+    for why, names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:MAX_REASONS]:
+        yield f"left out: {len(names)} tensors, {why} ({names[0]}{', ...' if len(names) > 1 else ''})"
+    if len(reasons) > MAX_REASONS:
+        yield f"left out for {len(reasons) - MAX_REASONS} more reasons (--json lists them)"
+
+
+def number(value: float | None) -> str:
+    """Return a ratio as it goes into a table."""
+    return "" if value is None else f"{value:.4f}"
