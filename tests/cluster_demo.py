@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,15 +26,20 @@ from tests import ray_nodes, runs
 from tests.checkpoints import make_family
 from tests.fault_proxy import FaultyProxy
 from tests.ray_nodes import SCRIPTS, Cluster
-from tests.s3_server import moto_server, s3_credentials
+from tests.s3_server import free_port, moto_server, s3_credentials
 
 BUCKET = "models"
 OUTPUT = f"s3://{BUCKET}/merged"
 RECIPE = f"s3://{BUCKET}/recipe.yaml"
-JOB = "merge-1"
+OPTIONS = "--shard-size 300000 --memory 1GiB"
+METRICS_PORT = free_port()
+SUBMIT = (
+    f"stockflow submit {RECIPE} {OUTPUT} --address {{url}} --no-follow {OPTIONS} --workers 2 --metrics-port {{port}}"
+)
+"""how the merge is submitted, here and nowhere else; the job is then the only one that the cluster knows"""
 SHAPES = {f"model.layers.{number}.mlp.up_proj.weight": (256, 256) for number in range(48)}
-SHARD_BYTES = 300_000
-"""two tensors a shard, 24 shards"""
+NUM_SHARDS = 24
+"""two tensors a shard, by the --shard-size of ``OPTIONS``"""
 DISTANCE_S = 0.3
 """added to every read: this S3 would otherwise be nearer than any real one, and the merge over before a node is lost"""
 ENOUGH_S = 150.0
@@ -75,7 +81,7 @@ def main() -> int:
         proxy.delays_s = {"get": DISTANCE_S}
         submit_the_merge(cluster)
         look_at_progress(cluster, bucket)
-        read_the_metrics(cluster)
+        read_the_metrics()
         lose_a_node(cluster, bucket)
         wait_for_the_end(cluster, bucket)
         proxy.delays_s = {}
@@ -132,42 +138,43 @@ def start_the_cluster(cluster: Cluster) -> None:
 def plan_on_the_laptop() -> None:
     """Show the plan: nothing is written, no cluster is needed."""
     step("The plan, from anywhere, before anything costs money")
-    stockflow("plan", RECIPE, OUTPUT, "--shard-size", SHARD_BYTES, "--memory", "1GiB")
+    stockflow("plan", RECIPE, OUTPUT, *OPTIONS.split())
 
 
 def submit_the_merge(cluster: Cluster) -> None:
     """Submit the merge as a job. The credentials are the nodes' own: the job carries none."""
     step("Submit the merge; it runs on the head, and asks for two workers")
-    merge = f"stockflow merge {RECIPE} {OUTPUT} --shard-size {SHARD_BYTES} --executor ray --workers 2 --memory 1GiB"
-    submit = f"ray job submit --no-wait --address {cluster.url} --submission-id {JOB} -- {merge}".split()
-    say(f"$ {' '.join(submit)}")
-    command = [str(SCRIPTS / "ray"), *submit[1:]]
+    submit = SUBMIT.format(url=cluster.url, port=METRICS_PORT)
+    say(f"$ {submit}")
+    program, *arguments = submit.split()
     done = subprocess.run(
-        command, env=cluster.client_environment, capture_output=True, text=True, timeout=90, check=False
+        [str(SCRIPTS / program), *arguments],
+        env=cluster.client_environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
     )
     expect(done.returncode == 0, f"the job was not taken: {done.stdout}{done.stderr}")
+    say(f"The cluster knows it as {status_of(cluster)['submission_id']}.")
 
 
 def look_at_progress(cluster: Cluster, bucket: Bucket) -> None:
     """Wait until some shards are done, and say so from what is in the bucket."""
     step("How far is it? The bucket tells, to whoever may read it")
     wait_until(lambda: bucket.num_done() >= 4, cluster, "four shards")
-    say(f"{bucket.num_done()} of 24 shards have a receipt.")
-    (key,) = [key for key in bucket.keys("merged/_stockflow/") if key.endswith("/progress.json")] or [""]
-    if key:
-        say(f"s3://{BUCKET}/{key}: {json.dumps(bucket.json(key))}")
+    stockflow("status", OUTPUT)
 
 
-def read_the_metrics(cluster: Cluster) -> None:
-    """Read a node's metrics as Prometheus does."""
-    step("Metrics, as Prometheus reads them from a node")
-    lines = [line for line in cluster.nodes[1].metrics().splitlines() if line.startswith("ray_")]
-    ours = [line for line in lines if line.startswith("ray_stockflow")]
-    memory = [line for line in lines if line.startswith("ray_node_mem_used{")]
-    say(f"{len(lines)} series; among them")
-    for line in [*ours, *memory][:12]:
+def read_the_metrics() -> None:
+    """Read the merge's metrics as Prometheus does."""
+    step("Metrics of the merge, as Prometheus reads them from the driver")
+    with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics", timeout=10) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line.startswith("stockflow_")]
+    for line in lines:
         say(f"  {line}")
-    expect(bool(memory), "Ray's own metrics are missing")
+    read = [float(line.split()[-1]) for line in lines if line.startswith("stockflow_read_bytes_total")]
+    expect(sum(read) > 0, "the merge has read something, and the metrics do not say so")
 
 
 def lose_a_node(cluster: Cluster, bucket: Bucket) -> None:
@@ -175,11 +182,12 @@ def lose_a_node(cluster: Cluster, bucket: Bucket) -> None:
     step("A node loses its power in the middle of a shard")
     lost = cluster.nodes[-1]
     before, killed = bucket.num_done(), lost.kill()
-    say(f"SIGKILL to all its {killed} processes, with {before} of 24 shards done. Nobody was told.")
-    expect(before < len(SHAPES) // 2, "the merge was over before the node was lost")
+    say(f"SIGKILL to all its {killed} processes, with {before} of {NUM_SHARDS} shards done. Nobody was told.")
+    expect(before < NUM_SHARDS, "the merge was over before the node was lost")
     expect(status_of(cluster)["status"] == "RUNNING", "the job did not survive that")
     cluster.add_node()
-    say("Another node joins; on Kubernetes the autoscaler brings it, because a worker is asked for.")
+    say("Another node joins; on Kubernetes the autoscaler brings it, because a worker is asked for.\n")
+    stockflow("status", OUTPUT)
 
 
 def wait_for_the_end(cluster: Cluster, bucket: Bucket) -> None:
@@ -187,7 +195,7 @@ def wait_for_the_end(cluster: Cluster, bucket: Bucket) -> None:
     step("The job goes on with what it has, and ends")
     wait_until(lambda: status_of(cluster)["status"] not in ("PENDING", "RUNNING"), cluster, "the end")
     job = status_of(cluster)
-    log = json.loads(cluster.ask(f"/api/jobs/{JOB}/logs")[1])["logs"]
+    log = log_of(cluster)
     say("\n".join(f"  | {line}" for line in log.strip().splitlines()))
     say(f"status {job['status']}, exit code of stockflow {job['driver_exit_code']}, {bucket.num_done()} receipts")
     expect((job["status"], job["driver_exit_code"]) == ("SUCCEEDED", 0), "the merge failed")
@@ -204,7 +212,7 @@ def compare_with_one_machine(bucket: Bucket) -> None:
     """Merge the same here, without Ray, and compare."""
     step("The same merge on one machine, without Ray: are the bytes the same?")
     single = f"s3://{BUCKET}/single"
-    stockflow("merge", RECIPE, single, "--shard-size", SHARD_BYTES, "--memory", "1GiB", "--executor", "local")
+    stockflow("merge", RECIPE, single, *OPTIONS.split(), "--executor", "local")
     expect(bucket.shards("merged") == bucket.shards("single"), "the bytes differ")
     say("Yes: the same sha256 for every shard.")
 
@@ -218,8 +226,15 @@ def stockflow(*arguments: object) -> None:
 
 
 def status_of(cluster: Cluster) -> Any:
-    """Return what the head says of the job."""
-    return json.loads(cluster.ask(f"/api/jobs/{JOB}")[1])
+    """Return what the head says of the only job there is."""
+    jobs = [job for job in json.loads(cluster.ask("/api/jobs/")[1]) if job["type"] == "SUBMISSION"]
+    expect(len(jobs) == 1, f"the cluster knows {len(jobs)} jobs")
+    return jobs[0]
+
+
+def log_of(cluster: Cluster) -> str:
+    """Return what the job has said."""
+    return str(json.loads(cluster.ask(f"/api/jobs/{status_of(cluster)['submission_id']}/logs")[1])["logs"])
 
 
 def wait_until(is_so: Callable[[], bool], cluster: Cluster, what: str) -> None:
@@ -229,8 +244,7 @@ def wait_until(is_so: Callable[[], bool], cluster: Cluster, what: str) -> None:
         job = status_of(cluster)
         is_over = job["status"] in ("FAILED", "STOPPED")
         if is_over or time.monotonic() > deadline:
-            log = cluster.ask(f"/api/jobs/{JOB}/logs")[1]
-            raise SystemExit(f"cluster-demo: waiting for {what}, the job is {job['status']}: {log[-3000:]}")
+            raise SystemExit(f"cluster-demo: waiting for {what}, the job is {job['status']}: {log_of(cluster)[-3000:]}")
         time.sleep(0.5)
 
 

@@ -16,6 +16,7 @@ from stockflow.cli.options import (
     GpusPerWorker,
     Label,
     Memory,
+    MetricsPort,
     OutputArgument,
     Overwrite,
     ShardSize,
@@ -64,6 +65,7 @@ def submit(
     shard_timeout: ShardTimeout = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Merge as RECIPE says in a Ray cluster, as a job, and publish the result at OUTPUT.
 
@@ -89,6 +91,7 @@ def submit(
             *_option("--shard-timeout", shard_timeout),
             *_option("--device", device.value if device is not DeviceName.auto else None),
             *(["--overwrite"] if overwrite else []),
+            *_option("--metrics-port", metrics_port),
         ]
         request = submission.make_request(recipe, output, options)
         from stockflow.executors.ray import RayOptions

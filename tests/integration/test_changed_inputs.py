@@ -159,6 +159,9 @@ class Once(Tracker):
         super().__init__(Silent(), tracker.plan, tracker.run)
         self._act, self._is_done = act, False
 
+    def on_begin(self, shard: str, worker: str) -> None:
+        """It stands for the driver's tracker."""
+
     def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
         if num_read and not self._is_done:
             self._is_done = True

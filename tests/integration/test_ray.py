@@ -369,7 +369,7 @@ def test_an_address_without_a_cluster_is_said_at_once(s3_endpoint: str) -> None:
     refused, foreign, dashboard, malformed = finished.stdout.splitlines()
     assert refused.startswith(f"cannot use Ray at {addresses[0]}: [Errno 111] Connection refused; check that the head")
     assert "is not the head of a Ray cluster" in foreign
-    assert "ray job submit" in dashboard
+    assert "stockflow submit" in dashboard
     assert "head" in malformed
 
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 from stockflow.cli import app
 from tests.checkpoints import make_family, write_recipe
 
-WITHOUT_PROGRESS = {"schema", "status"}
-"""One prints a constant; the other is progress itself."""
+WITHOUT_PROGRESS = {"schema", "status", "submit"}
+"""One prints a constant, one is progress itself, one shows what the merge on the cluster says."""
 STYLES = ["json", "plain", "none"]
 
 
