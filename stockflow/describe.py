@@ -104,7 +104,7 @@ def result_lines(result: MergeResult) -> Iterator[str]:
     read, written = facts["bytes_read"], facts["bytes_written"]
     parameters = facts["parameters"] / 1e9
     yield f"merged {facts['tensors']:.0f} tensors ({parameters:.3g} B parameters) in {result.seconds:.1f} s"
-    yield f"  read {gb(read)}, wrote {gb(written)}: {(read + written) / 1e9 / max(result.seconds, 1e-9):.2f} GB/s"
+    yield f"  read {gb(read)}, wrote {gb(written)}: {gb((read + written) / max(result.seconds, 1e-9))}/s"
     stages = {name.removeprefix("seconds_"): value for name, value in facts.items() if name.startswith("seconds_")}
     yield "  seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in stages.items() if name != "total")
     yield f"  peak memory {mib(facts['peak_memory_bytes'])}"

@@ -14,6 +14,8 @@ from stockflow.strictjson import shown
 NUM_PROBLEMS_SHOWN = 20
 SHARDS_PER_WORKER = 4
 """So that the last shards leave few workers idle: at most a quarter of the time of one each."""
+GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
+"""With so many the last, half-empty round weighs little (docs/cluster.md), as long as one takes well over a second."""
 
 
 def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: int | None = None) -> MergePlan:
@@ -69,7 +71,9 @@ def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
     said = f"{len(plan.shards)} shards for {num_workers} workers: with fewer than {SHARDS_PER_WORKER} each, many idle"
     enough = SHARDS_PER_WORKER * num_workers
     jobs = list(plan.jobs)
-    for size in (plan.num_output_bytes // enough, plan.num_output_bytes // enough // 2):
+    good = plan.num_output_bytes // (GOOD_SHARDS_PER_WORKER * num_workers)
+    sizes = [good] if good >= LEAST_GOOD_SHARD_BYTES else []
+    for size in (*sizes, plan.num_output_bytes // enough, plan.num_output_bytes // enough // 2):
         if size and len(_cut_shards(jobs, size)) >= enough:
             return [f"{said}; --shard-size {_two_digits(size)} gives enough"]
     largest = max(job.output.num_bytes for job in jobs)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -801,6 +802,33 @@ def test_plans_survive_copying(merge: Merge) -> None:
 
     assert copy.deepcopy(plan) == plan
     assert copy.deepcopy(plan).plan_id == plan.plan_id
+
+
+def test_large_shards_are_noted_with_a_size_that_gives_sixteen_per_worker(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for folder in merge.folders:
+        write_holes(folder, num_tensors=400, tensor_bytes=10**9)
+
+    (note,) = few_shards_note(merge.plan(200 * 10**9), 8)
+
+    assert note == "2 shards for 8 workers: with fewer than 4 each, many idle; --shard-size 3.1GB gives enough"
+
+
+def write_holes(folder: Path, *, num_tensors: int, tensor_bytes: int) -> None:
+    """Write a checkpoint whose header is real, and whose weights are one hole in a sparse file."""
+    header = {
+        f"layers.{index}.weight": {
+            "dtype": "BF16",
+            "shape": [tensor_bytes // 2],
+            "data_offsets": [index * tensor_bytes, (index + 1) * tensor_bytes],
+        }
+        for index in range(num_tensors)
+    }
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + num_tensors * tensor_bytes)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
