@@ -216,9 +216,12 @@ def planned_bytes(jobs: Iterable[TensorJob]) -> int:
 
 
 def client_bytes(inputs: Iterable[str], output: str, shard_bytes: int) -> int:
-    """Return what storage clients hold while a shard of ``shard_bytes`` is read from ``inputs`` and uploaded."""
+    """Return what storage clients hold while shards of ``shard_bytes`` are read from ``inputs`` and uploaded.
+
+    The end of one upload overlaps the begin of the next.
+    """
     ranges = RANGES_IN_FLIGHT_BYTES if any(map(_is_remote, inputs)) else 0
-    parts = upload_bytes(shard_bytes) if _is_remote(output) else 0
+    parts = 2 * upload_bytes(shard_bytes) if _is_remote(output) else 0
     return ranges + parts + REMOTE_CLIENT_BYTES if ranges or parts else 0
 
 

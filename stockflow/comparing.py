@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from stockflow.budget import BASELINE_BYTES, SPANS_AHEAD, client_bytes, divide
+from stockflow.budget import BASELINE_BYTES, SPANS_AHEAD, client_bytes, divide, planned_bytes
 from stockflow.buffers import Pool, allocate
 from stockflow.checkpoint import Checkpoint, open_checkpoints
 from stockflow.differences import CheckpointDifference, TensorDifference, Unmatched
@@ -26,7 +26,7 @@ from stockflow.gram import Floats
 from stockflow.header import DTYPES, TensorSpec
 from stockflow.kernels import comparison
 from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS, Counts
-from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS
+from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS, slab_of
 from stockflow.methods.protocol import Parameters
 from stockflow.plan import COPY_EQUAL, CheckpointRef, Source, TensorJob
 from stockflow.reader import LoadedSlab, Prefetcher
@@ -170,10 +170,12 @@ class _Comparison:
         """Return what was found, in the order of ``jobs``."""
         local_stores = [store for store in self._stores if isinstance(store, LocalStore)]
         is_local = len(local_stores) == len(self._stores)
-        baseline = BASELINE_BYTES["cpu"] + client_bytes((store.url for store in self._stores), os.devnull, 0)
+        clients = client_bytes((store.url for store in self._stores), os.devnull, 0)
+        baseline = BASELINE_BYTES["cpu"] + planned_bytes(jobs) + clients
         workspace = divide(
             jobs, self._memory_bytes, num_threads=self._num_threads, baseline_bytes=baseline, direct=is_local
         )
+        self._prepare(jobs)
         slabs = Pool(allocate)
         slabs.fit(workspace.slab_bytes, workspace.num_slabs)
         refs = [CheckpointRef(each.url, each.files) for each in self._checkpoints]
@@ -204,6 +206,12 @@ class _Comparison:
                         self._on_event(Done(span.job.output.name))
         self._check_inputs()
         return list(tallies.values())
+
+    def _prepare(self, jobs: Sequence[TensorJob]) -> None:
+        """Compile the kernel for these tensors, or load it: compiling takes memory that buffers would not leave."""
+        for job in {job.float_bits: job for job in jobs if not job.is_copy}.values():
+            memory = np.zeros(8 * len(job.sources), np.uint8)
+            self._compare_span(LoadedPiece(job, 0, 1, slab_of(memory), memory, (0,) * len(job.sources)))
 
     def _compare(self, task: "Task") -> tuple[Run, list[tuple[Floats, Counts]]]:
         try:

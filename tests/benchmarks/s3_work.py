@@ -17,8 +17,8 @@ from typing import Any
 
 from stockflow.budget import OPTIMAL_READ_BYTES
 from stockflow.recipe import Recipe, load_recipe
+from stockflow.sources import NUM_OBJECT_READERS
 from stockflow.storage import Stamp, Store, open_store
-from stockflow.worker import NUM_OBJECT_READERS
 from tests.benchmarks.preloaded import NEEDED, NEEDED_ON_OBJECT_STORAGE, clocked, load, stockflow
 
 PIECE_BYTES = 1 << 20
