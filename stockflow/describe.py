@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from stockflow.budget import Workspace, gb, mib
+from stockflow.budget import LEAST_MEMORY_BYTES, Workspace, gb, mib
 from stockflow.driver import MergeResult
 from stockflow.plan import MergePlan
 from stockflow.storage import redact
@@ -60,7 +60,10 @@ def plan_lines(
     times = (f"{count} tensors read {_times(number)}" for number, count in work.passes.items())
     yield f"  passes  {'; '.join(times)}"
     worst = worst_tensor(plan.jobs)
-    because = f", for {worst.output.name!r} ({len(worst.sources)} x {gb(worst.output.num_bytes)})" if worst else ""
+    if least_bytes == LEAST_MEMORY_BYTES:
+        because = ", which compiling takes, once per machine"
+    else:
+        because = f", for {worst.output.name!r} ({len(worst.sources)} x {gb(worst.output.num_bytes)})" if worst else ""
     projected, least = mib(workspace.projected_bytes), mib(least_bytes)
     yield f"  memory  {projected} per worker projected; the least --memory is {least}{because}"
     for note in (*plan.notes, *notes):
