@@ -16,6 +16,10 @@ import boto3
 import pytest
 import yaml
 
+from stockflow.changes import planned_states
+from stockflow.errors import InterruptedRunError
+from stockflow.interruption import interruption
+from stockflow.storage import StorageConfig, open_store
 from tests import runs
 from tests.checkpoints import Family, make_family
 from tests.fault_proxy import Fault, FaultyProxy, Request, Weather
@@ -240,6 +244,18 @@ def test_the_way_out_knows_that_it_is_one_before_the_watcher_does() -> None:
     told = subprocess.run([sys.executable, "-c", WITHOUT_A_WATCHER], capture_output=True, text=True, timeout=50)
 
     assert told.stdout == "True\n", told.stderr
+
+
+def test_a_signal_while_an_earlier_plan_is_read_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else goes wrong with that plan only shortens a message."""
+
+    def interrupted(*_: object, **__: object) -> bytes:
+        raise interruption(signal.SIGTERM)
+
+    monkeypatch.setattr("stockflow.changes.read_small", interrupted)
+
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
+        planned_states(open_store("memory://interruption/out", StorageConfig()), "a" * 64)
 
 
 HANGS = """

@@ -30,6 +30,7 @@ from stockflow.errors import (
 )
 from stockflow.executors import scheduling
 from stockflow.executors.ray import RayOptions, actor, connected, loop
+from stockflow.executors.ray import cluster as cluster_module
 from stockflow.executors.ray import run as run_on_ray
 from stockflow.executors.scheduling import Limits
 from stockflow.plan import ShardPlan
@@ -245,6 +246,37 @@ def test_a_bug_is_raised_with_the_traceback_of_the_worker(cluster: str, tmp_path
 def test_a_mistake_found_at_the_start_is_raised_as_itself(cluster: str) -> None:
     with pytest.raises(PlanError, match=r"^no CUDA device$"):
         run_items(ray_items.RaisingStart(PlanError("no CUDA device")), [1])
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("draining_nodes", "ray._private.state.state"),
+        ("_can_grow", "ray.autoscaler.v2.utils.is_autoscaler_v2"),
+        ("_keep_standard_output_clean", "ray._private.worker"),
+    ],
+)
+@pytest.mark.parametrize("is_ours", [True, False], ids=["as itself", "as Ray's"])
+def test_a_signal_that_meets_an_optional_question_to_ray_ends_the_run(
+    name: str, asked: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its handler raises wherever the main thread is; Ray may make that an error of its own."""
+
+    class Interrupted:
+        def __getattr__(self, _: str) -> Any:
+            raise InterruptedRunError("stopped by SIGTERM") if is_ours else RuntimeError("a callback failed")
+
+        def __setattr__(self, name: str, _: Any) -> None:
+            self.__getattr__(name)
+
+        def __call__(self, **_: Any) -> None:
+            self.__getattr__("called")
+
+    monkeypatch.setattr("stockflow.interruption._received", [] if is_ours else [signal.SIGTERM])
+    monkeypatch.setattr(asked, Interrupted())
+
+    with pytest.raises(InterruptedRunError if is_ours else RuntimeError):
+        getattr(cluster_module, name)()
 
 
 def test_workers_that_die_at_the_start_end_the_run(cluster: str) -> None:
