@@ -20,6 +20,7 @@ import yaml
 from stockflow import __version__, execution
 from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.errors import (
+    BudgetError,
     ComputeLostError,
     InterruptedRunError,
     NotFoundError,
@@ -246,6 +247,35 @@ def test_a_bug_is_raised_with_the_traceback_of_the_worker(cluster: str, tmp_path
 def test_a_mistake_found_at_the_start_is_raised_as_itself(cluster: str) -> None:
     with pytest.raises(PlanError, match=r"^no CUDA device$"):
         run_items(ray_items.RaisingStart(PlanError("no CUDA device")), [1])
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_an_item_whose_memory_is_refused_is_done_with_less_of_it(cluster: str, kind: str) -> None:
+    """By itself, not by Ray, which ends a worker only when its node has too little left."""
+    failures: list[tuple[str, str | None]] = []
+
+    results = run_on_ray(
+        ray_items.Starving(kind),
+        ["big"],
+        size=len,
+        options=QUICKLY,
+        on_count=lambda read, written: None,
+        on_failure=lambda cause, item: failures.append((cause, item)),
+    )
+
+    assert [(item, frugality) for item, frugality, _ in results] == [("big", 2)]
+    assert failures == [("out of memory", "big")] * 2
+
+
+def test_a_budget_that_is_too_small_is_the_users_to_raise(cluster: str, tmp_path: Path) -> None:
+    """A BudgetError is a MemoryError to Python; less memory would not help."""
+    with pytest.raises(BudgetError, match=r"^needs 2 GiB$"):
+        run_items(ray_items.Doing(ray_items.raise_it, tmp_path), [BudgetError("needs 2 GiB")])
+
+
+def test_workers_whose_memory_is_refused_at_the_start_end_the_run(cluster: str) -> None:
+    with pytest.raises(ComputeLostError, match=r"3 workers in a row died before they were ready: .*MemoryError"):
+        run_items(ray_items.Starving("start"), [1])
 
 
 @pytest.mark.parametrize(
