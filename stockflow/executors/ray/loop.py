@@ -29,7 +29,8 @@ R = TypeVar("R")
 
 POLL_S = 1.0
 STOP_GRACE_S = 2.0
-"""For items to clean up after themselves; ``ray job stop`` gives the driver three seconds in all."""
+"""For items to clean up after themselves: a signal leaves a run three seconds to end in order (`interruption`), though
+``ray job stop`` gives a job that was submitted with ``stockflow submit`` thirty."""
 
 
 def run(
