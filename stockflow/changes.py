@@ -1,9 +1,8 @@
 """Which inputs are no longer what an earlier plan was made from: a run that would resume it must say so."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 
-from stockflow.errors import StockflowError
+from stockflow.errors import InterruptedRunError, StockflowError
 from stockflow.manifest import plan_key
 from stockflow.plan import CheckpointRef
 from stockflow.plan_file import MAX_PLAN_BYTES, MAX_PLAN_VALUES, decode_plan
@@ -23,11 +22,14 @@ def states(checkpoints: Iterable[CheckpointRef]) -> States:
 
 def planned_states(store: Store, plan_id: str) -> States:
     """Return the states that a plan recorded in an output was made from; nothing if it cannot be read."""
-    with suppress(StockflowError):
+    try:
         payload = read_small(store, plan_key(plan_id), max_bytes=MAX_PLAN_BYTES)
         check_num_values(payload, MAX_PLAN_VALUES, plan_key(plan_id))
         return states(decode_plan(payload, plan_key(plan_id)).plan.checkpoints)
-    return {}
+    except InterruptedRunError:
+        raise
+    except StockflowError:
+        return {}
 
 
 def since_then(earlier: States, now: States) -> str:

@@ -97,7 +97,7 @@ def last_seen(store: Store) -> float:
 
     Runs of every plan count; the claim itself counts as a sign of life.
     """
-    seen = [_beat_of(store, key) for key in store.list(RECORDS) if PurePosixPath(key).parent.name == "runs"]
+    seen = [_beat_of(store, key) for key in _runs_of_all_plans(store)]
     with suppress(NotFoundError, CheckpointError):
         seen.append(read_claim(store).heartbeat)
     return max(seen, default=0.0)
@@ -119,6 +119,19 @@ def are_others_alive(store: Store, plan_id: str, run: str) -> bool:
     """Return whether another run of this plan was seen lately."""
     others = set(store.list(run_folder(plan_id))) - {run_key(plan_id, run)}
     return any(time.time() - _beat_of(store, key) < ABANDONED_S for key in others)
+
+
+def is_anyone_else_alive(store: Store, plan_id: str, run: str) -> bool:
+    """Return whether another run in this prefix, of whatever plan, was seen lately.
+
+    The claim of another plan counts, too: whoever takes a prefix removes the records of the runs that he finds there.
+    """
+    seen = [_beat_of(store, key) for key in _runs_of_all_plans(store) if key != run_key(plan_id, run)]
+    with suppress(NotFoundError, CheckpointError):
+        claim = read_claim(store)
+        if claim.plan_id != plan_id:
+            seen.append(claim.heartbeat)
+    return time.time() - max(seen, default=0.0) < ABANDONED_S
 
 
 def agree_on_numerics(store: Store, plan_id: str, run: str, found: str, *, replace: bool) -> None:
@@ -185,6 +198,10 @@ def _read_class(store: Store, key: str) -> _NumericsRecord:
 def _number_of(key: str) -> int:
     name = PurePosixPath(key).stem
     return int(name) if name.isascii() and name.isdigit() else 0
+
+
+def _runs_of_all_plans(store: Store) -> list[str]:
+    return [key for key in store.list(RECORDS) if PurePosixPath(key).parent.name == "runs"]
 
 
 def _beat_now() -> bytes:

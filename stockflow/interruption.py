@@ -7,12 +7,12 @@ it from for a minute. So signals also reach a watching thread, at once, through 
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 from stockflow.errors import InterruptedRunError, StockflowError
 
@@ -22,6 +22,8 @@ LAST_ACTS_S = 3.0
 """for what must still be done when that way is blocked"""
 EXIT_S = 1.0
 """for the process to end by itself, once the run has"""
+SAY_S = 0.5
+"""for a last line to be taken by whoever reads standard error"""
 ONE_STOP_S = 0.5
 """a signal repeated within this is the same wish: GNU ``timeout`` sends its own twice"""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -137,16 +139,21 @@ def _watch(descriptor: int) -> None:
         return
     _received.append(number)
     _stopping.set()
+    try:
+        _await_the_end(descriptor, number)
+    finally:
+        os._exit(128 + number)
+
+
+def _await_the_end(descriptor: int, number: int) -> None:
     since = time.monotonic()
     _await(descriptor, since, GRACE_S, _has_left.is_set)
     if not _has_left.is_set():
         threading.Thread(target=_act, args=(done := threading.Event(),), name="last acts", daemon=True).start()
         _await(descriptor, since, GRACE_S + LAST_ACTS_S, _has_left.is_set)
         if not _has_left.is_set():
-            _say(f"stockflow: {interruption(number)}{'' if done.is_set() else _NOT_DONE}")
-            os._exit(128 + number)
+            _end(number, "" if done.is_set() else _NOT_DONE)
     _await(descriptor, time.monotonic(), EXIT_S, lambda: False)  # threads in requests that hang keep Python waiting
-    os._exit(128 + number)
 
 
 def _act(done: threading.Event) -> None:
@@ -161,8 +168,7 @@ def _await(descriptor: int, since: float, seconds: float, is_over: Callable[[], 
     while (left := since + seconds - time.monotonic()) > 0 and not is_over():
         number = _next_byte(descriptor, min(left, 0.1))
         if number in SIGNALS and time.monotonic() - since > ONE_STOP_S:
-            _say(f"stockflow: {interruption(number)}. Ended at once: `stockflow clean OUTPUT` shows what is left over")
-            os._exit(128 + number)
+            _end(number, ". Ended at once: `stockflow clean OUTPUT` shows what is left over")
 
 
 def _next_byte(descriptor: int, timeout_s: float | None) -> int | None:
@@ -170,7 +176,19 @@ def _next_byte(descriptor: int, timeout_s: float | None) -> int | None:
     return os.read(descriptor, 1)[0] if ready else None
 
 
+def _end(number: int, more: str) -> NoReturn:
+    """End the process, and say so if anybody listens; a reader that is gone, or reads no more, keeps nobody waiting."""
+    try:
+        text = f"stockflow: {interruption(number)}{more}"
+        speaker = threading.Thread(target=_say, args=(text,), name="last words", daemon=True)
+        speaker.start()
+        speaker.join(SAY_S)
+    finally:
+        os._exit(128 + number)
+
+
 def _say(text: str) -> None:
     """Write one line to standard error, past whatever lock or display a hanging thread holds."""
-    show_cursor = "\x1b[?25h\r\n" if sys.stderr.isatty() else ""
-    os.write(2, f"{show_cursor}{text}\n".encode())
+    with suppress(OSError):
+        show_cursor = "\x1b[?25h\r\n" if os.isatty(2) else ""
+        os.write(2, f"{show_cursor}{text}\n".encode())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stockflow.changes import planned_states, since_then, states
 from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
-from stockflow.claims import agreed_numerics, are_others_alive, last_seen
+from stockflow.claims import agreed_numerics, is_anyone_else_alive, last_seen
 from stockflow.errors import (
     AlreadyExistsError,
     CheckpointError,
@@ -267,16 +267,17 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
 def sweep(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
     """Remove what writers of this output who died left half-written; nothing of a run that is still at work.
 
-    Uploads are listed before other runs are looked for: a run says that it is alive before it uploads.
+    Uploads are listed before other runs are looked for: a run says that it is alive before it uploads. Runs of every
+    plan count: shards of two plans have equal names, and an upload does not say whose it is.
 
     Args:
         store: the output.
-        plan_id: whose runs may be at work.
+        plan_id: the plan of this run.
         run: this run.
         files: what is uploaded in parts.
     """
     ours = [piece for piece in store.half_written() or () if _is_of_output(piece, files)]
-    if not all(piece.is_abandoned for piece in ours) and are_others_alive(store, plan_id, run):
+    if not all(piece.is_abandoned for piece in ours) and is_anyone_else_alive(store, plan_id, run):
         ours = [piece for piece in ours if piece.is_abandoned]
     store.discard(ours)
 

@@ -39,6 +39,30 @@ class FailingStart:
 
 
 @dataclass(frozen=True)
+class Starving:
+    """A start whose items may take four times what is there; they give their frugality and their process."""
+
+    kind: str
+    """of what: ``numpy`` or ``torch``, or the start itself by ``start``"""
+
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
+        if self.kind == "start":
+            raise MemoryError
+        return self._starve
+
+    def _starve(self, item: Any, count: Count, frugality: int) -> tuple[Any, int, int]:
+        if frugality < 2 and self.kind == "torch":
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if frugality < 2:
+            import numpy as np
+
+            np.empty(1 << 62, np.uint8)
+        return item, frugality, os.getpid()
+
+
+@dataclass(frozen=True)
 class RaisingStart:
     """A start that raises."""
 

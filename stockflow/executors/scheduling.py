@@ -27,7 +27,7 @@ class Cause(StrEnum):
     late = "late"
     """it counted nothing, or was not done, for too long"""
     out_of_memory = "out of memory"
-    """its node had no memory left"""
+    """its node, or its GPU, had no memory left"""
     preempted = "preempted"
     """its node was taken away by whom it belongs to: nobody's fault, free"""
 
@@ -49,7 +49,7 @@ class Limits:
     delays: int = 3
     """per item: workers that were too slow with it; more would only be slower"""
     out_of_memory: int = 3
-    """per item: workers that were killed because their node had no memory left"""
+    """per item: workers that were lost because their node, or their GPU, had no memory left"""
     deaths_at_start: int = 3
     """workers dying one after the other before one comes up: a broken image, not bad luck"""
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,10 @@ import boto3
 import pytest
 import yaml
 
+from stockflow.changes import planned_states
+from stockflow.errors import InterruptedRunError
+from stockflow.interruption import interruption
+from stockflow.storage import StorageConfig, open_store
 from tests import runs
 from tests.checkpoints import Family, make_family
 from tests.fault_proxy import Fault, FaultyProxy, Request, Weather
@@ -239,3 +244,56 @@ def test_the_way_out_knows_that_it_is_one_before_the_watcher_does() -> None:
     told = subprocess.run([sys.executable, "-c", WITHOUT_A_WATCHER], capture_output=True, text=True, timeout=50)
 
     assert told.stdout == "True\n", told.stderr
+
+
+def test_a_signal_while_an_earlier_plan_is_read_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else goes wrong with that plan only shortens a message."""
+
+    def interrupted(*_: object, **__: object) -> bytes:
+        raise interruption(signal.SIGTERM)
+
+    monkeypatch.setattr("stockflow.changes.read_small", interrupted)
+
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
+        planned_states(open_store("memory://interruption/out", StorageConfig()), "a" * 64)
+
+
+HANGS = """
+import os, signal, time
+from contextlib import suppress
+from stockflow import interruption
+from stockflow.errors import InterruptedRunError
+interruption.GRACE_S = interruption.LAST_ACTS_S = {grace_s}
+with interruption.interruptible():
+    with suppress(InterruptedRunError):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    time.sleep(interruption.ONE_STOP_S)
+    with suppress(InterruptedRunError):
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("grace_s", [0.1, 30.0], ids=["out of patience", "second signal"])
+@pytest.mark.parametrize("reader", ["gone", "stuck"])
+def test_who_reads_standard_error_cannot_keep_the_process(reader: str, grace_s: float) -> None:
+    """As in ``stockflow merge ... 2>&1 | tee log``: Ctrl-C ends tee as well."""
+    reading, writing = os.pipe()
+    if reader == "gone":
+        os.close(reading)
+    else:
+        os.set_blocking(writing, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+
+    try:
+        ended = subprocess.run([sys.executable, "-c", HANGS.format(grace_s=grace_s)], stderr=writing, timeout=25)
+    finally:
+        os.close(writing)
+        if reader == "stuck":
+            os.close(reading)
+
+    assert ended.returncode == 128 + signal.SIGTERM

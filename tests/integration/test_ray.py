@@ -20,6 +20,7 @@ import yaml
 from stockflow import __version__, execution
 from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.errors import (
+    BudgetError,
     ComputeLostError,
     InterruptedRunError,
     NotFoundError,
@@ -30,6 +31,7 @@ from stockflow.errors import (
 )
 from stockflow.executors import scheduling
 from stockflow.executors.ray import RayOptions, actor, connected, loop
+from stockflow.executors.ray import cluster as cluster_module
 from stockflow.executors.ray import run as run_on_ray
 from stockflow.executors.scheduling import Limits
 from stockflow.plan import ShardPlan
@@ -245,6 +247,66 @@ def test_a_bug_is_raised_with_the_traceback_of_the_worker(cluster: str, tmp_path
 def test_a_mistake_found_at_the_start_is_raised_as_itself(cluster: str) -> None:
     with pytest.raises(PlanError, match=r"^no CUDA device$"):
         run_items(ray_items.RaisingStart(PlanError("no CUDA device")), [1])
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_an_item_whose_memory_is_refused_is_done_with_less_of_it(cluster: str, kind: str) -> None:
+    """By itself, not by Ray, which ends a worker only when its node has too little left."""
+    failures: list[tuple[str, str | None]] = []
+
+    results = run_on_ray(
+        ray_items.Starving(kind),
+        ["big"],
+        size=len,
+        options=QUICKLY,
+        on_count=lambda read, written: None,
+        on_failure=lambda cause, item: failures.append((cause, item)),
+    )
+
+    assert [(item, frugality) for item, frugality, _ in results] == [("big", 2)]
+    assert failures == [("out of memory", "big")] * 2
+
+
+def test_a_budget_that_is_too_small_is_the_users_to_raise(cluster: str, tmp_path: Path) -> None:
+    """A BudgetError is a MemoryError to Python; less memory would not help."""
+    with pytest.raises(BudgetError, match=r"^needs 2 GiB$"):
+        run_items(ray_items.Doing(ray_items.raise_it, tmp_path), [BudgetError("needs 2 GiB")])
+
+
+def test_workers_whose_memory_is_refused_at_the_start_end_the_run(cluster: str) -> None:
+    with pytest.raises(ComputeLostError, match=r"3 workers in a row died before they were ready: .*MemoryError"):
+        run_items(ray_items.Starving("start"), [1])
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("draining_nodes", "ray._private.state.state"),
+        ("_can_grow", "ray.autoscaler.v2.utils.is_autoscaler_v2"),
+        ("_keep_standard_output_clean", "ray._private.worker"),
+    ],
+)
+@pytest.mark.parametrize("is_ours", [True, False], ids=["as itself", "as Ray's"])
+def test_a_signal_that_meets_an_optional_question_to_ray_ends_the_run(
+    name: str, asked: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its handler raises wherever the main thread is; Ray may make that an error of its own."""
+
+    class Interrupted:
+        def __getattr__(self, _: str) -> Any:
+            raise InterruptedRunError("stopped by SIGTERM") if is_ours else RuntimeError("a callback failed")
+
+        def __setattr__(self, name: str, _: Any) -> None:
+            self.__getattr__(name)
+
+        def __call__(self, **_: Any) -> None:
+            self.__getattr__("called")
+
+    monkeypatch.setattr("stockflow.interruption._received", [] if is_ours else [signal.SIGTERM])
+    monkeypatch.setattr(asked, Interrupted())
+
+    with pytest.raises(InterruptedRunError if is_ours else RuntimeError):
+        getattr(cluster_module, name)()
 
 
 def test_workers_that_die_at_the_start_end_the_run(cluster: str) -> None:

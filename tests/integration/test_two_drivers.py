@@ -4,8 +4,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,17 @@ import boto3
 import pytest
 import yaml
 
-from stockflow.storage import StorageConfig
+from stockflow.claims import Heartbeat
+from stockflow.driver import Execute, Inputs, MergeOptions, MergeResult, merge
+from stockflow.errors import OutputConflictError
+from stockflow.execution import in_this_process
+from stockflow.manifest import CLAIM_FILE, Claim
+from stockflow.plan import ShardPlan
+from stockflow.prefix import sweep
+from stockflow.receipts import Receipt
+from stockflow.recipe import load_recipe
+from stockflow.reporting import Silent
+from stockflow.storage import StorageConfig, open_store
 from stockflow.verify import verify
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
@@ -281,3 +293,71 @@ def test_a_run_whose_prefix_was_taken_writes_no_more_shards(
     # Put to sleep while it wrote a receipt, it wrote that to its end: a stray record, which `verify` names.
     findings = verify(str(output), StorageConfig()).findings
     assert [finding for finding in findings if "is a record of another run" not in finding.problem] == []
+
+
+# Uploads of a run that took the prefix
+
+
+def merge_by(execute: Execute, recipe: Path, output: str, *, overwrite: bool = False) -> MergeResult:
+    options = MergeOptions(1024 * runs.MIB + runs.grown_bytes(), 1, "cpu", 800_000, overwrite)
+    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute, Silent())
+
+
+def test_a_run_that_lost_its_prefix_leaves_the_uploads_of_the_one_that_took_it(
+    recipes: tuple[Path, Path], undisturbed: list[dict[str, str]], s3_endpoint: str, s3_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Their shards have equal names; the loser sweeps as it ends, while the other one uploads."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    s3 = boto3.client("s3", endpoint_url=s3_endpoint)
+    output = f"s3://{s3_bucket}/out"
+    has_begun, is_uploading = threading.Event(), threading.Event()
+
+    def lose(spec: Any, shards: Sequence[ShardPlan], tracker: Any) -> Iterator[Receipt]:
+        has_begun.set()
+        assert is_uploading.wait(60)
+        yield from in_this_process(spec, shards, tracker)
+
+    def take(spec: Any, shards: Sequence[ShardPlan], tracker: Any) -> Iterator[Receipt]:
+        shard = {"Bucket": s3_bucket, "Key": f"out/{shards[0].file}"}
+        upload = {**shard, "UploadId": s3.create_multipart_upload(**shard)["UploadId"]}
+        part = s3.upload_part(**upload, PartNumber=1, Body=b"half")
+        is_uploading.set()
+        with pytest.raises(OutputConflictError, match="was taken by another plan"):
+            loser.result(timeout=60)
+        parts = [{"PartNumber": 1, "ETag": part["ETag"]}]
+        s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+        yield from in_this_process(spec, shards, tracker)
+
+    with ThreadPoolExecutor(1) as beside:
+        loser = beside.submit(merge_by, lose, recipes[0], output)
+        assert has_begun.wait(60)
+        result = merge_by(take, recipes[1], output, overwrite=True)
+
+    assert undisturbed[1] == runs.expected_digests([result])[0]
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=s3_bucket)
+
+
+@pytest.mark.parametrize("sign", ["run", "claim"])
+def test_uploads_are_swept_once_no_plan_has_a_run_alive(sign: str, s3_endpoint: str, s3_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    s3 = boto3.client("s3", endpoint_url=s3_endpoint)
+    store = open_store(f"s3://{s3_bucket}/out", StorageConfig(), writable=True)
+    shard, ours, others = "model-00001-of-00002.safetensors", "a" * 64, "b" * 64
+    s3.create_multipart_upload(Bucket=s3_bucket, Key=f"out/{shard}")
+
+    with Heartbeat(store, ours, "our run"):
+        if sign == "run":
+            with Heartbeat(store, others, "their run"):
+                sweep(store, ours, "our run", {shard})
+        else:
+            store.put(CLAIM_FILE, Claim.now(others, "their run").to_json())
+            sweep(store, ours, "our run", {shard})
+        kept = s3.list_multipart_uploads(Bucket=s3_bucket).get("Uploads", [])
+        store.put(CLAIM_FILE, Claim.now(ours, "our run").to_json())
+        sweep(store, ours, "our run", {shard})
+
+    assert [upload["Key"] for upload in kept] == [f"out/{shard}"]
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=s3_bucket)

@@ -43,7 +43,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "recipe checkpoint tables",
         "methods receipts writer geometry",
         "kernels header storage",
-        "buffers gram spans executors records sealed interruption",
+        "buffers gram spans executors records sealed",
+        "interruption",
         "errors strictjson redaction events notebook naming pagecache pipeline",
     )
 )

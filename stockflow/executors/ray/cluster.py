@@ -10,14 +10,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
 
-from stockflow.errors import ComputeLostError, PlanError, StockflowError
+from stockflow.errors import ComputeLostError, InterruptedRunError, PlanError, StockflowError
+from stockflow.interruption import stop_requested
 
 OBJECT_STORE_BYTES = 100_000_000
 """Only keys and counters pass through Ray."""
@@ -142,11 +143,12 @@ def describe_resources() -> str:
 def draining_nodes() -> frozenset[str]:
     """Return the ids of nodes that are about to leave."""
     # Ray 2.60 tells it nowhere else. Without the answer pre-empted nodes are only left later.
-    with suppress(Exception):
+    nodes: set[str] = set()
+    with _optional():
         from ray._private.state import state
 
-        return frozenset(state.get_draining_nodes())
-    return frozenset()
+        nodes.update(state.get_draining_nodes())
+    return frozenset(nodes)
 
 
 def _living_nodes() -> list[dict[str, Any]]:
@@ -176,15 +178,28 @@ def _can_grow() -> bool:
     """Whether an autoscaler adds nodes to the cluster."""
     # Version 2 of it (KubeRay's default) says that it is there. Version 1 runs everywhere, to report; where it adds
     # none the types of nodes are made up from their ids (2.60). Without an answer the cluster stays as it is.
-    with suppress(Exception):
+    can_grow = False
+    with _optional():
         from ray.autoscaler.v2.utils import is_autoscaler_v2
         from ray.experimental.internal_kv import _internal_kv_get
 
-        if is_autoscaler_v2(fetch_from_server=True):
-            return True
-        status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
-        return any(not kind.startswith("node_") for kind in status["autoscaler_report"]["active_nodes"])
-    return False
+        can_grow = is_autoscaler_v2(fetch_from_server=True)
+        if not can_grow:
+            status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
+            can_grow = any(not kind.startswith("node_") for kind in status["autoscaler_report"]["active_nodes"])
+    return can_grow
+
+
+@contextmanager
+def _optional() -> Iterator[None]:
+    """Go on if Ray does not answer, or not as it does in 2.60; a signal that comes meanwhile still ends the run."""
+    try:
+        yield
+    except InterruptedRunError:
+        raise
+    except Exception:
+        if stop_requested():  # Ray turns what is raised within it into errors of its own
+            raise
 
 
 def brief(error: BaseException) -> str:
@@ -264,7 +279,7 @@ def _start_here(options: RayOptions, num_items: int) -> None:
 def _keep_standard_output_clean() -> None:
     """Keep Ray from printing there that a worker died: with ``--json`` that is where the result goes."""
     # Ray 2.60 prints it even with log_to_driver=False and has no public switch; without this one it prints.
-    with suppress(Exception):
+    with _optional():
         from ray._private import worker
 
         worker._worker_logs_enabled = False

@@ -29,7 +29,8 @@ R = TypeVar("R")
 
 POLL_S = 1.0
 STOP_GRACE_S = 2.0
-"""For items to clean up after themselves; ``ray job stop`` gives the driver three seconds in all."""
+"""For items to clean up after themselves: a signal leaves a run three seconds to end in order (`interruption`), though
+``ray job stop`` gives a job that was submitted with ``stockflow submit`` thirty."""
 
 
 def run(
@@ -207,8 +208,12 @@ class _Loop(Generic[T, R]):
         return (result,)
 
     def _retry_or_raise(self, number: int, handle: _Handle, error: RayTaskError) -> None:
-        """Try storage failures again, a bounded number of times; raise all else as itself."""
+        """Try what failed on storage, or was refused memory, a bounded number of times; raise all else as itself."""
         cause = error.cause
+        if _is_out_of_memory(cause):
+            _kill(self._handles.pop(number))  # what it holds is free again, and in one piece
+            self._scheduler.lost(number, Cause.out_of_memory, brief(cause))
+            return
         if not isinstance(cause, StorageError):
             raise cause if isinstance(cause, StockflowError) else error
         self._scheduler.storage_failed(number, cause, brief(cause))
@@ -253,6 +258,13 @@ def _cause_of(error: RayError) -> Cause:
     if isinstance(error, OutOfMemoryError):
         return Cause.out_of_memory
     return Cause.preempted if getattr(error, "preempted", False) else Cause.lost
+
+
+def _is_out_of_memory(cause: BaseException) -> bool:
+    """Whether a worker was refused memory, by its node or its GPU; a budget that is too small is another matter."""
+    # By its name: torch is not imported for this.
+    is_of_system = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
+    return is_of_system and not isinstance(cause, StockflowError)
 
 
 def _kill(handle: _Handle) -> None:
