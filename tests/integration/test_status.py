@@ -13,7 +13,14 @@ import pytest
 import yaml
 
 from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
-from stockflow.errors import CheckpointError, NotFoundError, NumericsError, StockflowError
+from stockflow.errors import (
+    CheckpointError,
+    NotFoundError,
+    NumericsError,
+    OutputConflictError,
+    StockflowError,
+    StorageError,
+)
 from stockflow.execution import in_this_process
 from stockflow.manifest import Manifest, read_manifest
 from stockflow.plan import ShardPlan
@@ -197,13 +204,16 @@ def failing_merge(recipe: Path, output: str, error: BaseException) -> None:
         merge_with(recipe, output, execute)
 
 
-def test_a_merge_that_failed_says_why(recipe: Path, tmp_path: Path) -> None:
-    failing_merge(recipe, str(tmp_path / "out"), NumericsError("tensor 'a' holds NaN"))
+@pytest.mark.parametrize(
+    "error", [NumericsError("tensor 'a' holds NaN"), StorageError("no answer"), OutputConflictError("another class")]
+)
+def test_a_merge_that_failed_says_why(recipe: Path, tmp_path: Path, error: StockflowError) -> None:
+    failing_merge(recipe, str(tmp_path / "out"), error)
 
     status = read_status(output_of(str(tmp_path / "out")))
 
-    assert (status.state, status.shards_done, exit_code(status)) == ("failed", 2, 2)
-    assert "  it said: tensor 'a' holds NaN" in status_lines(status)
+    assert (status.state, status.shards_done, exit_code(status)) == ("failed", 2, error.exit_code)
+    assert f"  it said: {error}" in status_lines(status)
 
 
 def test_a_merge_that_was_killed_is_silent_and_then_dead(
