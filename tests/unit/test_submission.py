@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from stockflow import __version__, submission
 from stockflow.cli import app
 from stockflow.errors import AccessDeniedError, ComputeLostError, NotFoundError, RecipeError
-from stockflow.executors.ray.jobs import Job, LogStream, is_this_machine
+from stockflow.executors.ray.jobs import Job, LogStream
 from stockflow.submission import Request, exit_code, follow, how_it_ended, make_request
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.s3_server import free_port
@@ -264,9 +264,36 @@ def test_what_answers_is_not_what_is_needed(
     assert result[1].startswith(f"stockflow: {message.format(address)}")
 
 
-def test_paths_are_doubted_where_the_cluster_is_elsewhere() -> None:
-    assert all(map(is_this_machine, ("http://127.0.0.1:8265", "localhost:8265", "https://[::1]:8265")))
-    assert not any(map(is_this_machine, ("http://head:8265", "10.0.0.7:8265", "http://localhost.example.com:1")))
+@pytest.mark.parametrize(
+    ("url", "is_said"),
+    [
+        ("http://127.0.0.1:{}", "note: if this address is a tunnel, every node of the cluster must see "),
+        ("localhost:{}", "note: if this address is a tunnel, every node of the cluster must see "),
+        ("http://0.0.0.0:{}", "note: every node of the cluster must see "),
+    ],
+)
+def test_folders_are_named_whatever_the_address(url: str, is_said: str, recipe: Path, tmp_path: Path) -> None:
+    address = url.format(free_port())
+
+    result = CliRunner().invoke(app, ["submit", str(recipe), str(tmp_path / "out"), "--address", address])
+
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert note.startswith(f"{is_said}{tmp_path / 'out'}, {tmp_path / 'family'}")
+    assert note.endswith(", as they are here")
+
+
+def test_options_of_logs_are_the_jobs(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sequence[str]] = []
+
+    def make(recipe: str, output: str, options: Sequence[str]) -> Request:
+        asked.append(options)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr(submission, "make_request", make)
+    for options in ([], ["--log-format", "json", "--log-level", "debug"]):
+        refused(recipe, tmp_path / "out", "--address", "head:8265", *options)
+
+    assert asked == [[], ["--log-format", "json", "--log-level", "debug"]]
 
 
 # ------------------------------------------------------------------------------------------- how a job is followed

@@ -241,8 +241,8 @@ def job_api_url(address: str) -> str:
     return url
 
 
-def is_this_machine(address: str) -> bool:
-    """Return whether an address names this machine, or a tunnel that begins on it."""
+def may_be_a_tunnel(address: str) -> bool:
+    """Return whether an address is on this machine; what answers there may be a cluster anywhere."""
     host = urlsplit(job_api_url(address)).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
 
