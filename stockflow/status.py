@@ -1,13 +1,12 @@
 """How a merge stands, told from its output prefix alone: from any machine that may list and read there."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from stockflow.budget import gb
-from stockflow.claims import ABANDONED_S, beats
+from stockflow.claims import ABANDONED_S, HEARTBEAT_S, beats, run_key
 from stockflow.errors import NotFoundError
 from stockflow.manifest import RECORDS, read_claim, read_manifest, receipt_folder
 from stockflow.storage import Store, redact
@@ -17,6 +16,10 @@ State = Literal["finished", "running", "silent", "failed", "stopped", "dead"]
 
 SILENT_S = 60.0
 """Six heartbeats missed: a run that is at work would have been seen."""
+BEAT_DUE_S = 2 * HEARTBEAT_S
+"""One that is at work beats in this time."""
+ENDS = ("finished", "failed", "stopped")
+"""what the last report of a run calls its stage"""
 NUM_SHOWN = 20
 """Workers that are listed for people."""
 
@@ -60,21 +63,8 @@ def read_status(store: Store) -> Status:
         CheckpointError: one of them cannot be read.
         AccessDeniedError: the credentials may not list or read there.
     """
-    with suppress(NotFoundError):
-        manifest = read_manifest(store)
-        sizes = [file.size for name, file in manifest.files.items() if name.endswith(".safetensors")]
-        return Status(
-            output=redact(store.url),
-            plan_id=manifest.plan_id,
-            state="finished",
-            seen_s_ago=None,
-            num_runs=0,
-            shards=len(sizes),
-            shards_done=len(sizes),
-            bytes_done=sum(sizes),
-            bytes_to_write=sum(sizes),
-            progress=read_progress(store, manifest.plan_id),
-        )
+    if finished := _finished(store):
+        return finished
     try:
         claim = read_claim(store)
     except NotFoundError:
@@ -83,7 +73,9 @@ def read_status(store: Store) -> Status:
             f"{redact(store.url)} has neither a manifest nor a claim of stockflow: no merge began there. "
             "Check the location, or wait until the merge has planned"
         ) from None
-    return _unfinished(store, claim.plan_id, claim.heartbeat)
+    status = _unfinished(store, claim.plan_id, claim.heartbeat)
+    # It may have published, and taken its record away, between the first look and the listing.
+    return (_finished(store) if status.is_over else None) or status
 
 
 def status_lines(status: Status) -> Iterator[str]:
@@ -130,22 +122,43 @@ def exit_code(status: Status) -> int:
     return reported or 5
 
 
+def _finished(store: Store) -> Status | None:
+    try:
+        manifest = read_manifest(store)
+    except NotFoundError:
+        return None
+    sizes = [file.size for name, file in manifest.files.items() if name.endswith(".safetensors")]
+    return Status(
+        output=redact(store.url),
+        plan_id=manifest.plan_id,
+        state="finished",
+        seen_s_ago=None,
+        num_runs=0,
+        shards=len(sizes),
+        shards_done=len(sizes),
+        bytes_done=sum(sizes),
+        bytes_to_write=sum(sizes),
+        progress=read_progress(store, manifest.plan_id),
+    )
+
+
 def _unfinished(store: Store, plan_id: str, claimed: float) -> Status:
     progress = read_progress(store, plan_id)
     present = store.list_top()
     receipts = receipt_folder(plan_id)
     keys = store.list(RECORDS)
     done = [name for key in keys if key.startswith(receipts) and (name := _shard_of(key, receipts)) in present]
-    seen = beats(store, keys, plan_id)
-    last = max([claimed, *seen, *([progress.updated] if progress else [])])
-    seen_s_ago = max(time.time() - last, 0.0)
+    now = time.time()
+    alive = _alive(store, keys, plan_id, progress, now)
+    last = max([claimed, *alive, *([progress.updated] if progress else [])])
+    seen_s_ago = max(now - last, 0.0)
     num_written = sum(present[name].size for name in done)
     return Status(
         output=redact(store.url),
         plan_id=plan_id,
-        state=_state(progress, seen_s_ago, has_run=bool(seen)),
+        state=_state(progress, seen_s_ago, has_run=bool(alive)),
         seen_s_ago=seen_s_ago,
-        num_runs=sum(time.time() - beat < SILENT_S for beat in seen),
+        num_runs=sum(now - beat < SILENT_S for beat in alive),
         shards=progress.shards if progress else None,
         shards_done=len(done),
         bytes_done=max(num_written, progress.bytes_done if progress else 0),
@@ -154,11 +167,24 @@ def _unfinished(store: Store, plan_id: str, claimed: float) -> Status:
     )
 
 
+def _alive(store: Store, keys: Iterable[str], plan_id: str, progress: Progress | None, now: float) -> Sequence[float]:
+    """Return when each run that may still be at work was last seen.
+
+    A run that ends takes its record away. One that is killed cannot: its record stays and must not hide, for ever or
+    for a quarter of an hour, how a later run ended. Who has beaten since that end is at work, or has just now.
+    """
+    if progress is None or progress.stage not in ENDS:
+        return [beat for beat in beats(store, keys, plan_id) if now - beat < ABANDONED_S]
+    others = [key for key in keys if key != run_key(plan_id, progress.run)]
+    since = min(progress.updated, now - BEAT_DUE_S)
+    return [beat for beat in beats(store, others, plan_id) if beat > since and now - beat < ABANDONED_S]
+
+
 def _state(progress: Progress | None, seen_s_ago: float, *, has_run: bool) -> State:
-    """Judge an unfinished merge. A run that ends takes its record away; one that is killed cannot."""
-    if has_run and seen_s_ago < ABANDONED_S:
+    """Judge an unfinished merge."""
+    if has_run:
         return "running" if seen_s_ago < SILENT_S else "silent"
-    if not has_run and progress and progress.stage in ("failed", "stopped"):
+    if progress and progress.stage in ("failed", "stopped"):
         return "failed" if progress.stage == "failed" else "stopped"
     return "dead"
 

@@ -8,7 +8,8 @@ import hashlib
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from stockflow.errors import (
     RecipeError,
 )
 from stockflow.recipe import Recipe, load_recipe, resolve_location
+from stockflow.recipe.document import read_yaml
 from stockflow.storage import StorageConfig, open_store, redact
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 MAX_ENTRYPOINT_BYTES = 100_000
 """Linux hands a program no argument of 128 KiB or more, and the entrypoint is one of the shell's."""
 STOP_S = 30
-"""How long a driver that is asked to end may clean up; Ray gives it 3 s (2.60)."""
+"""When Ray kills a driver that it has asked to end: after 3 s if not told otherwise (2.60). It ends by itself after
+seven at most (``interruption``); a busy head is slow to see that."""
 LOOK_S = 1.0
 SILENCE_S = 60.0
 """A driver says something every five seconds; a stream without a word for so long may be a dead connection."""
@@ -39,7 +42,8 @@ LOST_S = 300.0
 KILLED = (-9, 137)
 EXIT_STOPPED = 143
 """what a driver that Ray stops exits with; Ray does not record it"""
-_PATH = re.compile(r""""([/][^"]*)"|'([/][^']*)'|([/][^\s,\]}'"]*)""")
+MAX_AROUND_CHARS = 10_000
+"""what Ray says before it repeats the entrypoint; later it will not"""
 
 OnText = Callable[[str], None]
 
@@ -139,32 +143,36 @@ def follow(jobs: "Jobs", job_id: str, on_text: OnText, on_note: OnText, *, entry
         AccessDeniedError: the token is no longer accepted.
         ComputeLostError: the cluster no longer knows the job, or did not answer for long.
     """
-    log = _Log(jobs, job_id, on_text, entrypoint)
-    heard, told = time.monotonic(), ""
-    while True:
-        log.read(LOOK_S)
-        try:
-            job, heard = jobs.job(job_id), time.monotonic()
-        except AccessDeniedError:
-            raise
-        except NotFoundError as error:
-            raise ComputeLostError(f"{error}. Submit the same again to resume") from None
-        except ComputeLostError as error:
-            if time.monotonic() - heard > LOST_S:
-                raise ComputeLostError(
-                    f"{error}. It was tried for {LOST_S:.0f} s; the job may go on: submit the same again to follow it"
-                ) from None
-            if told != "lost":
-                told = "lost"
-                on_note(f"the head does not answer; trying for up to {LOST_S:.0f} s")
-            time.sleep(LOOK_S)
-            continue
-        if job.is_over:
-            log.finish()
-            return job
-        if job.status == "PENDING" and time.monotonic() - log.began > 10 and told != job.message:
-            told = job.message
-            on_note(f"the job waits to be started: {job.message}")
+    with closing(_Log(jobs, job_id, on_text, entrypoint)) as log:
+        heard, told = time.monotonic(), ""
+        while True:
+            log.read(LOOK_S)
+            try:
+                job, heard = jobs.job(job_id), time.monotonic()
+            except AccessDeniedError:
+                raise
+            except NotFoundError as error:
+                raise ComputeLostError(f"{error}. Submit the same again to resume") from None
+            except ComputeLostError as error:
+                if time.monotonic() - heard > LOST_S:
+                    raise ComputeLostError(
+                        f"{error}. It was tried for {LOST_S:.0f} s; the job may go on: submit the same again to "
+                        "follow it"
+                    ) from None
+                if told != "lost":
+                    told = "lost"
+                    on_note(f"the head does not answer; trying for up to {LOST_S:.0f} s")
+                time.sleep(LOOK_S)
+                continue
+            if job.is_over:
+                try:
+                    log.finish()
+                except (ComputeLostError, NotFoundError, AccessDeniedError) as error:
+                    on_note(f"the job is over, and the last of what it said is missing here: {error}")
+                return job
+            if job.status == "PENDING" and time.monotonic() - log.began > 10 and told != job.message:
+                told = job.message
+                on_note(f"the job waits to be started: {job.message}")
 
 
 def exit_code(job: "Job") -> int:
@@ -230,14 +238,21 @@ class _Log:
                 self._show(part)
             elif part is None or time.monotonic() - self._heard > SILENCE_S:
                 time.sleep(max(until - time.monotonic(), 0.0))
+                self.close()
                 self._begin()
 
     def finish(self) -> None:
         """Pass on what the stream still owes."""
         self._position = 0
-        self._show(self._jobs.logs(self._job_id))
-        if self._held:  # it never came to that
-            self._on_text(self._held)
+        try:
+            self._show(self._jobs.logs(self._job_id))
+        finally:
+            if self._held:  # it never came to that
+                self._on_text(self._held)
+
+    def close(self) -> None:
+        """Read no more."""
+        self._stream.close()
 
     def _show(self, part: str) -> None:
         new = part[max(self._num_seen - self._position, 0) :]
@@ -249,6 +264,8 @@ class _Log:
             if found:
                 self._preamble = self._held = ""
                 new = new.removeprefix("\n")
+            elif len(self._held) > len(self._preamble) + MAX_AROUND_CHARS:
+                new, self._preamble, self._held = self._held, "", ""
         if new:
             self._on_text(new)
 
@@ -267,6 +284,7 @@ def _script(words: Sequence[str], recipe: str) -> str:
 
     Becoming it is what makes the job's exit code and the signal of a stop the merge's own.
     """
+    recipe = recipe.replace("\r\n", "\n").replace("\r", "\n")  # Ray's logs, where followers look for it, have no other
     end = "RECIPE"
     while end in recipe.splitlines():
         end += "_"
@@ -287,7 +305,7 @@ def _local_inputs(recipe: Recipe) -> list[str]:
     Raises:
         RecipeError: one is not written as the absolute path it is: elsewhere it would be another one.
     """
-    written = {resolve_location(next(filter(None, found))) for found in _PATH.findall(recipe.text)}
+    written = {*_absolute_paths(read_yaml(recipe.text, "the recipe").plain())}
     folders = [location for location in recipe.checkpoints if "://" not in location]
     for folder in folders:
         if folder not in written:
@@ -296,3 +314,16 @@ def _local_inputs(recipe: Recipe) -> list[str]:
                 "cluster: write the absolute path, or better an address in object storage"
             )
     return folders
+
+
+def _absolute_paths(value: object) -> Iterator[str]:
+    """Yield the folders that a document names by where they are from the root, as recipes resolve them."""
+    if isinstance(value, dict):
+        for child in value.values():
+            yield from _absolute_paths(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _absolute_paths(child)
+    elif isinstance(value, str) and value.startswith(("/", "file://")):
+        with suppress(RecipeError):  # no location at all
+            yield resolve_location(value)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from stockflow.claims import HEARTBEAT_S
 from stockflow.errors import CheckpointError, NotFoundError, OutputConflictError, StockflowError, StorageError
 from stockflow.interruption import finishing
-from stockflow.manifest import progress_key
+from stockflow.manifest import progress_key, read_claim
 from stockflow.plan import MergePlan
 from stockflow.receipts import Receipt
 from stockflow.records import fields_of, parse_record
@@ -27,6 +27,8 @@ MAX_PROGRESS_BYTES = 16_000_000
 LATELY_S = 60.0
 """Rates are those of the last minute, and of all of it."""
 SAMPLE_S = 1.0
+LAST_REPORT_S = 5.0
+"""How long a run that storage has failed waits for it to take the last report."""
 
 PLANNING = "planning"
 """the stage before the output prefix is claimed; nothing is reported of it"""
@@ -124,6 +126,7 @@ class Tracker:
         self._resumed: dict[str, int] = {}
         self._done: dict[str, int] = {}
         self._in_flight: dict[str, InFlight] = {}
+        self._sizes = {shard.file: shard.num_bytes for shard in plan.shards}
         self._retries: Counter[str] = Counter()
         self._read = self._written = 0
         self._samples = deque([(self._started, 0, 0)])
@@ -210,7 +213,9 @@ class Tracker:
             passed = max(now - since, 1e-9)
             num_to_write = self.plan.num_output_bytes
             num_finished = sum(self._resumed.values()) + sum(self._done.values())
-            num_done = min(max(num_finished, sum(self._resumed.values()) + self._written), num_to_write)
+            # What lost workers wrote was written in vain, and nobody says how much of it there is.
+            num_possible = num_finished + sum(self._sizes[shard] for shard in self._in_flight)
+            num_done = max(num_finished, min(sum(self._resumed.values()) + self._written, num_possible, num_to_write))
             written_lately = (self._written - written_before) / passed
             return Progress(
                 plan_id=self.plan.plan_id,
@@ -264,10 +269,25 @@ def reported(store: Store, tracker: Tracker) -> Iterator[Callable[[], None]]:
             with finishing(), suppress(StockflowError):  # status then finds that no run is at work
                 report()
 
+    def report_if_taken(error: StockflowError) -> None:
+        """Try it once, where storage may be gone or the prefix another one's; nothing waits for it for long."""
+
+        def attempt() -> None:
+            with suppress(StockflowError):
+                if isinstance(error, StorageError) or read_claim(store).plan_id == tracker.plan.plan_id:
+                    report()
+
+        if tracker.has_begun:
+            tracker.end("failed", error)
+            thread = threading.Thread(target=attempt, name="last report", daemon=True)
+            thread.start()
+            thread.join(LAST_REPORT_S)
+
     try:
         yield report
-    except (OutputConflictError, StorageError):
-        raise  # the prefix is another one's; or it would keep the run from ending until the store is given up again
+    except (OutputConflictError, StorageError) as error:
+        report_if_taken(error)
+        raise
     except BaseException as error:
         report_end("stopped" if getattr(error, "exit_code", 0) in (130, 143) else "failed", error)
         raise

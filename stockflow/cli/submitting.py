@@ -15,6 +15,10 @@ from stockflow.cli.options import (
     DeviceName,
     GpusPerWorker,
     Label,
+    LogFormat,
+    LogFormatName,
+    LogLevel,
+    LogLevelName,
     Memory,
     MetricsPort,
     OutputArgument,
@@ -65,6 +69,8 @@ def submit(
     shard_timeout: ShardTimeout = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    log_format: LogFormat = LogFormatName.text,
+    log_level: LogLevel = LogLevelName.info,
     metrics_port: MetricsPort = None,
 ) -> None:
     """Merge as RECIPE says in a Ray cluster, as a job, and publish the result at OUTPUT.
@@ -91,15 +97,19 @@ def submit(
             *_option("--shard-timeout", shard_timeout),
             *_option("--device", device.value if device is not DeviceName.auto else None),
             *(["--overwrite"] if overwrite else []),
+            *_option("--log-format", log_format.value if log_format is not LogFormatName.text else None),
+            *_option("--log-level", log_level.value if log_level is not LogLevelName.info else None),
             *_option("--metrics-port", metrics_port),
         ]
         request = submission.make_request(recipe, output, options)
         from stockflow.executors.ray import RayOptions
-        from stockflow.executors.ray.jobs import Jobs, is_this_machine
+        from stockflow.executors.ray.jobs import Jobs, may_be_a_tunnel
 
         RayOptions(gpus_per_worker=gpus_per_worker, labels=labels)
-        if request.paths and not is_this_machine(address):
-            _say(f"note: every node of the cluster must see {', '.join(map(redact, request.paths))}, as they are here")
+        if request.paths:
+            where = "if this address is a tunnel, " if may_be_a_tunnel(address) else ""
+            paths = ", ".join(map(redact, request.paths))
+            _note(f"{where}every node of the cluster must see {paths}, as they are here")
         jobs = Jobs(address)
         submitted = submission.submit(jobs, request)
         _say(f"{'submitted' if submitted.is_new else 'at work already:'} job {submitted.job_id} at {jobs.address}")

@@ -140,4 +140,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level: LogLevel = "error" if record.levelno >= logging.ERROR else "warning"
-        self._lines.write(level, record.getMessage(), logger=record.name)
+        try:
+            self._lines.write(level, record.getMessage(), logger=record.name)
+        except Exception:  # a library's mistake must not end the merge that it logs for
+            self.handleError(record)

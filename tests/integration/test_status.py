@@ -13,8 +13,16 @@ import pytest
 import yaml
 
 from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
-from stockflow.errors import CheckpointError, NotFoundError, NumericsError, StockflowError
+from stockflow.errors import (
+    CheckpointError,
+    NotFoundError,
+    NumericsError,
+    OutputConflictError,
+    StockflowError,
+    StorageError,
+)
 from stockflow.execution import in_this_process
+from stockflow.manifest import Manifest, read_manifest
 from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
@@ -196,13 +204,16 @@ def failing_merge(recipe: Path, output: str, error: BaseException) -> None:
         merge_with(recipe, output, execute)
 
 
-def test_a_merge_that_failed_says_why(recipe: Path, tmp_path: Path) -> None:
-    failing_merge(recipe, str(tmp_path / "out"), NumericsError("tensor 'a' holds NaN"))
+@pytest.mark.parametrize(
+    "error", [NumericsError("tensor 'a' holds NaN"), StorageError("no answer"), OutputConflictError("another class")]
+)
+def test_a_merge_that_failed_says_why(recipe: Path, tmp_path: Path, error: StockflowError) -> None:
+    failing_merge(recipe, str(tmp_path / "out"), error)
 
     status = read_status(output_of(str(tmp_path / "out")))
 
-    assert (status.state, status.shards_done, exit_code(status)) == ("failed", 2, 2)
-    assert "  it said: tensor 'a' holds NaN" in status_lines(status)
+    assert (status.state, status.shards_done, exit_code(status)) == ("failed", 2, error.exit_code)
+    assert f"  it said: {error}" in status_lines(status)
 
 
 def test_a_merge_that_was_killed_is_silent_and_then_dead(
@@ -223,6 +234,64 @@ def test_a_merge_that_was_killed_is_silent_and_then_dead(
 
     assert states == {30: "running", 120: "silent", 1200: "dead"}
     assert (ended.state, exit_code(ended)) == ("dead", 5)
+
+
+@pytest.mark.parametrize("beaten_s_ago", [30, 1200])
+def test_the_record_of_a_killed_run_does_not_hide_how_the_next_one_failed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beaten_s_ago: float
+) -> None:
+    """Nobody removes that record until `stockflow clean`."""
+    failing_merge(recipe, str(tmp_path / "out"), NumericsError("tensor 'a' holds NaN"))
+    killed = leave_record(tmp_path / "out", beaten_s_ago)
+    now = time.time()
+
+    states = []
+    for passed_s in (0, 60):
+        monkeypatch.setattr("stockflow.status.time.time", lambda passed_s=passed_s: now + passed_s)
+        status = read_status(output_of(str(tmp_path / "out")))
+        states.append((status.state, exit_code(status)))
+    monkeypatch.undo()
+    killed.write_text(json.dumps({"heartbeat": time.time() + 1}))
+    resumed = read_status(output_of(str(tmp_path / "out")))
+
+    assert states == [("failed", 2), ("failed", 2)]
+    assert (resumed.state, resumed.num_runs) == ("running", 1), "a beat after that end is a run at work"
+
+
+def test_a_run_goes_on_though_another_one_has_just_failed(recipe: Path, tmp_path: Path) -> None:
+    """It beats every ten seconds, so its last beat is before that end."""
+    failing_merge(recipe, str(tmp_path / "out"), NumericsError("tensor 'a' holds NaN"))
+    leave_record(tmp_path / "out", 5)
+
+    assert read_status(output_of(str(tmp_path / "out"))).state == "running"
+
+
+def leave_record(output: Path, beaten_s_ago: float) -> Path:
+    """Leave what a run leaves that is killed with SIGKILL, and return it."""
+    (report,) = output.glob("_stockflow/*/progress.json")
+    record = report.parent / "runs" / "0123456789abcdef.json"
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps({"heartbeat": time.time() - beaten_s_ago}))
+    return record
+
+
+def test_a_merge_that_publishes_while_it_is_looked_at_is_finished(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = output_of(str(tmp_path / "out"))
+    merge_with(recipe, store.url, in_this_process)
+    answers: list[Exception] = [NotFoundError("not yet")]
+
+    def not_at_first(store: Store) -> Manifest:
+        if answers:
+            raise answers.pop()
+        return read_manifest(store)
+
+    monkeypatch.setattr("stockflow.status.read_manifest", not_at_first)
+    status = read_status(store)
+
+    assert not answers
+    assert (status.state, exit_code(status)) == ("finished", 0)
 
 
 def test_the_shards_of_a_run_that_reported_nothing_are_counted(recipe: Path, tmp_path: Path) -> None:

@@ -146,9 +146,27 @@ def test_it_says_and_does_what_the_merge_does(cluster: Cluster, recipe: Path, tm
     assert (done.code, again.code) == (0, 0), done.out + done.err + again.out
     assert done.out.startswith("opening checkpoints\n")
     assert done.out.splitlines()[-2:] == [f"output: {tmp_path}/out", f"next: stockflow verify {tmp_path}/out"]
-    assert done.err.splitlines() == [f"submitted job {done.job} at {cluster.url}", f"job {done.job}: done"]
+    note, *rest = done.err.splitlines()
+    assert note.startswith(f"note: if this address is a tunnel, every node of the cluster must see {tmp_path}/out, ")
+    assert rest == [f"submitted job {done.job} at {cluster.url}", f"job {done.job}: done"]
     assert again.job == f"{done.job}-2"
     assert "already finished" in again.out
+
+
+def test_a_log_for_collectors_is_passed_on_as_it_comes_for_a_recipe_from_windows(
+    cluster: Cluster, recipe: Path, tmp_path: Path
+) -> None:
+    recipe.write_bytes(recipe.read_bytes().replace(b"\n", b"\r\n"))
+    with occupied(cluster) as let_go:
+        process = start(cluster, recipe, tmp_path / "out", *WAITS, "--log-format", "json", "--log-level", "debug")
+        first = json.loads(wait_for_line(process, "merging"))  # while it runs, though it cannot end
+        let_go()
+        done = ended(process)
+
+    assert done.code == 0, done.out + done.err
+    assert first["plan"]
+    lines = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+    assert (lines[-1]["exit_code"], {"debug", "info"} <= {line["level"] for line in lines}) == (0, True)
 
 
 def test_no_credential_reaches_the_cluster(
@@ -213,7 +231,7 @@ def test_a_wrong_token_submits_nothing(cluster: Cluster, recipe: Path, tmp_path:
 
     for done in (wrong, none):
         assert (done.code, done.out) == (2, "")
-        assert done.err.startswith(f"stockflow: the cluster at {cluster.url} does not accept this token")
+        assert f"\nstockflow: the cluster at {cluster.url} does not accept this token" in done.err
         assert "a-wrong-one" not in done.err
     assert cluster.ask("/api/jobs/")[1] == before
 
@@ -277,7 +295,7 @@ def test_who_leaves_leaves_the_job_alone_and_may_come_back(cluster: Cluster, rec
 
     assert (terminated.code, interrupted.code, other.code, unfollowed.code) == (143, 130, 2, 0)
     assert {terminated.job, interrupted.job, unfollowed.job, finished.job} == {terminated.job}
-    assert interrupted.err.startswith(f"at work already: job {terminated.job} at {cluster.url}\n")
+    assert f"\nat work already: job {terminated.job} at {cluster.url}\n" in interrupted.err
     for left in (terminated, interrupted, unfollowed):
         assert f"  stop: ray job stop --address {cluster.url} {terminated.job}\n" in left.err
         assert f"  status: stockflow status {out} --watch\n" in left.err

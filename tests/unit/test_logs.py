@@ -280,3 +280,16 @@ def test_levels_and_fields_are_documented() -> None:
     fields = {name for line in logged(EVENTS, error=RuntimeError("x")) for name in line}
 
     assert [name for name in {*fields, *LINES_BY_LEVEL} - {"unit"} if f"`{name}`" not in page] == []
+
+
+def test_a_library_that_logs_wrongly_does_not_end_the_merge(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own raise what goes wrong
+
+    with LogLines(stream, interval_s=NEVER_S):
+        logging.getLogger("library").warning("%d files", "many")
+
+    assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["done"]
+    assert "%d files" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What is submitted to a cluster, and what is refused before one is asked."""
 
+import asyncio
 import os
 import re
 import subprocess
@@ -7,16 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
+from aiohttp import web
+from ray.job_submission import JobSubmissionClient
 from typer.testing import CliRunner
 
 from stockflow import __version__, submission
 from stockflow.cli import app
-from stockflow.errors import ComputeLostError, NotFoundError, RecipeError
-from stockflow.executors.ray.jobs import Job, is_this_machine
+from stockflow.errors import AccessDeniedError, ComputeLostError, NotFoundError, RecipeError
+from stockflow.executors.ray.jobs import Job, LogStream
 from stockflow.submission import Request, exit_code, follow, how_it_ended, make_request
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.s3_server import free_port
@@ -86,6 +89,16 @@ def test_a_recipe_may_hold_the_word_that_ends_it(tmp_path: Path) -> None:
     assert run_entrypoint(request, THIS + "cat", tmp_path).stdout == text
 
 
+@pytest.mark.parametrize("newline", ["\r\n", "\r"])
+def test_the_newlines_of_a_recipe_are_those_of_the_log_that_repeats_it(
+    newline: str, recipe: Path, tmp_path: Path
+) -> None:
+    plain = make_request(str(recipe), str(tmp_path / "out"))
+    recipe.write_bytes(recipe.read_bytes().replace(b"\n", newline.encode()))
+
+    assert make_request(str(recipe), str(tmp_path / "out")) == plain
+
+
 @pytest.mark.parametrize(
     ("program", "message"),
     [
@@ -147,6 +160,18 @@ def test_folders_must_mean_the_same_on_the_cluster(
         make_request(str(recipe), "out")
 
     assert paths == through_a_link == (str(tmp_path / "out"), str(family.base), *map(str, family.tuned))
+
+
+@pytest.mark.parametrize("written", ["{}", '"{}"', "file://{}", '"file://{}"'])
+def test_folders_may_have_spaces_and_commas_in_their_names(written: str, tmp_path: Path) -> None:
+    family = make_family(tmp_path / "my models, a", 2, {"w": (10, 10)})
+    recipe = tmp_path / "recipe.yaml"
+    models = "".join(f"  - model: {written.format(folder)}\n" for folder in family.tuned)
+    recipe.write_text(f"merge_method: model_stock\nbase_model: {written.format(family.base)}\nmodels:\n{models}")
+
+    paths = make_request(str(recipe), str(tmp_path / "out")).paths
+
+    assert paths == (str(tmp_path / "out"), str(family.base), *map(str, family.tuned))
 
 
 def test_bad_requests_are_refused_without_a_cluster(recipe: Path, tmp_path: Path) -> None:
@@ -239,9 +264,36 @@ def test_what_answers_is_not_what_is_needed(
     assert result[1].startswith(f"stockflow: {message.format(address)}")
 
 
-def test_paths_are_doubted_where_the_cluster_is_elsewhere() -> None:
-    assert all(map(is_this_machine, ("http://127.0.0.1:8265", "localhost:8265", "https://[::1]:8265")))
-    assert not any(map(is_this_machine, ("http://head:8265", "10.0.0.7:8265", "http://localhost.example.com:1")))
+@pytest.mark.parametrize(
+    ("url", "is_said"),
+    [
+        ("http://127.0.0.1:{}", "note: if this address is a tunnel, every node of the cluster must see "),
+        ("localhost:{}", "note: if this address is a tunnel, every node of the cluster must see "),
+        ("http://0.0.0.0:{}", "note: every node of the cluster must see "),
+    ],
+)
+def test_folders_are_named_whatever_the_address(url: str, is_said: str, recipe: Path, tmp_path: Path) -> None:
+    address = url.format(free_port())
+
+    result = CliRunner().invoke(app, ["submit", str(recipe), str(tmp_path / "out"), "--address", address])
+
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert note.startswith(f"{is_said}{tmp_path / 'out'}, {tmp_path / 'family'}")
+    assert note.endswith(", as they are here")
+
+
+def test_options_of_logs_are_the_jobs(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sequence[str]] = []
+
+    def make(recipe: str, output: str, options: Sequence[str]) -> Request:
+        asked.append(options)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr(submission, "make_request", make)
+    for options in ([], ["--log-format", "json", "--log-level", "debug"]):
+        refused(recipe, tmp_path / "out", "--address", "head:8265", *options)
+
+    assert asked == [[], ["--log-format", "json", "--log-level", "debug"]]
 
 
 # ------------------------------------------------------------------------------------------- how a job is followed
@@ -250,13 +302,20 @@ def test_paths_are_doubted_where_the_cluster_is_elsewhere() -> None:
 class Scripted:
     """A cluster whose streams and answers are given; real ones cannot be broken at will."""
 
-    def __init__(self, log: str, streams: Sequence[Sequence[str | None]], answers: Sequence[Job | Exception]) -> None:
+    def __init__(
+        self, log: str | Exception, streams: Sequence[Sequence[str | None]], answers: Sequence[Job | Exception]
+    ) -> None:
         self._log, self._streams, self._answers = log, iter(streams), iter(answers)
         self._parts: Iterator[str | None] = iter(())
+        self.num_open = 0
 
     def stream(self, job_id: str) -> "Scripted":
         self._parts = iter(next(self._streams))
+        self.num_open += 1
         return self
+
+    def close(self) -> None:
+        self.num_open -= 1
 
     def read(self, timeout_s: float) -> str | None:
         return next(self._parts, None)
@@ -268,6 +327,8 @@ class Scripted:
         return answer
 
     def logs(self, job_id: str) -> str:
+        if isinstance(self._log, Exception):
+            raise self._log
         return self._log
 
 
@@ -279,7 +340,10 @@ def followed(monkeypatch: pytest.MonkeyPatch, jobs: Any, entrypoint: str = "") -
     monkeypatch.setattr(submission, "LOOK_S", 0.01)
     said: list[str] = []
     notes: list[str] = []
-    follow(jobs, "j", said.append, notes.append, entrypoint=entrypoint)
+    try:
+        assert follow(jobs, "j", said.append, notes.append, entrypoint=entrypoint) == DONE
+    finally:
+        assert jobs.num_open == 0
     return "".join(said), notes
 
 
@@ -307,6 +371,79 @@ def test_a_head_that_is_silent_for_a_while_is_waited_for(monkeypatch: pytest.Mon
         followed(monkeypatch, Scripted("", [[]] * 9, [RUNNING, *gone]))
     with pytest.raises(ComputeLostError, match="Submit the same again to resume"):
         followed(monkeypatch, Scripted("", [[]] * 9, [RUNNING, NotFoundError("not known")]))
+
+
+@pytest.mark.parametrize("error", [ComputeLostError("no head"), NotFoundError("no job"), AccessDeniedError("no token")])
+def test_a_log_that_cannot_be_read_leaves_the_result(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, notes = followed(monkeypatch, Scripted(error, [["one\n"], *[[]] * 9], [RUNNING, DONE]), "never said")
+
+    assert said == "one\n"
+    assert notes == [f"the job is over, and the last of what it said is missing here: {error}"]
+
+
+def test_what_is_held_for_an_entrypoint_that_never_comes_is_shown_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = "".join(f"line {number}\n" for number in range(2000))
+    shown_while: list[int] = []
+    said: list[str] = []
+
+    class Looked(Scripted):
+        def job(self, job_id: str) -> Job:
+            shown_while.append(len("".join(said)))
+            return super().job(job_id)
+
+    monkeypatch.setattr(submission, "LOOK_S", 0.01)
+    jobs: Any = Looked(log, [[log, None], *[[]] * 9], [RUNNING, DONE])
+    follow(jobs, "j", said.append, lambda note: None, entrypoint="stockflow\nmerge")
+
+    assert shown_while[0] == len(log)
+    assert "".join(said) == log
+
+
+def test_a_stream_that_is_closed_gives_up_its_connection_and_thread() -> None:
+    """A server of websockets that never says a word; Ray's own client."""
+    opened, closed = Event(), Event()
+
+    async def silent(request: web.Request) -> web.WebSocketResponse:
+        answer = web.WebSocketResponse()
+        await answer.prepare(request)
+        opened.set()
+        async for _ in answer:
+            pass
+        closed.set()
+        return answer
+
+    with serving(silent) as address:
+        client = JobSubmissionClient.__new__(JobSubmissionClient)
+        client._address, client._cookies, client._headers, client._ssl_context = address, None, None, None
+        stream = LogStream(client, "j")
+        assert opened.wait(30)
+        assert stream.read(0.01) == ""
+        stream.close()
+        assert stream.read(30) is None
+        assert closed.wait(30)
+        at_once = LogStream(client, "j")
+        at_once.close()
+        assert at_once.read(30) is None
+
+
+@contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    """Serve the log of a job on a thread."""
+    loop, port = asyncio.new_event_loop(), free_port()
+    application = web.Application()
+    application.router.add_get("/api/jobs/j/logs/tail", handler)
+    runner = web.AppRunner(application)
+    loop.run_until_complete(runner.setup())
+    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", port).start())
+    thread = Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
 
 
 @pytest.mark.parametrize(

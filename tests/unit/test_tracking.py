@@ -1,7 +1,9 @@
 """What progress.json says, at times that the test chooses; the arithmetic is done again here."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from stockflow.errors import (
     OutputConflictError,
     StorageError,
 )
+from stockflow.manifest import CLAIM_FILE, Claim
 from stockflow.plan import MergePlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
@@ -83,6 +86,22 @@ def test_a_merge_in_the_middle(plan: MergePlan) -> None:
     assert now.retries == {"lost": 1, "read": 3}
 
 
+def test_what_lost_workers_wrote_is_not_done(plan: MergePlan) -> None:
+    tracker, files = begun(plan, Clock()), [shard.file for shard in plan.shards]
+    for attempt in range(3):
+        tracker.on_begin(files[0], f"node:{attempt}")
+        tracker.on_bytes(0, plan.shards[0].num_bytes - 1)
+        tracker.on_failure("lost", files[0])
+    lost_all = tracker.progress().bytes_done
+    tracker.on_begin(files[0], "node:3")
+    tracker.on_bytes(0, plan.shards[0].num_bytes)
+    at_work = tracker.progress().bytes_done
+    tracker.on_shard(receipt(plan, 0))
+
+    assert lost_all == 0
+    assert at_work == tracker.progress().bytes_done == plan.shards[0].num_bytes
+
+
 def test_rates_are_of_the_last_minute_and_of_all(plan: MergePlan) -> None:
     clock = Clock()
     tracker = begun(plan, clock)
@@ -126,8 +145,9 @@ def store(tmp_path: Path) -> Store:
         (NumericsError("tensor 'a' holds NaN"), "failed", 2, "tensor 'a' holds NaN"),
         (InterruptedRunError("stopped by SIGINT"), "stopped", 130, "stopped by SIGINT"),
         (ZeroDivisionError("secret"), "failed", None, "ZeroDivisionError"),
+        (StorageError("s3://b: no answer"), "failed", 3, "s3://b: no answer"),
     ],
-    ids=["a mistake", "a signal", "a bug"],
+    ids=["a mistake", "a signal", "a bug", "storage"],
 )
 def test_how_a_run_ended_is_reported(
     plan: MergePlan, store: Store, error: Exception, stage: str, exit_code: int | None, message: str
@@ -143,14 +163,43 @@ def test_how_a_run_ended_is_reported(
     assert (last.stage, last.exit_code, last.message, last.in_flight) == (stage, exit_code, message, ())
 
 
-@pytest.mark.parametrize("error", [OutputConflictError("taken"), StorageError("gone")])
-def test_nothing_is_written_where_the_prefix_is_anothers_or_storage_is_gone(
-    plan: MergePlan, store: Store, error: Exception
+@pytest.mark.parametrize("owner", [None, "another plan", "this plan"])
+def test_a_conflict_is_reported_only_where_the_prefix_is_still_ours(
+    plan: MergePlan, store: Store, owner: str | None
 ) -> None:
-    with pytest.raises(type(error)), reported(store, begun(plan, Clock())):
-        raise error
+    if owner is not None:
+        claim = Claim.now(plan.plan_id if owner == "this plan" else "0" * 64)
+        store.put(CLAIM_FILE, claim.to_json())
 
-    assert read_progress(store, plan.plan_id) is None
+    with pytest.raises(OutputConflictError), reported(store, begun(plan, Clock())):
+        raise OutputConflictError("another class")
+
+    last = read_progress(store, plan.plan_id)
+    told = None if last is None else (last.stage, last.exit_code, last.message)
+    assert told == (("failed", 2, "another class") if owner == "this plan" else None)
+
+
+@pytest.mark.parametrize("answer", ["refuses", "hangs"])
+def test_storage_that_is_gone_does_not_keep_a_run_from_ending(
+    plan: MergePlan, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, ended, waited = threading.Event(), threading.Event(), threading.Event()
+
+    class Gone:
+        def put(self, key: str, payload: bytes) -> None:
+            tried.set()
+            if answer == "hangs" and not ended.wait(60):
+                waited.set()
+            raise StorageError("still gone")
+
+    monkeypatch.setattr("stockflow.tracking.LAST_REPORT_S", 0.1)
+    store: Any = Gone()
+    with pytest.raises(StorageError, match=r"^gone$"), reported(store, begun(plan, Clock())):
+        raise StorageError("gone")
+    ended.set()
+
+    assert tried.wait(60)
+    assert not waited.is_set()
 
 
 def test_nothing_is_written_before_the_prefix_is_claimed(plan: MergePlan, store: Store) -> None:

@@ -185,6 +185,8 @@ class LogStream:
     def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
         """Begin to read."""
         self._parts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reading: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
+        self._is_closed = False
         threading.Thread(target=self._run, args=(client, job_id), name="job log", daemon=True).start()
 
     def read(self, timeout_s: float) -> str | None:
@@ -194,13 +196,27 @@ class LogStream:
         except queue.Empty:
             return ""
 
+    def close(self) -> None:
+        """Give up the connection, and let the thread end; waits for neither."""
+        self._is_closed = True
+        if self._reading:
+            loop, task = self._reading
+            with suppress(RuntimeError):  # it has ended
+                loop.call_soon_threadsafe(task.cancel)
+
     def _run(self, client: JobSubmissionClient, job_id: str) -> None:
         async def read() -> None:
+            task = asyncio.current_task()
+            assert task
+            self._reading = asyncio.get_running_loop(), task
+            if self._is_closed:  # asked after the other was set: one of the two threads sees what the other did
+                return
             async for part in client.tail_job_logs(job_id):
                 self._parts.put(part)
 
         try:
-            with suppress(Exception):  # a stream that broke is begun again by whoever reads it
+            # A stream that broke is begun again by whoever reads it.
+            with suppress(Exception, asyncio.CancelledError):
                 asyncio.run(read())
         finally:
             self._parts.put(None)
@@ -225,8 +241,8 @@ def job_api_url(address: str) -> str:
     return url
 
 
-def is_this_machine(address: str) -> bool:
-    """Return whether an address names this machine, or a tunnel that begins on it."""
+def may_be_a_tunnel(address: str) -> bool:
+    """Return whether an address is on this machine; what answers there may be a cluster anywhere."""
     host = urlsplit(job_api_url(address)).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
 
