@@ -3,15 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stockflow.checkpoint import Checkpoint, open_checkpoints
 from stockflow.driver import Inputs, collector_paused
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
 from stockflow.geometry import RATIOS
-from stockflow.insight.examiner import AuditExaminer, with_merged
+from stockflow.insight.examiner import MERGE_NONFINITE, NONFINITE, AuditExaminer, with_merged
 from stockflow.insight.inspection import Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
 from stockflow.manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -33,9 +33,10 @@ MAX_SHOWN = 5
 
 EMPTY_ROW: dict[str, Any] = {
     **{f"ratio_{name}": None for name in RATIOS},
-    "update_norm": None, "old_distance": None, "old_roundings": None, "match": None, "candidates": [],
-    "implied_ratio": None, "implied_weights": [], "residual": None, "rounding_noise": None, "distance": None,
-    "equal_share": None, "mean_roundings": None, "max_roundings": None, "flags": [],
+    "ratio_correct": None, "mean_norm": None, "update_norm": None, "old_error": None, "old_distance": None,
+    "old_roundings": None, "match": None, "candidates": [], "implied_ratio": None, "implied_weights": [],
+    "residual": None, "rounding_noise": None, "error": None, "distance": None, "equal_share": None,
+    "mean_roundings": None, "max_roundings": None, "flags": [],
 }  # fmt: skip
 
 
@@ -86,11 +87,14 @@ class Verdict:
     """Whether to merge again."""
 
     answer: str
-    """``no``, ``hardly``, ``yes``, ``unrelated``; without a merge to look at ``same``, ``hardly``, ``yes``"""
+    """``no``, ``hardly``, ``yes``, ``unrelated``, ``undecided`` (NaN or infinity in a model); without a merge to look
+    at ``same`` for ``no``, and never ``unrelated``"""
     distance: float
     """of all tensors together: error relative to the size of the update"""
     share: float
     """of the parameters, in tensors that are not the correct merge"""
+    stays: bool = False
+    """whether the correct merge is the base: ``distance`` is then relative to the mean task vectors"""
 
 
 def open_recipe(inputs: Inputs, merged_url: str | None) -> Merge:
@@ -256,27 +260,46 @@ def is_correct(row: Mapping[str, Any], *, extrapolates: bool) -> bool:
 
 def judge(found: Audit) -> Verdict:
     """Return whether to merge again, from all tensors together."""
+    return _judge_merge(found) if found.merge.merged else _judge_recipe(found)
+
+
+def _judge_merge(found: Audit) -> Verdict:
+    broken = [row for row in found.rows if MERGE_NONFINITE in row["flags"]]
+    unknown = [row for row in found.rows if NONFINITE in row["flags"]]
     rows = [row for row in found.rows if row["match"] != "not_finite"]
-    total = sum(row["num_elems"] for row in rows)
-    update = math.sqrt(math.fsum((row["update_norm"] or 0.0) ** 2 for row in rows))
-    column = "distance" if found.merge.merged else "old_distance"
     extrapolating = _extrapolating(found)
-    wrong = [
-        row for row in rows if not found.merge.merged or not is_correct(row, extrapolates=row["name"] in extrapolating)
-    ]
-    errors = [(row[column] or 0.0) * (row["update_norm"] or 0.0) for row in wrong]
-    distance = math.sqrt(math.fsum(error**2 for error in errors)) / update if update else 0.0
-    share = sum(row["num_elems"] for row in wrong) / total if total else 0.0
-    if not found.merge.merged:
-        answer = "same" if not distance else "yes" if distance >= WORTH_IT else "hardly"
-        return Verdict(answer, distance, share)
-    unexplained = sum(row["num_elems"] for row in rows if row["match"] == "none")
-    if total and unexplained > 0.5 * total:
-        return Verdict("unrelated", distance, share)
-    # A tensor whose correct update is zero has no size to compare with, so any other change of it counts.
-    moved = any(row["distance"] and not row["update_norm"] for row in wrong)
-    answer = "no" if not wrong else "yes" if distance >= WORTH_IT or moved else "hardly"
-    return Verdict(answer, distance, share)
+    wrong = [row for row in rows if not is_correct(row, extrapolates=row["name"] in extrapolating)]
+    distance, stays = _relative(rows, [row["error"] for row in wrong])
+    verdict = Verdict("no", distance, _num_elems([*wrong, *broken]) / max(_num_elems(found.rows), 1), stays)
+    if _num_elems(row for row in rows if row["match"] == "none") > 0.5 * _num_elems(rows):
+        return replace(verdict, answer="unrelated")
+    # Where no tensor should have moved, any change is one too many.
+    if broken or distance >= WORTH_IT or (wrong and stays):
+        return replace(verdict, answer="yes")
+    return replace(verdict, answer="hardly" if wrong else "undecided" if unknown else "no")
+
+
+def _judge_recipe(found: Audit) -> Verdict:
+    if found.num_tuned == 2:  # one formula; clamping, which is another matter, is not what the old one got wrong
+        return Verdict("same", 0.0, 0.0)
+    rows = [row for row in found.rows if row["match"] != "not_finite"]
+    moved = [row for row in rows if row["old_error"]]
+    distance, stays = _relative(rows, [row["old_error"] for row in moved])
+    verdict = Verdict("same", distance, _num_elems(moved) / max(_num_elems(found.rows), 1), stays)
+    if moved:
+        return replace(verdict, answer="yes" if stays or distance >= WORTH_IT else "hardly")
+    return verdict if len(rows) == len(found.rows) else replace(verdict, answer="undecided")
+
+
+def _relative(rows: Sequence[Mapping[str, Any]], errors: Sequence[float | None]) -> tuple[float, bool]:
+    """Return errors of tensors relative to the update of all; where none moves, to their mean task vectors."""
+    update, mean = (math.hypot(*(row[column] or 0.0 for row in rows)) for column in ("update_norm", "mean_norm"))
+    size = update or mean
+    return (math.hypot(*(error or 0.0 for error in errors)) / size if size else 0.0), not update
+
+
+def _num_elems(rows: Iterable[Mapping[str, Any]]) -> int:
+    return sum(row["num_elems"] for row in rows)
 
 
 def _extrapolating(found: Audit) -> frozenset[str]:
@@ -306,6 +329,7 @@ def summary(found: Audit) -> dict[str, Any]:
         "merged": redact(found.merge.merged_url) if found.merge.merged_url else None,
         "verdict": decided.answer,
         "distance": decided.distance,
+        "distance_is_of": "mean task vectors" if decided.stays else "update",
         "share_of_parameters": decided.share,
         "labels": shares(found) if found.merge.merged else {},
         "left_out": dict(found.left_out),

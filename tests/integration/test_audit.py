@@ -144,6 +144,69 @@ def test_a_recipe_that_extrapolates_calls_that_correct(
     found = audited(recipe, merged_by("extrapolated", family, tmp_path / "merged", F32))
 
     assert (labels(found), judge(found).answer) == ({"extrapolated"}, "no")
+    for row in found.rows:
+        base, *tuned = loaded(family)[row["name"]]
+        t = ratio_by("extrapolated", base, tuned)
+        assert t < 0
+        assert row["ratio_correct"] == pytest.approx(t, rel=1e-6)
+    alone = "\n".join(audit_lines(audited(recipe)))
+    assert f" {found.rows[0]['ratio_correct']:.4f} " in alone
+    assert "0.0000" not in alone
+
+
+def test_where_all_cosines_are_negative_the_old_formula_moves_what_should_stay(
+    families: dict[str, tuple[Family, Path]],
+) -> None:
+    family, recipe = families["opposing"]
+
+    found = audited(recipe)
+
+    squares = {"old": 0.0, "mean": 0.0}
+    for row in found.rows:
+        base, *tuned = loaded(family)[row["name"]]
+        mean = np.linalg.norm(np.mean(tuned, axis=0) - base)
+        old = abs(ratio_by("two_model", base, tuned)) * mean
+        assert (row["update_norm"], row["ratio_correct"]) == (0.0, 0.0)
+        assert (row["old_error"], row["mean_norm"]) == (pytest.approx(old, rel=1e-5), pytest.approx(mean, rel=1e-5))
+        squares = {"old": squares["old"] + old**2, "mean": squares["mean"] + mean**2}
+    assert judge(found).answer == "yes"
+    assert judge(found).distance == pytest.approx(math.sqrt(squares["old"] / squares["mean"]), rel=1e-5)
+    assert "of the size of the mean task vectors" in "\n".join(audit_lines(found))
+
+
+def test_two_models_that_oppose_each_other_were_never_affected_by_the_formula(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 2, {"w": (200, 50)}, F32, buffers=False, cosine=-0.3)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+
+    assert judge(audited(recipe)).answer == "same"
+
+
+def test_one_small_tensor_that_should_have_stayed_is_hardly_worth_a_merge(tmp_path: Path) -> None:
+    shapes = {"large": ((300, 200), 0.5, 3e-3), "small": ((40,), -0.3, 1e-5)}
+    drawn = {
+        name: [each.float() for each in make_tensors(name, shape, 3, cosine=cosine, delta_scale=scale)]
+        for name, (shape, cosine, scale) in shapes.items()
+    }
+    folders = [
+        write_checkpoint(tmp_path / str(number), {name: each[number] for name, each in drawn.items()})
+        for number in range(4)
+    ]
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", Family(folders[0], tuple(folders[1:])))
+    made, errors, updates = {}, 0.0, 0.0
+    for name, tensors in drawn.items():
+        base, *tuned = (each.numpy().astype(np.float64) for each in tensors)
+        mean = np.mean(tuned, axis=0) - base
+        t, correct = ratio_by("extrapolated", base, tuned), ratio_by("exact", base, tuned)
+        made[name] = stored(base + t * mean, F32)
+        errors += float(np.sum((made[name].double().numpy() - base - correct * mean) ** 2)) * (name == "small")
+        updates += float(np.sum((correct * mean) ** 2))
+
+    found = audited(recipe, write_checkpoint(tmp_path / "merged", made))
+
+    assert {row["name"]: row["match"] for row in found.rows} == {"large": "exact", "small": "extrapolated"}
+    assert judge(found).answer == "hardly"
+    assert 0 < judge(found).distance < 0.01
+    assert judge(found).distance == pytest.approx(math.sqrt(errors / updates), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
@@ -295,6 +358,37 @@ def test_nan_in_a_merge_is_said_of_its_tensor_and_stops_nothing(
     assert {row["name"]: row["match"] for row in found.rows} == {
         name: "not_finite" if name == "model.layers.0.input_layernorm.weight" else "exact" for name in SHAPES
     }
+    assert judge(found).answer == "yes"
+    assert judge(found).share == pytest.approx(2000 / (600 * 500 + 120 * 120 + 2000))
+    said = "\n".join(audit_lines(found))
+    assert "1 of 3 tensors hold NaN or infinity, and no model does there" in said
+    assert "NaN or infinity in the merge, and in no model: model.layers.0.input_layernorm.weight" in said
+
+
+def test_a_merge_that_is_all_nan_is_to_be_made_again(families: dict[str, tuple[Family, Path]], tmp_path: Path) -> None:
+    _, recipe = families["bf16"]
+    made = {name: torch.full(shape, float("nan"), dtype=BF16) for name, shape in SHAPES.items()}
+
+    found = audited(recipe, write_checkpoint(tmp_path / "merged", made))
+
+    assert (judge(found).answer, judge(found).share) == ("yes", 1.0)
+    assert "A re-merge is worth it" in "\n".join(audit_lines(found))
+
+
+def test_nan_in_a_model_is_no_fault_of_the_merge(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 3, {"w": (200, 50), "v": (500,)}, F32, buffers=False)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+    runs.merge_here(recipe, tmp_path / "good")
+    tensors = {name: stored(tensor.array, F32) for name, tensor in oracle.load_checkpoint(family.tuned[1]).items()}
+    tensors["v"][3] = float("inf")
+    write_checkpoint(family.tuned[1], tensors)
+
+    found = audited(recipe, tmp_path / "good")
+
+    assert {row["name"]: row["flags"] for row in found.rows} == {"w": [], "v": ["nonfinite"]}
+    assert judge(found).answer == "undecided"
+    assert "NaN or infinity in a model: v" in "\n".join(audit_lines(found))
+    assert judge(audited(recipe)).answer == "yes"
 
 
 def test_a_recipe_alone_says_what_the_old_formula_would_have_done(
@@ -343,6 +437,7 @@ def test_another_vocabulary_leaves_out_what_does_not_fit(
     }
     assert labels(found) == {"exact"}
     assert "left out: 1 tensors, of shape [608, 500]" in "\n".join(audit_lines(found))
+    assert "every tensor that was compared is the correct merge" in "\n".join(audit_lines(found))
 
 
 def test_a_recipe_of_another_number_of_models_is_refused(
