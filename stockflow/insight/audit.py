@@ -10,16 +10,17 @@ from typing import Any
 from stockflow.checkpoint import Checkpoint, open_checkpoints
 from stockflow.driver import Inputs, collector_paused
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
+from stockflow.events import Done, OnEvent, Stage, ignore
 from stockflow.geometry import RATIOS
 from stockflow.insight.examiner import MERGE_NONFINITE, NONFINITE, AuditExaminer, with_merged
-from stockflow.insight.inspection import Survey, SurveyOptions
+from stockflow.insight.inspection import Following, Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
 from stockflow.manifest import MANIFEST_FILE, Manifest, read_manifest
 from stockflow.naming import kind_of, layer_of
 from stockflow.plan import CheckpointRef, MergePlan, Source, TensorJob
 from stockflow.planning import make_plan
-from stockflow.sources import OnRead
-from stockflow.storage import StorageConfig, Store, open_store, redact
+from stockflow.recipe import resolve_location
+from stockflow.storage import StorageConfig, Store, open_store, pin_revision, redact
 from stockflow.survey import SurveySpec
 from stockflow.verify.findings import Finding
 from stockflow.verify.reading import Output
@@ -97,19 +98,21 @@ class Verdict:
     """whether the correct merge is the base: ``distance`` is then relative to the mean task vectors"""
 
 
-def open_recipe(inputs: Inputs, merged_url: str | None) -> Merge:
-    """Return what a recipe says of a merge that may be there.
+def open_recipe(inputs: Inputs, location: str | None, on_event: OnEvent = ignore) -> Merge:
+    """Return what a recipe says of a merge that may be there, at a location as recipes name them.
 
     Raises:
         PlanError: the checkpoints do not fit together; the merge was made of another number of models.
-        UserError: there is no checkpoint at ``merged_url``, or it is malformed.
+        UserError: there is no checkpoint at ``location``, or it is malformed.
     """
+    store = None if location is None else _open(location, inputs.recipe.storage)
+    merged = None if store is None else _checkpoint(store, on_event)
+    on_event(Stage("planning"))
     with collector_paused():
         plan = make_plan(inputs.recipe, inputs.checkpoints)
     _check_method(plan)
-    if merged_url is None:
+    if store is None:
         return Merge(plan, inputs.recipe.storage)
-    store = open_store(merged_url, inputs.recipe.storage)
     manifest = _manifest(store)
     if manifest is not None and len(manifest.inputs) != len(plan.checkpoints):
         raise PlanError(
@@ -121,10 +124,10 @@ def open_recipe(inputs: Inputs, merged_url: str | None) -> Merge:
         redact(ref.url) for ref in manifest.inputs
     ]:
         notes.append(f"{redact(store.url)} was merged from other places than the recipe names, as its manifest says")
-    return Merge(plan, inputs.recipe.storage, store.url, open_checkpoints([store])[0], tuple(notes))
+    return Merge(plan, inputs.recipe.storage, store.url, merged, tuple(notes))
 
 
-def open_output(output: str, config: StorageConfig) -> Merge:
+def open_output(output: str, config: StorageConfig, on_event: OnEvent = ignore) -> Merge:
     """Return what an output of ours says of itself.
 
     Raises:
@@ -133,7 +136,8 @@ def open_output(output: str, config: StorageConfig) -> Merge:
         InputChangedError: an input is not there any more as it was merged.
         PlanError: it was not made by Model Stock.
     """
-    store = open_store(output, config)
+    on_event(Stage("reading records"))
+    store = _open(output, config)
     manifest = _manifest(store)
     if manifest is None:
         raise NotFoundError(
@@ -144,9 +148,11 @@ def open_output(output: str, config: StorageConfig) -> Merge:
     if isinstance(recorded, Finding):
         raise CheckpointError(f"{redact(store.url)}: {recorded}; `stockflow verify` says more")
     _check_method(recorded.plan)
-    changed = [
-        str(finding) for ref in recorded.plan.checkpoints for finding in check_input(ref, config, ref.files.keys())
-    ]
+    on_event(Stage("looking at the inputs", num_items=len(recorded.plan.checkpoints), unit="inputs"))
+    changed = []
+    for ref in recorded.plan.checkpoints:
+        changed += [str(finding) for finding in check_input(ref, config, ref.files.keys())]
+        on_event(Done(redact(ref.url)))
     if changed:
         more = f"\n  ... and {len(changed) - MAX_SHOWN} more" if len(changed) > MAX_SHOWN else ""
         raise InputChangedError(
@@ -155,7 +161,17 @@ def open_output(output: str, config: StorageConfig) -> Merge:
             + f"{more}\nto hold it against the inputs as they are now, name the recipe too: "
             + f"stockflow audit RECIPE {redact(output)}"
         )
-    return Merge(recorded.plan, config, store.url, open_checkpoints([store])[0])
+    on_event(Stage("opening checkpoints", unit="files"))
+    return Merge(recorded.plan, config, store.url, _checkpoint(store, on_event))
+
+
+def _open(location: str, config: StorageConfig) -> Store:
+    return open_store(pin_revision(resolve_location(location)), config)
+
+
+def _checkpoint(store: Store, on_event: OnEvent) -> Checkpoint:
+    (checkpoint,) = open_checkpoints([store], lambda file: on_event(Done(file)))
+    return checkpoint
 
 
 def _manifest(store: Store) -> Manifest | None:
@@ -174,7 +190,7 @@ def _check_method(plan: MergePlan) -> None:
         )
 
 
-def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_read: OnRead) -> Audit:
+def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_event: OnEvent) -> Audit:
     """Look at every tensor.
 
     Raises:
@@ -189,17 +205,11 @@ def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_read: OnRead)
     checkpoints = merge.plan.checkpoints
     if merge.merged is not None:
         checkpoints = (*checkpoints, CheckpointRef(merge.merged.url, merge.merged.files))
-    num_read = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal num_read
-        num_read += num_bytes
-        on_read(num_bytes)
-
     examiner = AuditExaminer(has_merged=merge.merged is not None)
     spec = SurveySpec(checkpoints, merge.storage, examiner, options.memory_bytes, options.num_threads, options.device)
+    following = Following(spec, jobs, on_event)
     rows: list[dict[str, Any]] = [{}] * len(jobs)
-    for number, row in survey(spec, jobs, count):
+    for number, row in following.rows(survey(spec, jobs, following.on_read)):
         name = jobs[number].output.name
         spec_of = jobs[number].output
         rows[number] = {
@@ -211,7 +221,7 @@ def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_read: OnRead)
             **EMPTY_ROW,
             **row,
         }
-    return Audit(merge, rows, left_out, num_read, time.perf_counter() - started)
+    return Audit(merge, rows, left_out, following.num_read, time.perf_counter() - started)
 
 
 def _jobs(merge: Merge) -> tuple[list[TensorJob], dict[str, str]]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import stockflow
 from stockflow.driver import Inputs
-from stockflow.errors import InputChangedError, NotFoundError, PlanError
+from stockflow.errors import InputChangedError, NotFoundError, PlanError, RecipeError
+from stockflow.events import Done, Event, Moved, Stage
 from stockflow.execution import survey_in_this_process
 from stockflow.insight.audit import Audit, audit, judge, open_output, open_recipe
 from stockflow.insight.audit_lines import audit_lines
@@ -20,6 +24,7 @@ from stockflow.recipe import load_recipe
 from stockflow.storage import StorageConfig
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, make_tensors, write_checkpoint, write_recipe
+from tests.hub_server import COMMIT, hub_server
 
 SHAPES = {
     "model.embed_tokens.weight": (600, 500),
@@ -489,9 +494,80 @@ def test_the_command_prints_a_verdict_and_leaves_both_files(
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "A re-merge is worth it: tensors with 100 % of the parameters" in finished.stdout
     assert "the old formula for two models (two_model)" in finished.stdout
+    assert finished.stdout.splitlines()[-1] == f"next: stockflow merge {recipe} OUTPUT"
     document: dict[str, Any] = json.loads((tmp_path / "found" / "audit.json").read_text())
     assert document["tensors"] == pq.read_table(tmp_path / "found" / "audit.parquet").to_pylist()
     assert (document["verdict"], document["labels"]["two_model"]["tensors"]) == ("yes", 3)
+
+
+def test_an_old_merge_on_the_hub_is_found_by_its_bare_name_and_pinned(
+    families: dict[str, tuple[Family, Path]], tmp_path: Path
+) -> None:
+    """In a process of its own: the hub's client reads HF_ENDPOINT when it is imported."""
+    family, recipe = families["bf16"]
+    merged = merged_by("two_model", family, tmp_path / "merged", BF16)
+    arguments = runs.command("audit", recipe, "org/old-merge", "--json", "--device", "cpu")
+
+    with hub_server({"org/old-merge": merged}) as url:
+        environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        finished = subprocess.run(
+            arguments, env=environment, cwd=runs.REPOSITORY, capture_output=True, text=True, check=False
+        )
+
+    assert finished.returncode == 0, finished.stderr
+    document = json.loads(finished.stdout)
+    assert document["merged"] == f"hf://org/old-merge@{COMMIT}"
+    assert (document["verdict"], document["labels"]["two_model"]["tensors"]) == ("yes", 3)
+
+
+def test_an_output_that_needs_storage_options_gets_them_from_a_recipe(
+    s3_bucket: str, s3_endpoint: str, families: dict[str, tuple[Family, Path]], tmp_path: Path
+) -> None:
+    _, by_folder = families["bf16"]
+    recipe, output = tmp_path / "recipe.yaml", f"s3://{s3_bucket}/out"
+    stored_at = f"stockflow:\n  storage:\n    s3://{s3_bucket}: {{endpoint: {s3_endpoint}}}\n"
+    recipe.write_text(f"{by_folder.read_text()}\n{stored_at}")
+    runs.merge_elsewhere(recipe, output)  # type: ignore[arg-type]
+
+    finished = runs.run("audit", output, "--recipe", recipe, "--json", "--device", "cpu")
+
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["verdict"] == "no"
+    assert stockflow.audit(output, recipe=recipe, device="cpu").verdict.answer == "no"
+    with pytest.raises(RecipeError, match="here a recipe is audited, whose own apply"):
+        stockflow.audit(recipe, recipe=recipe)
+
+
+def test_a_memory_that_is_too_small_is_refused_by_the_figure_that_was_given(
+    families: dict[str, tuple[Family, Path]], tmp_path: Path
+) -> None:
+    family, recipe = families["bf16"]
+    merged = merged_by("exact", family, tmp_path / "merged", BF16)
+
+    finished = runs.run("audit", recipe, merged, "--memory", "200MiB", "--device", "cpu")
+
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "the limit is 200 MiB. Raise --memory" in finished.stderr
+
+
+def test_progress_says_how_much_there_is_to_read(families: dict[str, tuple[Family, Path]], tmp_path: Path) -> None:
+    """One tensor is of two spans: local files are read for each sweep over it."""
+    family, recipe = families["f32"]
+    merged = merged_by("exact", family, tmp_path / "merged", F32)
+    for arguments, num_bytes in (
+        ([recipe], 4 * (300_000 + 14_400 + 2_000) * 4),
+        ([recipe, merged], 5 * (2 * 300_000 + 14_400 + 2_000) * 4),
+    ):
+        events: list[Event] = []
+
+        stockflow.audit(*arguments, device="cpu", on_event=events.append)
+
+        stages = [event for event in events if isinstance(event, Stage)]
+        assert [stage.name for stage in stages] == ["opening checkpoints", "planning", "reading the inputs"]
+        assert (stages[-1].total_bytes, stages[-1].num_items, stages[-1].unit) == (num_bytes, 3, "tensors")
+        assert sum(event.num_read for event in events if isinstance(event, Moved)) == num_bytes
+        read = events[events.index(stages[-1]) :]
+        assert {event.item for event in read if isinstance(event, Done)} == set(SHAPES)
 
 
 @pytest.mark.parametrize("arguments", [["nowhere.yaml"], ["{recipe}", "nowhere"], ["{folder}"]])
