@@ -73,8 +73,8 @@ def _merge_verdict(found: Audit, decided: Verdict) -> str:
     worth = f"A re-merge is worth it: tensors with {part} of the parameters are not the correct merge."
     if broken := _num_flagged(found, MERGE_NONFINITE):
         worth += f" {broken} of {len(found.rows)} tensors hold NaN or infinity, and no model does there."
-    elif decided.distance:
-        worth += f" All together they miss it by {distance} of {_whole(decided)}."
+    if decided.distance:
+        worth += f" {'The others' if broken else 'All together they'} miss it by {distance} of {_whole(decided)}."
     return worth
 
 
