@@ -32,7 +32,7 @@ from stockflow.workload import Workload, survey
 
 if TYPE_CHECKING:
     from stockflow.differences import CheckpointDifference
-    from stockflow.insight.audit import Audit
+    from stockflow.insight.audit import Audit, Merge
     from stockflow.insight.inspection import Inspection, Survey, SurveyOptions
     from stockflow.plan import TensorJob
     from stockflow.report import Report
@@ -364,14 +364,15 @@ def inspect(
     from stockflow.insight import inspection
 
     options = survey_options(memory, workers, executor, device)
-    survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), told_of_reading(on_event)
-    return inspection.inspect(open_inputs(recipe), options, survey, on_read)
+    survey = survey_on(executor, workers, gpus_per_worker, on_event)
+    return inspection.inspect(open_inputs(recipe, on_event), options, survey, on_event)
 
 
 def audit(
-    recipe: RecipeLike,
+    subject: RecipeLike,
     merged: Location | None = None,
     *,
+    recipe: RecipeLike | None = None,
     memory: Size | None = None,
     workers: int | None = None,
     executor: ExecutorName | None = None,
@@ -382,9 +383,10 @@ def audit(
     """Tell which formula made a Model Stock merge, and how far it is from the correct one.
 
     Args:
-        recipe: of the merge; alone: what the formula that mergekit first had would have done. Or the location of an
-            output of stockflow, which says itself what it is.
+        subject: recipe of the merge; alone: what the formula that mergekit first had would have done. Or the location
+            of an output of stockflow, which says itself what it is.
         merged: checkpoint that some tool made by the recipe.
+        recipe: of an output, its storage options apply (endpoints, anonymous access).
         memory: bound of one worker process; 80 % of what the machine allows if None.
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
@@ -400,12 +402,8 @@ def audit(
     from stockflow.insight import audit as auditing
 
     options = survey_options(memory, workers, executor, device)
-    survey, on_read = survey_on(executor, workers, gpus_per_worker, on_event), told_of_reading(on_event)
-    if merged is None and isinstance(recipe, str | os.PathLike) and is_output(os.fspath(recipe)):
-        merge = auditing.open_output(os.fspath(recipe), StorageConfig())
-    else:
-        merge = auditing.open_recipe(open_inputs(recipe), None if merged is None else os.fspath(merged))
-    return auditing.audit(merge, options, survey, on_read)
+    survey = survey_on(executor, workers, gpus_per_worker, on_event)
+    return auditing.audit(open_merge(subject, merged, recipe, on_event), options, survey, on_event)
 
 
 def diff(
@@ -501,6 +499,23 @@ def open_inputs(recipe: RecipeLike, on_event: OnEvent = ignore) -> Inputs:
     """Return the opened checkpoints of a recipe."""
     on_event(Stage("opening checkpoints", unit="files"))
     return Inputs.open(recipe_of(recipe), lambda file: on_event(Done(file)))
+
+
+def open_merge(
+    subject: RecipeLike, merged: Location | None, recipe: RecipeLike | None, on_event: OnEvent = ignore
+) -> "Merge":
+    """Return what is to be audited: an output of stockflow, or what a recipe says, of a merge that may be there."""
+    from stockflow.insight import audit as auditing
+
+    if merged is None and isinstance(subject, str | os.PathLike) and is_output(os.fspath(subject)):
+        return auditing.open_output(os.fspath(subject), storage_of(recipe), on_event)
+    if recipe is not None:
+        raise RecipeError(
+            "recipe: this names whose storage options apply to an output of stockflow; here a recipe is audited, "
+            "whose own apply. Leave it out"
+        )
+    inputs = open_inputs(subject, on_event)
+    return auditing.open_recipe(inputs, None if merged is None else os.fspath(merged), on_event)
 
 
 def num_bytes(option: str, size: Size | None) -> int | None:
@@ -625,12 +640,6 @@ def survey_options(
 
     options = merge_options(memory, None, workers, device, False, on_ray=is_on_ray(executor))
     return SurveyOptions(options.memory_bytes, options.num_threads, options.device)
-
-
-def told_of_reading(on_event: OnEvent) -> Callable[[int], None]:
-    """Return who is told of bytes that a survey read."""
-    on_event(Stage("reading the inputs"))
-    return lambda num_bytes: on_event(Moved(num_bytes))
 
 
 def survey_on(

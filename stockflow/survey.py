@@ -97,11 +97,12 @@ class Surveyor:
 
     def _workspace(self, jobs: Sequence[TensorJob]) -> Workspace:
         spec = self._spec
+        examining = spec.num_threads * max(map(spec.examiner.span_bytes, jobs))
         return divide(
             jobs,
-            spec.memory_bytes - spec.num_threads * max(map(spec.examiner.span_bytes, jobs)),
+            spec.memory_bytes,
             num_threads=spec.num_threads,
-            baseline_bytes=self._baseline_bytes + client_bytes(self._sources.urls, "", 0),
+            baseline_bytes=self._baseline_bytes + client_bytes(self._sources.urls, "", 0) + examining,
             direct=self._sources.is_direct,
         )
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
+from uuid import uuid4
 
 import typer
 
@@ -19,9 +20,9 @@ from stockflow.cli.options import (
     ProgressName,
     Quiet,
     RecipeArgument,
+    StorageRecipe,
     Workers,
     followed,
-    open_inputs,
     size_option,
 )
 
@@ -52,6 +53,7 @@ def inspect(
     Reads every input once. The ratio t of Model Stock is given as the paper has it, and as other tools compute it.
     """
     from stockflow import api
+    from stockflow.events import Stage
     from stockflow.insight import inspection as inspecting
     from stockflow.insight.inspection_lines import inspection_lines
     from stockflow.interruption import interruptible
@@ -61,16 +63,16 @@ def inspect(
     with exit_codes():
         with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
             survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
-            on_read = api.told_of_reading(on_event)
-            inputs = open_inputs(recipe)
+            inputs = api.open_inputs(recipe, on_event)
             folder = open_out(out, inputs.recipe.storage)
             options = _options(memory, workers, executor, device)
-            found = inspecting.inspect(inputs, options, survey, on_read)
-        if folder is not None:
-            from stockflow.tables import INSPECTION_SCHEMA, encode_rows
+            found = inspecting.inspect(inputs, options, survey, on_event)
+            if folder is not None:
+                from stockflow.tables import INSPECTION_SCHEMA, encode_rows
 
-            table = encode_rows(found.rows(), INSPECTION_SCHEMA)
-            publish(folder, "inspect", table, inspecting.json_parts(found))
+                on_event(Stage("publishing"))
+                table = encode_rows(found.rows(), INSPECTION_SCHEMA)
+                publish(folder, "inspect", table, inspecting.json_parts(found))
         if as_json:
             sys.stdout.writelines(inspecting.json_parts(found))
         elif not quiet:
@@ -81,7 +83,7 @@ def inspect(
 
 
 def audit(
-    recipe: Annotated[
+    subject: Annotated[
         str,
         typer.Argument(
             metavar="RECIPE|OUTPUT", help="Recipe of a merge; or an output of stockflow, which says itself what it is."
@@ -91,6 +93,7 @@ def audit(
         str | None, typer.Argument(metavar="[MERGED]", help="Checkpoint that some tool made by the recipe.")
     ] = None,
     out: Out = None,
+    recipe: StorageRecipe = None,
     memory: Memory = None,
     workers: Workers = None,
     executor: Executor = None,
@@ -106,40 +109,40 @@ def audit(
     that is there, tensor by tensor, whoever made it. OUTPUT: one of stockflow's own.
     """
     from stockflow import api
+    from stockflow.events import Stage
     from stockflow.insight import audit as auditing
     from stockflow.insight.audit_lines import audit_lines
     from stockflow.interruption import interruptible
     from stockflow.reporting import DELAY_S
-    from stockflow.storage import StorageConfig, redact
+    from stockflow.storage import redact
 
     with exit_codes():
         with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
             survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
-            on_read = api.told_of_reading(on_event)
-            if merged is None and api.is_output(recipe):
-                merge = auditing.open_output(recipe, StorageConfig())
-            else:
-                merge = auditing.open_recipe(open_inputs(recipe), merged)
+            merge = api.open_merge(subject, merged, recipe, on_event)
             folder = open_out(out, merge.storage)
-            found = auditing.audit(merge, _options(memory, workers, executor, device), survey, on_read)
-        if folder is not None:
-            from stockflow.tables import AUDIT_SCHEMA, encode_rows
+            found = auditing.audit(merge, _options(memory, workers, executor, device), survey, on_event)
+            if folder is not None:
+                from stockflow.tables import AUDIT_SCHEMA, encode_rows
 
-            table = encode_rows(found.rows, AUDIT_SCHEMA)
-            publish(folder, "audit", table, auditing.json_parts(found))
+                on_event(Stage("publishing"))
+                table = encode_rows(found.rows, AUDIT_SCHEMA)
+                publish(folder, "audit", table, auditing.json_parts(found))
         if as_json:
             sys.stdout.writelines(auditing.json_parts(found))
         elif not quiet:
             print("\n".join(audit_lines(found)))
             if out is not None:
                 print(f"rows of every tensor: {redact(out)}/audit.parquet and audit.json")
+            if merge.merged and found.verdict.answer == "yes":
+                print(f"next: stockflow merge {redact(subject) if merged else 'RECIPE'} OUTPUT")
 
 
 def open_out(out: str | None, config: "StorageConfig") -> "Store | None":
-    """Return the place that rows go to, looked at before an hour of reading is spent on them.
+    """Return the place that rows go to, tried with a small object before an hour of reading is spent on them.
 
     Raises:
-        UserError: it cannot be written to, as far as a look tells.
+        UserError: it cannot be written to.
         StorageError: it does not answer.
     """
     if out is None:
@@ -147,7 +150,9 @@ def open_out(out: str | None, config: "StorageConfig") -> "Store | None":
     from stockflow.storage import open_store
 
     store = open_store(out, config, writable=True)
-    store.list_top()
+    probe = f".stockflow-{uuid4().hex}"
+    store.put(probe, b"may rows be written here?\n")
+    store.delete([probe])
     return store
 
 

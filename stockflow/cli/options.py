@@ -11,7 +11,7 @@ import typer
 from stockflow.errors import EXIT_BUG, PlanError, RecipeError, UserError
 
 if TYPE_CHECKING:
-    from stockflow.driver import Inputs, MergeOptions
+    from stockflow.driver import MergeOptions
     from stockflow.events import OnEvent
 
 
@@ -195,13 +195,6 @@ def is_on_ray(executor: ExecutorName | None) -> bool:
     from stockflow import api
 
     return api.is_on_ray(executor.value if executor else None)
-
-
-def open_inputs(recipe: str) -> "Inputs":
-    """Return the opened checkpoints of a recipe."""
-    from stockflow import api
-
-    return api.open_inputs(recipe)
 
 
 def merge_options(

@@ -23,7 +23,8 @@ def report(
 ) -> None:
     """Show what a finished merge did to the models and how it ran, from its records alone; no weight is read.
 
-    Ratios and cosines by kind and layer, the models' angles, tensors worth a look, time, throughput, memory, retries.
+    Ratios and cosines by kind and layer, cosines between the models, tensors worth a look, time, throughput, memory,
+    retries.
     Exit 4 if a record is damaged: the report is made without it where that is possible.
     """
     from stockflow import api

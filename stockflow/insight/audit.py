@@ -3,23 +3,24 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stockflow.checkpoint import Checkpoint, open_checkpoints
 from stockflow.driver import Inputs, collector_paused
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
+from stockflow.events import Done, OnEvent, Stage, ignore
 from stockflow.geometry import RATIOS
-from stockflow.insight.examiner import AuditExaminer, with_merged
-from stockflow.insight.inspection import Survey, SurveyOptions
+from stockflow.insight.examiner import MERGE_NONFINITE, NONFINITE, AuditExaminer, with_merged
+from stockflow.insight.inspection import Following, Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
 from stockflow.manifest import MANIFEST_FILE, Manifest, read_manifest
 from stockflow.naming import kind_of, layer_of
 from stockflow.plan import CheckpointRef, MergePlan, Source, TensorJob
 from stockflow.planning import make_plan
-from stockflow.sources import OnRead
-from stockflow.storage import StorageConfig, Store, open_store, redact
+from stockflow.recipe import resolve_location
+from stockflow.storage import StorageConfig, Store, open_store, pin_revision, redact
 from stockflow.survey import SurveySpec
 from stockflow.verify.findings import Finding
 from stockflow.verify.reading import Output
@@ -33,9 +34,10 @@ MAX_SHOWN = 5
 
 EMPTY_ROW: dict[str, Any] = {
     **{f"ratio_{name}": None for name in RATIOS},
-    "update_norm": None, "old_distance": None, "old_roundings": None, "match": None, "candidates": [],
-    "implied_ratio": None, "implied_weights": [], "residual": None, "rounding_noise": None, "distance": None,
-    "equal_share": None, "mean_roundings": None, "max_roundings": None, "flags": [],
+    "ratio_correct": None, "mean_norm": None, "update_norm": None, "old_error": None, "old_distance": None,
+    "old_roundings": None, "match": None, "candidates": [], "implied_ratio": None, "implied_weights": [],
+    "residual": None, "rounding_noise": None, "error": None, "distance": None, "equal_share": None,
+    "mean_roundings": None, "max_roundings": None, "flags": [],
 }  # fmt: skip
 
 
@@ -86,26 +88,31 @@ class Verdict:
     """Whether to merge again."""
 
     answer: str
-    """``no``, ``hardly``, ``yes``, ``unrelated``; without a merge to look at ``same``, ``hardly``, ``yes``"""
+    """``no``, ``hardly``, ``yes``, ``unrelated``, ``undecided`` (NaN or infinity in a model); without a merge to look
+    at ``same`` for ``no``, and never ``unrelated``"""
     distance: float
     """of all tensors together: error relative to the size of the update"""
     share: float
     """of the parameters, in tensors that are not the correct merge"""
+    stays: bool = False
+    """whether the correct merge is the base: ``distance`` is then relative to the mean task vectors"""
 
 
-def open_recipe(inputs: Inputs, merged_url: str | None) -> Merge:
-    """Return what a recipe says of a merge that may be there.
+def open_recipe(inputs: Inputs, location: str | None, on_event: OnEvent = ignore) -> Merge:
+    """Return what a recipe says of a merge that may be there, at a location as recipes name them.
 
     Raises:
         PlanError: the checkpoints do not fit together; the merge was made of another number of models.
-        UserError: there is no checkpoint at ``merged_url``, or it is malformed.
+        UserError: there is no checkpoint at ``location``, or it is malformed.
     """
+    store = None if location is None else _open(location, inputs.recipe.storage)
+    merged = None if store is None else _checkpoint(store, on_event)
+    on_event(Stage("planning"))
     with collector_paused():
         plan = make_plan(inputs.recipe, inputs.checkpoints)
     _check_method(plan)
-    if merged_url is None:
+    if store is None:
         return Merge(plan, inputs.recipe.storage)
-    store = open_store(merged_url, inputs.recipe.storage)
     manifest = _manifest(store)
     if manifest is not None and len(manifest.inputs) != len(plan.checkpoints):
         raise PlanError(
@@ -117,10 +124,10 @@ def open_recipe(inputs: Inputs, merged_url: str | None) -> Merge:
         redact(ref.url) for ref in manifest.inputs
     ]:
         notes.append(f"{redact(store.url)} was merged from other places than the recipe names, as its manifest says")
-    return Merge(plan, inputs.recipe.storage, store.url, open_checkpoints([store])[0], tuple(notes))
+    return Merge(plan, inputs.recipe.storage, store.url, merged, tuple(notes))
 
 
-def open_output(output: str, config: StorageConfig) -> Merge:
+def open_output(output: str, config: StorageConfig, on_event: OnEvent = ignore) -> Merge:
     """Return what an output of ours says of itself.
 
     Raises:
@@ -129,7 +136,8 @@ def open_output(output: str, config: StorageConfig) -> Merge:
         InputChangedError: an input is not there any more as it was merged.
         PlanError: it was not made by Model Stock.
     """
-    store = open_store(output, config)
+    on_event(Stage("reading records"))
+    store = _open(output, config)
     manifest = _manifest(store)
     if manifest is None:
         raise NotFoundError(
@@ -140,9 +148,11 @@ def open_output(output: str, config: StorageConfig) -> Merge:
     if isinstance(recorded, Finding):
         raise CheckpointError(f"{redact(store.url)}: {recorded}; `stockflow verify` says more")
     _check_method(recorded.plan)
-    changed = [
-        str(finding) for ref in recorded.plan.checkpoints for finding in check_input(ref, config, ref.files.keys())
-    ]
+    on_event(Stage("looking at the inputs", num_items=len(recorded.plan.checkpoints), unit="inputs"))
+    changed = []
+    for ref in recorded.plan.checkpoints:
+        changed += [str(finding) for finding in check_input(ref, config, ref.files.keys())]
+        on_event(Done(redact(ref.url)))
     if changed:
         more = f"\n  ... and {len(changed) - MAX_SHOWN} more" if len(changed) > MAX_SHOWN else ""
         raise InputChangedError(
@@ -151,7 +161,17 @@ def open_output(output: str, config: StorageConfig) -> Merge:
             + f"{more}\nto hold it against the inputs as they are now, name the recipe too: "
             + f"stockflow audit RECIPE {redact(output)}"
         )
-    return Merge(recorded.plan, config, store.url, open_checkpoints([store])[0])
+    on_event(Stage("opening checkpoints", unit="files"))
+    return Merge(recorded.plan, config, store.url, _checkpoint(store, on_event))
+
+
+def _open(location: str, config: StorageConfig) -> Store:
+    return open_store(pin_revision(resolve_location(location)), config)
+
+
+def _checkpoint(store: Store, on_event: OnEvent) -> Checkpoint:
+    (checkpoint,) = open_checkpoints([store], lambda file: on_event(Done(file)))
+    return checkpoint
 
 
 def _manifest(store: Store) -> Manifest | None:
@@ -170,7 +190,7 @@ def _check_method(plan: MergePlan) -> None:
         )
 
 
-def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_read: OnRead) -> Audit:
+def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_event: OnEvent) -> Audit:
     """Look at every tensor.
 
     Raises:
@@ -185,17 +205,11 @@ def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_read: OnRead)
     checkpoints = merge.plan.checkpoints
     if merge.merged is not None:
         checkpoints = (*checkpoints, CheckpointRef(merge.merged.url, merge.merged.files))
-    num_read = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal num_read
-        num_read += num_bytes
-        on_read(num_bytes)
-
     examiner = AuditExaminer(has_merged=merge.merged is not None)
     spec = SurveySpec(checkpoints, merge.storage, examiner, options.memory_bytes, options.num_threads, options.device)
+    following = Following(spec, jobs, on_event)
     rows: list[dict[str, Any]] = [{}] * len(jobs)
-    for number, row in survey(spec, jobs, count):
+    for number, row in following.rows(survey(spec, jobs, following.on_read)):
         name = jobs[number].output.name
         spec_of = jobs[number].output
         rows[number] = {
@@ -207,7 +221,7 @@ def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_read: OnRead)
             **EMPTY_ROW,
             **row,
         }
-    return Audit(merge, rows, left_out, num_read, time.perf_counter() - started)
+    return Audit(merge, rows, left_out, following.num_read, time.perf_counter() - started)
 
 
 def _jobs(merge: Merge) -> tuple[list[TensorJob], dict[str, str]]:
@@ -256,27 +270,46 @@ def is_correct(row: Mapping[str, Any], *, extrapolates: bool) -> bool:
 
 def judge(found: Audit) -> Verdict:
     """Return whether to merge again, from all tensors together."""
+    return _judge_merge(found) if found.merge.merged else _judge_recipe(found)
+
+
+def _judge_merge(found: Audit) -> Verdict:
+    broken = [row for row in found.rows if MERGE_NONFINITE in row["flags"]]
+    unknown = [row for row in found.rows if NONFINITE in row["flags"]]
     rows = [row for row in found.rows if row["match"] != "not_finite"]
-    total = sum(row["num_elems"] for row in rows)
-    update = math.sqrt(math.fsum((row["update_norm"] or 0.0) ** 2 for row in rows))
-    column = "distance" if found.merge.merged else "old_distance"
     extrapolating = _extrapolating(found)
-    wrong = [
-        row for row in rows if not found.merge.merged or not is_correct(row, extrapolates=row["name"] in extrapolating)
-    ]
-    errors = [(row[column] or 0.0) * (row["update_norm"] or 0.0) for row in wrong]
-    distance = math.sqrt(math.fsum(error**2 for error in errors)) / update if update else 0.0
-    share = sum(row["num_elems"] for row in wrong) / total if total else 0.0
-    if not found.merge.merged:
-        answer = "same" if not distance else "yes" if distance >= WORTH_IT else "hardly"
-        return Verdict(answer, distance, share)
-    unexplained = sum(row["num_elems"] for row in rows if row["match"] == "none")
-    if total and unexplained > 0.5 * total:
-        return Verdict("unrelated", distance, share)
-    # A tensor whose correct update is zero has no size to compare with, so any other change of it counts.
-    moved = any(row["distance"] and not row["update_norm"] for row in wrong)
-    answer = "no" if not wrong else "yes" if distance >= WORTH_IT or moved else "hardly"
-    return Verdict(answer, distance, share)
+    wrong = [row for row in rows if not is_correct(row, extrapolates=row["name"] in extrapolating)]
+    distance, stays = _relative(rows, [row["error"] for row in wrong])
+    verdict = Verdict("no", distance, _num_elems([*wrong, *broken]) / max(_num_elems(found.rows), 1), stays)
+    if _num_elems(row for row in rows if row["match"] == "none") > 0.5 * _num_elems(rows):
+        return replace(verdict, answer="unrelated")
+    # Where no tensor should have moved, any change is one too many.
+    if broken or distance >= WORTH_IT or (wrong and stays):
+        return replace(verdict, answer="yes")
+    return replace(verdict, answer="hardly" if wrong else "undecided" if unknown else "no")
+
+
+def _judge_recipe(found: Audit) -> Verdict:
+    if found.num_tuned == 2:  # one formula; clamping, which is another matter, is not what the old one got wrong
+        return Verdict("same", 0.0, 0.0)
+    rows = [row for row in found.rows if row["match"] != "not_finite"]
+    moved = [row for row in rows if row["old_error"]]
+    distance, stays = _relative(rows, [row["old_error"] for row in moved])
+    verdict = Verdict("same", distance, _num_elems(moved) / max(_num_elems(found.rows), 1), stays)
+    if moved:
+        return replace(verdict, answer="yes" if stays or distance >= WORTH_IT else "hardly")
+    return verdict if len(rows) == len(found.rows) else replace(verdict, answer="undecided")
+
+
+def _relative(rows: Sequence[Mapping[str, Any]], errors: Sequence[float | None]) -> tuple[float, bool]:
+    """Return errors of tensors relative to the update of all; where none moves, to their mean task vectors."""
+    update, mean = (math.hypot(*(row[column] or 0.0 for row in rows)) for column in ("update_norm", "mean_norm"))
+    size = update or mean
+    return (math.hypot(*(error or 0.0 for error in errors)) / size if size else 0.0), not update
+
+
+def _num_elems(rows: Iterable[Mapping[str, Any]]) -> int:
+    return sum(row["num_elems"] for row in rows)
 
 
 def _extrapolating(found: Audit) -> frozenset[str]:
@@ -306,6 +339,7 @@ def summary(found: Audit) -> dict[str, Any]:
         "merged": redact(found.merge.merged_url) if found.merge.merged_url else None,
         "verdict": decided.answer,
         "distance": decided.distance,
+        "distance_is_of": "mean task vectors" if decided.stays else "update",
         "share_of_parameters": decided.share,
         "labels": shares(found) if found.merge.merged else {},
         "left_out": dict(found.left_out),

@@ -5,12 +5,14 @@ from typing import Any
 
 from stockflow.budget import gb
 from stockflow.insight.audit import Audit, Verdict, judge, shares
+from stockflow.insight.examiner import MERGE_NONFINITE, NONFINITE
 from stockflow.insight.formulas import WORDS
 from stockflow.insight.inspection_lines import grid, share
 from stockflow.storage import redact
 
 MAX_WORST = 10
 MAX_REASONS = 6
+MAX_NAMES = 5
 
 
 def audit_lines(found: Audit) -> Iterator[str]:
@@ -36,6 +38,7 @@ def _of_merge(found: Audit, decided: Verdict) -> Iterator[str]:
         part = share(counts["num_elems"] / num_elems) if num_elems else ""
         table.append([f"{counts['tensors']:,.0f}", part, _words(found, label)])
     yield from grid(table, left=(2,))
+    yield from _nonfinite(found)
     yield from _worst(found.rows, "distance", _merge_columns, "furthest from the correct merge")
 
 
@@ -49,8 +52,14 @@ def _words(found: Audit, label: str) -> str:
 
 def _merge_verdict(found: Audit, decided: Verdict) -> str:
     distance, part = share(decided.distance), share(decided.share)
+    every = "every tensor that was compared" if found.left_out else "every tensor"
     if decided.answer == "no":
-        return "A re-merge is not needed: every tensor is the correct merge, up to rounding."
+        return f"A re-merge is not needed: {every} is the correct merge, up to rounding."
+    if decided.answer == "undecided":
+        return (
+            "A re-merge would not help before the models are mended: NaN or infinity in them leaves nothing to compare "
+            f"in {_num_flagged(found, NONFINITE)} tensors. Every other one that was compared is the correct merge."
+        )
     if decided.answer == "unrelated":
         return (
             "This is no reading of Model Stock of these models: most of it lies off the line from the base through "
@@ -59,12 +68,34 @@ def _merge_verdict(found: Audit, decided: Verdict) -> str:
     if decided.answer == "hardly":
         return (
             f"A re-merge is hardly worth it: tensors with {part} of the parameters differ from the correct merge, all "
-            f"together by {distance} of the size of the update."
+            f"together by {distance} of {_whole(decided)}."
         )
-    return (
-        f"A re-merge is worth it: tensors with {part} of the parameters are not the correct merge. All together they "
-        f"miss it by {distance} of the size of the update."
-    )
+    worth = f"A re-merge is worth it: tensors with {part} of the parameters are not the correct merge."
+    if broken := _num_flagged(found, MERGE_NONFINITE):
+        worth += f" {broken} of {len(found.rows)} tensors hold NaN or infinity, and no model does there."
+    if decided.distance:
+        worth += f" {'The others' if broken else 'All together they'} miss it by {distance} of {_whole(decided)}."
+    return worth
+
+
+def _whole(decided: Verdict) -> str:
+    """What a distance is relative to."""
+    if decided.stays:
+        return "the size of the mean task vectors (the correct merge is the base: no cosine is positive)"
+    return "the size of the update"
+
+
+def _num_flagged(found: Audit, flag: str) -> int:
+    return sum(flag in row["flags"] for row in found.rows)
+
+
+def _nonfinite(found: Audit) -> Iterator[str]:
+    """Tensors without numbers, which no table has."""
+    for flag, where in ((MERGE_NONFINITE, "in the merge, and in no model"), (NONFINITE, "in a model")):
+        names = [row["name"] for row in found.rows if flag in row["flags"]]
+        if names:
+            more = f" and {len(names) - MAX_NAMES:,} more (--json lists them)" if len(names) > MAX_NAMES else ""
+            yield f"NaN or infinity {where}: {', '.join(names[:MAX_NAMES])}{more}"
 
 
 def _implied(found: Audit) -> str:
@@ -84,6 +115,10 @@ def _of_recipe(found: Audit, decided: Verdict) -> Iterator[str]:
         f"models and their base; {found.seconds:.1f} s, read {gb(found.num_bytes_read)}"
     )
     yield ""
+    yield from _nonfinite(found)
+    if decided.answer == "undecided":
+        yield "The old formula gives the same merge wherever there is something to compare; mend these models first."
+        return
     if decided.answer == "same":
         why = " (for two models both are one)" if found.num_tuned == 2 else ""
         yield f"The old formula gives the same merge{why}: nothing to do."
@@ -91,7 +126,7 @@ def _of_recipe(found: Audit, decided: Verdict) -> Iterator[str]:
     worth = "is worth" if decided.answer == "yes" else "is hardly worth"
     yield (
         f"A merge of these models by the old formula, t = 2 cos / (1 + cos) for every N, misses the correct one by "
-        f"{share(decided.distance)} of the size of the update, all tensors together: merging it again {worth} it."
+        f"{share(decided.distance)} of {_whole(decided)}, all tensors together: merging it again {worth} it."
     )
     yield "Name the merged checkpoint too (stockflow audit RECIPE MERGED) to see which formula made it."
     yield from _worst(found.rows, "old_distance", _recipe_columns, "where the old formula is furthest off")
@@ -111,7 +146,7 @@ def _worst(rows: Sequence[Mapping[str, Any]], column: str, columns: Any, title: 
 def _merge_columns(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "tensor": row["name"],
-        "t correct": number(row["ratio_exact"]),
+        "t correct": number(row["ratio_correct"]),
         "t implied": number(row["implied_ratio"]),
         "off by": share(row["distance"]),
         "rounding": share(row["rounding_noise"]) if row["rounding_noise"] is not None else "",
@@ -124,7 +159,7 @@ def _merge_columns(row: Mapping[str, Any]) -> dict[str, str]:
 def _recipe_columns(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "tensor": row["name"],
-        "t": number(row["ratio_exact"]),
+        "t": number(row["ratio_correct"]),
         "old t": number(row["ratio_two_model"]),
         "off by": share(row["old_distance"]),
         "roundings": f"{row['old_roundings']:.2g}" if row["old_roundings"] is not None else "",

@@ -37,6 +37,8 @@ from stockflow.plan import TensorJob
 from stockflow.spans import SPAN_ELEMS
 from stockflow.units import Piece, Unit
 
+NONFINITE, MERGE_NONFINITE = "nonfinite", "nonfinite_merge"
+"""Flags: NaN or infinity in a model; in the merge, and in no model."""
 EXACT, TWO_MODEL, EXTRAPOLATED = (FORMULAS.index(name) for name in ("exact", "two_model", "extrapolated"))
 
 
@@ -50,6 +52,7 @@ class Tally:
     """What is known of a unit or, added up, of a tensor. Squares are sums over its elements."""
 
     is_finite: bool = True
+    are_models_finite: bool = True
     num_groups: int = 0
     flags: dict[str, int] = field(default_factory=dict)
     mean_squared: float = 0.0
@@ -85,7 +88,7 @@ class Tally:
             mine = getattr(self, name)
             if name == "flags":
                 self.flags = {key: self.flags.get(key, 0) + value.get(key, 0) for key in {*self.flags, *value}}
-            elif name in ("is_finite", "contenders_K", "same_KK"):
+            elif name in ("is_finite", "are_models_finite", "contenders_K", "same_KK"):
                 setattr(self, name, mine & value)
             elif name == "most_K":
                 self.most_K = np.maximum(mine, value)
@@ -112,11 +115,12 @@ class AuditExaminer:
         """Return what one unit says."""
         products_GMM, steps_squared = self._products(unit, arithmetic, map_spans)
         tally = Tally(num_groups=len(products_GMM), steps_squared=steps_squared)
+        models = Gram(products_GMM[:, :-1, :-1] if self.has_merged else products_GMM)
         tally.is_finite = bool(np.isfinite(products_GMM).all())
+        tally.are_models_finite = bool(np.isfinite(models.products_GMM).all())
         candidates: list[int] = []
         ratios_KG = np.zeros((len(FORMULAS), len(products_GMM)))
         if tally.is_finite:
-            models = Gram(products_GMM[:, :-1, :-1] if self.has_merged else products_GMM)
             ratios_KG = ratios_of(Geometry(models))
             self._tally_models(tally, unit.job, models, ratios_KG)
             if self.has_merged:
@@ -272,12 +276,15 @@ def audit_row(job: TensorJob, tally: Tally, *, has_merged: bool) -> dict[str, An
         "candidates": [],
     }
     if not tally.is_finite:
-        return row | {"match": "not_finite", "flags": ["nonfinite"]}
+        return row | {"match": "not_finite", "flags": [MERGE_NONFINITE if tally.are_models_finite else NONFINITE]}
     correct, ratios_K = correct_formula(job), _ratios(tally)
     size = math.sqrt(tally.update_squared or tally.mean_squared)
     row |= {f"ratio_{name}": finite(ratios_K[k]) for k, name in enumerate(FORMULAS) if name not in ("average", "base")}
     row |= {
+        "ratio_correct": finite(ratios_K[correct]),
+        "mean_norm": finite(math.sqrt(tally.mean_squared)),
         "update_norm": finite(math.sqrt(tally.update_squared)),
+        "old_error": finite(math.sqrt(tally.old_squared)),
         "old_distance": _share(math.sqrt(tally.old_squared), size),
         "old_roundings": _share(math.sqrt(tally.old_squared), math.sqrt(tally.steps_squared)),
         "rounding_noise": _share(math.sqrt(tally.steps_squared / 12.0), size),
@@ -300,6 +307,7 @@ def audit_row(job: TensorJob, tally: Tally, *, has_merged: bool) -> dict[str, An
         "implied_ratio": _share(tally.merged_times_mean, tally.mean_squared),
         "implied_weights": weights_N.tolist(),
         "residual": _share(math.sqrt(tally.off_ray_squared), math.sqrt(tally.merged_squared)),
+        "error": finite(distance),
         "distance": _share(distance, size) if distance else 0.0,
         "equal_share": float(tally.equal_K[correct] / num_elems),
         "mean_roundings": float(tally.roundings_K[correct] / num_elems),

@@ -6,8 +6,9 @@ together, which is how layers, kinds and whole models are compared.
 """
 
 import json
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from stockflow.driver import Inputs, collector_paused
 from stockflow.errors import RecipeError
+from stockflow.events import Done, Moved, OnEvent, Stage
 from stockflow.geometry import RATIOS, Geometry, finite, packed, pairs, unpacked
 from stockflow.gram import Floats, Gram
 from stockflow.merging import Arithmetic, MapSpans, spans_of
@@ -24,6 +26,7 @@ from stockflow.naming import kind_of, layer_of
 from stockflow.plan import CheckpointRef, Source, TensorJob
 from stockflow.planning import make_plan
 from stockflow.sources import OnRead
+from stockflow.spans import SPAN_ELEMS
 from stockflow.storage import redact
 from stockflow.survey import SurveySpec
 from stockflow.units import Piece, Unit
@@ -43,6 +46,43 @@ class SurveyOptions:
     memory_bytes: int
     num_threads: int
     device: Any = "auto"
+
+
+class Following:
+    """Tells of a survey what is read and which tensors are done, and counts the bytes; from several threads."""
+
+    def __init__(self, spec: SurveySpec, jobs: Sequence[TensorJob], on_event: OnEvent) -> None:
+        """Tell that reading begins."""
+        self.num_read = 0
+        self._jobs = jobs
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        num_bytes = bytes_to_read(spec, jobs)
+        on_event(Stage("reading the inputs", total_bytes=num_bytes, num_items=len(jobs), unit="tensors"))
+
+    def on_read(self, num_bytes: int) -> None:
+        """Count bytes."""
+        with self._lock:
+            self.num_read += num_bytes
+        self._on_event(Moved(num_bytes))
+
+    def rows(self, found: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """Yield numbers and rows as they come."""
+        for number, row in found:
+            self._on_event(Done(self._jobs[number].output.name))
+            yield number, row
+
+
+def bytes_to_read(spec: SurveySpec, jobs: Sequence[TensorJob]) -> int:
+    """Return what a survey will read: on the first sweep everything, on a second one large tensors of local files.
+
+    Those from elsewhere are held meanwhile where the memory allows it, which only the worker knows.
+    """
+    is_local = not any("://" in ref.url for ref in spec.checkpoints)
+    again = spec.examiner.num_sweeps - 1 if is_local else 0
+    return sum(
+        source.spec.num_bytes * (1 + again * (job.num_elems > SPAN_ELEMS)) for job in jobs for source in job.sources
+    )
 
 
 class GramExaminer:
@@ -228,7 +268,7 @@ def _portions(numbers: Sequence[int]) -> Iterator[list[int]]:
         yield list(numbers[start : start + ROWS_AT_ONCE])
 
 
-def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_read: OnRead) -> Inspection:
+def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_event: OnEvent) -> Inspection:
     """Take the statistics of a recipe's checkpoints.
 
     Raises:
@@ -238,24 +278,19 @@ def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_read: OnR
         StorageError: reading failed after retries.
     """
     started = time.perf_counter()
+    on_event(Stage("planning"))
     subjects, checkpoints = find_subjects(inputs)
     numbers = [number for number, subject in enumerate(subjects) if subject.job]
     jobs = [subject.job for subject in subjects if subject.job]
     num_tuned = len(checkpoints) - 1
     packed_TQ = np.full((len(subjects), 1 + num_tuned * (num_tuned + 1) // 2), np.nan)
-    num_read = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal num_read
-        num_read += num_bytes
-        on_read(num_bytes)
-
     spec = SurveySpec(
         checkpoints, inputs.recipe.storage, GramExaminer(), options.memory_bytes, options.num_threads, options.device
     )
-    for number, row_Q in survey(spec, jobs, count) if jobs else ():
+    following = Following(spec, jobs, on_event)
+    for number, row_Q in following.rows(survey(spec, jobs, following.on_read)) if jobs else ():
         packed_TQ[numbers[number]] = row_Q
-    return Inspection(checkpoints, subjects, packed_TQ, num_read, time.perf_counter() - started)
+    return Inspection(checkpoints, subjects, packed_TQ, following.num_read, time.perf_counter() - started)
 
 
 def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, ...]]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import stockflow
 from stockflow.driver import Inputs
-from stockflow.errors import InputChangedError, NotFoundError, PlanError
+from stockflow.errors import InputChangedError, NotFoundError, PlanError, RecipeError
+from stockflow.events import Done, Event, Moved, Stage
 from stockflow.execution import survey_in_this_process
 from stockflow.insight.audit import Audit, audit, judge, open_output, open_recipe
 from stockflow.insight.audit_lines import audit_lines
@@ -20,6 +24,7 @@ from stockflow.recipe import load_recipe
 from stockflow.storage import StorageConfig
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, make_tensors, write_checkpoint, write_recipe
+from tests.hub_server import COMMIT, hub_server
 
 SHAPES = {
     "model.embed_tokens.weight": (600, 500),
@@ -144,6 +149,69 @@ def test_a_recipe_that_extrapolates_calls_that_correct(
     found = audited(recipe, merged_by("extrapolated", family, tmp_path / "merged", F32))
 
     assert (labels(found), judge(found).answer) == ({"extrapolated"}, "no")
+    for row in found.rows:
+        base, *tuned = loaded(family)[row["name"]]
+        t = ratio_by("extrapolated", base, tuned)
+        assert t < 0
+        assert row["ratio_correct"] == pytest.approx(t, rel=1e-6)
+    alone = "\n".join(audit_lines(audited(recipe)))
+    assert f" {found.rows[0]['ratio_correct']:.4f} " in alone
+    assert "0.0000" not in alone
+
+
+def test_where_all_cosines_are_negative_the_old_formula_moves_what_should_stay(
+    families: dict[str, tuple[Family, Path]],
+) -> None:
+    family, recipe = families["opposing"]
+
+    found = audited(recipe)
+
+    squares = {"old": 0.0, "mean": 0.0}
+    for row in found.rows:
+        base, *tuned = loaded(family)[row["name"]]
+        mean = np.linalg.norm(np.mean(tuned, axis=0) - base)
+        old = abs(ratio_by("two_model", base, tuned)) * mean
+        assert (row["update_norm"], row["ratio_correct"]) == (0.0, 0.0)
+        assert (row["old_error"], row["mean_norm"]) == (pytest.approx(old, rel=1e-5), pytest.approx(mean, rel=1e-5))
+        squares = {"old": squares["old"] + old**2, "mean": squares["mean"] + mean**2}
+    assert judge(found).answer == "yes"
+    assert judge(found).distance == pytest.approx(math.sqrt(squares["old"] / squares["mean"]), rel=1e-5)
+    assert "of the size of the mean task vectors" in "\n".join(audit_lines(found))
+
+
+def test_two_models_that_oppose_each_other_were_never_affected_by_the_formula(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 2, {"w": (200, 50)}, F32, buffers=False, cosine=-0.3)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+
+    assert judge(audited(recipe)).answer == "same"
+
+
+def test_one_small_tensor_that_should_have_stayed_is_hardly_worth_a_merge(tmp_path: Path) -> None:
+    shapes = {"large": ((300, 200), 0.5, 3e-3), "small": ((40,), -0.3, 1e-5)}
+    drawn = {
+        name: [each.float() for each in make_tensors(name, shape, 3, cosine=cosine, delta_scale=scale)]
+        for name, (shape, cosine, scale) in shapes.items()
+    }
+    folders = [
+        write_checkpoint(tmp_path / str(number), {name: each[number] for name, each in drawn.items()})
+        for number in range(4)
+    ]
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", Family(folders[0], tuple(folders[1:])))
+    made, errors, updates = {}, 0.0, 0.0
+    for name, tensors in drawn.items():
+        base, *tuned = (each.numpy().astype(np.float64) for each in tensors)
+        mean = np.mean(tuned, axis=0) - base
+        t, correct = ratio_by("extrapolated", base, tuned), ratio_by("exact", base, tuned)
+        made[name] = stored(base + t * mean, F32)
+        errors += float(np.sum((made[name].double().numpy() - base - correct * mean) ** 2)) * (name == "small")
+        updates += float(np.sum((correct * mean) ** 2))
+
+    found = audited(recipe, write_checkpoint(tmp_path / "merged", made))
+
+    assert {row["name"]: row["match"] for row in found.rows} == {"large": "exact", "small": "extrapolated"}
+    assert judge(found).answer == "hardly"
+    assert 0 < judge(found).distance < 0.01
+    assert judge(found).distance == pytest.approx(math.sqrt(errors / updates), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
@@ -295,6 +363,37 @@ def test_nan_in_a_merge_is_said_of_its_tensor_and_stops_nothing(
     assert {row["name"]: row["match"] for row in found.rows} == {
         name: "not_finite" if name == "model.layers.0.input_layernorm.weight" else "exact" for name in SHAPES
     }
+    assert judge(found).answer == "yes"
+    assert judge(found).share == pytest.approx(2000 / (600 * 500 + 120 * 120 + 2000))
+    said = "\n".join(audit_lines(found))
+    assert "1 of 3 tensors hold NaN or infinity, and no model does there" in said
+    assert "NaN or infinity in the merge, and in no model: model.layers.0.input_layernorm.weight" in said
+
+
+def test_a_merge_that_is_all_nan_is_to_be_made_again(families: dict[str, tuple[Family, Path]], tmp_path: Path) -> None:
+    _, recipe = families["bf16"]
+    made = {name: torch.full(shape, float("nan"), dtype=BF16) for name, shape in SHAPES.items()}
+
+    found = audited(recipe, write_checkpoint(tmp_path / "merged", made))
+
+    assert (judge(found).answer, judge(found).share) == ("yes", 1.0)
+    assert "A re-merge is worth it" in "\n".join(audit_lines(found))
+
+
+def test_nan_in_a_model_is_no_fault_of_the_merge(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 3, {"w": (200, 50), "v": (500,)}, F32, buffers=False)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+    runs.merge_here(recipe, tmp_path / "good")
+    tensors = {name: stored(tensor.array, F32) for name, tensor in oracle.load_checkpoint(family.tuned[1]).items()}
+    tensors["v"][3] = float("inf")
+    write_checkpoint(family.tuned[1], tensors)
+
+    found = audited(recipe, tmp_path / "good")
+
+    assert {row["name"]: row["flags"] for row in found.rows} == {"w": [], "v": ["nonfinite"]}
+    assert judge(found).answer == "undecided"
+    assert "NaN or infinity in a model: v" in "\n".join(audit_lines(found))
+    assert judge(audited(recipe)).answer == "yes"
 
 
 def test_a_recipe_alone_says_what_the_old_formula_would_have_done(
@@ -343,6 +442,7 @@ def test_another_vocabulary_leaves_out_what_does_not_fit(
     }
     assert labels(found) == {"exact"}
     assert "left out: 1 tensors, of shape [608, 500]" in "\n".join(audit_lines(found))
+    assert "every tensor that was compared is the correct merge" in "\n".join(audit_lines(found))
 
 
 def test_a_recipe_of_another_number_of_models_is_refused(
@@ -394,9 +494,80 @@ def test_the_command_prints_a_verdict_and_leaves_both_files(
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "A re-merge is worth it: tensors with 100 % of the parameters" in finished.stdout
     assert "the old formula for two models (two_model)" in finished.stdout
+    assert finished.stdout.splitlines()[-1] == f"next: stockflow merge {recipe} OUTPUT"
     document: dict[str, Any] = json.loads((tmp_path / "found" / "audit.json").read_text())
     assert document["tensors"] == pq.read_table(tmp_path / "found" / "audit.parquet").to_pylist()
     assert (document["verdict"], document["labels"]["two_model"]["tensors"]) == ("yes", 3)
+
+
+def test_an_old_merge_on_the_hub_is_found_by_its_bare_name_and_pinned(
+    families: dict[str, tuple[Family, Path]], tmp_path: Path
+) -> None:
+    """In a process of its own: the hub's client reads HF_ENDPOINT when it is imported."""
+    family, recipe = families["bf16"]
+    merged = merged_by("two_model", family, tmp_path / "merged", BF16)
+    arguments = runs.command("audit", recipe, "org/old-merge", "--json", "--device", "cpu")
+
+    with hub_server({"org/old-merge": merged}) as url:
+        environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        finished = subprocess.run(
+            arguments, env=environment, cwd=runs.REPOSITORY, capture_output=True, text=True, check=False
+        )
+
+    assert finished.returncode == 0, finished.stderr
+    document = json.loads(finished.stdout)
+    assert document["merged"] == f"hf://org/old-merge@{COMMIT}"
+    assert (document["verdict"], document["labels"]["two_model"]["tensors"]) == ("yes", 3)
+
+
+def test_an_output_that_needs_storage_options_gets_them_from_a_recipe(
+    s3_bucket: str, s3_endpoint: str, families: dict[str, tuple[Family, Path]], tmp_path: Path
+) -> None:
+    _, by_folder = families["bf16"]
+    recipe, output = tmp_path / "recipe.yaml", f"s3://{s3_bucket}/out"
+    stored_at = f"stockflow:\n  storage:\n    s3://{s3_bucket}: {{endpoint: {s3_endpoint}}}\n"
+    recipe.write_text(f"{by_folder.read_text()}\n{stored_at}")
+    runs.merge_elsewhere(recipe, output)  # type: ignore[arg-type]
+
+    finished = runs.run("audit", output, "--recipe", recipe, "--json", "--device", "cpu")
+
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["verdict"] == "no"
+    assert stockflow.audit(output, recipe=recipe, device="cpu").verdict.answer == "no"
+    with pytest.raises(RecipeError, match="here a recipe is audited, whose own apply"):
+        stockflow.audit(recipe, recipe=recipe)
+
+
+def test_a_memory_that_is_too_small_is_refused_by_the_figure_that_was_given(
+    families: dict[str, tuple[Family, Path]], tmp_path: Path
+) -> None:
+    family, recipe = families["bf16"]
+    merged = merged_by("exact", family, tmp_path / "merged", BF16)
+
+    finished = runs.run("audit", recipe, merged, "--memory", "200MiB", "--device", "cpu")
+
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "the limit is 200 MiB. Raise --memory" in finished.stderr
+
+
+def test_progress_says_how_much_there_is_to_read(families: dict[str, tuple[Family, Path]], tmp_path: Path) -> None:
+    """One tensor is of two spans: local files are read for each sweep over it."""
+    family, recipe = families["f32"]
+    merged = merged_by("exact", family, tmp_path / "merged", F32)
+    for arguments, num_bytes in (
+        ([recipe], 4 * (300_000 + 14_400 + 2_000) * 4),
+        ([recipe, merged], 5 * (2 * 300_000 + 14_400 + 2_000) * 4),
+    ):
+        events: list[Event] = []
+
+        stockflow.audit(*arguments, device="cpu", on_event=events.append)
+
+        stages = [event for event in events if isinstance(event, Stage)]
+        assert [stage.name for stage in stages] == ["opening checkpoints", "planning", "reading the inputs"]
+        assert (stages[-1].total_bytes, stages[-1].num_items, stages[-1].unit) == (num_bytes, 3, "tensors")
+        assert sum(event.num_read for event in events if isinstance(event, Moved)) == num_bytes
+        read = events[events.index(stages[-1]) :]
+        assert {event.item for event in read if isinstance(event, Done)} == set(SHAPES)
 
 
 @pytest.mark.parametrize("arguments", [["nowhere.yaml"], ["{recipe}", "nowhere"], ["{folder}"]])

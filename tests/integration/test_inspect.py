@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +178,14 @@ def test_the_command_prints_a_summary_and_leaves_both_files(tmp_path: Path) -> N
     assert len(row["cosines"]) == len(document["pairs"]) == 3
 
 
-@pytest.mark.parametrize(("place", "said"), [("{file}", "a file is where a folder should be"), ("web://x", "web://")])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("{file}", "a file is where a folder should be"),
+        ("web://x", "web://"),
+        ("/proc/nowhere", "cannot write /proc/nowhere"),  # not even root can
+    ],
+)
 def test_a_place_that_cannot_take_rows_is_refused_before_anything_is_read(
     place: str, said: str, tmp_path: Path
 ) -> None:
@@ -189,3 +198,28 @@ def test_a_place_that_cannot_take_rows_is_refused_before_anything_is_read(
     assert said in finished.stderr
     assert '"read_bytes": ' not in finished.stderr or '"read_bytes": 0' in finished.stderr
     assert finished.stdout == ""
+
+
+def test_a_place_is_tried_and_nothing_is_left_of_it(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", make_family(tmp_path, 2, {"w": (8, 4)}))
+
+    assert runs.run("inspect", recipe, "--out", tmp_path / "found", "--device", "cpu").returncode == 0
+
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["inspect.json", "inspect.parquet"]
+
+
+def test_a_signal_while_rows_are_written_ends_it_as_at_any_other_time(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", make_family(tmp_path, 2, {"w": (8, 4)}))
+    code = (
+        "import os, signal, sys; from stockflow.cli import app, insight; "
+        "insight.publish = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), signal.pause()); "
+        "app(sys.argv[1:])"
+    )
+    arguments = ["inspect", str(recipe), "--out", str(tmp_path / "found"), "--device", "cpu"]
+
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=runs.REPOSITORY, capture_output=True, text=True, check=False
+    )
+
+    assert finished.returncode == 143
+    assert finished.stderr.startswith("stockflow: stopped by SIGTERM")

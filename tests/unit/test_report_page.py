@@ -198,6 +198,7 @@ def test_the_page_of_the_largest_outputs_stays_small(num_models: int, num_layers
     page = report.html()
 
     assert len(page.encode()) < MAX_PAGE_BYTES
+    assert "The cosine between two models' changes" in page
     assert "4,000 requests were repeated (read: 4,000)" in page
     assert f"of {len(report.evidence.rows):,} tensors: those above and the ones with the lowest t" in page
     listed = [row.ratio for row in report.geometry.listed if row.ratio is not None]

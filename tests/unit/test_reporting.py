@@ -292,6 +292,9 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "plan": (["plan", "RECIPE", "OUT"], ["opening checkpoints", "planning", "looking at the output"]),
     "verify": (["verify", "OUT", "--inputs", "--sample", "100%"], ["verifying", "merging a sample again"]),
     "diff": (["diff", "A", "B"], ["opening checkpoints", "comparing"]),
+    "inspect": (["inspect", "RECIPE"], ["opening checkpoints", "planning", "reading the inputs"]),
+    "audit RECIPE": (["audit", "RECIPE"], ["opening checkpoints", "planning", "reading the inputs"]),
+    "audit OUTPUT": (["audit", "OUT"], ["reading records", "looking at the inputs", "reading the inputs"]),
 }  # fmt: skip
 
 
