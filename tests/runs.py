@@ -40,7 +40,7 @@ def grown_bytes() -> int:
 
 def merge_here(
     recipe: Path,
-    output: Path,
+    output: Path | str,
     *,
     memory_bytes: int = 1024 * MIB,
     num_threads: int = 2,

@@ -9,8 +9,12 @@ import pytest
 
 from stockflow.recipe import parse_recipe
 from stockflow.recipe.model import StorageEntry
+from tests import runs
+from tests.checkpoints import make_family, write_recipe
+from tests.fault_proxy import FaultyProxy
 
-PAGE = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "storage.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -37,4 +41,30 @@ def test_the_lifecycle_rule_is_taken_by_a_server(s3_endpoint: str, s3_bucket: st
     client.put_bucket_lifecycle_configuration(Bucket=s3_bucket, LifecycleConfiguration=json.loads(rule))
 
     (kept,) = client.get_bucket_lifecycle_configuration(Bucket=s3_bucket)["Rules"]
-    assert kept["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 2}
+    assert kept["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 3}
+
+
+def rights() -> dict[str, str]:
+    """Return what each right is for, by its name."""
+    return dict(re.findall(r"^\| `(s3:\w+)` \| [^|]+ \| ([^|]+) \|$", PAGE, re.MULTILINE))
+
+
+def test_every_right_of_the_policy_is_explained() -> None:
+    policy = json.loads((ROOT / "deploy" / "s3-policy.json").read_text())
+    actions = [statement["Action"] for statement in policy["Statement"]]
+    granted = {name for action in actions for name in ([action] if isinstance(action, str) else action)}
+
+    assert granted == rights().keys()
+
+
+def test_what_a_plain_merge_deletes_is_on_the_page(
+    s3_endpoint: str, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", make_family(tmp_path, 2))
+    with FaultyProxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        runs.merge_here(recipe, f"s3://{s3_bucket}/out")
+
+    (deleted,) = {request for request in proxy.requests if request.startswith("DELETE ")}
+    assert "/runs/" in deleted
+    assert "a run takes its own record away when it ends" in rights()["s3:DeleteObject"]
