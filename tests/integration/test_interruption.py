@@ -268,10 +268,9 @@ with interruption.interruptible():
     with suppress(InterruptedRunError):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
-    time.sleep(interruption.ONE_STOP_S)
-    with suppress(InterruptedRunError):
+    while True:  # the watcher may have begun to count late
+        time.sleep(interruption.ONE_STOP_S)
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
 """
 
 
