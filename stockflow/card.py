@@ -26,7 +26,7 @@ tags:
 ---
 # Merged with `{recipe.merge_method}`
 
-This checkpoint was made by [stockflow](https://github.com/stockflow/stockflow) {__version__}.
+This checkpoint was made by stockflow {__version__}.
 `stockflow verify` holds it against `manifest.json`; `_stockflow/{plan.plan_id}/tensors.parquet` has one row per tensor.
 
 | # | checkpoint | role |
