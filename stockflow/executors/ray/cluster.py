@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from stockflow.errors import ComputeLostError, InterruptedRunError, PlanError, StockflowError
-from stockflow.interruption import stop_requested
+from stockflow.interruption import interruption, stop_requested
 
 OBJECT_STORE_BYTES = 100_000_000
 """Only keys and counters pass through Ray."""
@@ -309,4 +309,6 @@ def _handlers_kept() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if was_stopped:
+        if stop_requested():  # the signal that Ray's handler took was seen: another one would end the process at once
+            raise interruption(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
