@@ -61,7 +61,7 @@ def inspect(
     from stockflow.storage import redact
 
     with exit_codes():
-        with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
             inputs = api.open_inputs(recipe, on_event)
             folder = open_out(out, inputs.recipe.storage)
@@ -117,7 +117,7 @@ def audit(
     from stockflow.storage import redact
 
     with exit_codes():
-        with interruptible(), followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
             merge = api.open_merge(subject, merged, recipe, on_event)
             folder = open_out(out, merge.storage)
