@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 
+from stockflow.ahead import map_ahead
 from stockflow.budget import BASELINE_BYTES, SPANS_AHEAD, client_bytes, divide, planned_bytes
 from stockflow.buffers import Pool, allocate
 from stockflow.checkpoint import Checkpoint, open_checkpoints
@@ -35,7 +36,6 @@ from stockflow.sources import NUM_LOCAL_READERS, NUM_OBJECT_READERS
 from stockflow.spans import SPAN_ELEMS, span_bounds
 from stockflow.storage import LocalStore, StorageConfig, Store, check_stamp, open_store, pin_revision
 from stockflow.units import LoadedPiece, Piece
-from stockflow.worker import map_ahead
 
 NO_PARAMETERS = Parameters({}, {})
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
+from stockflow.ahead import map_ahead
 from stockflow.budget import BASELINE_BYTES, LOOKAHEAD_BYTES, SPANS_AHEAD, Workspace, client_bytes, divide
 from stockflow.devices import Device, open_device
 from stockflow.merging import Arithmetic, MapSpans
@@ -18,7 +19,7 @@ from stockflow.schedule import Step, schedule
 from stockflow.sources import OnRead, Sources
 from stockflow.storage import StorageConfig
 from stockflow.units import Unit
-from stockflow.worker import GROWTH_BYTES, current_memory_bytes, map_ahead, runs
+from stockflow.worker import GROWTH_BYTES, current_memory_bytes, runs
 
 T = TypeVar("T")
 R = TypeVar("R")

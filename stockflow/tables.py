@@ -38,14 +38,18 @@ TENSORS_SCHEMA = pa.schema(
 )
 
 
+_NAMED_TENSOR = [
+    ("name", pa.string()),
+    ("kind", pa.string()),
+    ("layer", pa.int64()),
+    ("shape", pa.list_(pa.int64())),
+    ("dtype", pa.string()),
+    ("num_elems", pa.int64()),
+]
+
 INSPECTION_SCHEMA = pa.schema(
     [
-        ("name", pa.string()),
-        ("kind", pa.string()),
-        ("layer", pa.int64()),
-        ("shape", pa.list_(pa.int64())),
-        ("dtype", pa.string()),
-        ("num_elems", pa.int64()),
+        *_NAMED_TENSOR,
         ("method", pa.string()),
         ("base_norm", pa.float64()),
         ("delta_norms", pa.list_(pa.float64())),
@@ -59,12 +63,7 @@ INSPECTION_SCHEMA = pa.schema(
 
 AUDIT_SCHEMA = pa.schema(
     [
-        ("name", pa.string()),
-        ("kind", pa.string()),
-        ("layer", pa.int64()),
-        ("shape", pa.list_(pa.int64())),
-        ("dtype", pa.string()),
-        ("num_elems", pa.int64()),
+        *_NAMED_TENSOR,
         ("scope", pa.string()),
         ("num_groups", pa.int64()),
         *((f"ratio_{name}", pa.float64()) for name in RATIOS),

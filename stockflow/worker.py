@@ -2,9 +2,8 @@
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+from stockflow.ahead import map_ahead
 from stockflow.budget import (
     BASELINE_BYTES,
     MIB,
@@ -184,22 +184,6 @@ class Worker:
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def map_ahead(pool: ThreadPoolExecutor, num_ahead: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield results in order like ``pool.map``, with at most ``num_ahead`` of them waiting to be taken."""
-    pending: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            if len(pending) == num_ahead:
-                yield pending.popleft().result()
-            pending.append(pool.submit(function, item))
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
-        wait(pending)
 
 
 class _ShardRun:

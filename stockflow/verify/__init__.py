@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from stockflow import notebook
+from stockflow.ahead import map_ahead
 from stockflow.budget import gb
 from stockflow.checkpoint import INDEX_FILE, SINGLE_FILE
 from stockflow.errors import CheckpointError, NotFoundError, UserError
@@ -14,7 +15,7 @@ from stockflow.plan_file import RecordedPlan
 from stockflow.storage import Stamp, StorageConfig, open_store, redact
 from stockflow.verify import contents, records
 from stockflow.verify.findings import Finding, Findings
-from stockflow.verify.reading import NUM_LOCAL_READERS, NUM_OBJECT_READERS, Output, map_ahead
+from stockflow.verify.reading import NUM_LOCAL_READERS, NUM_OBJECT_READERS, Output
 from stockflow.verify.sample import Groups, Sampled, SampleOptions, choose, sampled_line
 
 __all__ = ["Finding", "SampleOptions", "Sampled", "Verification", "summary_lines", "verify"]

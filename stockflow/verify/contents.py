@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from stockflow.ahead import map_ahead
 from stockflow.checkpoint import FIRST_READ_BYTES, INDEX_FILE, MAX_INDEX_BYTES
 from stockflow.errors import UserError
 from stockflow.header import PlacedTensor, header_bytes, parse_header
 from stockflow.plan import MergePlan
 from stockflow.verify.findings import Finding, quoted
-from stockflow.verify.reading import Output, map_ahead
+from stockflow.verify.reading import Output
 from stockflow.verify.table import Row, decode_apart
 
 MAX_TABLE_BYTES = 256_000_000

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from stockflow.errors import CheckpointError, StorageError
 from stockflow.sealed import check_num_values
@@ -24,9 +24,6 @@ MAX_KEY_BYTES = 1024
 """The longest key of S3."""
 MAX_NAME_BYTES = 255
 """The longest name in a folder."""
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Range(NamedTuple):
@@ -149,22 +146,6 @@ class Output:
                 digest.update(part)
                 on_bytes(part.nbytes)
         return digest.hexdigest()
-
-
-def map_ahead(pool: ThreadPoolExecutor, num_ahead: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield results in order like ``pool.map``, with at most ``num_ahead`` of them begun and not taken."""
-    pending: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            if len(pending) == num_ahead:
-                yield pending.popleft().result()
-            pending.append(pool.submit(function, item))
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
-        wait(pending)
 
 
 def _portions(ranges: Iterable[Range]) -> Iterator[Range]:

@@ -45,7 +45,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "kernels header storage",
         "buffers gram spans executors records sealed",
         "interruption",
-        "errors strictjson redaction events notebook naming pagecache pipeline",
+        "errors ahead strictjson redaction events notebook naming pagecache pipeline",
     )
 )
 """From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
