@@ -48,8 +48,8 @@ def main() -> None:
     """Run one worker count and append the result, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--shards-per-worker", type=int, default=50)
-    parser.add_argument("--rate", type=float, default=500_000, help="bytes a second of one worker, up and down")
+    parser.add_argument("--shards-per-worker", type=int, default=60)
+    parser.add_argument("--rate", type=float, default=400_000, help="bytes a second of one worker, up and down")
     parser.add_argument("--table", action="store_true", help="only print what was measured before")
     parser.add_argument("--results", type=Path, default=RESULTS / "scale_out.jsonl")
     parser.add_argument("--note", default="")
