@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stockflow.claims import agree_on_numerics
@@ -32,10 +33,11 @@ MAX_BATCH_BYTES = 2 * 10**9
 def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
     """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
     worker = Worker(spec)
+    on_bytes = partial(tracker.on_bytes, worker=process_name())
 
     def begin(shard: ShardPlan) -> Future[Receipt]:
         tracker.on_begin(shard.file, process_name())
-        return worker.begin(shard, tracker.on_bytes)
+        return worker.begin(shard, on_bytes)
 
     try:
         _agree(spec, worker)
@@ -148,10 +150,23 @@ def on_ray(
         on_note=tracker.on_note,
         on_give=lambda shard, worker: tracker.on_begin(shard.file, worker),
         on_failure=lambda cause, shard: tracker.on_failure(cause, shard.file if shard else None),
+        on_size=lambda num_workers: _note_idle_workers(num_workers, tracker, options),
     )
     for file in files:
         key = receipt_key(spec.plan_id, file)
         yield Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
+
+
+def _note_idle_workers(num_workers: int, tracker: Tracker, options: "ray.RayOptions") -> None:
+    """Say that shards are few for the workers that the cluster holds, if a merge is long enough for that to matter.
+
+    Where a number was asked for, the driver has said so before.
+    """
+    from stockflow.planning import LEAST_GOOD_SHARD_BYTES, few_shards_note  # workers need no recipes
+
+    if options.num_workers is None and tracker.plan.num_output_bytes >= LEAST_GOOD_SHARD_BYTES * num_workers:
+        for note in few_shards_note(tracker.plan, num_workers):
+            tracker.on_note(note)
 
 
 def _on_what_was_asked_for(spec: WorkerSpec, options: "ray.RayOptions") -> WorkerSpec:
@@ -240,7 +255,7 @@ def survey_on_ray(
         list(batches(jobs)),
         size=lambda batch: batch.source_bytes,
         options=options,
-        on_count=lambda num_read, _: on_read(num_read),
+        on_count=lambda num_read, _, worker: on_read(num_read),
         on_note=on_note,
     )
     for first, rows in found:

@@ -1,6 +1,7 @@
 """What the tests let workers of a Ray cluster do. Workers import it, so it imports little."""
 
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Starving:
     """A start whose items may take four times what is there; they give their frugality and their process."""
 
     kind: str
-    """of what: ``numpy`` or ``torch``, or the start itself by ``start``"""
+    """of what: ``numpy``, ``mmap`` or ``torch``, or the start itself by ``start``"""
 
     def __call__(self) -> Callable[[Any, Count, int], Any]:
         if self.kind == "start":
@@ -55,6 +56,8 @@ class Starving:
             import torch
 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if frugality < 2 and self.kind == "mmap":
+            mmap.mmap(-1, 1 << 62)
         if frugality < 2:
             import numpy as np
 

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import yaml
 
 from stockflow.errors import RecipeError
-from stockflow.recipe.wording import named, shown
+from stockflow.recipe.wording import each_hint_once, named, shown
 
 MAX_NODES = 20_000
 """Values in one document, aliases counted as often as they are used; some checks compare all with all."""
@@ -75,9 +75,10 @@ class Document:
     def error(self, problems: Iterable[Problem]) -> RecipeError:
         """Return one error for all problems, in file order: the first 20 and the count of the rest."""
         located = sorted({(*self._locate(path), text) for path, text in problems})
+        texts = each_hint_once(text for _, _, text in located)
         lines = [
             f"{self.source}:{line}:{column}: {name + ': ' if name else ''}{text}"
-            for (line, column), name, text in located
+            for ((line, column), name, _), text in zip(located, texts, strict=True)
         ]
         if len(lines) == 1:
             return RecipeError(lines[0])

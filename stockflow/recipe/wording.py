@@ -1,6 +1,6 @@
 """How messages about a recipe are worded: values without secrets, the nearest name, phrases used twice."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 from stockflow.redaction import redact_urls
@@ -8,6 +8,7 @@ from stockflow.strictjson import MAX_SHOWN
 from stockflow.strictjson import shown as quoted
 
 NOT_YET = "is not supported by stockflow yet"
+_KNOWN = "Known here: "
 
 
 def named(text: str) -> str:
@@ -35,4 +36,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     close = get_close_matches(name, names, n=1)
     hint = f"did you mean `{close[0]}`? " if close else ""
-    return f"{hint}Known here: {', '.join(names) or 'nothing'}"
+    return f"{hint}{_KNOWN}{', '.join(names) or 'nothing'}"
+
+
+def each_hint_once(messages: Iterable[str]) -> Iterator[str]:
+    """Yield messages, those of `nearest` without the known names where an earlier one listed the same."""
+    listed: set[str] = set()
+    for message in messages:
+        told, _, names = message.partition(_KNOWN)
+        yield told.rstrip("; ") if names in listed else message
+        listed |= {names} - {""}

@@ -90,7 +90,7 @@ class AsEvents:
             retries=receipt.retries,
             peak_memory_bytes=receipt.peak_memory_bytes,
         )
-        self._on_event(Done(receipt.file, cost=cost))
+        self._on_event(Done(receipt.file, receipt.worker, cost))
 
     def on_drop(self, shard: str) -> None:
         """Tell that a shard is merged again."""

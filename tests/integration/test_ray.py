@@ -103,7 +103,7 @@ def run_items(
     start: Callable[[], Callable[[Any, Any, int], Any]],
     items: Sequence[Any],
     options: RayOptions = QUICKLY,
-    on_count: Callable[[int, int], None] = lambda read, written: None,
+    on_count: Callable[[int, int, str], None] = lambda read, written, worker: None,
 ) -> list[Any]:
     """Run items that are all of one size."""
     return list(run_on_ray(start, items, size=lambda item: 1, options=options, on_count=on_count))
@@ -190,18 +190,19 @@ def test_the_largest_items_go_first(cluster: str, tmp_path: Path) -> None:
         [2, 9, 5],
         size=lambda item: item,
         options=RayOptions(num_workers=1),
-        on_count=lambda read, written: None,
+        on_count=lambda *_: None,
     )
 
     assert [item for item, _ in results] == [9, 5, 2]
 
 
 def test_what_workers_count_reaches_the_driver(cluster: str, tmp_path: Path) -> None:
-    counted: list[tuple[int, int]] = []
+    counted: list[tuple[int, int, str]] = []
 
-    run_items(ray_items.Doing(ray_items.echo, tmp_path), range(1, 21), on_count=lambda *pair: counted.append(pair))
+    run_items(ray_items.Doing(ray_items.echo, tmp_path), range(1, 21), on_count=lambda *told: counted.append(told))
 
-    assert (sum(read for read, _ in counted), sum(written for _, written in counted)) == (210, 420)
+    assert (sum(read for read, _, _ in counted), sum(written for _, written, _ in counted)) == (210, 420)
+    assert {worker.partition(":")[0] for _, _, worker in counted} == {os.uname().nodename}
 
 
 def test_workers_live_as_long_as_the_run(cluster: str, tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_a_mistake_found_at_the_start_is_raised_as_itself(cluster: str) -> None:
         run_items(ray_items.RaisingStart(PlanError("no CUDA device")), [1])
 
 
-@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("kind", ["numpy", "mmap", "torch"])
 def test_an_item_whose_memory_is_refused_is_done_with_less_of_it(cluster: str, kind: str) -> None:
     """By itself, not by Ray, which ends a worker only when its node has too little left."""
     failures: list[tuple[str, str | None]] = []
@@ -259,7 +260,7 @@ def test_an_item_whose_memory_is_refused_is_done_with_less_of_it(cluster: str, k
         ["big"],
         size=len,
         options=QUICKLY,
-        on_count=lambda read, written: None,
+        on_count=lambda *_: None,
         on_failure=lambda cause, item: failures.append((cause, item)),
     )
 
@@ -332,7 +333,7 @@ def test_an_item_that_hangs_is_run_again_elsewhere(cluster: str, tmp_path: Path)
 def test_items_in_work_clean_up_when_the_run_is_interrupted(cluster: str, tmp_path: Path) -> None:
     """A shard that is being uploaded must abort its upload; a killed process could not."""
 
-    def interrupt(num_read: int, num_written: int) -> None:
+    def interrupt(num_read: int, num_written: int, worker: str) -> None:
         raise InterruptedRunError("stopped by SIGTERM")
 
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):

@@ -266,6 +266,7 @@ def test_after_twenty_problems_only_the_count_is_reported() -> None:
 
     assert lines[0] == "r.yaml: 25 problems in this recipe"
     assert len(lines) == 1 + 20 + 1
+    assert ["Known here" in line for line in lines[1:-1]] == [True] + [False] * 19
     assert lines[-1] == "  ... and 5 more"
 
 

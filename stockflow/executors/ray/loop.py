@@ -1,5 +1,6 @@
 """The loop of the driver: does on Ray what the scheduler decides, and tells it what happens there."""
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -39,10 +40,11 @@ def run(
     *,
     size: Callable[[T], int],
     options: RayOptions,
-    on_count: Callable[[int, int], None],
+    on_count: Callable[[int, int, str], None],
     on_note: Callable[[str], None] = lambda text: None,
     on_give: Callable[[T, str], None] = lambda item, worker: None,
     on_failure: Callable[[str, T | None], None] = lambda cause, item: None,
+    on_size: Callable[[int], None] = lambda num_workers: None,
 ) -> Iterator[R]:
     """Yield results as items finish, largest items first.
 
@@ -51,10 +53,11 @@ def run(
         items: picklable.
         size: of an item; the largest go first.
         options: workers, GPUs, cluster.
-        on_count: told what the workers count.
+        on_count: told what a worker counted, and which one (``node:pid``).
         on_note: told of what costs time: no worker yet, a lost one, storage that failed.
         on_give: told of an item and the worker (``node:pid``) that begins with it.
         on_failure: told the cause whenever an item is to be done again, or (None) a worker to be started again.
+        on_size: told once how many workers there are to be, unless nodes join later.
 
     Raises:
         ComputeLostError: Ray cannot be reached, no worker comes, or workers keep dying.
@@ -63,6 +66,7 @@ def run(
     """
     with connected(options, len(items)):
         refuse_impossible(options, on_note)
+        on_size(worker_count(options, len(items)))
         loop: _Loop[T, R] = _Loop(
             start, sorted(items, key=size, reverse=True), options, on_count, on_note, on_give, on_failure
         )
@@ -93,7 +97,7 @@ class _Loop(Generic[T, R]):
         start: Callable[[], Work[T, R]],
         items: Sequence[T],
         options: RayOptions,
-        on_count: Callable[[int, int], None],
+        on_count: Callable[[int, int, str], None],
         on_note: Callable[[str], None],
         on_give: Callable[[T, str], None],
         on_failure: Callable[[str, T | None], None],
@@ -243,7 +247,7 @@ class _Loop(Generic[T, R]):
         if read > 0 or written > 0:  # an answer to a question from before comes late and says less
             handle.counted = counters
             self._scheduler.counted(number, time.monotonic())
-            self._on_count(read, written)
+            self._on_count(read, written, handle.name)
 
     def _note_once(self, note: str) -> None:
         if note and note not in self._noted:
@@ -262,9 +266,11 @@ def _cause_of(error: RayError) -> Cause:
 
 def _is_out_of_memory(cause: BaseException) -> bool:
     """Whether a worker was refused memory, by its node or its GPU; a budget that is too small is another matter."""
+    if isinstance(cause, StockflowError):
+        return False
+    is_refused_by_kernel = isinstance(cause, OSError) and cause.errno == errno.ENOMEM
     # By its name: torch is not imported for this.
-    is_of_system = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
-    return is_of_system and not isinstance(cause, StockflowError)
+    return isinstance(cause, MemoryError) or is_refused_by_kernel or type(cause).__name__ == "OutOfMemoryError"
 
 
 def _kill(handle: _Handle) -> None:
