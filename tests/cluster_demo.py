@@ -144,7 +144,7 @@ def plan_on_the_laptop() -> None:
 def submit_the_merge(cluster: Cluster) -> None:
     """Submit the merge as a job. The credentials are the nodes' own: the job carries none."""
     step("Submit the merge; it runs on the head, and asks for two workers")
-    submit = SUBMIT.format(url=cluster.url)
+    submit = SUBMIT.format(url=cluster.url, port=METRICS_PORT)
     say(f"$ {submit}")
     program, *arguments = submit.split()
     done = subprocess.run(
