@@ -45,15 +45,21 @@ def open_device(device: Device) -> OpenDevice:
     return HostArithmetic()
 
 
-def without_gpu() -> str:
-    """Return what is wrong if a scheduler gave this process GPUs and torch sees none; else an empty text."""
-    if not os.environ.get("CUDA_VISIBLE_DEVICES") or not _has_driver():
-        return ""
+def check_gpu_is_seen(device: Device) -> None:
+    """Refuse to compute on processors where a scheduler gave this process GPUs that are there, and torch sees none.
+
+    Raises:
+        PlanError: as it says.
+    """
+    if device != "auto" or not os.environ.get("CUDA_VISIBLE_DEVICES") or not _has_driver():
+        return
     from stockflow.cuda import is_available
 
-    if is_available():
-        return ""
-    return "workers hold GPUs that torch does not see: they compute on processors; install a CUDA build of torch"
+    if not is_available():
+        raise PlanError(
+            f"{os.uname().nodename} gave this worker GPUs, and torch sees none there: install a CUDA build of torch, "
+            "look at the node's driver, or compute on processors (--device cpu)"
+        )
 
 
 def _has_driver() -> bool:

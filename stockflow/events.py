@@ -97,7 +97,7 @@ class Retry:
     """An item, or the start of a worker, is to be done again."""
 
     cause: str
-    """``storage``, ``lost``, ``late``, ``out of memory``, ``preempted``"""
+    """``storage``, ``lost``, ``late``, ``out of memory``, ``error``, ``preempted``"""
     item: str | None = None
     """None: a worker did not come up"""
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stockflow.claims import agree_on_numerics
-from stockflow.devices import without_gpu
+from stockflow.devices import check_gpu_is_seen
 from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
 from stockflow.executors import local
 from stockflow.manifest import read_claim, receipt_key
@@ -16,7 +16,7 @@ from stockflow.plan import ShardPlan, TensorJob
 from stockflow.prefix import is_finished
 from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.sources import OnRead
-from stockflow.storage import open_store, read_small, redact
+from stockflow.storage import Store, open_store, read_small, redact
 from stockflow.survey import Surveyor, SurveySpec
 from stockflow.tracking import Tracker
 from stockflow.worker import OnBytes, Worker, WorkerSpec, process_name
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_BATCH_TENSORS = 64
 """Rows of these pass through Ray: 70 kB with sixteen models."""
+MAX_ANSWER_BYTES = 64_000
+"""A receipt of up to so many comes back through Ray, which keeps less than 100 kB out of its object store (2.60)."""
 MAX_BATCH_BYTES = 2 * 10**9
 """Of sources; a larger tensor is a batch of its own."""
 
@@ -62,13 +64,18 @@ class StartWorker:
         """Return what merges shards there.
 
         Raises:
-            PlanError: this node does not see the output prefix that the driver claimed, or computes otherwise
-                than the others.
+            PlanError: this node does not see its GPUs, or the output prefix that the driver claimed, or computes
+                otherwise than the others.
         """
+        check_gpu_is_seen(self.spec.device)
         check_output_is_shared(self.spec)
         work = ShardWork(self.spec)
         _agree(self.spec, work.worker)
         return work
+
+
+Answer = bytes | str
+"""of a worker that has merged a shard: its receipt; or, where that is large or of another worker, its file name"""
 
 
 class ShardWork:
@@ -81,13 +88,8 @@ class ShardWork:
         self._frugality = 0
         self.worker = Worker(spec)
 
-    @property
-    def note(self) -> str:
-        """What the driver should know of this worker."""
-        return without_gpu() if self._spec.device == "auto" else ""
-
-    def __call__(self, shard: ShardPlan, on_bytes: OnBytes, frugality: int) -> str:
-        """Merge a shard and return its file name; smaller buffers mean more passes and the same bytes.
+    def __call__(self, shard: ShardPlan, on_bytes: OnBytes, frugality: int) -> Answer:
+        """Merge a shard; smaller buffers mean more passes and the same bytes.
 
         Raises:
             StockflowError: see ``Worker.merge``.
@@ -97,7 +99,8 @@ class ShardWork:
         for halvings in range(frugality, -1, -1):
             self._reopen(halvings)
             try:
-                return self.worker.merge(shard, on_bytes).file
+                receipt = self.worker.merge(shard, on_bytes).to_json()
+                return receipt if len(receipt) <= MAX_ANSWER_BYTES else shard.file
             except BudgetError:  # as little as that is not enough for it
                 if not halvings:
                     raise
@@ -136,12 +139,12 @@ def check_output_is_shared(spec: WorkerSpec) -> None:
 def on_ray(
     spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker, options: "ray.RayOptions"
 ) -> Iterator[Receipt]:
-    """Merge shards on the workers of a Ray cluster; only shards, file names and counters pass through Ray."""
+    """Merge shards on the workers of a Ray cluster; only shards, receipts and counters pass through Ray."""
     from stockflow.executors import ray
 
     spec = _on_what_was_asked_for(spec, options)
     store = open_store(spec.output_url, spec.storage)
-    files = ray.run(
+    answers = ray.run(
         StartWorker(spec),
         shards,
         size=lambda shard: shard.source_bytes,
@@ -151,10 +154,18 @@ def on_ray(
         on_give=lambda shard, worker: tracker.on_begin(shard.file, worker),
         on_failure=lambda cause, shard: tracker.on_failure(cause, shard.file if shard else None),
         on_size=lambda num_workers: _note_idle_workers(num_workers, tracker, options),
+        name=lambda shard: shard.file,
     )
-    for file in files:
-        key = receipt_key(spec.plan_id, file)
-        yield Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
+    for answer in answers:
+        yield receipt_of(answer, store, spec.plan_id)
+
+
+def receipt_of(answer: Answer, store: Store, plan_id: str) -> Receipt:
+    """Return the receipt of a shard from what its worker answered."""
+    if isinstance(answer, bytes):
+        return Receipt.from_json(answer, "what a worker answered")
+    key = receipt_key(plan_id, answer)
+    return Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
 
 
 def _note_idle_workers(num_workers: int, tracker: Tracker, options: "ray.RayOptions") -> None:
@@ -217,7 +228,12 @@ class StartSurveyor:
     spec: SurveySpec
 
     def __call__(self) -> Callable[[Batch, OnBytes, int], tuple[int, list[Any]]]:
-        """Return what looks at a batch there, and gives the number of its first tensor and all rows."""
+        """Return what looks at a batch there, and gives the number of its first tensor and all rows.
+
+        Raises:
+            PlanError: this node does not see its GPUs.
+        """
+        check_gpu_is_seen(self.spec.device)
         surveyor = Surveyor(self.spec)
 
         def survey(batch: Batch, on_bytes: OnBytes, frugality: int) -> tuple[int, list[Any]]:
@@ -257,6 +273,7 @@ def survey_on_ray(
         options=options,
         on_count=lambda num_read, _, worker: on_read(num_read),
         on_note=on_note,
+        name=lambda batch: f"{len(batch.jobs)} tensors from {batch.jobs[0].output.name}",
     )
     for first, rows in found:
         yield from enumerate(rows, start=first)

@@ -27,7 +27,7 @@ from stockflow import __version__
 from stockflow.errors import UserError
 from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Retry, Run, Stage
 
-CAUSES = ("read", "storage", "lost", "late", "out of memory", "preempted")
+CAUSES = ("read", "storage", "lost", "late", "out of memory", "error", "preempted")
 """Of retries; they begin at zero, so that a first one shows as a rise."""
 STAGES = ("read", "wait_read", "statistics", "combine", "hash", "write", "wait_write", "publish")
 """Of a shard, over the threads of its worker; likewise."""

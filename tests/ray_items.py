@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stockflow.errors import StockflowError, StorageError
+from stockflow.errors import PlanError, StockflowError, StorageError
 
 Count = Callable[[int, int], None]
 WAIT_S = 60.0
@@ -73,6 +73,24 @@ class RaisingStart:
 
     def __call__(self) -> Callable[[Any, Count, int], Any]:
         raise self.error
+
+
+@dataclass(frozen=True)
+class RefusedLater:
+    """A start that is refused to every worker but the first, once that has done an item."""
+
+    folder: Path
+
+    def __call__(self) -> Callable[[Any, Count, int], Any]:
+        if note(self.folder, "start") > 1:
+            await_note(self.folder, "worked")
+            raise PlanError("this node is not like the others")
+        return self._work
+
+    def _work(self, item: Any, count: Count, frugality: int) -> Any:
+        note(self.folder, "worked")
+        time.sleep(0.3)
+        return item
 
 
 @dataclass(frozen=True)
@@ -164,6 +182,22 @@ def raise_it(folder: Path, item: Exception, count: Count) -> None:
     """Raise the item."""
     del folder, count
     raise item
+
+
+def raise_first_time(folder: Path, item: Exception, count: Count) -> int:
+    """Raise the item; the second time return this process."""
+    del count
+    if note(folder, "raised") == 1:
+        raise item
+    return os.getpid()
+
+
+def wait_first_time(folder: Path, item: str, count: Count) -> tuple[str, int]:
+    """Return the item and this process; the first time it is ``last``, say so and wait."""
+    del count
+    if item == "last" and note(folder, item) == 1:
+        time.sleep(WAIT_S)
+    return item, os.getpid()
 
 
 def hang_first_time(folder: Path, item: str, count: Count) -> str:

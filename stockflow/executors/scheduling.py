@@ -4,6 +4,8 @@ An executor tells a `Scheduler` what happened and when, and does what it decides
 could happen; so what is predicted and what is done are one policy.
 """
 
+import math
+import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,14 @@ T = TypeVar("T")
 
 SAY_WAITING_S = 30.0
 """How often to say that no worker has come yet."""
+MOST_PAUSE_S = 3600.0
+"""between starts of workers that die before they are up"""
+NUM_TYPICAL = 3
+"""After so many items it is known how long one takes."""
+LEAST_GAIN = 1.1
+"""How many times as long a slow worker needs for the rest of an item as another one for all of it, if it is copied."""
+LEAST_SLOW_S = 10.0
+"""Items that take less are not given out twice: another worker would hardly be faster."""
 
 
 class Cause(StrEnum):
@@ -25,9 +35,11 @@ class Cause(StrEnum):
     lost = "lost"
     """its process or node died"""
     late = "late"
-    """it counted nothing, or was not done, for too long"""
+    """it counted nothing, was not done or not up, for too long"""
     out_of_memory = "out of memory"
     """its node, or its GPU, had no memory left"""
+    error = "error"
+    """something unexpected was raised, by a failing GPU or by a bug; or its start was refused while others work"""
     preempted = "preempted"
     """its node was taken away by whom it belongs to: nobody's fault, free"""
 
@@ -39,19 +51,32 @@ class Limits:
     no_worker_timeout_s: float = 900.0
     """for the first worker, and for a next one once all are lost; a GPU node takes minutes"""
     stall_timeout_s: float = 900.0
-    """an item that counts nothing for so long is taken for hung; its worker is replaced"""
+    """an item that counts nothing for so long, or a start that takes so long, is taken for hung; its worker is
+    replaced"""
     item_timeout_s: float | None = None
     """an item that is not done after so long is given to another worker, however busy this one is"""
     storage_failures: int = 3
-    """per item, or per start of a worker; each has many requests repeated within it"""
+    """per item, or per start of workers; each has many requests repeated within it"""
+    storage_pause_s: float = 30.0
+    """before what storage failed is tried again, four times as long before the last time: outages take minutes"""
     losses: int = 6
     """per item: workers that died under it, pre-emptions not counted"""
     delays: int = 3
     """per item: workers that were too slow with it; more would only be slower"""
     out_of_memory: int = 3
     """per item: workers that were lost because their node, or their GPU, had no memory left"""
+    errors: int = 2
+    """per item: workers that raised something unexpected; a bug raises it everywhere"""
     deaths_at_start: int = 3
-    """workers dying one after the other before one comes up: a broken image, not bad luck"""
+    """rounds of workers that die before they are up: a broken image, not bad luck. While others work, starts pause"""
+    start_pause_s: float = 60.0
+    """how long, doubled each time"""
+    slow_factor: float = 1.5
+    """once none waits, an item that takes so many times as long as most did is given to an idle worker as well"""
+
+    def storage_pause_after(self, num_failures: int) -> float:
+        """Return how long to wait before something is tried again that storage has failed so often."""
+        return self.storage_pause_s * 4.0 ** (num_failures - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +112,10 @@ class _Task(Generic[T]):
 
     item: T
     failures: Counter[Cause] = field(default_factory=Counter)
+    frugality: int = 0
+    not_before: float = -math.inf
+    failed_by: int | None = None
+    """the worker that storage failed last"""
 
 
 @dataclass(slots=True)
@@ -94,15 +123,32 @@ class _Worker(Generic[T]):
     """A worker and what it is doing."""
 
     number: int
+    round: int
+    """of starts, see `_Starts`"""
+    placed: float | None = None
+    """when its process was first heard of"""
     node: str | None = None
     """where it came up; None while it starts"""
+    name: str = "a worker"
     task: _Task[T] | None = None
     given: float = 0.0
     """when it was given its task"""
     moved: float = 0.0
     """when it was given its task, or last counted something"""
-    storage_failures: int = 0
-    """of its start"""
+    frugality: int = 0
+    """with which it does its task"""
+    failed: list[_Task[T]] = field(default_factory=list)
+    """what storage failed since it last finished an item"""
+    failing_since: float = 0.0
+    num_done: int = 0
+    worked_s: float = 0.0
+    """at those"""
+    is_unfit: bool = False
+    """storage fails it alone"""
+
+    @property
+    def is_idle(self) -> bool:
+        return self.node is not None and self.task is None
 
 
 class Scheduler(Generic[T]):
@@ -115,6 +161,7 @@ class Scheduler(Generic[T]):
         limits: Limits,
         *,
         now: float,
+        name: Callable[[T], str] = str,
         need: Callable[[], str] = lambda: "",
         on_note: Callable[[str], None] = lambda text: None,
         on_failure: Callable[[Cause, T | None], None] = lambda cause, item: None,
@@ -126,31 +173,45 @@ class Scheduler(Generic[T]):
             num_workers: how many to have at once; never more than there are items left.
             limits: how long to wait, and how often to try.
             now: when the run begins.
+            name: of an item, for messages.
             need: says in words what there is and what a worker needs, for messages.
             on_note: told of what costs time: no worker yet, a lost one, storage that failed.
             on_failure: told the cause whenever an item is to be done again, or (None) a worker to be started again.
         """
         self._on_failure = on_failure
         self._waiting = deque(_Task(item) for item in items)
+        self._paused: list[_Task[T]] = []
         self._num_workers = num_workers
         self._limits = limits
+        self._name = name
         self._need = need
         self._on_note = on_note
         self._workers: dict[int, _Worker[T]] = {}
         self._num_started = 0
-        self._deaths_at_start = 0
+        self._starts = _Starts(limits, on_note)
         self._draining: frozenset[str] = frozenset()
         self._had_worker = self._said_waiting = now
+        self._succeeded = -math.inf
+        self._durations: list[float] = []
+        self._frugality = 0
+        """of every item"""
+        self._num_starved = 0
+        """items that ran out of memory with that frugality, since one did not"""
 
     @property
     def is_done(self) -> bool:
         """Whether no item is waiting or in work."""
-        return not self._waiting and not self.busy
+        return not self.num_waiting and not self.busy
 
     @property
     def num_waiting(self) -> int:
         """How many items no worker has been given."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._paused)
+
+    @property
+    def num_in_work(self) -> int:
+        """How many items are in work; one that two workers are at counts once."""
+        return len({id(worker.task) for worker in self._workers.values() if worker.task is not None})
 
     @property
     def busy(self) -> Sequence[int]:
@@ -160,28 +221,41 @@ class Scheduler(Generic[T]):
     # What is to be done
 
     def decide(self, now: float) -> list[Action[T]]:
-        """Leave nodes that go, start missing workers and give idle ones work; call it after anything happened."""
-        leaving = [
-            worker.number
-            for worker in self._workers.values()
-            if worker.node in self._draining and worker.node is not None and worker.task is None
-        ]
-        actions: list[Action[T]] = [self._end(number) for number in leaving]
-        wanted = min(self._num_workers, len(self.busy) + len(self._waiting))
-        while len(self._workers) < wanted:
-            worker: _Worker[T] = _Worker(self._num_started)
+        """Leave nodes that go, start missing workers and give idle ones work.
+
+        Call it after anything happened, and when it is `due`.
+        """
+        for paused in [task for task in self._paused if task.not_before <= now]:
+            self._paused.remove(paused)
+            self._waiting.appendleft(paused)
+        actions: list[Action[T]] = [self._end(number) for number in self._leaving()]
+        for _ in range(self._num_missing if now >= self._starts.not_before else 0):
+            worker: _Worker[T] = _Worker(self._num_started, self._starts.round)
             self._num_started += 1
             self._workers[worker.number] = worker
             actions.append(Start(worker.number))
-        for worker in self._workers.values():
-            if worker.node is not None and worker.task is None and self._waiting:
-                worker.task = self._waiting.popleft()
-                worker.given = worker.moved = now
-                actions.append(Give(worker.number, worker.task.item, worker.task.failures[Cause.out_of_memory]))
+        num_up = sum(worker.node is not None for worker in self._workers.values())
+        for worker in self._idle():
+            task = self._next_for(worker, num_up)
+            if task is not None:
+                actions.append(self._give(worker, task, now))
+        if not self.num_waiting:
+            actions += [self._give(*copy, now) for copy in zip(self._idle(), self._slow(now), strict=False)]
+            actions += [self._end(number) for number in self._needless()]
         return actions
 
+    def due(self) -> float | None:
+        """Return when to decide again if nothing happens until then: a pause ends, or an item becomes a slow one."""
+        times = [task.not_before for task in self._paused]
+        if self._num_missing:
+            times.append(self._starts.not_before)
+        if not self.num_waiting and self._idle():
+            slow_s = self._slow_s(statistics.median(self._durations)) if self._durations else math.inf
+            times += [worker.given + slow_s for worker in self._alone_at_an_item()]
+        return min((time for time in times if math.isfinite(time)), default=None)
+
     def check(self, now: float) -> list[Action[T]]:
-        """End workers that hang or are too slow; call it about once a second.
+        """End workers that hang or are too slow; call it about once a second, with all that happened told before.
 
         Raises:
             ComputeLostError: no worker came, or an item was lost too often.
@@ -191,7 +265,7 @@ class Scheduler(Generic[T]):
             delay = self._delay_of(worker, now)
             if delay:
                 actions.append(End(worker.number))
-                self.lost(worker.number, Cause.late, delay)
+                self.lost(worker.number, Cause.late, delay, now)
         self._check_for_workers(now)
         return actions
 
@@ -201,72 +275,205 @@ class Scheduler(Generic[T]):
 
     # What happened
 
-    def came_up(self, number: int, node: str, now: float) -> None:
+    def placed(self, number: int, now: float) -> None:
+        """The process of a worker is there; it is not up yet."""
+        worker = self._workers[number]
+        worker.placed = now if worker.placed is None else worker.placed
+
+    def came_up(self, number: int, node: str, now: float, name: str = "a worker") -> None:
         """A worker is ready, on a node."""
-        self._workers[number].node = node
-        self._deaths_at_start = 0
+        worker = self._workers[number]
+        worker.node, worker.name = node, name
+        self._starts.came_up()
         self._had_worker = now
 
     def counted(self, number: int, now: float) -> None:
         """A worker got on with its item."""
         self._workers[number].moved = now
 
-    def finished(self, number: int) -> T:
-        """A worker has done its item; return that."""
-        task = self._workers[number].task
+    def finished(self, number: int, now: float) -> list[Action[T]]:
+        """A worker has done its item; end those that were at the same one."""
+        worker = self._workers[number]
+        task, worker.task = worker.task, None
         assert task is not None
-        self._workers[number].task = None
-        self._deaths_at_start = 0
-        return task.item
+        worker.failed.clear()
+        self._succeeded = now
+        self._durations.append(now - worker.given)
+        worker.num_done += 1
+        worker.worked_s += now - worker.given
+        if worker.frugality == self._frugality:
+            self._num_starved = 0
+        return [self._end(other.number) for other in self._at(task)]
 
-    def storage_failed(self, number: int, error: StorageError, text: str) -> None:
-        """An item, or the start of a worker, failed on storage: it is tried again, a start by the same worker.
+    def storage_failed(self, number: int, error: StorageError, text: str, now: float) -> None:
+        """An item failed on storage: it is tried again after a pause, by another worker if there is one.
 
         Raises:
             StorageError: that was once too often.
         """
         worker = self._workers[number]
-        if worker.task is None:
-            worker.storage_failures += 1
-            num_failures = worker.storage_failures
-        else:
-            worker.task.failures[Cause.storage] += 1
-            num_failures = worker.task.failures[Cause.storage]
-        if num_failures >= self._limits.storage_failures:
+        task, worker.task = worker.task, None
+        assert task is not None
+        task.failures[Cause.storage] += 1
+        num_failures = task.failures[Cause.storage]
+        worker.failing_since = worker.failing_since if worker.failed else now
+        worker.failed.append(task)
+        if len(worker.failed) > 1 and self._succeeded > worker.failing_since:
+            self._give_up_on(worker, now)
+        elif num_failures >= self._limits.storage_failures:
             raise error
-        self._on_failure(Cause.storage, None if worker.task is None else worker.task.item)
-        self._on_note(f"tried again: {text}")
-        if worker.task is not None:
-            self._waiting.appendleft(worker.task)
-            worker.task = None
+        self._on_failure(Cause.storage, task.item)
+        pause_s = self._limits.storage_pause_after(num_failures)
+        task.not_before, task.failed_by = now + pause_s, number
+        self._on_note(f"{worker.name} failed at {self._name(task.item)}, tried again in {pause_s:.0f} s: {text}")
+        self._put_back(task, now)
 
-    def lost(self, number: int, cause: Cause, text: str) -> None:
+    def start_failed(self, number: int, error: Exception, text: str, now: float) -> None:
+        """A worker did not become ready, and said why.
+
+        Raises:
+            Exception: ``error`` itself, if it is no fault of storage's and no worker ever came up; or if storage
+                failed once too often.
+        """
+        if isinstance(error, StorageError):
+            self.lost(number, Cause.storage, text, now, error)
+        elif self._starts.has_come_up:
+            self.lost(number, Cause.error, text, now)
+        else:
+            raise error
+
+    def lost(self, number: int, cause: Cause, text: str, now: float, error: Exception | None = None) -> None:
         """A worker is no more; its item goes to another one.
+
+        Args:
+            number: the worker.
+            cause: why.
+            text: the same in words.
+            now: when.
+            error: what it raised, to be raised again once that was too often.
 
         Raises:
             ComputeLostError: that was once too often, for the item or in a row at the start.
         """
         worker = self._workers.pop(number)
-        self._on_failure(cause, None if worker.task is None else worker.task.item)
+        if cause is Cause.lost and worker.node in self._draining:
+            cause = Cause.preempted  # before it had to go, or nobody says any more that it was told to
         if worker.task is None:
-            self._deaths_at_start += worker.node is None and cause is not Cause.preempted
-            if self._deaths_at_start >= self._limits.deaths_at_start:
-                raise ComputeLostError(
-                    f"{self._deaths_at_start} workers in a row died before they were ready: {text}; "
-                    "look at the workers' logs (`ray logs`): the image or the node is at fault"
-                )
+            self._on_failure(cause, None)
+            if worker.node is not None:
+                self._on_note(f"{worker.name} was lost, it was idle: {text}")
+            elif cause is not Cause.preempted:
+                is_alone = not any(other.node for other in self._workers.values())
+                self._starts.failed(worker.round, cause, text, now, error, is_alone=is_alone)
             return
-        worker.task.failures[cause] += 1
-        self._give_up_if_hopeless(worker.task.failures, text)
-        again = ", with half the memory" if cause is Cause.out_of_memory else ""
-        self._on_note(f"a worker was lost, another does its item again{again}: {text}")
-        self._waiting.appendleft(worker.task)
+        task = worker.task
+        task.failures[cause] += 1
+        self._give_up_if_hopeless(task, text, error)
+        again = ""
+        if cause is Cause.out_of_memory:
+            again = ", with half the memory"
+            self._starved(task, worker.frugality)
+        self._on_failure(cause, task.item)
+        self._on_note(f"{worker.name} was lost, another does {self._name(task.item)} again{again}: {text}")
+        self._put_back(task, now)
 
     def drain(self, nodes: frozenset[str]) -> None:
-        """These nodes, and no others, are about to leave: their workers end as soon as they are idle."""
-        self._draining = nodes
+        """These nodes are about to leave: their workers end as soon as they are idle."""
+        self._draining |= nodes
 
-    def _give_up_if_hopeless(self, failures: Counter[Cause], text: str) -> None:
+    # Who does what
+
+    def _idle(self) -> list[_Worker[T]]:
+        return [worker for worker in self._workers.values() if worker.is_idle]
+
+    def _at(self, task: _Task[T]) -> list[_Worker[T]]:
+        return [worker for worker in self._workers.values() if worker.task is task]
+
+    def _leaving(self) -> list[int]:
+        return [worker.number for worker in self._idle() if worker.is_unfit or worker.node in self._draining]
+
+    @property
+    def _num_missing(self) -> int:
+        return max(min(self._num_workers, self.num_in_work + self.num_waiting) - len(self._workers), 0)
+
+    def _next_for(self, worker: _Worker[T], num_up: int) -> _Task[T] | None:
+        """Take the first waiting task that this worker has not just failed at, if others might do that one."""
+        for index, task in enumerate(self._waiting):
+            if task.failed_by != worker.number or num_up == 1:
+                del self._waiting[index]
+                return task
+        return None
+
+    def _give(self, worker: _Worker[T], task: _Task[T], now: float) -> Give[T]:
+        worker.task = task
+        worker.given = worker.moved = now
+        worker.frugality = max(task.frugality, self._frugality)
+        return Give(worker.number, task.item, worker.frugality)
+
+    def _slow(self, now: float) -> list[_Task[T]]:
+        """Tasks of one worker that an idle one would most likely be done with earlier, the oldest first."""
+        if len(self._durations) < NUM_TYPICAL:
+            return []
+        typical_s = statistics.median(self._durations)
+        alone = sorted(self._alone_at_an_item(), key=lambda worker: worker.given)
+        return [worker.task for worker in alone if worker.task is not None and self._is_slow(worker, now, typical_s)]
+
+    def _is_slow(self, worker: _Worker[T], now: float, typical_s: float) -> bool:
+        passed_s = now - worker.given
+        if passed_s >= self._slow_s(typical_s):
+            return True
+        expected_s = worker.worked_s / worker.num_done if worker.num_done else 0.0
+        return expected_s - passed_s > max(LEAST_GAIN * typical_s, LEAST_SLOW_S)
+
+    def _slow_s(self, typical_s: float) -> float:
+        return max(self._limits.slow_factor * typical_s, LEAST_SLOW_S)
+
+    def _alone_at_an_item(self) -> list[_Worker[T]]:
+        num_at = Counter(id(worker.task) for worker in self._workers.values())
+        return [worker for worker in self._workers.values() if worker.task is not None and num_at[id(worker.task)] == 1]
+
+    def _needless(self) -> list[int]:
+        """Workers that nothing is left for: those not up, and more idle ones than items that might come back."""
+        starting = [worker.number for worker in self._workers.values() if worker.node is None]
+        return starting + [worker.number for worker in self._idle()[self.num_in_work :]]
+
+    def _put_back(self, task: _Task[T], now: float) -> None:
+        if self._at(task):
+            return
+        if task.not_before > now:
+            self._paused.append(task)
+        else:
+            self._waiting.appendleft(task)
+
+    def _end(self, number: int) -> End:
+        del self._workers[number]
+        return End(number)
+
+    # When to give up
+
+    def _give_up_on(self, worker: _Worker[T], now: float) -> None:
+        """Storage fails this worker and no other: it is at fault, and the items are not."""
+        worker.is_unfit = True
+        for task in worker.failed:
+            task.failures[Cause.storage] -= 1
+        self._starts.pause(now)
+        self._on_note(f"{worker.name} is ended: storage fails it, and does not fail others")
+
+    def _starved(self, task: _Task[T], frugality: int) -> None:
+        """Do an item with less memory; do all of them with less if that happens to one after the other."""
+        task.frugality = frugality + 1
+        if frugality == self._frugality:
+            self._num_starved += 1
+        if self._num_starved == self._limits.out_of_memory:
+            self._frugality, self._num_starved = self._frugality + 1, 0
+            self._on_note(
+                f"{self._limits.out_of_memory} items in a row ran out of memory: from now on each has "
+                f"1/{2**self._frugality} of --memory; lower it, or put fewer workers on a node"
+            )
+
+    def _give_up_if_hopeless(self, task: _Task[T], text: str, error: Exception | None) -> None:
+        if error is not None and task.failures[Cause.error] >= self._limits.errors:
+            raise error
         advice = {
             Cause.lost: (self._limits.losses, "look at the workers' logs (`ray logs`)"),
             Cause.late: (self._limits.delays, "raise the timeouts, or make shards smaller (--shard-size)"),
@@ -276,9 +483,9 @@ class Scheduler(Generic[T]):
             ),
         }
         for cause, (most, what_to_do) in advice.items():
-            if failures[cause] >= most:
+            if task.failures[cause] >= most:
                 raise ComputeLostError(
-                    f"{failures[cause]} workers were lost doing the same item ({cause}): {text}; "
+                    f"{task.failures[cause]} workers were lost doing {self._name(task.item)} ({cause}): {text}; "
                     f"{what_to_do}, then run again to resume"
                 )
 
@@ -286,16 +493,14 @@ class Scheduler(Generic[T]):
         """What is too long about a worker; nothing: an empty text."""
         limits = self._limits
         if worker.task is None:
+            if worker.node is None and worker.placed is not None and now - worker.placed > limits.stall_timeout_s:
+                return f"its process is there, and not ready after {limits.stall_timeout_s:.0f} s"
             return ""
         if now - worker.moved > limits.stall_timeout_s:
             return f"nothing read or written for {limits.stall_timeout_s:.0f} s"
         if limits.item_timeout_s is not None and now - worker.given > limits.item_timeout_s:
             return f"not done after {limits.item_timeout_s:.0f} s"
         return ""
-
-    def _end(self, number: int) -> End:
-        del self._workers[number]
-        return End(number)
 
     def _check_for_workers(self, now: float) -> None:
         """Say from time to time that no worker has come, and give up in the end."""
@@ -311,3 +516,55 @@ class Scheduler(Generic[T]):
         if now - self._said_waiting > SAY_WAITING_S:
             self._said_waiting = now
             self._on_note(f"no worker has come for {waited_s:.0f} s: {self._need()}")
+
+
+@dataclass(slots=True)
+class _Starts:
+    """Paces the starts of workers, by those that died before they were up."""
+
+    limits: Limits
+    on_note: Callable[[str], None]
+    has_come_up: bool = False
+    """whether any worker ever did"""
+    not_before: float = -math.inf
+    round: int = 0
+    """workers that are started before one of them dies are of one round"""
+    _num_failed: int = 0
+    """rounds in a row"""
+
+    def came_up(self) -> None:
+        """A worker is ready."""
+        self.has_come_up = True
+        self._num_failed = 0
+
+    def pause(self, now: float) -> None:
+        """Start none for a while."""
+        self.not_before = max(self.not_before, now + self.limits.start_pause_s)
+
+    def failed(
+        self, round: int, cause: Cause, text: str, now: float, error: Exception | None, *, is_alone: bool
+    ) -> None:
+        """A worker died before it was up; those of one round count once.
+
+        Raises:
+            Exception: ``error``, or a ComputeLostError; that was once too often, and no worker is up.
+        """
+        if round != self.round:
+            return
+        self.round += 1
+        self._num_failed += 1
+        is_too_often = self._num_failed >= self.limits.deaths_at_start
+        if is_too_often and is_alone:
+            raise error or ComputeLostError(
+                f"{self._num_failed} times in a row workers died before they were ready: {text}; "
+                "look at the workers' logs (`ray logs`): the image or the node is at fault"
+            )
+        pause_s = 0.0
+        if cause is Cause.storage:
+            pause_s = self.limits.storage_pause_after(min(self._num_failed, self.limits.storage_failures))
+        elif is_too_often:
+            pause_s = self.limits.start_pause_s * 2.0 ** (self._num_failed - self.limits.deaths_at_start)
+        pause_s = min(pause_s, MOST_PAUSE_S)
+        self.not_before = max(self.not_before, now + pause_s)
+        when = f"; the next one is started in {pause_s:.0f} s" if pause_s else ""
+        self.on_note(f"a worker died before it was ready{when}: {text}")

@@ -118,18 +118,20 @@ class _Simulation(Generic[T]):
         self._room = [0.0] * num_workers
         """when there is room for a worker: one entry per place that is free, or will be"""
         self._lives: dict[int, _Life] = {}
+        self._wakes: float | None = None
+        """when it is planned to decide again, whatever happens"""
         self._tail_began: float | None = None
         self._num_preempted = 0
         self._lost_s = 0.0
 
     def run(self) -> SimulatedRun:
-        self._act(self._scheduler.decide(0.0))
+        self._decide()
         while not self._scheduler.is_done:
             event = heapq.heappop(self._events)
             self._now = event.when
             event.happen()
-            self._act(self._scheduler.decide(self._now))
-            idle_for_good = not self._scheduler.num_waiting and len(self._scheduler.busy) < self._num_workers
+            self._decide()
+            idle_for_good = not self._scheduler.num_waiting and self._scheduler.num_in_work < self._num_workers
             if not idle_for_good:
                 self._tail_began = None
             elif self._tail_began is None:
@@ -142,6 +144,13 @@ class _Simulation(Generic[T]):
             num_preempted=self._num_preempted,
             lost_s=self._lost_s,
         )
+
+    def _decide(self) -> None:
+        self._act(self._scheduler.decide(self._now))
+        due = self._scheduler.due()
+        if due is not None and due > self._now and due != self._wakes:
+            self._wakes = due
+            self._plan(due, lambda: None)
 
     def _act(self, actions: Sequence[Action[T]]) -> None:
         for action in actions:
@@ -176,7 +185,7 @@ class _Simulation(Generic[T]):
         life = self._lives.get(number)
         if life is not None:
             life.work_s = 0.0
-            self._scheduler.finished(number)
+            self._act(self._scheduler.finished(number, self._now))
 
     def _preempt(self, number: int) -> None:
         life = self._lives.pop(number, None)
@@ -185,7 +194,7 @@ class _Simulation(Generic[T]):
         self._num_preempted += 1
         self._lost_s += self._now - life.item_since if life.work_s else 0.0
         heapq.heappush(self._room, self._now + self._preemptions.replacement_s)
-        self._scheduler.lost(number, Cause.preempted, "pre-empted")
+        self._scheduler.lost(number, Cause.preempted, "pre-empted", self._now)
 
     def _plan(self, when: float, happen: Callable[[], None]) -> None:
         self._num_events += 1

@@ -10,12 +10,12 @@ import torch
 from stockflow import budget, worker
 from stockflow.driver import Inputs, MergeOptions, Observer, merge
 from stockflow.errors import BudgetError
-from stockflow.execution import StartWorker
-from stockflow.manifest import receipt_key
+from stockflow.execution import StartWorker, receipt_of
 from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
 from stockflow.reporting import Silent
+from stockflow.storage import open_store
 from stockflow.worker import WorkerSpec
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
@@ -35,8 +35,9 @@ def merged(recipe: Path, output: Path, frugality: int, memory_bytes: int) -> dic
     def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
         work = StartWorker(spec)()
         for shard in shards:
-            key = receipt_key(spec.plan_id, work(shard, observer.on_bytes, frugality))
-            yield Receipt.from_json((output / key).read_bytes(), key)
+            yield receipt_of(
+                work(shard, observer.on_bytes, frugality), open_store(str(output), spec.storage), spec.plan_id
+            )
 
     merge(Inputs.open(load_recipe(str(recipe))), str(output), MergeOptions(memory_bytes, 1, "cpu"), execute, Silent())
     return runs.shard_digests(output)

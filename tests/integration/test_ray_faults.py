@@ -31,6 +31,7 @@ from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
 from stockflow.reporting import Silent
+from stockflow.storage import open_store
 from stockflow.worker import WorkerSpec
 from tests import ray_items, runs
 from tests.benchmarks.processes import process_tree
@@ -105,17 +106,17 @@ class SlowMerge:
 
     def _execute(self, spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Any) -> Iterator[Receipt]:
         start = ray_items.Slowly(execution.StartWorker(spec), self._folder, 1.0, self._stuck, self._hungry)
-        files = run_on_ray(
+        answers = run_on_ray(
             start,
             shards,
             size=lambda shard: shard.source_bytes,
             options=self._options,
             on_count=observer.on_bytes,
             on_note=observer.on_note,
+            name=lambda shard: shard.file,
         )
-        for file in files:
-            path = next((self.output / "_stockflow").glob(f"*/receipts/{file}.json"))
-            yield Receipt.from_json(path.read_bytes(), str(path))
+        for answer in answers:
+            yield execution.receipt_of(answer, open_store(str(self.output), spec.storage), spec.plan_id)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return what workers have noted so far."""
@@ -164,9 +165,7 @@ def test_a_node_killed_in_the_middle_of_a_shard(
     again = [event for event in merging.events("begun") if event["file"] == lost["file"] and event["when"] > killed]
     assert again
     assert again[0]["node"] != lost["node"]
-    assert [note.split(":")[0] for note in merging.observer.notes][:1] == [
-        "a worker was lost, another does its item again"
-    ]
+    assert f" was lost, another does {lost['file']} again: " in merging.observer.notes[0]
     say("node killed mid-shard", "its shard began elsewhere", again[0]["when"] - killed)
 
 

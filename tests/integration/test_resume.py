@@ -14,12 +14,13 @@ import torch
 
 from stockflow.driver import Inputs, MergeOptions, merge
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError
-from stockflow.execution import ShardWork, in_this_process
+from stockflow.execution import ShardWork, in_this_process, receipt_of
 from stockflow.manifest import CLAIM_FILE, Claim
 from stockflow.plan import ShardPlan
 from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
 from stockflow.reporting import Silent
+from stockflow.storage import StorageConfig, open_store
 from stockflow.tracking import Tracker
 from stockflow.worker import WorkerSpec
 from tests import oracle, runs
@@ -342,5 +343,8 @@ def test_a_shard_that_a_lost_worker_finished_is_not_merged_again(
         (output / "_stockflow" / receipt.parts[-3] / "numerics" / "000000.json").unlink()
     written: list[int] = []
 
-    assert work(shard, lambda num_read, num_written: written.append(num_written), 0) == shard.file
+    answer = work(shard, lambda num_read, num_written: written.append(num_written), 0)
+
+    plan_id = receipt.parts[-3]
+    assert shard.file == receipt_of(answer, open_store(str(output), StorageConfig()), plan_id).file
     assert (sum(written) > 0) == (change is not None)

@@ -29,8 +29,8 @@ class Actor:
         self._read = self._written = 0
         self._is_stopping = False
 
-    def start(self, driver_version: str, pickled_start: bytes) -> tuple[str, str, str]:
-        """Make ready; return the id of the node, ``node:pid`` and what the driver should know.
+    def start(self, driver_version: str, pickled_start: bytes) -> tuple[str, str]:
+        """Make ready; return the id of the node, and ``node:pid``.
 
         An error of the start is raised as itself.
 
@@ -50,7 +50,7 @@ class Actor:
             ) from error
         self._work = start()
         name = f"{os.uname().nodename}:{os.getpid()}"
-        return str(ray.get_runtime_context().get_node_id()), name, str(getattr(self._work, "note", ""))
+        return str(ray.get_runtime_context().get_node_id()), name
 
     def work(self, item: Any, frugality: int) -> tuple[Any, Counters]:
         """Do one item; return its result and what has been counted so far."""

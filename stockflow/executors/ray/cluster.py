@@ -49,6 +49,8 @@ class RayOptions:
     """an item that counts nothing for so long is taken for hung; its worker is replaced"""
     item_timeout_s: float | None = None
     """an item that is not done after so long is given to another worker"""
+    storage_pause_s: float = 30.0
+    """before an item that storage failed is tried again; four times as long before the last time"""
     labels: Mapping[str, str] = field(default_factory=dict)
     """what the nodes of workers are labelled with; values may be Ray's selectors: ``!spot``, ``in(a,b)``"""
 

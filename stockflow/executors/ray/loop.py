@@ -45,6 +45,7 @@ def run(
     on_give: Callable[[T, str], None] = lambda item, worker: None,
     on_failure: Callable[[str, T | None], None] = lambda cause, item: None,
     on_size: Callable[[int], None] = lambda num_workers: None,
+    name: Callable[[T], str] = str,
 ) -> Iterator[R]:
     """Yield results as items finish, largest items first.
 
@@ -58,6 +59,7 @@ def run(
         on_give: told of an item and the worker (``node:pid``) that begins with it.
         on_failure: told the cause whenever an item is to be done again, or (None) a worker to be started again.
         on_size: told once how many workers there are to be, unless nodes join later.
+        name: of an item, for messages.
 
     Raises:
         ComputeLostError: Ray cannot be reached, no worker comes, or workers keep dying.
@@ -68,7 +70,7 @@ def run(
         refuse_impossible(options, on_note)
         on_size(worker_count(options, len(items)))
         loop: _Loop[T, R] = _Loop(
-            start, sorted(items, key=size, reverse=True), options, on_count, on_note, on_give, on_failure
+            start, sorted(items, key=size, reverse=True), options, on_count, on_note, on_give, on_failure, name
         )
         try:
             yield from loop.results()
@@ -101,15 +103,14 @@ class _Loop(Generic[T, R]):
         on_note: Callable[[str], None],
         on_give: Callable[[T, str], None],
         on_failure: Callable[[str, T | None], None],
+        name: Callable[[T], str],
     ) -> None:
         # By value and once: every worker of a large plan reads the same object.
         self._start = ray.put(cloudpickle.dumps(start))  # type: ignore[no-untyped-call]
         self._options = options
         self._num_items = len(items)
         self._on_count = on_count
-        self._on_note = on_note
         self._on_give = on_give
-        self._noted: set[str] = set()
         self._actor_class: Any = ray.remote(Actor)
         self._handles: dict[int, _Handle] = {}
         self._polled = time.monotonic()
@@ -120,8 +121,10 @@ class _Loop(Generic[T, R]):
                 no_worker_timeout_s=options.no_worker_timeout_s,
                 stall_timeout_s=options.stall_timeout_s,
                 item_timeout_s=options.item_timeout_s,
+                storage_pause_s=options.storage_pause_s,
             ),
             now=self._polled,
+            name=name,
             need=self._need,
             on_note=on_note,
             on_failure=on_failure,
@@ -130,14 +133,26 @@ class _Loop(Generic[T, R]):
     def results(self) -> Iterator[R]:
         while not self._scheduler.is_done:
             self._act(self._scheduler.decide(time.monotonic()))
-            calls = {handle.call: number for number, handle in self._handles.items() if handle.call is not None}
-            ready, _ = ray.wait(list(calls), num_returns=1, timeout=POLL_S)
-            for call in ready:
-                result = self._settle(calls[call])
-                if result is not None:
-                    yield result[0]
+            results = self._settle_all(POLL_S)
             if time.monotonic() - self._polled >= POLL_S:
                 self._poll()
+            self._act(self._scheduler.decide(time.monotonic()))  # nobody waits until the results are taken
+            yield from results
+
+    def _settle_all(self, timeout_s: float) -> list[R]:
+        """Wait for the first call that is over, then take the outcome of all that are; return the results of items."""
+        calls = {handle.call: number for number, handle in self._handles.items() if handle.call is not None}
+        if not calls:
+            time.sleep(timeout_s)  # for a pause to end
+            return []
+        ready, _ = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+        if ready:
+            ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        results: list[R] = []
+        for call in ready:
+            if calls[call] in self._handles:  # else another one was faster with its item
+                results += self._settle(calls[call])
+        return results
 
     def close(self) -> None:
         """Let items in work clean up for a moment, then end every actor."""
@@ -182,65 +197,89 @@ class _Loop(Generic[T, R]):
         ).remote()
         return _Handle(actor, actor.start.remote(__version__, self._start))
 
-    def _settle(self, number: int) -> tuple[R] | None:
-        """Take the outcome of a finished call; return the result of an item in a tuple."""
+    def _settle(self, number: int) -> list[R]:
+        """Take the outcome of a finished call; return the result of an item in a list."""
         handle = self._handles[number]
         try:
             outcome = ray.get(handle.call)
         except RayTaskError as error:
-            self._retry_or_raise(number, handle, error)
-            return None
+            self._failed(number, handle, error)
+            return []
         except RayError as error:
-            if not handle.is_up and "ModuleNotFoundError" in str(error):  # before `Actor` itself could say it better
-                raise ComputeLostError(
-                    f"a worker cannot import what it needs: {brief(error)}; "
-                    f"install stockflow {__version__} and what it requires on every node, or in their image"
-                ) from error
-            _kill(self._handles.pop(number))  # an actor that is only unreachable would keep its CPU
-            self._scheduler.lost(number, _cause_of(error), brief(error))
-            return None
+            self._died(number, handle, error)
+            return []
         handle.call = None
         if not handle.is_up:
             handle.is_up = True
-            node, handle.name, note = outcome
-            self._scheduler.came_up(number, node, time.monotonic())
-            self._note_once(note)
-            return None
-        self._scheduler.finished(number)
+            node, handle.name = outcome
+            self._scheduler.came_up(number, node, time.monotonic(), handle.name)
+            return []
         result, counters = outcome
         self._take_counters(number, handle, counters)
-        return (result,)
+        self._act(self._scheduler.finished(number, time.monotonic()))
+        return [result]
 
-    def _retry_or_raise(self, number: int, handle: _Handle, error: RayTaskError) -> None:
-        """Try what failed on storage, or was refused memory, a bounded number of times; raise all else as itself."""
-        cause = error.cause
+    def _failed(self, number: int, handle: _Handle, error: RayTaskError) -> None:
+        """Have an item, or a start, that raised something done again, unless that would raise it again."""
+        cause, now = error.cause, time.monotonic()
         if _is_out_of_memory(cause):
-            _kill(self._handles.pop(number))  # what it holds is free again, and in one piece
-            self._scheduler.lost(number, Cause.out_of_memory, brief(cause))
-            return
-        if not isinstance(cause, StorageError):
-            raise cause if isinstance(cause, StockflowError) else error
-        self._scheduler.storage_failed(number, cause, brief(cause))
-        handle.call = None if handle.is_up else handle.actor.start.remote(__version__, self._start)
+            self._drop(number, Cause.out_of_memory, brief(cause))  # what it holds is free again, and in one piece
+        elif not handle.is_up:
+            _kill(self._handles.pop(number))
+            raised = cause if isinstance(cause, StockflowError) else error
+            self._scheduler.start_failed(number, raised, brief(cause), now)
+        elif isinstance(cause, StorageError):
+            handle.call = None
+            self._scheduler.storage_failed(number, cause, brief(cause), now)
+        elif isinstance(cause, StockflowError):
+            raise cause
+        else:  # of a GPU that fails, perhaps: its process can do nothing any more
+            self._drop(number, Cause.error, brief(cause), error)
+
+    def _died(self, number: int, handle: _Handle, error: RayError) -> None:
+        if not handle.is_up and "ModuleNotFoundError" in str(error):  # before `Actor` itself could say it better
+            _kill(self._handles.pop(number))
+            missing = ComputeLostError(
+                f"a worker cannot import what it needs: {brief(error)}; "
+                f"install stockflow {__version__} and what it requires on every node, or in their image"
+            )
+            self._scheduler.start_failed(number, missing, str(missing), time.monotonic())
+        else:
+            self._drop(number, _cause_of(error), brief(error))
+
+    def _drop(self, number: int, cause: Cause, text: str, error: Exception | None = None) -> None:
+        _kill(self._handles.pop(number))  # an actor that is only unreachable would keep its CPU
+        self._scheduler.lost(number, cause, text, time.monotonic(), error)
 
     def _poll(self) -> None:
-        """Ask busy actors what they have counted, without waiting for answers; see what has been too long."""
+        """Ask actors what they have counted, without waiting for answers; see what has been too long."""
         self._polled = time.monotonic()
         self._scheduler.drain(draining_nodes())
         if self._options.num_workers is None:  # nodes that have joined meanwhile
             self._scheduler.want(worker_count(self._options, self._num_items))
+        self._hear()
+        for handle in self._handles.values():
+            if handle.counting is None:
+                handle.counting = handle.actor.counters.remote()
+        self._act(self._scheduler.check(time.monotonic()))
+
+    def _hear(self) -> None:
+        """Take the answers of those that were asked what they have counted."""
         asked = {handle.counting: number for number, handle in self._handles.items() if handle.counting is not None}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0) if asked else ([], [])
         for question in answered:
-            handle = self._handles[asked[question]]
-            handle.counting = None
-            with suppress(RayError):  # a dead actor shows in its call
-                self._take_counters(asked[question], handle, ray.get(question))
-        for number in self._scheduler.busy:
+            number = asked[question]
             handle = self._handles[number]
-            if handle.counting is None:
-                handle.counting = handle.actor.counters.remote()
-        self._act(self._scheduler.check(self._polled))
+            handle.counting = None
+            try:
+                counters = ray.get(question)
+            except RayError as error:
+                if handle.call is None:  # else it shows there
+                    self._drop(number, _cause_of(error), brief(error))
+                continue
+            if not handle.is_up:
+                self._scheduler.placed(number, time.monotonic())
+            self._take_counters(number, handle, counters)
 
     def _take_counters(self, number: int, handle: _Handle, counters: Counters) -> None:
         read, written = counters[0] - handle.counted[0], counters[1] - handle.counted[1]
@@ -248,11 +287,6 @@ class _Loop(Generic[T, R]):
             handle.counted = counters
             self._scheduler.counted(number, time.monotonic())
             self._on_count(read, written, handle.name)
-
-    def _note_once(self, note: str) -> None:
-        if note and note not in self._noted:
-            self._noted.add(note)
-            self._on_note(note)
 
     def _need(self) -> str:
         return f"the cluster has {describe_resources()}, a worker needs {self._options.need}"
