@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -138,3 +139,20 @@ def test_ray_takes_the_file_of_its_cluster_launcher() -> None:
     assert nodes["worker"]["min_workers"] == 0
     assert nodes["worker"]["max_workers"] == config["max_workers"]
     assert config["setup_commands"] == [], "Ray's defaults would fetch a nightly build"
+    for node in nodes.values():
+        assert node["node_config"]["SecurityGroupIds"], "the one Ray makes opens SSH to the world"
+
+
+def test_the_workers_of_the_example_fill_the_machines_of_the_cluster() -> None:
+    """A worker takes one CPU; without --memory it is given a share of the head's memory."""
+    text = (DEPLOY / "cluster.yaml").read_text()
+    worker = yaml.safe_load(text)["available_node_types"]["worker"]
+    (command,) = (line for line in text.splitlines() if "stockflow submit" in line)
+    found = re.search(r"--workers (\d+) --memory (\d+)GiB", command)
+    assert found
+    assert worker["node_config"]["InstanceType"] == "m7i.2xlarge", "8 CPUs, 32 GiB"
+
+    workers, memory = map(int, found.groups())
+
+    assert workers == 8 * worker["max_workers"]
+    assert 8 * memory <= 0.8 * 32
