@@ -86,6 +86,7 @@ def test_the_image_is_tagged_by_what_is_in_it() -> None:
 
 
 def test_the_image_tells_whether_it_works(instructions: dict[str, list[str]]) -> None:
+    assert instructions["RUN"][-1].endswith("&& stockflow --version"), "on the PATH of the user, whatever the base"
     assert instructions["HEALTHCHECK"][0].endswith('CMD ["stockflow", "--version"]')
 
 
