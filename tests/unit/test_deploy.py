@@ -45,6 +45,35 @@ def test_the_page_names_everything_in_the_folder() -> None:
         assert f"`{path.name}" in page, path
 
 
+def test_sums_on_the_page_are_right() -> None:
+    sums = re.findall(r"(?<![\w.])([\d.]+(?: [x/+] \(?[\d.]+\)?)+) = ([\d.]*\d)", (DEPLOY / "README.md").read_text())
+
+    assert len(sums) >= 3
+    for text, result in sums:
+        value = eval(text.replace("x", "*"))
+        assert f"{value:.{len(result.partition('.')[2])}f}" == result, text
+
+
+def test_commands_on_the_page_are_about_one_merge() -> None:
+    """Another merge of the namespace has a head as well, and shares the service account and the network policy."""
+    commands = [line for line in (DEPLOY / "README.md").read_text().splitlines() if line.startswith("    ")]
+
+    assert any("ray.io/node-type=head" in line for line in commands)
+    assert all("ray.io/cluster=" in line for line in commands if "ray.io/node-type" in line)
+    assert any("kubectl delete rayjob" in line for line in commands)
+    assert not any("kubectl delete -k" in line for line in commands)
+
+
+def test_the_operator_on_the_page_waits_for_a_new_head() -> None:
+    """It is the one whose rules are held here; by itself it waits 300 s, and does not try again after that."""
+    page = (DEPLOY / "README.md").read_text()
+    found = re.search(r"name=RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS' --set-string 'env\[0\].value=(\d+)'", page)
+    assert found
+
+    assert int(found[1]) >= 900
+    assert "kuberay-operator --version 1.7.0 " in page
+
+
 def test_the_bucket_takes_the_rule_that_aborts_stale_uploads(s3_endpoint: str, s3_bucket: str) -> None:
     rules = json.loads((DEPLOY / "s3-lifecycle.json").read_text())
     client = boto3.client("s3", endpoint_url=s3_endpoint)
@@ -83,6 +112,16 @@ def test_the_image_is_tagged_by_what_is_in_it() -> None:
 
     for name in ("Dockerfile", "README.md", "cluster.yaml"):
         assert tag in (DEPLOY / name).read_text(), name
+
+
+def test_torch_for_processors_has_a_tag_of_its_own() -> None:
+    """Or it would be what GPU nodes pull."""
+    for name in ("Dockerfile", "README.md"):
+        text = (DEPLOY / name).read_text().replace("\\\n", "").replace("#  ", "")
+        builds = [line for line in text.splitlines() if "docker build" in line]
+        assert {"whl/cpu" in line for line in builds} == {True, False}, name
+        for line in builds:
+            assert ("whl/cpu" in line) == ("-py311-cpu " in line), line
 
 
 def test_the_image_tells_whether_it_works(instructions: dict[str, list[str]]) -> None:
