@@ -1,7 +1,8 @@
 """What KubeRay 1.7.0 refuses although its schema allows it: `ValidateRayJobSpec` and its like, for what we use.
 
 Source: ray-project/kuberay, tag v1.7.0, ray-operator/controllers/ray/utils/validation.go. The operator says it as an
-event on the RayJob, minutes after `kubectl apply` said "created".
+event on the RayJob, minutes after `kubectl apply` said "created". Below that, what nobody refuses and nothing can ever
+serve: pods too large for their machine, labels that no node has before it is there.
 """
 
 import re
@@ -14,6 +15,21 @@ MAX_NAME = 47
 AUTH_SINCE = (2, 52)
 PRIORITY_SINCE = (2, 56)
 START_RESOURCES = {"num-cpus", "num-gpus", "memory", "resources"}
+
+OPERATOR_LABELS = (
+    {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/component": "kuberay-operator"},
+    {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"},
+)
+"""of the operator's pod: by the chart (templates/deployment.yaml), by kustomize (ray-operator/config/manager)"""
+
+EARLY_LABELS = {
+    "node.kubernetes.io/instance-type",
+    "eks.amazonaws.com/capacityType",
+    "karpenter.sh/capacity-type",
+    "cloud.google.com/gke-spot",
+    "kubernetes.azure.com/scalesetpriority",
+}
+"""what a node autoscaler knows of a node that is not there yet; GPU Feature Discovery's are written when it is"""
 
 
 def refusals(job: Any) -> list[str]:
@@ -117,3 +133,45 @@ def _workers(name: str, group: Any, *, autoscaling: bool) -> Iterator[str]:
         yield f"{name}: replicas are not between minReplicas and maxReplicas"
     if group.get("suspend") and autoscaling:
         yield f"{name}: suspend excludes autoscaling"
+
+
+def allocatable(cpus: int, memory_gib: int) -> tuple[float, float]:
+    """Return the CPUs and GiB that pods may ask for on an empty machine.
+
+    As GKE reserves (docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes), the most of the clouds we
+    name; besides, 2 % of memory for the kernel and 0.25 of both for the pods that every node runs.
+    """
+    cpu_steps = ((1, 0.06), (1, 0.01), (2, 0.005), (cpus, 0.0025))
+    memory_steps = ((4, 0.25), (4, 0.20), (8, 0.10), (112, 0.06), (memory_gib, 0.02))
+    memory_kept = _kept(memory_gib, memory_steps) + 0.1 + 0.02 * memory_gib
+    return cpus - _kept(cpus, cpu_steps) - 0.25, memory_gib - memory_kept - 0.25
+
+
+def _kept(total: int, steps: tuple[tuple[int, float], ...]) -> float:
+    kept = 0.0
+    for size, share in steps:
+        part = min(size, total)
+        kept, total = kept + share * part, total - part
+    return kept
+
+
+def asked(containers: list[Any]) -> tuple[float, float]:
+    """Return the CPUs and GiB that containers of one pod ask for together."""
+    requests = [container["resources"]["requests"] for container in containers]
+    return sum(_cpus(request["cpu"]) for request in requests), sum(_gib(request["memory"]) for request in requests)
+
+
+def _cpus(text: str) -> float:
+    return int(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)
+
+
+def _gib(text: str) -> float:
+    return int(text.removesuffix("Mi")) / 1024 if text.endswith("Mi") else float(text.removesuffix("Gi"))
+
+
+def late_labels(pod: Any) -> list[str]:
+    """Return the labels that a pod asks of its node and that no autoscaler can know before the node is there."""
+    affinity = pod.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    expressions = [entry for term in affinity.get("nodeSelectorTerms", []) for entry in term["matchExpressions"]]
+    wanted = {*pod.get("nodeSelector", {}), *(entry["key"] for entry in expressions)}
+    return sorted(wanted - EARLY_LABELS)

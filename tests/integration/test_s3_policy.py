@@ -17,8 +17,8 @@ from tests.checkpoints import make_family
 from tests.s3_server import moto_server, s3_credentials
 
 POLICY = (Path(__file__).parents[2] / "deploy" / "s3-policy.json").read_text()
-NAMES = {"INPUT_BUCKET": "inputs", "INPUT_PREFIX": "models", "OUTPUT_BUCKET": "outputs", "OUTPUT_PREFIX": "merged"}
-RECIPE, OUTPUT = "s3://outputs/recipe.yaml", "s3://outputs/merged"
+NAMES = {"INPUT_BUCKET": "inputs", "INPUT_PREFIX": "models", "OUTPUT_BUCKET": "outputs", "OUTPUT_PREFIX": "merges"}
+RECIPE, OUTPUT = "s3://outputs/merges/recipe.yaml", "s3://outputs/merges/merged"
 pytestmark = pytest.mark.cluster
 OPTIONS = ("--shard-size", 150_000, "--memory", "1GiB", "--executor", "local", "--device", "cpu")
 
@@ -27,7 +27,8 @@ class Role:
     """A user of the server who has the policy and nothing else; rights are checked while it acts."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        self._url, self._folder = url, folder
+        self._url = url
+        self.local_recipe = folder / "recipe.yaml"
         self._iam = boto3.client("iam", endpoint_url=url, region_name="us-east-1")
         self._iam.create_user(UserName="stockflow")
         key = self._iam.create_access_key(UserName="stockflow")["AccessKey"]
@@ -76,8 +77,10 @@ def role(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Role]:
             for file in path.iterdir():
                 s3.upload_file(str(file), "inputs", f"{model.removeprefix('s3://inputs/')}/{file.name}")
         recipe = {"merge_method": "model_stock", "base_model": models[0], "models": [{"model": m} for m in models[1:]]}
-        s3.put_object(Bucket="outputs", Key="recipe.yaml", Body=yaml.safe_dump(recipe).encode())
-        yield Role(url, folder)
+        s3.put_object(Bucket="outputs", Key="merges/recipe.yaml", Body=yaml.safe_dump(recipe).encode())
+        role = Role(url, folder)
+        role.local_recipe.write_text(yaml.safe_dump(recipe))
+        yield role
 
 
 def policy(without: str | None = None) -> Any:
@@ -122,16 +125,18 @@ def test_the_server_refuses_what_the_policy_does_not_allow(role: Role) -> None:
     [
         "s3:ListBucket on FindInputs",
         "s3:GetObject on ReadInputs",
-        "s3:GetObject on ReadRecipe",
         "s3:ListBucket on FindOutput",
         "s3:GetObject on ReadAndWriteOutput",
         "s3:PutObject on ReadAndWriteOutput",
     ],
 )
-def test_without_a_right_one_message_names_it(role: Role, right: str) -> None:
+@pytest.mark.parametrize("recipe", ["there", "here"])
+def test_without_a_right_one_message_names_it(role: Role, right: str, recipe: str) -> None:
+    """A recipe beside the output is read with the output's rights, so both are tried."""
     role.has(policy(without=right))
 
-    code, said = role.run("merge", RECIPE, OUTPUT, *OPTIONS, "--overwrite")
+    place = RECIPE if recipe == "there" else role.local_recipe
+    code, said = role.run("merge", place, OUTPUT, *OPTIONS, "--overwrite")
 
     assert code == 2, said
     assert right.split()[0] in said, said

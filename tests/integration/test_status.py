@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,14 @@ def allowed_on(policy: str, prefix: str) -> Any:
     statements = json.loads((runs.REPOSITORY / "deploy" / policy).read_text())["Statement"]
 
     def allowed(resource: str) -> set[str]:
-        path = {"bucket": "", "records": "/OUTPUT_PREFIX/_stockflow/x"}.get(resource, f"/OUTPUT_PREFIX/{resource}")
+        output = "/OUTPUT_PREFIX/merged"
+        path = {"bucket": "", "records": f"{output}/_stockflow/x"}.get(resource, f"{output}/{resource}")
         actions: set[str] = set()
         for statement in statements:
             resources = statement["Resource"]
             for pattern in [resources] if isinstance(resources, str) else resources:
                 place = pattern.removeprefix("arn:aws:s3:::OUTPUT_BUCKET")
-                if place == path or (place.endswith("*") and path.startswith(place[:-1])):
+                if fnmatchcase(path, place):
                     given = statement["Action"]
                     actions.update([given] if isinstance(given, str) else given)
         return actions

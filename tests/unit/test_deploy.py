@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,35 @@ def test_the_page_names_everything_in_the_folder() -> None:
         assert f"`{path.name}" in page, path
 
 
+def test_sums_on_the_page_are_right() -> None:
+    sums = re.findall(r"(?<![\w.])([\d.]+(?: [x/+] \(?[\d.]+\)?)+) = ([\d.]*\d)", (DEPLOY / "README.md").read_text())
+
+    assert len(sums) >= 3
+    for text, result in sums:
+        value = eval(text.replace("x", "*"))
+        assert f"{value:.{len(result.partition('.')[2])}f}" == result, text
+
+
+def test_commands_on_the_page_are_about_one_merge() -> None:
+    """Another merge of the namespace has a head as well, and shares the service account and the network policy."""
+    commands = [line for line in (DEPLOY / "README.md").read_text().splitlines() if line.startswith("    ")]
+
+    assert any("ray.io/node-type=head" in line for line in commands)
+    assert all("ray.io/cluster=" in line for line in commands if "ray.io/node-type" in line)
+    assert any("kubectl delete rayjob" in line for line in commands)
+    assert not any("kubectl delete -k" in line for line in commands)
+
+
+def test_the_operator_on_the_page_waits_for_a_new_head() -> None:
+    """It is the one whose rules are held here; by itself it waits 300 s, and does not try again after that."""
+    page = (DEPLOY / "README.md").read_text()
+    found = re.search(r"name=RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS' --set-string 'env\[0\].value=(\d+)'", page)
+    assert found
+
+    assert int(found[1]) >= 900
+    assert "kuberay-operator --version 1.7.0 " in page
+
+
 def test_the_bucket_takes_the_rule_that_aborts_stale_uploads(s3_endpoint: str, s3_bucket: str) -> None:
     rules = json.loads((DEPLOY / "s3-lifecycle.json").read_text())
     client = boto3.client("s3", endpoint_url=s3_endpoint)
@@ -84,7 +114,18 @@ def test_the_image_is_tagged_by_what_is_in_it() -> None:
         assert tag in (DEPLOY / name).read_text(), name
 
 
+def test_torch_for_processors_has_a_tag_of_its_own() -> None:
+    """Or it would be what GPU nodes pull."""
+    for name in ("Dockerfile", "README.md"):
+        text = (DEPLOY / name).read_text().replace("\\\n", "").replace("#  ", "")
+        builds = [line for line in text.splitlines() if "docker build" in line]
+        assert {"whl/cpu" in line for line in builds} == {True, False}, name
+        for line in builds:
+            assert ("whl/cpu" in line) == ("-py311-cpu " in line), line
+
+
 def test_the_image_tells_whether_it_works(instructions: dict[str, list[str]]) -> None:
+    assert instructions["RUN"][-1].endswith("&& stockflow --version"), "on the PATH of the user, whatever the base"
     assert instructions["HEALTHCHECK"][0].endswith('CMD ["stockflow", "--version"]')
 
 
@@ -138,3 +179,20 @@ def test_ray_takes_the_file_of_its_cluster_launcher() -> None:
     assert nodes["worker"]["min_workers"] == 0
     assert nodes["worker"]["max_workers"] == config["max_workers"]
     assert config["setup_commands"] == [], "Ray's defaults would fetch a nightly build"
+    for node in nodes.values():
+        assert node["node_config"]["SecurityGroupIds"], "the one Ray makes opens SSH to the world"
+
+
+def test_the_workers_of_the_example_fill_the_machines_of_the_cluster() -> None:
+    """A worker takes one CPU; without --memory it is given a share of the head's memory."""
+    text = (DEPLOY / "cluster.yaml").read_text()
+    worker = yaml.safe_load(text)["available_node_types"]["worker"]
+    (command,) = (line for line in text.splitlines() if "stockflow submit" in line)
+    found = re.search(r"--workers (\d+) --memory (\d+)GiB", command)
+    assert found
+    assert worker["node_config"]["InstanceType"] == "m7i.2xlarge", "8 CPUs, 32 GiB"
+
+    workers, memory = map(int, found.groups())
+
+    assert workers == 8 * worker["max_workers"]
+    assert 8 * memory <= 0.8 * 32

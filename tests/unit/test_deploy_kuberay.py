@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typer.main import get_command
 from stockflow import __version__
 from stockflow.cli import app
 from tests import kustomize
-from tests.kuberay_rules import refusals
+from tests.kuberay_rules import OPERATOR_LABELS, allocatable, asked, late_labels, refusals
 
 REPOSITORY = Path(__file__).parents[2]
 DEPLOY = REPOSITORY / "deploy"
@@ -83,6 +84,12 @@ def workers(job: Any) -> Any:
 
 def containers(job: Any) -> list[Any]:
     return [container for pod in pods(job) for container in pod["containers"]]
+
+
+def option(job: Any, name: str) -> str | None:
+    """Return what follows an option in the entrypoint."""
+    words = shlex.split(job["spec"]["entrypoint"])
+    return words[words.index(name) + 1] if name in words else None
 
 
 def variable(container: Any, name: str) -> str:
@@ -256,6 +263,32 @@ def test_workers_come_when_they_are_asked_for(documents: Documents) -> None:
         assert group["minReplicas"] == group["replicas"] == 0
 
 
+def test_kueue_gives_gpus_back_with_their_quota() -> None:
+    """The quota is free when the merge is over; without an autoscaler the pods stay until the cluster is deleted."""
+    assert RENDERED["kueue"]["RayJob"]["spec"]["ttlSecondsAfterFinished"] <= 60
+
+
+def test_workers_of_gpus_are_waited_for(job: Any) -> None:
+    """15 minutes, thrice, would end a job for a shortage of an hour; Kueue admits only what is there."""
+    patience_s = int(option(job, "--worker-timeout") or 900)
+    if option(job, "--gpus-per-worker") and "suspend" not in job["spec"]:
+        assert patience_s >= 3600
+    assert job["spec"]["activeDeadlineSeconds"] > 2 * patience_s or "smoke" in job["metadata"]["name"]
+
+
+def test_nodes_may_come_from_nothing(variant: Documents) -> None:
+    for pod in pods(variant["RayJob"]):
+        assert late_labels(pod) == []
+
+
+def test_labels_that_only_a_running_node_has_are_noticed() -> None:
+    term = {"matchExpressions": [{"key": "nvidia.com/gpu.present", "operator": "In", "values": ["true"]}]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
+    pod = {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-A10G"}, "affinity": affinity}
+
+    assert late_labels(pod) == ["nvidia.com/gpu.present", "nvidia.com/gpu.product"]
+
+
 def test_spot_workers_go_to_spot_nodes_of_any_cloud() -> None:
     pod = workers(RENDERED["gpu-spot"]["RayJob"])["template"]["spec"]
     head = next(pods(RENDERED["gpu-spot"]["RayJob"]))
@@ -272,6 +305,28 @@ def test_pods_get_what_they_ask_for_and_no_more(job: Any) -> None:
     sidecar = job["spec"]["rayClusterSpec"].get("autoscalerOptions")
     for container in [*containers(job), *([sidecar] if sidecar else [])]:
         assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_pods_fit_on_the_machines_they_are_meant_for(job: Any) -> None:
+    """Of what a machine has, Kubernetes keeps some: a pod that asks for all of it waits for ever."""
+    smoke = "smoke" in job["metadata"]["name"]
+    head, worker = pods(job)
+    sidecar = job["spec"]["rayClusterSpec"].get("autoscalerOptions")
+    on_head = [*head["containers"], *([sidecar] if sidecar else [])]
+
+    for containers_, machine in (
+        (on_head, (2, 8) if smoke else (4, 16)),
+        (worker["containers"], (2, 8) if smoke else (8, 32)),
+    ):
+        (cpus, memory), (free_cpus, free_memory) = asked(containers_), allocatable(*machine)
+        assert cpus <= free_cpus, machine
+        assert memory <= free_memory, machine
+
+
+def test_no_machine_has_all_its_memory_for_pods() -> None:
+    for gib, free in ((8, 5.7), (16, 12.7), (32, 27.5)):
+        assert allocatable(8, gib)[1] == pytest.approx(free, abs=0.1)
+    assert allocatable(4, 16)[0] == pytest.approx(3.92 - 0.25)
 
 
 def test_a_node_that_must_go_has_time_to_drain(variant: Documents) -> None:
@@ -336,6 +391,25 @@ def test_the_network_policy_is_about_the_pods_of_the_job(variant: Documents) -> 
     assert [rule["from"] for rule in unlimited] == [[{"podSelector": policy["podSelector"]}]]
 
 
+def test_names_storage_and_kubernetes_are_reached_wherever_they_are(variant: Documents) -> None:
+    """A resolver on the node is no pod; an API server on a node is no address to some network plugins."""
+    for port in (53, 443, 6443):
+        rules = [rule for rule in variant["NetworkPolicy"]["spec"]["egress"] if port in ports_of(rule)]
+        assert any("to" not in rule for rule in rules), port
+
+
+def ports_of(rule: Any) -> set[int]:
+    return {port["port"] for port in rule.get("ports", ())}
+
+
+@pytest.mark.parametrize("labels", OPERATOR_LABELS, ids=lambda labels: labels["app.kubernetes.io/name"])
+def test_the_operator_may_submit_however_it_was_installed(variant: Documents, labels: dict[str, str]) -> None:
+    (rule,) = (rule for rule in variant["NetworkPolicy"]["spec"]["ingress"] if 8265 in ports_of(rule))
+    (peer,) = rule["from"]
+
+    assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+
+
 def test_prometheus_finds_the_port_that_the_driver_serves(variant: Documents) -> None:
     """By annotations, by the monitor of the operator, and through the network policy."""
     words = shlex.split(variant["RayJob"]["spec"]["entrypoint"])
@@ -393,6 +467,35 @@ def test_a_worker_fits_into_its_pod(job: Any) -> None:
     store = int(workers(job)["rayStartParams"]["object-store-memory"]) / 2**30
 
     assert memory + store + 1 <= limit
+
+
+def test_gpus_get_the_image_that_can_use_them(job: Any) -> None:
+    """Under torch for processors they would stand idle, and nothing would fail."""
+    for container in containers(job):
+        assert container["image"].endswith("-cpu") == (option(job, "--gpus-per-worker") is None)
+
+
+def test_a_first_try_and_the_merge_do_not_meet() -> None:
+    """The merge would find the finished output of another plan."""
+    smoke, merge = (RENDERED[name]["RayJob"] for name in ("cpu-smoke", "gpu-spot"))
+    tried, real = places(smoke), places(merge)
+
+    assert not {*tried} & {*real}
+    assert not any(a.startswith(f"{b}/") or b.startswith(f"{a}/") for a in tried for b in real)
+    assert smoke["metadata"]["name"] != merge["metadata"]["name"]
+
+
+def places(job: Any) -> list[str]:
+    """Return recipe and output."""
+    return shlex.split(job["spec"]["entrypoint"])[2:4]
+
+
+def test_recipe_and_output_are_where_the_role_has_rights(job: Any) -> None:
+    statements = json.loads((DEPLOY / "s3-policy.json").read_text())["Statement"]
+    recipe, output = (place.replace("s3://", "arn:aws:s3:::") for place in places(job))
+    for action, key in (("s3:GetObject", recipe), ("s3:PutObject", f"{output}/manifest.json")):
+        about = [statement["Action"] for statement in statements if fnmatchcase(key, statement["Resource"])]
+        assert any(action in actions for actions in about), (action, key)
 
 
 def test_the_driver_has_time_to_end_when_the_job_is_stopped(job: Any) -> None:
