@@ -29,7 +29,7 @@ from stockflow.manifest import (
     receipt_key,
 )
 from stockflow.plan import MergePlan, ShardPlan
-from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt, without_coefficients
 from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
 
 SETTLE_S = 5.0
@@ -181,7 +181,7 @@ def _delete_others(store: Store, plan: MergePlan, published: set[str]) -> None:
 
 
 def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
-    """Receipts of shards that are still what they were when the receipt was written."""
+    """Receipts of shards that are still what they were when the receipt was written; without coefficients."""
     known = store.list(receipt_folder(plan.plan_id))
     present = store.list_top() if known else {}
     receipts = {}
@@ -189,7 +189,7 @@ def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
         if receipt_key(plan.plan_id, shard.file) in known and shard.file in present:
             receipt = _valid_receipt(store, plan.plan_id, shard, present[shard.file])
             if receipt:
-                receipts[shard.file] = receipt
+                receipts[shard.file] = without_coefficients(receipt)
     return receipts
 
 
