@@ -25,7 +25,7 @@ survives pickling between processes. Anything else that escapes is our bug (exit
 from typing import ClassVar
 
 EXIT_DIFFERENT = 1
-"""Only of `diff`: the checkpoints differ, which is no error."""
+"""Of `diff`: the checkpoints differ, which is no error. A merge never returns it: Ray ends a process so."""
 EXIT_USER = 2
 EXIT_STORAGE = 3
 EXIT_FINDINGS = 4
