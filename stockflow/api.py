@@ -220,7 +220,8 @@ def plan(
     Args:
         recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
         output: folder or URL of the output.
-        memory: bound of one worker process; 80 % of what the machine allows if None.
+        memory: bound of one worker process; if None 80 % of what this machine allows, on Ray divided by its cores or
+            by ``workers``, if fewer.
         shard_size: largest output shard; a 256th of the output, from 256 MB to 5 GB, if None.
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
@@ -308,7 +309,8 @@ def merge(
     Args:
         recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
         output: folder or URL of the output.
-        memory: bound of one worker process; 80 % of what the machine allows if None.
+        memory: bound of one worker process; if None 80 % of what this machine allows, on Ray divided by its cores or
+            by ``workers``, if fewer.
         shard_size: largest output shard; a 256th of the output, from 256 MB to 5 GB, if None.
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
@@ -349,7 +351,8 @@ def inspect(
 
     Args:
         recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
-        memory: bound of one worker process; 80 % of what the machine allows if None.
+        memory: bound of one worker process; if None 80 % of what this machine allows, on Ray divided by its cores or
+            by ``workers``, if fewer.
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
         gpus_per_worker: Ray: a fraction lets several share one.
@@ -387,7 +390,8 @@ def audit(
             of an output of stockflow, which says itself what it is.
         merged: checkpoint that some tool made by the recipe.
         recipe: of an output, its storage options apply (endpoints, anonymous access).
-        memory: bound of one worker process; 80 % of what the machine allows if None.
+        memory: bound of one worker process; if None 80 % of what this machine allows, on Ray divided by its cores or
+            by ``workers``, if fewer.
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
         gpus_per_worker: Ray: a fraction lets several share one.
@@ -592,8 +596,8 @@ def merge_options(
     if workers is not None and workers < 1:
         raise RecipeError(f"workers: expected at least 1, found {workers}")
     cores = len(os.sched_getaffinity(0))
-    # A Ray worker has one CPU slot, so it computes on one thread and shares the node with the others.
-    num_slots = (workers or cores) if on_ray else 1
+    # A Ray worker has one CPU slot, so it computes on one thread and shares the node with as many as that has cores.
+    num_slots = min(workers or cores, cores) if on_ray else 1
     return MergeOptions(
         memory_bytes=num_bytes("memory", memory) or default_memory(num_slots=num_slots),
         num_threads=1 if on_ray else workers or cores,

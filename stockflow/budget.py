@@ -140,7 +140,7 @@ def divide(
             f"tensor {widest.output.name!r} needs at least {mib(least)} of memory for its smallest chunk "
             f"({SPAN_ELEMS:,} elements x {len(widest.sources)} checkpoints x {num_threads} threads, "
             f"{mib(baseline_bytes)} of it for the process itself); the limit is {mib(memory_bytes)}. "
-            "Raise --memory or lower --workers"
+            f"Raise --memory{' or lower --workers' if num_threads > 1 else ''}"
         )
     return found
 

@@ -18,7 +18,7 @@ from stockflow.plan import MergePlan, ShardPlan
 from stockflow.plan_file import encode_plan
 from stockflow.planning import few_shards_note, make_plan
 from stockflow.prefix import admit, look, sweep, take, valid_receipts, weak_promises
-from stockflow.receipts import Receipt
+from stockflow.receipts import Receipt, without_coefficients
 from stockflow.recipe import Recipe
 from stockflow.storage import LocalStore, Store, is_within, open_store, pin_revision, redact
 from stockflow.tracking import Tracker, reported
@@ -230,7 +230,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         resumed = set(receipts)
         spec = _worker_spec(recipe, plan, store.url, options, run)
         while remaining := [shard for shard in plan.shards if shard.file not in receipts]:
-            for receipt in execute(spec, remaining, tracker):
+            for receipt in map(without_coefficients, execute(spec, remaining, tracker)):
                 receipts[receipt.file] = receipt
                 tracker.on_shard(receipt)
             resumed &= receipts.keys() - _drop_other_numerics(store, plan, receipts, tracker)

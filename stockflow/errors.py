@@ -25,12 +25,13 @@ survives pickling between processes. Anything else that escapes is our bug (exit
 from typing import ClassVar
 
 EXIT_DIFFERENT = 1
-"""Only of `diff`: the checkpoints differ, which is no error."""
+"""Of `diff`: the checkpoints differ, which is no error. A merge never returns it: Ray ends a process so."""
 EXIT_USER = 2
 EXIT_STORAGE = 3
 EXIT_FINDINGS = 4
 EXIT_COMPUTE_LOST = 5
 EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
 
 
 class StockflowError(Exception):
@@ -110,4 +111,11 @@ class ComputeLostError(StockflowError, RuntimeError):
 class InterruptedRunError(StockflowError):
     """The run was stopped by a signal; what is published is whole and the run can be resumed."""
 
-    exit_code = 130
+    exit_code = EXIT_INTERRUPTED
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return what the command line returns for whatever ended a run; what is no ``Exception`` is a wish to end it."""
+    if isinstance(error, StockflowError):
+        return error.exit_code
+    return EXIT_BUG if isinstance(error, Exception) else EXIT_INTERRUPTED

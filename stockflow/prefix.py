@@ -3,9 +3,12 @@
 import hashlib
 import time
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
+from stockflow.ahead import map_ahead
 from stockflow.changes import planned_states, since_then, states
 from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
 from stockflow.claims import agreed_numerics, is_anyone_else_alive, last_seen
@@ -29,11 +32,13 @@ from stockflow.manifest import (
     receipt_key,
 )
 from stockflow.plan import MergePlan, ShardPlan
-from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt
+from stockflow.receipts import MAX_RECEIPT_BYTES, Receipt, without_coefficients
 from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
 
 SETTLE_S = 5.0
 """where creation is not exclusive: how long a claim must stand before it counts"""
+NUM_READERS = 16
+"""Receipts that are read at the same time: on object storage each takes a round trip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,36 +186,43 @@ def _delete_others(store: Store, plan: MergePlan, published: set[str]) -> None:
 
 
 def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
-    """Receipts of shards that are still what they were when the receipt was written."""
+    """Receipts of shards that are still what they were when the receipt was written; without coefficients."""
     known = store.list(receipt_folder(plan.plan_id))
     present = store.list_top() if known else {}
+    read = partial(_read_receipt, store, plan.plan_id)
+    shards = [
+        shard for shard in plan.shards if receipt_key(plan.plan_id, shard.file) in known and shard.file in present
+    ]
     receipts = {}
-    for shard in plan.shards:
-        if receipt_key(plan.plan_id, shard.file) in known and shard.file in present:
-            receipt = _valid_receipt(store, plan.plan_id, shard, present[shard.file])
-            if receipt:
-                receipts[shard.file] = receipt
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="receipts") as pool:
+        for shard, payload in zip(shards, map_ahead(pool, NUM_READERS, read, shards), strict=True):
+            receipt = _receipt_of(shard, plan.plan_id, payload)
+            if receipt and _is_intact(store, receipt, present[shard.file]):
+                receipts[shard.file] = without_coefficients(receipt)
     return receipts
 
 
 def is_finished(store: Store, plan_id: str, shard: ShardPlan, numerics_class: str) -> bool:
     """Return whether a shard is there with its receipt: a worker that was lost may have done it, and not said so."""
     try:
-        receipt = _valid_receipt(store, plan_id, shard, store.stamp(shard.file))
+        found = store.stamp(shard.file)
+        receipt = _receipt_of(shard, plan_id, _read_receipt(store, plan_id, shard))
+        return receipt is not None and _is_intact(store, receipt, found) and receipt.numerics_class == numerics_class
     except NotFoundError:
         return False
-    return receipt is not None and receipt.numerics_class == numerics_class
 
 
-def _valid_receipt(store: Store, plan_id: str, shard: ShardPlan, found: Stamp) -> Receipt | None:
-    key = receipt_key(plan_id, shard.file)
-    payload = read_small(store, key, max_bytes=MAX_RECEIPT_BYTES)
+def _read_receipt(store: Store, plan_id: str, shard: ShardPlan) -> bytes:
+    return read_small(store, receipt_key(plan_id, shard.file), max_bytes=MAX_RECEIPT_BYTES)
+
+
+def _receipt_of(shard: ShardPlan, plan_id: str, payload: bytes) -> Receipt | None:
     try:
-        receipt = Receipt.from_json(payload, key)
+        receipt = Receipt.from_json(payload, receipt_key(plan_id, shard.file))
     except CheckpointError:
         return None  # a receipt that cannot be read proves nothing: the shard is merged again
     is_of_shard = (receipt.plan_id, receipt.file, receipt.size) == (plan_id, shard.file, shard.num_bytes)
-    return receipt if is_of_shard and _is_intact(store, receipt, found) else None
+    return receipt if is_of_shard else None
 
 
 def _is_intact(store: Store, receipt: Receipt, found: Stamp) -> bool:

@@ -113,6 +113,15 @@ def within_bounds(tensors: Sequence[TensorFacts]) -> Iterator[TensorFacts]:
         yield facts if left >= 0 else replace(facts, coefficients=None)
 
 
+def without_coefficients(receipt: Receipt) -> Receipt:
+    """Return what a driver keeps of a receipt.
+
+    Coefficients of 48 experts' tensors, by 768 rows and eight models, take 25 MB; only `verify` needs them, and reads
+    them from the store.
+    """
+    return replace(receipt, tensors=tuple(replace(row, coefficients=None) for row in receipt.tensors))
+
+
 def total_gram(receipts: Sequence[Receipt]) -> tuple[tuple[float, ...], ...]:
     """Return the Gram of whole models, added over shards: () if no shard has one, or one that should have it does not.
 

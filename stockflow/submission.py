@@ -40,6 +40,8 @@ SILENCE_S = 60.0
 LOST_S = 300.0
 """How long the head may not answer before a follower gives up."""
 KILLED = (-9, 137)
+HEAD_LOST = 1
+"""No merge exits with it. Ray ends a process so (2.60), from native code, when the head's GCS is gone for a minute."""
 EXIT_STOPPED = 143
 """what a driver that Ray stops exits with; Ray does not record it"""
 MAX_AROUND_CHARS = 10_000
@@ -181,7 +183,7 @@ def exit_code(job: "Job") -> int:
         return 0
     if job.status == "STOPPED":
         return EXIT_STOPPED
-    if job.exit_code is None or job.exit_code in KILLED:
+    if job.exit_code in (None, HEAD_LOST, *KILLED):
         return EXIT_COMPUTE_LOST
     return job.exit_code if job.exit_code > 0 else 128 - job.exit_code
 
@@ -199,6 +201,11 @@ def how_it_ended(job: "Job") -> str:
         return (
             f"job {job.id}: its driver was killed (SIGKILL), most likely by the kernel for want of memory on the head; "
             "give the head more and submit the same again to resume"
+        )
+    if job.exit_code == HEAD_LOST:
+        return (
+            f"job {job.id}: its driver ended with 1, which no merge does by itself: Ray ends it so when the head's GCS "
+            "is gone, or it never began; what it said is above. Submit the same again to resume"
         )
     return f"job {job.id} failed with exit code {exit_code(job)}; what it said is above"
 

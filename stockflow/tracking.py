@@ -10,7 +10,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from stockflow.claims import HEARTBEAT_S
-from stockflow.errors import CheckpointError, NotFoundError, OutputConflictError, StockflowError, StorageError
+from stockflow.errors import (
+    CheckpointError,
+    NotFoundError,
+    OutputConflictError,
+    StockflowError,
+    StorageError,
+    exit_code_of,
+)
 from stockflow.interruption import finishing
 from stockflow.manifest import progress_key, read_claim
 from stockflow.plan import MergePlan
@@ -201,7 +208,7 @@ class Tracker:
         with self._lock:
             self._stage = outcome
             self._in_flight.clear()
-            self._exit_code = 0 if error is None else getattr(error, "exit_code", None)
+            self._exit_code = 0 if error is None else exit_code_of(error)
             self._message = str(error) if isinstance(error, StockflowError) else type(error).__name__ if error else ""
 
     def progress(self) -> Progress:
@@ -289,7 +296,7 @@ def reported(store: Store, tracker: Tracker) -> Iterator[Callable[[], None]]:
         report_if_taken(error)
         raise
     except BaseException as error:
-        report_end("stopped" if getattr(error, "exit_code", 0) in (130, 143) else "failed", error)
+        report_end("stopped" if exit_code_of(error) in (130, 143) else "failed", error)
         raise
     else:
         if num_reports:

@@ -129,6 +129,7 @@ class Worker:
         with ExitStack() as stack:
             sink = stack.enter_context(self._output.create(shard.file, size=shard.num_bytes))
             run.execute(sink)
+            num_retries = self._sources.num_retries - retries_before  # before the next shard reads
             closing = stack.pop_all()
 
         def publish() -> Receipt:
@@ -138,7 +139,7 @@ class Worker:
                 self.check_owner()  # as near as can be to the moment when the shard appears
             run.seconds["publish"] = time.perf_counter() - begun
             run.seconds["total"] = time.perf_counter() - started
-            return self._receipt(shard, run, self._sources.num_retries - retries_before, began)
+            return self._receipt(shard, run, num_retries, began)
 
         return self._publisher.submit(publish)
 

@@ -65,7 +65,10 @@ OutputArgument = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Bound of one worker process, such as 2GiB. Default: 80 % of what the machine allows."),
+    typer.Option(
+        help="Bound of one worker process, such as 2GiB. Default: 80 % of what the machine allows. Ray: of what the "
+        "driver's machine allows, divided by its cores or by --workers, if fewer; say it where nodes are others."
+    ),
 ]
 ShardSize = Annotated[
     str | None,

@@ -30,12 +30,11 @@ from stockflow.cli.options import (
     labels_option,
     size_option,
 )
+from stockflow.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from stockflow.executors.ray.jobs import Jobs
     from stockflow.submission import Request
-
-EXIT_INTERRUPTED = 130
 
 
 class Terminated(BaseException):

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import IO
 
-from stockflow.errors import EXIT_BUG, StockflowError
+from stockflow.errors import StockflowError, exit_code_of
 from stockflow.events import Event, Note, Stage
 from stockflow.redaction import without_secrets
 from stockflow.reporting.levels import LogLevel, heading, in_a_line, is_told
@@ -14,7 +14,6 @@ from stockflow.reporting.state import Snapshot, State, in_words
 
 LINE_INTERVAL_S = 5.0
 JSON_INTERVAL_S = 1.0
-EXIT_INTERRUPTED = 130
 
 
 class Ticking:
@@ -187,7 +186,5 @@ def outcome_facts(error: BaseException | None) -> dict[str, object]:
     """Return the exit code that an error leads to, and its message without secrets."""
     if error is None:
         return {"exit_code": 0, "message": None}
-    if isinstance(error, StockflowError):
-        return {"exit_code": error.exit_code, "message": str(error)}
-    exit_code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BUG
-    return {"exit_code": exit_code, "message": without_secrets(f"{type(error).__name__}: {error}")}
+    message = str(error) if isinstance(error, StockflowError) else without_secrets(f"{type(error).__name__}: {error}")
+    return {"exit_code": exit_code_of(error), "message": message}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from stockflow.budget import gb
-from stockflow.events import Done, Event, Moved, Stage
+from stockflow.events import Begun, Done, Dropped, Event, Moved, Retry, Stage
 
 WINDOW_S = 30.0
 """Rates are those of the last half minute: long enough to be steady, short enough to show a stall."""
@@ -37,7 +37,7 @@ class Snapshot:
     """bytes, in this stage and run"""
     num_written: int
     done_bytes: int
-    """of ``stage.total_bytes``, with what an earlier run has done"""
+    """of ``stage.total_bytes``, with what an earlier run has done; lost work is not done, as far as can be told"""
     num_done: int
     """of ``stage.num_items``, likewise"""
     bytes_per_s: float
@@ -60,6 +60,12 @@ class _Counts:
     num_read: int = 0
     num_written: int = 0
     num_done: int = 0
+    finished_bytes: int = 0
+    """of items that are done"""
+    dropped_bytes: int = 0
+    """of items that were done and are not good after all"""
+    in_flight: dict[str, int] = field(default_factory=dict)
+    """bytes of the items that workers are at"""
     last_item: str = ""
     lanes: dict[str, Lane] = field(default_factory=dict)
 
@@ -79,17 +85,23 @@ class State:
 
     def take(self, event: Event) -> Snapshot | None:
         """Count an event; return the last state of a stage that it ends."""
-        if isinstance(event, Moved):
-            with self._lock:
-                self._move(event)
-        elif isinstance(event, Done):
-            with self._lock:
-                self._finish(event)
-        elif isinstance(event, Stage):
+        if isinstance(event, Stage):
             ended = self.snapshot()
             with self._lock:
                 self._begin(event)
             return ended if ended.stage.name else None
+        with self._lock:
+            match event:
+                case Moved():
+                    self._move(event)
+                case Begun():
+                    self._counts.in_flight[event.item] = event.num_bytes
+                case Retry():
+                    self._counts.in_flight.pop(event.item or "", None)
+                case Done():
+                    self._finish(event)
+                case Dropped():
+                    self._drop(event)
         return None
 
     def snapshot(self) -> Snapshot:
@@ -102,6 +114,11 @@ class State:
             since, moved_before, counted_before = self._samples[0]
             passed = max(now - since, 1e-9)
             done = stage.done_bytes + counted
+            if stage.counts_written:
+                # What lost workers wrote was written in vain, and nobody says how much of it there is.
+                num_finished = stage.done_bytes + counts.finished_bytes - counts.dropped_bytes
+                num_possible = num_finished + sum(counts.in_flight.values())
+                done = max(num_finished, min(done - counts.dropped_bytes, num_possible))
             if stage.total_bytes is not None:
                 done = min(done, stage.total_bytes)
             left = None
@@ -144,10 +161,17 @@ class State:
         )
 
     def _finish(self, event: Done) -> None:
-        self._counts.num_done += 1
-        self._counts.last_item = event.item
+        counts = self._counts
+        begun_bytes = counts.in_flight.pop(event.item, 0)
+        counts.finished_bytes += event.cost.num_bytes if event.cost else begun_bytes
+        counts.num_done += 1
+        counts.last_item = event.item
         lane = self._lane(event.worker)
-        self._counts.lanes[event.worker] = replace(lane, num_done=lane.num_done + 1, last_item=event.item)
+        counts.lanes[event.worker] = replace(lane, num_done=lane.num_done + 1, last_item=event.item)
+
+    def _drop(self, event: Dropped) -> None:
+        self._counts.num_done -= 1
+        self._counts.dropped_bytes += event.num_bytes
 
     def _lane(self, worker: str) -> Lane:
         return self._counts.lanes.get(worker) or Lane(worker)

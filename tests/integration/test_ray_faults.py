@@ -277,7 +277,7 @@ def test_a_worker_that_ran_out_of_memory(
 
         (first, again) = [event for event in merging.events("begun") if event["file"] == _twice(merging)]
         assert (first["frugality"], again["frugality"]) == (0, 1)
-        assert "another does its item again, with half the memory" in merging.observer.notes[0]
+        assert f"another does {first['file']} again, with half the memory" in merging.observer.notes[0]
         say("out of memory", "its shard began again, with half the budget,", again["when"] - first["when"])
     finally:
         ray.shutdown()

@@ -218,6 +218,20 @@ def test_a_merge_that_failed_says_why(recipe: Path, tmp_path: Path, error: Stock
     assert f"  it said: {error}" in status_lines(status)
 
 
+@pytest.mark.parametrize(
+    ("error", "state", "code"), [(ZeroDivisionError("a bug"), "failed", 70), (KeyboardInterrupt(), "stopped", 130)]
+)
+def test_a_bug_is_not_taken_for_lost_workers(
+    recipe: Path, tmp_path: Path, error: BaseException, state: str, code: int
+) -> None:
+    """Of lost workers (5) a scheduler tries again, of a bug it would in vain."""
+    failing_merge(recipe, str(tmp_path / "out"), error)
+
+    status = read_status(output_of(str(tmp_path / "out")))
+
+    assert (status.state, exit_code(status)) == (state, code)
+
+
 def test_a_merge_that_was_killed_is_silent_and_then_dead(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

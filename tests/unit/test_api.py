@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import stockflow
 from stockflow import notebook
+from stockflow.api import merge_options
 from stockflow.cli import app
 from stockflow.recipe import Recipe, load_recipe
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
@@ -216,6 +217,19 @@ def test_facts_of_every_tensor_are_those_of_the_merge(root: Path) -> None:
 def test_options_that_cannot_be(options: dict[str, object], message: str, root: Path) -> None:
     with pytest.raises(stockflow.RecipeError, match=message):
         stockflow.plan(root / "recipe.yaml", root / "elsewhere", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("workers", "share"), [(1, 1), (3, 3), (4, 4), (64, 4), (None, 4)])
+def test_by_default_a_ray_worker_shares_this_machine_with_as_many_as_it_has_cores(
+    workers: int | None, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty-four workers are on many nodes: a 64th of the head's memory would be too little for any of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr("stockflow.api.default_memory", lambda num_slots: 24 * 2**30 // num_slots)
+
+    options = merge_options(None, None, workers, "auto", False, on_ray=True)
+
+    assert (options.memory_bytes, options.num_threads) == (24 * 2**30 // share, 1)
 
 
 def test_recipes_that_cannot_be(root: Path) -> None:

@@ -765,6 +765,12 @@ def test_a_budget_that_is_too_small_says_what_would_do() -> None:
         divide(jobs, (needed - 1) * MIB, num_threads=4, baseline_bytes=80 * MIB)
 
 
+def test_fewer_workers_are_no_advice_for_one_thread() -> None:
+    """A Ray worker has one thread, however many workers there are."""
+    with pytest.raises(BudgetError, match=r"the limit is 100 MiB\. Raise --memory$"):
+        divide([job("w", (10**9,), ("F32",) * 9)], 100 * MIB, num_threads=1, baseline_bytes=80 * MIB)
+
+
 def test_more_memory_buys_larger_chunks_then_more_slabs_and_no_more_than_is_useful() -> None:
     jobs = [job("t", (10**9,), ("BF16",) * 5)]
     sizes = [2**exponent * MIB for exponent in range(4, 15)]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from stockflow.cli import app
 from stockflow.errors import PlanError, StorageError
-from stockflow.events import Done, Event, Moved, Note, Stage
+from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Stage
 from stockflow.reporting import reporting
 from stockflow.reporting.lines import JsonLines, PlainLines
 from stockflow.reporting.live import LiveDisplay
@@ -21,6 +21,7 @@ from tests.checkpoints import make_family, write_recipe
 MERGING = Stage(
     "merging", total_bytes=4_000, done_bytes=1_000, num_items=4, num_done=1, unit="shards", counts_written=True
 )
+SHARD = Begun("shard-2", "node:1", 1_000)
 NEVER_S = 1e6
 
 
@@ -37,6 +38,10 @@ def clock() -> Clock:
     return Clock()
 
 
+def done(shard: str) -> Done:
+    return Done(shard, "node:1", Cost(1_000, 1, {}, {}, 0))
+
+
 # ------------------------------------------------------------------------------------------------- what it adds up to
 
 
@@ -47,6 +52,7 @@ def test_written_bytes_count_towards_a_merge_and_read_ones_towards_a_comparison(
     ):
         state = State(clock)
         state.take(stage)
+        state.take(SHARD)
         clock.now += 4.0
         state.take(Moved(1_800, 600))
 
@@ -106,6 +112,58 @@ def test_more_than_expected_is_not_more_than_everything(clock: Clock) -> None:
     assert (state.snapshot().done_bytes, state.snapshot().share, state.snapshot().left_s) == (100, 1.0, 0.0)
 
 
+def test_what_lost_workers_wrote_is_not_done(clock: Clock) -> None:
+    """Two nodes are taken back again and again: four shards of a thousand bytes, each lost once at 70 %."""
+    state = State(clock)
+    state.take(Stage("merging", total_bytes=4_000, num_items=4, unit="shards", counts_written=True))
+    seen = []
+
+    def work(shard: str, num_bytes: int) -> None:
+        state.take(Begun(shard, "node:1", 1_000))
+        clock.now += num_bytes / 100
+        state.take(Moved(0, num_bytes, "node:1"))
+        seen.append(state.snapshot())
+
+    for shard in ("a", "b", "c", "d"):
+        work(shard, 700)
+        state.take(Retry("preempted", shard))
+    all_lost = state.snapshot()
+    for shard in ("a", "b", "c", "d"):
+        work(shard, 1_000)
+        state.take(done(shard))
+
+    assert [now.done_bytes for now in seen] == [700, 1_000, 1_000, 1_000, 1_000, 2_000, 3_000, 4_000]
+    assert (all_lost.done_bytes, all_lost.left_s) == (0, pytest.approx(4_000 / 100))
+    assert (state.snapshot().done_bytes, state.snapshot().num_done, state.snapshot().share) == (4_000, 4, 1.0)
+
+
+def test_a_worker_that_did_not_come_up_loses_no_work(clock: Clock) -> None:
+    state = State(clock)
+    for event in (MERGING, SHARD, Moved(0, 600), Retry("storage")):
+        state.take(event)
+
+    assert state.snapshot().done_bytes == 1_600
+
+
+def test_what_is_dropped_is_done_no_more(clock: Clock) -> None:
+    """One shard of an earlier run and one of this run, both of another numerics class than was agreed on."""
+    state = State(clock)
+    for event in (MERGING, SHARD, Moved(0, 1_000), done(SHARD.item)):
+        state.take(event)
+    before = state.snapshot()
+    for event in (Dropped("shard-1", 1_000), Dropped(SHARD.item, 1_000)):
+        state.take(event)
+    dropped = state.snapshot()
+    for event in (SHARD, Moved(0, 400)):
+        state.take(event)
+
+    assert [(now.num_done, now.done_bytes) for now in (before, dropped, state.snapshot())] == [
+        (2, 2_000),
+        (0, 0),
+        (0, 400),
+    ]
+
+
 def test_workers_have_lanes_of_their_own(clock: Clock) -> None:
     state = State(clock)
     state.take(MERGING)
@@ -157,7 +215,7 @@ def test_times_are_said_as_people_do(seconds: float, words: str) -> None:
 def test_plain_lines_say_stages_notes_and_how_things_stand() -> None:
     stream = io.StringIO()
     with PlainLines(stream, interval_s=NEVER_S) as lines:
-        for event in (Stage("planning"), MERGING, Note("a worker was lost")):
+        for event in (Stage("planning"), MERGING, Note("a worker was lost"), SHARD):
             lines(event)
         lines(Moved(100, 1_000))
         lines(Done("a shard"))
@@ -191,6 +249,7 @@ def test_json_lines_are_one_object_each_and_end_with_the_outcome() -> None:
         lines(Stage("opening checkpoints", unit="files"))
         lines(Done("model.safetensors"))
         lines(MERGING)
+        lines(SHARD)
         lines(Moved(9, 600))
 
     events = parsed(stream.getvalue())
@@ -224,7 +283,7 @@ def screen(*, has_lanes: bool, events: list[Event]) -> str:
 
 
 def test_a_terminal_shows_a_bar_and_lanes_on_request() -> None:
-    events: list[Event] = [MERGING, Moved(100, 1_000, "worker 1"), Moved(100, 0, "worker 2"), Note("careful")]
+    events: list[Event] = [MERGING, SHARD, Moved(100, 1_000, "worker 1"), Moved(100, 0, "worker 2"), Note("careful")]
 
     shown, with_lanes = (screen(has_lanes=has_lanes, events=events) for has_lanes in (False, True))
 

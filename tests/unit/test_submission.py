@@ -22,6 +22,7 @@ from stockflow.errors import AccessDeniedError, ComputeLostError, NotFoundError,
 from stockflow.executors.ray.jobs import Job, LogStream
 from stockflow.submission import Request, exit_code, follow, how_it_ended, make_request
 from tests.checkpoints import Family, make_family, write_recipe
+from tests.runs import REPOSITORY
 from tests.s3_server import free_port
 
 
@@ -453,6 +454,7 @@ def serving(handler: Any) -> Iterator[str]:
         (Job("j", "FAILED", 3, ""), 3, "failed with exit code 3"),
         (Job("j", "FAILED", 70, ""), 70, "failed with exit code 70"),
         (Job("j", "FAILED", -11, ""), 139, "failed with exit code 139"),
+        (Job("j", "FAILED", 1, ""), 5, "ended with 1, which no merge does by itself"),
         (Job("j", "FAILED", 137, ""), 5, "want of memory on the head"),
         (Job("j", "FAILED", -9, ""), 5, "want of memory on the head"),
         (Job("j", "FAILED", None, "node died\nmore"), 5, "was lost: node died; submit the same again"),
@@ -463,3 +465,16 @@ def serving(handler: Any) -> Iterator[str]:
 def test_the_end_of_a_job_is_the_end_of_the_merge(job: Job, code: int, words: str) -> None:
     assert exit_code(job) == code
     assert words in how_it_ended(job)
+
+
+@pytest.mark.parametrize(
+    ("code", "tries_again"), [(1, True), (2, False), (3, True), (5, True), (70, False), (143, True)]
+)
+def test_the_documented_loop_tries_again_what_may_go_well(code: int, tries_again: bool) -> None:
+    page = (REPOSITORY / "docs" / "operations.md").read_text()
+    loop = page[page.index("    until stockflow merge") : page.index("In a Kubernetes `Job`")]
+    first_fails = f"sleep() {{ tried=yes; }}; stockflow() {{ [ $tried ] || return {code}; }}\n"
+
+    done = subprocess.run(["/bin/sh", "-c", first_fails + loop], check=False)
+
+    assert done.returncode == (0 if tries_again else code)

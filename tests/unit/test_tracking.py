@@ -144,13 +144,14 @@ def store(tmp_path: Path) -> Store:
     [
         (NumericsError("tensor 'a' holds NaN"), "failed", 2, "tensor 'a' holds NaN"),
         (InterruptedRunError("stopped by SIGINT"), "stopped", 130, "stopped by SIGINT"),
-        (ZeroDivisionError("secret"), "failed", None, "ZeroDivisionError"),
+        (ZeroDivisionError("secret"), "failed", 70, "ZeroDivisionError"),
+        (KeyboardInterrupt(), "stopped", 130, "KeyboardInterrupt"),
         (StorageError("s3://b: no answer"), "failed", 3, "s3://b: no answer"),
     ],
-    ids=["a mistake", "a signal", "a bug", "storage"],
+    ids=["a mistake", "a signal", "a bug", "Ctrl-C", "storage"],
 )
 def test_how_a_run_ended_is_reported(
-    plan: MergePlan, store: Store, error: Exception, stage: str, exit_code: int | None, message: str
+    plan: MergePlan, store: Store, error: BaseException, stage: str, exit_code: int, message: str
 ) -> None:
     tracker = begun(plan, Clock())
     tracker.on_begin(plan.shards[0].file, "here:1")
