@@ -230,7 +230,7 @@ def test_an_item_that_keeps_failing_on_storage_is_given_up(cluster: str, tmp_pat
 def test_a_start_that_fails_on_storage_is_tried_again(cluster: str, tmp_path: Path) -> None:
     times = Limits().storage_failures - 1
 
-    assert run_items(ray_items.FailingStart(tmp_path, times), [7], RayOptions(num_workers=1)) == [7]
+    assert run_items(ray_items.FailingStart(tmp_path, times), [7], QUICKLY) == [7]
 
 
 @pytest.mark.parametrize("kind", [NumericsError, NotFoundError])
