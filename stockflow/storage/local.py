@@ -87,12 +87,13 @@ class LocalStore:
 
     def list_top(self) -> dict[str, Stamp]:
         """Return the files directly in the folder."""
+        found: dict[str, Stamp] = {}
         with _named(self.url, "list"):
-            if not os.path.exists(self.url):
-                return {}
-            entries = [entry for entry in os.scandir(self.url) if entry.is_file()]
-            stamps = {entry.name: _stamp_of(entry.stat()) for entry in entries}
-        return {name: stamps[name] for name in sorted(stamps) if not name.endswith(PARTIAL_SUFFIX)}
+            for entry in os.scandir(self.url) if os.path.exists(self.url) else ():
+                if not entry.name.endswith(PARTIAL_SUFFIX) and entry.is_file():
+                    with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
+                        found[entry.name] = _stamp_of(entry.stat())
+        return dict(sorted(found.items()))
 
     @contextmanager
     def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:

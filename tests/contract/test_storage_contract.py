@@ -5,6 +5,7 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -378,3 +379,23 @@ def test_a_full_disk_never_publishes_half_a_file(tmp_path: Path, write: str) -> 
 
     assert "run again to resume" in finished.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_listed_while_neighbours_write_and_remove_files_in_it(tmp_path: Path) -> None:
+    """Two runs of one plan do; what has just gone must not be taken for a folder that is not there."""
+    store, ended = open_store(str(tmp_path), StorageConfig(), writable=True), threading.Event()
+
+    def write_and_remove(name: str) -> None:
+        while not ended.is_set():
+            store.put(name, b"x")
+            store.delete([name])
+
+    with ThreadPoolExecutor(3) as neighbours:
+        busy = [neighbours.submit(write_and_remove, f"{number}.bin") for number in range(3)]
+        try:
+            for _ in range(1000):
+                assert not any(name.startswith(".") for name in (*store.list_top(), *store.list()))
+        finally:
+            ended.set()
+        for each in busy:
+            each.result()
