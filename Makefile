@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 .PHONY: help demo test lint types bench bench-peers bench-s3 bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser bench-prediction
 
 help:
-	@echo "make demo        train, merge, verify and compare small models, here, without network"
+	@echo "make demo        train, merge, verify and compare small models, here (two minutes; installs torch and Ray first)"
 	@echo "make test        the test suite (under five minutes, no network, no GPU)"
 	@echo "make lint types  ruff and mypy"
 	@echo "make test-slow   more of what make test shows: a processor with SSE2 alone, secrets on Ray, more workers, whole benchmarks"

@@ -27,7 +27,7 @@ from stockflow.storage import Store, read_small, redact
 
 HEARTBEAT_S = 10.0
 FIRST_BEAT_S = 1.0
-"""after a run began; whoever looks at it then finds a report"""
+"""after a run began, then after twice that time, and so on: whoever looks at it then finds a report that is not old"""
 ABANDONED_S = 900.0
 """A run that was not seen for so long is taken for dead; an outage of the store keeps one from beating for minutes."""
 JOIN_S = 2.0
@@ -80,7 +80,7 @@ class Heartbeat:
     def _beat(self) -> None:
         wait_s = FIRST_BEAT_S
         while not self._stop.wait(wait_s):
-            wait_s = HEARTBEAT_S
+            wait_s = min(2 * wait_s, HEARTBEAT_S)
             # A missed beat harms nobody; a store that is really gone fails the merge itself.
             with suppress(StockflowError):
                 self._store.put(self._key, _beat_now())

@@ -68,7 +68,8 @@ def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
     """Return what to say if so many workers share so few shards that many will idle at the end; else nothing."""
     if num_workers is None or len(plan.shards) >= SHARDS_PER_WORKER * num_workers:
         return []
-    said = f"{len(plan.shards)} shards for {num_workers} workers: with fewer than {SHARDS_PER_WORKER} each, many idle"
+    few = f"with fewer than {SHARDS_PER_WORKER} each, some idle at the end"
+    said = f"{len(plan.shards)} shards for {num_workers} workers: {few}"
     enough = SHARDS_PER_WORKER * num_workers
     jobs = list(plan.jobs)
     good = plan.num_output_bytes // (GOOD_SHARDS_PER_WORKER * num_workers)

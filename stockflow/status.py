@@ -89,10 +89,11 @@ def status_lines(status: Status) -> Iterator[str]:
         return
     if not status.is_over:
         left = "time left not known" if report.seconds_left is None else f"about {_duration(report.seconds_left)} left"
-        yield (
-            f"  {gb(report.bytes_per_s_lately)}/s read and written in the last minute, {gb(report.bytes_per_s)}/s in "
-            f"all; {left}; {report.stage}"
-        )
+        rate = "rate not known yet"
+        if report.bytes_read or report.bytes_written:
+            lately, overall = gb(report.bytes_per_s_lately), gb(report.bytes_per_s)
+            rate = f"{lately}/s read and written in the last minute, {overall}/s in all"
+        yield f"  {rate}; {left}; {report.stage}"
     if report.retries:
         yield "  tried again: " + ", ".join(f"{count:,} x {cause}" for cause, count in report.retries.items())
     if status.is_over and report.message:

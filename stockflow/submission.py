@@ -24,6 +24,7 @@ from stockflow.errors import (
 )
 from stockflow.recipe import Recipe, load_recipe, resolve_location
 from stockflow.recipe.document import read_yaml
+from stockflow.recipe.wording import named
 from stockflow.storage import StorageConfig, open_store, redact
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ HEAD_LOST = 1
 """No merge exits with it. Ray ends a process so (2.60), from native code, when the head's GCS is gone for a minute."""
 EXIT_STOPPED = 143
 """what a driver that Ray stops exits with; Ray does not record it"""
+_ABSOLUTE = ("/", "file://")
 MAX_AROUND_CHARS = 10_000
 """what Ray says before it repeats the entrypoint; later it will not"""
 
@@ -312,25 +314,26 @@ def _local_inputs(recipe: Recipe) -> list[str]:
     Raises:
         RecipeError: one is not written as the absolute path it is: elsewhere it would be another one.
     """
-    written = {*_absolute_paths(read_yaml(recipe.text, "the recipe").plain())}
     folders = [location for location in recipe.checkpoints if "://" not in location]
-    for folder in folders:
-        if folder not in written:
-            raise RecipeError(
-                f"the recipe names {folder} by a path that depends on where it is read; the job reads it on the "
-                "cluster: write the absolute path, or better an address in object storage"
-            )
+    written = list(_paths(read_yaml(recipe.text, "the recipe").plain()))
+    absolute = {path for word, path in written if word.startswith(_ABSOLUTE)}
+    if relative := [folder for folder in folders if folder not in absolute]:
+        words = [next((word for word, path in written if path == folder), folder) for folder in relative]
+        raise RecipeError(
+            f"the recipe names {', '.join(map(named, words))} as seen from where it is read, which will be on the "
+            "cluster; write absolute paths that every node has, or better addresses in object storage"
+        )
     return folders
 
 
-def _absolute_paths(value: object) -> Iterator[str]:
-    """Yield the folders that a document names by where they are from the root, as recipes resolve them."""
+def _paths(value: object) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a document that may name a folder, and which one as recipes resolve them."""
     if isinstance(value, dict):
         for child in value.values():
-            yield from _absolute_paths(child)
+            yield from _paths(child)
     elif isinstance(value, list):
         for child in value:
-            yield from _absolute_paths(child)
-    elif isinstance(value, str) and value.startswith(("/", "file://")):
+            yield from _paths(child)
+    elif isinstance(value, str):
         with suppress(RecipeError):  # no location at all
-            yield resolve_location(value)
+            yield value, resolve_location(value)

@@ -1,16 +1,26 @@
 """``stockflow status``: a merge that runs elsewhere."""
 
 import json
+import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stockflow.cli.exits import exit_codes
 from stockflow.cli.options import AsJson, OutputArgument, StorageRecipe
+from stockflow.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from stockflow.status import Status
+    from stockflow.storage import Store
 
 WATCH_S = 10.0
 """as often as a run reports"""
+
+
+BEGIN_S = 120.0
+"""How long --watch waits for a merge that has not claimed its output: a job is queued, starts and plans before."""
 
 
 def status(
@@ -33,7 +43,7 @@ def status(
 
     with exit_codes():
         store = open_store(output, storage_of(recipe))
-        found = read_status(store)
+        found = _await_begin(store) if watch else read_status(store)
         while watch and not found.is_over:
             print(json.dumps(found.facts()) if as_json else status_line(found), flush=True)
             time.sleep(interval)
@@ -44,3 +54,19 @@ def status(
             print("\n".join(status_lines(found)))
         if watch and (code := exit_code(found)):
             raise typer.Exit(code)
+
+
+def _await_begin(store: "Store") -> "Status":
+    from stockflow.status import read_status
+
+    deadline, said = time.monotonic() + BEGIN_S, False
+    while True:
+        try:
+            return read_status(store)
+        except NotFoundError:
+            if time.monotonic() > deadline:
+                raise
+        if not said:
+            print(f"no merge has begun there; waiting up to {BEGIN_S:.0f} s for one", file=sys.stderr, flush=True)
+            said = True
+        time.sleep(1.0)

@@ -118,7 +118,16 @@ def plan(
             print(json.dumps(result.facts(), indent=1))
         elif not quiet:
             print(result)
-            print(f"next: stockflow merge {redact(recipe)} {redact(output)}")
+            options = {
+                "--memory": memory,
+                "--shard-size": shard_size,
+                "--workers": workers,
+                "--executor": executor and executor.value,
+                "--device": device.value if device is not DeviceName.auto else None,
+            }
+            given = [f" {name} {value}" for name, value in options.items() if value is not None]
+            given += [" --overwrite"] if overwrite else []
+            print(f"next: stockflow merge {redact(recipe)} {redact(output)}{''.join(given)}")
 
 
 def calibrate(

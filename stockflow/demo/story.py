@@ -88,6 +88,7 @@ def demo_tables(result: DemoResult) -> str:
         "",
         f"  best fine-tuned {best_tuned:.4f}, plain average {result.losses['plain average']:.4f}, "
         f"Model Stock {result.losses['Model Stock']:.4f}",
+        "  (tiny models trained for a minute: this shows the tool at work, not which method is best for yours)",
         "",
         "ratio t by kind of layer (legacy: the two-model formula, which is wrong for these four models)",
         "",

@@ -98,7 +98,8 @@ def _lanes(now: Snapshot) -> Table:
 def _cells(lane: Lane, now: Snapshot) -> list[Text]:
     rate = (lane.num_read + lane.num_written) / max(lane.elapsed_s, 1e-9)
     moved = f"{gb(lane.num_read)} read" + (f", {gb(lane.num_written)} written" if lane.num_written else "")
-    done = f"{lane.num_done:,} {now.stage.unit}" if lane.num_done else ""
+    unit = now.stage.unit.removesuffix("s") if lane.num_done == 1 else now.stage.unit
+    done = f"{lane.num_done:,} {unit}" if lane.num_done else ""
     return [Text(moved), Text(f"{gb(rate)}/s"), Text(done), Text(lane.last_item, style="dim")]
 
 

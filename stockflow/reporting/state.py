@@ -191,7 +191,7 @@ def in_words(state: Snapshot) -> str:
         parts.append(f"{state.num_done:,}/{stage.num_items:,} {stage.unit}")
     elif state.num_done:
         parts.append(f"{state.num_done:,} {stage.unit}")
-    if state.left_s is not None:
+    if state.left_s is not None and state.done_bytes != stage.total_bytes:
         parts.append(f"about {duration(state.left_s)} left")
     elif state.elapsed_s >= 1.0:
         parts.append(f"for {duration(state.elapsed_s)}")

@@ -439,7 +439,7 @@ def test_items_in_work_clean_up_when_the_run_is_interrupted(cluster: str, tmp_pa
     ("options", "need"),
     [
         (RayOptions(gpus_per_worker=1000), "1000 GPU, and the most GPUs on one node are 1"),
-        (RayOptions(labels={"pool": "spot"}), "1 CPU and 0 GPU, label pool=spot"),
+        (RayOptions(labels={"pool": "spot"}), "1 CPU and 0 GPU, label pool=spot; labels there: none"),
     ],
     ids=["GPUs", "label"],
 )

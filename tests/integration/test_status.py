@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -335,3 +336,23 @@ def test_watching_ends_with_the_merge_and_its_exit_code(
     assert finished.returncode == (0 if error is None else 2)
     assert json.loads(finished.stdout)["state"] == ("finished" if error is None else "failed")
     assert finished.stderr == ""
+
+
+def test_watching_waits_for_a_merge_to_begin(recipe: Path, tmp_path: Path) -> None:
+    """Whoever submits a job and then watches is faster than the job."""
+    watching = runs.start("status", tmp_path / "out", "--watch", "--interval", "0.1")
+    assert watching.stderr is not None
+    assert watching.stderr.readline() == "no merge has begun there; waiting up to 120 s for one\n"
+
+    merge_with(recipe, str(tmp_path / "out"), in_this_process)
+
+    assert watching.wait(60) == 0
+
+
+def test_no_rate_is_told_before_anything_was_read(recipe: Path, tmp_path: Path) -> None:
+    failing_merge(recipe, str(tmp_path / "out"), NumericsError("no"))
+    status = read_status(output_of(str(tmp_path / "out")))
+    assert status.progress is not None
+    begun = replace(status, state="running", progress=replace(status.progress, bytes_read=0, bytes_written=0))
+
+    assert any(line.startswith("  rate not known yet; ") for line in status_lines(begun))

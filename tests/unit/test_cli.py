@@ -167,9 +167,11 @@ def test_plan_says_when_workers_would_idle(world: World) -> None:
     one = cli("plan", world.recipe, world.output, *on_ray, "--workers", 1).stdout
     enough = cli("plan", world.recipe, world.output, *on_ray, "--workers", 1, "--shard-size", "10").stdout
 
-    assert "1 shards for 1 workers: with fewer than 4 each, many idle, and the largest tensor has 1.2KB" in one
+    assert (
+        "1 shards for 1 workers: with fewer than 4 each, some idle at the end, and the largest tensor has 1.2KB" in one
+    )
     assert "3 shards for 1 workers" in enough
-    assert "many idle" not in cli("plan", world.recipe, world.output, "--workers", 1).stdout
+    assert "some idle at the end" not in cli("plan", world.recipe, world.output, "--workers", 1).stdout
 
 
 def test_plan_as_json(world: World) -> None:

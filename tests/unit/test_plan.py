@@ -817,7 +817,9 @@ def test_large_shards_are_noted_with_a_size_that_gives_sixteen_per_worker(tmp_pa
 
     (note,) = few_shards_note(merge.plan(200 * 10**9), 8)
 
-    assert note == "2 shards for 8 workers: with fewer than 4 each, many idle; --shard-size 3.1GB gives enough"
+    assert (
+        note == "2 shards for 8 workers: with fewer than 4 each, some idle at the end; --shard-size 3.1GB gives enough"
+    )
 
 
 def write_holes(folder: Path, *, num_tensors: int, tensor_bytes: int) -> None:
@@ -845,7 +847,9 @@ def test_few_shards_for_many_workers_are_noted_with_a_size_that_gives_enough(tmp
 
     (note,) = few_shards_note(merge.plan(), num_workers)
 
-    assert note.startswith(f"1 shards for {num_workers} workers: with fewer than 4 each, many idle; --shard-size ")
+    assert note.startswith(
+        f"1 shards for {num_workers} workers: with fewer than 4 each, some idle at the end; --shard-size "
+    )
     size = note.split("--shard-size ")[1].split(" ")[0]
     assert few_shards_note(merge.plan(parse_size(size)), num_workers) == []
     assert few_shards_note(merge.plan(), None) == []

@@ -157,7 +157,7 @@ def test_folders_must_mean_the_same_on_the_cluster(
     recipe.write_text(absolute.replace(str(family.base), f"'{tmp_path}/link'"))
     through_a_link = make_request(str(recipe), "out").paths
     recipe.write_text(absolute.replace(str(family.base), "./family/base"))
-    with pytest.raises(RecipeError, match=f"names {family.base} by a path that depends on where it is read"):
+    with pytest.raises(RecipeError, match=r"names \./family/base as seen from where it is read"):
         make_request(str(recipe), "out")
 
     assert paths == through_a_link == (str(tmp_path / "out"), str(family.base), *map(str, family.tuned))

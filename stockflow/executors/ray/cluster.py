@@ -82,7 +82,7 @@ def connected(options: RayOptions, num_items: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(options)
     where = "on this machine" if address == "local" else f"at {address}"
     try:
         with _handlers_kept():
@@ -102,6 +102,15 @@ def connected(options: RayOptions, num_items: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def starts_here(options: RayOptions) -> bool:
+    """Return whether connecting starts a cluster on this machine."""
+    return not ray.is_initialized() and _address(options) == "local"
+
+
+def _address(options: RayOptions) -> str:
+    return options.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def worker_count(options: RayOptions, num_items: int) -> int:
@@ -126,6 +135,9 @@ def refuse_impossible(options: RayOptions, on_note: Callable[[str], None]) -> No
     largest = max((_resources(node["Resources"])["GPU"] for node in nodes), default=0.0)
     if options.gpus_per_worker:
         found += f", and the most GPUs on one node are {largest:g}"
+    if options.labels:
+        labels = sorted({f"{key}={value}" for node in nodes for key, value in node["Labels"].items() if _is_set(key)})
+        found += f"; labels there: {', '.join(labels) or 'none'}"
     # A head alone is a cluster whose nodes have not joined yet.
     has_workers = any(_resources(node["Resources"])["CPU"] for node in nodes)
     if has_workers and not _can_grow():
@@ -169,6 +181,11 @@ def _slots(node: Mapping[str, Any], options: RayOptions) -> int:
     return slots
 
 
+def _is_set(label: str) -> bool:
+    """Whether somebody chose it: Ray's own name a node, or say what it is anyway."""
+    return not label.startswith("ray.io/") or label in ("ray.io/market-type", "ray.io/accelerator-type")
+
+
 def _gpu_slots(gpus: float, per_worker: float) -> int:
     """How many workers fit GPUs; a worker on a fraction of one does not reach over two."""
     if per_worker >= 1:
@@ -210,6 +227,7 @@ def brief(error: BaseException) -> str:
         type(error).__name__
     ]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    text = text.partition(" Some common causes include")[0]  # three guesses of Ray's, whatever happened
     return text.removesuffix(".") if len(text) <= 500 else f"{text[:500]}..."
 
 

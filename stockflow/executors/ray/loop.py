@@ -21,6 +21,7 @@ from stockflow.executors.ray.cluster import (
     describe_resources,
     draining_nodes,
     refuse_impossible,
+    starts_here,
     worker_count,
 )
 from stockflow.executors.scheduling import Action, Cause, Give, Limits, Scheduler, Start
@@ -66,6 +67,8 @@ def run(
         StorageError: an item failed on storage more often than the bound.
         StockflowError: any other error of an item, as itself.
     """
+    if starts_here(options):
+        on_note("starting a Ray cluster on this machine; RAY_ADDRESS would name one that is there")
     with connected(options, len(items)):
         refuse_impossible(options, on_note)
         on_size(worker_count(options, len(items)))
