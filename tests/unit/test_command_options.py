@@ -32,6 +32,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(folder / "recipe.yaml", "model_stock", make_family(folder, 2, {"weight": (40, 16)}))
 
 
+def test_the_next_command_makes_the_plan_that_was_shown(recipe: Path) -> None:
+    options = ["--memory", "1GiB", "--shard-size", "20KB", "--workers", "8", "--executor", "ray", "--overwrite"]
+
+    finished = run("plan", recipe, recipe.parent / "out", *options)
+
+    assert finished.stdout.splitlines()[-1].endswith(f"{recipe.parent / 'out'} {' '.join(options)}")
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_a_plan_that_is_quick_tells_programs_only(recipe: Path, style: str) -> None:
     finished = run("plan", recipe, recipe.parent / "out", "--progress", style)
@@ -45,14 +53,6 @@ def test_a_plan_that_is_quick_tells_programs_only(recipe: Path, style: str) -> N
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_next_command_makes_the_plan_that_was_shown(recipe: Path) -> None:
-    options = ["--memory", "1GiB", "--shard-size", "20KB", "--workers", "8", "--executor", "ray", "--overwrite"]
-
-    finished = runs.run("plan", recipe, recipe.parent / "out", *options)
-
-    assert finished.stdout.splitlines()[-1].endswith(f"{recipe.parent / 'out'} {' '.join(options)}")
-
-
 def test_a_failing_clean_says_so_in_the_chosen_way(tmp_path: Path, style: str) -> None:
     finished = run("clean", tmp_path, "--progress", style)
 
