@@ -101,6 +101,8 @@ class End:
     """End a worker; nothing more is heard of it."""
 
     worker: int
+    may_clean_up: bool = False
+    """whether nobody waits for its place: it is at an item that another one has done"""
 
 
 Action = Start | Give[T] | End
@@ -303,7 +305,10 @@ class Scheduler(Generic[T]):
         worker.worked_s += now - worker.given
         if worker.frugality == self._frugality:
             self._num_starved = 0
-        return [self._end(other.number) for other in self._at(task)]
+        others = [other.number for other in self._at(task)]
+        for other in others:
+            del self._workers[other]
+        return [End(other, may_clean_up=True) for other in others]
 
     def storage_failed(self, number: int, error: StorageError, text: str, now: float) -> None:
         """An item failed on storage: it is tried again after a pause, by another worker if there is one.

@@ -181,6 +181,23 @@ def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_shard_whose_worker_is_slow_is_merged_by_an_idle_one_and_nothing_is_left_of_the_first(
+    cluster: str, recipe: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow one has begun to write; it is ended when the other one is done."""
+    observer = Listening()
+    start = execution.StartWorker
+    monkeypatch.setattr(scheduling, "LEAST_SLOW_S", 0.5)
+    monkeypatch.setattr(execution, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
+
+    merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=2), observer)
+
+    assert expected == runs.shard_digests(tmp_path / "out")
+    assert len(list(tmp_path.glob("begun-*"))) == len(expected) + 1
+    assert runs.leftovers(tmp_path / "out") == []
+    assert observer.notes == []
+
+
 def _kill_when_noted(folder: Path, name: str) -> float:
     pid = int(ray_items.await_note(folder, name).read_text())
     os.kill(pid, signal.SIGKILL)

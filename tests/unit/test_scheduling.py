@@ -338,7 +338,7 @@ def test_an_item_that_takes_far_longer_than_others_is_given_to_an_idle_worker_to
 
     assert run.decide(now) == [Give(1, "a")]
     assert (run.num_in_work, list(run.busy)) == (1, [0, 1])
-    assert run.finished(1, now + 20.0) == [End(0)]
+    assert run.finished(1, now + 20.0) == [End(0, may_clean_up=True)]
     assert run.is_done
 
 
@@ -362,7 +362,7 @@ def test_the_copy_of_a_slow_item_is_ended_if_the_first_one_is_faster_after_all_o
     lost, _ = with_a_slow_one(20.0)
     lost.decide(now)
 
-    assert run.finished(0, now) == [End(1)]
+    assert run.finished(0, now) == [End(1, may_clean_up=True)]
     lost.lost(0, Cause.lost, "gone", now)
     assert (lost.decide(now), lost.num_waiting) == ([], 0)
     assert lost.finished(1, now) == []

@@ -33,6 +33,8 @@ POLL_S = 1.0
 STOP_GRACE_S = 2.0
 """For items to clean up after themselves: a signal leaves a run three seconds to end in order (`interruption`), though
 ``ray job stop`` gives a job that was submitted with ``stockflow submit`` thirty."""
+DEATH_S = 0.5
+"""for killed processes to be gone: until then their half-written files are locked, and nobody removes them"""
 
 
 def run(
@@ -116,6 +118,8 @@ class _Loop(Generic[T, R]):
         self._on_give = on_give
         self._actor_class: Any = ray.remote(Actor)
         self._handles: dict[int, _Handle] = {}
+        self._ending: list[_Handle] = []
+        """workers that clean up after an item that another one has done"""
         self._polled = time.monotonic()
         self._scheduler = Scheduler(
             items,
@@ -159,21 +163,26 @@ class _Loop(Generic[T, R]):
 
     def close(self) -> None:
         """Let items in work clean up for a moment, then end every actor."""
-        busy = [handle for handle in self._handles.values() if handle.is_up and handle.call is not None]
+        handles = [*self._handles.values(), *self._ending]
+        busy = [handle for handle in handles if handle.is_up and handle.call is not None]
+        calls = [handle.call for handle in busy]
         try:
             for handle in busy:
                 handle.actor.stop.remote()
-            self._await_stopped([handle.call for handle in busy])
+            self._await_end(calls, STOP_GRACE_S)
         finally:
-            while self._handles:
-                _kill(self._handles.popitem()[1])
+            self._handles.clear()
+            self._ending.clear()
+            for handle in handles:
+                _kill(handle)
+        self._await_end(calls, DEATH_S)
 
-    def _await_stopped(self, calls: list[Any]) -> None:
+    def _await_end(self, calls: list[Any], timeout_s: float) -> None:
         if not calls:
             return
         with suppress(RayError):
-            stopped, _ = ray.wait(calls, num_returns=len(calls), timeout=STOP_GRACE_S)
-            for call in stopped:
+            ended, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+            for call in ended:
                 with suppress(RayError, StockflowError):  # taken, lest Ray prints it as unheard
                     ray.get(call)
 
@@ -186,7 +195,12 @@ class _Loop(Generic[T, R]):
                 handle.call = handle.actor.work.remote(action.item, action.frugality)
                 self._on_give(action.item, handle.name)
             else:
-                _kill(self._handles.pop(action.worker))
+                handle = self._handles.pop(action.worker)
+                if action.may_clean_up:
+                    handle.actor.stop.remote()
+                    self._ending.append(handle)
+                else:
+                    _kill(handle)
 
     def _started(self) -> _Handle:
         actor = self._actor_class.options(
@@ -261,10 +275,19 @@ class _Loop(Generic[T, R]):
         if self._options.num_workers is None:  # nodes that have joined meanwhile
             self._scheduler.want(worker_count(self._options, self._num_items))
         self._hear()
+        self._bury()
         for handle in self._handles.values():
             if handle.counting is None:
                 handle.counting = handle.actor.counters.remote()
         self._act(self._scheduler.check(time.monotonic()))
+
+    def _bury(self) -> None:
+        """End the workers that have cleaned up."""
+        calls = [handle.call for handle in self._ending]
+        ready = set(ray.wait(calls, num_returns=len(calls), timeout=0)[0]) if calls else set()
+        for handle in [handle for handle in self._ending if handle.call in ready]:
+            _kill(handle)
+            self._ending.remove(handle)
 
     def _hear(self) -> None:
         """Take the answers of those that were asked what they have counted."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stockflow.errors import ComputeLostError, PlanError, StorageError
-from stockflow.executors.scheduling import Action, Cause, End, Give, Limits, Scheduler, Start
+from stockflow.executors.scheduling import Action, Cause, Give, Limits, Scheduler, Start
 
 CRASHES = (Cause.lost, Cause.out_of_memory, Cause.late, Cause.error, Cause.preempted)
 GIVEN_UP = (ComputeLostError, StorageError, PlanError, RuntimeError)
@@ -41,7 +41,7 @@ class Cluster:
                 assert action.frugality >= self._frugality.get(action.item, 0)
                 self._frugality[action.item] = action.frugality
                 self.at[action.worker] = action.item
-            elif isinstance(action, End):
+            else:
                 self.forget(action.worker)
         items = [item for item in self.at.values() if item is not None]
         assert max(Counter(items).values(), default=0) <= 2
