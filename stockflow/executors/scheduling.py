@@ -116,6 +116,7 @@ class _Task(Generic[T]):
     failures: Counter[Cause] = field(default_factory=Counter)
     frugality: int = 0
     not_before: float = -math.inf
+    was_copied: bool = False
     failed_by: int | None = None
     """the worker that storage failed last"""
 
@@ -242,7 +243,9 @@ class Scheduler(Generic[T]):
             if task is not None:
                 actions.append(self._give(worker, task, now))
         if not self.num_waiting:
-            actions += [self._give(*copy, now) for copy in zip(self._idle(), self._slow(now), strict=False)]
+            for copier, slow in zip(self._idle(), self._slow(now), strict=False):
+                slow.was_copied = True
+                actions.append(self._give(copier, slow, now))
             actions += [self._end(number) for number in self._needless()]
         return actions
 
@@ -319,16 +322,20 @@ class Scheduler(Generic[T]):
         worker = self._workers[number]
         task, worker.task = worker.task, None
         assert task is not None
+        if self._at(task):
+            self._on_note(
+                f"{worker.name} failed at its copy of {self._name(task.item)}, another goes on with it: {text}"
+            )
+            return
         task.failures[Cause.storage] += 1
-        num_failures = task.failures[Cause.storage]
         worker.failing_since = worker.failing_since if worker.failed else now
         worker.failed.append(task)
-        if len(worker.failed) > 1 and self._succeeded > worker.failing_since:
+        if len({id(failed) for failed in worker.failed}) > 1 and self._succeeded > worker.failing_since:
             self._give_up_on(worker, now)
-        elif num_failures >= self._limits.storage_failures:
+        elif task.failures[Cause.storage] >= self._limits.storage_failures:
             raise error
         self._on_failure(Cause.storage, task.item)
-        pause_s = self._limits.storage_pause_after(num_failures)
+        pause_s = self._limits.storage_pause_after(max(task.failures[Cause.storage], 1))
         task.not_before, task.failed_by = now + pause_s, number
         self._on_note(f"{worker.name} failed at {self._name(task.item)}, tried again in {pause_s:.0f} s: {text}")
         self._put_back(task, now)
@@ -361,6 +368,9 @@ class Scheduler(Generic[T]):
             ComputeLostError: that was once too often, for the item or in a row at the start.
         """
         worker = self._workers.pop(number)
+        is_alone = not any(other.node for other in self._workers.values())
+        if worker.node is not None and is_alone:
+            self._starts.hurry(now)
         if cause is Cause.lost and worker.node in self._draining:
             cause = Cause.preempted  # before it had to go, or nobody says any more that it was told to
         if worker.task is None:
@@ -368,10 +378,12 @@ class Scheduler(Generic[T]):
             if worker.node is not None:
                 self._on_note(f"{worker.name} was lost, it was idle: {text}")
             elif cause is not Cause.preempted:
-                is_alone = not any(other.node for other in self._workers.values())
                 self._starts.failed(worker.round, cause, text, now, error, is_alone=is_alone)
             return
         task = worker.task
+        if self._at(task):
+            self._on_note(f"{worker.name} was lost, another goes on with {self._name(task.item)}: {text}")
+            return
         task.failures[cause] += 1
         self._give_up_if_hopeless(task, text, error)
         again = ""
@@ -421,7 +433,8 @@ class Scheduler(Generic[T]):
             return []
         typical_s = statistics.median(self._durations)
         alone = sorted(self._alone_at_an_item(), key=lambda worker: worker.given)
-        return [worker.task for worker in alone if worker.task is not None and self._is_slow(worker, now, typical_s)]
+        slow = [worker.task for worker in alone if self._is_slow(worker, now, typical_s)]
+        return [task for task in slow if task is not None and not task.was_copied]
 
     def _is_slow(self, worker: _Worker[T], now: float, typical_s: float) -> bool:
         passed_s = now - worker.given
@@ -466,7 +479,7 @@ class Scheduler(Generic[T]):
 
     def _starved(self, task: _Task[T], frugality: int) -> None:
         """Do an item with less memory; do all of them with less if that happens to one after the other."""
-        task.frugality = frugality + 1
+        task.frugality = max(task.frugality, frugality + 1)
         if frugality == self._frugality:
             self._num_starved += 1
         if self._num_starved == self._limits.out_of_memory:
@@ -541,6 +554,10 @@ class _Starts:
         """A worker is ready."""
         self.has_come_up = True
         self._num_failed = 0
+
+    def hurry(self, now: float) -> None:
+        """No worker is up any more: wait no longer than the shortest pause."""
+        self.not_before = min(self.not_before, now + self.limits.start_pause_s)
 
     def pause(self, now: float) -> None:
         """Start none for a while."""

@@ -370,6 +370,32 @@ def test_the_copy_of_a_slow_item_is_ended_if_the_first_one_is_faster_after_all_o
     assert lost.is_done
 
 
+def test_a_copy_that_fails_costs_its_item_nothing_and_is_not_made_again() -> None:
+    """Else an outage of seconds would use up all tries of an item that its first worker may yet finish."""
+    run, now = with_a_slow_one(20.0)
+    run.decide(now)
+    run.storage_failed(1, StorageError("down"), "down", now)
+    lost, _ = with_a_slow_one(20.0)
+    lost.decide(now)
+    lost.lost(1, Cause.out_of_memory, "killed", now)
+
+    for each in (run, lost):
+        assert not any(isinstance(action, Give) for action in each.decide(now + 60.0))
+        each.finished(0, now + 61.0)
+        assert each.is_done
+
+
+def test_a_pause_of_starts_is_short_once_no_worker_is_up() -> None:
+    run = with_workers_up(ITEMS, 1)
+    run.want(2)
+    for number in range(1, 9):
+        run.decide(float(10_000 * number))
+        run.lost(number, Cause.lost, "no module", float(10_000 * number))
+    run.lost(0, Cause.preempted, "spot", 80_001.0)
+
+    assert run.decide(80_061.0) == [Start(9), Start(10)]
+
+
 def test_items_are_not_given_out_twice_while_they_are_no_slower_than_others_or_all_are_short() -> None:
     run = with_workers_up(ITEMS[:8], 2)
     run.decide(0.0)
