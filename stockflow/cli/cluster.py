@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 WATCH_S = 10.0
 """as often as a run reports"""
-
-
 BEGIN_S = 120.0
 """How long --watch waits for a merge that has not claimed its output: a job is queued, starts and plans before."""
 

@@ -237,7 +237,7 @@ class Scheduler(Generic[T]):
             self._num_started += 1
             self._workers[worker.number] = worker
             actions.append(Start(worker.number))
-        num_up = sum(worker.node is not None for worker in self._workers.values())
+        num_up = self._num_up
         for worker in self._idle():
             task = self._next_for(worker, num_up)
             if task is not None:
@@ -256,7 +256,7 @@ class Scheduler(Generic[T]):
             times.append(self._starts.not_before)
         if not self.num_waiting and self._idle():
             slow_s = self._slow_s(statistics.median(self._durations)) if self._durations else math.inf
-            times += [worker.given + slow_s for worker in self._alone_at_an_item()]
+            times += [worker.given + slow_s for worker, _ in self._uncopied()]
         return min((time for time in times if math.isfinite(time)), default=None)
 
     def check(self, now: float) -> list[Action[T]]:
@@ -308,10 +308,7 @@ class Scheduler(Generic[T]):
         worker.worked_s += now - worker.given
         if worker.frugality == self._frugality:
             self._num_starved = 0
-        others = [other.number for other in self._at(task)]
-        for other in others:
-            del self._workers[other]
-        return [End(other, may_clean_up=True) for other in others]
+        return [self._end(other.number, may_clean_up=True) for other in self._at(task)]
 
     def storage_failed(self, number: int, error: StorageError, text: str, now: float) -> None:
         """An item failed on storage: it is tried again after a pause, by another worker if there is one.
@@ -368,7 +365,7 @@ class Scheduler(Generic[T]):
             ComputeLostError: that was once too often, for the item or in a row at the start.
         """
         worker = self._workers.pop(number)
-        is_alone = not any(other.node for other in self._workers.values())
+        is_alone = not self._num_up
         if worker.node is not None and is_alone:
             self._starts.hurry(now)
         if cause is Cause.lost and worker.node in self._draining:
@@ -410,6 +407,10 @@ class Scheduler(Generic[T]):
         return [worker.number for worker in self._idle() if worker.is_unfit or worker.node in self._draining]
 
     @property
+    def _num_up(self) -> int:
+        return sum(worker.node is not None for worker in self._workers.values())
+
+    @property
     def _num_missing(self) -> int:
         return max(min(self._num_workers, self.num_in_work + self.num_waiting) - len(self._workers), 0)
 
@@ -428,13 +429,12 @@ class Scheduler(Generic[T]):
         return Give(worker.number, task.item, worker.frugality)
 
     def _slow(self, now: float) -> list[_Task[T]]:
-        """Tasks of one worker that an idle one would most likely be done with earlier, the oldest first."""
+        """Tasks that an idle worker would most likely be done with earlier, the oldest first; each is copied once."""
         if len(self._durations) < NUM_TYPICAL:
             return []
         typical_s = statistics.median(self._durations)
-        alone = sorted(self._alone_at_an_item(), key=lambda worker: worker.given)
-        slow = [worker.task for worker in alone if self._is_slow(worker, now, typical_s)]
-        return [task for task in slow if task is not None and not task.was_copied]
+        oldest_first = sorted(self._uncopied(), key=lambda pair: pair[0].given)
+        return [task for worker, task in oldest_first if self._is_slow(worker, now, typical_s)]
 
     def _is_slow(self, worker: _Worker[T], now: float, typical_s: float) -> bool:
         passed_s = now - worker.given
@@ -446,9 +446,9 @@ class Scheduler(Generic[T]):
     def _slow_s(self, typical_s: float) -> float:
         return max(self._limits.slow_factor * typical_s, LEAST_SLOW_S)
 
-    def _alone_at_an_item(self) -> list[_Worker[T]]:
-        num_at = Counter(id(worker.task) for worker in self._workers.values())
-        return [worker for worker in self._workers.values() if worker.task is not None and num_at[id(worker.task)] == 1]
+    def _uncopied(self) -> list[tuple[_Worker[T], _Task[T]]]:
+        at_work = [(worker, worker.task) for worker in self._workers.values() if worker.task is not None]
+        return [(worker, task) for worker, task in at_work if not task.was_copied]
 
     def _needless(self) -> list[int]:
         """Workers that nothing is left for: those not up, and more idle ones than items that might come back."""
@@ -456,16 +456,14 @@ class Scheduler(Generic[T]):
         return starting + [worker.number for worker in self._idle()[self.num_in_work :]]
 
     def _put_back(self, task: _Task[T], now: float) -> None:
-        if self._at(task):
-            return
         if task.not_before > now:
             self._paused.append(task)
         else:
             self._waiting.appendleft(task)
 
-    def _end(self, number: int) -> End:
+    def _end(self, number: int, *, may_clean_up: bool = False) -> End:
         del self._workers[number]
-        return End(number)
+        return End(number, may_clean_up)
 
     # When to give up
 
@@ -522,7 +520,7 @@ class Scheduler(Generic[T]):
 
     def _check_for_workers(self, now: float) -> None:
         """Say from time to time that no worker has come, and give up in the end."""
-        if any(worker.node for worker in self._workers.values()):
+        if self._num_up:
             self._had_worker = self._said_waiting = now
             return
         waited_s = now - self._had_worker

@@ -177,14 +177,17 @@ class _Loop(Generic[T, R]):
                 _kill(handle)
         self._await_end(calls, DEATH_S)
 
-    def _await_end(self, calls: list[Any], timeout_s: float) -> None:
+    def _await_end(self, calls: list[Any], timeout_s: float) -> list[Any]:
+        """Return the calls that are over by then."""
         if not calls:
-            return
+            return []
+        ended: list[Any] = []
         with suppress(RayError):
             ended, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
             for call in ended:
                 with suppress(RayError, StockflowError):  # taken, lest Ray prints it as unheard
                     ray.get(call)
+        return ended
 
     def _act(self, actions: Sequence[Action[T]]) -> None:
         for action in actions:
@@ -283,9 +286,8 @@ class _Loop(Generic[T, R]):
 
     def _bury(self) -> None:
         """End the workers that have cleaned up."""
-        calls = [handle.call for handle in self._ending]
-        ready = set(ray.wait(calls, num_returns=len(calls), timeout=0)[0]) if calls else set()
-        for handle in [handle for handle in self._ending if handle.call in ready]:
+        ended = self._await_end([handle.call for handle in self._ending], 0.0)
+        for handle in [handle for handle in self._ending if handle.call in ended]:
             _kill(handle)
             self._ending.remove(handle)
 
