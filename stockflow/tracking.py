@@ -118,6 +118,14 @@ def read_progress(store: Store, plan_id: str) -> Progress | None:
     return None
 
 
+def bytes_done(finished: int, written: int, in_flight: int) -> int:
+    """Return how much of an output is done: at most what is finished and what workers are at.
+
+    What lost workers wrote was written in vain, and nobody says how much of ``written`` that is.
+    """
+    return max(finished, min(written, finished + in_flight))
+
+
 class Tracker:
     """Counts what the driver is told of a merge, and tells an observer; may be told from several threads."""
 
@@ -220,9 +228,9 @@ class Tracker:
             passed = max(now - since, 1e-9)
             num_to_write = self.plan.num_output_bytes
             num_finished = sum(self._resumed.values()) + sum(self._done.values())
-            # What lost workers wrote was written in vain, and nobody says how much of it there is.
-            num_possible = num_finished + sum(self._sizes[shard] for shard in self._in_flight)
-            num_done = max(num_finished, min(sum(self._resumed.values()) + self._written, num_possible, num_to_write))
+            num_in_flight = sum(self._sizes[shard] for shard in self._in_flight)
+            num_done = bytes_done(num_finished, sum(self._resumed.values()) + self._written, num_in_flight)
+            num_done = max(num_finished, min(num_done, num_to_write))
             written_lately = (self._written - written_before) / passed
             return Progress(
                 plan_id=self.plan.plan_id,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from stockflow.budget import gb
 from stockflow.events import Begun, Done, Dropped, Event, Moved, Retry, Stage
+from stockflow.tracking import bytes_done
 
 WINDOW_S = 30.0
 """Rates are those of the last half minute: long enough to be steady, short enough to show a stall."""
@@ -115,10 +116,8 @@ class State:
             passed = max(now - since, 1e-9)
             done = stage.done_bytes + counted
             if stage.counts_written:
-                # What lost workers wrote was written in vain, and nobody says how much of it there is.
                 num_finished = stage.done_bytes + counts.finished_bytes - counts.dropped_bytes
-                num_possible = num_finished + sum(counts.in_flight.values())
-                done = max(num_finished, min(done - counts.dropped_bytes, num_possible))
+                done = bytes_done(num_finished, done - counts.dropped_bytes, sum(counts.in_flight.values()))
             if stage.total_bytes is not None:
                 done = min(done, stage.total_bytes)
             left = None
