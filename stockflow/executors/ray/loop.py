@@ -33,7 +33,7 @@ POLL_S = 1.0
 STOP_GRACE_S = 2.0
 """For items to clean up after themselves: a signal leaves a run three seconds to end in order (`interruption`), though
 ``ray job stop`` gives a job that was submitted with ``stockflow submit`` thirty."""
-DEATH_S = 0.5
+DEATH_S = 1.0
 """for killed processes to be gone: until then their half-written files are locked, and nobody removes them"""
 
 
@@ -166,16 +166,18 @@ class _Loop(Generic[T, R]):
         handles = [*self._handles.values(), *self._ending]
         busy = [handle for handle in handles if handle.is_up and handle.call is not None]
         calls = [handle.call for handle in busy]
+        ended: list[Any] = []
         try:
             for handle in busy:
                 handle.actor.stop.remote()
-            self._await_end(calls, STOP_GRACE_S)
+            ended = self._await_end(calls, STOP_GRACE_S)
         finally:
             self._handles.clear()
             self._ending.clear()
             for handle in handles:
                 _kill(handle)
-        self._await_end(calls, DEATH_S)
+        if len(ended) < len(calls):
+            time.sleep(DEATH_S)  # Ray calls an actor dead before its process is
 
     def _await_end(self, calls: list[Any], timeout_s: float) -> list[Any]:
         """Return the calls that are over by then."""
