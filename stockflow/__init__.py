@@ -15,7 +15,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from stockflow.version import __version__
 
 if TYPE_CHECKING:
     from stockflow.api import MergeResult, PlanResult, audit, diff, inspect, merge, plan, report, verify

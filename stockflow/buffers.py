@@ -4,9 +4,9 @@ import mmap
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
+from stockflow.kernels.arrays import Bytes
+
 Allocate = Callable[[int], Bytes]
 
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from stockflow import __version__
 from stockflow.checkpoint import CONFIG_FILE
 from stockflow.naming import KINDS, kind_of
 from stockflow.plan import MergePlan
 from stockflow.receipts import TensorFacts
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
+from stockflow.version import __version__
 
 
 def model_card(recipe: Recipe, plan: MergePlan, rows: Sequence[TensorFacts]) -> str:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 
-from stockflow import __version__
 from stockflow.card import model_card
 from stockflow.checkpoint import CONFIG_FILE, INDEX_FILE
 from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError
@@ -21,6 +20,7 @@ from stockflow.receipts import Receipt, TensorFacts, total_gram
 from stockflow.recipe import Recipe
 from stockflow.storage import Store, check_stamp, redact
 from stockflow.tables import encode_tensors
+from stockflow.version import __version__
 
 CARD_FILE = "README.md"
 NUM_PUBLISHERS = 8

@@ -23,10 +23,10 @@ from stockflow.checkpoint import Checkpoint, open_checkpoints
 from stockflow.differences import CheckpointDifference, TensorDifference, Unmatched
 from stockflow.direct import DirectReader, Lookahead, Scratch, UnreadPiece
 from stockflow.events import Done, Moved, OnEvent, Stage, ignore
-from stockflow.gram import Floats
 from stockflow.header import DTYPES, TensorSpec
 from stockflow.kernels import comparison
-from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS, Counts
+from stockflow.kernels.arrays import Floats, Unsigned
+from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS
 from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS, slab_of
 from stockflow.methods.protocol import Parameters
 from stockflow.plan import COPY_EQUAL, CheckpointRef, Source, TensorJob
@@ -51,7 +51,7 @@ class Tally:
     counts: dict[int, int] = field(default_factory=dict)
     """by the places of ``kernels.comparison``; ``FIRST`` and ``LARGEST_AT`` only where there is one"""
 
-    def add(self, start: int, num_elems: int, sums: Floats, counts: Counts) -> None:
+    def add(self, start: int, num_elems: int, sums: Floats, counts: Unsigned) -> None:
         """Add what was found of the elements from ``start`` on, in order."""
         for place, value in enumerate(counts.tolist()):
             if place in (comparison.FIRST, comparison.LARGEST_AT):
@@ -213,13 +213,13 @@ class _Comparison:
             memory = np.zeros(8 * len(job.sources), np.uint8)
             self._compare_span(LoadedPiece(job, 0, 1, slab_of(memory), memory, (0,) * len(job.sources)))
 
-    def _compare(self, task: "Task") -> tuple[Run, list[tuple[Floats, Counts]]]:
+    def _compare(self, task: "Task") -> tuple[Run, list[tuple[Floats, Unsigned]]]:
         try:
             return task.run, [self._compare_span(span.loaded()) for span in task.run]
         finally:
             task.finish()
 
-    def _compare_span(self, span: LoadedPiece) -> tuple[Floats, Counts]:
+    def _compare_span(self, span: LoadedPiece) -> tuple[Floats, Unsigned]:
         sums, counts = np.zeros(NUM_SUMS), np.zeros(NUM_COUNTS, np.uint64)
         if span.job.is_copy:
             _compare_bits(span, counts)
@@ -238,7 +238,7 @@ class _Comparison:
         )
         return sums, counts
 
-    def _tiles(self, float_bits: int) -> tuple[Floats, Counts]:
+    def _tiles(self, float_bits: int) -> tuple[Floats, Unsigned]:
         """Two tiles of working precision, as numbers and as patterns, of this thread."""
         wide_2T = getattr(self._threads, f"wide_{float_bits}", None)
         if wide_2T is None:
@@ -317,7 +317,7 @@ def _runs(pieces: Iterable[Piece]) -> Iterator[Run]:
         yield run
 
 
-def _compare_bits(span: LoadedPiece, counts: Counts) -> None:
+def _compare_bits(span: LoadedPiece, counts: Unsigned) -> None:
     """Fill ``counts`` with what differs between elements whose meaning is not looked at."""
     width = unit_bytes(span.job.output.dtype)
     a, b = (span.source(index).view(f"u{width}") for index in range(2))

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stockflow.buffers import Bytes
-from stockflow.gram import Floats
+from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.plan import TensorJob
 from stockflow.units import LoadedPiece
 

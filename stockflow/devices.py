@@ -4,9 +4,9 @@ import ctypes
 import os
 from typing import Literal, Protocol
 
-from stockflow.buffers import Bytes
 from stockflow.errors import PlanError
 from stockflow.host import HostArithmetic
+from stockflow.kernels.arrays import Bytes
 from stockflow.merging import Arithmetic
 
 Device = Literal["auto", "cpu", "cuda"]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from stockflow.budget import LOOKAHEAD_BYTES
-from stockflow.buffers import Bytes, allocate
+from stockflow.buffers import allocate
+from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import Slab, slab_of
 from stockflow.plan import CheckpointRef, TensorJob
 from stockflow.schedule import ALIGNMENT, Load, Step

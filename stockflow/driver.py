@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from stockflow.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.checkpoint import Checkpoint, OnFile, open_checkpoints, unheard
@@ -21,44 +21,13 @@ from stockflow.prefix import admit, look, sweep, take, valid_receipts, weak_prom
 from stockflow.receipts import Receipt, without_coefficients
 from stockflow.recipe import Recipe
 from stockflow.storage import LocalStore, Store, is_within, open_store, pin_revision, redact
-from stockflow.tracking import Tracker, reported
+from stockflow.tracking import Observer, Tracker, reported
 
 if TYPE_CHECKING:
     from stockflow.devices import Device
     from stockflow.worker import WorkerSpec
 
 Outcome = Literal["merged", "already_finished"]
-
-
-class Observer(Protocol):
-    """Who is told how a merge goes; called from several threads."""
-
-    def on_run(self, run: str, plan_id: str) -> None:
-        """This run begins to work on this plan."""
-
-    def on_stage(self, text: str) -> None:
-        """A new stage begins."""
-
-    def on_note(self, text: str) -> None:
-        """Something the user should know, and need not act on."""
-
-    def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
-        """Merging begins; ``resumed`` shards need no work."""
-
-    def on_begin(self, shard: str, worker: str) -> None:
-        """A worker begins with a shard."""
-
-    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
-        """Bytes went by, moved by ``worker`` where there are several."""
-
-    def on_failure(self, cause: str, shard: str | None = None) -> None:
-        """A shard, or (None) the start of a worker, is to be tried again."""
-
-    def on_shard(self, receipt: Receipt) -> None:
-        """A shard is done."""
-
-    def on_drop(self, shard: str) -> None:
-        """A shard that was done is not good after all."""
 
 
 Execute = Callable[["WorkerSpec", Sequence[ShardPlan], Tracker], Iterator[Receipt]]

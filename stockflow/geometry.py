@@ -14,7 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
-from stockflow.gram import Flags, Floats, Gram, mean_in_order, stock_ratio
+from stockflow.gram import Gram, mean_in_order, stock_ratio
+from stockflow.kernels.arrays import Flags, Floats
 
 FLOOR = 1e-6
 """Below this mergekit replaces the product of two norms (mergekit 0.1.5, ``model_stock.py``)."""

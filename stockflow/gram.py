@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
-Indices = npt.NDArray[np.intp]
+from stockflow.kernels.arrays import Flags, Floats, Indices
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from stockflow.buffers import Bytes, allocate
-from stockflow.gram import Floats
+from stockflow.buffers import allocate
 from stockflow.kernels import linear
+from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.kernels.floats import FORMATS, TILE, results_in, slab_of
 from stockflow.plan import TensorJob, is_linear
 from stockflow.units import LoadedPiece

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stockflow.gram import Floats, Gram
+from stockflow.gram import Gram
+from stockflow.kernels.arrays import Floats
 from stockflow.methods.protocol import Coefficients
 from stockflow.plan import TensorJob
 from stockflow.receipts import TensorFacts

@@ -28,7 +28,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from stockflow import __version__
 from stockflow.budget import OPTIMAL_READ_BYTES, default_memory
 from stockflow.calibration import Calibration, KernelCost, MachineCosts, PlaceCosts
 from stockflow.driver import Inputs, MergeOptions, merge, plan_merge
@@ -40,6 +39,7 @@ from stockflow.recipe import load_recipe
 from stockflow.redaction import without_secrets
 from stockflow.reporting import Silent
 from stockflow.storage import Stamp, StorageConfig, Store, open_store, redact
+from stockflow.version import __version__
 from stockflow.workload import survey
 
 SEED = 5

@@ -8,11 +8,11 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from stockflow.buffers import Bytes
 from stockflow.errors import NumericsError
-from stockflow.gram import Floats, Gram
+from stockflow.gram import Gram
 from stockflow.host import formats_of, working_dtype
 from stockflow.kernels import elementwise
+from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.kernels.floats import FORMATS, first_nonfinite, results_in
 from stockflow.ledger import Ledger
 from stockflow.methods.protocol import Block, Elementwise, Method, TensorContext

@@ -23,9 +23,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from stockflow import __version__
 from stockflow.errors import UserError
 from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Retry, Run, Stage
+from stockflow.version import __version__
 
 CAUSES = ("read", "storage", "lost", "late", "out of memory", "error", "preempted")
 """Of retries; they begin at zero, so that a first one shows as a rise."""

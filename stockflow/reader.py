@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
-from stockflow.buffers import Bytes, Pool
+from stockflow.buffers import Pool
 from stockflow.interruption import stop_requested
+from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import Slab, slab_of
 from stockflow.plan import CheckpointRef
 from stockflow.schedule import Load, Request, Step, split_request

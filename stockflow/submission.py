@@ -13,7 +13,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stockflow import __version__
 from stockflow.errors import (
     EXIT_COMPUTE_LOST,
     AccessDeniedError,
@@ -26,6 +25,7 @@ from stockflow.recipe import Recipe, load_recipe, resolve_location
 from stockflow.recipe.document import read_yaml
 from stockflow.recipe.wording import named
 from stockflow.storage import StorageConfig, open_store, redact
+from stockflow.version import __version__
 
 if TYPE_CHECKING:
     from stockflow.executors.ray.jobs import Job, Jobs, LogStream

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from stockflow.claims import HEARTBEAT_S
 from stockflow.errors import (
@@ -25,9 +25,6 @@ from stockflow.receipts import Receipt
 from stockflow.records import fields_of, parse_record
 from stockflow.storage import Store, read_small
 
-if TYPE_CHECKING:
-    from stockflow.driver import Observer
-
 PROGRESS_FORMAT = "stockflow-progress-1"
 MAX_PROGRESS_BYTES = 16_000_000
 """A worker takes about 150 bytes; Ray runs some thousands."""
@@ -41,6 +38,37 @@ PLANNING = "planning"
 """the stage before the output prefix is claimed; nothing is reported of it"""
 
 Outcome = Literal["finished", "failed", "stopped"]
+
+
+class Observer(Protocol):
+    """Who is told how a merge goes; called from several threads."""
+
+    def on_run(self, run: str, plan_id: str) -> None:
+        """This run begins to work on this plan."""
+
+    def on_stage(self, text: str) -> None:
+        """A new stage begins."""
+
+    def on_note(self, text: str) -> None:
+        """Something the user should know, and need not act on."""
+
+    def on_start(self, plan: MergePlan, resumed: Sequence[Receipt]) -> None:
+        """Merging begins; ``resumed`` shards need no work."""
+
+    def on_begin(self, shard: str, worker: str) -> None:
+        """A worker begins with a shard."""
+
+    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
+        """Bytes went by, moved by ``worker`` where there are several."""
+
+    def on_failure(self, cause: str, shard: str | None = None) -> None:
+        """A shard, or (None) the start of a worker, is to be tried again."""
+
+    def on_shard(self, receipt: Receipt) -> None:
+        """A shard is done."""
+
+    def on_drop(self, shard: str) -> None:
+        """A shard that was done is not good after all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +157,7 @@ def bytes_done(finished: int, written: int, in_flight: int) -> int:
 class Tracker:
     """Counts what the driver is told of a merge, and tells an observer; may be told from several threads."""
 
-    def __init__(self, observer: "Observer", plan: MergePlan, run: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, observer: Observer, plan: MergePlan, run: str, clock: Callable[[], float] = time.time) -> None:
         """Begin to count for ``run``."""
         self.plan = plan
         self.run = run

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stockflow.buffers import Bytes
+from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import Slab
 from stockflow.plan import TensorJob
 from stockflow.reader import LoadedSlab, Prefetcher

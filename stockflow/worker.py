@@ -21,9 +21,10 @@ from stockflow.budget import (
     client_bytes,
     divide,
 )
-from stockflow.buffers import Bytes, Pool
+from stockflow.buffers import Pool
 from stockflow.devices import Device, open_device
 from stockflow.errors import StorageError
+from stockflow.kernels.arrays import Bytes
 from stockflow.ledger import GramSum, Ledger
 from stockflow.manifest import receipt_key
 from stockflow.merging import StageClock, UnitMerger

@@ -5,7 +5,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
-from stockflow.buffers import Bytes, Pool
+from stockflow.buffers import Pool
+from stockflow.kernels.arrays import Bytes
 from stockflow.storage import Sink
 
 

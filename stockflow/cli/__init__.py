@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from stockflow import __version__
 from stockflow.cli.checking import clean, verify
 from stockflow.cli.cluster import status
 from stockflow.cli.comparing import diff
@@ -18,6 +17,7 @@ from stockflow.cli.merging import merge
 from stockflow.cli.planning import calibrate, plan
 from stockflow.cli.reporting import report
 from stockflow.cli.submitting import submit
+from stockflow.version import __version__
 
 app = typer.Typer(
     help="Exact, streaming merges of checkpoints too large for one machine.",

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stockflow.geometry import Geometry, finite
-from stockflow.gram import Floats, Gram
+from stockflow.gram import Gram
 from stockflow.header import TensorSpec
 from stockflow.insight.formulas import (
     FORMULAS,
@@ -25,6 +25,7 @@ from stockflow.insight.formulas import (
     ratio_errors,
     ratios_of,
 )
+from stockflow.kernels.arrays import Floats
 from stockflow.kernels.roundings import (
     count_roundings,
     fraction_bits,

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stockflow.geometry import RATIOS, Geometry
-from stockflow.gram import Floats
+from stockflow.kernels.arrays import Floats
 
 FORMULAS = ("exact", "two_model", "extrapolated", "floored", "average", "base", "mean_angle", "adjacent")
 """In order of preference where several are equal: those of ``geometry.RATIOS``, t = 1 and t = 0."""

@@ -19,7 +19,8 @@ from stockflow.driver import Inputs, collector_paused
 from stockflow.errors import RecipeError
 from stockflow.events import Done, Moved, OnEvent, Stage
 from stockflow.geometry import RATIOS, Geometry, finite, packed, pairs, unpacked
-from stockflow.gram import Floats, Gram
+from stockflow.gram import Gram
+from stockflow.kernels.arrays import Floats
 from stockflow.merging import Arithmetic, MapSpans, spans_of
 from stockflow.methods.protocol import Parameters
 from stockflow.naming import kind_of, layer_of

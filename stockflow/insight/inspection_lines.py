@@ -7,8 +7,8 @@ import numpy as np
 
 from stockflow.budget import gb
 from stockflow.geometry import cosine_matrix
-from stockflow.gram import Floats
 from stockflow.insight.inspection import Inspection, Subject
+from stockflow.kernels.arrays import Floats
 from stockflow.naming import KINDS
 from stockflow.storage import redact
 

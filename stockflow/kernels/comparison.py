@@ -6,13 +6,10 @@ count as zero roundings apart only where they are 0.0 and -0.0.
 Shape suffixes: T elements of a tile, L lanes, C counts.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from stockflow.gram import Floats
-from stockflow.kernels.floats import BF16, TILE, Bits, Halves, Index, Singles, Slab, Values, widen, widen_f16
+from stockflow.kernels.arrays import Bits, Floats, Halves, Patterns, Singles, Unsigned, Values
+from stockflow.kernels.floats import BF16, TILE, Index, Slab, widen, widen_f16
 from stockflow.kernels.jit import jit
 
 LANES = 16
@@ -28,11 +25,6 @@ SQUARES_A, SQUARES_B, SQUARES_CHANGE, LARGEST = range(4)
 """What is summed, by its place; the last is a maximum."""
 NUM_SUMS = 4
 
-Patterns = npt.NDArray[Any]
-"""uint16, uint32 or uint64: the bits of numbers"""
-Counts = npt.NDArray[np.uint64]
-Unsigned = npt.NDArray[np.uint64]
-
 
 @jit
 def compare(
@@ -45,7 +37,7 @@ def compare(
     wide_2T: Values,
     patterns_2T: Patterns,
     sums: Floats,
-    counts: Counts,
+    counts: Unsigned,
 ) -> None:
     """Compare a run of elements of two sources; ``sums`` and ``counts`` are overwritten.
 
@@ -129,7 +121,13 @@ def _widen_halves(halves_T: Halves, format_: int, patterns_T: Patterns, bits_T: 
 
 @jit
 def _tally(
-    left_T: Patterns, right_T: Patterns, start: Index, count: Index, exponent: Index, apart_T: Patterns, counts: Counts
+    left_T: Patterns,
+    right_T: Patterns,
+    start: Index,
+    count: Index,
+    exponent: Index,
+    apart_T: Patterns,
+    counts: Unsigned,
 ) -> bool:
     """Count what differs in a tile, padded with zeros beyond ``count``; return whether its bits are the same."""
     tile, of = np.uint64(TILE), left_T.dtype.type
@@ -208,7 +206,13 @@ def _measure(left_T: Patterns, right_T: Patterns, apart_T: Patterns) -> tuple[In
 
 @jit
 def _tally_slowly(
-    left_T: Patterns, right_T: Patterns, start: Index, count: Index, exponent: Index, apart_T: Patterns, counts: Counts
+    left_T: Patterns,
+    right_T: Patterns,
+    start: Index,
+    count: Index,
+    exponent: Index,
+    apart_T: Patterns,
+    counts: Unsigned,
 ) -> None:
     """Count what differs where some numbers are NaN or infinite."""
     magnitude = (np.uint64(1) << np.uint64(8 * left_T.itemsize - 1)) - np.uint64(1)
@@ -226,7 +230,7 @@ def _tally_slowly(
 
 
 @jit
-def _note_first(left_T: Patterns, right_T: Patterns, start: Index, counts: Counts) -> None:
+def _note_first(left_T: Patterns, right_T: Patterns, start: Index, counts: Unsigned) -> None:
     for k in range(np.uint64(TILE)):
         if left_T[k] != right_T[k]:
             counts[FIRST] = start + k
@@ -262,7 +266,7 @@ def _add_squares(values_T: Values, sums_L: Floats) -> None:
 
 
 @jit
-def _find_largest(change_T: Floats, start: Index, largest: Index, counts: Counts) -> Index:
+def _find_largest(change_T: Floats, start: Index, largest: Index, counts: Unsigned) -> Index:
     """Return the larger one of ``largest`` and the largest magnitude, as patterns, which sort alike; note its place."""
     patterns = change_T.view(np.uint64)
     magnitude = (np.uint64(1) << np.uint64(63)) - np.uint64(1)

@@ -3,18 +3,11 @@
 Shape suffixes: M sources (anchor first), N = M - 1, E elements of a span, D digits.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from stockflow.kernels.floats import TILE, Index, Slab, Values, narrow, widen
+from stockflow.kernels.arrays import Counts, Patterns, Unsigned, Values
+from stockflow.kernels.floats import TILE, Index, Slab, narrow, widen
 from stockflow.kernels.jit import jit
-from stockflow.kernels.linear import Unsigned
-
-Patterns = npt.NDArray[Any]
-"""uint32 or uint64: the bits of working precision"""
-Counts = npt.NDArray[np.int64]
 
 
 @jit

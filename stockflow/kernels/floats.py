@@ -8,19 +8,13 @@ ones.
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from stockflow.kernels.arrays import Bits, Bytes, Floats, Halves, Singles, Values
 from stockflow.kernels.jit import jit
 
 TILE = 512
 """Elements computed at a time."""
 
-Bytes = npt.NDArray[np.uint8]
-Values = npt.NDArray[Any]
-"""float32 or float64: the working precision"""
-Halves = npt.NDArray[np.uint16]
-Bits = npt.NDArray[np.uint32]
-Singles = npt.NDArray[np.float32]
 Index = Any
 """np.uint64"""
 
@@ -39,7 +33,7 @@ class Slab(NamedTuple):
 
     halves: Halves
     singles: Singles
-    doubles: npt.NDArray[np.float64]
+    doubles: Floats
 
 
 def slab_of(raw: Bytes) -> Slab:

@@ -7,18 +7,15 @@ Shape suffixes: M sources (anchor first), N = M - 1, G groups, T elements of a t
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from stockflow.gram import Floats
-from stockflow.kernels.floats import TILE, Index, Slab, Values, narrow, widen
+from stockflow.kernels.arrays import Floats, Unsigned, Values
+from stockflow.kernels.floats import TILE, Index, Slab, narrow, widen
 from stockflow.kernels.jit import jit
 
 LANES = 16
 """Partial sums per product; part of the numerics."""
 RUN = 256
 """Elements whose products are added up pairwise before they join the partial sums; part of the numerics."""
-
-Unsigned = npt.NDArray[np.uint64]
 
 
 @jit

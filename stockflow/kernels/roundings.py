@@ -3,23 +3,16 @@
 Shape suffixes: E elements, K candidates, X exponents.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from stockflow.gram import Floats
+from stockflow.kernels.arrays import Bytes, Counts, Floats, Patterns
 from stockflow.kernels.jit import jit
-
-Patterns = npt.NDArray[Any]
-"""the bits of 16, 32 or 64-bit floats, as unsigned integers"""
-Counts = npt.NDArray[np.int64]
 
 _SHAPES = {"BF16": (8, 7, np.uint16), "F16": (5, 10, np.uint16), "F32": (8, 23, np.uint32), "F64": (11, 52, np.uint64)}
 """bits of exponent and fraction, and what holds them"""
 
 
-def patterns_in(raw: npt.NDArray[np.uint8], dtype: str) -> Patterns:
+def patterns_in(raw: Bytes, dtype: str) -> Patterns:
     """Return the bits of the elements in ``raw``."""
     return raw.view(_SHAPES[dtype][2])
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from stockflow.gram import Floats, Gram
+from stockflow.gram import Gram
+from stockflow.kernels.arrays import Floats
 
 if TYPE_CHECKING:
-    from stockflow.kernels.floats import Values
+    from stockflow.kernels.arrays import Values
 
 Scope = Literal["tensor", "row", "leading"]
 """What gets its own decision: a whole tensor, a row of the last dimension, an index of the first of three or more."""

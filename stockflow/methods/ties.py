@@ -18,7 +18,7 @@ from stockflow.methods.protocol import (
 )
 
 if TYPE_CHECKING:
-    from stockflow.kernels.floats import Values
+    from stockflow.kernels.arrays import Values
 
 Counts = npt.NDArray[np.int64]
 

@@ -17,13 +17,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from stockflow import __version__
 from stockflow.budget import gb, mib
 from stockflow.naming import kind_of, layer_of
 from stockflow.redaction import without_secrets
 from stockflow.report import Report, palette, words
 from stockflow.report.course import MAX_LANES
 from stockflow.report.geometry import MAX_ROWS, Geometry, Heatmap, Spread, relative_changes
+from stockflow.version import __version__
 
 MAX_FILES_LISTED = 600
 """of all inputs together"""

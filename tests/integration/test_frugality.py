@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stockflow import budget, worker
-from stockflow.driver import Inputs, MergeOptions, Observer, merge
+from stockflow.driver import Inputs, MergeOptions, merge
 from stockflow.errors import BudgetError
 from stockflow.execution import StartWorker, receipt_of
 from stockflow.plan import ShardPlan
@@ -16,6 +16,7 @@ from stockflow.receipts import Receipt
 from stockflow.recipe import load_recipe
 from stockflow.reporting import Silent
 from stockflow.storage import open_store
+from stockflow.tracking import Observer
 from stockflow.worker import WorkerSpec
 from tests import runs
 from tests.checkpoints import make_family, write_recipe

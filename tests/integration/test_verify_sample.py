@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from stockflow.cli import app
 from stockflow.errors import BudgetError, PlanError
-from stockflow.gram import Floats
 from stockflow.host import HostArithmetic
+from stockflow.kernels.arrays import Floats
 from stockflow.sealed import seal
 from stockflow.storage import StorageConfig
 from stockflow.tables import encode_tensors, read_facts

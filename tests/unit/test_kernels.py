@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stockflow.kernels import linear
-from stockflow.kernels.floats import FORMATS, TILE, Singles, first_nonfinite, narrow, slab_of, widen
+from stockflow.kernels.arrays import Singles
+from stockflow.kernels.floats import FORMATS, TILE, first_nonfinite, narrow, slab_of, widen
 
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle
 
-from stockflow import __version__
 from stockflow.errors import ComputeLostError, InterruptedRunError
+from stockflow.version import __version__
 
 T = TypeVar("T")
 R = TypeVar("R")

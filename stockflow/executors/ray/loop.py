@@ -11,7 +11,6 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from stockflow import __version__
 from stockflow.errors import ComputeLostError, StockflowError, StorageError
 from stockflow.executors.ray.actor import Actor, Counters, Work
 from stockflow.executors.ray.cluster import (
@@ -25,6 +24,7 @@ from stockflow.executors.ray.cluster import (
     worker_count,
 )
 from stockflow.executors.scheduling import Action, Cause, Give, Limits, Scheduler, Start
+from stockflow.version import __version__
 
 T = TypeVar("T")
 R = TypeVar("R")
