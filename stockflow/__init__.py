@@ -10,16 +10,13 @@
 Names are loaded when they are first used, so that the import itself takes no time.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from stockflow.version import __version__
 
 if TYPE_CHECKING:
     from stockflow.api import MergeResult, PlanResult, audit, diff, inspect, merge, plan, report, verify
-    from stockflow.differences import CheckpointDifference, GroupDifference, TensorDifference
     from stockflow.errors import (
         AccessDeniedError,
         AlreadyExistsError,
@@ -41,14 +38,15 @@ if TYPE_CHECKING:
     )
     from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
     from stockflow.insight.audit import Audit, Verdict
+    from stockflow.insight.difference import CheckpointDifference, GroupDifference, TensorDifference
     from stockflow.insight.inspection import Inspection
-    from stockflow.receipts import TensorFacts
-    from stockflow.report import Report
-    from stockflow.verify import Finding, Verification
+    from stockflow.output.receipts import TensorFacts
+    from stockflow.reports.report import Report
+    from stockflow.verification.verify import Finding, Verification
 
 _HOMES = {
     "api": ("MergeResult", "PlanResult", "audit", "diff", "inspect", "merge", "plan", "report", "verify"),
-    "differences": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
+    "insight.difference": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
     "errors": (
         "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
         "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "NotFoundError",
@@ -58,9 +56,9 @@ _HOMES = {
     "events": ("Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage"),
     "insight.audit": ("Audit", "Verdict"),
     "insight.inspection": ("Inspection",),
-    "receipts": ("TensorFacts",),
-    "report": ("Report",),
-    "verify": ("Finding", "Verification"),
+    "output.receipts": ("TensorFacts",),
+    "reports.report": ("Report",),
+    "verification.verify": ("Finding", "Verification"),
 }  # fmt: skip
 """Public names by the module they are in; the same as above."""
 _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
@@ -88,15 +86,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps ``stockflow.plan`` the function, though ``stockflow/plan.py`` is a module of its own."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # The import system binds a module to its name in the package.
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

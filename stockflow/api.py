@@ -11,35 +11,36 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from stockflow import driver, notebook
-from stockflow.budget import Workspace, default_memory, gb, mib
-from stockflow.calibration import load_calibration
-from stockflow.describe import plan_lines, project, result_facts, result_lines
-from stockflow.driver import Execute, Inputs, MergeOptions, Outcome
 from stockflow.errors import RecipeError
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
-from stockflow.forecast import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
-from stockflow.manifest import Manifest, tensors_key
-from stockflow.plan import MergePlan, ShardPlan
-from stockflow.planning import few_shards_note
-from stockflow.prediction import STAGES, Conditions
-from stockflow.prices import TransferFrom, load_prices, machine_of
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.forecast.amounts import Workload, survey
+from stockflow.forecast.calibration import load_calibration
+from stockflow.forecast.lines import plan_lines, project, result_facts, result_lines
+from stockflow.forecast.outlook import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
+from stockflow.forecast.prediction import STAGES, Conditions
+from stockflow.forecast.prices import TransferFrom, load_prices, machine_of
+from stockflow.output.manifest import Manifest, tensors_key
+from stockflow.output.receipts import Receipt, TensorFacts
+from stockflow.planning.budget import Workspace, default_memory, gb, mib
+from stockflow.planning.make import few_shards_note
+from stockflow.planning.plan import MergePlan, ShardPlan
+from stockflow.progress.display import AsEvents
 from stockflow.recipe import RecipeLike, parse_size, recipe_of, resolve_location
-from stockflow.reporting import AsEvents
+from stockflow.run import driver
+from stockflow.run.driver import Execute, Inputs, MergeOptions, Outcome
 from stockflow.storage import StorageConfig, open_store, read_small, redact
-from stockflow.workload import Workload, survey
+from stockflow.text import notebook
 
 if TYPE_CHECKING:
-    from stockflow.differences import CheckpointDifference
+    from stockflow.engine.survey import SurveySpec
+    from stockflow.engine.worker import WorkerSpec
     from stockflow.insight.audit import Audit, Merge
+    from stockflow.insight.difference import CheckpointDifference
     from stockflow.insight.inspection import Inspection, Survey, SurveyOptions
-    from stockflow.plan import TensorJob
-    from stockflow.report import Report
-    from stockflow.survey import SurveySpec
-    from stockflow.tracking import Tracker
-    from stockflow.verify import SampleOptions, Verification
-    from stockflow.worker import WorkerSpec
+    from stockflow.planning.plan import TensorJob
+    from stockflow.progress.file import Tracker
+    from stockflow.reports.report import Report
+    from stockflow.verification.verify import SampleOptions, Verification
 
 ExecutorName = Literal["local", "ray"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -167,7 +168,7 @@ class MergeResult:
         Raises:
             StockflowError: it cannot be read.
         """
-        from stockflow.tables import decode_tensors
+        from stockflow.output.tables import decode_tensors
 
         store = open_store(self.output_url, self.storage)
         payload = read_small(store, tensors_key(self.plan.plan_id), max_bytes=MAX_TABLE_BYTES)
@@ -431,7 +432,7 @@ def diff(
         UserError: a checkpoint is missing, forbidden or malformed, or the memory is too small.
         StorageError: reading failed after retries.
     """
-    from stockflow.comparing import compare_checkpoints
+    from stockflow.insight.comparison import compare_checkpoints
 
     return compare_checkpoints(
         resolve_location(os.fspath(a)),
@@ -467,7 +468,7 @@ def verify(
         UserError: there is no finished output, or a sample cannot be merged again here.
         StorageError: reading failed after retries.
     """
-    from stockflow.verify import verify as verify_output
+    from stockflow.verification.verify import verify as verify_output
 
     config = storage_of(recipe)
     options = sample_options(sample, seed, memory)
@@ -487,7 +488,7 @@ def report(output: Location, *, recipe: RecipeLike | None = None, on_event: OnEv
         DamagedOutputError: its manifest or its table of tensors is not what was published.
         StorageError: reading failed after retries.
     """
-    from stockflow.report import report as report_on
+    from stockflow.reports.report import report as report_on
 
     config = storage_of(recipe)
     on_event(Stage("reading records"))
@@ -558,7 +559,7 @@ def seconds(option: str, given: str | float | None) -> float | None:
 
 def sample_options(sample: float | str | None, seed: int | None, memory: Size | None) -> "SampleOptions | None":
     """Return which share of the tensors to merge again, and with what."""
-    from stockflow.verify.sample import SampleOptions, draw_seed, parse_share
+    from stockflow.verification.sample import SampleOptions, draw_seed, parse_share
 
     if sample is None:
         if seed is not None or memory is not None:
@@ -615,7 +616,7 @@ def execute_on(executor: ExecutorName | None, on_ray: Mapping[str, Any]) -> Exec
 
 
 def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker") -> Iterator[Receipt]:
-    from stockflow.execution import in_this_process
+    from stockflow.run.places import in_this_process
 
     return in_this_process(spec, shards, tracker)
 
@@ -623,8 +624,8 @@ def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "
 def _on_ray(
     asked: Mapping[str, Any], spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
 ) -> Iterator[Receipt]:
-    from stockflow.execution import on_ray
-    from stockflow.executors.ray import RayOptions
+    from stockflow.run.executors.ray import RayOptions
+    from stockflow.run.places import on_ray
 
     return on_ray(spec, shards, tracker, RayOptions(**asked))
 
@@ -658,7 +659,7 @@ def survey_on(
 def _survey_in_this_process(
     spec: "SurveySpec", jobs: "Sequence[TensorJob]", on_read: Callable[[int], None]
 ) -> Iterator[tuple[int, Any]]:
-    from stockflow.execution import survey_in_this_process
+    from stockflow.run.places import survey_in_this_process
 
     return survey_in_this_process(spec, jobs, on_read)
 
@@ -671,8 +672,8 @@ def _survey_on_ray(
     jobs: "Sequence[TensorJob]",
     on_read: Callable[[int], None],
 ) -> Iterator[tuple[int, Any]]:
-    from stockflow.execution import survey_on_ray
-    from stockflow.executors.ray import RayOptions
+    from stockflow.run.executors.ray import RayOptions
+    from stockflow.run.places import survey_on_ray
 
     options = RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker)
     return survey_on_ray(spec, jobs, on_read, on_note, options)

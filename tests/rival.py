@@ -5,11 +5,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from stockflow.claims import Heartbeat, new_run
-from stockflow.driver import Inputs, MergeOptions, plan_merge
 from stockflow.errors import OutputConflictError
-from stockflow.prefix import SETTLE_S, admit, check_owner, take
+from stockflow.output.claims import Heartbeat, new_run
+from stockflow.output.ownership import SETTLE_S, admit, check_owner, take
 from stockflow.recipe import load_recipe
+from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from stockflow.storage import open_store
 
 

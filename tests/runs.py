@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stockflow.budget import BASELINE_BYTES
-from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
-from stockflow.execution import in_this_process
-from stockflow.reporting import Silent
-from stockflow.worker import GROWTH_BYTES, current_memory_bytes
+from stockflow.engine.worker import GROWTH_BYTES, current_memory_bytes
+from stockflow.planning.budget import BASELINE_BYTES
+from stockflow.progress.display import Silent
+from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.places import in_this_process
 
 REPOSITORY = Path(__file__).parent.parent
 MIB = 2**20

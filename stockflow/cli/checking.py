@@ -53,7 +53,7 @@ def verify(
     trust those places. --seed and --memory go with --sample.
     """
     from stockflow import api
-    from stockflow.reporting import DELAY_S
+    from stockflow.progress.display import DELAY_S
 
     with exit_codes():
         if sample is None and (seed is not None or memory is not None):
@@ -89,10 +89,10 @@ def clean(
     Nothing is touched while a run is at work, or was seen less than 15 minutes ago. What is published stays,
     and so do finished shards of an unfinished merge, which the same merge run again goes on with.
     """
-    from stockflow.clean import find_leftovers, leftover_facts, leftover_lines, remove
     from stockflow.events import Stage
+    from stockflow.output.clean import find_leftovers, leftover_facts, leftover_lines, remove
+    from stockflow.progress.display import DELAY_S
     from stockflow.recipe import load_recipe
-    from stockflow.reporting import DELAY_S
     from stockflow.storage import StorageConfig, open_store
 
     with exit_codes():

@@ -12,7 +12,7 @@ from stockflow.cli.options import AsJson, OutputArgument, StorageRecipe
 from stockflow.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from stockflow.status import Status
+    from stockflow.progress.status import Status
     from stockflow.storage import Store
 
 WATCH_S = 10.0
@@ -36,7 +36,7 @@ def status(
     seconds old; those of shards are counted now.
     """
     from stockflow.api import storage_of
-    from stockflow.status import exit_code, read_status, status_line, status_lines
+    from stockflow.progress.status import exit_code, read_status, status_line, status_lines
     from stockflow.storage import open_store
 
     with exit_codes():
@@ -55,7 +55,7 @@ def status(
 
 
 def _await_begin(store: "Store") -> "Status":
-    from stockflow.status import read_status
+    from stockflow.progress.status import read_status
 
     deadline, said = time.monotonic() + BEGIN_S, False
     while True:

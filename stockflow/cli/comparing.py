@@ -25,7 +25,7 @@ def diff(
     change, elements that differ, and how many roundings of the dtype they are apart. Order and files do not matter.
     """
     from stockflow import api
-    from stockflow.reporting import DELAY_S
+    from stockflow.progress.display import DELAY_S
 
     with exit_codes():
         with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import typer
 
 from stockflow.errors import EXIT_BUG, EXIT_USER, StockflowError
-from stockflow.redaction import without_secrets
+from stockflow.text.redaction import without_secrets
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def inspect(
     from stockflow.insight import inspection as inspecting
     from stockflow.insight.inspection_lines import inspection_lines
     from stockflow.interruption import interruptible
-    from stockflow.reporting import DELAY_S
+    from stockflow.progress.display import DELAY_S
     from stockflow.storage import redact
 
     with exit_codes():
@@ -68,7 +68,7 @@ def inspect(
             options = _options(memory, workers, executor, device)
             found = inspecting.inspect(inputs, options, survey, on_event)
             if folder is not None:
-                from stockflow.tables import INSPECTION_SCHEMA, encode_rows
+                from stockflow.output.tables import INSPECTION_SCHEMA, encode_rows
 
                 on_event(Stage("publishing"))
                 table = encode_rows(found.rows(), INSPECTION_SCHEMA)
@@ -113,7 +113,7 @@ def audit(
     from stockflow.insight import audit as auditing
     from stockflow.insight.audit_lines import audit_lines
     from stockflow.interruption import interruptible
-    from stockflow.reporting import DELAY_S
+    from stockflow.progress.display import DELAY_S
     from stockflow.storage import redact
 
     with exit_codes():
@@ -123,7 +123,7 @@ def audit(
             folder = open_out(out, merge.storage)
             found = auditing.audit(merge, _options(memory, workers, executor, device), survey, on_event)
             if folder is not None:
-                from stockflow.tables import AUDIT_SCHEMA, encode_rows
+                from stockflow.output.tables import AUDIT_SCHEMA, encode_rows
 
                 on_event(Stage("publishing"))
                 table = encode_rows(found.rows, AUDIT_SCHEMA)

@@ -11,8 +11,8 @@ import typer
 from stockflow.errors import EXIT_BUG, PlanError, RecipeError, UserError
 
 if TYPE_CHECKING:
-    from stockflow.driver import MergeOptions
     from stockflow.events import OnEvent
+    from stockflow.run.driver import MergeOptions
 
 
 class ExecutorName(StrEnum):
@@ -148,7 +148,7 @@ def followed(
         UserError: progress and logs are asked for in two forms.
     """
     from stockflow.errors import StockflowError
-    from stockflow.reporting import reporting
+    from stockflow.progress.display import reporting
 
     is_logged = log_format is LogFormatName.json
     if is_logged and progress in (ProgressName.rich, ProgressName.lanes, ProgressName.json):
@@ -179,7 +179,7 @@ def measured(port: int | None, on_event: "OnEvent") -> "Iterator[OnEvent]":
         yield on_event
         return
     from stockflow.events import Event, Note
-    from stockflow.metrics import Metrics, served
+    from stockflow.progress.metrics import Metrics, served
 
     metrics = Metrics()
 
@@ -240,7 +240,7 @@ def size_option(option: str, text: str | None) -> int | None:
 
 def share_option(option: str, text: str | None) -> float | None:
     """Return a share of the tensors, or None if none is given; a message about it names the option."""
-    from stockflow.verify.sample import parse_share
+    from stockflow.verification.sample import parse_share
 
     try:
         return None if text is None else parse_share(text)

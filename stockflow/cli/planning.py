@@ -28,7 +28,7 @@ from stockflow.cli.options import (
 from stockflow.errors import RecipeError
 
 if TYPE_CHECKING:
-    from stockflow.calibration import Calibration
+    from stockflow.forecast.calibration import Calibration
 
 
 class TransferName(StrEnum):
@@ -90,7 +90,7 @@ def plan(
     Times come from constants that `stockflow calibrate` measures on this machine; docs/planning.md explains the model.
     """
     from stockflow import api
-    from stockflow.reporting import DELAY_S
+    from stockflow.progress.display import DELAY_S
     from stockflow.storage import redact
 
     with exit_codes():
@@ -149,9 +149,9 @@ def calibrate(
     Nothing else should run meanwhile. Endpoint and credentials of stores come from the environment. Places measured
     earlier, of the same machine, are kept.
     """
-    from stockflow.calibration import default_path
     from stockflow.events import Stage
-    from stockflow.measuring import calibrate as measure
+    from stockflow.forecast.calibration import default_path
+    from stockflow.forecast.measuring import calibrate as measure
     from stockflow.storage import redact
 
     with exit_codes():
@@ -178,7 +178,7 @@ def calibrate(
 
 def _kept(found: "Calibration", path: Path) -> "Calibration":
     """Add the places that an earlier calibration of the same machine measured and this one did not."""
-    from stockflow.calibration import parse_calibration
+    from stockflow.forecast.calibration import parse_calibration
 
     try:
         earlier = parse_calibration(path.read_bytes(), str(path))

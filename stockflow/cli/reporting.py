@@ -28,7 +28,7 @@ def report(
     Exit 4 if a record is damaged: the report is made without it where that is possible.
     """
     from stockflow import api
-    from stockflow.reporting import DELAY_S
+    from stockflow.progress.display import DELAY_S
     from stockflow.storage import redact
 
     with exit_codes():

@@ -33,8 +33,8 @@ from stockflow.cli.options import (
 from stockflow.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
-    from stockflow.executors.ray.jobs import Jobs
-    from stockflow.submission import Request
+    from stockflow.run.executors.ray.jobs import Jobs
+    from stockflow.run.submission import Request
 
 
 class Terminated(BaseException):
@@ -78,9 +78,9 @@ def submit(
     the same command again follows it, or resumes what it left. Ctrl-C asks whether to stop the job. A token comes from
     RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as everywhere in Ray.
     """
-    from stockflow import submission
-    from stockflow.execution import check_gpus
-    from stockflow.redaction import redact
+    from stockflow.run import submission
+    from stockflow.run.places import check_gpus
+    from stockflow.text.redaction import redact
 
     with exit_codes(), _interruption_is_no_abort():
         size_option("--memory", memory), size_option("--shard-size", shard_size)
@@ -101,8 +101,8 @@ def submit(
             *_option("--metrics-port", metrics_port),
         ]
         request = submission.make_request(recipe, output, options)
-        from stockflow.executors.ray import RayOptions
-        from stockflow.executors.ray.jobs import Jobs, may_be_a_tunnel
+        from stockflow.run.executors.ray import RayOptions
+        from stockflow.run.executors.ray.jobs import Jobs, may_be_a_tunnel
 
         RayOptions(gpus_per_worker=gpus_per_worker, labels=labels)
         if request.paths:
@@ -122,7 +122,7 @@ def submit(
 
 def _follow(jobs: "Jobs", job_id: str, request: "Request") -> int:
     """Show what a job says until it ends, or until a signal says to leave it; return the exit code."""
-    from stockflow import submission
+    from stockflow.run import submission
 
     try:
         with _sigterm_raises():
@@ -153,7 +153,7 @@ def _wants_to_stop(job_id: str) -> bool:
 
 def _stop(jobs: "Jobs", job_id: str) -> int:
     """Stop a job and see it end: its driver takes back what is half-written."""
-    from stockflow import submission
+    from stockflow.run import submission
 
     _say(f"stopping job {job_id}")
     jobs.stop(job_id)
@@ -188,7 +188,7 @@ def _option(name: str, value: object) -> list[str]:
 
 
 def _say_how_to_go_on(jobs: "Jobs", job_id: str, output: str) -> None:
-    from stockflow import submission
+    from stockflow.run import submission
 
     for name, command in submission.hints(jobs, job_id, output).items():
         _say(f"  {name}: {command}")

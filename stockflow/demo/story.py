@@ -5,20 +5,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stockflow import driver
-from stockflow.card import by_kind, mean, shown
 from stockflow.demo import DemoInputs, held_out_loss, make_checkpoints
-from stockflow.describe import plan_lines, result_lines
-from stockflow.driver import Execute, MergeOptions, MergeResult
 from stockflow.events import OnEvent, Stage, ignore
-from stockflow.manifest import tensors_key
-from stockflow.receipts import TensorFacts
+from stockflow.forecast.amounts import survey
+from stockflow.forecast.lines import plan_lines, result_lines
+from stockflow.output.card import by_kind, mean, shown
+from stockflow.output.manifest import tensors_key
+from stockflow.output.receipts import TensorFacts
+from stockflow.output.tables import read_facts
+from stockflow.progress.display import AsEvents
 from stockflow.recipe import load_recipe
-from stockflow.reporting import AsEvents
+from stockflow.run import driver
+from stockflow.run.driver import Execute, MergeOptions, MergeResult
 from stockflow.storage import StorageConfig
-from stockflow.tables import read_facts
-from stockflow.verify import Verification, summary_lines, verify
-from stockflow.workload import survey
+from stockflow.verification.verify import Verification, summary_lines, verify
 
 Say = Callable[[str], None]
 

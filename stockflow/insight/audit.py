@@ -7,24 +7,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stockflow.checkpoint import Checkpoint, open_checkpoints
-from stockflow.driver import Inputs, collector_paused
+from stockflow.checkpoints.naming import kind_of, layer_of
+from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
+from stockflow.engine.survey import SurveySpec
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
 from stockflow.events import Done, OnEvent, Stage, ignore
-from stockflow.geometry import RATIOS
 from stockflow.insight.examiner import MERGE_NONFINITE, NONFINITE, AuditExaminer, with_merged
 from stockflow.insight.inspection import Following, Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
-from stockflow.manifest import MANIFEST_FILE, Manifest, read_manifest
-from stockflow.naming import kind_of, layer_of
-from stockflow.plan import CheckpointRef, MergePlan, Source, TensorJob
-from stockflow.planning import make_plan
+from stockflow.methods.ratios import RATIOS
+from stockflow.output.manifest import MANIFEST_FILE, Manifest, read_manifest
+from stockflow.planning.make import make_plan
+from stockflow.planning.plan import CheckpointRef, MergePlan, Source, TensorJob
 from stockflow.recipe import resolve_location
+from stockflow.run.driver import Inputs, collector_paused
 from stockflow.storage import StorageConfig, Store, open_store, pin_revision, redact
-from stockflow.survey import SurveySpec
-from stockflow.verify.findings import Finding
-from stockflow.verify.reading import Output
-from stockflow.verify.records import check_input, read_plan
+from stockflow.verification.files import Output
+from stockflow.verification.findings import Finding
+from stockflow.verification.records import check_input, read_plan
 
 FORMAT = "stockflow-audit-1"
 METHOD = "model_stock"

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stockflow.budget import gb
 from stockflow.insight.audit import Audit, Verdict, judge, shares
 from stockflow.insight.examiner import MERGE_NONFINITE, NONFINITE
 from stockflow.insight.formulas import WORDS
 from stockflow.insight.inspection_lines import grid, share
+from stockflow.planning.budget import gb
 from stockflow.storage import redact
 
 MAX_WORST = 10

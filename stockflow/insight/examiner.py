@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stockflow.geometry import Geometry, finite
-from stockflow.gram import Gram
-from stockflow.header import TensorSpec
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.engine.merging import Arithmetic, MapSpans, spans_of
+from stockflow.engine.units import Piece, Unit
 from stockflow.insight.formulas import (
     FORMULAS,
     GRAM_PRECISION,
@@ -33,10 +33,10 @@ from stockflow.kernels.roundings import (
     squared_steps,
     sum_of_steps,
 )
-from stockflow.merging import Arithmetic, MapSpans, spans_of
-from stockflow.plan import TensorJob
-from stockflow.spans import SPAN_ELEMS
-from stockflow.units import Piece, Unit
+from stockflow.methods.gram import Gram
+from stockflow.methods.ratios import Geometry, finite
+from stockflow.planning.plan import TensorJob
+from stockflow.planning.spans import SPAN_ELEMS
 
 NONFINITE, MERGE_NONFINITE = "nonfinite", "nonfinite_merge"
 """Flags: NaN or infinity in a model; in the merge, and in no model."""

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stockflow.geometry import RATIOS, Geometry
 from stockflow.kernels.arrays import Floats
+from stockflow.methods.ratios import RATIOS, Geometry
 
 FORMULAS = ("exact", "two_model", "extrapolated", "floored", "average", "base", "mean_angle", "adjacent")
 """In order of preference where several are equal: those of ``geometry.RATIOS``, t = 1 and t = 0."""

@@ -15,22 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.driver import Inputs, collector_paused
+from stockflow.checkpoints.naming import kind_of, layer_of
+from stockflow.engine.inputs import OnRead
+from stockflow.engine.merging import Arithmetic, MapSpans, spans_of
+from stockflow.engine.survey import SurveySpec
+from stockflow.engine.units import Piece, Unit
 from stockflow.errors import RecipeError
 from stockflow.events import Done, Moved, OnEvent, Stage
-from stockflow.geometry import RATIOS, Geometry, finite, packed, pairs, unpacked
-from stockflow.gram import Gram
 from stockflow.kernels.arrays import Floats
-from stockflow.merging import Arithmetic, MapSpans, spans_of
+from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Parameters
-from stockflow.naming import kind_of, layer_of
-from stockflow.plan import CheckpointRef, Source, TensorJob
-from stockflow.planning import make_plan
-from stockflow.sources import OnRead
-from stockflow.spans import SPAN_ELEMS
+from stockflow.methods.ratios import RATIOS, Geometry, finite, packed, pairs, unpacked
+from stockflow.planning.make import make_plan
+from stockflow.planning.plan import CheckpointRef, Source, TensorJob
+from stockflow.planning.spans import SPAN_ELEMS
+from stockflow.run.driver import Inputs, collector_paused
 from stockflow.storage import redact
-from stockflow.survey import SurveySpec
-from stockflow.units import Piece, Unit
 
 FORMAT = "stockflow-inspection-1"
 ROWS_AT_ONCE = 2048

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.budget import gb
-from stockflow.geometry import cosine_matrix
+from stockflow.checkpoints.naming import KINDS
 from stockflow.insight.inspection import Inspection, Subject
 from stockflow.kernels.arrays import Floats
-from stockflow.naming import KINDS
+from stockflow.methods.ratios import cosine_matrix
+from stockflow.planning.budget import gb
 from stockflow.storage import redact
 
 MAX_LAYER_LINES = 40

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from stockflow.errors import NumericsError
-from stockflow.gram import Gram
+from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Coefficients, Parameter, Parameters, linear_method
 
 

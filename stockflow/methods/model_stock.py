@@ -3,7 +3,7 @@
 import numpy as np
 
 from stockflow.errors import NumericsError
-from stockflow.gram import Gram, legacy_ratio, mean_in_order, stock_ratio
+from stockflow.methods.gram import Gram, legacy_ratio, mean_in_order, stock_ratio
 from stockflow.methods.protocol import Coefficients, Parameter, Parameters, linear_method
 
 

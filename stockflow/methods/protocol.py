@@ -12,8 +12,8 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from stockflow.gram import Gram
 from stockflow.kernels.arrays import Floats
+from stockflow.methods.gram import Gram
 
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from stockflow.gram import Gram
+from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Coefficients, Parameter, Parameters, linear_method
 
 NEARLY_PARALLEL = 0.9995

@@ -8,8 +8,8 @@ from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
 from stockflow.errors import RecipeError
 from stockflow.recipe.wording import NOT_YET, shown
-from stockflow.redaction import FROM_ENVIRONMENT, has_credentials
 from stockflow.storage import normalize_url
+from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
 

@@ -11,8 +11,8 @@ from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
 from stockflow.recipe.resolve import Resolver, Slot, find_slots
 from stockflow.recipe.settings import Part, Settings, matches
 from stockflow.recipe.values import OUTPUT_DTYPES, DType, MethodName, Size, TokenizerSource
-from stockflow.redaction import redact_urls
 from stockflow.storage import StorageConfig, StoreOptions
+from stockflow.text.redaction import redact_urls
 
 
 class ModelEntry(Part):

@@ -10,7 +10,7 @@ from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.model import ModelEntry, Options, Recipe, Rule, StorageEntry
 from stockflow.recipe.settings import Conditional
 from stockflow.recipe.wording import NOT_YET, nearest, shown
-from stockflow.redaction import FROM_ENVIRONMENT
+from stockflow.text.redaction import FROM_ENVIRONMENT
 
 _MERGEKIT_KEYS = frozenset({"slices", "modules", "tokenizer", "chat_template", "name"})
 _SECRET_WORD = re.compile(r"key|secret|token|passw|credential|signature|account|sas|user", re.IGNORECASE)

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from stockflow.redaction import redact_urls
-from stockflow.strictjson import MAX_SHOWN
-from stockflow.strictjson import shown as quoted
+from stockflow.text.redaction import redact_urls
+from stockflow.text.strictjson import MAX_SHOWN
+from stockflow.text.strictjson import shown as quoted
 
 NOT_YET = "is not supported by stockflow yet"
 _KNOWN = "Known here: "

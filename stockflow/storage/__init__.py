@@ -1,6 +1,5 @@
 """Storage: one small interface over local disk, object stores and everything fsspec can read."""
 
-from stockflow.redaction import redact
 from stockflow.storage.base import (
     HalfWritten,
     NewObject,
@@ -16,6 +15,7 @@ from stockflow.storage.base import (
 )
 from stockflow.storage.local import LocalStore, PinnedFile
 from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision, scheme_of
+from stockflow.text.redaction import redact
 
 __all__ = [
     "HalfWritten",

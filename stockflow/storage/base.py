@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Literal, Protocol
 
 from stockflow.errors import InputChangedError, RecipeError
-from stockflow.redaction import redact
-from stockflow.strictjson import shown
+from stockflow.text.redaction import redact
+from stockflow.text.strictjson import shown
 
 Pin = Literal["if-match", "open-etag", "stat"]
 """How a store holds a read to a stamp.

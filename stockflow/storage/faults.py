@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError, StorageError
-from stockflow.redaction import without_secrets
+from stockflow.text.redaction import without_secrets
 
 Operation = Literal["stat", "read", "list", "write", "create", "delete", "list uploads below", "abort the upload of"]
 

@@ -13,12 +13,12 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from fsspec.asyn import sync
 
 from stockflow.errors import RecipeError
-from stockflow.redaction import redact
 from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.remote import Client, RemoteStore
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import failure_of_answer
+from stockflow.text.redaction import redact
 
 _ERRORS: tuple[type[Exception], ...] = (OSError, aiohttp.ClientError, BotoCoreError, ClientError)
 _VERSION_KEYS = (

@@ -3,10 +3,10 @@
 import re
 
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError
-from stockflow.redaction import redact
 from stockflow.storage.faults import storage_error, user_error
 from stockflow.storage.fs import failure_of
 from stockflow.storage.retry import RetryLoop, RetryPolicy
+from stockflow.text.redaction import redact
 
 _MODEL = re.compile(r"hf://(?!datasets/|spaces/|buckets/)([^/@]+/[^/@]+)(?:@(refs/pr/\d+|[^/]+))?(/.*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -4,8 +4,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from stockflow.errors import RecipeError
-from stockflow.redaction import FROM_ENVIRONMENT, has_credentials, redact
 from stockflow.storage.base import StorageConfig, Store
+from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials, redact
 
 OBJECT_SCHEMES = ("s3", "gs", "az")
 """Schemes served by obstore, readable and writable."""

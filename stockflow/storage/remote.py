@@ -6,12 +6,12 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, StockflowError, StorageError
-from stockflow.redaction import redact
 from stockflow.storage.base import HalfWritten, NewObject, Pin, Sink, Stamp, check_key
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.faults import Failure, Operation, WrongAnswerError, storage_error, user_error
 from stockflow.storage.parts import part_bytes
 from stockflow.storage.retry import RetryLoop, RetryPolicy
+from stockflow.text.redaction import redact
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stockflow.errors import AccessDeniedError, RecipeError
-from stockflow.redaction import keep_secret, redact, without_secrets
 from stockflow.storage.base import HalfWritten, StoreOptions
 from stockflow.storage.faults import Failure, scrub
+from stockflow.text.redaction import keep_secret, redact, without_secrets
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential, S3Store

@@ -27,7 +27,7 @@ from statistics import median
 
 import torch
 
-from stockflow.comparing import compare_checkpoints
+from stockflow.insight.comparison import compare_checkpoints
 from stockflow.storage import StorageConfig
 from tests.checkpoints import write_checkpoint
 from tests.runs import REPOSITORY, command

@@ -9,13 +9,13 @@ import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 
-from stockflow.checkpoint import Checkpoint, Extent
-from stockflow.driver import collector_paused
-from stockflow.executors.simulation import Preemptions, SimulatedRun, Stragglers, simulate
-from stockflow.header import TensorSpec
-from stockflow.plan import MergePlan
-from stockflow.planning import SHARDS_PER_WORKER, make_plan
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.opening import Checkpoint, Extent
+from stockflow.planning.make import SHARDS_PER_WORKER, make_plan
+from stockflow.planning.plan import MergePlan
 from stockflow.recipe import parse_recipe
+from stockflow.run.driver import collector_paused
+from stockflow.run.executors.simulation import Preemptions, SimulatedRun, Stragglers, simulate
 from stockflow.storage import Stamp
 from tests.benchmarks.report import print_table
 

@@ -16,16 +16,16 @@ from typing import Any
 NEEDED = (
     "pyarrow.parquet",
     "stockflow.cli",
-    "stockflow.commit",
-    "stockflow.describe",
-    "stockflow.driver",
-    "stockflow.execution",
+    "stockflow.output.publish",
+    "stockflow.forecast.lines",
+    "stockflow.run.driver",
+    "stockflow.run.places",
     "stockflow.recipe",
-    "stockflow.reporting",
-    "stockflow.worker",
+    "stockflow.progress.display",
+    "stockflow.engine.worker",
 )
 NEEDED_ON_OBJECT_STORAGE = ("obstore.store", "s3fs", "stockflow.storage.objects", "stockflow.storage.s3fs_client")
-NEEDED_ON_CUDA = ("stockflow.cuda",)
+NEEDED_ON_CUDA = ("stockflow.engine.cuda",)
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from threading import local
 from typing import Any
 
-from stockflow.budget import OPTIMAL_READ_BYTES
+from stockflow.engine.inputs import NUM_OBJECT_READERS
+from stockflow.planning.budget import OPTIMAL_READ_BYTES
 from stockflow.recipe import Recipe, load_recipe
-from stockflow.sources import NUM_OBJECT_READERS
 from stockflow.storage import Stamp, Store, open_store
 from tests.benchmarks.preloaded import NEEDED, NEEDED_ON_OBJECT_STORAGE, clocked, load, stockflow
 

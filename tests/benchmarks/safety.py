@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stockflow import worker
-from stockflow.driver import Inputs, MergeOptions, merge
-from stockflow.execution import in_this_process
+from stockflow.engine import worker
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe, parse_size
-from stockflow.reporting import Silent
+from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.places import in_this_process
 from stockflow.storage import Stamp, Store, local
 from tests.benchmarks.cases import Case, add_case_options, case_from, recipe_of, workplace, write_recipe
 
@@ -66,7 +66,7 @@ def measure(recipe: Path, output: Path, variant: str, case: Case, shard_size: in
         leave_out_pinning()
     flushing, looking = Timed(os.fsync), Timed(os.fstat)
     os.fsync, os.fstat = flushing, looking  # type: ignore[assignment]
-    import stockflow.commit  # noqa: F401  # else its imports were counted
+    import stockflow.output.publish  # noqa: F401  # else its imports were counted
 
     options = MergeOptions(parse_size(case.memory), case.threads, "cpu", shard_size)
     result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process, Silent())

@@ -23,12 +23,12 @@ import boto3
 import numpy as np
 import yaml
 
-from stockflow import execution
-from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
-from stockflow.executors.ray import RayOptions, connected
-from stockflow.header import TensorSpec, encode_header
+from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run import places
+from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.executors.ray import RayOptions, connected
 from tests import ray_items
 from tests.benchmarks.processes import machine_cpu_seconds
 from tests.benchmarks.report import RESULTS, print_table, record
@@ -124,19 +124,19 @@ def merge_through(
     ports: Sequence[int], recipe: Path, folder: Path, options: RayOptions, observer: Watching
 ) -> MergeResult:
     """Merge on the connected cluster, each worker through its proxy."""
-    start = execution.StartWorker
+    start = places.StartWorker
     how = MergeOptions(1024 * MIB, num_threads=1, device="cpu", shard_size=SHARD_BYTES)
     try:
-        execution.StartWorker = lambda spec: ThroughOwnProxy(start(spec), ports, folder)  # type: ignore[assignment,misc,return-value]
+        places.StartWorker = lambda spec: ThroughOwnProxy(start(spec), ports, folder)  # type: ignore[assignment,misc,return-value]
         return merge(
             Inputs.open(load_recipe(str(recipe))),
             f"s3://{BUCKET}/out",
             how,
-            lambda spec, shards, told: execution.on_ray(spec, shards, told, options),
+            lambda spec, shards, told: places.on_ray(spec, shards, told, options),
             observer,
         )
     finally:
-        execution.StartWorker = start  # type: ignore[misc]
+        places.StartWorker = start  # type: ignore[misc]
 
 
 @contextmanager

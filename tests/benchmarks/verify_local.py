@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from stockflow.verify import NUM_FILES_AT_ONCE
+from stockflow.verification.verify import NUM_FILES_AT_ONCE
 from tests.runs import command
 
 FLOOR = """

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from stockflow.manifest import read_manifest
+from stockflow.output.manifest import read_manifest
 from stockflow.storage import StorageConfig, open_store
-from stockflow.verify import verify
+from stockflow.verification.verify import verify
 from tests.chaos.outputs import Output, Snapshot
 from tests.chaos.processes import Running, await_end, descendants, kill, ray_workers
 

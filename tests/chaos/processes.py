@@ -14,8 +14,8 @@ from tests.runs import REPOSITORY, command
 
 _PRELOADED = [
     "stockflow.cli",
-    "stockflow.execution",
-    "stockflow.commit",
+    "stockflow.run.places",
+    "stockflow.output.publish",
     "stockflow.storage.objects",
     "pyarrow.parquet",
 ]

@@ -14,10 +14,10 @@ import boto3
 import pytest
 import yaml
 
-from stockflow.driver import Inputs, MergeOptions, merge
-from stockflow.execution import in_this_process
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, StoreOptions
 from tests.chaos.kills import Chaos, Kill, Site, Victim, table
 from tests.chaos.outputs import BucketOutput, FolderOutput, Output

@@ -19,7 +19,7 @@ from stockflow.storage import StorageConfig, Store, StoreOptions, open_store, pa
 from stockflow.storage.etags import PartDigests, names_same
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.s3 import forget_session
-from stockflow.verify import verify
+from stockflow.verification.verify import verify
 from tests.ceph_server import PACKAGES, ceph_gateway, missing_binaries
 from tests.contract import test_storage_contract as contract
 from tests.contract import test_storage_s3 as s3_only

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stockflow.checkpoint import INDEX_FILE, SINGLE_FILE, Extent, HeaderCache, open_checkpoint
-from stockflow.commit import encode_config, summarize
+from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.checkpoints.opening import INDEX_FILE, SINGLE_FILE, Extent, HeaderCache, open_checkpoint
 from stockflow.errors import CheckpointError, RecipeError, StockflowError
-from stockflow.header import TensorSpec, encode_header
-from stockflow.manifest import CLAIM_FILE, Claim, Manifest, PublishedFile, read_claim
 from stockflow.methods.protocol import Parameters
-from stockflow.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob
-from stockflow.plan_file import check_mergeable, decode_plan, encode_plan
-from stockflow.receipts import Receipt, TensorFacts
+from stockflow.output.manifest import CLAIM_FILE, Claim, Manifest, PublishedFile, read_claim
+from stockflow.output.publish import encode_config, summarize
+from stockflow.output.receipts import Receipt, TensorFacts
+from stockflow.output.tables import decode_tensors, encode_tensors
+from stockflow.planning.file import check_mergeable, decode_plan, encode_plan
+from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob
 from stockflow.recipe import parse_recipe
 from stockflow.storage import Stamp, StorageConfig, open_store
-from stockflow.tables import decode_tensors, encode_tensors
-from stockflow.verify.records import planned_files
+from stockflow.verification.records import planned_files
 from tests.fuzz import headers
 
 STAMP = Stamp(120, "mtime_ns=1700000000000000000")

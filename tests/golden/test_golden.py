@@ -1,6 +1,6 @@
 """Digests of small merges that never change by accident.
 
-A change here changes models people have: bump ``stockflow.plan.NUMERICS`` in the same commit and say why.
+A change here changes models people have: bump ``stockflow.planning.plan.NUMERICS`` in the same commit and say why.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from stockflow.plan import NUMERICS
+from stockflow.planning.plan import NUMERICS
 from tests import runs
 from tests.checkpoints import Shape, make_family, write_recipe
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import stockflow
-from stockflow.driver import Inputs
 from stockflow.errors import InputChangedError, NotFoundError, PlanError, RecipeError
 from stockflow.events import Done, Event, Moved, Stage
-from stockflow.execution import survey_in_this_process
 from stockflow.insight.audit import Audit, audit, judge, open_output, open_recipe
 from stockflow.insight.audit_lines import audit_lines
 from stockflow.insight.inspection import SurveyOptions
 from stockflow.recipe import load_recipe
+from stockflow.run.driver import Inputs
+from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, make_tensors, write_checkpoint, write_recipe

@@ -11,16 +11,16 @@ import pytest
 import torch
 import yaml
 
-from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, OutputConflictError
-from stockflow.execution import in_this_process
-from stockflow.plan import ShardPlan
-from stockflow.receipts import Receipt
+from stockflow.output.receipts import Receipt
+from stockflow.planning.plan import ShardPlan
+from stockflow.progress.display import Silent
+from stockflow.progress.file import Tracker
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.places import in_this_process
 from stockflow.storage import Stamp, StorageConfig, StoreOptions, local, open_store
-from stockflow.tracking import Tracker
-from stockflow.worker import WorkerSpec
 from tests.checkpoints import Family, make_family
 from tests.fault_proxy import FaultyProxy
 from tests.runs import MIB, grown_bytes

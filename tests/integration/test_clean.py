@@ -13,11 +13,11 @@ from typing import Any
 import boto3
 import pytest
 
-from stockflow.clean import find_leftovers, leftover_facts, remove
 from stockflow.errors import NotFoundError, OutputConflictError
-from stockflow.manifest import CLAIM_FILE
+from stockflow.output.clean import find_leftovers, leftover_facts, remove
+from stockflow.output.manifest import CLAIM_FILE
 from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
-from stockflow.verify import verify
+from stockflow.verification.verify import verify
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.fault_proxy import Fault, FaultyProxy, Request

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from stockflow.budget import LEAST_MEMORY_BYTES
+from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.cli import app
-from stockflow.comparing import compare_checkpoints
 from stockflow.errors import BudgetError
-from stockflow.header import TensorSpec, encode_header
+from stockflow.insight.comparison import compare_checkpoints
+from stockflow.planning.budget import LEAST_MEMORY_BYTES
 from stockflow.storage import StorageConfig
 from tests.checkpoints import BUFFERS, ZOO, make_family, write_checkpoint
 

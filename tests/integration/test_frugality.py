@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from stockflow import budget, worker
-from stockflow.driver import Inputs, MergeOptions, merge
+from stockflow.engine import worker
+from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import BudgetError
-from stockflow.execution import StartWorker, receipt_of
-from stockflow.plan import ShardPlan
-from stockflow.receipts import Receipt
+from stockflow.output.receipts import Receipt
+from stockflow.planning import budget
+from stockflow.planning.plan import ShardPlan
+from stockflow.progress.display import Silent
+from stockflow.progress.file import Observer
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.places import StartWorker, receipt_of
 from stockflow.storage import open_store
-from stockflow.tracking import Observer
-from stockflow.worker import WorkerSpec
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stockflow.driver import Inputs
-from stockflow.execution import MAX_BATCH_TENSORS, batches, survey_in_this_process, survey_on_ray
-from stockflow.executors.ray import RayOptions, connected
 from stockflow.insight.audit import audit, open_recipe
 from stockflow.insight.inspection import Survey, find_subjects, inspect
 from stockflow.recipe import load_recipe
+from stockflow.run.driver import Inputs
+from stockflow.run.executors.ray import RayOptions, connected
+from stockflow.run.places import MAX_BATCH_TENSORS, batches, survey_in_this_process, survey_on_ray
 from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.integration.test_audit import options

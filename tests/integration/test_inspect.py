@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from stockflow.driver import Inputs
 from stockflow.errors import PlanError, RecipeError
-from stockflow.execution import survey_in_this_process
 from stockflow.insight.inspection import Inspection, SurveyOptions, inspect
 from stockflow.recipe import load_recipe
+from stockflow.run.driver import Inputs
+from stockflow.run.places import survey_in_this_process
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
 

@@ -16,9 +16,9 @@ import boto3
 import pytest
 import yaml
 
-from stockflow.changes import planned_states
 from stockflow.errors import InterruptedRunError
 from stockflow.interruption import interruption
+from stockflow.output.changes import planned_states
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
 from tests.checkpoints import Family, make_family
@@ -252,7 +252,7 @@ def test_a_signal_while_an_earlier_plan_is_read_ends_the_run(monkeypatch: pytest
     def interrupted(*_: object, **__: object) -> bytes:
         raise interruption(signal.SIGTERM)
 
-    monkeypatch.setattr("stockflow.changes.read_small", interrupted)
+    monkeypatch.setattr("stockflow.output.changes.read_small", interrupted)
 
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
         planned_states(open_store("memory://interruption/out", StorageConfig()), "a" * 64)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stockflow.budget import LEAST_MEMORY_BYTES
+from stockflow.planning.budget import LEAST_MEMORY_BYTES
 from tests import oracle, runs
 from tests.checkpoints import Family, write_checkpoint, write_recipe
 from tests.runs import MIB

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.engine.facts import Ledger
 from stockflow.errors import CheckpointError
-from stockflow.gram import Gram
-from stockflow.header import TensorSpec
-from stockflow.ledger import Ledger
+from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Coefficients, Parameters
-from stockflow.plan import TensorJob
-from stockflow.receipts import Receipt, total_gram
+from stockflow.output.receipts import Receipt, total_gram
+from stockflow.planning.plan import TensorJob
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_recipe
 

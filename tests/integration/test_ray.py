@@ -19,8 +19,8 @@ import pytest
 import ray
 import yaml
 
-from stockflow import __version__, execution
-from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow import __version__
+from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import (
     BudgetError,
     ComputeLostError,
@@ -31,17 +31,18 @@ from stockflow.errors import (
     StorageError,
     UserError,
 )
-from stockflow.executors import scheduling
-from stockflow.executors.ray import RayOptions, actor, connected, loop
-from stockflow.executors.ray import cluster as cluster_module
-from stockflow.executors.ray import run as run_on_ray
-from stockflow.executors.scheduling import Limits
-from stockflow.plan import ShardPlan
-from stockflow.receipts import Receipt
+from stockflow.output.receipts import Receipt
+from stockflow.planning.plan import ShardPlan
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run import places
+from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.executors import scheduling
+from stockflow.run.executors.ray import RayOptions, actor, connected, loop
+from stockflow.run.executors.ray import cluster as cluster_module
+from stockflow.run.executors.ray import run as run_on_ray
+from stockflow.run.executors.scheduling import Limits
 from stockflow.storage import StorageConfig
-from stockflow.worker import WorkerSpec
 from tests import ray_items, runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.s3_server import free_port
@@ -95,7 +96,7 @@ class Listening(Silent):
 
 def merge_on_ray(recipe: Path, output: str, options: RayOptions, observer: Silent | None = None) -> MergeResult:
     def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], told: Any) -> Iterator[Receipt]:
-        return execution.on_ray(spec, shards, told, options)
+        return places.on_ray(spec, shards, told, options)
 
     how = MergeOptions(1024 * runs.MIB, num_threads=1, device="auto", shard_size=SHARD_SIZE)
     return merge(Inputs.open(load_recipe(str(recipe))), output, how, execute, observer or Silent())
@@ -165,8 +166,8 @@ def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(
     num_workers: int,
 ) -> None:
     observer = Listening()
-    start = execution.StartWorker
-    monkeypatch.setattr(execution, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
+    start = places.StartWorker
+    monkeypatch.setattr(places, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
 
     with ThreadPoolExecutor(1) as beside:
         killed = beside.submit(_kill_when_noted, tmp_path, "hanging")
@@ -186,9 +187,9 @@ def test_a_shard_whose_worker_is_slow_is_merged_by_an_idle_one_and_nothing_is_le
 ) -> None:
     """The slow one has begun to write; it is ended when the other one is done."""
     observer = Listening()
-    start = execution.StartWorker
+    start = places.StartWorker
     monkeypatch.setattr(scheduling, "LEAST_SLOW_S", 0.5)
-    monkeypatch.setattr(execution, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
+    monkeypatch.setattr(places, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
 
     merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=2), observer)
 
@@ -515,13 +516,13 @@ def test_a_worker_that_does_not_see_the_output_is_refused(cluster: str, tmp_path
     )
 
     with pytest.raises(PlanError, match=r"a worker does not see the output .*elsewhere.* use object storage"):
-        run_items(execution.StartWorker(spec), [1])
+        run_items(places.StartWorker(spec), [1])
 
 
 CONNECT = """
 import sys
 from stockflow.errors import ComputeLostError
-from stockflow.executors.ray import RayOptions, connected
+from stockflow.run.executors.ray import RayOptions, connected
 for address in sys.argv[1:]:
     try:
         with connected(RayOptions(address=address), 1):

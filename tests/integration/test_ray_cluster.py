@@ -18,8 +18,8 @@ import yaml
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from stockflow.executors.ray import RayOptions
-from stockflow.executors.ray import run as run_on_ray
+from stockflow.run.executors.ray import RayOptions
+from stockflow.run.executors.ray import run as run_on_ray
 from tests import ray_items, runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.s3_server import free_port

@@ -22,17 +22,17 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from stockflow import execution
-from stockflow.driver import Inputs, MergeOptions, merge
+from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import ComputeLostError
-from stockflow.executors.ray import RayOptions
-from stockflow.executors.ray import run as run_on_ray
-from stockflow.plan import ShardPlan
-from stockflow.receipts import Receipt
+from stockflow.output.receipts import Receipt
+from stockflow.planning.plan import ShardPlan
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run import places
+from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.executors.ray import RayOptions
+from stockflow.run.executors.ray import run as run_on_ray
 from stockflow.storage import open_store
-from stockflow.worker import WorkerSpec
 from tests import ray_items, runs
 from tests.benchmarks.processes import process_tree
 from tests.checkpoints import make_family, write_recipe
@@ -105,7 +105,7 @@ class SlowMerge:
         self._merging = self._pool.submit(merge, inputs, str(self.output), how, self._execute, self.observer)
 
     def _execute(self, spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Any) -> Iterator[Receipt]:
-        start = ray_items.Slowly(execution.StartWorker(spec), self._folder, 1.0, self._stuck, self._hungry)
+        start = ray_items.Slowly(places.StartWorker(spec), self._folder, 1.0, self._stuck, self._hungry)
         answers = run_on_ray(
             start,
             shards,
@@ -116,7 +116,7 @@ class SlowMerge:
             name=lambda shard: shard.file,
         )
         for answer in answers:
-            yield execution.receipt_of(answer, open_store(str(self.output), spec.storage), spec.plan_id)
+            yield places.receipt_of(answer, open_store(str(self.output), spec.storage), spec.plan_id)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return what workers have noted so far."""

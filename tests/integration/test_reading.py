@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from stockflow.budget import Workspace, divide
-from stockflow.direct import Lookahead
-from stockflow.driver import Inputs, MergeOptions, MergeResult, plan_merge
-from stockflow.plan import TensorJob
+from stockflow.engine.in_place import Lookahead
+from stockflow.planning.budget import Workspace, divide
+from stockflow.planning.plan import TensorJob
+from stockflow.planning.reads import Load, schedule
 from stockflow.recipe import load_recipe
-from stockflow.schedule import Load, schedule
+from stockflow.run.driver import Inputs, MergeOptions, MergeResult, plan_merge
 from stockflow.storage import StorageConfig, open_store
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import MIB, merge_here, shard_digests
@@ -65,7 +65,7 @@ def test_direct_held_and_repeated_reading_give_the_same_bytes(
         )
         return divided[-1]
 
-    monkeypatch.setattr("stockflow.worker.divide", divide_little)
+    monkeypatch.setattr("stockflow.engine.worker.divide", divide_little)
     merged: dict[str, MergeResult] = {}
     spare_bytes = 1024 * MIB
     merged["direct"] = merge_here(local, tmp_path / "direct", memory_bytes=2048 * MIB)
@@ -95,7 +95,7 @@ class Announced:
 def test_the_disk_hears_of_every_direct_load_once_in_order_and_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stockflow.direct.LOOKAHEAD_BYTES", 4 * MIB)
+    monkeypatch.setattr("stockflow.engine.in_place.LOOKAHEAD_BYTES", 4 * MIB)
     family = make_family(tmp_path, 2, {f"w{number}": (600, 1000) for number in range(6)}, torch.bfloat16)
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
     plan, workspace = plan_merge(Inputs.open(load_recipe(str(recipe))), str(tmp_path / "out"), MergeOptions(2**40, 1))

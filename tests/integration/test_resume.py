@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from stockflow.commit import commit
-from stockflow.driver import Inputs, MergeOptions, merge
+from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError
-from stockflow.execution import ShardWork, in_this_process, receipt_of
-from stockflow.manifest import CLAIM_FILE, Claim, Manifest
-from stockflow.plan import ShardPlan
-from stockflow.prefix import valid_receipts
-from stockflow.receipts import Receipt
+from stockflow.output.manifest import CLAIM_FILE, Claim, Manifest
+from stockflow.output.ownership import valid_receipts
+from stockflow.output.publish import commit
+from stockflow.output.receipts import Receipt
+from stockflow.planning.plan import ShardPlan
+from stockflow.progress.display import Silent
+from stockflow.progress.file import Tracker
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.places import ShardWork, in_this_process, receipt_of
 from stockflow.storage import LocalStore, Stamp, StorageConfig, Store, open_store
-from stockflow.tracking import Tracker
-from stockflow.worker import WorkerSpec
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
 from tests.runs import MIB
@@ -349,7 +349,7 @@ def test_the_driver_holds_no_coefficients(family: Family, tmp_path: Path, monkey
         held[:] = receipts
         return commit(output, inputs, recipe, plan, receipts)
 
-    monkeypatch.setattr("stockflow.commit.commit", commit_and_tell)
+    monkeypatch.setattr("stockflow.output.publish.commit", commit_and_tell)
     output = tmp_path / "out"
 
     for num_resumed in (0, 3):

@@ -11,15 +11,15 @@ import boto3
 import pytest
 import yaml
 
-from stockflow import execution
-from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.errors import AccessDeniedError, StorageError
-from stockflow.manifest import MANIFEST_FILE
+from stockflow.output.manifest import MANIFEST_FILE
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run import places
+from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.storage import StorageConfig, Store, fs, objects, open_store, parts
 from stockflow.storage.retry import RetryPolicy
-from stockflow.verify import verify
+from stockflow.verification.verify import verify
 from tests.checkpoints import make_family
 from tests.fault_proxy import Fault, FaultyProxy, Outage, Step, Weather
 from tests.runs import MIB, grown_bytes, receipts, shard_digests
@@ -99,7 +99,7 @@ def recipe_at(folder: Path, models: list[str], storage: object = None) -> Path:
 
 def merged(recipe: Path, output: str) -> MergeResult:
     options = MergeOptions(1024 * MIB + grown_bytes(), 2, "cpu", SHARD_SIZE)
-    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execution.in_this_process, Silent())
+    return merge(Inputs.open(load_recipe(str(recipe))), output, options, places.in_this_process, Silent())
 
 
 def shards(result: MergeResult) -> dict[str, str]:

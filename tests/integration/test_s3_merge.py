@@ -12,16 +12,17 @@ import pytest
 import torch
 import yaml
 
-from stockflow import execution, prefix
-from stockflow.budget import client_bytes
-from stockflow.driver import Execute, Inputs, MergeOptions, MergeResult, merge, plan_merge
 from stockflow.errors import BudgetError, InputChangedError, OutputConflictError, PlanError, RecipeError
-from stockflow.receipts import Receipt
+from stockflow.output import ownership
+from stockflow.output.receipts import Receipt
+from stockflow.planning.budget import client_bytes
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run import places
+from stockflow.run.driver import Execute, Inputs, MergeOptions, MergeResult, merge, plan_merge
 from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.parts import upload_bytes
-from stockflow.verify import verify
+from stockflow.verification.verify import verify
 from tests.checkpoints import make_family, write_checkpoint
 from tests.fault_proxy import FaultyProxy
 from tests.runs import MIB, command, grown_bytes, run
@@ -115,7 +116,7 @@ def merge_at(
     recipe: Path | str,
     output: str,
     observer: Silent | None = None,
-    execute: Execute = execution.in_this_process,
+    execute: Execute = places.in_this_process,
 ) -> MergeResult:
     """Merge in this process."""
     options = MergeOptions(MEMORY_BYTES + grown_bytes(), 2, "cpu", SHARD_SIZE)
@@ -311,7 +312,7 @@ def test_an_input_replaced_after_planning_is_named_with_both_stamps(
 
     def replace_first(*arguments: Any) -> Iterator[Receipt]:
         place.s3.put_object(Bucket="tunes", Key=key, Body=bytes(payload))
-        return execution.in_this_process(*arguments)
+        return places.in_this_process(*arguments)
 
     recipe = place.recipe([*place.on_s3[:2], url], tunes={"client": client})
     with pytest.raises(InputChangedError) as caught:
@@ -330,7 +331,7 @@ def test_an_input_replaced_after_planning_is_named_with_both_stamps(
 def test_weaker_promises_are_said_and_worked_with(
     place: Place, out: str, digests: dict[str, str], client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "SETTLE_S", 0.1)
+    monkeypatch.setattr(ownership, "SETTLE_S", 0.1)
     listener = Listener()
     with FaultyProxy(place.endpoint) as proxy:
         proxy.ignored_headers |= {"if-match", "if-none-match"}

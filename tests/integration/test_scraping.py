@@ -15,17 +15,17 @@ import yaml
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from stockflow.driver import Inputs, MergeOptions, merge
+from stockflow.engine.worker import WorkerSpec, process_name
 from stockflow.errors import NumericsError
 from stockflow.events import Begun, Done, Event, Moved, Stage
-from stockflow.execution import in_this_process
-from stockflow.metrics import Metrics, served
-from stockflow.plan import ShardPlan
-from stockflow.receipts import Receipt
+from stockflow.output.receipts import Receipt
+from stockflow.planning.plan import ShardPlan
+from stockflow.progress.display import AsEvents
+from stockflow.progress.file import Tracker
+from stockflow.progress.metrics import Metrics, served
 from stockflow.recipe import load_recipe
-from stockflow.reporting import AsEvents
-from stockflow.tracking import Tracker
-from stockflow.worker import WorkerSpec, process_name
+from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.places import in_this_process
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 

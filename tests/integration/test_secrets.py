@@ -289,7 +289,7 @@ import json, sys
 import ray
 from typer.testing import CliRunner
 from stockflow.cli import app
-from stockflow.executors.ray import RayOptions, connected
+from stockflow.run.executors.ray import RayOptions, connected
 with connected(RayOptions(num_workers=1), 2):
     for place in sys.argv[2:]:
         merge = ["merge", *place.split(), "--executor", "ray", "--workers", "1", "--device", "cpu"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stockflow.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.engine.worker import WorkerSpec, process_name
 from stockflow.errors import (
     CheckpointError,
     NotFoundError,
@@ -23,16 +23,16 @@ from stockflow.errors import (
     StockflowError,
     StorageError,
 )
-from stockflow.execution import in_this_process
-from stockflow.manifest import Manifest, read_manifest
-from stockflow.plan import ShardPlan
-from stockflow.receipts import Receipt
+from stockflow.output.manifest import Manifest, read_manifest
+from stockflow.output.receipts import Receipt
+from stockflow.planning.plan import ShardPlan
+from stockflow.progress.display import Silent
+from stockflow.progress.file import Tracker
+from stockflow.progress.status import Status, exit_code, read_status, status_line, status_lines
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
-from stockflow.status import Status, exit_code, read_status, status_line, status_lines
+from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
-from stockflow.tracking import Tracker
-from stockflow.worker import WorkerSpec, process_name
 from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.fault_proxy import FaultyProxy
@@ -243,7 +243,7 @@ def test_a_merge_that_was_killed_is_silent_and_then_dead(
         now = time.time()
         states = {}
         for passed_s in (30, 120, 1200):
-            monkeypatch.setattr("stockflow.status.time.time", lambda passed_s=passed_s: now + passed_s)
+            monkeypatch.setattr("stockflow.progress.status.time.time", lambda passed_s=passed_s: now + passed_s)
             states[passed_s] = read_status(store).state
         monkeypatch.undo()
         record.unlink()
@@ -264,7 +264,7 @@ def test_the_record_of_a_killed_run_does_not_hide_how_the_next_one_failed(
 
     states = []
     for passed_s in (0, 60):
-        monkeypatch.setattr("stockflow.status.time.time", lambda passed_s=passed_s: now + passed_s)
+        monkeypatch.setattr("stockflow.progress.status.time.time", lambda passed_s=passed_s: now + passed_s)
         status = read_status(output_of(str(tmp_path / "out")))
         states.append((status.state, exit_code(status)))
     monkeypatch.undo()
@@ -304,7 +304,7 @@ def test_a_merge_that_publishes_while_it_is_looked_at_is_finished(
             raise answers.pop()
         return read_manifest(store)
 
-    monkeypatch.setattr("stockflow.status.read_manifest", not_at_first)
+    monkeypatch.setattr("stockflow.progress.status.read_manifest", not_at_first)
     status = read_status(store)
 
     assert not answers

@@ -238,8 +238,8 @@ def test_a_wrong_token_submits_nothing(cluster: Cluster, recipe: Path, tmp_path:
 
 FOLLOW = """
 import sys
-from stockflow.executors.ray.jobs import Jobs
-from stockflow.submission import exit_code, follow, how_it_ended
+from stockflow.run.executors.ray.jobs import Jobs
+from stockflow.run.submission import exit_code, follow, how_it_ended
 jobs = Jobs(sys.argv[1])
 assert jobs.submit(sys.argv[2], sys.argv[3], {}, {})
 assert not jobs.submit(sys.argv[2], sys.argv[3], {}, {})

@@ -15,18 +15,18 @@ import boto3
 import pytest
 import yaml
 
-from stockflow.claims import Heartbeat
-from stockflow.driver import Execute, Inputs, MergeOptions, MergeResult, merge
 from stockflow.errors import OutputConflictError
-from stockflow.execution import in_this_process
-from stockflow.manifest import CLAIM_FILE, Claim
-from stockflow.plan import ShardPlan
-from stockflow.prefix import sweep
-from stockflow.receipts import Receipt
+from stockflow.output.claims import Heartbeat
+from stockflow.output.manifest import CLAIM_FILE, Claim
+from stockflow.output.ownership import sweep
+from stockflow.output.receipts import Receipt
+from stockflow.planning.plan import ShardPlan
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run.driver import Execute, Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, open_store
-from stockflow.verify import verify
+from stockflow.verification.verify import verify
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.fault_proxy import Fault, FaultyProxy, Request
@@ -37,7 +37,7 @@ SHAPES = {f"model.layers.{index}.weight": (400, 1000) for index in range(12)}
 NUM_ROUNDS = 20
 FEW = 6
 """rounds where the other fourteen belong to make test-races"""
-OTHER_CLASS = "from stockflow import host; host.HostArithmetic.numerics_class = 'cuda-sm90'\n"
+OTHER_CLASS = "from stockflow.engine import cpu; cpu.HostArithmetic.numerics_class = 'cuda-sm90'\n"
 """A machine without a GPU that says it has one: nothing else about it matters here."""
 
 races = pytest.mark.races

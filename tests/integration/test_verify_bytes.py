@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from stockflow.storage import StorageConfig
-from stockflow.verify import verify
+from stockflow.verification.verify import verify
 from tests.checkpoints import llama_shapes, make_family, write_recipe
 from tests.runs import merge_here
 

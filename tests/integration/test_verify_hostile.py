@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stockflow.sealed import check_num_values, check_seal, seal
+from stockflow.output.sealed import check_num_values, check_seal, seal
+from stockflow.output.tables import TENSORS_SCHEMA
 from stockflow.storage import StorageConfig
-from stockflow.tables import TENSORS_SCHEMA
-from stockflow.verify import verify
-from stockflow.verify.findings import MAX_FINDINGS, Finding
+from stockflow.verification.findings import MAX_FINDINGS, Finding
+from stockflow.verification.verify import verify
 from tests import runs
 from tests.checkpoints import llama_shapes, make_family, write_recipe
 from tests.integration.test_verify import edit_manifest, endorse, manifest

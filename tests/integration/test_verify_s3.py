@@ -9,15 +9,15 @@ from typing import Literal
 import boto3
 import pytest
 
-from stockflow import execution
-from stockflow.driver import Inputs, MergeOptions, merge
 from stockflow.errors import StorageError
+from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run import places
+from stockflow.run.driver import Inputs, MergeOptions, merge
 from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.base import Stamp
-from stockflow.verify import SampleOptions, Verification, verify
-from stockflow.verify.reading import CHUNK_BYTES, Output, Range
+from stockflow.verification.files import CHUNK_BYTES, Output, Range
+from stockflow.verification.verify import SampleOptions, Verification, verify
 from tests import runs
 from tests.checkpoints import llama_shapes, make_family, write_recipe
 
@@ -37,7 +37,7 @@ def url(tmp_path: Path, s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.Mo
     recipe.write_text(recipe.read_text().replace(f"{tmp_path}/", f"s3://{s3_bucket}/"))
     options = MergeOptions(MEMORY_BYTES + runs.grown_bytes(), 2, "cpu", shard_size=60_000)
     output = f"s3://{s3_bucket}/out"
-    merge(Inputs.open(load_recipe(str(recipe))), output, options, execution.in_this_process, Silent())
+    merge(Inputs.open(load_recipe(str(recipe))), output, options, places.in_this_process, Silent())
     return output
 
 

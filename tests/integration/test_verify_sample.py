@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from stockflow.cli import app
+from stockflow.engine.cpu import HostArithmetic
+from stockflow.engine.units import LoadedPiece
 from stockflow.errors import BudgetError, PlanError
-from stockflow.host import HostArithmetic
 from stockflow.kernels.arrays import Floats
-from stockflow.sealed import seal
+from stockflow.output.sealed import seal
+from stockflow.output.tables import encode_tensors, read_facts
 from stockflow.storage import StorageConfig
-from stockflow.tables import encode_tensors, read_facts
-from stockflow.units import LoadedPiece
-from stockflow.verify import SampleOptions, Verification, recompute, verify
+from stockflow.verification import recompute
+from stockflow.verification.verify import SampleOptions, Verification, verify
 from tests import runs
 from tests.checkpoints import Family, Shape, make_family, write_recipe
 from tests.integration.test_verify import endorse, manifest
@@ -352,7 +353,7 @@ def test_nothing_is_written(output: Path) -> None:
 
 
 def test_units_in_the_last_place_are_told_from_changes() -> None:
-    from stockflow.verify.differences import Difference
+    from stockflow.verification.bits import Difference
 
     def compared(dtype: str, kind: Any, left: float, right: float) -> Difference:
         difference = Difference()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stockflow.errors import ComputeLostError, PlanError, StorageError
-from stockflow.executors.scheduling import Action, Cause, Give, Limits, Scheduler, Start
+from stockflow.run.executors.scheduling import Action, Cause, Give, Limits, Scheduler, Start
 
 CRASHES = (Cause.lost, Cause.out_of_memory, Cause.late, Cause.error, Cause.preempted)
 GIVEN_UP = (ComputeLostError, StorageError, PlanError, RuntimeError)

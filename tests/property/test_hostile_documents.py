@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stockflow.changes import planned_states
-from stockflow.checkpoint import Extent
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.opening import Extent
 from stockflow.errors import CheckpointError, RecipeError
-from stockflow.header import TensorSpec
-from stockflow.manifest import Manifest, plan_key
 from stockflow.methods.protocol import Parameters
-from stockflow.plan import COPY, Source, TensorJob
-from stockflow.plan_file import check_mergeable
+from stockflow.output.changes import planned_states
+from stockflow.output.manifest import Manifest, plan_key
+from stockflow.planning.file import check_mergeable
+from stockflow.planning.plan import COPY, Source, TensorJob
 from stockflow.storage import StorageConfig, check_key, open_store
 from tests.fuzz.readers import MANIFEST, NASTY, READERS, SHARD, Reader, attempt, places
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from stockflow.checkpoint import open_checkpoints
+from stockflow.checkpoints.header import MAX_HEADER_BYTES
+from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.errors import HeaderError
-from stockflow.header import MAX_HEADER_BYTES
 from stockflow.storage import StorageConfig, open_store
 from tests.fuzz.headers import RULES, file_of, malformed, parse, rule_of, valid
 

@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stockflow.driver import Inputs, MergeOptions, plan_merge
 from stockflow.errors import BudgetError
 from stockflow.recipe import load_recipe
+from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from tests import oracle, runs
 from tests.checkpoints import Family, Shape, make_family, write_checkpoint, write_recipe
 from tests.runs import MIB

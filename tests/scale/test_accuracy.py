@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stockflow.tables import decode_tensors
+from stockflow.output.tables import decode_tensors
 
 NUM_ELEMS = 2**29
 CHUNK = 2**24

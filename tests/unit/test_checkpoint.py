@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stockflow.checkpoint import FIRST_READ_BYTES, MAX_SIDE_FILE_BYTES, Checkpoint, open_checkpoints
+from stockflow.checkpoints.opening import FIRST_READ_BYTES, MAX_SIDE_FILE_BYTES, Checkpoint, open_checkpoints
 from stockflow.errors import CheckpointError, HeaderError, NotFoundError
 from stockflow.storage import StorageConfig, open_store
 from tests.checkpoints import BUFFERS, SIDE_FILES, ZOO, make_tensors, write_checkpoint

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stockflow import cuda
+from stockflow.engine import cuda
 from stockflow.kernels import linear
 from stockflow.kernels.floats import FORMATS, results_in, slab_of
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stockflow.calibration import load_calibration, parse_calibration
 from stockflow.cli import app
-from stockflow.driver import Inputs, MergeOptions, plan_merge
 from stockflow.errors import RecipeError
-from stockflow.measuring import calibrate, solved
-from stockflow.pagecache import cached_share
-from stockflow.prices import load_prices
+from stockflow.forecast.amounts import survey
+from stockflow.forecast.calibration import load_calibration, parse_calibration
+from stockflow.forecast.measuring import calibrate, solved
+from stockflow.forecast.pagecache import cached_share
+from stockflow.forecast.prices import load_prices
 from stockflow.recipe import load_recipe
-from stockflow.workload import survey
+from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from tests.checkpoints import make_family, write_recipe
 from tests.runs import MIB, merge_here, run
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from stockflow.geometry import Geometry
-from stockflow.gram import Gram
 from stockflow.insight.formulas import FORMULAS, Evidence, decide, ratios_of
 from stockflow.kernels.roundings import count_roundings, fraction_bits, squared_steps, sum_of_steps
+from stockflow.methods.gram import Gram
+from stockflow.methods.ratios import Geometry
 from tests import oracle
 
 EXACT, TWO_MODEL, AVERAGE, BASE = (FORMULAS.index(name) for name in ("exact", "two_model", "average", "base"))

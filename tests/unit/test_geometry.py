@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from stockflow.geometry import RATIOS, Geometry, cosine_matrix, packed, pairs, unpacked
-from stockflow.gram import Gram
+from stockflow.methods.gram import Gram
+from stockflow.methods.ratios import RATIOS, Geometry, cosine_matrix, packed, pairs, unpacked
 
 
 def gram_of(deltas_GNE: np.ndarray, base_norm: float = 1.0) -> Gram:

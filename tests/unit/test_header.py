@@ -17,8 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from stockflow.errors import CheckpointError, HeaderError
-from stockflow.header import (
+from stockflow.checkpoints.header import (
     DTYPES,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -28,6 +27,7 @@ from stockflow.header import (
     header_bytes,
     parse_header,
 )
+from stockflow.errors import CheckpointError, HeaderError
 
 WHERE = "folder/model.safetensors"
 

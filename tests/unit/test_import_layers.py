@@ -20,56 +20,41 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "__main__",
         "cli",
-        "measuring",
-        "demo api",
-        "insight report submission",
-        "reporting metrics execution verify clean comparing forecast status",
-        "differences prediction",
-        "describe",
-        "driver survey calibration prices",
-        "workload",
-        "commit worker tracking",
-        "sources",
-        "direct",
-        "card devices prefix",
-        "merging",
-        "host cuda",
-        "units claims",
-        "reader",
-        "changes schedule",
-        "budget manifest planning ledger",
-        "plan_file",
-        "plan",
-        "recipe checkpoint tables",
-        "methods receipts writer geometry",
-        "gram buffers",
-        "kernels header storage",
-        "spans executors records sealed",
-        "interruption",
-        "errors ahead strictjson redaction version events notebook naming pagecache pipeline",
+        "api demo",
+        "insight reports forecast",
+        "run verification",
+        "engine progress",
+        "output",
+        "planning",
+        "recipe checkpoints",
+        "storage",
+        "methods",
+        "kernels",
+        "text interruption",
+        "errors events ahead version",
     )
 )
-"""From the top down; a folder of modules is one name. Neighbours in a layer do not import each other."""
+"""From the top down; a room, which is a folder of modules, is one name. Neighbours do not import each other."""
 
 HOMES = {
-    "torch": {"cuda", "demo"},
+    "torch": {"engine", "demo"},
     "numba": {"kernels"},
-    "ray": {"executors"},
-    "pyarrow": {"tables"},
+    "ray": {"run"},
+    "pyarrow": {"output"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "obstore": {"storage"},
     "boto3": {"storage"},
     "botocore": {"storage"},
     "huggingface_hub": {"storage"},
-    "safetensors": {"demo", "verify"},
+    "safetensors": {"demo", "verification"},
     "yaml": {"recipe"},
     "pydantic": {"recipe"},
     "typer": {"cli"},
-    "jinja2": {"report"},
-    "markupsafe": {"report"},
-    "rich": {"reporting"},
-    "prometheus_client": {"metrics"},
+    "jinja2": {"reports"},
+    "markupsafe": {"reports"},
+    "rich": {"progress"},
+    "prometheus_client": {"progress"},
 }
 
 
@@ -150,7 +135,7 @@ def test_each_heavy_library_has_one_home(library: str) -> None:
 def test_ray_is_known_to_its_own_executor_only() -> None:
     users = {module for module, path in modules() for _, name in imports(path) if name.split(".")[0] == "ray"}
 
-    assert all(module.startswith("executors.ray") for module in users)
+    assert all(module.startswith("run.executors.ray") for module in users)
 
 
 @pytest.mark.parametrize("command", ["import", "plan", "schema"])

@@ -19,9 +19,9 @@ from stockflow import api
 from stockflow.cli import app
 from stockflow.errors import StorageError
 from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
-from stockflow.reporting import LogLevel
-from stockflow.reporting.lines import PlainLines
-from stockflow.reporting.logs import LogLines
+from stockflow.progress.display import LogLevel
+from stockflow.progress.lines import PlainLines
+from stockflow.progress.logs import LogLines
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 

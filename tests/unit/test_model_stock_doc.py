@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stockflow.geometry import Geometry
-from stockflow.gram import Gram
+from stockflow.methods.gram import Gram
+from stockflow.methods.ratios import Geometry
 
 PAGE = (Path(__file__).parents[2] / "docs" / "model-stock.md").read_text()
 ROWS = re.findall(r"^\| (-?0\.\d, -?0\.\d, -?0\.\d) \|(.*)\|$", PAGE, re.MULTILINE)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stockflow.naming import KINDS, kind_of, layer_of
+from stockflow.checkpoints.naming import KINDS, kind_of, layer_of
 
 NAMES: dict[str, dict[str, tuple[str, int | None]]] = {
     "Llama": {

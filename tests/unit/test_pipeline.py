@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stockflow.pipeline import LoadTime, StepTime, run
+from stockflow.forecast.pipeline import LoadTime, StepTime, run
 
 SECONDS = st.just(0.0) | st.floats(1e-15, 1e6)
 LOADS = st.builds(LoadTime, SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)

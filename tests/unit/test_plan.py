@@ -20,7 +20,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stockflow.budget import (
+from stockflow.checkpoints.header import TensorSpec, header_bytes, parse_header
+from stockflow.checkpoints.opening import Extent, open_checkpoints
+from stockflow.errors import BudgetError, PlanError
+from stockflow.methods.protocol import Parameters, Scope
+from stockflow.planning.budget import (
     GOOD_NUM_SLABS,
     MAX_CHUNK_SPANS,
     MIB,
@@ -30,15 +34,11 @@ from stockflow.budget import (
     default_memory,
     divide,
 )
-from stockflow.checkpoint import Extent, open_checkpoints
-from stockflow.errors import BudgetError, PlanError
-from stockflow.header import TensorSpec, header_bytes, parse_header
-from stockflow.methods.protocol import Parameters, Scope
-from stockflow.plan import COPY, COPY_EQUAL, MergePlan, Source, TensorJob
-from stockflow.planning import default_shard_size, few_shards_note, make_plan
+from stockflow.planning.make import default_shard_size, few_shards_note, make_plan
+from stockflow.planning.plan import COPY, COPY_EQUAL, MergePlan, Source, TensorJob
+from stockflow.planning.reads import ALIGNMENT, Load, Piece, Request, Step, schedule, split_request
+from stockflow.planning.spans import SPAN_ELEMS, span_bounds
 from stockflow.recipe import parse_recipe, parse_size
-from stockflow.schedule import ALIGNMENT, Load, Piece, Request, Step, schedule, split_request
-from stockflow.spans import SPAN_ELEMS, span_bounds
 from stockflow.storage import open_store
 from tests.checkpoints import write_checkpoint
 

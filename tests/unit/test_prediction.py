@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stockflow.calibration import Calibration, KernelCost, MachineCosts, PlaceCosts
-from stockflow.prediction import Conditions, Model, Prediction
-from stockflow.prices import MachinePrices, Prices, StorePrices, cost_of
-from stockflow.workload import Kernel, LoadWork, Reading, Requests, ShardWork, StepWork, Workload
+from stockflow.forecast.amounts import Kernel, LoadWork, Reading, Requests, ShardWork, StepWork, Workload
+from stockflow.forecast.calibration import Calibration, KernelCost, MachineCosts, PlaceCosts
+from stockflow.forecast.prediction import Conditions, Model, Prediction
+from stockflow.forecast.prices import MachinePrices, Prices, StorePrices, cost_of
 
 GB = 10**9
 KERNEL = Kernel("linear", "BF16", 3)

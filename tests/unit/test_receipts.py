@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from stockflow.driver import Inputs, MergeOptions, plan_merge
-from stockflow.receipts import Receipt
+from stockflow.engine.inputs import Sources
+from stockflow.engine.worker import OnBytes, Worker, WorkerSpec
+from stockflow.output.receipts import Receipt
+from stockflow.output.sealed import SEAL_KEY, seal
 from stockflow.recipe import load_recipe
-from stockflow.sealed import SEAL_KEY, seal
-from stockflow.sources import Sources
+from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from stockflow.storage import StorageConfig
-from stockflow.verify import verify
-from stockflow.worker import OnBytes, Worker, WorkerSpec
+from stockflow.verification.verify import verify
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 

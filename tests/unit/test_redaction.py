@@ -5,9 +5,9 @@ import time
 import pytest
 
 from stockflow.errors import RecipeError
-from stockflow.redaction import has_credentials, keep_secret, redact, redact_urls, without_secrets
 from stockflow.storage import StorageConfig, normalize_url, open_store
 from stockflow.storage.faults import scrub
+from stockflow.text.redaction import has_credentials, keep_secret, redact, redact_urls, without_secrets
 
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from stockflow.manifest import Manifest, PublishedFile
-from stockflow.plan import CheckpointRef
-from stockflow.receipts import Receipt, TensorFacts
-from stockflow.report import Report, palette
-from stockflow.report.course import course_of
-from stockflow.report.evidence import Evidence, Model
-from stockflow.report.html import Scale, rising_axis, time_unit
-from stockflow.report.words import number, printable, seconds, share
+from stockflow.output.manifest import Manifest, PublishedFile
+from stockflow.output.receipts import Receipt, TensorFacts
+from stockflow.planning.plan import CheckpointRef
+from stockflow.reports import palette
+from stockflow.reports.course import course_of
+from stockflow.reports.evidence import Evidence, Model
+from stockflow.reports.html import Scale, rising_axis, time_unit
+from stockflow.reports.report import Report
+from stockflow.reports.words import number, printable, seconds, share
 from stockflow.storage import Stamp, StorageConfig
 
 MB = 10**6

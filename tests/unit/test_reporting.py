@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from stockflow.cli import app
 from stockflow.errors import PlanError, StorageError
 from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Stage
-from stockflow.reporting import reporting
-from stockflow.reporting.lines import JsonLines, PlainLines
-from stockflow.reporting.live import LiveDisplay
-from stockflow.reporting.state import WINDOW_S, State, duration, in_words
+from stockflow.progress.display import reporting
+from stockflow.progress.lines import JsonLines, PlainLines
+from stockflow.progress.live import LiveDisplay
+from stockflow.progress.state import WINDOW_S, State, duration, in_words
 from tests.checkpoints import make_family, write_recipe
 
 MERGING = Stage(

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from stockflow.errors import ComputeLostError, PlanError, StorageError
-from stockflow.executors.scheduling import (
+from stockflow.run.executors.scheduling import (
     LEAST_SLOW_S,
     MOST_PAUSE_S,
     NUM_TYPICAL,

@@ -16,11 +16,12 @@ from aiohttp import web
 from ray.job_submission import JobSubmissionClient
 from typer.testing import CliRunner
 
-from stockflow import __version__, submission
+from stockflow import __version__
 from stockflow.cli import app
 from stockflow.errors import AccessDeniedError, ComputeLostError, NotFoundError, RecipeError
-from stockflow.executors.ray.jobs import Job, LogStream
-from stockflow.submission import Request, exit_code, follow, how_it_ended, make_request
+from stockflow.run import submission
+from stockflow.run.executors.ray.jobs import Job, LogStream
+from stockflow.run.submission import Request, exit_code, follow, how_it_ended, make_request
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import REPOSITORY
 from tests.s3_server import free_port

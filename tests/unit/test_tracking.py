@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from stockflow.driver import Inputs, MergeOptions, plan_merge
 from stockflow.errors import (
     CheckpointError,
     InterruptedRunError,
@@ -15,13 +14,14 @@ from stockflow.errors import (
     OutputConflictError,
     StorageError,
 )
-from stockflow.manifest import CLAIM_FILE, Claim
-from stockflow.plan import MergePlan
-from stockflow.receipts import Receipt
+from stockflow.output.manifest import CLAIM_FILE, Claim
+from stockflow.output.receipts import Receipt
+from stockflow.planning.plan import MergePlan
+from stockflow.progress.display import Silent
+from stockflow.progress.file import PROGRESS_FORMAT, Progress, Tracker, read_progress, reported
 from stockflow.recipe import load_recipe
-from stockflow.reporting import Silent
+from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from stockflow.storage import Stamp, StorageConfig, Store, open_store
-from stockflow.tracking import PROGRESS_FORMAT, Progress, Tracker, read_progress, reported
 from tests.checkpoints import make_family, write_recipe
 
 MIB = 2**20
@@ -193,7 +193,7 @@ def test_storage_that_is_gone_does_not_keep_a_run_from_ending(
                 waited.set()
             raise StorageError("still gone")
 
-    monkeypatch.setattr("stockflow.tracking.LAST_REPORT_S", 0.1)
+    monkeypatch.setattr("stockflow.progress.file.LAST_REPORT_S", 0.1)
     store: Any = Gone()
     with pytest.raises(StorageError, match=r"^gone$"), reported(store, begun(plan, Clock())):
         raise StorageError("gone")

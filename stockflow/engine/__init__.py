@@ -1,0 +1,1 @@
+"""What merges: inputs, arithmetic, the ordered writer, and the worker that drives them."""

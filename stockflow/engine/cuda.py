@@ -1,0 +1,146 @@
+"""The arithmetic of linear methods on a CUDA device, in torch. Written and reviewed, not yet run on one.
+
+Each calling thread has a stream of its own, so that copies of one span overlap the computation of another. Given the
+same coefficients results have the same bytes as the processor's: operations are the same, one by one, each rounded
+on its own. Grams differ in the order of additions, in float64.
+
+Shape suffixes: M sources (anchor first), E elements of a span, G groups, K elements of a group in the span.
+"""
+
+import threading
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stockflow.engine.units import LoadedPiece
+from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.planning.plan import TensorJob
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def is_available() -> bool:
+    """Return whether torch sees a CUDA device."""
+    return torch.cuda.is_available()
+
+
+class CudaArithmetic:
+    """Spans computed on the current CUDA device; safe to use from several threads."""
+
+    kind: Literal["cuda"] = "cuda"
+
+    def __init__(self) -> None:
+        """Take the current device."""
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._streams = threading.local()
+
+    @property
+    def numerics_class(self) -> str:
+        """The architecture: sums may be ordered otherwise on another."""
+        major, minor = torch.cuda.get_device_capability(self._device)
+        return f"cuda-sm{major}{minor}"
+
+    def allocate(self, num_bytes: int) -> Bytes:
+        """Return page-locked memory, from which copies run beside the computation."""
+        memory: Bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return memory
+
+    def prepare(self, jobs: Iterable[TensorJob]) -> None:
+        """Do nothing: torch loads its kernels when the device is opened."""
+
+    def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
+        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M); all of them, at no cost."""
+        del with_anchor
+        with torch.cuda.stream(self._stream()):
+            rows_ME = self._load(span)
+            torch.sub(rows_ME[1:], rows_ME[:1], out=rows_ME[1:])
+            groups_GMK = rows_ME.double().view(len(rows_ME), -1, group_elems).transpose(0, 1)
+            products_GMM: Floats = torch.bmm(groups_GMK, groups_GMK.transpose(1, 2)).cpu().numpy()
+        return products_GMM
+
+    def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, *, anchored: bool) -> bool:
+        """Write the weighted sum of a span into ``out``; return whether every result is finite.
+
+        Args:
+            span: whole groups, or a run within one.
+            weights_GM: per group of the span and non-anchor source if ``anchored``, else per source.
+            out: the bytes of the results.
+            anchored: whether the sum is ``w_0 + sum_i c_i (w_i - w_0)``.
+        """
+        with torch.cuda.stream(self._stream()):
+            rows_ME = self._load(span)
+            total_E = anchored_sum(rows_ME, weights_GM) if anchored else weighted_sum(rows_ME, weights_GM)
+            rounded_E = rounded(total_E, DTYPES[span.job.output.dtype])
+            is_finite = torch.isfinite(rounded_E).all()
+            torch.from_numpy(out).copy_(rounded_E.view(torch.uint8))
+            return bool(is_finite)
+
+    def _stream(self) -> torch.cuda.Stream:
+        if not hasattr(self._streams, "stream"):
+            self._streams.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream: torch.cuda.Stream = self._streams.stream
+        return stream
+
+    def _load(self, span: LoadedPiece) -> Tensor:
+        """The sources of a span in working precision, shape (M, E)."""
+        job = span.job
+        rows_ME = torch.empty(len(job.sources), span.stop - span.start, dtype=_working_dtype(job), device=self._device)
+        for number, source in enumerate(job.sources):
+            raw = torch.from_numpy(span.source(number)).to(self._device, non_blocking=True)
+            rows_ME[number].copy_(raw.view(DTYPES[source.spec.dtype]))
+        return rows_ME
+
+
+def _working_dtype(job: TensorJob) -> torch.dtype:
+    return torch.float64 if job.float_bits == 64 else torch.float32
+
+
+def anchored_sum(rows_ME: Tensor, weights_GN: Floats) -> Tensor:
+    """Return ``w_0 + sum_i c_i d_i``, shape (E,), as ``combine_anchored`` of the kernels; the rows are overwritten."""
+    if len(rows_ME) == 1:
+        return rows_ME[0]
+    torch.sub(rows_ME[:1], rows_ME[1:], out=rows_ME[1:])
+    if np.all(weights_GN == weights_GN[:, :1]):
+        total_E = _scaled(_sum(rows_ME[1:]), weights_GN[:, 0])
+    else:
+        total_E = weighted_sum(rows_ME[1:], weights_GN)
+    return rows_ME[0].sub_(total_E.add_(0.0))  # -0.0 + 0.0 is 0.0
+
+
+def weighted_sum(rows_ME: Tensor, weights_GM: Floats) -> Tensor:
+    """Return ``sum_i c_i w_i``, shape (E,); the rows are overwritten."""
+    for row_E, weight_G in zip(rows_ME, weights_GM.T, strict=True):
+        _scaled(row_E, weight_G)
+    return _sum(rows_ME)
+
+
+def _sum(rows_ME: Tensor) -> Tensor:
+    total_E = rows_ME[0]
+    for row_E in rows_ME[1:]:
+        total_E.add_(row_E)
+    return total_E
+
+
+def _scaled(row_E: Tensor, weight_G: Floats) -> Tensor:
+    factors_G = torch.from_numpy(np.ascontiguousarray(weight_G)).to(dtype=row_E.dtype, device=row_E.device)
+    row_E.view(len(weight_G), -1).mul_(factors_G[:, None])
+    return row_E
+
+
+def rounded(values_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values rounded once, to nearest even; float64 goes to 16 bits through a float32 that is rounded to odd.
+
+    Source: Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using
+    rounding to odd".
+    """
+    if values_E.dtype == torch.float64 and dtype.itemsize == 2:
+        nearest_E = values_E.float()
+        bits_E = nearest_E.view(torch.int32)
+        is_away_E = nearest_E.double().abs() > values_E.abs()
+        is_inexact_E = (nearest_E.double() != values_E) & torch.isfinite(values_E)
+        odd_E = (bits_E - is_away_E.int()) | is_inexact_E.int()
+        values_E = torch.where(is_inexact_E, odd_E, bits_E).view(torch.float32)
+    return values_E.to(dtype)

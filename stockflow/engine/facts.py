@@ -1,0 +1,128 @@
+"""What has been learned about a tensor, unit by unit, and the row of facts it becomes."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stockflow.kernels.arrays import Floats
+from stockflow.methods.gram import Gram
+from stockflow.methods.protocol import Coefficients
+from stockflow.output.receipts import TensorFacts
+from stockflow.planning.plan import TensorJob
+
+MAX_COEFFICIENT_GROUPS = 1024
+"""Coefficients of more groups than this are not recorded one by one."""
+
+
+@dataclass
+class Ledger:
+    """What has been learned about one tensor, unit by unit."""
+
+    job: TensorJob
+    shard: str
+    facts: dict[str, list[Floats]] = field(default_factory=dict)
+    flags: dict[str, int] = field(default_factory=dict)
+    """groups that carry a flag"""
+    squares: list[Floats] = field(default_factory=list)
+    """|w_0|^2 and |d_i|^2 per group, shape (G, M)"""
+    gram_MM: Floats | None = None
+    """products of [w_0, d_1 .. d_N], the groups added in order; None where no Gram is needed"""
+    coefficients: list[Floats] = field(default_factory=list)
+    scalars: dict[str, float] = field(default_factory=dict)
+
+    def record(self, coefficients: Coefficients, gram: Gram | None) -> None:
+        """Add the decision of one unit."""
+        if self.job.num_groups <= MAX_COEFFICIENT_GROUPS:
+            self.coefficients.append(coefficients.weights_GM)
+        for name, values_G in coefficients.facts.items():
+            self.facts.setdefault(name, []).append(values_G)
+        flags = dict(coefficients.flags)
+        if gram is not None:
+            so_far = [] if self.gram_MM is None else [self.gram_MM[np.newaxis]]
+            # Along the first axis numpy adds one after the other, so it is no matter how groups came in units.
+            self.gram_MM = np.add.reduce(np.concatenate([*so_far, gram.products_GMM]), axis=0)
+            self.squares.append(np.diagonal(gram.products_GMM, axis1=1, axis2=2).copy())  # a view would keep it all
+            flags["zero_delta"] = gram.zero_deltas_GN.any(axis=1)
+        for name, flags_G in flags.items():
+            self.flags[name] = self.flags.get(name, 0) + int(np.count_nonzero(flags_G))
+
+    def close(self) -> TensorFacts:
+        """Return the row of facts of the finished tensor."""
+        job = self.job
+        num_groups = job.num_groups
+        grouped = {"groups": float(num_groups)} if num_groups > 1 else {}
+        if num_groups > 1 and self.flags.get("clamped"):
+            grouped["clamped_groups"] = float(self.flags["clamped"])
+        norms = self._norms()
+        return TensorFacts(
+            name=job.output.name,
+            shape=job.output.shape,
+            dtype=job.output.dtype,
+            shard=self.shard,
+            method=job.method,
+            scope=job.scope,
+            num_elems=job.output.num_elems,
+            mean_cosine=self._mean("mean_cosine"),
+            min_cosine=self._extreme("min_cosine", min),
+            max_cosine=self._extreme("max_cosine", max),
+            ratio=self._mean("ratio"),
+            legacy_ratio=self._mean("legacy_ratio"),
+            base_norm=norms[0] if norms else None,
+            delta_norms=tuple(norms[1:]),
+            flags=("copied",) if job.is_copy else tuple(sorted(name for name, count in self.flags.items() if count)),
+            facts={**grouped, **self.scalars},
+            coefficients=self._hex_coefficients(),
+        )
+
+    def _values(self, name: str) -> list[Floats]:
+        """The finite values of a fact, unit by unit."""
+        return [values_G[np.isfinite(values_G)] for values_G in self.facts.get(name, [])]
+
+    def _mean(self, name: str) -> float | None:
+        values = self._values(name)
+        count = sum(map(len, values))
+        return _exact_sum(values) / count if count else None
+
+    def _extreme(self, name: str, pick: Callable[[list[float]], float]) -> float | None:
+        extremes = [pick(values_G.tolist()) for values_G in self._values(name) if len(values_G)]
+        return pick(extremes) if extremes else None
+
+    def _norms(self) -> list[float]:
+        if not self.squares or not all(np.isfinite(squares_GM).all() for squares_GM in self.squares):
+            return []
+        columns = range(self.squares[0].shape[1])
+        return [math.sqrt(_exact_sum([squares_GM[:, column] for squares_GM in self.squares])) for column in columns]
+
+    def _hex_coefficients(self) -> tuple[tuple[str, ...], ...] | None:
+        if not self.coefficients:
+            return None
+        return tuple(tuple(float(weight).hex() for weight in row) for weights in self.coefficients for row in weights)
+
+
+class GramSum:
+    """The Gram of whole models, tensor by tensor: products of [w_0, d_1 .. d_N] over all elements so far."""
+
+    def __init__(self, num_checkpoints: int) -> None:
+        """Begin with no tensor."""
+        self._sources = tuple(range(num_checkpoints))
+        self._total_MM: Floats | None = None
+
+    def add(self, ledger: Ledger) -> None:
+        """Add a finished tensor, if it has a finite Gram of all checkpoints with the first as anchor."""
+        gram_MM = ledger.gram_MM
+        is_whole = tuple(source.checkpoint for source in ledger.job.sources) == self._sources
+        if gram_MM is not None and is_whole and np.isfinite(gram_MM).all():
+            self._total_MM = gram_MM if self._total_MM is None else self._total_MM + gram_MM
+
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """Return the sum as a receipt holds it: no rows if no tensor was added, or the sum is beyond float64."""
+        if self._total_MM is None or not np.isfinite(self._total_MM).all():
+            return ()
+        return tuple(map(tuple, self._total_MM.tolist()))
+
+
+def _exact_sum(parts: Iterable[Floats]) -> float:
+    """Return the correctly rounded sum, which depends on no order; one part at a time becomes Python floats."""
+    return math.fsum(value for part in parts for value in part.tolist())

@@ -1,0 +1,130 @@
+"""A plan and a result in words and numbers, for people and for programs."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from stockflow.forecast.amounts import Workload, worst_tensor
+from stockflow.planning.budget import LEAST_MEMORY_BYTES, Workspace, gb, mib
+from stockflow.planning.plan import MergePlan
+from stockflow.run.driver import MergeResult
+from stockflow.storage import redact
+
+
+def project(
+    plan: MergePlan, workspace: Workspace, work: Workload, least_bytes: int, notes: Sequence[str] = ()
+) -> dict[str, object]:
+    """Return what a merge of this plan will read, write and hold, for programs."""
+    worst = worst_tensor(plan.jobs)
+    return {
+        "plan_id": plan.plan_id,
+        "merge_id": plan.merge_id,
+        "checkpoints": [
+            {
+                "url": redact(checkpoint.url),
+                "files": len(checkpoint.files),
+                "bytes": sum(stamp.size for stamp in checkpoint.files.values()),
+                "bytes_to_read": work.readings[index].num_bytes,
+                "requests": work.readings[index].num_requests,
+            }
+            for index, checkpoint in enumerate(plan.checkpoints)
+        ],
+        "shards": [{"file": shard.file, "tensors": len(shard.jobs), "bytes": shard.num_bytes} for shard in plan.shards],
+        "tensors": work.num_tensors,
+        "methods": dict(Counter(job.method for job in plan.jobs)),
+        "skipped": list(plan.skipped),
+        "side_files": [side.key for side in plan.side_files],
+        "source_bytes": plan.num_source_bytes,
+        "bytes_to_read": work.num_bytes_read,
+        "bytes_to_write": plan.num_output_bytes,
+        "requests": work.num_reads,
+        "passes": {str(number): count for number, count in work.passes.items()},
+        "projected_memory_bytes": workspace.projected_bytes,
+        "least_memory_bytes": least_bytes,
+        "worst_tensor": worst.output.name if worst else None,
+        "notes": [*plan.notes, *notes],
+    }
+
+
+def plan_lines(
+    plan: MergePlan, workspace: Workspace, work: Workload, least_bytes: int, notes: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yield the dry run, line by line."""
+    yield f"plan {plan.plan_id[:12]}"
+    yield from _source_lines(plan, work)
+    methods = Counter(job.method for job in plan.jobs)
+    how = ", ".join(f"{count} by {name}" for name, count in sorted(methods.items()))
+    yield f"  tensors {methods.total()}: {how}; {len(plan.skipped)} skipped"
+    smallest, largest = (pick(shard.num_bytes for shard in plan.shards) for pick in (min, max))
+    yield f"  output  {len(plan.shards)} shards of {gb(smallest)} to {gb(largest)}, {gb(plan.num_output_bytes)} in all"
+    yield f"  read    {gb(work.num_bytes_read)} in {work.num_reads:,} requests"
+    times = (f"{count} tensors read {_times(number)}" for number, count in work.passes.items())
+    yield f"  passes  {'; '.join(times)}"
+    worst = worst_tensor(plan.jobs)
+    if least_bytes == LEAST_MEMORY_BYTES:
+        because = ", which compiling takes, once per machine"
+    else:
+        because = f", for {worst.output.name!r} ({len(worst.sources)} x {gb(worst.output.num_bytes)})" if worst else ""
+    projected, least = mib(workspace.projected_bytes), mib(least_bytes)
+    yield f"  memory  {projected} per worker projected; the least --memory is {least}{because}"
+    for note in (*plan.notes, *notes):
+        yield f"  note    {note}"
+
+
+def _source_lines(plan: MergePlan, work: Workload) -> Iterator[str]:
+    for index, checkpoint in enumerate(plan.checkpoints):
+        reading = work.readings[index]
+        total = sum(stamp.size for stamp in checkpoint.files.values())
+        role = " (names, order, config)" if index == plan.donor else ""
+        yield (
+            f"  input   {redact(checkpoint.url)}: {len(checkpoint.files)} files, {gb(total)}{role}; "
+            f"{gb(reading.num_bytes)} read in {reading.num_requests:,} requests"
+        )
+
+
+def result_facts(result: MergeResult) -> dict[str, object]:
+    """Return what a finished merge was, for programs."""
+    files = result.manifest.files
+    return {
+        "outcome": result.outcome,
+        "output": result.output_url,
+        "plan_id": result.plan.plan_id,
+        "merge_id": result.plan.merge_id,
+        "seconds": result.seconds,
+        "resumed_shards": result.num_resumed,
+        "shards": {shard.file: files[shard.file].sha256 for shard in result.plan.shards},
+        "summary": dict(result.manifest.summary),
+    }
+
+
+def result_lines(result: MergeResult) -> Iterator[str]:
+    """Yield the summary of a finished merge, line by line."""
+    where = redact(result.output_url)
+    if result.outcome == "already_finished":
+        yield f"already finished: {where} holds this plan's output ({result.plan.plan_id[:12]}); nothing was done"
+        yield f"next: stockflow verify {where}"
+        return
+    facts = result.manifest.summary
+    read, written = facts["bytes_read"], facts["bytes_written"]
+    parameters = facts["parameters"] / 1e9
+    yield f"merged {facts['tensors']:.0f} tensors ({parameters:.3g} B parameters) in {result.seconds:.1f} s"
+    yield f"  read {gb(read)}, wrote {gb(written)}: {gb((read + written) / max(result.seconds, 1e-9))}/s"
+    stages = {name.removeprefix("seconds_"): value for name, value in facts.items() if name.startswith("seconds_")}
+    yield "  seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in stages.items() if name != "total")
+    yield f"  peak memory {mib(facts['peak_memory_bytes'])}"
+    if result.num_resumed:
+        yield f"  resumed: {result.num_resumed} of {len(result.plan.shards)} shards were there already"
+    if facts["clamped_tensors"]:
+        yield (
+            f"  {facts['clamped_tensors']:.0f} tensors were clamped to the base in whole or part: their task vectors "
+            "oppose each other (stockflow: on_negative)"
+        )
+    if facts["zero_delta_tensors"]:
+        yield f"  {facts['zero_delta_tensors']:.0f} tensors are unchanged in at least one model"
+    if facts["retries"]:
+        yield f"  {facts['retries']:.0f} reads were retried"
+    yield f"output: {where}"
+    yield f"next: stockflow verify {where}"
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"

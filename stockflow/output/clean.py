@@ -1,0 +1,204 @@
+"""Cleaning: what runs that were killed left in an output prefix, shown and removed; never what is published."""
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from stockflow.errors import AccessDeniedError, CheckpointError, NotFoundError, OutputConflictError
+from stockflow.output.claims import ABANDONED_S, last_seen
+from stockflow.output.manifest import (
+    CLAIM_FILE,
+    RECORDS,
+    Claim,
+    Manifest,
+    read_claim,
+    read_manifest,
+    receipt_folder,
+    run_folder,
+)
+from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt
+from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
+
+_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+"""names of what a merge uploads in parts; everything else of an output is one small object"""
+_PLAN_FOLDER = re.compile(re.escape(RECORDS) + r"([0-9a-f]{64})/")
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """What a prefix holds that belongs to no output, to no run at work and to none that can be resumed."""
+
+    url: str
+    plan_id: str
+    is_published: bool
+    seen_s_ago: float
+    """how long ago a run was last seen, in seconds"""
+    num_finished_shards: int
+    """of an unfinished run; they stay, so that it can be resumed"""
+    half_written: tuple[HalfWritten, ...]
+    records: tuple[str, ...]
+    """keys of receipts without their shard, of ended runs, and of plans that own the prefix no more"""
+    notes: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """How many things there are to remove."""
+        return len(self.half_written) + len(self.records)
+
+
+def find_leftovers(store: Store) -> Leftovers:
+    """Return what may be removed; nothing is.
+
+    Raises:
+        NotFoundError: the prefix is no output of stockflow.
+        OutputConflictError: a run is at work there, or was seen less than 15 minutes ago.
+        CheckpointError: claim or manifest cannot be read, so nobody knows what is part of the output.
+    """
+    manifest, claim = _owners(store)
+    owner = manifest or claim
+    if owner is None:
+        raise NotFoundError(
+            f"{redact(store.url)} has neither a manifest nor a claim of stockflow: nothing there is ours to remove"
+        )
+    # Runs are looked for after all else is listed: one says that it is alive before it writes anything.
+    half_written, notes = _half_written(store)
+    present = store.list_top()
+    keys = list(store.list(RECORDS))
+    seen_s_ago = check_abandoned(store)
+    records = list(_stale_records(store, keys, {o.plan_id for o in (manifest, claim) if o}, present))
+    published = manifest.files.keys() if manifest else ()
+    valid = {key for key in keys if key.startswith(receipt_folder(owner.plan_id))} - set(records)
+    return Leftovers(
+        url=store.url,
+        plan_id=owner.plan_id,
+        is_published=manifest is not None,
+        seen_s_ago=seen_s_ago,
+        num_finished_shards=0 if manifest else len(valid),
+        half_written=tuple(half_written),
+        records=tuple(key for key in records if key not in published),
+        notes=tuple(notes),
+    )
+
+
+def remove(store: Store, leftovers: Leftovers) -> None:
+    """Remove what ``find_leftovers`` found.
+
+    Raises:
+        OutputConflictError: a run has come meanwhile.
+    """
+    check_abandoned(store)
+    store.discard(leftovers.half_written)
+    store.delete(leftovers.records)
+
+
+def check_abandoned(store: Store) -> float:
+    """Return how many seconds ago a run was last seen in a prefix.
+
+    Raises:
+        OutputConflictError: that is less than 15 minutes.
+    """
+    age = time.time() - last_seen(store)
+    if age < ABANDONED_S:
+        raise OutputConflictError(
+            f"a run was seen in {redact(store.url)} {max(age, 0.0):,.0f} s ago; what it writes is not left over. "
+            f"End it, or run this again once none was seen for {ABANDONED_S / 60:.0f} minutes"
+        )
+    return age
+
+
+def _owners(store: Store) -> tuple[Manifest | None, Claim | None]:
+    manifest = claim = None
+    with suppress(NotFoundError):
+        manifest = read_manifest(store)
+    with suppress(NotFoundError):
+        claim = read_claim(store)
+    return manifest, claim
+
+
+def _half_written(store: Store) -> tuple[list[HalfWritten], list[str]]:
+    """What was being written under names that a merge writes, directly in the prefix or among its records."""
+    where = redact(store.url)
+    try:
+        found = store.half_written()
+    except AccessDeniedError as error:
+        return [], [f"open uploads are not looked for: {error}"]
+    if found is None:
+        return [], [
+            f"{where}: this store does not list open uploads. Have it remove them by itself: a lifecycle rule "
+            "(docs/storage.md) on S3 and Google; Azure drops uncommitted blocks after a week"
+        ]
+    return [piece for piece in found if _is_merges_own(piece)], []
+
+
+def _is_merges_own(piece: HalfWritten) -> bool:
+    if piece.is_abandoned:  # a temporary file: its name says that it is ours
+        return "/" not in piece.key or piece.key.startswith(RECORDS)
+    return bool(_SHARD.fullmatch(piece.key)) or piece.key.startswith(RECORDS)
+
+
+def _stale_records(
+    store: Store, keys: Sequence[str], plan_ids: set[str], present: Mapping[str, Stamp]
+) -> Iterator[str]:
+    for key in keys:
+        match = _PLAN_FOLDER.match(key)
+        if match is None or key == CLAIM_FILE:
+            continue
+        plan_id = match[1]
+        is_receipt = key.startswith(receipt_folder(plan_id))
+        is_stale = plan_id not in plan_ids or key.startswith(run_folder(plan_id))
+        if is_stale or (is_receipt and not _proves_something(store, key, present)):
+            yield key
+
+
+def _proves_something(store: Store, key: str, present: Mapping[str, Stamp]) -> bool:
+    try:
+        receipt = Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
+    except (CheckpointError, NotFoundError):
+        return False
+    return receipt.file in present and present[receipt.file].size == receipt.size
+
+
+def leftover_lines(leftovers: Leftovers, *, is_removed: bool) -> Iterator[str]:
+    """Yield what was found, and what became of it, line by line."""
+    state = "a finished output" if leftovers.is_published else "an unfinished merge"
+    yield (
+        f"{redact(leftovers.url)}: {state} of plan {leftovers.plan_id[:12]}, "
+        f"last run seen {leftovers.seen_s_ago / 3600:,.1f} hours ago"
+    )
+    for piece in leftovers.half_written:
+        kind = "temporary file" if piece.is_abandoned else "open upload"
+        yield f"  {kind:<14}  {piece.key} ({piece.name})"
+    for key in leftovers.records:
+        yield f"  {'stale record':<14}  {key}"
+    for note in leftovers.notes:
+        yield f"  {'note':<14}  {note}"
+    if leftovers.num_finished_shards:
+        yield (
+            f"  {leftovers.num_finished_shards} finished shards stay: the same merge run again resumes with them; to "
+            "drop them, delete the prefix"
+        )
+    if not leftovers.count:
+        yield "nothing is left over"
+    elif is_removed:
+        yield f"removed: {leftovers.count}"
+    else:
+        yield f"to remove: {leftovers.count}. Nothing was removed; --yes removes them"
+
+
+def leftover_facts(leftovers: Leftovers, *, is_removed: bool) -> dict[str, object]:
+    """Return what was found, and what became of it, for programs."""
+    uploads = [piece for piece in leftovers.half_written if not piece.is_abandoned]
+    files = [piece for piece in leftovers.half_written if piece.is_abandoned]
+    return {
+        "output": redact(leftovers.url),
+        "plan_id": leftovers.plan_id,
+        "published": leftovers.is_published,
+        "seen_seconds_ago": leftovers.seen_s_ago,
+        "uploads": [{"key": piece.key, "upload_id": piece.name} for piece in uploads],
+        "temporary_files": [{"key": piece.key, "name": piece.name} for piece in files],
+        "records": list(leftovers.records),
+        "notes": list(leftovers.notes),
+        "removed": is_removed,
+    }

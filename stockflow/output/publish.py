@@ -1,0 +1,191 @@
+"""Publishing: everything beside the shards, in the order that makes a half-finished output impossible."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import metadata
+
+from stockflow.checkpoints.header import DTYPES
+from stockflow.checkpoints.opening import CONFIG_FILE, INDEX_FILE
+from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError
+from stockflow.output.card import model_card
+from stockflow.output.manifest import MANIFEST_FILE, Manifest, PublishedFile, plan_key, read_manifest, tensors_key
+from stockflow.output.ownership import check_still_ours
+from stockflow.output.receipts import Receipt, TensorFacts, total_gram
+from stockflow.output.tables import encode_tensors
+from stockflow.planning.file import encode_plan
+from stockflow.planning.plan import NUMERICS, MergePlan, SideFile
+from stockflow.recipe import Recipe
+from stockflow.storage import Store, check_stamp, redact
+from stockflow.version import __version__
+
+CARD_FILE = "README.md"
+NUM_PUBLISHERS = 8
+"""Small files that are written at the same time: on object storage each takes two or three round trips."""
+HF_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+DTYPE_KEYS = ("torch_dtype", "dtype")
+RECORDED_VERSIONS = ("torch", "numpy", "safetensors", "obstore", "fsspec", "s3fs", "ray", "pyarrow")
+
+
+def commit(
+    output: Store, inputs: Sequence[Store], recipe: Recipe, plan: MergePlan, receipts: Sequence[Receipt]
+) -> Manifest:
+    """Publish everything beside the shards, the manifest last and exclusively.
+
+    Args:
+        output: the prefix that holds the shards.
+        inputs: one store per checkpoint, for the side files.
+        recipe: goes into card and manifest.
+        plan: what was merged.
+        receipts: one per shard, in the plan's order.
+
+    Raises:
+        OutputConflictError: another run took the prefix meanwhile.
+        StorageError: writing failed; running again resumes.
+    """
+    twin = _published_meanwhile(output, plan)
+    if twin is not None:
+        return twin
+    rows = [row for receipt in receipts for row in receipt.tensors]
+    published = {receipt.file: PublishedFile(receipt.size, receipt.sha256) for receipt in receipts}
+
+    def publish(key: str, encode: Callable[[], bytes]) -> None:
+        payload = encode()
+        if _published_meanwhile(output, plan) is None:  # with other versions of libraries its bytes may be others
+            output.put(key, payload)
+        published[key] = PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
+
+    with ThreadPoolExecutor(NUM_PUBLISHERS, thread_name_prefix="commit") as pool:
+        for files in _files_in_order(inputs, recipe, plan, rows):
+            for done in [pool.submit(publish, key, encode) for key, encode in files.items()]:
+                done.result()
+    manifest = Manifest(
+        plan_id=plan.plan_id,
+        merge_id=plan.merge_id,
+        recipe=recipe.text,
+        inputs=plan.checkpoints,
+        pins=tuple(store.pin for store in inputs),
+        files=dict(sorted(published.items())),
+        numerics=NUMERICS,
+        numerics_classes=tuple(sorted({receipt.numerics_class for receipt in receipts})),
+        versions=versions(),
+        summary=summarize(receipts),
+        gram=total_gram(receipts),
+    )
+    check_still_ours(output, plan, receipts)
+    try:
+        output.put_new(MANIFEST_FILE, manifest.to_json())
+    except AlreadyExistsError:
+        twin = _published_meanwhile(output, plan)
+        if twin is None:
+            raise OutputConflictError(
+                f"{redact(output.url)}/{MANIFEST_FILE} came and went while this run published: another one replaces "
+                "this output. End it, then run again"
+            ) from None
+        return twin
+    return manifest
+
+
+def _files_in_order(
+    inputs: Sequence[Store], recipe: Recipe, plan: MergePlan, rows: Sequence[TensorFacts]
+) -> Iterator[dict[str, Callable[[], bytes]]]:
+    """Yield the files beside the shards and what makes their bytes: those that may appear at the same time together."""
+    yield {
+        plan_key(plan.plan_id): lambda: encode_plan(plan),
+        tensors_key(plan.plan_id): lambda: encode_tensors(rows),
+        CARD_FILE: lambda: model_card(recipe, plan, rows).encode(),
+        **{side.key: partial(_read_side_file, inputs[side.checkpoint], side) for side in plan.side_files},
+    }
+    if len(plan.shards) > 1:
+        yield {INDEX_FILE: lambda: encode_index(plan)}
+    config = plan.config
+    if config is not None:
+        yield {CONFIG_FILE: lambda: encode_config(config, rows)}
+
+
+def _published_meanwhile(output: Store, plan: MergePlan) -> Manifest | None:
+    """Return the manifest of a run of the same plan that was faster, None if nothing is published yet.
+
+    Raises:
+        OutputConflictError: another plan was faster.
+    """
+    try:
+        existing = read_manifest(output)
+    except NotFoundError:
+        return None
+    if existing.plan_id != plan.plan_id:
+        raise OutputConflictError(
+            f"{redact(output.url)} was published by another plan ({existing.plan_id[:12]}) while this one ran; "
+            "choose another output"
+        )
+    return existing
+
+
+def encode_index(plan: MergePlan) -> bytes:
+    """Return the index of a sharded checkpoint, as the ecosystem writes it."""
+    total = sum(job.output.num_bytes for job in plan.jobs)
+    weight_map = {job.output.name: shard.file for shard in plan.shards for job in shard.jobs}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def encode_config(config: Mapping[str, object], rows: Sequence[TensorFacts]) -> bytes:
+    """Return config.json with its dtype key, and those of its sub-configs, stating what was written."""
+    sizes: dict[str, int] = {}
+    for row in rows:
+        if DTYPES[row.dtype].kind == "float" and "copied" not in row.flags:
+            sizes[row.dtype] = sizes.get(row.dtype, 0) + row.num_elems
+    written = HF_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
+    stated = _with_dtype(config, written) if written else dict(config)
+    if written and not any(key in stated for key in DTYPE_KEYS):
+        stated[DTYPE_KEYS[0]] = written
+    return (json.dumps(stated, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _with_dtype(config: Mapping[str, object], written: str) -> dict[str, object]:
+    return {
+        key: written
+        if key in DTYPE_KEYS
+        else (_with_dtype(value, written) if isinstance(value, dict) and key.endswith("_config") else value)
+        for key, value in config.items()
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what made the output."""
+    found = {"stockflow": __version__, "python": platform.python_version()}
+    for name in RECORDED_VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def summarize(receipts: Sequence[Receipt]) -> dict[str, float]:
+    """Return the totals of a merge."""
+    rows = [row for receipt in receipts for row in receipt.tensors]
+    stages = sorted({stage for receipt in receipts for stage in receipt.seconds})
+    return {
+        "tensors": len(rows),
+        "parameters": sum(row.num_elems for row in rows),
+        "bytes_read": sum(receipt.bytes_read for receipt in receipts),
+        "bytes_written": sum(receipt.size for receipt in receipts),
+        "clamped_tensors": sum("clamped" in row.flags for row in rows),
+        "zero_delta_tensors": sum("zero_delta" in row.flags for row in rows),
+        "copied_tensors": sum("copied" in row.flags for row in rows),
+        "retries": sum(count for receipt in receipts for count in receipt.retries.values()),
+        "peak_memory_bytes": max((receipt.peak_memory_bytes for receipt in receipts), default=0),
+        **{f"seconds_{stage}": sum(receipt.seconds.get(stage, 0.0) for receipt in receipts) for stage in stages},
+    }
+
+
+def _read_side_file(store: Store, side_file: SideFile) -> bytes:
+    payload = bytearray(side_file.stamp.size)
+    store.read_into(side_file.key, 0, memoryview(payload), side_file.stamp)
+    if store.pin == "stat":
+        check_stamp(store, side_file.key, side_file.stamp)
+    return bytes(payload)

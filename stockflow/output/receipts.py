@@ -1,0 +1,134 @@
+"""What a worker reports of a shard: one row of facts per tensor and a receipt, plain JSON in the output prefix."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from stockflow.checkpoints.header import DTYPES
+from stockflow.errors import CheckpointError
+from stockflow.output.sealed import SEAL_KEY, seal
+from stockflow.storage import Stamp
+from stockflow.text.records import as_plain, fields_of, parse_record
+from stockflow.text.strictjson import shown
+
+RECEIPT_FORMAT = "stockflow-receipt-1"
+MAX_RECEIPT_BYTES = 256_000_000
+"""Of 92,000 tensors of 16 models it has 110 MB."""
+MAX_COEFFICIENTS = 2_000_000
+"""of all tensors of a shard together, 50 MB; by row, a shard of experts would have several times as many"""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """One row of tensors.parquet. None stands for what the method does not know."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    method: str
+    scope: str
+    num_elems: int
+    mean_cosine: float | None = None
+    """mean pairwise cosine of the task vectors; in row and leading scope the mean over groups"""
+    min_cosine: float | None = None
+    max_cosine: float | None = None
+    ratio: float | None = None
+    """t of Model Stock; in row and leading scope the mean over groups"""
+    legacy_ratio: float | None = None
+    """what the two-model formula 2 cos / (1 + cos) gives; None for cos <= 0"""
+    base_norm: float | None = None
+    delta_norms: tuple[float, ...] = ()
+    """one per tuned model"""
+    flags: tuple[str, ...] = ()
+    """zero_delta, clamped, copied"""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """further numbers of the method or scope, such as the number of groups and of clamped ones"""
+    coefficients: tuple[tuple[str, ...], ...] | None = None
+    """per group, as hex floats; None where there are none or too many to keep"""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Proof that a shard was written: what it is, what it cost, and the facts of its tensors."""
+
+    plan_id: str
+    file: str
+    size: int
+    sha256: str
+    stamp: Stamp
+    """of the object, taken after writing"""
+    numerics_class: str
+    bytes_read: int
+    seconds: Mapping[str, float]
+    """by stage, over all threads: read, statistics, combine, hash, write, publish, wait_read, wait_write; and total"""
+    retries: Mapping[str, int]
+    """by cause"""
+    peak_memory_bytes: int
+    tensors: tuple[TensorFacts, ...]
+    memory_bytes: int | None = None
+    """what its worker was allowed; None in receipts of earlier versions"""
+    gram: tuple[tuple[float, ...], ...] = ()
+    """products of [w_0, d_1 .. d_N], summed over the tensors whose method needs them and all checkpoints; () if none"""
+    began: float | None = None
+    """when its worker began with it, in seconds since the epoch; None in receipts of earlier versions"""
+    ended: float | None = None
+    """when it was durable, by the same clock"""
+    worker: str = ""
+    """which process merged it, as ``node:pid``"""
+
+    def to_json(self) -> bytes:
+        """Return the receipt as it lies in the output prefix."""
+        parts = {"stamp": as_plain(self.stamp), "tensors": list(map(as_plain, self.tensors))}
+        return seal(json.dumps({"format": RECEIPT_FORMAT, **as_plain(self), **parts}, ensure_ascii=False))
+
+    @classmethod
+    def from_json(cls, payload: bytes, where: str) -> "Receipt":
+        """Parse a receipt.
+
+        Raises:
+            CheckpointError: it is not one.
+        """
+        try:
+            fields = fields_of(payload, RECEIPT_FORMAT)
+            fields.pop(SEAL_KEY, None)
+            receipt = parse_record(cls, fields)
+            if unknown := {row.dtype for row in receipt.tensors} - DTYPES.keys():
+                raise ValueError(f"the dtype {shown(min(unknown))} is unknown")
+        except ValueError as error:
+            raise CheckpointError(f"{where} is not a receipt of stockflow: {error}") from None
+        return receipt
+
+
+def within_bounds(tensors: Sequence[TensorFacts]) -> Iterator[TensorFacts]:
+    """Yield the facts of a shard's tensors as they go into its receipt, so that it is never too large to be read.
+
+    Coefficients are left out from where there would be more than ``MAX_COEFFICIENTS``; ``verify --sample`` decides
+    those tensors again.
+    """
+    left = MAX_COEFFICIENTS
+    for facts in tensors:
+        left -= sum(map(len, facts.coefficients or ()))
+        yield facts if left >= 0 else replace(facts, coefficients=None)
+
+
+def without_coefficients(receipt: Receipt) -> Receipt:
+    """Return what a driver keeps of a receipt.
+
+    Coefficients of 48 experts' tensors, by 768 rows and eight models, take 25 MB; only `verify` needs them, and reads
+    them from the store.
+    """
+    return replace(receipt, tensors=tuple(replace(row, coefficients=None) for row in receipt.tensors))
+
+
+def total_gram(receipts: Sequence[Receipt]) -> tuple[tuple[float, ...], ...]:
+    """Return the Gram of whole models, added over shards: () if no shard has one, or one that should have it does not.
+
+    Receipts of earlier versions lack it; what was summed without theirs would be no property of the models.
+    """
+    with_norms = [receipt for receipt in receipts if receipt.gram or any(row.delta_norms for row in receipt.tensors)]
+    if not with_norms or len({len(receipt.gram) for receipt in with_norms}) > 1:
+        return ()
+    rows = zip(*(receipt.gram for receipt in with_norms), strict=True)
+    return tuple(tuple(map(math.fsum, zip(*same_row, strict=True))) for same_row in rows)

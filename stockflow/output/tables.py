@@ -1,0 +1,175 @@
+"""tensors.parquet: one row of facts per tensor. The home of pyarrow."""
+
+import json
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stockflow.errors import CheckpointError
+from stockflow.methods.ratios import RATIOS
+from stockflow.output.receipts import TensorFacts
+from stockflow.text.records import as_plain
+
+TENSORS_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("shape", pa.list_(pa.int64())),
+        ("dtype", pa.string()),
+        ("shard", pa.string()),
+        ("method", pa.string()),
+        ("scope", pa.string()),
+        ("num_elems", pa.int64()),
+        ("mean_cosine", pa.float64()),
+        ("min_cosine", pa.float64()),
+        ("max_cosine", pa.float64()),
+        ("ratio", pa.float64()),
+        ("legacy_ratio", pa.float64()),
+        ("base_norm", pa.float64()),
+        ("delta_norms", pa.list_(pa.float64())),
+        ("flags", pa.list_(pa.string())),
+        ("facts", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+
+
+_NAMED_TENSOR = [
+    ("name", pa.string()),
+    ("kind", pa.string()),
+    ("layer", pa.int64()),
+    ("shape", pa.list_(pa.int64())),
+    ("dtype", pa.string()),
+    ("num_elems", pa.int64()),
+]
+
+INSPECTION_SCHEMA = pa.schema(
+    [
+        *_NAMED_TENSOR,
+        ("method", pa.string()),
+        ("base_norm", pa.float64()),
+        ("delta_norms", pa.list_(pa.float64())),
+        ("cosines", pa.list_(pa.float64())),
+        ("angles", pa.list_(pa.float64())),
+        ("mean_cosine", pa.float64()),
+        *((f"ratio_{name}", pa.float64()) for name in RATIOS),
+        ("flags", pa.list_(pa.string())),
+    ]
+)
+
+AUDIT_SCHEMA = pa.schema(
+    [
+        *_NAMED_TENSOR,
+        ("scope", pa.string()),
+        ("num_groups", pa.int64()),
+        *((f"ratio_{name}", pa.float64()) for name in RATIOS),
+        ("ratio_correct", pa.float64()),
+        ("mean_norm", pa.float64()),
+        ("update_norm", pa.float64()),
+        ("old_error", pa.float64()),
+        ("old_distance", pa.float64()),
+        ("old_roundings", pa.float64()),
+        ("match", pa.string()),
+        ("candidates", pa.list_(pa.string())),
+        ("implied_ratio", pa.float64()),
+        ("implied_weights", pa.list_(pa.float64())),
+        ("residual", pa.float64()),
+        ("rounding_noise", pa.float64()),
+        ("error", pa.float64()),
+        ("distance", pa.float64()),
+        ("equal_share", pa.float64()),
+        ("mean_roundings", pa.float64()),
+        ("max_roundings", pa.float64()),
+        ("flags", pa.list_(pa.string())),
+    ]
+)
+
+
+MAX_ROW_BYTES = 16_384
+"""A name of 100 characters and norms of 100 models take 3,000."""
+READER_MEMORY_BYTES = 2**30
+"""Beside the file itself; 92,000 rows of nine models take a quarter of it."""
+READER_SECONDS = 120
+
+
+def encode_tensors(rows: Iterable[TensorFacts]) -> bytes:
+    """Return the rows as a parquet file; equal rows give equal bytes."""
+    records = [{**as_plain(row), "facts": list(row.facts.items())} for row in rows]
+    table = pa.Table.from_pylist(records, schema=TENSORS_SCHEMA)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    payload: bytes = buffer.getvalue().to_pybytes()
+    return payload
+
+
+def encode_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, rows_at_once: int = 4096) -> bytes:
+    """Return plain rows as a parquet file; ``rows_at_once`` of them are Python values at a time."""
+    buffer = pa.BufferOutputStream()
+    remaining = iter(rows)
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        while portion := list(islice(remaining, rows_at_once)):
+            writer.write_table(pa.Table.from_pylist(portion, schema=schema))
+    payload: bytes = buffer.getvalue().to_pybytes()
+    return payload
+
+
+def decode_tensors(payload: bytes) -> list[dict[str, object]]:
+    """Return the rows of a parquet file as plain dictionaries, ``facts`` as a mapping.
+
+    Raises:
+        CheckpointError: it is not a table of tensors.
+    """
+    # Arrow's threads, and its calls back into a Python file object, outlive the read: with pyarrow 26.0.1 and
+    # pq.read_table(io.BytesIO(...)) one `verify` in ten aborted at exit (apache/arrow issues 33975, 50482).
+    try:
+        table = pq.ParquetFile(pa.BufferReader(payload)).read(use_threads=False)
+        if not table.schema.equals(TENSORS_SCHEMA):
+            raise ValueError(f"expected the columns {TENSORS_SCHEMA.names}, found {table.schema.names}"[:1000])
+        rows: list[dict[str, object]] = table.to_pylist(maps_as_pydicts="strict")
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"this is not a table of tensors: {error}") from None
+    return rows
+
+
+def read_facts(path: Path) -> list[TensorFacts]:
+    """Return the rows of a local tensors.parquet."""
+    return [TensorFacts(**row) for row in decode_tensors(path.read_bytes())]  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Print the rows of the Parquet file on standard input, one JSON object each: see ``verification.table``."""
+    max_rows = int(sys.argv[1])
+    payload = sys.stdin.buffer.read()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most_bytes = pages * resource.getpagesize() + READER_MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (READER_SECONDS, READER_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        for line in _lines(payload, max_rows):
+            print(line)
+    except CheckpointError as error:
+        sys.exit(str(error))
+    except MemoryError:
+        sys.exit(f"this is not a table of tensors: it takes more than {READER_MEMORY_BYTES:,} bytes of memory to read")
+
+
+def _lines(payload: bytes, max_rows: int) -> list[str]:
+    try:
+        num_rows = pq.ParquetFile(pa.BufferReader(payload)).metadata.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CheckpointError(f"this is not a table of tensors: {error}") from None
+    if num_rows > max_rows:
+        raise CheckpointError(f"it has {num_rows:,} rows, expected at most {max_rows:,}")
+    lines = [json.dumps(row) for row in decode_tensors(payload)]
+    if sum(map(len, lines)) > MAX_ROW_BYTES * (max_rows + 1):
+        raise CheckpointError(f"its rows take more than {MAX_ROW_BYTES:,} bytes each")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The memory model: what one worker process may hold, one formula each. All sizes in bytes."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stockflow.errors import BudgetError
+from stockflow.methods import METHODS
+from stockflow.planning.plan import TensorJob
+from stockflow.planning.spans import SPAN_ELEMS
+from stockflow.storage.parts import upload_bytes
+
+MIB = 2**20
+
+BASELINE_BYTES = {"cpu": 184 * MIB, "cuda": 1200 * MIB}
+"""Interpreter, libraries, loaded kernels and thread stacks, by device: 160 MiB measured before threads start."""
+LEAST_MEMORY_BYTES = 304 * MIB
+"""What a process takes that compiles the kernels before it has buffers, once per machine: 290 MiB measured."""
+REMOTE_CLIENT_BYTES = 64 * MIB
+"""A client's libraries, connections and what its allocator keeps."""
+RANGES_IN_FLIGHT_BYTES = 192 * MIB
+"""16 ranges of 8 MiB and their copies: obstore took 176 MiB, s3fs 170; with an upload beside them 296 and 247."""
+PLANNED_TENSOR_BYTES, PLANNED_SOURCE_BYTES = 5 * 2**10, 2**9
+"""Header entries, plan, facts and receipt of one tensor, and of each of its sources: 11,610 x 3 and x 5 measured."""
+OPTIMAL_READ_BYTES = 8 * MIB
+"""Range size at which object storage clients are cheapest; larger ones pay for fresh pages."""
+MAX_CHUNK_SPANS = 16
+"""At most this many spans of each source are read at a time: 4 Mi elements, 8 MiB of BF16."""
+CHUNK_SPANS = tuple(MAX_CHUNK_SPANS >> halved for halved in range(MAX_CHUNK_SPANS.bit_length()))
+"""Sizes of a chunk to choose from, the best first."""
+MAX_SHARED_SPANS = 4
+"""Spans of each source in a slab that only small tensors share: little enough to stay in the caches."""
+MAX_SHARED_SLABS = 4
+MIN_SLABS = 2
+GOOD_NUM_SLABS = 6
+"""With fewer slabs than this reading and computing hardly overlap, so smaller ones are tried first."""
+LOOKAHEAD_BYTES = 128 * MIB
+"""How far reading may run ahead of computing: as much as is in flight on object storage."""
+NUM_OUT_BUFFERS = 3
+"""One being filled, one being hashed and written, one between them."""
+MAX_CHUNK_GROUPS = 2**14
+"""At most this many rows are decided together, so that products of very short rows stay few."""
+PIECE_OVERHEAD = 128
+"""Alignment loss of one range in a slab."""
+ELEMENTWISE_TEMPORARIES = 2
+"""Rows of working precision an elementwise method needs beside the sources, per source and thread."""
+ELEMENTWISE_STATE_BYTES = 2**16 * 8
+"""State of an elementwise statistic, per source: 64-bit counts of a 16-bit digit."""
+SPANS_AHEAD = 3
+"""Results of spans, per thread, that may wait for their turn to be added up."""
+NUM_GROUP_FACTS = 12
+"""Cosines, ratios and flags of a group, on their way and where they are kept."""
+PRODUCT_COPIES = 6
+"""Products per span in working precision and float64, their sum with what came before, and temporaries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """How a worker divides its budget."""
+
+    slab_bytes: int
+    """size of a reading buffer; one read of all sources of a chunk, or of many small tensors, fills it"""
+    num_slabs: int
+    out_bytes: int
+    """size of an output buffer: what one slab can become"""
+    fixed_bytes: int
+    """baseline, clients and the threads' scratch"""
+    direct: bool = False
+    """whether the threads that compute read large units themselves, span by span and on every sweep"""
+
+    @property
+    def projected_bytes(self) -> int:
+        """Peak of the worker process."""
+        return self.fixed_bytes + self.num_slabs * self.slab_bytes + NUM_OUT_BUFFERS * self.out_bytes
+
+    def chunk_elems(self, job: TensorJob) -> int:
+        """Most elements of a tensor that are read, and then written, as one: what a slab or an output buffer holds."""
+        usable = self.slab_bytes - PIECE_OVERHEAD * len(job.sources)
+        most = self.out_bytes // job.output_width if self.direct else usable // job.bytes_per_elem
+        return min(most, max(MAX_CHUNK_GROUPS * job.group_elems, SPAN_ELEMS))
+
+
+def scratch_bytes(job: TensorJob) -> int:
+    """Return what one thread needs to compute one span of a tensor; linear methods work in the caches."""
+    if job.is_copy or METHODS[job.method].linear:
+        return 0
+    return len(job.sources) * (1 + ELEMENTWISE_TEMPORARIES) * SPAN_ELEMS * job.float_bits // 8
+
+
+def span_result_bytes(job: TensorJob) -> int:
+    """Return what one span leaves behind for the decision: products of its groups, or counts of digits."""
+    if job.is_copy or not job.num_statistic_passes or not job.num_elems:
+        return 0
+    if METHODS[job.method].linear:
+        return -(-min(SPAN_ELEMS, job.num_elems) // job.group_elems) * len(job.sources) ** 2 * 8
+    return len(job.sources) * ELEMENTWISE_STATE_BYTES
+
+
+def decision_bytes(job: TensorJob) -> int:
+    """Return what the groups of a tensor need beside its elements, in row and leading scope.
+
+    Facts of every group are kept until the tensor is done; products of all sources, in a few copies, until a
+    chunk is decided. Rows of four elements take more here than in the sources.
+    """
+    num_sources, float_bytes = len(job.sources), 8
+    if job.is_copy or job.num_groups <= 1:
+        return 0
+    together = min(job.num_groups, max(MAX_CHUNK_GROUPS, SPAN_ELEMS // job.group_elems))
+    facts = job.num_groups * (num_sources + NUM_GROUP_FACTS) * float_bytes
+    return facts + together * num_sources**2 * float_bytes * PRODUCT_COPIES
+
+
+def divide(
+    jobs: Iterable[TensorJob],
+    memory_bytes: int,
+    *,
+    num_threads: int,
+    baseline_bytes: int,
+    direct: bool = False,
+) -> Workspace:
+    """Return how to spend ``memory_bytes`` on these tensors.
+
+    Args:
+        jobs: the tensors one worker will merge.
+        memory_bytes: bound of the whole process.
+        num_threads: compute threads.
+        baseline_bytes: what the process takes before it reads anything, clients included.
+        direct: whether reading a source again costs next to nothing, as from local files in the page cache. Large
+            units are then never held: they are read into scratch that stays in the processor's caches.
+
+    Raises:
+        BudgetError: not even one span of the widest tensor fits.
+    """
+    jobs = [job for job in jobs if job.num_elems]
+    found, least = _divided(jobs, memory_bytes, num_threads, baseline_bytes, direct)
+    if jobs and least > memory_bytes:
+        widest = _widest(jobs)
+        raise BudgetError(
+            f"tensor {widest.output.name!r} needs at least {mib(least)} of memory for its smallest chunk "
+            f"({SPAN_ELEMS:,} elements x {len(widest.sources)} checkpoints x {num_threads} threads, "
+            f"{mib(baseline_bytes)} of it for the process itself); the limit is {mib(memory_bytes)}. "
+            f"Raise --memory{' or lower --workers' if num_threads > 1 else ''}"
+        )
+    return found
+
+
+def least_memory(jobs: Iterable[TensorJob], *, num_threads: int, baseline_bytes: int, direct: bool = False) -> int:
+    """Return the least ``memory_bytes`` that ``divide`` accepts for these tensors."""
+    return _divided([job for job in jobs if job.num_elems], 0, num_threads, baseline_bytes, direct)[1]
+
+
+def _divided(
+    jobs: Sequence[TensorJob], memory_bytes: int, num_threads: int, baseline_bytes: int, direct: bool
+) -> tuple[Workspace, int]:
+    """The best division, the smallest one if none fits; and the memory it takes at least."""
+    if not jobs:
+        return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes), baseline_bytes
+    per_thread = max(map(scratch_bytes, jobs)) + (SPANS_AHEAD + 1) * max(map(span_result_bytes, jobs))
+    per_thread += direct * max(map(_span_source_bytes, jobs))
+    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, jobs))
+    found = _direct(jobs, memory_bytes, fixed) if direct else _streamed(jobs, memory_bytes, fixed)
+    return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
+
+
+def _streamed(jobs: Sequence[TensorJob], memory_bytes: int, fixed_bytes: int) -> Workspace:
+    """Large chunks in enough slabs to read ahead, and to hold the largest unit; the least if nothing fits."""
+    overhead = PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
+    out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
+    for num_spans in CHUNK_SPANS:
+        slab = _widest(jobs).bytes_per_elem * SPAN_ELEMS * num_spans + overhead
+        out = int(slab * out_per_source_byte) + 1
+        num_slabs = (memory_bytes - fixed_bytes - NUM_OUT_BUFFERS * out) // slab
+        if num_slabs >= GOOD_NUM_SLABS:
+            break
+    lookahead = max(-(-LOOKAHEAD_BYTES // slab), 2)
+    largest_unit = max(_unit_elems(job) * job.bytes_per_elem for job in jobs)
+    holding = min(num_slabs, -(-largest_unit // (slab - overhead)))
+    total = sum(job.num_elems * job.bytes_per_elem for job in jobs)
+    wanted = min(holding + lookahead, -(-total // (slab - overhead)) + 1)
+    return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed_bytes)
+
+
+def _direct(jobs: Sequence[TensorJob], memory_bytes: int, fixed_bytes: int) -> Workspace:
+    """Output buffers of many spans, a few slabs for tensors smaller than one; the least if nothing fits."""
+    out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
+    shared = sum(_span_source_bytes(job) for job in jobs if job.group_elems <= SPAN_ELEMS)
+    for num_spans in CHUNK_SPANS:
+        largest = _widest(jobs).bytes_per_elem * SPAN_ELEMS * min(num_spans, MAX_SHARED_SPANS)
+        slab = max(min(largest, shared), PIECE_OVERHEAD) + PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
+        span_out = max(job.output_width for job in jobs) * SPAN_ELEMS
+        out = max(span_out * num_spans, int(slab * out_per_source_byte) + 1)
+        num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
+        found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, direct=True)
+        if found.projected_bytes <= memory_bytes:
+            break
+    return found
+
+
+def _widest(jobs: Sequence[TensorJob]) -> TensorJob:
+    return max(jobs, key=lambda job: job.bytes_per_elem)
+
+
+def _span_source_bytes(job: TensorJob) -> int:
+    """What the sources of one span take, each on a boundary of its own."""
+    return min(SPAN_ELEMS, job.num_elems) * job.bytes_per_elem + PIECE_OVERHEAD * len(job.sources)
+
+
+def _unit_elems(job: TensorJob) -> int:
+    return job.group_elems if job.group_elems > SPAN_ELEMS else min(SPAN_ELEMS, job.num_elems)
+
+
+def planned_bytes(jobs: Iterable[TensorJob]) -> int:
+    """Return what planning and publishing hold of these tensors in one process."""
+    return sum(PLANNED_TENSOR_BYTES + PLANNED_SOURCE_BYTES * len(job.sources) for job in jobs)
+
+
+def client_bytes(inputs: Iterable[str], output: str, shard_bytes: int) -> int:
+    """Return what storage clients hold while shards of ``shard_bytes`` are read from ``inputs`` and uploaded.
+
+    The end of one upload overlaps the begin of the next.
+    """
+    ranges = RANGES_IN_FLIGHT_BYTES if any(map(_is_remote, inputs)) else 0
+    parts = 2 * upload_bytes(shard_bytes) if _is_remote(output) else 0
+    return ranges + parts + REMOTE_CLIENT_BYTES if ranges or parts else 0
+
+
+def _is_remote(url: str) -> bool:
+    return "://" in url
+
+
+def default_memory(num_slots: int = 1) -> int:
+    """Return 80 % of what this process may use, divided by the worker slots on the node, less /dev/shm's use."""
+    available = min(_physical_bytes(), *_cgroup_limits())
+    shared_memory = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    used_shared = (shared_memory.f_blocks - shared_memory.f_bfree) * shared_memory.f_frsize if shared_memory else 0
+    return max(int(0.8 * available) - used_shared, 0) // num_slots
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_limits() -> Iterable[int]:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            yield int(text)
+    yield _physical_bytes()
+
+
+def mib(num_bytes: float) -> str:
+    """Return a size for people, in MiB."""
+    return f"{num_bytes / MIB:,.0f} MiB"
+
+
+def gb(num_bytes: float) -> str:
+    """Return a size for people, in decimal units as storage is sold."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,231 @@
+"""plan.json: the plan as it lies in an output, and read back from there."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stockflow.checkpoints.header import DTYPES, TensorSpec
+from stockflow.checkpoints.opening import Extent
+from stockflow.errors import CheckpointError
+from stockflow.methods import METHODS, Method
+from stockflow.methods.protocol import Parameter, Parameters
+from stockflow.planning.plan import (
+    COPY,
+    CheckpointRef,
+    MergePlan,
+    ShardPlan,
+    SideFile,
+    Source,
+    TensorJob,
+    canonical_digest,
+)
+from stockflow.storage import Stamp
+from stockflow.text.strictjson import parse_text_json, shown
+
+PLAN_FORMAT = "stockflow-plan-1"
+UNDIGESTED = ("format", "plan_id", "merge_id", "donor", "skipped", "notes")
+"""Fields of plan.json that do not enter ``plan_id``: they decide no byte."""
+MAX_PLAN_BYTES = 512_000_000
+MAX_PLAN_VALUES = 20_000_000
+"""92,000 tensors of nine checkpoints take 5 million."""
+MAX_DIMENSIONS = 64
+MAX_INTEGER = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPlan:
+    """A plan read back, and what its file says of itself."""
+
+    plan: MergePlan
+    plan_id: str
+    merge_id: str
+    numerics: int
+    """of the version that made it"""
+    digest: str
+    """what ``plan_id`` must be, computed from the file"""
+    copies_digest: str
+    """what ``merge_id`` must be"""
+
+
+def encode_plan(plan: MergePlan) -> bytes:
+    """Return plan.json."""
+    return json.dumps(plan.to_json(), ensure_ascii=False).encode()
+
+
+def decode_plan(payload: bytes, where: str) -> RecordedPlan:
+    """Read plan.json back.
+
+    Raises:
+        CheckpointError: it is not one.
+    """
+    try:
+        fields: Any = parse_text_json(payload, allows_constants=True)
+        if fields["format"] != PLAN_FORMAT:
+            raise ValueError(f"expected format {PLAN_FORMAT!r}")
+        canonical = {name: value for name, value in fields.items() if name not in UNDIGESTED}
+        return RecordedPlan(
+            plan=_plan(fields),
+            plan_id=_text(fields["plan_id"]),
+            merge_id=_text(fields["merge_id"]),
+            numerics=_count(fields["numerics"]),
+            digest=canonical_digest(canonical),
+            copies_digest=canonical_digest(_without_places(canonical)),
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not a plan of stockflow: {error!r}"[:400]) from None
+
+
+def check_mergeable(jobs: Iterable[TensorJob], where: str) -> None:
+    """Hold jobs read back from a file against the declarations of their methods, before anything merges them.
+
+    Raises:
+        CheckpointError: one is none that a recipe of this version can lead to.
+    """
+    for job in jobs:
+        problem = _problem(job)
+        if problem:
+            raise CheckpointError(f"{where} asks for {shown(job.output.name)} what no recipe can: {problem}")
+
+
+def _problem(job: TensorJob) -> str | None:
+    """What stands against merging a job, None if nothing does."""
+    if job.is_copy:
+        return None if _is_copyable(job) else "copies of unlike tensors"
+    if job.method not in METHODS:
+        return f"the method {shown(job.method)}"
+    method = METHODS[job.method]
+    num_tuned = len(job.sources) - (method.base == "required")
+    if not method.min_tuned <= num_tuned <= (method.max_tuned or num_tuned):
+        return f"{method.name} of {len(job.sources)} models"
+    if any(spec.kind != "float" for spec in (job.output, *(source.spec for source in job.sources))):
+        return "arithmetic on something else than floating-point numbers"
+    if job.scope not in method.scopes or not job.num_elems:
+        return f"{method.name} with the scope {job.scope!r} of {job.num_elems} elements"
+    return _wrong_parameter(method, job.parameters, num_tuned)
+
+
+def _is_copyable(job: TensorJob) -> bool:
+    """Return whether the sources may hold the bytes of the output. Of an empty tensor, a float of any width does."""
+    wanted = job.output
+    is_empty_float = wanted.kind == "float" and not wanted.num_elems
+    alike = all(
+        spec == wanted or (is_empty_float and spec.kind == "float" and spec._replace(dtype=wanted.dtype) == wanted)
+        for spec in (source.spec for source in job.sources)
+    )
+    return alike and (len(job.sources) == 1 or job.method != COPY)
+
+
+def _wrong_parameter(method: Method, given: Parameters, num_tuned: int) -> str | None:
+    shared = {parameter.name: parameter for parameter in method.parameters if not parameter.per_model}
+    per_model = {parameter.name for parameter in method.parameters if parameter.per_model}
+    if given.shared.keys() != shared.keys() or given.per_model.keys() != per_model:
+        return f"{method.name} with the parameters {shown(sorted({*given.shared, *given.per_model}))}"
+    for name, values in given.per_model.items():
+        if len(values) != num_tuned or not all(map(math.isfinite, values)):
+            return f"{method.name} with {len(values)} values of {name!r} for {num_tuned} models"
+    wrong = [name for name, parameter in shared.items() if not _fits(parameter, given.shared[name])]
+    return f"{method.name} with {wrong[0]!r} = {shown(given.shared[wrong[0]])}" if wrong else None
+
+
+def _fits(parameter: Parameter, value: object) -> bool:
+    if parameter.kind == "flag":
+        return isinstance(value, bool)
+    if parameter.kind == "word":
+        return value in parameter.choices
+    return type(value) in (int, float) and abs(float(str(value))) < math.inf
+
+
+def _plan(fields: Mapping[str, Any]) -> MergePlan:
+    settings = [_setting(*setting) for setting in fields["settings"]]
+    checkpoints = tuple(map(_checkpoint, fields["checkpoints"]))
+    if fields["on_nonfinite"] not in ("error", "propagate"):
+        raise ValueError(f"on_nonfinite is {fields['on_nonfinite']!r}")
+    return MergePlan(
+        checkpoints=checkpoints,
+        donor=_count(fields["donor"]),
+        shards=tuple(_shard(shard, settings, checkpoints) for shard in fields["shards"]),
+        side_files=tuple(
+            SideFile(_below(number, len(checkpoints)), _text(key), Stamp(_count(size), _text(version)))
+            for number, key, size, version in fields["side_files"]
+        ),
+        config=fields["config"],
+        on_nonfinite=fields["on_nonfinite"],
+        skipped=tuple(map(_text, fields["skipped"])),
+        notes=tuple(map(_text, fields["notes"])),
+    )
+
+
+Setting = tuple[str, Any, Parameters]
+"""Method, scope and parameters."""
+
+
+def _setting(method: str, scope: str, shared: Mapping[str, Any], per_model: Mapping[str, Sequence[float]]) -> Setting:
+    if scope not in ("tensor", "row", "leading"):
+        raise ValueError(f"scope is {scope!r}")
+    values = {_text(name): tuple(map(float, each)) for name, each in per_model.items()}
+    return _text(method), scope, Parameters(dict(shared.items()), values)
+
+
+def _checkpoint(fields: Mapping[str, Any]) -> CheckpointRef:
+    files = {key: Stamp(_count(size), _text(version)) for key, (size, version) in fields["files"].items()}
+    return CheckpointRef(_text(fields["url"]), files)
+
+
+def _shard(fields: Mapping[str, Any], settings: Sequence[Setting], checkpoints: Sequence[CheckpointRef]) -> ShardPlan:
+    shard = ShardPlan(_text(fields["file"]), tuple(_job(row, settings, checkpoints) for row in fields["tensors"]))
+    if fields["num_bytes"] != shard.num_bytes:
+        raise ValueError(f"{shard.file!r} takes {shard.num_bytes:,} bytes, num_bytes says {fields['num_bytes']!r}")
+    return shard
+
+
+def _job(row: Sequence[Any], settings: Sequence[Setting], checkpoints: Sequence[CheckpointRef]) -> TensorJob:
+    name, dtype, shape, number, dtypes, *places = row
+    sizes = tuple(map(_count, shape))
+    if len(sizes) > MAX_DIMENSIONS or not {dtype, *dtypes} <= DTYPES.keys() or not dtypes:
+        raise ValueError(f"tensor {name!r} has the dtypes {dtypes!r} and {dtype!r} and {len(sizes)} dimensions")
+    method, scope, parameters = settings[_below(number, len(settings))]
+    sources = tuple(
+        _source(TensorSpec(_text(name), source_dtype, sizes), place, checkpoints)
+        for source_dtype, place in zip(dtypes, places, strict=True)
+    )
+    return TensorJob(TensorSpec(name, dtype, sizes), sources, method, parameters, scope)
+
+
+def _source(spec: TensorSpec, place: Sequence[Any], checkpoints: Sequence[CheckpointRef]) -> Source:
+    checkpoint, file, start = place
+    size = checkpoints[_below(checkpoint, len(checkpoints))].files[file].size
+    if _count(start) + spec.num_bytes > size:
+        raise ValueError(f"tensor {spec.name!r} ends beyond the {size:,} bytes of {file!r}")
+    return Source(checkpoint, spec, Extent(file, start))
+
+
+def _without_places(canonical: Mapping[str, Any]) -> dict[str, object]:
+    """What ``merge_id`` is the digest of: the same without locations and stamps."""
+    shards = [{**shard, "tensors": [row[:5] for row in shard["tensors"]]} for shard in canonical["shards"]]
+    return {
+        **canonical,
+        "checkpoints": len(canonical["checkpoints"]),
+        "side_files": [side[:2] for side in canonical["side_files"]],
+        "shards": shards,
+    }
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, found {value!r}")
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
+        raise ValueError(f"expected a count, found {value!r}")
+    return value
+
+
+def _below(value: object, stop: int) -> int:
+    number = _count(value)
+    if number >= stop:
+        raise IndexError(f"{number} is not below {stop}")
+    return number

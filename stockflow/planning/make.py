@@ -1,0 +1,204 @@
+"""Planning: from a recipe and what the checkpoints' headers say to a plan. Pure; refuses what does not fit together."""
+
+from collections.abc import Iterable, Sequence
+
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.errors import PlanError
+from stockflow.methods.protocol import Parameters
+from stockflow.planning.plan import COPY, COPY_EQUAL, CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob
+from stockflow.recipe import Recipe
+from stockflow.storage import redact
+from stockflow.text.strictjson import shown
+
+NUM_PROBLEMS_SHOWN = 20
+SHARDS_PER_WORKER = 4
+"""So that the last shards leave few workers idle: at most a quarter of the time of one each."""
+GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
+"""With so many the last, half-empty round weighs little (docs/cluster.md), as long as one takes well over a second."""
+
+
+def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: int | None = None) -> MergePlan:
+    """Return the plan for a recipe and its opened checkpoints, in the order of ``recipe.checkpoints``.
+
+    Args:
+        recipe: what to merge how.
+        checkpoints: what their headers say.
+        shard_size: largest shard in bytes; default from the recipe, else from the output's size.
+
+    Raises:
+        PlanError: names, shapes or dtypes do not fit together; all differences are listed.
+    """
+    donor = checkpoints[recipe.donor]
+    problems = _unplanned_tensors(recipe, checkpoints)
+    jobs, skipped = [], [name for name in donor.specs if _action(recipe, name) == "skip"]
+    for spec in donor.specs.values():
+        if _action(recipe, spec.name) != "skip":
+            planned = _plan_tensor(recipe, checkpoints, spec)
+            if isinstance(planned, TensorJob):
+                jobs.append(planned)
+            else:
+                problems.extend(planned)
+    if problems:
+        raise PlanError(_all_problems(problems))
+    if not jobs:
+        reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"
+        raise PlanError(f"nothing is left to write: {reason}")
+    size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs)
+    side_donor = checkpoints[recipe.side_files_donor]
+    return MergePlan(
+        checkpoints=tuple(CheckpointRef(checkpoint.url, checkpoint.files) for checkpoint in checkpoints),
+        donor=recipe.donor,
+        shards=_cut_shards(jobs, size),
+        side_files=tuple(SideFile(recipe.side_files_donor, *item) for item in side_donor.side_files.items()),
+        config=donor.config,
+        on_nonfinite=recipe.stockflow.on_nonfinite,
+        skipped=tuple(skipped),
+        notes=_notes(donor, side_donor, skipped),
+    )
+
+
+def default_shard_size(jobs: Iterable[TensorJob]) -> int:
+    """Return a shard size in bytes that depends on the output alone: a 256th of it, from 256 MB to 5 GB."""
+    total = sum(job.output.num_bytes for job in jobs)
+    return min(max(total // 256, 256_000_000), 5_000_000_000)
+
+
+def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
+    """Return what to say if so many workers share so few shards that many will idle at the end; else nothing."""
+    if num_workers is None or len(plan.shards) >= SHARDS_PER_WORKER * num_workers:
+        return []
+    few = f"with fewer than {SHARDS_PER_WORKER} each, some idle at the end"
+    said = f"{len(plan.shards)} shards for {num_workers} workers: {few}"
+    enough = SHARDS_PER_WORKER * num_workers
+    jobs = list(plan.jobs)
+    good = plan.num_output_bytes // (GOOD_SHARDS_PER_WORKER * num_workers)
+    sizes = [good] if good >= LEAST_GOOD_SHARD_BYTES else []
+    for size in (*sizes, plan.num_output_bytes // enough, plan.num_output_bytes // enough // 2):
+        if size and len(_cut_shards(jobs, size)) >= enough:
+            return [f"{said}; --shard-size {_two_digits(size)} gives enough"]
+    largest = max(job.output.num_bytes for job in jobs)
+    return [f"{said}, and the largest tensor has {_two_digits(largest)}; ask for fewer workers"]
+
+
+def _two_digits(num_bytes: int) -> str:
+    """A size that ``--shard-size`` takes, rounded down."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if num_bytes >= size:
+            return f"{num_bytes // size}{unit}" if num_bytes >= 10 * size else f"{num_bytes * 10 // size / 10:g}{unit}"
+    return str(num_bytes)
+
+
+def _action(recipe: Recipe, name: str) -> str | None:
+    rule = recipe.rule_for(name)
+    return rule.action if rule else None
+
+
+def _unplanned_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Tensors that some checkpoint has and the donor lacks, unless a rule skips them."""
+    donor = checkpoints[recipe.donor]
+    holders: dict[str, list[int]] = {}
+    for index, checkpoint in enumerate(checkpoints):
+        for name in checkpoint.specs.keys() - donor.specs.keys():
+            holders.setdefault(name, []).append(index)
+    return [
+        f"{name!r} is in {_names(checkpoints, holders[name])} but not in {redact(donor.url)}, which gives the "
+        "output its names; a rule with `action: skip` leaves it out"
+        for name in sorted(holders)
+        if _action(recipe, name) != "skip"
+    ]
+
+
+def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: TensorSpec) -> TensorJob | list[str]:
+    """The job for one tensor of the donor, or what stands against it."""
+    name, rule = spec.name, recipe.rule_for(spec.name)
+    donor = Source(recipe.donor, spec, checkpoints[recipe.donor].extents[name])
+    if rule is not None and rule.action == "copy":
+        return TensorJob(spec, (donor,), COPY, Parameters(), "tensor")
+    method = recipe.method_for(rule)
+    indices = recipe.sources(method)
+    absent = [index for index in range(len(checkpoints)) if name not in checkpoints[index].specs]
+    if absent:
+        return [
+            f"{name!r} is missing in {_names(checkpoints, absent)}; a rule with `action: copy` takes it from "
+            f"{redact(checkpoints[recipe.donor].url)}, `action: skip` leaves it out"
+        ]
+    sources = tuple(Source(i, checkpoints[i].specs[name], checkpoints[i].extents[name]) for i in indices)
+    alike = spec.kind != "packed" and all(source.spec == spec for source in sources)
+    problems = [] if alike else _mismatches(checkpoints, spec, (donor, *sources))
+    if problems:
+        return problems
+    if spec.kind != "float":
+        return TensorJob(spec, (donor, *(s for s in sources if s != donor)), COPY_EQUAL, Parameters(), "tensor")
+    output = TensorSpec(name, recipe.output_dtype or spec.dtype, spec.shape)
+    if not output.num_elems:
+        return TensorJob(output, (donor,), COPY, Parameters(), "tensor")
+    return TensorJob(
+        output=output,
+        sources=sources,
+        method=method.name,
+        parameters=recipe.parameters_for(method, name, rule),
+        scope=recipe.scope_for(method, name, rule),
+    )
+
+
+def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, sources: Sequence[Source]) -> list[str]:
+    def differs(source: Source, found: object, expected: object) -> str:
+        where = redact(checkpoints[source.checkpoint].url)
+        return f"{spec.name!r} is {found} in {where}, expected {expected} as in {donor_url}"
+
+    donor_url = redact(checkpoints[sources[0].checkpoint].url)
+    problems = []
+    for source in sources:
+        if source.spec.kind == "packed":
+            where = redact(checkpoints[source.checkpoint].url)
+            problems.append(
+                f"{spec.name!r} is {source.spec.dtype} in {where}; FP8 and packed formats are not merged yet; "
+                "convert the checkpoint, or name the tensor in a rule with `action: copy`"
+            )
+        elif source.spec.shape != spec.shape:
+            problems.append(differs(source, list(source.spec.shape), list(spec.shape)))
+        elif source.spec.kind != spec.kind or (spec.kind != "float" and source.spec.dtype != spec.dtype):
+            problems.append(differs(source, source.spec.dtype, spec.dtype))
+    return list(dict.fromkeys(problems))
+
+
+def _names(checkpoints: Sequence[Checkpoint], indices: Sequence[int]) -> str:
+    return ", ".join(redact(checkpoints[index].url) for index in indices)
+
+
+def _all_problems(problems: Sequence[str]) -> str:
+    shown = "\n  ".join(problems[:NUM_PROBLEMS_SHOWN])
+    hidden = len(problems) - NUM_PROBLEMS_SHOWN
+    more = f"\n  ... and {hidden} more" if hidden > 0 else ""
+    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"these checkpoints cannot be merged as they are, {count}:\n  {shown}{more}"
+
+
+def _notes(donor: Checkpoint, side_donor: Checkpoint, skipped: Sequence[str]) -> tuple[str, ...]:
+    notes = []
+    if skipped:
+        notes.append(f"{len(skipped)} tensors are left out by rules: {', '.join(skipped[:3])} ...")
+    if donor.config is None:
+        notes.append(f"{redact(donor.url)} has no config.json, so the output will have none")
+    for key in side_donor.omitted_side_files:
+        notes.append(f"{shown(key)} will not be copied: it is larger than 64 MB, or not every store takes its name")
+    return tuple(notes)
+
+
+def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, ...]:
+    """Fill shards in order up to ``shard_size``; a larger tensor gets a shard of its own."""
+    contents: list[list[TensorJob]] = [[]]
+    filled = 0
+    for job in jobs:
+        if filled and filled + job.output.num_bytes > shard_size:
+            contents.append([])
+            filled = 0
+        contents[-1].append(job)
+        filled += job.output.num_bytes
+    if len(contents) == 1:
+        return (ShardPlan("model.safetensors", tuple(contents[0])),)
+    return tuple(
+        ShardPlan(f"model-{index:05d}-of-{len(contents):05d}.safetensors", tuple(content))
+        for index, content in enumerate(contents, start=1)
+    )

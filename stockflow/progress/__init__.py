@@ -1,0 +1,1 @@
+"""How a merge gets on, told to terminals, logs, metrics and whoever asks from elsewhere."""

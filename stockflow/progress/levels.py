@@ -1,0 +1,50 @@
+"""How much an event matters, and what it says in one line; the same for lines for people and for logs."""
+
+from typing import Literal, get_args
+
+from stockflow.events import Begun, Done, Dropped, Event, Note, Retry, Run, Stage
+from stockflow.planning.budget import gb
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+_ORDER = get_args(LogLevel)
+
+
+def is_told(level: LogLevel, least: LogLevel) -> bool:
+    """Return whether what has ``level`` is told where ``least`` is the least to be told."""
+    return _ORDER.index(level) >= _ORDER.index(least)
+
+
+def level_of(event: Event) -> LogLevel:
+    """Return how much an event matters to who operates a merge."""
+    if isinstance(event, Note | Retry | Dropped):
+        return "warning"
+    return "info" if isinstance(event, Run | Stage) or (isinstance(event, Done) and event.cost) else "debug"
+
+
+def in_a_line(event: Event) -> str:
+    """Return an event in one line; an empty text: it is not worth one."""
+    match event:
+        case Run():
+            return f"run {event.run} works on plan {event.plan_id[:12]}"
+        case Stage():
+            return heading(event)
+        case Begun():
+            return f"{event.item}: {event.worker} begins"
+        case Retry():
+            return f"{event.item or 'the start of a worker'}: tried again ({event.cause})"
+        case Done() if event.cost:
+            seconds = event.cost.seconds.get("total")
+            return f"{event.item}: done" + ("" if seconds is None else f" in {seconds:.1f} s")
+        case Dropped():
+            return f"{event.item}: to be merged again"
+        case Note():
+            return event.text
+    return ""
+
+
+def heading(stage: Stage) -> str:
+    """Name a stage and what it will go through."""
+    size = "" if stage.num_items is None else f" {stage.num_items:,} {stage.unit}"
+    size += "" if stage.total_bytes is None else f", {gb(stage.total_bytes)}"
+    resumed = f"; {stage.num_done:,} are there already" if stage.num_done else ""
+    return f"{stage.name}{size}{resumed}"

@@ -1,0 +1,1 @@
+"""What a finished merge did and how it ran, from its records."""

@@ -1,0 +1,291 @@
+"""What an output's records say, read with suspicion: every word of them may be a stranger's."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from string import ascii_uppercase
+
+from stockflow.errors import CheckpointError, DamagedOutputError, NotFoundError, StorageError, UserError
+from stockflow.methods import METHODS
+from stockflow.output.manifest import (
+    CLAIM_FILE,
+    MANIFEST_FILE,
+    Manifest,
+    PublishedFile,
+    progress_key,
+    read_claim,
+    read_manifest,
+    receipt_key,
+    tensors_key,
+)
+from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt, TensorFacts
+from stockflow.output.sealed import check_seal
+from stockflow.planning.plan import CheckpointRef, MergePlan
+from stockflow.run.driver import collector_paused
+from stockflow.storage import StorageConfig, open_store, redact
+from stockflow.text.records import parse_record
+from stockflow.text.strictjson import parse_text_json
+from stockflow.verification.contents import MAX_TABLE_BYTES, MAX_UNPLANNED_ROWS
+from stockflow.verification.files import Output
+from stockflow.verification.records import MAX_RECEIPT_VALUES, read_plan
+from stockflow.verification.table import decode_apart
+from stockflow.verification.verify import Finding
+
+NUM_READERS = 16
+MAX_PROGRESS_BYTES = 100_000
+MAX_RECEIPTS = 20_000
+"""A checkpoint of a trillion parameters in shards of 256 MB has 8,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An input, as the report speaks of it."""
+
+    letter: str
+    """A, B ...; the base is 0"""
+    name: str
+    """the last part of its place"""
+    url: str
+    role: str
+    pin: str
+    """how its reads were held to the stamps"""
+    num_files: int
+    """of weights"""
+    num_bytes: int
+    stamps: str
+    """digest of the states of all its files"""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodUse:
+    """How some of the tensors were merged."""
+
+    method: str
+    scope: str
+    parameters: str
+    """in words; empty if there are none, or the plan cannot be read"""
+    num_tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Something that was looked at, and what came of it."""
+
+    what: str
+    is_good: bool
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The records of a finished output."""
+
+    url: str
+    """redacted"""
+    manifest: Manifest
+    rows: tuple[TensorFacts, ...]
+    receipts: tuple[Receipt, ...]
+    """those that are of the published shards, in the manifest's order, without their tensors"""
+    num_shards: int
+    plan: MergePlan | None
+    models: tuple[Model, ...]
+    methods: tuple[MethodUse, ...]
+    checks: tuple[Check, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the first input is what the others were tuned from."""
+        return bool(self.models) and self.models[0].letter == "0"
+
+    @property
+    def tuned(self) -> tuple[Model, ...]:
+        """The inputs that task vectors belong to: all but the first."""
+        return self.models[1:]
+
+
+def gather(location: str, config: StorageConfig, on_bytes: Callable[[int], None]) -> Evidence:
+    """Return what the records of an output say.
+
+    Raises:
+        NotFoundError: there is no finished output; the message says what there is.
+        DamagedOutputError: manifest or table are not what was published.
+        StorageError: reading failed after retries.
+    """
+    output = Output(open_store(location, config))
+    manifest = _read_manifest(output)
+    shards = [key for key in manifest.files if key.endswith(".safetensors")]
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="report") as pool, collector_paused():
+        reading = pool.map(lambda file: _read_receipt(output, manifest, file, on_bytes), shards[:MAX_RECEIPTS])
+        rows = _read_rows(output, manifest, on_bytes)
+        recorded = read_plan(output, manifest)
+        found = list(reading)
+    plan = None if isinstance(recorded, Finding) else recorded.plan
+    receipts = tuple(receipt for receipt in found if isinstance(receipt, Receipt))
+    findings = [*([recorded] if isinstance(recorded, Finding) else []), *(one for one in found if _is_finding(one))]
+    has_base = any(METHODS[row.method].base == "required" for row in rows if row.method in METHODS)
+    return Evidence(
+        url=redact(output.store.url),
+        manifest=manifest,
+        rows=rows,
+        receipts=receipts,
+        num_shards=len(shards),
+        plan=plan,
+        models=tuple(_models(manifest, has_base=has_base)),
+        methods=tuple(_methods(rows, plan)),
+        checks=tuple(_checks(rows, plan, len(receipts), len(shards))),
+        findings=tuple(finding for finding in findings if isinstance(finding, Finding)),
+    )
+
+
+def _is_finding(found: object) -> bool:
+    return isinstance(found, Finding)
+
+
+def _read_manifest(output: Output) -> Manifest:
+    where = redact(output.store.url)
+    try:
+        output.check(MANIFEST_FILE)
+        return read_manifest(output.store)
+    except NotFoundError:
+        raise NotFoundError(f"{where} has no {MANIFEST_FILE}: {_what_is_there(output)}") from None
+    except CheckpointError as error:
+        raise DamagedOutputError(f"{error}") from None
+
+
+def _what_is_there(output: Output) -> str:
+    """Say what an output without a manifest is, and what to do."""
+    keys = set(output.list())
+    if not keys and not _exists(output, CLAIM_FILE):
+        return "there is nothing. Check the place, or name the storage options with --recipe"
+    if _exists(output, CLAIM_FILE):
+        return f"a merge into it is not finished{_progress(output)}; run it again to finish it, then ask for the report"
+    if any(key.endswith((".safetensors", ".safetensors.index.json")) for key in keys):
+        return (
+            "it is a checkpoint that stockflow did not make, so nothing is on record about its making; "
+            "`stockflow audit RECIPE MERGED` tells what a merge by another tool did"
+        )
+    return "it is not an output of stockflow"
+
+
+def _exists(output: Output, key: str) -> bool:
+    try:
+        output.store.stamp(key)
+    except (UserError, StorageError):
+        return False
+    return True
+
+
+def _progress(output: Output) -> str:
+    """Say how far an unfinished merge is, as far as it says so itself."""
+    try:
+        claim = read_claim(output.store)
+        payload = output.read(progress_key(claim.plan_id), MAX_PROGRESS_BYTES)
+        progress = parse_text_json(payload, allows_constants=False)
+    except (UserError, ValueError):
+        return ""
+    done, total = (progress.get(name) if isinstance(progress, dict) else None for name in ("shards_done", "shards"))
+    return f" ({done:,} of {total:,} shards)" if type(done) is int and type(total) is int else ""
+
+
+def _read_rows(output: Output, manifest: Manifest, on_bytes: Callable[[int], None]) -> tuple[TensorFacts, ...]:
+    """Return the table, if it is the published one.
+
+    Raises:
+        DamagedOutputError: it is not, or cannot be read.
+    """
+    key = tensors_key(manifest.plan_id)
+    try:
+        payload = output.read(key, MAX_TABLE_BYTES)
+        on_bytes(len(payload))
+        if _published(payload) != manifest.files.get(key):
+            raise CheckpointError("is not as the manifest says: its size or sha256 differs")
+        plain = decode_apart(payload, MAX_UNPLANNED_ROWS)
+        return tuple(parse_record(TensorFacts, row) for row in plain)
+    except (UserError, ValueError) as error:
+        raise DamagedOutputError(
+            f"{Finding(key, str(error))}. Without this table there is nothing to report; `stockflow verify` lists "
+            "everything that is damaged, and the same merge with --overwrite repairs it"
+        ) from None
+
+
+def _published(payload: bytes) -> PublishedFile:
+    return PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
+
+
+def _read_receipt(
+    output: Output, manifest: Manifest, file: str, on_bytes: Callable[[int], None]
+) -> Receipt | Finding | None:
+    """Return the receipt of a shard; None if it is gone, which is no fault."""
+    key, published = receipt_key(manifest.plan_id, file), manifest.files[file]
+    try:
+        payload = output.read(key, MAX_RECEIPT_BYTES, MAX_RECEIPT_VALUES)
+        on_bytes(len(payload))
+        receipt = Receipt.from_json(payload, key)
+        check_seal(payload, key)
+    except NotFoundError:
+        return None
+    except (UserError, ValueError) as error:
+        return Finding(key, f"cannot be used: {error}")
+    if (receipt.plan_id, receipt.file, receipt.size, receipt.sha256) != (
+        manifest.plan_id, file, published.size, published.sha256,
+    ):  # fmt: skip
+        return Finding(key, "is stale: it is of another shard, or of another state of it, than the published one")
+    return replace(receipt, tensors=())
+
+
+def _models(manifest: Manifest, *, has_base: bool) -> Iterator[Model]:
+    letters = iter(ascii_uppercase)
+    for index, ref in enumerate(manifest.inputs):
+        is_base = has_base and index == 0
+        url = redact(ref.url)
+        weights = [stamp.size for key, stamp in ref.files.items() if key.endswith(".safetensors")]
+        yield Model(
+            letter="0" if is_base else next(letters, str(index + (0 if has_base else 1))),
+            name=url.rstrip("/").rsplit("/", 1)[-1] or url,
+            url=url,
+            role="base" if is_base else "model",
+            pin=manifest.pins[index] if index < len(manifest.pins) else "",
+            num_files=len(weights),
+            num_bytes=sum(weights),
+            stamps=_stamps_digest(ref),
+        )
+
+
+def _stamps_digest(ref: CheckpointRef) -> str:
+    states = sorted((key, stamp.size, stamp.version) for key, stamp in ref.files.items())
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:12]
+
+
+def _methods(rows: Sequence[TensorFacts], plan: MergePlan | None) -> Iterator[MethodUse]:
+    """Yield who was merged how, the most frequent first."""
+    uses: Counter[tuple[str, str, str]] = Counter()
+    if plan is None:
+        uses.update((row.method, row.scope, "") for row in rows)
+    else:
+        words: dict[int, str] = {}  # many jobs share one object of parameters
+        for job in plan.jobs:
+            shared = job.parameters
+            text = words.setdefault(id(shared), _in_words(shared.shared, shared.per_model))
+            uses[job.method, job.scope, text] += 1
+    for (method, scope, parameters), count in uses.most_common():
+        yield MethodUse(method, scope, parameters, count)
+
+
+def _in_words(shared: Mapping[str, object], per_model: Mapping[str, Sequence[float]]) -> str:
+    words = [f"{name} {value}" for name, value in shared.items()]
+    words += [f"{name} {', '.join(f'{value:g}' for value in values)}" for name, values in per_model.items()]
+    return "; ".join(words)
+
+
+def _checks(rows: Sequence[TensorFacts], plan: MergePlan | None, num_receipts: int, num_shards: int) -> Iterator[Check]:
+    yield Check("manifest.json is as it was written (seal)", is_good=True)
+    yield Check(f"the table of {len(rows):,} tensors is the published one (sha256)", is_good=True)
+    what = "the plan is the one its id names (sha256 of its contents)"
+    yield Check(what if plan else "the plan cannot be used", is_good=plan is not None)
+    yield Check(
+        f"{num_receipts:,} of {num_shards:,} shards have a receipt of their published state",
+        is_good=num_receipts == num_shards,
+    )

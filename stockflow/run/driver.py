@@ -1,0 +1,258 @@
+"""The driver: from a recipe and an output location to a published manifest, resuming what an earlier run left."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from stockflow.checkpoints.opening import Checkpoint, OnFile, open_checkpoints, unheard
+from stockflow.errors import PlanError, StockflowError
+from stockflow.interruption import finishing, last_act
+from stockflow.output.claims import Heartbeat, agreed_numerics, new_run
+from stockflow.output.manifest import Manifest, plan_key
+from stockflow.output.ownership import admit, look, sweep, take, valid_receipts, weak_promises
+from stockflow.output.receipts import Receipt, without_coefficients
+from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
+from stockflow.planning.file import encode_plan
+from stockflow.planning.make import few_shards_note, make_plan
+from stockflow.planning.plan import MergePlan, ShardPlan
+from stockflow.progress.file import Observer, Tracker, reported
+from stockflow.recipe import Recipe
+from stockflow.storage import LocalStore, Store, is_within, open_store, pin_revision, redact
+
+if TYPE_CHECKING:
+    from stockflow.engine.devices import Device
+    from stockflow.engine.worker import WorkerSpec
+
+Outcome = Literal["merged", "already_finished"]
+
+
+Execute = Callable[["WorkerSpec", Sequence[ShardPlan], Tracker], Iterator[Receipt]]
+"""Merges shards somewhere and yields their receipts; the tracker is told who is at which."""
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What may change from run to run without changing a byte of the output."""
+
+    memory_bytes: int
+    num_threads: int
+    device: "Device" = "auto"
+    shard_size: int | None = None
+    overwrite: bool = False
+    num_workers: int | None = None
+    """processes that share the shards, if a number was asked for; None: one, or as many as there is room for"""
+    holds_plan: bool = True
+    """whether the process that merges keeps the plan of all tensors, too; a Ray worker sees one shard at a time"""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a finished merge was."""
+
+    outcome: Outcome
+    plan: MergePlan
+    manifest: Manifest
+    output_url: str
+    num_resumed: int
+    seconds: float
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep Python's cycle collector from walking a million small objects again and again while they are made.
+
+    Planning 92,000 tensors of nine checkpoints takes half the time without it; nothing made here has cycles.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass
+class Inputs:
+    """An opened recipe: stores and checkpoints, in the order of ``recipe.checkpoints``."""
+
+    recipe: Recipe
+    stores: list[Store]
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, recipe: Recipe, on_file: OnFile = unheard) -> "Inputs":
+        """Open every checkpoint concurrently; ``on_file`` is told of each file whose header was read.
+
+        Raises:
+            UserError: one is missing, forbidden or malformed.
+            StorageError: reading failed after retries.
+        """
+        stores = [open_store(pin_revision(location), recipe.storage) for location in recipe.checkpoints]
+        with collector_paused():
+            return cls(recipe, stores, open_checkpoints(stores, on_file))
+
+
+def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[MergePlan, Workspace]:
+    """Return the plan, and how a worker would divide its memory; nothing is written.
+
+    Raises:
+        PlanError: the output overlaps an input, or the inputs do not fit together.
+        BudgetError: the memory is too small.
+    """
+    where = output_url(inputs, output)
+    for store in inputs.stores:
+        if is_within(where, store.url):
+            raise PlanError(f"the output {redact(where)} is, or lies in, the input {redact(store.url)}; move it")
+    with collector_paused():
+        plan = make_plan(inputs.recipe, inputs.checkpoints, shard_size=options.shard_size)
+    workspace = divide(
+        plan.jobs,
+        options.memory_bytes,
+        num_threads=options.num_threads,
+        baseline_bytes=_baseline_bytes(inputs, where, plan, options),
+        direct=_is_direct(inputs, options),
+    )
+    return plan, workspace
+
+
+def output_url(inputs: Inputs, output: str) -> str:
+    """Return the URL of an output as stores know it: absolute, normalized.
+
+    Raises:
+        RecipeError: nothing can be written there.
+    """
+    return open_store(output, inputs.recipe.storage, writable=True).url
+
+
+def least_memory_of(inputs: Inputs, output: str, plan: MergePlan, options: MergeOptions) -> int:
+    """Return the least memory a worker must be given for this plan."""
+    return least_memory(
+        plan.jobs,
+        num_threads=options.num_threads,
+        baseline_bytes=_baseline_bytes(inputs, output_url(inputs, output), plan, options),
+        direct=_is_direct(inputs, options),
+    )
+
+
+def _baseline_bytes(inputs: Inputs, output: str, plan: MergePlan, options: MergeOptions) -> int:
+    largest_shard = max(shard.num_bytes for shard in plan.shards)
+    clients = client_bytes((store.url for store in inputs.stores), output, largest_shard)
+    planned = planned_bytes(plan.jobs) if options.holds_plan else 0
+    return BASELINE_BYTES["cuda" if options.device == "cuda" else "cpu"] + planned + clients
+
+
+def _is_direct(inputs: Inputs, options: MergeOptions) -> bool:
+    return options.device != "cuda" and all(isinstance(store, LocalStore) for store in inputs.stores)
+
+
+def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: bool) -> Iterator[str]:
+    """Yield what a merge would find at its output; nothing is written."""
+    found = look(open_store(output, inputs.recipe.storage, writable=True), plan)
+    if found.finished:
+        yield "this plan's output is there already, finished: a merge would do nothing"
+    elif found.is_ours:
+        yield "an earlier run of this plan began here: a merge would resume it"
+    elif found.conflict:
+        yield f"{found.conflict}: a merge would {'replace it' if overwrite else 'refuse, unless --overwrite is given'}"
+
+
+def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, observer: Observer) -> MergeResult:
+    """Merge, or finish what an earlier run of the same plan began.
+
+    Raises:
+        OutputConflictError: the prefix belongs to another plan or to foreign files.
+        UserError: see ``plan_merge`` and ``Worker.merge``.
+        StorageError: storage failed; running again resumes.
+    """
+    started = time.perf_counter()
+    recipe = inputs.recipe
+    observer.on_stage("planning")
+    plan, _ = plan_merge(inputs, output, options)
+    store = open_store(output, recipe.storage, writable=True)
+    found = admit(store, plan, overwrite=options.overwrite)
+    if found.finished and not options.overwrite:
+        return MergeResult("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
+    run, receipts = new_run(), dict[str, Receipt]()
+    tracker = Tracker(observer, plan, run)
+    observer.on_run(run, plan.plan_id)
+    with (
+        reported(store, tracker) as report,
+        Heartbeat(store, plan.plan_id, run, report) as heartbeat,
+        _swept(store, plan, run, observer),
+    ):
+        is_exclusive = heartbeat.is_exclusive()
+        take(store, plan, run, found, is_exclusive=is_exclusive)
+        for note in few_shards_note(plan, options.num_workers):
+            observer.on_note(note)
+        for note in weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive):
+            observer.on_note(note)
+        store.put(plan_key(plan.plan_id), encode_plan(plan))
+        tracker.on_stage("looking for finished shards")
+        receipts.update(valid_receipts(store, plan))
+        _drop_other_numerics(store, plan, receipts, tracker)
+        tracker.on_start(plan, list(receipts.values()))
+        resumed = set(receipts)
+        spec = _worker_spec(recipe, plan, store.url, options, run)
+        while remaining := [shard for shard in plan.shards if shard.file not in receipts]:
+            for receipt in map(without_coefficients, execute(spec, remaining, tracker)):
+                receipts[receipt.file] = receipt
+                tracker.on_shard(receipt)
+            resumed &= receipts.keys() - _drop_other_numerics(store, plan, receipts, tracker)
+        tracker.on_stage("publishing")
+        from stockflow.output.publish import commit
+
+        manifest = commit(store, inputs.stores, recipe, plan, [receipts[shard.file] for shard in plan.shards])
+    return MergeResult("merged", plan, manifest, store.url, len(resumed), time.perf_counter() - started)
+
+
+def _drop_other_numerics(store: Store, plan: MergePlan, receipts: dict[str, Receipt], tracker: Tracker) -> set[str]:
+    """Forget shards of another numerics class than the one the workers agreed on; return their names."""
+    agreed = agreed_numerics(store, plan.plan_id)
+    others = {file for file, receipt in receipts.items() if agreed not in (None, receipt.numerics_class)}
+    if others:
+        found = ", ".join(sorted({receipts[file].numerics_class for file in others}))
+        tracker.on_note(
+            f"{len(others)} shards were merged on machines of class {found}; they are merged again as {agreed}, "
+            "so that all fit together bit for bit"
+        )
+    for file in others:
+        del receipts[file]
+    tracker.drop(others)
+    return others
+
+
+@contextmanager
+def _swept(store: Store, plan: MergePlan, run: str, observer: Observer) -> Iterator[None]:
+    """Leave nothing half-written, however the block ends, or hangs when the process must end."""
+    files = {shard.file for shard in plan.shards}
+    with last_act(partial(sweep, store, plan.plan_id, run, files)):
+        try:
+            yield
+        finally:
+            try:
+                with finishing():
+                    sweep(store, plan.plan_id, run, files)
+            except StockflowError as error:
+                observer.on_note(f"something half-written may be left, `stockflow clean {store.url}` shows it: {error}")
+
+
+def _worker_spec(recipe: Recipe, plan: MergePlan, output_url: str, options: MergeOptions, run: str) -> "WorkerSpec":
+    from stockflow.engine.worker import WorkerSpec
+
+    return WorkerSpec(
+        plan_id=plan.plan_id,
+        checkpoints=plan.checkpoints,
+        output_url=output_url,
+        storage=recipe.storage,
+        on_nonfinite=plan.on_nonfinite,
+        memory_bytes=options.memory_bytes,
+        num_threads=options.num_threads,
+        device=options.device,
+        run=run,
+        replaces_numerics=options.overwrite,
+    )

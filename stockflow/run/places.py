@@ -1,0 +1,279 @@
+"""Where shards are merged: the glue between the driver and an executor."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from stockflow.engine.devices import check_gpu_is_seen
+from stockflow.engine.inputs import OnRead
+from stockflow.engine.survey import Surveyor, SurveySpec
+from stockflow.engine.worker import OnBytes, Worker, WorkerSpec, process_name
+from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
+from stockflow.output.claims import agree_on_numerics
+from stockflow.output.manifest import read_claim, receipt_key
+from stockflow.output.ownership import is_finished
+from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt
+from stockflow.planning.plan import ShardPlan, TensorJob
+from stockflow.progress.file import Tracker
+from stockflow.run.executors import local
+from stockflow.storage import Store, open_store, read_small, redact
+
+if TYPE_CHECKING:
+    from stockflow.run.executors import ray
+
+MAX_BATCH_TENSORS = 64
+"""Rows of these pass through Ray: 70 kB with sixteen models."""
+MAX_ANSWER_BYTES = 64_000
+"""A receipt of up to so many comes back through Ray, which keeps less than 100 kB out of its object store (2.60)."""
+MAX_BATCH_BYTES = 2 * 10**9
+"""Of sources; a larger tensor is a batch of its own."""
+
+
+def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
+    """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
+    worker = Worker(spec)
+    on_bytes = partial(tracker.on_bytes, worker=process_name())
+
+    def begin(shard: ShardPlan) -> Future[Receipt]:
+        tracker.on_begin(shard.file, process_name())
+        return worker.begin(shard, on_bytes)
+
+    try:
+        _agree(spec, worker)
+        published: deque[Future[Receipt]] = deque()
+        for future in local.run(begin, shards):
+            published.append(future)
+            if len(published) > 1:
+                yield published.popleft().result()
+        for future in published:
+            yield future.result()
+    finally:
+        worker.close()
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    """Makes a worker in a process somewhere else; what Ray ships instead of clients and threads."""
+
+    spec: WorkerSpec
+
+    def __call__(self) -> "ShardWork":
+        """Return what merges shards there.
+
+        Raises:
+            PlanError: this node does not see its GPUs, or the output prefix that the driver claimed, or computes
+                otherwise than the others.
+        """
+        check_gpu_is_seen(self.spec.device)
+        check_output_is_shared(self.spec)
+        work = ShardWork(self.spec)
+        _agree(self.spec, work.worker)
+        return work
+
+
+Answer = bytes | str
+"""of a worker that has merged a shard: its receipt; or, where that is large or of another worker, its file name"""
+
+
+class ShardWork:
+    """Merges shards in a process somewhere else; a shard that ran out of memory before with less of it."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Open a worker with the whole budget."""
+        self._spec = spec
+        self._output = open_store(spec.output_url, spec.storage)
+        self._frugality = 0
+        self.worker = Worker(spec)
+
+    def __call__(self, shard: ShardPlan, on_bytes: OnBytes, frugality: int) -> Answer:
+        """Merge a shard; smaller buffers mean more passes and the same bytes.
+
+        Raises:
+            StockflowError: see ``Worker.merge``.
+        """
+        if is_finished(self._output, self._spec.plan_id, shard, self.worker.numerics_class):
+            return shard.file
+        for halvings in range(frugality, -1, -1):
+            self._reopen(halvings)
+            try:
+                receipt = self.worker.merge(shard, on_bytes).to_json()
+                return receipt if len(receipt) <= MAX_ANSWER_BYTES else shard.file
+            except BudgetError:  # as little as that is not enough for it
+                if not halvings:
+                    raise
+        raise AssertionError("not reached")
+
+    def _reopen(self, halvings: int) -> None:
+        if halvings != self._frugality:
+            self.worker.close()
+            self.worker = Worker(replace(self._spec, memory_bytes=self._spec.memory_bytes >> halvings))
+            self._frugality = halvings
+
+
+def _agree(spec: WorkerSpec, worker: Worker) -> None:
+    store = open_store(spec.output_url, spec.storage, writable=True)
+    agree_on_numerics(store, spec.plan_id, spec.run, worker.numerics_class, replace=spec.replaces_numerics)
+
+
+def check_output_is_shared(spec: WorkerSpec) -> None:
+    """Refuse a node that does not see the claim of the driver: its shards would end up on a disk of its own.
+
+    Raises:
+        PlanError: the claim is not there, or is another one.
+    """
+    store = open_store(spec.output_url, spec.storage)
+    try:
+        seen = read_claim(store).plan_id
+    except (NotFoundError, CheckpointError):
+        seen = None
+    if seen != spec.plan_id:
+        raise PlanError(
+            f"a worker does not see the output {redact(spec.output_url)} that the driver claimed; on several nodes "
+            "use object storage, or a folder that all of them share"
+        )
+
+
+def on_ray(
+    spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker, options: "ray.RayOptions"
+) -> Iterator[Receipt]:
+    """Merge shards on the workers of a Ray cluster; only shards, receipts and counters pass through Ray."""
+    from stockflow.run.executors import ray
+
+    spec = _on_what_was_asked_for(spec, options)
+    store = open_store(spec.output_url, spec.storage)
+    answers = ray.run(
+        StartWorker(spec),
+        shards,
+        size=lambda shard: shard.source_bytes,
+        options=options,
+        on_count=tracker.on_bytes,
+        on_note=tracker.on_note,
+        on_give=lambda shard, worker: tracker.on_begin(shard.file, worker),
+        on_failure=lambda cause, shard: tracker.on_failure(cause, shard.file if shard else None),
+        on_size=lambda num_workers: _note_idle_workers(num_workers, tracker, options),
+        name=lambda shard: shard.file,
+    )
+    for answer in answers:
+        yield receipt_of(answer, store, spec.plan_id)
+
+
+def receipt_of(answer: Answer, store: Store, plan_id: str) -> Receipt:
+    """Return the receipt of a shard from what its worker answered."""
+    if isinstance(answer, bytes):
+        return Receipt.from_json(answer, "what a worker answered")
+    key = receipt_key(plan_id, answer)
+    return Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
+
+
+def _note_idle_workers(num_workers: int, tracker: Tracker, options: "ray.RayOptions") -> None:
+    """Say that shards are few for the workers that the cluster holds, if a merge is long enough for that to matter.
+
+    Where a number was asked for, the driver has said so before.
+    """
+    from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note  # workers need no recipes
+
+    if options.num_workers is None and tracker.plan.num_output_bytes >= LEAST_GOOD_SHARD_BYTES * num_workers:
+        for note in few_shards_note(tracker.plan, num_workers):
+            tracker.on_note(note)
+
+
+def _on_what_was_asked_for(spec: WorkerSpec, options: "ray.RayOptions") -> WorkerSpec:
+    """Keep workers that hold no GPU off those of their node: Ray hides none from them (2.60)."""
+    if options.gpus_per_worker:
+        return spec
+    check_gpus(spec.device, options.gpus_per_worker)
+    return replace(spec, device="cpu")
+
+
+def check_gpus(device: str, gpus_per_worker: float) -> None:
+    """Refuse to compute on GPUs that nobody asked Ray for.
+
+    Raises:
+        PlanError: a worker must use a GPU, and gets none.
+    """
+    if device == "cuda" and not gpus_per_worker:
+        raise PlanError("--device cuda on Ray: say how many GPUs a worker gets (--gpus-per-worker 1)")
+
+
+def survey_in_this_process(spec: SurveySpec, jobs: Sequence[TensorJob], on_read: OnRead) -> Iterator[tuple[int, Any]]:
+    """Look at tensors here; yield the number and the row of each."""
+    surveyor = Surveyor(spec)
+    try:
+        yield from enumerate(surveyor.survey(jobs, on_read))
+    finally:
+        surveyor.close()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Neighbouring tensors that one worker looks at; what Ray ships instead of a shard."""
+
+    first: int
+    """number of the first one"""
+    jobs: tuple[TensorJob, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all sources."""
+        return sum(source.spec.num_bytes for job in self.jobs for source in job.sources)
+
+
+@dataclass(frozen=True)
+class StartSurveyor:
+    """Makes a surveyor in a process somewhere else."""
+
+    spec: SurveySpec
+
+    def __call__(self) -> Callable[[Batch, OnBytes, int], tuple[int, list[Any]]]:
+        """Return what looks at a batch there, and gives the number of its first tensor and all rows.
+
+        Raises:
+            PlanError: this node does not see its GPUs.
+        """
+        check_gpu_is_seen(self.spec.device)
+        surveyor = Surveyor(self.spec)
+
+        def survey(batch: Batch, on_bytes: OnBytes, frugality: int) -> tuple[int, list[Any]]:
+            del frugality  # its buffers are small already
+            return batch.first, list(surveyor.survey(batch.jobs, lambda num_bytes: on_bytes(num_bytes, 0)))
+
+        return survey
+
+
+def batches(jobs: Sequence[TensorJob]) -> Iterator[Batch]:
+    """Yield tensors in order, in batches whose rows are small and whose sources take some seconds to read."""
+    first, filled = 0, 0
+    for number, job in enumerate(jobs):
+        size = sum(source.spec.num_bytes for source in job.sources)
+        if number > first and (number - first == MAX_BATCH_TENSORS or filled + size > MAX_BATCH_BYTES):
+            yield Batch(first, tuple(jobs[first:number]))
+            first, filled = number, 0
+        filled += size
+    if first < len(jobs):
+        yield Batch(first, tuple(jobs[first:]))
+
+
+def survey_on_ray(
+    spec: SurveySpec,
+    jobs: Sequence[TensorJob],
+    on_read: OnRead,
+    on_note: Callable[[str], None],
+    options: "ray.RayOptions",
+) -> Iterator[tuple[int, Any]]:
+    """Look at tensors on the workers of a Ray cluster; rows come back by value, some kilobytes per batch."""
+    from stockflow.run.executors import ray
+
+    found = ray.run(
+        StartSurveyor(spec),
+        list(batches(jobs)),
+        size=lambda batch: batch.source_bytes,
+        options=options,
+        on_count=lambda num_read, _, worker: on_read(num_read),
+        on_note=on_note,
+        name=lambda batch: f"{len(batch.jobs)} tensors from {batch.jobs[0].output.name}",
+    )
+    for first, rows in found:
+        yield from enumerate(rows, start=first)

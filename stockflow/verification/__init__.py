@@ -1,0 +1,1 @@
+"""A published output held against its manifest and its inputs."""

@@ -1,0 +1,159 @@
+"""Reading an output that is not trusted: plain files only, in bounded portions, many at a time."""
+
+import hashlib
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from stockflow.errors import CheckpointError, StorageError
+from stockflow.output.sealed import check_num_values
+from stockflow.storage import Stamp, Store, check_key, read_small
+
+NUM_LOCAL_READERS = 4
+"""A core hashes 1.5 GB/s here, a disk is faster; one file after the other would leave the other cores idle."""
+NUM_OBJECT_READERS = 16
+CHUNK_BYTES = 2**23
+"""What object storage serves best."""
+LOCAL_CHUNK_BYTES = 2**20
+"""Hashed while it is still in the cache."""
+MAX_KEY_BYTES = 1024
+"""The longest key of S3."""
+MAX_NAME_BYTES = 255
+"""The longest name in a folder."""
+
+
+class Range(NamedTuple):
+    """A run of bytes of one object."""
+
+    key: str
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """An output to be read with suspicion."""
+
+    store: Store
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder."""
+        return "://" not in self.store.url
+
+    def path(self, key: str) -> str:
+        """Return the local path of a file."""
+        return os.path.join(self.store.url, key)
+
+    def check(self, key: str) -> None:
+        """Refuse what is no plain file of this output.
+
+        A pipe would keep a reader waiting; a link that leads out of the folder makes the output depend on what
+        is elsewhere, and a verifier read files its caller never named. Links that stay inside are followed.
+
+        Raises:
+            UserError: the key leaves the output, is too long, or leads to something else than a file in it.
+        """
+        try:
+            parts = [part.encode() for part in check_key(key).split("/")]
+        except UnicodeEncodeError:
+            raise CheckpointError(f"the name {key!a} is not valid Unicode") from None
+        if max(map(len, parts)) > MAX_NAME_BYTES or len(key.encode()) > MAX_KEY_BYTES:
+            raise CheckpointError("the name is too long for a file")
+        if self.is_local:
+            real = os.path.realpath(self.path(key))
+            if not real.startswith(os.path.join(self.store.url, "")):
+                raise CheckpointError(f"is a link to {real}, outside of the output; put the file itself there")
+            if os.path.islink(real) or (os.path.exists(real) and not stat.S_ISREG(os.stat(real).st_mode)):
+                raise CheckpointError("is no plain file")
+
+    def read(self, key: str, max_bytes: int, max_values: int | None = None) -> bytes:
+        """Return a small file whole.
+
+        Args:
+            key: which one.
+            max_bytes: a larger one is refused.
+            max_values: if given, JSON with more values is refused.
+
+        Raises:
+            UserError: see ``check``; or it is too large.
+        """
+        self.check(key)
+        payload = read_small(self.store, key, max_bytes=max_bytes)
+        if len(payload) > max_bytes:
+            raise CheckpointError(f"is larger than {max_bytes:,} bytes, the most that is read of such a file")
+        if max_values is not None:
+            check_num_values(payload, max_values, key)
+        return payload
+
+    def list(self, prefix: str = "") -> Iterable[str]:
+        """Return the keys below a folder, or directly in the output.
+
+        Raises:
+            CheckpointError: it is a folder that cannot be listed, for example for a link that leads to itself.
+        """
+        try:
+            return self.store.list(prefix) if prefix else self.store.list_top()
+        except StorageError as error:
+            if not self.is_local:
+                raise
+            raise CheckpointError(str(error)) from None
+
+    def read_ahead(
+        self, ranges: Iterable[Range], stamps: Callable[[str], Stamp], pool: ThreadPoolExecutor, num_ahead: int
+    ) -> Iterator[memoryview]:
+        """Yield the bytes of ``ranges`` in order, portion by portion, each valid until the next is asked for.
+
+        Args:
+            ranges: what to read.
+            stamps: the state of each object it is held to.
+            pool: reads the portions to come, at most ``num_ahead`` of them.
+            num_ahead: at least 1.
+        """
+        pending: deque[tuple[Future[None], memoryview]] = deque()
+        buffers = deque(memoryview(bytearray(CHUNK_BYTES)) for _ in range(num_ahead))
+        try:
+            for key, start, num_bytes in _portions(ranges):
+                view = buffers.popleft()
+                buffers.append(view)
+                part = view[:num_bytes]
+                pending.append((pool.submit(self.store.read_into, key, start, part, stamps(key)), part))
+                if len(pending) == num_ahead:
+                    yield _read(*pending.popleft())
+            while pending:
+                yield _read(*pending.popleft())
+        finally:
+            wait(future for future, _ in pending)
+
+    def sha256(
+        self, key: str, stamp: Stamp, pool: ThreadPoolExecutor, num_ahead: int, on_bytes: Callable[[int], None]
+    ) -> str:
+        """Return the sha256 of a file, in hex; ``on_bytes`` is told of what was read."""
+        digest = hashlib.sha256()
+        if self.is_local:  # the system reads ahead by itself
+            buffer = memoryview(bytearray(min(LOCAL_CHUNK_BYTES, stamp.size)))
+            for start in range(0, stamp.size, LOCAL_CHUNK_BYTES):
+                part = buffer[: stamp.size - start]
+                self.store.read_into(key, start, part, stamp)
+                digest.update(part)
+                on_bytes(part.nbytes)
+        else:
+            for part in self.read_ahead([Range(key, 0, stamp.size)], lambda _: stamp, pool, num_ahead):
+                digest.update(part)
+                on_bytes(part.nbytes)
+        return digest.hexdigest()
+
+
+def _portions(ranges: Iterable[Range]) -> Iterator[Range]:
+    for key, start, num_bytes in ranges:
+        for done in range(0, num_bytes, CHUNK_BYTES):
+            yield Range(key, start + done, min(CHUNK_BYTES, num_bytes - done))
+
+
+def _read(future: Future[None], part: memoryview) -> memoryview:
+    future.result()
+    return part

@@ -1,0 +1,382 @@
+"""Sampled verification: tensors merged again from the inputs, compared with what was written and recorded."""
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+from stockflow.checkpoints.header import DTYPES, TensorSpec
+from stockflow.engine.devices import Device, open_device
+from stockflow.engine.worker import Worker, WorkerSpec
+from stockflow.errors import CheckpointError, NumericsError, PlanError
+from stockflow.events import Moved, OnEvent, Stage
+from stockflow.methods.protocol import Parameters
+from stockflow.output.manifest import Manifest, plan_key, receipt_key, tensors_key
+from stockflow.output.receipts import TensorFacts
+from stockflow.planning.file import RecordedPlan, check_mergeable
+from stockflow.planning.plan import NUMERICS, MergePlan, ShardPlan, Source, TensorJob, method_of
+from stockflow.storage import NewObject, Stamp, StorageConfig, Store
+from stockflow.verification.bits import Difference
+from stockflow.verification.contents import Placed, Table
+from stockflow.verification.facts import coefficients_agree, differing_facts
+from stockflow.verification.files import CHUNK_BYTES, Output, Range
+from stockflow.verification.findings import Finding, quoted
+from stockflow.verification.records import check_input
+from stockflow.verification.sample import Groups, RecordedCoefficients, Sampled, SampleOptions
+
+NUM_AHEAD = 4
+"""Portions of the output read ahead of their comparison."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an output says of itself, as far as it was found to be sound."""
+
+    output: Output
+    manifest: Manifest
+    recorded: RecordedPlan
+    table: Table
+    placed: Placed
+    stamps: Mapping[str, Stamp]
+    coefficients: RecordedCoefficients
+
+
+@dataclass(frozen=True)
+class Target:
+    """A job, and where the output has what it must give."""
+
+    job: TensorJob
+    tensor: str
+    """the output's tensor that it is, or is a part of"""
+    place: Range
+    first: int = 0
+    """flat index in the tensor of its first element"""
+
+
+def recompute(
+    evidence: Evidence,
+    chosen: Collection[str],
+    options: SampleOptions,
+    config: StorageConfig,
+    on_event: OnEvent,
+) -> tuple[Sampled, list[Finding]]:
+    """Merge the chosen tensors again and compare statistics, coefficients and bytes.
+
+    Raises:
+        PlanError: the output was made with other numerics than this version's.
+        BudgetError: the memory is too small.
+        InputChangedError: an input changes while it is read.
+        StorageError: reading failed after retries.
+    """
+    if evidence.recorded.numerics != NUMERICS:
+        raise PlanError(
+            f"--sample: the output was made with numerics {evidence.recorded.numerics}, this version of stockflow "
+            f"has {NUMERICS}; take the version that made it ({evidence.manifest.versions.get('stockflow')})"
+        )
+    return _Recomputation(evidence, options, config, on_event).run(chosen)
+
+
+class _Recomputation:
+    """One sample on its way."""
+
+    def __init__(self, evidence: Evidence, options: SampleOptions, config: StorageConfig, on_event: OnEvent) -> None:
+        self._evidence = evidence
+        self._options = options
+        self._config = config
+        self._on_event = on_event
+        made_on_cpu = all(name.startswith("cpu") for name in evidence.manifest.numerics_classes)
+        self._device: Device = "cpu" if made_on_cpu else "auto"
+        ours = open_device(self._device).numerics_class
+        self._same_class = tuple(evidence.manifest.numerics_classes) == (ours,)
+        self._findings: list[Finding] = []
+        self._shard_of = {job.output.name: shard.file for shard in self._plan.shards for job in shard.jobs}
+
+    @property
+    def _plan(self) -> MergePlan:
+        return self._evidence.recorded.plan
+
+    def run(self, chosen: Collection[str]) -> tuple[Sampled, list[Finding]]:
+        jobs = [job for job in self._plan.jobs if job.output.name in chosen]
+        sampled = Sampled(self._options.seed, len(self._shard_of), 0, same_class=self._same_class)
+        plan_file = plan_key(self._evidence.manifest.plan_id)
+        try:
+            check_mergeable(jobs, plan_file)
+        except CheckpointError as error:
+            return replace(sampled, num_left_out=len(chosen)), [Finding(plan_file, str(error))]
+        targets = self._usable(jobs)
+        try:
+            facts, differences = self._merge(targets)
+            again = self._judge(targets, facts, differences)
+            _, differing_again = self._merge([part for target in again for part in _with_coefficients(*target)])
+            for target, _ in again:
+                self._judge_bytes(target, differing_again.get(target.tensor), exact=True)
+        except NumericsError as error:
+            self._findings.append(
+                Finding(tensors_key(self._evidence.manifest.plan_id), f"cannot be recomputed: {error}")
+            )
+            return replace(sampled, num_left_out=len(chosen)), self._findings
+        kinds = [self._kind(target.job) for target in targets]
+        return (
+            replace(
+                sampled,
+                num_bytes=sum(target.place.num_bytes for target in targets),
+                num_recorded=kinds.count("recorded"),
+                num_decided=kinds.count("decided"),
+                num_copied=kinds.count("copied"),
+                num_left_out=len(chosen) - len(targets),
+            ),
+            self._findings,
+        )
+
+    def _usable(self, jobs: Sequence[TensorJob]) -> list[Target]:
+        """The jobs whose inputs are still there and whose results can be found in the output."""
+        files: dict[int, set[str]] = {}
+        for job in jobs:
+            for source in job.sources:
+                files.setdefault(source.checkpoint, set()).add(source.extent.file)
+        changed: set[tuple[int, str]] = set()
+        for number, keys in sorted(files.items()):
+            for key in sorted(keys):
+                found = list(check_input(self._plan.checkpoints[number], self._config, {key}))
+                self._findings += found
+                changed |= {(number, key)} if found else set()
+        places = {
+            tensor.spec: Range(key, tensor.start, tensor.spec.num_bytes)
+            for key, tensors in self._evidence.placed.items()
+            for tensor in tensors
+        }
+        return [
+            Target(job, job.output.name, places[job.output])
+            for job in jobs
+            if job.output in places
+            and job.output.name in self._evidence.table
+            and not any((source.checkpoint, source.extent.file) in changed for source in job.sources)
+        ]
+
+    def _merge(self, targets: Sequence[Target]) -> tuple[dict[str, TensorFacts], dict[str, Difference]]:
+        """Merge into a comparison instead of a file; return facts by job and differences by tensor."""
+        if not targets:
+            return {}, {}
+        with ThreadPoolExecutor(NUM_AHEAD, thread_name_prefix="compare") as pool:
+            comparison = _Comparison(self._evidence, targets, pool)
+            worker = _ComparingWorker(self._spec(), comparison)
+            try:
+                shard = ShardPlan("sample", tuple(target.job for target in targets))
+                self._on_event(Stage("merging a sample again", total_bytes=shard.source_bytes))
+                receipt = worker.merge(shard, lambda num_read, _: self._on_event(Moved(num_read)))
+            finally:
+                worker.close()
+        return {facts.name: facts for facts in receipt.tensors}, comparison.differences
+
+    def _spec(self) -> WorkerSpec:
+        return WorkerSpec(
+            plan_id=self._evidence.manifest.plan_id,
+            checkpoints=self._plan.checkpoints,
+            output_url=os.devnull,
+            storage=self._config,
+            on_nonfinite=self._plan.on_nonfinite,
+            memory_bytes=self._options.memory_bytes - NUM_AHEAD * CHUNK_BYTES,
+            num_threads=self._options.num_threads,
+            device=self._device,
+        )
+
+    def _judge(
+        self, targets: Sequence[Target], facts: Mapping[str, TensorFacts], differences: Mapping[str, Difference]
+    ) -> list[tuple[Target, Groups]]:
+        """Compare what was found again with the records; return what must be combined with other coefficients.
+
+        Those are the tensors whose recorded coefficients differ from what this machine decides in the last bits.
+        """
+        combine_again = []
+        for target in targets:
+            name = target.tensor
+            self._judge_facts(name, facts[name])
+            recorded, where = self._on_record(target.job)
+            found = _groups(facts[name])
+            if recorded and found and not _equal(recorded, found):
+                if not _needs_gram(target.job) or not coefficients_agree(recorded, found):
+                    self._findings.append(
+                        Finding(
+                            where,
+                            f"says the coefficients of {quoted(name)} are {quoted(recorded)}, "
+                            f"the inputs give {quoted(found)}",
+                        )
+                    )
+                combine_again.append((target, recorded))
+                continue
+            exact = self._same_class or self._kind(target.job) != "decided" or not _needs_gram(target.job)
+            self._judge_bytes(target, differences.get(name), exact=exact)
+        return combine_again
+
+    def _judge_facts(self, name: str, found: TensorFacts) -> None:
+        row = self._evidence.table[name]
+        where = tensors_key(self._evidence.manifest.plan_id)
+        for fact in differing_facts(row, found, same_class=self._same_class):
+            self._findings.append(
+                Finding(where, f"says {fact.column} of {quoted(name)} is {quoted(fact.stated)}, "
+                        f"the inputs give {quoted(fact.found)}")
+            )  # fmt: skip
+
+    def _judge_bytes(self, target: Target, difference: Difference | None, *, exact: bool) -> None:
+        if difference is None or not difference.num_elems or (difference.is_close and not exact):
+            return
+        self._findings.append(
+            Finding(
+                self._shard_of[target.tensor],
+                f"{quoted(target.tensor)} is not what the inputs give: {difference.num_elems:,} of "
+                f"{target.job.output.num_elems:,} elements differ, the first at flat index {difference.first:,}",
+            )
+        )
+
+    def _kind(self, job: TensorJob) -> str:
+        method = method_of(job)
+        if method is None:
+            return "copied"
+        if method.linear is None:
+            return "decided"
+        # Without a Gram the parameters in the plan are the coefficients.
+        return "recorded" if self._on_record(job)[0] or not method.needs_gram else "decided"
+
+    def _on_record(self, job: TensorJob) -> tuple[Groups | None, str]:
+        """The coefficients on record and where they stand: in the receipt, or as the ratio of the only group."""
+        name = job.output.name
+        if name in self._evidence.coefficients:
+            plan_id = self._evidence.manifest.plan_id
+            return self._evidence.coefficients[name], receipt_key(plan_id, self._shard_of[name])
+        where = tensors_key(self._evidence.manifest.plan_id)
+        ratio, num_tuned = self._evidence.table[name]["ratio"], len(job.sources) - 1
+        if job.method == "model_stock" and job.num_groups == 1 and isinstance(ratio, float):
+            return ((ratio / num_tuned,) * num_tuned,), where
+        return None, where
+
+
+def _needs_gram(job: TensorJob) -> bool:
+    method = method_of(job)
+    return method is not None and method.needs_gram
+
+
+def _groups(facts: TensorFacts) -> Groups | None:
+    return tuple(tuple(map(float.fromhex, group)) for group in facts.coefficients) if facts.coefficients else None
+
+
+def _equal(left: Groups, right: Groups) -> bool:
+    """Whether coefficients are the same numbers; NaN, which ``on_nonfinite: propagate`` lets through, equals itself."""
+    pairs = [pair for groups in zip(left, right, strict=False) for pair in zip(*groups, strict=False)]
+    return list(map(len, left)) == list(map(len, right)) and all(a == b or (a != a and b != b) for a, b in pairs)
+
+
+def _with_coefficients(target: Target, groups: Groups) -> Iterator[Target]:
+    """Yield the jobs that combine a tensor, group by group, with given coefficients instead of its method's."""
+    job = target.job
+    num_elems, width = job.group_elems, job.output_width
+    for number, weights in enumerate(groups):
+        first = number * num_elems
+        anchored = len(weights) == len(job.sources) - 1
+        yield Target(
+            job=TensorJob(
+                output=TensorSpec(f"{job.output.name} group {number}", job.output.dtype, (num_elems,)),
+                sources=tuple(_part(source, first, num_elems) for source in job.sources),
+                method="task_arithmetic" if anchored else "linear",
+                parameters=Parameters({"lambda": 1.0, "normalize": False}, {"weight": weights}),
+                scope="tensor",
+            ),
+            tensor=target.tensor,
+            place=Range(target.place.key, target.place.start + width * first, width * num_elems),
+            first=first,
+        )
+
+
+def _part(source: Source, first: int, num_elems: int) -> Source:
+    width = DTYPES[source.spec.dtype].bits // 8
+    extent = source.extent._replace(start=source.extent.start + width * first)
+    return Source(source.checkpoint, source.spec._replace(shape=(num_elems,)), extent)
+
+
+class _ComparingWorker(Worker):
+    """A worker that compares what it would write."""
+
+    def __init__(self, spec: WorkerSpec, comparison: "_Comparison") -> None:
+        super().__init__(spec)
+        self._output = cast(Store, comparison)
+
+    def check_owner(self) -> None:
+        """Do nothing: no shard appears."""
+
+
+class _Comparison:
+    """What a worker takes for its output: it writes nothing, and compares what comes with what was published."""
+
+    pin = "stat"
+    num_retries = 0
+
+    def __init__(self, evidence: Evidence, targets: Sequence[Target], pool: ThreadPoolExecutor) -> None:
+        self.url = evidence.output.store.url
+        self.differences: dict[str, Difference] = {}
+        self._evidence = evidence
+        self._targets = targets
+        self._pool = pool
+        self._size = 0
+
+    @contextmanager
+    def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
+        """Compare the one shard that is asked for."""
+        del key
+        num_data_bytes = sum(target.place.num_bytes for target in self._targets)
+        self._size = size or 0
+        published = self._evidence.output.read_ahead(
+            (target.place for target in self._targets), self._evidence.stamps.__getitem__, self._pool, NUM_AHEAD
+        )
+        yield _ComparingSink(self._size - num_data_bytes, self._targets, published, self.differences)
+
+    def stamp(self, key: str) -> Stamp:
+        """Return the stamp of what would have been written."""
+        del key
+        return Stamp(self._size, "")
+
+    def put(self, key: str, payload: bytes) -> None:
+        """Drop the receipt."""
+
+
+class _ComparingSink:
+    """Takes the bytes of a shard in order and compares those of its tensors with published ones."""
+
+    def __init__(
+        self,
+        num_header_bytes: int,
+        targets: Iterable[Target],
+        published: Iterator[memoryview],
+        differences: dict[str, Difference],
+    ) -> None:
+        self._num_header_bytes = num_header_bytes
+        self._targets = (target for target in targets if target.place.num_bytes)
+        self._published = published
+        self._differences = differences
+        self._target: Target | None = None
+        self._num_done = 0
+        """bytes of the present target"""
+        self._portion = memoryview(b"")
+
+    def write(self, payload: memoryview | bytes, /) -> object:
+        """Compare all of ``payload``."""
+        rest = memoryview(payload)
+        skipped = min(self._num_header_bytes, len(rest))
+        self._num_header_bytes -= skipped
+        rest = rest[skipped:]
+        while rest:
+            target = self._target = self._target or next(self._targets)
+            self._portion = self._portion or next(self._published)
+            num_bytes = min(len(rest), len(self._portion))
+            dtype, width = target.job.output.dtype, max(DTYPES[target.job.output.dtype].bits // 8, 1)
+            first = target.first + self._num_done // width
+            difference = self._differences.setdefault(target.tensor, Difference())
+            difference.add(dtype, first, rest[:num_bytes], self._portion[:num_bytes])
+            rest, self._portion = rest[num_bytes:], self._portion[num_bytes:]
+            self._num_done += num_bytes
+            if self._num_done == target.place.num_bytes:
+                self._target, self._num_done = None, 0
+        return None
+
+    def sync(self) -> None:
+        """Do nothing: nothing is written."""
