@@ -32,12 +32,11 @@ from stockflow.storage import StorageConfig, open_store, read_small, redact
 from stockflow.text import notebook
 
 if TYPE_CHECKING:
-    from stockflow.engine.survey import SurveySpec
+    from stockflow.engine.survey import Look, SurveySpec
     from stockflow.engine.worker import WorkerSpec
     from stockflow.insight.audit import Audit, Merge
     from stockflow.insight.difference import CheckpointDifference
     from stockflow.insight.inspection import Inspection, Survey, SurveyOptions
-    from stockflow.planning.plan import TensorJob
     from stockflow.progress.file import Tracker
     from stockflow.reports.report import Report
     from stockflow.verification.verify import SampleOptions, Verification
@@ -438,7 +437,8 @@ def diff(
         resolve_location(os.fspath(a)),
         resolve_location(os.fspath(b)),
         storage_of(recipe),
-        memory_bytes=num_bytes("memory", memory) or default_memory(),
+        survey_options(memory, None, "local", "cpu"),
+        _survey_in_this_process,
         on_event=on_event,
     )
 
@@ -657,11 +657,11 @@ def survey_on(
 
 
 def _survey_in_this_process(
-    spec: "SurveySpec", jobs: "Sequence[TensorJob]", on_read: Callable[[int], None]
+    spec: "SurveySpec", looks: "Sequence[Look]", on_read: Callable[[int], None]
 ) -> Iterator[tuple[int, Any]]:
     from stockflow.run.places import survey_in_this_process
 
-    return survey_in_this_process(spec, jobs, on_read)
+    return survey_in_this_process(spec, looks, on_read)
 
 
 def _survey_on_ray(
@@ -669,14 +669,14 @@ def _survey_on_ray(
     gpus_per_worker: float,
     on_note: Callable[[str], None],
     spec: "SurveySpec",
-    jobs: "Sequence[TensorJob]",
+    looks: "Sequence[Look]",
     on_read: Callable[[int], None],
 ) -> Iterator[tuple[int, Any]]:
     from stockflow.run.executors.ray import RayOptions
     from stockflow.run.places import survey_on_ray
 
     options = RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker)
-    return survey_on_ray(spec, jobs, on_read, on_note, options)
+    return survey_on_ray(spec, looks, on_read, on_note, options)
 
 
 def _check_choice(option: str, given: object, choices: Sequence[object]) -> None:

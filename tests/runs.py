@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stockflow.engine.worker import GROWTH_BYTES, current_memory_bytes
+from stockflow.engine.process import current_memory_bytes
+from stockflow.engine.session import GROWTH_BYTES
 from stockflow.planning.budget import BASELINE_BYTES
 from stockflow.progress.display import Silent
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge

@@ -1,11 +1,13 @@
 """Reusable memory: buffers that are given back and taken again, because fresh pages cost more than what fills them."""
 
 import mmap
+import threading
 from collections.abc import Callable
 
 import numpy as np
 
 from stockflow.kernels.arrays import Bytes
+from stockflow.kernels.floats import Slab, slab_of
 
 Allocate = Callable[[int], Bytes]
 
@@ -42,3 +44,20 @@ class Pool:
         """Return a buffer that nobody uses any more."""
         if buffer.nbytes == self._num_bytes:
             self._free.append(buffer)
+
+
+class Scratch:
+    """A buffer per thread, as large as was needed so far; reused because it is in that thread's caches."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._threads = threading.local()
+
+    def of_this_thread(self, num_bytes: int) -> tuple[Bytes, Slab]:
+        """Return at least ``num_bytes``; what they held before is gone."""
+        buffer, slab = getattr(self._threads, "buffer", (np.empty(0, np.uint8), None))
+        if slab is None or buffer.nbytes < num_bytes:
+            buffer = allocate(num_bytes)
+            slab = slab_of(buffer)
+            self._threads.buffer = buffer, slab
+        return buffer, slab

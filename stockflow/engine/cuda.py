@@ -8,16 +8,15 @@ Shape suffixes: M sources (anchor first), E elements of a span, G groups, K elem
 """
 
 import threading
-from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stockflow.engine.units import LoadedPiece
+from stockflow.engine.pieces import LoadedPiece
 from stockflow.kernels.arrays import Bytes, Floats
-from stockflow.planning.plan import TensorJob
+from stockflow.planning.job import Reading
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -48,9 +47,6 @@ class CudaArithmetic:
         memory: Bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
         return memory
 
-    def prepare(self, jobs: Iterable[TensorJob]) -> None:
-        """Do nothing: torch loads its kernels when the device is opened."""
-
     def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
         """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M); all of them, at no cost."""
         del with_anchor
@@ -61,19 +57,20 @@ class CudaArithmetic:
             products_GMM: Floats = torch.bmm(groups_GMK, groups_GMK.transpose(1, 2)).cpu().numpy()
         return products_GMM
 
-    def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, *, anchored: bool) -> bool:
+    def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, dtype: str, *, anchored: bool) -> bool:
         """Write the weighted sum of a span into ``out``; return whether every result is finite.
 
         Args:
             span: whole groups, or a run within one.
             weights_GM: per group of the span and non-anchor source if ``anchored``, else per source.
             out: the bytes of the results.
+            dtype: their element type.
             anchored: whether the sum is ``w_0 + sum_i c_i (w_i - w_0)``.
         """
         with torch.cuda.stream(self._stream()):
             rows_ME = self._load(span)
             total_E = anchored_sum(rows_ME, weights_GM) if anchored else weighted_sum(rows_ME, weights_GM)
-            rounded_E = rounded(total_E, DTYPES[span.job.output.dtype])
+            rounded_E = rounded(total_E, DTYPES[dtype])
             is_finite = torch.isfinite(rounded_E).all()
             torch.from_numpy(out).copy_(rounded_E.view(torch.uint8))
             return bool(is_finite)
@@ -86,16 +83,16 @@ class CudaArithmetic:
 
     def _load(self, span: LoadedPiece) -> Tensor:
         """The sources of a span in working precision, shape (M, E)."""
-        job = span.job
-        rows_ME = torch.empty(len(job.sources), span.stop - span.start, dtype=_working_dtype(job), device=self._device)
-        for number, source in enumerate(job.sources):
-            raw = torch.from_numpy(span.source(number)).to(self._device, non_blocking=True)
-            rows_ME[number].copy_(raw.view(DTYPES[source.spec.dtype]))
+        num_operands, num_elems = len(span.dtypes), span.stop - span.start
+        rows_ME = torch.empty(num_operands, num_elems, dtype=_working_dtype(span.reading), device=self._device)
+        for number, dtype in enumerate(span.dtypes):
+            raw = torch.from_numpy(span.operand(number)).to(self._device, non_blocking=True)
+            rows_ME[number].copy_(raw.view(DTYPES[dtype]))
         return rows_ME
 
 
-def _working_dtype(job: TensorJob) -> torch.dtype:
-    return torch.float64 if job.float_bits == 64 else torch.float32
+def _working_dtype(reading: Reading) -> torch.dtype:
+    return torch.float64 if reading.float_bits == 64 else torch.float32
 
 
 def anchored_sum(rows_ME: Tensor, weights_GN: Floats) -> Tensor:

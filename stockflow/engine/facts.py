@@ -1,7 +1,7 @@
 """What has been learned about a tensor, unit by unit, and the row of facts it becomes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,17 +10,20 @@ from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Coefficients
 from stockflow.output.receipts import TensorFacts
-from stockflow.planning.plan import TensorJob
+from stockflow.planning.job import Result, TensorJob
 
 MAX_COEFFICIENT_GROUPS = 1024
 """Coefficients of more groups than this are not recorded one by one."""
+COLUMNS = ("mean_cosine", "min_cosine", "max_cosine", "ratio", "legacy_ratio")
+"""Facts that have a column of their own in tensors.parquet; all others go into its map ``facts``."""
 
 
 @dataclass
 class Ledger:
-    """What has been learned about one tensor, unit by unit."""
+    """What has been learned about one result of a tensor, unit by unit."""
 
     job: TensorJob
+    result: Result
     shard: str
     facts: dict[str, list[Floats]] = field(default_factory=dict)
     flags: dict[str, int] = field(default_factory=dict)
@@ -30,11 +33,12 @@ class Ledger:
     gram_MM: Floats | None = None
     """products of [w_0, d_1 .. d_N], the groups added in order; None where no Gram is needed"""
     coefficients: list[Floats] = field(default_factory=list)
-    scalars: dict[str, float] = field(default_factory=dict)
+    means: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    """facts of units, each with the elements it speaks of"""
 
     def record(self, coefficients: Coefficients, gram: Gram | None) -> None:
         """Add the decision of one unit."""
-        if self.job.num_groups <= MAX_COEFFICIENT_GROUPS:
+        if self.job.reading.num_groups <= MAX_COEFFICIENT_GROUPS:
             self.coefficients.append(coefficients.weights_GM)
         for name, values_G in coefficients.facts.items():
             self.facts.setdefault(name, []).append(values_G)
@@ -48,22 +52,27 @@ class Ledger:
         for name, flags_G in flags.items():
             self.flags[name] = self.flags.get(name, 0) + int(np.count_nonzero(flags_G))
 
+    def record_means(self, facts: Mapping[str, float], num_elems: int) -> None:
+        """Add facts that speak of ``num_elems`` elements at once."""
+        for name, value in facts.items():
+            self.means.setdefault(name, []).append((value, num_elems))
+
     def close(self) -> TensorFacts:
         """Return the row of facts of the finished tensor."""
-        job = self.job
-        num_groups = job.num_groups
+        reading, output = self.job.reading, self.result.outputs[0]
+        num_groups = reading.num_groups
         grouped = {"groups": float(num_groups)} if num_groups > 1 else {}
         if num_groups > 1 and self.flags.get("clamped"):
             grouped["clamped_groups"] = float(self.flags["clamped"])
         norms = self._norms()
         return TensorFacts(
-            name=job.output.name,
-            shape=job.output.shape,
-            dtype=job.output.dtype,
+            name=output.name,
+            shape=output.shape,
+            dtype=output.dtype,
             shard=self.shard,
-            method=job.method,
-            scope=job.scope,
-            num_elems=job.output.num_elems,
+            method=self.result.method,
+            scope=reading.scope,
+            num_elems=output.num_elems,
             mean_cosine=self._mean("mean_cosine"),
             min_cosine=self._extreme("min_cosine", min),
             max_cosine=self._extreme("max_cosine", max),
@@ -71,10 +80,19 @@ class Ledger:
             legacy_ratio=self._mean("legacy_ratio"),
             base_norm=norms[0] if norms else None,
             delta_norms=tuple(norms[1:]),
-            flags=("copied",) if job.is_copy else tuple(sorted(name for name, count in self.flags.items() if count)),
-            facts={**grouped, **self.scalars},
+            flags=("copied",) if self.job.is_copy else tuple(sorted(self._raised())),
+            facts={**grouped, **self._further()},
             coefficients=self._hex_coefficients(),
         )
+
+    def _raised(self) -> Iterable[str]:
+        return (name for name, count in self.flags.items() if count)
+
+    def _further(self) -> dict[str, float]:
+        """What the method says beside the facts that have a column of their own."""
+        found = {name: self._mean(name) for name in self.facts if name not in COLUMNS}
+        found |= {name: _weighted_mean(values) for name, values in self.means.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _values(self, name: str) -> list[Floats]:
         """The finite values of a fact, unit by unit."""
@@ -112,7 +130,7 @@ class GramSum:
     def add(self, ledger: Ledger) -> None:
         """Add a finished tensor, if it has a finite Gram of all checkpoints with the first as anchor."""
         gram_MM = ledger.gram_MM
-        is_whole = tuple(source.checkpoint for source in ledger.job.sources) == self._sources
+        is_whole = tuple(operand.checkpoint for operand in ledger.job.reading.operands) == self._sources
         if gram_MM is not None and is_whole and np.isfinite(gram_MM).all():
             self._total_MM = gram_MM if self._total_MM is None else self._total_MM + gram_MM
 
@@ -121,6 +139,12 @@ class GramSum:
         if self._total_MM is None or not np.isfinite(self._total_MM).all():
             return ()
         return tuple(map(tuple, self._total_MM.tolist()))
+
+
+def _weighted_mean(values: Sequence[tuple[float, int]]) -> float:
+    if len(values) == 1:
+        return values[0][0]
+    return math.fsum(value * weight for value, weight in values) / sum(weight for _, weight in values)
 
 
 def _exact_sum(parts: Iterable[Floats]) -> float:

@@ -4,13 +4,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from stockflow.engine.buffers import Pool
+from stockflow.engine.buffers import Pool, Scratch
 from stockflow.engine.devices import OpenDevice
-from stockflow.engine.in_place import DirectReader, DirectUnit, Lookahead, Scratch
+from stockflow.engine.in_place import DirectReader, DirectUnit, Lookahead
 from stockflow.engine.prefetch import Prefetcher
+from stockflow.engine.stage import Stage
 from stockflow.engine.units import LargeUnit, PackedUnit, Unit
 from stockflow.planning.budget import Workspace
-from stockflow.planning.plan import CheckpointRef, TensorJob
+from stockflow.planning.job import Work
+from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import Step
 from stockflow.storage import LocalStore, StorageConfig, check_stamp, open_store
 
@@ -37,6 +39,7 @@ class Sources:
         self._local_stores = [store for store in self._stores if isinstance(store, LocalStore)]
         self._slabs = Pool(device.allocate)
         self._scratch = Scratch()
+        self._stage = Stage()
         self.is_direct = device.kind == "cpu" and len(self._local_stores) == len(self._stores)
         """whether threads may read what they compute"""
 
@@ -50,20 +53,20 @@ class Sources:
         """Reads that were repeated since the stores were opened."""
         return sum(store.num_retries for store in self._stores)
 
-    def check(self, jobs: Iterable[TensorJob]) -> None:
+    def check(self, works: Iterable[Work]) -> None:
         """Compare stamps where the store cannot pin a read to one.
 
         Raises:
             InputChangedError: a file is no longer the planned one.
         """
-        used = {(source.checkpoint, source.extent.file) for job in jobs for source in job.sources}
+        used = {place for work in works for place in work.reading.files}
         for checkpoint, file in sorted(used):
             store, expected = self._stores[checkpoint], self._checkpoints[checkpoint].files[file]
             if store.pin == "stat":
                 check_stamp(store, file, expected)
 
     @contextmanager
-    def reading(self, steps: Sequence[Step], workspace: Workspace, on_read: OnRead) -> Iterator["Reading"]:
+    def reading(self, steps: Sequence[Step], workspace: Workspace, on_read: OnRead) -> Iterator["Stream"]:
         """Read what a schedule says, ahead of the computation, while the block lasts."""
         self._slabs.fit(workspace.slab_bytes, workspace.num_slabs)
         counter = _Counter(on_read)
@@ -80,21 +83,22 @@ class Sources:
                 )
             )
             reader = stack.enter_context(
-                DirectReader(self._checkpoints, self._local_stores, self._scratch, counter.add)
+                DirectReader(self._checkpoints, self._local_stores, self._scratch, self._stage, counter.add)
             )
-            yield Reading(steps, prefetcher, reader, counter)
+            yield Stream(steps, prefetcher, reader, self._stage, counter)
 
 
-class Reading:
+class Stream:
     """Units in the order of a schedule, and what reading them took."""
 
     def __init__(
-        self, steps: Sequence[Step], prefetcher: Prefetcher, reader: DirectReader, counter: "_Counter"
+        self, steps: Sequence[Step], prefetcher: Prefetcher, reader: DirectReader, stage: Stage, counter: "_Counter"
     ) -> None:
         """Begin before the first step."""
         self._steps = steps
         self._prefetcher = prefetcher
         self._reader = reader
+        self._stage = stage
         self._counter = counter
 
     def __iter__(self) -> Iterator[Sequence[Unit]]:
@@ -107,10 +111,10 @@ class Reading:
             if step.direct:
                 yield [DirectUnit(step, self._reader, lookahead)]
             elif len(step.loads) > 1:
-                yield [LargeUnit(step, self._prefetcher)]
+                yield [LargeUnit(step, self._prefetcher, self._stage)]
             else:
                 loaded = self._prefetcher.next()
-                yield [PackedUnit(loaded, index) for index in range(len(loaded.load.pieces))]
+                yield [PackedUnit(loaded, index, self._stage) for index in range(len(loaded.load.pieces))]
                 self._prefetcher.release(loaded)
 
     @property

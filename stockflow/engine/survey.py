@@ -1,28 +1,24 @@
 """A survey: tensors are looked at and nothing is written. What is learned of each comes back as a row.
 
-It reads as a merge reads: through the same schedule, within the same budget, on the same devices. What is looked
+It reads as a merge reads: through the same session, within the same budget, on the same devices. What is looked
 at is the ``Examiner``'s affair.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from stockflow.ahead import map_ahead
-from stockflow.engine.devices import Device, open_device
-from stockflow.engine.inputs import OnRead, Sources
-from stockflow.engine.merging import Arithmetic, MapSpans
+from stockflow.engine.alarm import Alarm
+from stockflow.engine.devices import Device
+from stockflow.engine.inputs import OnRead
+from stockflow.engine.procedures.course import MapSpans, StageClock, Tools
+from stockflow.engine.session import Session
 from stockflow.engine.units import Unit
-from stockflow.engine.worker import GROWTH_BYTES, current_memory_bytes, runs
-from stockflow.planning.budget import BASELINE_BYTES, LOOKAHEAD_BYTES, SPANS_AHEAD, Workspace, client_bytes, divide
-from stockflow.planning.plan import CheckpointRef, TensorJob
-from stockflow.planning.reads import Step, schedule
+from stockflow.engine.warm import one_of_each
+from stockflow.planning.budget import LOOKAHEAD_BYTES, Workspace
+from stockflow.planning.job import Reading, TensorJob
+from stockflow.planning.plan import CheckpointRef
 from stockflow.storage import StorageConfig
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Examiner(Protocol):
@@ -32,14 +28,48 @@ class Examiner(Protocol):
     def num_sweeps(self) -> int:
         """How often it goes over the elements of a unit: 1, or 2."""
 
-    def span_bytes(self, job: TensorJob) -> int:
-        """Return what one thread needs beside the sources of a span."""
+    def span_bytes(self, look: "Look", num_elems: int) -> int:
+        """Return what one thread needs beside the operands of a span of so many elements."""
 
-    def examine(self, unit: Unit, arithmetic: Arithmetic, map_spans: MapSpans) -> Any:
+    def state_bytes(self, look: "Look", num_groups: int) -> int:
+        """Return what a span of so many groups leaves behind."""
+
+    def examine(self, look: "Look", unit: Unit, tools: Tools, map_spans: MapSpans) -> Any:
         """Return what one unit says. Sweeps over it ``num_sweeps`` times, the last time with ``last``."""
 
-    def conclude(self, job: TensorJob, parts: Sequence[Any]) -> Any:
+    def conclude(self, look: "Look", parts: Sequence[Any]) -> Any:
         """Return the row of a tensor from what its units said, in order."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A reading that is looked at, and by whom."""
+
+    reading: Reading
+    examiner: Examiner
+    planned: TensorJob | None = None
+    """what a recipe makes of the same tensor, where there is one"""
+    output_width: int = 0
+    """nothing is written"""
+
+    @property
+    def num_sweeps(self) -> int:
+        """How often its elements go by."""
+        return self.examiner.num_sweeps
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for looks that need the same kernels."""
+        dtype = self.planned.output.dtype if self.planned else None
+        return self.reading.dtypes, self.reading.float_bits, dtype
+
+    def scratch_bytes(self, num_elems: int) -> int:
+        """Return what one thread needs, beside the operands, for a span of so many elements."""
+        return self.examiner.span_bytes(self, num_elems)
+
+    def span_state_bytes(self, num_groups: int) -> int:
+        """Return what one sweep leaves behind of a span of so many groups."""
+        return self.examiner.state_bytes(self, num_groups)
 
 
 @dataclass(frozen=True)
@@ -48,7 +78,6 @@ class SurveySpec:
 
     checkpoints: tuple[CheckpointRef, ...]
     storage: StorageConfig
-    examiner: Examiner
     memory_bytes: int
     num_threads: int
     device: Device = "auto"
@@ -63,72 +92,57 @@ class Surveyor:
         Raises:
             PlanError: a CUDA device is asked for and there is none.
         """
-        self._spec = spec
-        self._device = open_device(spec.device)
-        self._sources = Sources(spec.checkpoints, spec.storage, self._device)
-        self._pool = ThreadPoolExecutor(spec.num_threads, thread_name_prefix="compute")
+        self._session = Session(
+            spec.checkpoints,
+            spec.storage,
+            memory_bytes=spec.memory_bytes,
+            num_threads=spec.num_threads,
+            device=spec.device,
+        )
+        self._tools = Tools(self._session.device, Alarm(spec.checkpoints, "propagate"), StageClock())
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown(cancel_futures=True)
+        self._session.close()
 
-    def survey(self, jobs: Sequence[TensorJob], on_read: OnRead) -> Iterator[Any]:
-        """Yield the examiner's row of each tensor, in order; none of them is empty.
+    def survey(self, looks: Sequence[Look], on_read: OnRead) -> Iterator[Any]:
+        """Yield the examiner's row of each tensor, in order.
 
         Raises:
             UserError: an input changed, or the budget is too small.
             StorageError: reading failed after retries.
         """
-        self._sources.check(jobs)
-        self._device.prepare(jobs)
-        workspace = self._workspace(jobs)
-        steps = list(schedule(jobs, workspace))
-        if self._spec.examiner.num_sweeps == 1:
-            steps = [read_once(step) for step in steps]
+        self._session.sources.check(looks)
+        self._session.prepare(lambda: self._load_kernels(looks))
+        workspace = self._session.divide(looks)
+        if all(look.num_sweeps == 1 for look in looks):
             workspace = _reading_ahead(workspace)
         parts: list[Any] = []
-        with self._sources.reading(steps, workspace, on_read) as reading:
-            for units in reading:
-                for unit, part in zip(units, self._examine(units), strict=True):
+        with self._session.stream(looks, workspace, on_read) as stream:
+            for units in stream:
+                for unit, part in zip(units, self._examine_all(units), strict=True):
                     parts.append(part)
-                    if unit.stop == unit.job.num_elems:
-                        yield self._spec.examiner.conclude(unit.job, parts)
+                    look = unit.work
+                    if unit.stop == look.reading.num_elems:
+                        assert isinstance(look, Look)
+                        yield look.examiner.conclude(look, parts)
                         parts = []
-        self._sources.check(jobs)
+        self._session.sources.check(looks)
 
-    def _workspace(self, jobs: Sequence[TensorJob]) -> Workspace:
-        spec = self._spec
-        examining = spec.num_threads * max(map(spec.examiner.span_bytes, jobs))
-        return divide(
-            jobs,
-            spec.memory_bytes,
-            num_threads=spec.num_threads,
-            baseline_bytes=self._baseline_bytes + client_bytes(self._sources.urls, "", 0) + examining,
-            direct=self._sources.is_direct,
-        )
+    def _load_kernels(self, looks: Sequence[Look]) -> None:
+        for unit in one_of_each(looks):
+            self._examine(unit, map)
 
-    @cached_property
-    def _baseline_bytes(self) -> int:
-        return max(BASELINE_BYTES[self._device.kind], current_memory_bytes() + GROWTH_BYTES[self._device.kind])
-
-    def _examine(self, units: Sequence[Unit]) -> Iterable[Any]:
+    def _examine_all(self, units: Sequence[Unit]) -> Iterable[Any]:
         """Examine the units of a step: side by side if there are enough, else span by span."""
-        examiner = self._spec.examiner
-        if len(units) < 2 * self._spec.num_threads:
-            return [examiner.examine(unit, self._device, self._map_spans) for unit in units]
+        if self._session.has_enough(units):
+            return self._session.side_by_side(lambda index: self._examine(units[index], map), units)
+        return [self._examine(unit, self._session.map_spans) for unit in units]
 
-        def examine(run: range) -> list[Any]:
-            return [examiner.examine(units[index], self._device, map) for index in run]
-
-        return [part for together in self._pool.map(examine, runs(units)) for part in together]
-
-    def _map_spans(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
-        return map_ahead(self._pool, SPANS_AHEAD * self._spec.num_threads, function, items)
-
-
-def read_once(step: Step) -> Step:
-    """Return a step whose loads go by a single time."""
-    return replace(step, num_sweeps=1, held=False)
+    def _examine(self, unit: Unit, map_spans: MapSpans) -> Any:
+        look = unit.work
+        assert isinstance(look, Look)
+        return look.examiner.examine(look, unit, self._tools, map_spans)
 
 
 def _reading_ahead(workspace: Workspace) -> Workspace:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from stockflow.methods.protocol import Linear
 from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.planning.budget import OPTIMAL_READ_BYTES, Workspace
-from stockflow.planning.plan import MergePlan, ShardPlan, TensorJob, is_linear
+from stockflow.planning.job import TensorJob
+from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.storage.parts import part_bytes
@@ -228,22 +230,23 @@ def survey(plan: MergePlan, workspace: Workspace, num_threads: int) -> Workload:
 def kernel_of(job: TensorJob) -> Kernel:
     """Return how a tensor is computed."""
     if job.is_copy:
-        return Kernel("copy", "U8", len(job.sources))
-    dtype = max((source.spec.dtype for source in job.sources), key=lambda name: (name == "F64", name == "F32", name))
-    return Kernel("linear" if is_linear(job) else "elementwise", dtype, len(job.sources))
+        return Kernel("copy", "U8", len(job.reading.operands))
+    dtype = max(job.reading.dtypes, key=lambda name: (name == "F64", name == "F32", name))
+    is_linear = isinstance(job.result.declared.rule, Linear)
+    return Kernel("linear" if is_linear else "elementwise", dtype, len(job.reading.operands))
 
 
 def _shard_work(shard: ShardPlan, workspace: Workspace, num_threads: int, passes: Counter[int]) -> ShardWork:
     steps = []
     for step in schedule(shard.jobs, workspace):
-        finished = [piece for piece in step.loads[-1].pieces if piece.stop == piece.job.num_elems]
+        finished = [piece for piece in step.loads[-1].pieces if piece.stop == piece.work.reading.num_elems]
         passes[step.num_reads] += len(finished)
         steps.append(_step_work(step, num_threads))
     return ShardWork(shard.file, shard.num_bytes, tuple(steps))
 
 
 def _step_work(step: Step, num_threads: int) -> StepWork:
-    num_passes = max((piece.job.num_statistic_passes for piece in step.loads[0].pieces), default=0)
+    num_passes = max((piece.work.num_sweeps - 1 for piece in step.loads[0].pieces), default=0)
     elems, slots = _occupied(step, num_threads)
     idle_share = 1.0 - elems / slots if slots else 0.0
     return StepWork(tuple(_load_work(load, step) for load in step.loads), num_passes, step.num_reads, idle_share)
@@ -253,10 +256,11 @@ def _load_work(load: Load, step: Step) -> LoadWork:
     elems: Counter[Kernel] = Counter()
     num_bytes = num_tensors = num_pieces = 0
     for job, start, stop in load.pieces:
+        assert isinstance(job, TensorJob)
         elems[kernel_of(job)] += stop - start
         num_bytes += job.output_width * (stop - start)
         num_tensors += start == 0
-        num_pieces += len(job.sources) if start == 0 else 0
+        num_pieces += job.reading.num_slots if start == 0 else 0
     readings: dict[int, Reading] = {}
     for checkpoint, size, num_requests in _requests(load, step):
         reading = readings.setdefault(checkpoint, Reading())
@@ -275,11 +279,11 @@ def _requests(load: Load, step: Step) -> Iterator[tuple[int, int, int]]:
             yield request.checkpoint, size, -(-size // OPTIMAL_READ_BYTES)
         return
     ((job, start, stop),) = load.pieces
-    for source, width in zip(job.sources, job.source_widths, strict=True):
-        size = width * (stop - start)
+    for slot in job.reading.slots(start, stop):
+        size = slot.num_bytes
         num_requests = -(-(stop - start) // SPAN_ELEMS) if step.direct else -(-size // OPTIMAL_READ_BYTES)
         if size:
-            yield source.checkpoint, size, num_requests
+            yield slot.checkpoint, size, num_requests
 
 
 def _occupied(step: Step, num_threads: int) -> tuple[float, float]:
@@ -300,5 +304,5 @@ def _longest(num_elems: int, num_threads: int) -> float:
 
 def worst_tensor(jobs: Iterable[TensorJob]) -> TensorJob | None:
     """Return the tensor whose smallest piece takes the most memory."""
-    candidates: Sequence[TensorJob] = [job for job in jobs if job.num_elems]
-    return max(candidates, key=lambda job: (job.bytes_per_elem, job.num_elems), default=None)
+    candidates: Sequence[TensorJob] = [job for job in jobs if job.reading.num_elems]
+    return max(candidates, key=lambda job: (job.reading.bytes_per_elem, job.reading.num_elems), default=None)

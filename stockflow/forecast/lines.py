@@ -30,7 +30,7 @@ def project(
         ],
         "shards": [{"file": shard.file, "tensors": len(shard.jobs), "bytes": shard.num_bytes} for shard in plan.shards],
         "tensors": work.num_tensors,
-        "methods": dict(Counter(job.method for job in plan.jobs)),
+        "methods": dict(Counter(job.result.method for job in plan.jobs)),
         "skipped": list(plan.skipped),
         "side_files": [side.key for side in plan.side_files],
         "source_bytes": plan.num_source_bytes,
@@ -51,7 +51,7 @@ def plan_lines(
     """Yield the dry run, line by line."""
     yield f"plan {plan.plan_id[:12]}"
     yield from _source_lines(plan, work)
-    methods = Counter(job.method for job in plan.jobs)
+    methods = Counter(job.result.method for job in plan.jobs)
     how = ", ".join(f"{count} by {name}" for name, count in sorted(methods.items()))
     yield f"  tensors {methods.total()}: {how}; {len(plan.skipped)} skipped"
     smallest, largest = (pick(shard.num_bytes for shard in plan.shards) for pick in (min, max))
@@ -63,7 +63,11 @@ def plan_lines(
     if least_bytes == LEAST_MEMORY_BYTES:
         because = ", which compiling takes, once per machine"
     else:
-        because = f", for {worst.output.name!r} ({len(worst.sources)} x {gb(worst.output.num_bytes)})" if worst else ""
+        because = (
+            f", for {worst.output.name!r} ({len(worst.reading.operands)} x {gb(worst.output.num_bytes)})"
+            if worst
+            else ""
+        )
     projected, least = mib(workspace.projected_bytes), mib(least_bytes)
     yield f"  memory  {projected} per worker projected; the least --memory is {least}{because}"
     for note in (*plan.notes, *notes):

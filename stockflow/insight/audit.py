@@ -9,16 +9,17 @@ from typing import Any
 
 from stockflow.checkpoints.naming import kind_of, layer_of
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
-from stockflow.engine.survey import SurveySpec
+from stockflow.engine.survey import Look, SurveySpec
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
 from stockflow.events import Done, OnEvent, Stage, ignore
-from stockflow.insight.examiner import MERGE_NONFINITE, NONFINITE, AuditExaminer, with_merged
+from stockflow.insight.examiner import EXTRAPOLATED, MERGE_NONFINITE, NONFINITE, correct_formula, look_at
 from stockflow.insight.inspection import Following, Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
 from stockflow.methods.ratios import RATIOS
 from stockflow.output.manifest import MANIFEST_FILE, Manifest, read_manifest
+from stockflow.planning.job import TensorJob, stored
 from stockflow.planning.make import make_plan
-from stockflow.planning.plan import CheckpointRef, MergePlan, Source, TensorJob
+from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.recipe import resolve_location
 from stockflow.run.driver import Inputs, collector_paused
 from stockflow.storage import StorageConfig, Store, open_store, pin_revision, redact
@@ -66,7 +67,7 @@ class Audit:
     @property
     def num_tuned(self) -> int:
         """N, the number of tuned models."""
-        return max(len(job.sources) for job in self.merge.plan.jobs if job.method == METHOD) - 1
+        return max(len(job.reading.operands) for job in self.merge.plan.jobs if job.result.method == METHOD) - 1
 
     @property
     def verdict(self) -> "Verdict":
@@ -182,7 +183,7 @@ def _manifest(store: Store) -> Manifest | None:
 
 
 def _check_method(plan: MergePlan) -> None:
-    methods = sorted({job.method for job in plan.jobs if not job.is_copy})
+    methods = sorted({job.result.method for job in plan.jobs if not job.is_copy})
     if METHOD not in methods:
         raise PlanError(
             f"an audit tells readings of Model Stock apart, and this merge is by {', '.join(methods) or 'copying'}; "
@@ -199,46 +200,43 @@ def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_event: OnEven
         StorageError: reading failed after retries.
     """
     started = time.perf_counter()
-    jobs, left_out = _jobs(merge)
-    if not jobs:
+    looks, left_out = _looks(merge)
+    if not looks:
         raise PlanError(_nothing_in_common(merge, left_out))
     checkpoints = merge.plan.checkpoints
     if merge.merged is not None:
         checkpoints = (*checkpoints, CheckpointRef(merge.merged.url, merge.merged.files))
-    examiner = AuditExaminer(has_merged=merge.merged is not None)
-    spec = SurveySpec(checkpoints, merge.storage, examiner, options.memory_bytes, options.num_threads, options.device)
-    following = Following(spec, jobs, on_event)
-    rows: list[dict[str, Any]] = [{}] * len(jobs)
-    for number, row in following.rows(survey(spec, jobs, following.on_read)):
-        name = jobs[number].output.name
-        spec_of = jobs[number].output
+    spec = SurveySpec(checkpoints, merge.storage, options.memory_bytes, options.num_threads, options.device)
+    following = Following(spec, looks, on_event)
+    rows: list[dict[str, Any]] = [{}] * len(looks)
+    for number, row in following.rows(survey(spec, looks, following.on_read)):
+        reading = looks[number].reading
         rows[number] = {
-            "name": name,
-            "kind": kind_of(name),
-            "layer": layer_of(name),
-            "shape": list(spec_of.shape),
-            "num_elems": spec_of.num_elems,
+            "name": reading.name,
+            "kind": kind_of(reading.name),
+            "layer": layer_of(reading.name),
+            "shape": list(reading.shape),
+            "num_elems": reading.num_elems,
             **EMPTY_ROW,
             **row,
         }
     return Audit(merge, rows, left_out, following.num_read, time.perf_counter() - started)
 
 
-def _jobs(merge: Merge) -> tuple[list[TensorJob], dict[str, str]]:
-    """What to read, and what to leave out for which reason."""
-    jobs, left_out = [], {}
+def _looks(merge: Merge) -> tuple[list[Look], dict[str, str]]:
+    """What to look at, and what to leave out for which reason."""
+    looks, left_out = [], {}
     for job in merge.plan.jobs:
-        name = job.output.name
-        if job.method != METHOD:
-            left_out[name] = "copied" if job.is_copy else f"merged by {job.method}"
-        elif merge.merged is None:
-            jobs.append(job)
-        elif problem := _problem(merge.merged, job):
+        name, merged = job.output.name, merge.merged
+        if job.result.method != METHOD:
+            left_out[name] = "copied" if job.is_copy else f"merged by {job.result.method}"
+        elif merged is None:
+            looks.append(look_at(job, None))
+        elif problem := _problem(merged, job):
             left_out[name] = problem
         else:
-            source = Source(len(merge.plan.checkpoints), merge.merged.specs[name], merge.merged.extents[name])
-            jobs.append(with_merged(job, source))
-    return jobs, left_out
+            looks.append(look_at(job, stored(len(merge.plan.checkpoints), merged.specs[name], merged.extents[name])))
+    return looks, left_out
 
 
 def _problem(merged: Checkpoint, job: TensorJob) -> str | None:
@@ -314,9 +312,8 @@ def _num_elems(rows: Iterable[Mapping[str, Any]]) -> int:
 
 def _extrapolating(found: Audit) -> frozenset[str]:
     """The tensors whose recipe asks to extrapolate."""
-    return frozenset(
-        job.output.name for job in found.merge.plan.jobs if job.parameters.shared.get("on_negative") == "extrapolate"
-    )
+    jobs = found.merge.plan.jobs
+    return frozenset(job.output.name for job in jobs if correct_formula(job) == EXTRAPOLATED)
 
 
 def shares(found: Audit) -> dict[str, dict[str, float]]:

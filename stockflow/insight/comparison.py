@@ -1,50 +1,37 @@
 """Two checkpoints compared tensor by tensor, streamed from wherever they are within a bound of memory.
 
 A tensor is compared by numbers where both sides are of BF16, F16, F32 or F64, in the wider format where they differ;
-everything else by bits. Each byte of both is read once, by the same means as in a merge: the prefetcher, or for local
-files the threads that compare.
+everything else by bits. Each byte of both is read once, by the same session as in a merge.
 """
 
 import math
-import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
-from stockflow.ahead import map_ahead
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
-from stockflow.engine.buffers import Pool, allocate
-from stockflow.engine.in_place import DirectReader, Lookahead, Scratch, UnreadPiece
-from stockflow.engine.inputs import NUM_LOCAL_READERS, NUM_OBJECT_READERS
-from stockflow.engine.prefetch import LoadedSlab, Prefetcher
-from stockflow.engine.units import LoadedPiece, Piece
+from stockflow.engine.pieces import LoadedPiece
+from stockflow.engine.procedures.course import MapSpans, Tools, swept
+from stockflow.engine.survey import Look, SurveySpec
+from stockflow.engine.units import Unit
 from stockflow.events import Done, Moved, OnEvent, Stage, ignore
 from stockflow.insight.difference import CheckpointDifference, TensorDifference, Unmatched
+from stockflow.insight.inspection import Survey, SurveyOptions
 from stockflow.kernels import comparison
-from stockflow.kernels.arrays import Floats, Unsigned
+from stockflow.kernels.arrays import Floats, Unsigned, Values
 from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS
-from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS, slab_of
-from stockflow.methods.protocol import Parameters
-from stockflow.planning.budget import BASELINE_BYTES, SPANS_AHEAD, client_bytes, divide, planned_bytes
-from stockflow.planning.plan import COPY_EQUAL, CheckpointRef, Source, TensorJob
-from stockflow.planning.reads import Step, schedule
-from stockflow.planning.spans import SPAN_ELEMS, span_bounds
-from stockflow.storage import LocalStore, StorageConfig, Store, check_stamp, open_store, pin_revision
-
-NO_PARAMETERS = Parameters({}, {})
-
-Run = Sequence[Piece]
-"""Spans that together are long enough to be one thread's task."""
+from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS
+from stockflow.planning.decodes import verbatim
+from stockflow.planning.job import Operand, Reading, float_bits_of, stored
+from stockflow.planning.plan import CheckpointRef
+from stockflow.storage import StorageConfig, open_store, pin_revision
 
 
 @dataclass
-class Tally:
+class Differing:
     """What was found of one tensor so far, or of a run of its elements."""
 
     sums: Floats = field(default_factory=lambda: np.zeros(NUM_SUMS))
@@ -72,9 +59,9 @@ def compare_checkpoints(
     location_a: str,
     location_b: str,
     config: StorageConfig,
+    options: SurveyOptions,
+    survey: Survey,
     *,
-    memory_bytes: int,
-    num_threads: int = len(os.sched_getaffinity(0)),
     on_event: OnEvent = ignore,
 ) -> CheckpointDifference:
     """Compare two checkpoints.
@@ -83,8 +70,8 @@ def compare_checkpoints(
         location_a: of the one that distances are relative to.
         location_b: of the other one.
         config: how to reach them.
-        memory_bytes: bound of the process.
-        num_threads: compute threads.
+        options: what may be used.
+        survey: where tensors are looked at.
         on_event: told how it goes.
 
     Raises:
@@ -94,32 +81,30 @@ def compare_checkpoints(
     started = time.perf_counter()
     on_event(Stage("opening checkpoints", unit="files"))
     stores = [open_store(pin_revision(location), config) for location in (location_a, location_b)]
-    checkpoints = open_checkpoints(stores, lambda file: on_event(Done(file)))
-    pairs, unmatched = _matched(*checkpoints)
-    jobs = [_job(*pair) for pair in pairs]
-    on_event(
-        Stage(
-            "comparing",
-            total_bytes=sum(source.spec.num_bytes for job in jobs for source in job.sources),
-            num_items=len(jobs),
-            unit="tensors",
-        )
-    )
-    tallies = _Comparison(stores, checkpoints, memory_bytes, num_threads, on_event).run(jobs)
-    a, b = checkpoints
+    a, b = open_checkpoints(stores, lambda file: on_event(Done(file)))
+    pairs, unmatched = _matched(a, b)
+    looks = [_look(a, b, *pair) for pair in pairs]
+    num_bytes = sum(look.reading.num_bytes for look in looks)
+    on_event(Stage("comparing", total_bytes=num_bytes, num_items=len(looks), unit="tensors"))
+    refs = tuple(CheckpointRef(each.url, each.files) for each in (a, b))
+    spec = SurveySpec(refs, config, options.memory_bytes, options.num_threads, options.device)
+    found: dict[int, Differing] = {}
+    for number, row in survey(spec, looks, lambda num_read: on_event(Moved(num_read))) if looks else ():
+        found[number] = row
+        on_event(Done(looks[number].reading.name))
     return CheckpointDifference(
         url_a=a.url,
         url_b=b.url,
         only_in_a=tuple(name for name in a.specs if name not in b.specs),
         only_in_b=tuple(name for name in b.specs if name not in a.specs),
         unmatched=tuple(unmatched),
-        tensors=tuple(_difference(job, tally) for job, tally in zip(jobs, tallies, strict=True)),
-        num_bytes=sum(source.spec.num_bytes for job in jobs for source in job.sources),
+        tensors=tuple(_difference(*pair, found[number]) for number, pair in enumerate(pairs)),
+        num_bytes=num_bytes,
         seconds=time.perf_counter() - started,
     )
 
 
-def _matched(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[Source, Source]], list[Unmatched]]:
+def _matched(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[TensorSpec, TensorSpec]], list[Unmatched]]:
     pairs, unmatched = [], []
     for name, spec in a.specs.items():
         other = b.specs.get(name)
@@ -127,18 +112,20 @@ def _matched(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[Source, Source]],
             continue
         by_numbers = spec.dtype in FORMATS and other.dtype in FORMATS
         if spec.shape == other.shape and (by_numbers or spec.dtype == other.dtype):
-            pairs.append((Source(0, spec, a.extents[name]), Source(1, other, b.extents[name])))
+            pairs.append((spec, other))
         else:
             unmatched.append(Unmatched(name, spec.dtype, other.dtype, spec.shape, other.shape))
     return pairs, unmatched
 
 
-def _job(a: Source, b: Source) -> TensorJob:
-    """What the schedule reads as it would for a merge without statistics: every element of both, once."""
-    if a.spec.dtype in FORMATS:
-        output = TensorSpec(a.spec.name, compared_in(a.spec.dtype, b.spec.dtype), a.spec.shape)
-        return TensorJob(output, (a, b), "linear", NO_PARAMETERS, "tensor")
-    return TensorJob(a.spec, (a, b), COPY_EQUAL, NO_PARAMETERS, "tensor")
+def _look(a: Checkpoint, b: Checkpoint, spec_a: TensorSpec, spec_b: TensorSpec) -> Look:
+    name = spec_a.name
+    operands = stored(0, spec_a, a.extents[name]), stored(1, spec_b, b.extents[name])
+    if spec_a.dtype in FORMATS:
+        bits = float_bits_of((spec_a.dtype, spec_b.dtype))
+        return Look(Reading(name, spec_a.shape, operands, float_bits=bits), DifferenceExaminer())
+    as_bytes: tuple[Operand, ...] = tuple(each._replace(decode=verbatim(spec_a.dtype)) for each in operands)
+    return Look(Reading(name, (spec_a.num_bytes,), as_bytes), DifferenceExaminer())
 
 
 def compared_in(dtype_a: str, dtype_b: str) -> str:
@@ -148,179 +135,92 @@ def compared_in(dtype_a: str, dtype_b: str) -> str:
     return "F64" if "F64" in (dtype_a, dtype_b) else "F32"
 
 
-class _Comparison:
-    """Streams the tensors of two checkpoints past the kernels."""
+class DifferenceExaminer:
+    """Holds two operands against each other."""
 
-    def __init__(
-        self,
-        stores: Sequence[Store],
-        checkpoints: Sequence[Checkpoint],
-        memory_bytes: int,
-        num_threads: int,
-        on_event: OnEvent,
-    ) -> None:
-        self._stores = stores
-        self._checkpoints = checkpoints
-        self._memory_bytes = memory_bytes
-        self._num_threads = num_threads
-        self._on_event = on_event
-        self._threads = threading.local()
+    @property
+    def num_sweeps(self) -> int:
+        """Once."""
+        return 1
 
-    def run(self, jobs: Sequence[TensorJob]) -> list[Tally]:
-        """Return what was found, in the order of ``jobs``."""
-        local_stores = [store for store in self._stores if isinstance(store, LocalStore)]
-        is_local = len(local_stores) == len(self._stores)
-        clients = client_bytes((store.url for store in self._stores), os.devnull, 0)
-        baseline = BASELINE_BYTES["cpu"] + planned_bytes(jobs) + clients
-        workspace = divide(
-            jobs, self._memory_bytes, num_threads=self._num_threads, baseline_bytes=baseline, direct=is_local
-        )
-        self._prepare(jobs)
-        slabs = Pool(allocate)
-        slabs.fit(workspace.slab_bytes, workspace.num_slabs)
-        refs = [CheckpointRef(each.url, each.files) for each in self._checkpoints]
-        tallies = {job.output.name: Tally() for job in jobs}
-        steps = list(schedule(jobs, workspace))
+    def span_bytes(self, look: Look, num_elems: int) -> int:
+        """Return 0: tiles are compared in the caches."""
+        del look, num_elems
+        return 0
 
-        def on_read(num_bytes: int, _: float) -> None:
-            self._on_event(Moved(num_bytes))
+    def state_bytes(self, look: Look, num_groups: int) -> int:
+        """Return the size of sums and counts."""
+        del look, num_groups
+        return 8 * (NUM_SUMS + NUM_COUNTS)
 
-        with (
-            ThreadPoolExecutor(self._num_threads, thread_name_prefix="compare") as pool,
-            Prefetcher(
-                steps,
-                checkpoints=refs,
-                stores=self._stores,
-                pool=slabs,
-                num_slabs=workspace.num_slabs,
-                num_readers=NUM_LOCAL_READERS if is_local else NUM_OBJECT_READERS,
-                on_read=on_read,
-            ) as prefetcher,
-            DirectReader(refs, local_stores, Scratch(), on_read) as reader,
-        ):
-            work = map_ahead(pool, SPANS_AHEAD * self._num_threads, self._compare, _tasks(steps, prefetcher, reader))
-            for run, found in work:
-                for span, (sums, counts) in zip(run, found, strict=True):
-                    tallies[span.job.output.name].add(span.start, span.stop - span.start, sums, counts)
-                    if span.stop == span.job.num_elems:
-                        self._on_event(Done(span.job.output.name))
-        self._check_inputs()
-        return list(tallies.values())
+    def examine(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> Differing:
+        """Return what differs in a unit."""
+        del look
+        found: list[Differing] = swept(unit, [DifferenceSweep(tools)], map_spans, last=True)
+        return found[0]
 
-    def _prepare(self, jobs: Sequence[TensorJob]) -> None:
-        """Compile the kernel for these tensors, or load it: compiling takes memory that buffers would not leave."""
-        for job in {job.float_bits: job for job in jobs if not job.is_copy}.values():
-            memory = np.zeros(8 * len(job.sources), np.uint8)
-            self._compare_span(LoadedPiece(job, 0, 1, slab_of(memory), memory, (0,) * len(job.sources)))
+    def conclude(self, look: Look, parts: Sequence[Differing]) -> Differing:
+        """Return what differs in the only unit."""
+        del look
+        (found,) = parts
+        return found
 
-    def _compare(self, task: "Task") -> tuple[Run, list[tuple[Floats, Unsigned]]]:
-        try:
-            return task.run, [self._compare_span(span.loaded()) for span in task.run]
-        finally:
-            task.finish()
 
-    def _compare_span(self, span: LoadedPiece) -> tuple[Floats, Unsigned]:
+@dataclass(frozen=True, eq=False)
+class DifferenceSweep:
+    """What differs, span by span, in their order."""
+
+    tools: Tools
+
+    @property
+    def key(self) -> Hashable:
+        """Its own: nobody else asks for it."""
+        return id(self)
+
+    def begin(self) -> Differing:
+        """Return that nothing differs."""
+        return Differing()
+
+    def look(self, span: LoadedPiece) -> tuple[int, Floats, Unsigned]:
+        """Return how many elements a span has, and what is to be said of them."""
+        num_elems = span.stop - span.start
         sums, counts = np.zeros(NUM_SUMS), np.zeros(NUM_COUNTS, np.uint64)
-        if span.job.is_copy:
+        if span.reading.is_verbatim:
             _compare_bits(span, counts)
-            return sums, counts
-        dtype, dtypes = span.job.output.dtype, [source.spec.dtype for source in span.job.sources]
+            return num_elems, sums, counts
+        dtype = compared_in(*span.reading.dtypes)
         comparison.compare(
             span.slab,
             span.firsts_M,
-            np.array([FORMATS[each] for each in dtypes], np.uint64),
-            np.uint64(span.stop - span.start),
+            span.formats_M,
+            np.uint64(num_elems),
             WIDTHS[dtype] == 2,
             np.uint64(EXPONENTS[dtype]),
-            *self._tiles(span.job.float_bits),
+            *self._tiles(span.reading.float_bits),
             sums,
             counts,
         )
-        return sums, counts
+        return num_elems, sums, counts
 
-    def _tiles(self, float_bits: int) -> tuple[Floats, Unsigned]:
+    def add(self, state: Differing, start: int, said: tuple[int, Floats, Unsigned]) -> Differing:
+        """Add what a span says."""
+        state.add(start, *said)
+        return state
+
+    def _tiles(self, float_bits: int) -> tuple[Values, Values]:
         """Two tiles of working precision, as numbers and as patterns, of this thread."""
-        wide_2T = getattr(self._threads, f"wide_{float_bits}", None)
+        threads = self.tools.threads
+        wide_2T = getattr(threads, f"wide_{float_bits}", None)
         if wide_2T is None:
             wide_2T = np.zeros((2, TILE), f"f{float_bits // 8}")
-            setattr(self._threads, f"wide_{float_bits}", wide_2T)
+            setattr(threads, f"wide_{float_bits}", wide_2T)
         return wide_2T, wide_2T.view(f"u{float_bits // 8}")
-
-    def _check_inputs(self) -> None:
-        """Compare stamps where the store cannot pin a read to one."""
-        for store, checkpoint in zip(self._stores, self._checkpoints, strict=True):
-            for file, stamp in checkpoint.files.items() if store.pin == "stat" else ():
-                check_stamp(store, file, stamp)
-
-
-@dataclass
-class Task:
-    """Spans of one slab, and what to do when they are compared."""
-
-    run: Run
-    finish: Callable[[], None]
-
-
-def _tasks(steps: Sequence[Step], prefetcher: Prefetcher, reader: DirectReader) -> Iterator[Task]:
-    """Yield runs of spans: those that are read directly, and others as their slabs arrive.
-
-    A slab is given back when the last of its runs is compared.
-    """
-    lookahead = Lookahead(steps, reader)
-    for step in steps:
-        for load in step.loads:
-            if step.direct:
-                lookahead.passed(load)
-                for run in _runs([UnreadPiece(*piece, reader) for piece in load.pieces]):
-                    yield Task(run, lambda: None)
-                continue
-            loaded = prefetcher.next()
-            runs = list(_runs(_pieces(loaded)))
-            countdown = _Countdown(len(runs), partial(prefetcher.release, loaded))
-            for run in runs:
-                yield Task(run, countdown.count)
-
-
-class _Countdown:
-    """Calls something when it was counted often enough, from any thread."""
-
-    def __init__(self, number: int, then: Callable[[], None]) -> None:
-        self._left = number
-        self._then = then
-        self._lock = threading.Lock()
-
-    def count(self) -> None:
-        with self._lock:
-            self._left -= 1
-            is_last = not self._left
-        if is_last:
-            self._then()
-
-
-def _pieces(loaded: LoadedSlab) -> Iterator[LoadedPiece]:
-    for piece, offsets in zip(loaded.load.pieces, loaded.load.offsets, strict=True):
-        yield LoadedPiece(*piece, loaded.slab, loaded.buffer, offsets)
-
-
-def _runs(pieces: Iterable[Piece]) -> Iterator[Run]:
-    """Cut pieces into spans, and put small ones together."""
-    run: list[Piece] = []
-    for piece in pieces:
-        num_elems = piece.stop - piece.start
-        bounds = list(span_bounds(num_elems, num_elems)) or [(0, 0)]
-        for start, stop in bounds:
-            run.append(piece.narrow(piece.start + start, piece.start + stop))
-            if sum(span.stop - span.start for span in run) >= SPAN_ELEMS:
-                yield run
-                run = []
-    if run:
-        yield run
 
 
 def _compare_bits(span: LoadedPiece, counts: Unsigned) -> None:
     """Fill ``counts`` with what differs between elements whose meaning is not looked at."""
-    width = unit_bytes(span.job.output.dtype)
-    a, b = (span.source(index).view(f"u{width}") for index in range(2))
+    width = unit_bytes(span.reading.dtypes[0])
+    a, b = (span.operand(index).view(f"u{width}") for index in range(2))
     differs = a != b
     counts[comparison.DIFFERING] = np.count_nonzero(differs)
     counts[comparison.SAME] = differs.size - int(counts[comparison.DIFFERING])
@@ -333,23 +233,22 @@ def unit_bytes(dtype: str) -> int:
     return bits // 8 if bits % 8 == 0 else 1
 
 
-def _difference(job: TensorJob, tally: Tally) -> TensorDifference:
-    a, b = (source.spec for source in job.sources)
-    counts = tally.counts
-    width = unit_bytes(job.output.dtype) if job.is_copy else 1
+def _difference(a: TensorSpec, b: TensorSpec, found: Differing) -> TensorDifference:
+    counts, by_numbers = found.counts, a.dtype in FORMATS
+    width = 1 if by_numbers else unit_bytes(a.dtype)
     first = counts.get(comparison.FIRST)
     by_bits = TensorDifference(
-        name=job.output.name,
+        name=a.name,
         shape=a.shape,
         dtype_a=a.dtype,
         dtype_b=b.dtype,
-        num_elems=job.num_elems // width,
+        num_elems=a.num_elems if by_numbers else a.num_bytes // width,
         num_differing=counts.get(comparison.DIFFERING, 0),
         first_differing=None if first is None else first // width,
     )
-    if job.is_copy:
+    if not by_numbers:
         return by_bits
-    squares_a, squares_b, squares_change, largest = map(float, tally.sums)
+    squares_a, squares_b, squares_change, largest = map(float, found.sums)
     return replace(
         by_bits,
         norm_a=math.sqrt(squares_a),

@@ -4,16 +4,19 @@ Shape suffixes: M sources, N tuned models, G groups, K formulas, C candidates (f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stockflow.checkpoints.header import TensorSpec
-from stockflow.engine.merging import Arithmetic, MapSpans, spans_of
-from stockflow.engine.units import Piece, Unit
+from stockflow.checkpoints.header import DTYPES
+from stockflow.engine.pieces import LoadedPiece, Piece
+from stockflow.engine.procedures.course import MapSpans, Tools, swept
+from stockflow.engine.procedures.linear import GramSweep
+from stockflow.engine.survey import Look
+from stockflow.engine.units import Unit, spans_of
 from stockflow.insight.formulas import (
     FORMULAS,
     GRAM_PRECISION,
@@ -34,9 +37,9 @@ from stockflow.kernels.roundings import (
     sum_of_steps,
 )
 from stockflow.methods.gram import Gram
+from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import Geometry, finite
-from stockflow.planning.plan import TensorJob
-from stockflow.planning.spans import SPAN_ELEMS
+from stockflow.planning.job import Operand, Reading, TensorJob, float_bits_of
 
 NONFINITE, MERGE_NONFINITE = "nonfinite", "nonfinite_merge"
 """Flags: NaN or infinity in a model; in the merge, and in no model."""
@@ -45,7 +48,7 @@ EXACT, TWO_MODEL, EXTRAPOLATED = (FORMULAS.index(name) for name in ("exact", "tw
 
 def correct_formula(job: TensorJob) -> int:
     """Return which formula the recipe asks for: with ``on_negative: extrapolate`` it is that one."""
-    return EXTRAPOLATED if job.parameters.shared.get("on_negative") == "extrapolate" else EXACT
+    return EXTRAPOLATED if job.result.parameters.shared.get("on_negative") == "extrapolate" else EXACT
 
 
 @dataclass
@@ -97,6 +100,34 @@ class Tally:
                 setattr(self, name, mine + value)
 
 
+@dataclass(frozen=True, eq=False)
+class StepsSweep:
+    """Squared distances of representable numbers around the elements of one operand, added up."""
+
+    operand: int
+    dtype: str
+    steps_X: Floats
+
+    @property
+    def key(self) -> Hashable:
+        """Its own: nobody else asks for it."""
+        return id(self)
+
+    def begin(self) -> float:
+        """Return zero."""
+        return 0.0
+
+    def look(self, span: LoadedPiece) -> float:
+        """Return the sum over a span."""
+        patterns_E = patterns_in(span.operand(self.operand), self.dtype)
+        return float(sum_of_steps(patterns_E, fraction_bits(self.dtype), self.steps_X))
+
+    def add(self, state: float, start: int, said: float) -> float:
+        """Add it."""
+        del start
+        return state + said
+
+
 @dataclass(frozen=True)
 class AuditExaminer:
     """Holds tensors against the formulas; with ``has_merged`` the last source is the merged tensor."""
@@ -108,13 +139,17 @@ class AuditExaminer:
         """Twice where there is something to compare: the ratios must be known first."""
         return 2 if self.has_merged else 1
 
-    def span_bytes(self, job: TensorJob) -> int:
+    def span_bytes(self, look: Look, num_elems: int) -> int:
         """Return what the results of all formulas take."""
-        return len(FORMULAS) * SPAN_ELEMS * job.output_width if self.has_merged else 0
+        return len(FORMULAS) * num_elems * DTYPES[rounded_to(look)].bits // 8 if self.has_merged else 0
 
-    def examine(self, unit: Unit, arithmetic: Arithmetic, map_spans: MapSpans) -> Tally:
+    def state_bytes(self, look: Look, num_groups: int) -> int:
+        """Return the size of the products."""
+        return num_groups * len(look.reading.operands) ** 2 * FLOAT_BYTES
+
+    def examine(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> Tally:
         """Return what one unit says."""
-        products_GMM, steps_squared = self._products(unit, arithmetic, map_spans)
+        products_GMM, steps_squared = self._products(look, unit, tools, map_spans)
         tally = Tally(num_groups=len(products_GMM), steps_squared=steps_squared)
         models = Gram(products_GMM[:, :-1, :-1] if self.has_merged else products_GMM)
         tally.is_finite = bool(np.isfinite(products_GMM).all())
@@ -122,49 +157,35 @@ class AuditExaminer:
         candidates: list[int] = []
         ratios_KG = np.zeros((len(FORMULAS), len(products_GMM)))
         if tally.is_finite:
+            correct = correct_formula(planned_of(look))
             ratios_KG = ratios_of(Geometry(models))
-            self._tally_models(tally, unit.job, models, ratios_KG)
+            self._tally_models(tally, models, correct, ratios_KG)
             if self.has_merged:
-                self._tally_merged(tally, unit.job, products_GMM, ratios_KG)
-                candidates = self._candidates(tally, unit.job)
+                self._tally_merged(tally, rounded_to(look), products_GMM, ratios_KG)
+                candidates = self._candidates(tally, correct)
         if self.has_merged:
-            self._compare(tally, unit, candidates, ratios_KG, arithmetic, map_spans)
+            self._compare(tally, look, unit, candidates, ratios_KG, tools, map_spans)
         return tally
 
-    def conclude(self, job: TensorJob, parts: Sequence[Tally]) -> dict[str, Any]:
+    def conclude(self, look: Look, parts: Sequence[Tally]) -> dict[str, Any]:
         """Return the row of a tensor."""
         tally = Tally()
         for part in parts:
             tally.add(part)
-        return audit_row(job, tally, has_merged=self.has_merged)
+        return audit_row(look, tally, has_merged=self.has_merged)
 
-    def _products(self, unit: Unit, arithmetic: Arithmetic, map_spans: MapSpans) -> tuple[Floats, float]:
+    def _products(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> tuple[Floats, float]:
         """Return the Gram of each group, and the squared steps around the elements of the output."""
-        job, num_sources = unit.job, len(unit.job.sources)
-        shown = num_sources - 1 if self.has_merged else 0
-        dtype = job.sources[shown].spec.dtype
-        steps_X = squared_steps(dtype, job.output.dtype)
-
-        def products(span: Piece) -> tuple[Floats, float]:
-            loaded = span.loaded()
-            elems = min(job.group_elems, loaded.stop - loaded.start)
-            patterns_E = patterns_in(loaded.source(shown), dtype)
-            steps = float(sum_of_steps(patterns_E, fraction_bits(dtype), steps_X))
-            return arithmetic.gram(loaded, elems, with_anchor=False), steps
-
-        total_GMM = np.zeros(((unit.stop - unit.start) // job.group_elems, num_sources, num_sources))
-        total_steps = 0.0
-        for piece in unit.sweep(last=not self.has_merged):
-            spans = spans_of(piece)
-            for span, (products_GMM, steps) in zip(spans, map_spans(products, spans), strict=True):
-                first = (span.start - unit.start) // job.group_elems
-                total_GMM[first : first + len(products_GMM)] += products_GMM
-                total_steps += steps
+        shown = len(look.reading.operands) - 1 if self.has_merged else 0
+        dtype = look.reading.dtypes[shown]
+        steps = StepsSweep(shown, dtype, squared_steps(dtype, rounded_to(look)))
+        gram = GramSweep(unit, tools, refuses=False)
+        total_GMM, total_steps = swept(unit, [gram, steps], map_spans, last=not self.has_merged)
         return total_GMM, total_steps
 
-    def _tally_models(self, tally: Tally, job: TensorJob, models: Gram, ratios_KG: Floats) -> None:
+    def _tally_models(self, tally: Tally, models: Gram, correct: int, ratios_KG: Floats) -> None:
         mean_G = _mean_squared(models)
-        correct_G = ratios_KG[correct_formula(job)]
+        correct_G = ratios_KG[correct]
         flags = Geometry(models).flags()
         tally.flags = {name: int(np.count_nonzero(flags_G)) for name, flags_G in flags.items()}
         with np.errstate(invalid="ignore"):  # where task vectors cancel t is infinite and |d| 0
@@ -176,7 +197,7 @@ class AuditExaminer:
             close_KKG = np.abs(ratios_KG[:, None] - ratios_KG[None]) <= SAME_RATIO * np.abs(ratios_KG[:, None])
         tally.same_KK = np.asarray(close_KKG.all(axis=2))
 
-    def _tally_merged(self, tally: Tally, job: TensorJob, products_GMM: Floats, ratios_KG: Floats) -> None:
+    def _tally_merged(self, tally: Tally, dtype: str, products_GMM: Floats, ratios_KG: Floats) -> None:
         """Distances of the merged tensor from every formula: quadratic forms of the Gram, group by group."""
         num_tuned = products_GMM.shape[1] - 2
         mean_G = _mean_squared(Gram(products_GMM[:, :-1, :-1]))
@@ -187,7 +208,7 @@ class AuditExaminer:
             along_G = np.where(mean_G > 0.0, times_mean_G**2 / mean_G, 0.0)
             distances_KG = merged_G - 2.0 * ratios_KG * times_mean_G + ratios_KG**2 * mean_G
             scale_K = (merged_G + ratios_KG**2 * mean_G).sum(axis=1)
-            own_errors_KG = ratio_errors(ratios_KG, num_tuned, job.output.dtype)
+            own_errors_KG = ratio_errors(ratios_KG, num_tuned, dtype)
             own_error_K = (own_errors_KG**2 * mean_G).sum(axis=1)
             # Outside of [0, 1] a tool subtracts larger numbers than it ends with, and each of them is rounded.
             reach_K = (np.abs(ratios_KG) + np.abs(1.0 - ratios_KG)).max(axis=1)
@@ -201,13 +222,12 @@ class AuditExaminer:
         tally.merged_times_deltas_N = times_deltas_GN.sum(axis=0)
         tally.contenders_K = np.asarray(np.isfinite(ratios_KG).all(axis=1) & (tally.distances_K <= allowed_K))
 
-    def _candidates(self, tally: Tally, job: TensorJob) -> list[int]:
+    def _candidates(self, tally: Tally, correct: int) -> list[int]:
         """Return the formulas whose results are computed: the correct one, and contenders of another t."""
         wanted = [k for k in range(len(FORMULAS)) if tally.contenders_K[k]]
         if any(FORMULAS[k] not in SECONDARY for k in wanted):
             wanted = [k for k in wanted if FORMULAS[k] not in SECONDARY]
         tally.contenders_K = np.isin(np.arange(len(FORMULAS)), wanted)
-        correct = correct_formula(job)
         chosen = [] if math.isinf(tally.ratios_K[correct]) else [correct]
         for k in wanted:
             if not any(tally.same_KK[k, other] for other in chosen):
@@ -217,16 +237,16 @@ class AuditExaminer:
     def _compare(
         self,
         tally: Tally,
+        look: Look,
         unit: Unit,
         candidates: Sequence[int],
         ratios_KG: Floats,
-        arithmetic: Arithmetic,
+        tools: Tools,
         map_spans: MapSpans,
     ) -> None:
         """Hold every element against what the candidates give, rounded once."""
-        job, num_tuned = unit.job, len(unit.job.sources) - 2
-        planned = replace(job, sources=job.sources[:-1])
-        num_candidates = len(candidates)
+        num_tuned, num_candidates = len(look.reading.operands) - 2, len(candidates)
+        group_elems, dtype = look.reading.group_elems, rounded_to(look)
 
         def compare(span: Piece) -> tuple[Any, ...]:
             loaded = span.loaded()
@@ -234,15 +254,14 @@ class AuditExaminer:
                 np.zeros(num_candidates, np.int64), np.zeros(num_candidates), np.zeros(num_candidates),
                 np.zeros((num_candidates, num_candidates), np.int64),
             )  # fmt: skip
-            merged = loaded.source(num_tuned + 1)
-            models = replace(loaded, job=planned, offsets=loaded.offsets[:-1])
+            merged = loaded.operand(num_tuned + 1)
+            models = _without_last(loaded)
             results_CB = np.empty((num_candidates, merged.nbytes), np.uint8)
-            first = (loaded.start - unit.start) // job.group_elems
-            last = -(-(loaded.stop - unit.start) // job.group_elems)
+            first = (loaded.start - unit.start) // group_elems
+            last = -(-(loaded.stop - unit.start) // group_elems)
             for result, k in zip(results_CB, candidates, strict=True):
                 weights_GN = np.repeat((ratios_KG[k, first:last] / num_tuned)[:, None], num_tuned, axis=1)
-                arithmetic.combine(models, weights_GN, result, anchored=True)
-            dtype = job.output.dtype
+                tools.arithmetic.combine(models, weights_GN, result, dtype, anchored=True)
             count_roundings(patterns_in(merged, dtype), patterns_in(results_CB, dtype), *counts)
             return counts
 
@@ -266,11 +285,12 @@ class AuditExaminer:
         tally.nearer_KK = tally.nearer_KK[np.ix_(stands_for, stands_for)]
 
 
-def audit_row(job: TensorJob, tally: Tally, *, has_merged: bool) -> dict[str, Any]:
+def audit_row(look: Look, tally: Tally, *, has_merged: bool) -> dict[str, Any]:
     """Return what is reported of a tensor."""
+    reading, dtype = look.reading, rounded_to(look)
     row: dict[str, Any] = {
-        "dtype": job.output.dtype,
-        "scope": job.scope,
+        "dtype": dtype,
+        "scope": reading.scope,
         "num_groups": tally.num_groups,
         "flags": sorted(name for name, count in tally.flags.items() if count),
         "match": None,
@@ -278,7 +298,7 @@ def audit_row(job: TensorJob, tally: Tally, *, has_merged: bool) -> dict[str, An
     }
     if not tally.is_finite:
         return row | {"match": "not_finite", "flags": [MERGE_NONFINITE if tally.are_models_finite else NONFINITE]}
-    correct, ratios_K = correct_formula(job), _ratios(tally)
+    correct, ratios_K = correct_formula(planned_of(look)), _ratios(tally)
     size = math.sqrt(tally.update_squared or tally.mean_squared)
     row |= {f"ratio_{name}": finite(ratios_K[k]) for k, name in enumerate(FORMULAS) if name not in ("average", "base")}
     row |= {
@@ -292,13 +312,13 @@ def audit_row(job: TensorJob, tally: Tally, *, has_merged: bool) -> dict[str, An
     }
     if not has_merged:
         return row
-    num_elems = job.num_elems
+    num_elems = reading.num_elems
     match, candidates = decide(
         Evidence(
-            num_elems, len(job.sources) - 2, tally.contenders_K.tolist(), ratios_K, tally.same_KK,
+            num_elems, len(reading.operands) - 2, tally.contenders_K.tolist(), ratios_K, tally.same_KK,
             tally.equal_K.tolist(), tally.roundings_K.tolist(), tally.nearer_KK,
         ),
-        job.output.dtype,
+        dtype,
     )  # fmt: skip
     weights_N, *_ = np.linalg.lstsq(tally.deltas_NN, tally.merged_times_deltas_N, rcond=None)
     distance = math.sqrt(tally.distances_K[correct])
@@ -316,10 +336,37 @@ def audit_row(job: TensorJob, tally: Tally, *, has_merged: bool) -> dict[str, An
     }
 
 
-def with_merged(planned: TensorJob, source: Any) -> TensorJob:
-    """Return the job that also reads the merged tensor, and in whose dtype results are rounded."""
-    output = TensorSpec(planned.output.name, source.spec.dtype, planned.output.shape)
-    return replace(planned, output=output, sources=(*planned.sources, source))
+def look_at(planned: TensorJob, merged: Operand | None) -> Look:
+    """Return the look at a planned tensor's models, and at what a merge made of them where there is one."""
+    reading = planned.reading
+    operands = reading.operands if merged is None else (*reading.operands, merged)
+    dtype = planned.output.dtype if merged is None else merged.decode.dtype
+    bits = float_bits_of([dtype, *(operand.decode.dtype for operand in operands)])
+    return Look(replace(reading, operands=operands, float_bits=bits), AuditExaminer(merged is not None), planned)
+
+
+def rounded_to(look: Look) -> str:
+    """Return the dtype of the results: that of the merge which is looked at, else the planned one."""
+    planned = planned_of(look)
+    has_merged = len(look.reading.operands) > len(planned.reading.operands)
+    return look.reading.dtypes[-1] if has_merged else planned.output.dtype
+
+
+def planned_of(look: Look) -> TensorJob:
+    """Return what the recipe makes of a tensor that an audit looks at."""
+    assert look.planned is not None
+    return look.planned
+
+
+def _without_last(piece: LoadedPiece) -> LoadedPiece:
+    reading: Reading = piece.reading
+    return replace(
+        piece,
+        reading=replace(reading, operands=reading.operands[:-1]),
+        offsets=piece.offsets[:-1],
+        dtypes=piece.dtypes[:-1],
+        widths=piece.widths[:-1],
+    )
 
 
 def _mean_squared(models: Gram) -> Floats:

@@ -17,17 +17,19 @@ import numpy as np
 
 from stockflow.checkpoints.naming import kind_of, layer_of
 from stockflow.engine.inputs import OnRead
-from stockflow.engine.merging import Arithmetic, MapSpans, spans_of
-from stockflow.engine.survey import SurveySpec
-from stockflow.engine.units import Piece, Unit
+from stockflow.engine.procedures.course import MapSpans, Tools, swept
+from stockflow.engine.procedures.linear import GramSweep
+from stockflow.engine.survey import Look, SurveySpec
+from stockflow.engine.units import Unit
 from stockflow.errors import RecipeError
 from stockflow.events import Done, Moved, OnEvent, Stage
 from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import RATIOS, Geometry, finite, packed, pairs, unpacked
+from stockflow.planning.job import Reading, TensorJob, stored
 from stockflow.planning.make import make_plan
-from stockflow.planning.plan import CheckpointRef, Source, TensorJob
+from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.run.driver import Inputs, collector_paused
 from stockflow.storage import redact
@@ -36,7 +38,7 @@ FORMAT = "stockflow-inspection-1"
 ROWS_AT_ONCE = 2048
 """Tensors whose rows are plain Python values at a time: with 16 models one has 300 numbers."""
 
-Survey = Callable[[SurveySpec, Sequence[TensorJob], OnRead], Iterator[tuple[int, Any]]]
+Survey = Callable[[SurveySpec, Sequence[Look], OnRead], Iterator[tuple[int, Any]]]
 """Looks at tensors somewhere; yields their numbers and rows, in any order."""
 
 
@@ -52,14 +54,14 @@ class SurveyOptions:
 class Following:
     """Tells of a survey what is read and which tensors are done, and counts the bytes; from several threads."""
 
-    def __init__(self, spec: SurveySpec, jobs: Sequence[TensorJob], on_event: OnEvent) -> None:
+    def __init__(self, spec: SurveySpec, looks: Sequence[Look], on_event: OnEvent) -> None:
         """Tell that reading begins."""
         self.num_read = 0
-        self._jobs = jobs
+        self._looks = looks
         self._on_event = on_event
         self._lock = threading.Lock()
-        num_bytes = bytes_to_read(spec, jobs)
-        on_event(Stage("reading the inputs", total_bytes=num_bytes, num_items=len(jobs), unit="tensors"))
+        num_bytes = bytes_to_read(spec, looks)
+        on_event(Stage("reading the inputs", total_bytes=num_bytes, num_items=len(looks), unit="tensors"))
 
     def on_read(self, num_bytes: int) -> None:
         """Count bytes."""
@@ -70,20 +72,21 @@ class Following:
     def rows(self, found: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         """Yield numbers and rows as they come."""
         for number, row in found:
-            self._on_event(Done(self._jobs[number].output.name))
+            self._on_event(Done(self._looks[number].reading.name))
             yield number, row
 
 
-def bytes_to_read(spec: SurveySpec, jobs: Sequence[TensorJob]) -> int:
+def bytes_to_read(spec: SurveySpec, looks: Sequence[Look]) -> int:
     """Return what a survey will read: on the first sweep everything, on a second one large tensors of local files.
 
     Those from elsewhere are held meanwhile where the memory allows it, which only the worker knows.
     """
     is_local = not any("://" in ref.url for ref in spec.checkpoints)
-    again = spec.examiner.num_sweeps - 1 if is_local else 0
-    return sum(
-        source.spec.num_bytes * (1 + again * (job.num_elems > SPAN_ELEMS)) for job in jobs for source in job.sources
-    )
+
+    def num_reads(look: Look) -> int:
+        return look.num_sweeps if is_local and look.reading.num_elems > SPAN_ELEMS else 1
+
+    return sum(num_reads(look) * look.reading.num_bytes for look in looks)
 
 
 class GramExaminer:
@@ -94,29 +97,25 @@ class GramExaminer:
         """Once."""
         return 1
 
-    def span_bytes(self, job: TensorJob) -> int:
+    def span_bytes(self, look: Look, num_elems: int) -> int:
         """Return 0: a Gram is taken in the caches."""
-        del job
+        del look, num_elems
         return 0
 
-    def examine(self, unit: Unit, arithmetic: Arithmetic, map_spans: MapSpans) -> Floats:
+    def state_bytes(self, look: Look, num_groups: int) -> int:
+        """Return the size of the products."""
+        return num_groups * len(look.reading.operands) ** 2 * FLOAT_BYTES
+
+    def examine(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> Floats:
         """Return the Gram of a tensor as one packed row."""
-        num_sources = len(unit.job.sources)
-        total_GMM = np.zeros((1, num_sources, num_sources))
-
-        def products(span: Piece) -> Floats:
-            loaded = span.loaded()
-            return arithmetic.gram(loaded, loaded.stop - loaded.start, with_anchor=False)
-
-        for piece in unit.sweep(last=True):
-            for products_GMM in map_spans(products, spans_of(piece)):
-                total_GMM += products_GMM
+        del look
+        (total_GMM,) = swept(unit, [GramSweep(unit, tools, refuses=False)], map_spans, last=True)
         row_Q: Floats = packed(Gram(total_GMM))[0]
         return row_Q
 
-    def conclude(self, job: TensorJob, parts: Sequence[Floats]) -> Floats:
+    def conclude(self, look: Look, parts: Sequence[Floats]) -> Floats:
         """Return the row of the only unit."""
-        del job
+        del look
         (row_Q,) = parts
         return row_Q
 
@@ -126,7 +125,7 @@ class Subject:
     """A tensor, and how the recipe merges it."""
 
     planned: TensorJob
-    job: TensorJob | None
+    look: Look | None
     """what is read of it; None where there is nothing to compare"""
 
     @property
@@ -193,7 +192,7 @@ class Inspection:
         for numbers in _portions(self.compared):
             for name, flags_G in self.geometry(numbers).flags().items():
                 flagged.setdefault(name, []).extend(np.array(numbers)[flags_G].tolist())
-        read = [number for number, subject in enumerate(self.subjects) if subject.job]
+        read = [number for number, subject in enumerate(self.subjects) if subject.look]
         flagged["nonfinite"] = sorted(set(read) - set(self.compared))
         flagged["copied"] = sorted(set(range(len(self.subjects))) - set(read))
         return flagged
@@ -260,7 +259,7 @@ def _identity(subject: Subject) -> dict[str, Any]:
         "shape": list(spec.shape),
         "dtype": spec.dtype,
         "num_elems": spec.num_elems,
-        "method": subject.planned.method,
+        "method": subject.planned.result.method,
     }
 
 
@@ -281,15 +280,13 @@ def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_event: On
     started = time.perf_counter()
     on_event(Stage("planning"))
     subjects, checkpoints = find_subjects(inputs)
-    numbers = [number for number, subject in enumerate(subjects) if subject.job]
-    jobs = [subject.job for subject in subjects if subject.job]
+    numbers = [number for number, subject in enumerate(subjects) if subject.look]
+    looks = [subject.look for subject in subjects if subject.look]
     num_tuned = len(checkpoints) - 1
     packed_TQ = np.full((len(subjects), 1 + num_tuned * (num_tuned + 1) // 2), np.nan)
-    spec = SurveySpec(
-        checkpoints, inputs.recipe.storage, GramExaminer(), options.memory_bytes, options.num_threads, options.device
-    )
-    following = Following(spec, jobs, on_event)
-    for number, row_Q in following.rows(survey(spec, jobs, following.on_read)) if jobs else ():
+    spec = SurveySpec(checkpoints, inputs.recipe.storage, options.memory_bytes, options.num_threads, options.device)
+    following = Following(spec, looks, on_event)
+    for number, row_Q in following.rows(survey(spec, looks, following.on_read)) if looks else ():
         packed_TQ[numbers[number]] = row_Q
     return Inspection(checkpoints, subjects, packed_TQ, following.num_read, time.perf_counter() - started)
 
@@ -306,21 +303,22 @@ def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, .
         raise RecipeError("this recipe lists no model besides its base; there is nothing to compare")
     with collector_paused():
         plan = make_plan(recipe, inputs.checkpoints)
-        subjects = [Subject(job, _reading_of(inputs, job)) for job in plan.jobs]
+        subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
     return subjects, plan.checkpoints
 
 
-def _reading_of(inputs: Inputs, planned: TensorJob) -> TensorJob | None:
+def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:
     """The base's tensor and those of all other models, whatever the method reads of them."""
     name = planned.output.name
-    base = inputs.checkpoints[0].specs[name]
-    if planned.is_copy or not planned.num_elems:
+    shape = inputs.checkpoints[0].specs[name].shape
+    if planned.is_copy or not planned.reading.num_elems:
         return None
     checkpoints = inputs.checkpoints
-    if any(name not in each.specs or each.specs[name].shape != base.shape for each in checkpoints):
+    if any(name not in each.specs or each.specs[name].shape != shape for each in checkpoints):
         return None
-    sources = tuple(Source(number, each.specs[name], each.extents[name]) for number, each in enumerate(checkpoints))
-    return TensorJob(planned.output, sources, "model_stock", Parameters(), "tensor")
+    operands = tuple(stored(number, each.specs[name], each.extents[name]) for number, each in enumerate(checkpoints))
+    bits = planned.reading.float_bits
+    return Look(Reading(name, shape, operands, float_bits=bits), GramExaminer(), planned)
 
 
 def summary(inspection: Inspection) -> dict[str, Any]:

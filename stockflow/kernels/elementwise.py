@@ -59,77 +59,86 @@ def count_digits(
 
 
 @jit
-def elect_and_average(
-    deltas_NE: Values,
-    patterns_NE: Patterns,
-    weights_N: Values,
-    thresholds_N: Unsigned,
-    factor: Values,
-    normalize: bool,
-    update_E: Values,
-) -> None:
-    """Fill ``update_E`` with the sum of what agrees with the elected sign, divided by the weights that do.
+def keep_at_least(deltas_NE: Values, patterns_NE: Patterns, thresholds_N: Unsigned) -> None:
+    """Multiply what is smaller than the least magnitude that is kept by zero, so that NaN stays NaN.
 
     Args:
-        deltas_NE: the task vectors.
-        patterns_NE: their bits.
+        deltas_NE: the task vectors; changed.
+        patterns_NE: their bits, the same memory.
+        thresholds_N: bits of the least magnitude that is kept, per model; more than any has if none is.
+    """
+    zero, one = deltas_NE.dtype.type(0.0), deltas_NE.dtype.type(1.0)
+    mask = patterns_NE.dtype.type((np.uint64(1) << np.uint64(8 * patterns_NE.itemsize - 1)) - np.uint64(1))
+    for n in range(len(deltas_NE)):
+        delta, pattern = deltas_NE[n], patterns_NE[n]
+        is_any_kept, least = thresholds_N[n] <= mask, patterns_NE.dtype.type(thresholds_N[n])
+        if least == 0:
+            continue
+        for k in range(np.uint64(len(delta))):
+            is_kept = (pattern[k] & mask) >= least and is_any_kept
+            delta[k] *= one if is_kept else zero
+
+
+@jit
+def rescale(deltas_NE: Values, factors_N: Values) -> None:
+    """Multiply each task vector by a factor of its own."""
+    for n in range(len(deltas_NE)):
+        delta, factor = deltas_NE[n], factors_N[n]
+        for k in range(np.uint64(len(delta))):
+            delta[k] *= factor
+
+
+@jit
+def consensus(
+    deltas_NE: Values, weights_N: Values, elect: bool, divisor: Values, factor: Values, update_E: Values
+) -> None:
+    """Fill ``update_E`` with ``factor * sum_i m_i a_i d_i / Z``.
+
+    Args:
+        deltas_NE: the task vectors, what is dropped of them being zero.
         weights_N: in working precision.
-        thresholds_N: bits of the least magnitude that is kept, per model.
-        factor: one number, which multiplies the result.
-        normalize: whether to divide.
+        elect: whether only elements count (``m_i``) that have the elected sign, that of ``sum_i a_i d_i``: a sum of
+            zero elects positive, zeros never agree.
+        divisor: one number, Z; 0 for ``sum_i m_i a_i``, element by element, and 1 where that is 0.
+        factor: one number.
         update_E: receives the result.
     """
     zero, one = deltas_NE.dtype.type(0.0), deltas_NE.dtype.type(1.0)
     num_elems = np.uint64(len(update_E))
     weighted_NT = np.empty((len(deltas_NE), TILE), deltas_NE.dtype)
-    votes, divisors = np.empty(TILE, deltas_NE.dtype), np.empty(TILE, deltas_NE.dtype)
+    votes, agreed = np.empty(TILE, deltas_NE.dtype), np.empty(TILE, deltas_NE.dtype)
     start = np.uint64(0)
     while start < num_elems:
         count = min(np.uint64(TILE), num_elems - start)
         votes[:] = zero
         for n in range(len(deltas_NE)):
-            _weigh_kept(
-                deltas_NE[n], patterns_NE[n], start, count, weights_N[n], thresholds_N[n], weighted_NT[n], votes
-            )
-        totals = update_E[start : start + count]
-        totals[:] = zero
-        divisors[:] = zero
-        for n in range(len(deltas_NE)):
             weighted, weight = weighted_NT[n], weights_N[n]
             for k in range(count):
-                is_positive = votes[k] >= zero
-                agrees = weighted[k] > zero if is_positive else weighted[k] < zero
-                totals[k] += weighted[k] * (one if agrees else zero)  # NaN times zero is NaN: it must not get lost
-                divisors[k] += weight if agrees else zero
-        if normalize:
+                weighted[k] = deltas_NE[n, start + k] * weight
+                votes[k] += weighted[k]
+        totals = update_E[start : start + count]
+        if elect:
+            totals[:] = zero
+            agreed[:] = zero
+            for n in range(len(deltas_NE)):
+                weighted, weight = weighted_NT[n], weights_N[n]
+                for k in range(count):
+                    is_positive = votes[k] >= zero
+                    agrees = weighted[k] > zero if is_positive else weighted[k] < zero
+                    totals[k] += weighted[k] * (one if agrees else zero)  # NaN times zero is NaN: it must not get lost
+                    agreed[k] += weight if agrees else zero
+        else:
             for k in range(count):
-                totals[k] /= one if divisors[k] == zero else divisors[k]
+                totals[k] = votes[k]
+        if divisor[0] == zero:
+            for k in range(count):
+                totals[k] /= one if agreed[k] == zero else agreed[k]
+        else:
+            for k in range(count):
+                totals[k] /= divisor[0]
         for k in range(count):
             totals[k] *= factor[0]
         start += count
-
-
-@jit
-def _weigh_kept(
-    delta: Values,
-    pattern: Patterns,
-    start: Index,
-    count: Index,
-    weight: float,
-    threshold: Index,
-    weighted: Values,
-    votes: Values,
-) -> None:
-    """Fill ``weighted`` with ``weight * delta`` where the magnitude is kept, else 0, and add it to ``votes``."""
-    zero, one = delta.dtype.type(0.0), delta.dtype.type(1.0)
-    magnitude_mask = pattern.dtype.type((np.uint64(1) << np.uint64(8 * pattern.itemsize - 1)) - np.uint64(1))
-    is_any_kept = threshold <= magnitude_mask
-    least = pattern.dtype.type(threshold)
-    for k in range(count):
-        magnitude = pattern.dtype.type(pattern[start + k] & magnitude_mask)
-        weighted[k] = delta[start + k] * weight * (one if magnitude >= least and is_any_kept else zero)
-    for k in range(count):
-        votes[k] += weighted[k]
 
 
 @jit

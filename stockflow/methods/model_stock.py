@@ -17,6 +17,7 @@ from stockflow.methods.protocol import Coefficients, Parameter, Parameters, line
         Parameter("on_negative", "word", default="clamp", choices=("clamp", "extrapolate", "error")),
     ),
     scopes=("tensor", "row", "leading"),
+    facts=("mean_cosine", "min_cosine", "max_cosine", "ratio", "legacy_ratio"),
 )
 def model_stock(gram: Gram, parameters: Parameters) -> Coefficients:
     """Return one ratio per group, shared equally by the tuned models: ``out = w_0 + sum_i (t / N) d_i``.

@@ -2,7 +2,8 @@
 
 A *linear* method never sees a tensor: it maps a small Gram matrix per group to coefficients.
 An *elementwise* method asks for rounds of statistics over blocks and ends with a function of blocks.
-Both are described by a frozen declaration that the recipe, the plan and the engine read alike.
+A *copy* carries bytes over. Each kind of rule says what memory it takes and how often it looks at the elements, so that
+the recipe, the plan, the budget and the engine read one declaration, and none of them asks for the kind.
 
 Shape suffixes: G groups (rows, leading indices, or 1), M sources (the anchor and the others),
 N the sources that are not the anchor, E elements of a block.
@@ -10,7 +11,7 @@ N the sources that are not the anchor, E elements of a block.
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
@@ -22,7 +23,7 @@ Scope = Literal["tensor", "row", "leading"]
 """What gets its own decision: a whole tensor, a row of the last dimension, an index of the first of three or more."""
 
 Scalar = bool | float | str
-Kind = Literal["number", "flag", "word"]
+Kind = Literal["number", "integer", "flag", "word"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,10 @@ class Parameters:
         """Return a shared number."""
         return float(self.shared[name])
 
+    def integer(self, name: str) -> int:
+        """Return a shared integer."""
+        return int(self.shared[name])
+
     def flag(self, name: str) -> bool:
         """Return a shared flag."""
         return bool(self.shared[name])
@@ -78,7 +83,7 @@ class Coefficients:
     """float64; one column per non-anchor source if ``anchored``, else one per source"""
     anchored: bool
     facts: Mapping[str, Fact] = field(default_factory=dict)
-    """what the tensor table records, by column name"""
+    """per group, by a name the method declares; recorded as the mean over the groups"""
     flags: Mapping[str, Any] = field(default_factory=dict)
     """boolean per group, by flag name (``clamped``, ``zero_delta``)"""
 
@@ -117,20 +122,20 @@ class Statistic(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Elementwise:
-    """The decision of an elementwise method: ``out = w_0 + update(block)``."""
+class Update:
+    """The decision of an elementwise method: ``out = w_0 + change(block)``."""
 
-    update: Callable[[Block], "Values"]
+    change: Callable[[Block], "Values"]
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
-Rounds = Generator[Statistic, Any, Elementwise]
+Rounds = Generator[Statistic, Any, Update]
 """Yields the statistics it needs, one per pass over the sources, and returns its decision."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorContext:
-    """What an elementwise method knows of its tensor before the first round."""
+class UnitContext:
+    """What an elementwise method knows of what it decides on, a tensor or a group of one, before the first round."""
 
     num_tuned: int
     num_elems: int
@@ -142,36 +147,121 @@ BaseUse = Literal["required", "optional"]
 """``required``: the anchor is the base model. ``optional``: all listed models are equal; a base only donates names."""
 
 
+class Rule(Protocol):
+    """How a method gets from elements to a result, as far as reading them and memory go. All sizes in bytes."""
+
+    def num_statistic_passes(self, float_bits: int) -> int:
+        """Return how often the sources go by before they are combined, in a working precision of so many bits."""
+
+    def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
+        """Return what one thread needs, beside the sources, for a span of so many elements."""
+
+    def span_state_bytes(self, num_sources: int, num_groups: int) -> int:
+        """Return what one statistics pass over a span of so many groups leaves behind."""
+
+
+FLOAT_BYTES = 8
+"""Of the products and sums that lead to a decision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A weighted sum of the sources, by coefficients that follow from their Gram matrix or from parameters alone."""
+
+    coefficients: Callable[[Gram, Parameters], Coefficients]
+    needs_gram: bool = True
+    """False if the coefficients follow from the parameters alone"""
+    needs_anchor: bool = False
+    """whether it uses the Gram's products of w_0 with the task vectors; |w_0|^2 is there in any case"""
+
+    def num_statistic_passes(self, float_bits: int) -> int:
+        """Return one for the Gram, if it takes one."""
+        del float_bits
+        return int(self.needs_gram)
+
+    def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
+        """Return 0: sums are taken in the caches."""
+        del num_sources, num_elems, float_bits
+        return 0
+
+    def span_state_bytes(self, num_sources: int, num_groups: int) -> int:
+        """Return the size of the products."""
+        return int(self.needs_gram) * num_groups * num_sources**2 * FLOAT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """A function of task vectors, element by element, after rounds of statistics."""
+
+    decide: Callable[[UnitContext, Parameters], Rounds | Update]
+    """a generator of statistics, or an ordinary function where none is needed"""
+    num_rounds: Callable[[int], int] = field(default=lambda float_bits: 0)
+    """by the width of the working precision in bits"""
+    state_bytes: int = 0
+    """of the state of one statistic, per source"""
+    temporaries: int = 2
+    """rows of working precision it needs beside those of the sources, per source"""
+
+    def num_statistic_passes(self, float_bits: int) -> int:
+        """Return its number of rounds."""
+        return self.num_rounds(float_bits)
+
+    def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
+        """Return the size of the task vectors and of its temporaries."""
+        return num_sources * (1 + self.temporaries) * num_elems * float_bits // 8
+
+    def span_state_bytes(self, num_sources: int, num_groups: int) -> int:
+        """Return the size of a statistic's state per group."""
+        return num_groups * num_sources * self.state_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first source's bytes, unchanged."""
+
+    must_agree: bool = False
+    """whether all sources must hold the same bytes"""
+
+    def num_statistic_passes(self, float_bits: int) -> int:
+        """Return 0."""
+        del float_bits
+        return 0
+
+    def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
+        """Return 0."""
+        del num_sources, num_elems, float_bits
+        return 0
+
+    def span_state_bytes(self, num_sources: int, num_groups: int) -> int:
+        """Return 0."""
+        del num_sources, num_groups
+        return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A merge method as the recipe, the plan and the engine see it."""
 
     name: str
+    rule: Rule
     source: str
     """where the formula comes from"""
-    base: BaseUse
-    min_tuned: int
+    base: BaseUse = "required"
+    min_tuned: int = 1
     """least number of models besides the base (of all models where the base is optional)"""
-    max_tuned: int | None
-    parameters: tuple[Parameter, ...]
-    scopes: tuple[Scope, ...]
-    needs_gram: bool
-    """linear methods only: False if the coefficients follow from the parameters alone"""
-    needs_anchor: bool = False
-    """whether it uses the Gram's products of w_0 with the task vectors; |w_0|^2 is there in any case"""
-    linear: Callable[[Gram, Parameters], Coefficients] | None = None
-    rounds: Callable[[TensorContext, Parameters], Rounds] | None = None
-    num_rounds: Callable[[int], int] = field(default=lambda float_bits: 1)
-    """statistics passes of an elementwise method, by working precision in bits"""
-
-    def num_statistic_passes(self, float_bits: int) -> int:
-        """Return how often the sources are read before the combine."""
-        if self.linear is not None:
-            return 1 if self.needs_gram else 0
-        return self.num_rounds(float_bits)
+    max_tuned: int | None = None
+    parameters: tuple[Parameter, ...] = ()
+    scopes: tuple[Scope, ...] = ("tensor",)
+    facts: tuple[str, ...] = ()
+    """what it records of each tensor; a number per model by its name and the model's, as ``kept_share_1``"""
+    is_random: bool = False
+    """whether it draws numbers, which a seed of the recipe decides"""
 
 
 REGISTRY: dict[str, Method] = {}
+
+Coefficient = Callable[[Gram, Parameters], Coefficients]
+Decide = TypeVar("Decide", bound=Callable[[UnitContext, Parameters], Rounds | Update])
 
 
 def linear_method(
@@ -185,15 +275,13 @@ def linear_method(
     scopes: tuple[Scope, ...] = ("tensor",),
     needs_gram: bool = True,
     needs_anchor: bool = False,
-) -> Callable[[Callable[[Gram, Parameters], Coefficients]], Callable[[Gram, Parameters], Coefficients]]:
+    facts: tuple[str, ...] = (),
+) -> Callable[[Coefficient], Coefficient]:
     """Register a function from a Gram matrix to coefficients as a merge method."""
 
-    def register(
-        function: Callable[[Gram, Parameters], Coefficients],
-    ) -> Callable[[Gram, Parameters], Coefficients]:
-        REGISTRY[name] = Method(
-            name, source, base, min_tuned, max_tuned, parameters, scopes, needs_gram, needs_anchor, linear=function
-        )
+    def register(function: Coefficient) -> Coefficient:
+        rule = Linear(function, needs_gram, needs_anchor)
+        REGISTRY[name] = Method(name, rule, source, base, min_tuned, max_tuned, parameters, scopes, facts)
         return function
 
     return register
@@ -204,19 +292,22 @@ def elementwise_method(
     *,
     source: str,
     min_tuned: int,
-    num_rounds: Callable[[int], int],
+    num_rounds: Callable[[int], int] = lambda float_bits: 0,
+    state_bytes: int = 0,
+    temporaries: int = 2,
     max_tuned: int | None = None,
     parameters: tuple[Parameter, ...] = (),
-) -> Callable[[Callable[[TensorContext, Parameters], Rounds]], Callable[[TensorContext, Parameters], Rounds]]:
-    """Register a generator of statistics that ends in a function of blocks as a merge method."""
+    scopes: tuple[Scope, ...] = ("tensor",),
+    facts: tuple[str, ...] = (),
+    is_random: bool = False,
+) -> Callable[[Decide], Decide]:
+    """Register what ends in a function of blocks, after rounds of statistics if it yields some, as a merge method."""
 
-    def register(
-        function: Callable[[TensorContext, Parameters], Rounds],
-    ) -> Callable[[TensorContext, Parameters], Rounds]:
+    def register(function: Decide) -> Decide:
+        rule = Elementwise(function, num_rounds, state_bytes, temporaries)
         REGISTRY[name] = Method(
-            name, source, "required", min_tuned, max_tuned, parameters, ("tensor",), False,
-            rounds=function, num_rounds=num_rounds,
-        )  # fmt: skip
+            name, rule, source, "required", min_tuned, max_tuned, parameters, scopes, facts, is_random
+        )
         return function
 
     return register

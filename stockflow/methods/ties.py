@@ -5,22 +5,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from stockflow.kernels.arrays import Counts
 from stockflow.methods.protocol import (
     Block,
-    Elementwise,
     Parameter,
     Parameters,
     Rounds,
-    TensorContext,
+    UnitContext,
+    Update,
     elementwise_method,
 )
 
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values
-
-Counts = npt.NDArray[np.int64]
 
 DIGIT_BITS = 16
 """A magnitude is selected digit by digit: 2 rounds for the 32 bits of a float32, 4 for a float64."""
@@ -69,9 +67,12 @@ class DigitCounts:
         Parameter("lambda", "number", default=1.0),
         Parameter("normalize", "flag", default=True),
     ),
+    scopes=("tensor", "leading"),
     num_rounds=lambda float_bits: float_bits // DIGIT_BITS,
+    state_bytes=8 << DIGIT_BITS,
+    facts=("kept_share",),
 )
-def ties(context: TensorContext, parameters: Parameters) -> Rounds:
+def ties(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return ``w_0 + lambda * sum_i(m_i a_i s_i) / sum_i(m_i a_i)``, elementwise.
 
     ``s_i`` is d_i where its magnitude is at least the k-th largest, ``k = max(1, int(density * n))``, else 0;
@@ -97,16 +98,18 @@ def ties(context: TensorContext, parameters: Parameters) -> Rounds:
     weights, scale, normalize = parameters.each("weight"), parameters.number("lambda"), parameters.flag("normalize")
     thresholds_N = np.array([selection.least_bits for selection in selections], np.uint64)
 
-    def update(block: Block) -> "Values":
-        from stockflow.kernels.elementwise import elect_and_average, patterns
+    def change(block: Block) -> "Values":
+        from stockflow.kernels.elementwise import consensus, keep_at_least, patterns
 
         deltas_NE, update_E = block.deltas_NE, np.empty_like(block.base_E)
-        weights_N = np.array(weights, deltas_NE.dtype)
-        factor = np.array([scale], deltas_NE.dtype)
-        elect_and_average(deltas_NE, patterns(deltas_NE), weights_N, thresholds_N, factor, normalize, update_E)
+        keep_at_least(deltas_NE, patterns(deltas_NE), thresholds_N)
+        weights_N, divisor, factor = (
+            np.array(each, deltas_NE.dtype) for each in (weights, [0.0 if normalize else 1.0], [scale])
+        )
+        consensus(deltas_NE, weights_N, True, divisor, factor, update_E)
         return update_E
 
-    return Elementwise(update, facts={f"kept_share_{i}": chosen.share for i, chosen in enumerate(selections, 1)})
+    return Update(change, facts={f"kept_share_{i}": chosen.share for i, chosen in enumerate(selections, 1)})
 
 
 @dataclass(frozen=True, slots=True)

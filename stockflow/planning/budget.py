@@ -1,13 +1,14 @@
 """The memory model: what one worker process may hold, one formula each. All sizes in bytes."""
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stockflow.errors import BudgetError
-from stockflow.methods import METHODS
-from stockflow.planning.plan import TensorJob
+from stockflow.methods.protocol import FLOAT_BYTES
+from stockflow.planning.job import Reading, Work
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.storage.parts import upload_bytes
 
@@ -43,10 +44,6 @@ MAX_CHUNK_GROUPS = 2**14
 """At most this many rows are decided together, so that products of very short rows stay few."""
 PIECE_OVERHEAD = 128
 """Alignment loss of one range in a slab."""
-ELEMENTWISE_TEMPORARIES = 2
-"""Rows of working precision an elementwise method needs beside the sources, per source and thread."""
-ELEMENTWISE_STATE_BYTES = 2**16 * 8
-"""State of an elementwise statistic, per source: 64-bit counts of a 16-bit digit."""
 SPANS_AHEAD = 3
 """Results of spans, per thread, that may wait for their turn to be added up."""
 NUM_GROUP_FACTS = 12
@@ -74,45 +71,48 @@ class Workspace:
         """Peak of the worker process."""
         return self.fixed_bytes + self.num_slabs * self.slab_bytes + NUM_OUT_BUFFERS * self.out_bytes
 
-    def chunk_elems(self, job: TensorJob) -> int:
+    def chunk_elems(self, work: Work) -> int:
         """Most elements of a tensor that are read, and then written, as one: what a slab or an output buffer holds."""
-        usable = self.slab_bytes - PIECE_OVERHEAD * len(job.sources)
-        most = self.out_bytes // job.output_width if self.direct else usable // job.bytes_per_elem
-        return min(most, max(MAX_CHUNK_GROUPS * job.group_elems, SPAN_ELEMS))
+        reading = work.reading
+        if not self.direct:
+            most = int((self.slab_bytes - PIECE_OVERHEAD * reading.num_slots) // reading.bytes_per_elem)
+        elif work.output_width:
+            most = self.out_bytes // work.output_width
+        else:
+            most = MAX_CHUNK_SPANS * SPAN_ELEMS
+        return min(most, max(MAX_CHUNK_GROUPS * reading.group_elems, SPAN_ELEMS))
 
 
-def scratch_bytes(job: TensorJob) -> int:
-    """Return what one thread needs to compute one span of a tensor; linear methods work in the caches."""
-    if job.is_copy or METHODS[job.method].linear:
+def stage_bytes(reading: Reading) -> int:
+    """Return what one thread needs to decode one span of operands that kernels cannot take as they are."""
+    if reading.is_plain:
         return 0
-    return len(job.sources) * (1 + ELEMENTWISE_TEMPORARIES) * SPAN_ELEMS * job.float_bits // 8
+    return len(reading.operands) * min(SPAN_ELEMS, reading.num_elems) * reading.float_bits // 8
 
 
-def span_result_bytes(job: TensorJob) -> int:
+def span_state_bytes(work: Work) -> int:
     """Return what one span leaves behind for the decision: products of its groups, or counts of digits."""
-    if job.is_copy or not job.num_statistic_passes or not job.num_elems:
-        return 0
-    if METHODS[job.method].linear:
-        return -(-min(SPAN_ELEMS, job.num_elems) // job.group_elems) * len(job.sources) ** 2 * 8
-    return len(job.sources) * ELEMENTWISE_STATE_BYTES
+    reading = work.reading
+    return work.span_state_bytes(-(-min(SPAN_ELEMS, reading.num_elems) // reading.group_elems))
 
 
-def decision_bytes(job: TensorJob) -> int:
+def decision_bytes(work: Work) -> int:
     """Return what the groups of a tensor need beside its elements, in row and leading scope.
 
     Facts of every group are kept until the tensor is done; products of all sources, in a few copies, until a
     chunk is decided. Rows of four elements take more here than in the sources.
     """
-    num_sources, float_bytes = len(job.sources), 8
-    if job.is_copy or job.num_groups <= 1:
+    reading = work.reading
+    num_sources = len(reading.operands)
+    if reading.num_groups <= 1:
         return 0
-    together = min(job.num_groups, max(MAX_CHUNK_GROUPS, SPAN_ELEMS // job.group_elems))
-    facts = job.num_groups * (num_sources + NUM_GROUP_FACTS) * float_bytes
-    return facts + together * num_sources**2 * float_bytes * PRODUCT_COPIES
+    together = min(reading.num_groups, max(MAX_CHUNK_GROUPS, SPAN_ELEMS // reading.group_elems))
+    facts = reading.num_groups * (num_sources + NUM_GROUP_FACTS) * FLOAT_BYTES
+    return facts + together * num_sources**2 * FLOAT_BYTES * PRODUCT_COPIES
 
 
 def divide(
-    jobs: Iterable[TensorJob],
+    works: Iterable[Work],
     memory_bytes: int,
     *,
     num_threads: int,
@@ -122,7 +122,7 @@ def divide(
     """Return how to spend ``memory_bytes`` on these tensors.
 
     Args:
-        jobs: the tensors one worker will merge.
+        works: the tensors one worker will go through.
         memory_bytes: bound of the whole process.
         num_threads: compute threads.
         baseline_bytes: what the process takes before it reads anything, clients included.
@@ -132,63 +132,66 @@ def divide(
     Raises:
         BudgetError: not even one span of the widest tensor fits.
     """
-    jobs = [job for job in jobs if job.num_elems]
-    found, least = _divided(jobs, memory_bytes, num_threads, baseline_bytes, direct)
-    if jobs and least > memory_bytes:
-        widest = _widest(jobs)
+    works = [work for work in works if work.reading.num_elems]
+    found, least = _divided(works, memory_bytes, num_threads, baseline_bytes, direct)
+    if works and least > memory_bytes:
+        widest = _widest(works).reading
         raise BudgetError(
-            f"tensor {widest.output.name!r} needs at least {mib(least)} of memory for its smallest chunk "
-            f"({SPAN_ELEMS:,} elements x {len(widest.sources)} checkpoints x {num_threads} threads, "
+            f"tensor {widest.name!r} needs at least {mib(least)} of memory for its smallest chunk "
+            f"({SPAN_ELEMS:,} elements x {len(widest.operands)} checkpoints x {num_threads} threads, "
             f"{mib(baseline_bytes)} of it for the process itself); the limit is {mib(memory_bytes)}. "
             f"Raise --memory{' or lower --workers' if num_threads > 1 else ''}"
         )
     return found
 
 
-def least_memory(jobs: Iterable[TensorJob], *, num_threads: int, baseline_bytes: int, direct: bool = False) -> int:
+def least_memory(works: Iterable[Work], *, num_threads: int, baseline_bytes: int, direct: bool = False) -> int:
     """Return the least ``memory_bytes`` that ``divide`` accepts for these tensors."""
-    return _divided([job for job in jobs if job.num_elems], 0, num_threads, baseline_bytes, direct)[1]
+    return _divided([work for work in works if work.reading.num_elems], 0, num_threads, baseline_bytes, direct)[1]
 
 
 def _divided(
-    jobs: Sequence[TensorJob], memory_bytes: int, num_threads: int, baseline_bytes: int, direct: bool
+    works: Sequence[Work], memory_bytes: int, num_threads: int, baseline_bytes: int, direct: bool
 ) -> tuple[Workspace, int]:
     """The best division, the smallest one if none fits; and the memory it takes at least."""
-    if not jobs:
+    if not works:
         return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes), baseline_bytes
-    per_thread = max(map(scratch_bytes, jobs)) + (SPANS_AHEAD + 1) * max(map(span_result_bytes, jobs))
-    per_thread += direct * max(map(_span_source_bytes, jobs))
-    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, jobs))
-    found = _direct(jobs, memory_bytes, fixed) if direct else _streamed(jobs, memory_bytes, fixed)
+    per_thread = max(work.scratch_bytes(SPAN_ELEMS) for work in works)
+    per_thread += (SPANS_AHEAD + 1) * max(map(span_state_bytes, works))
+    per_thread += max(stage_bytes(work.reading) for work in works)
+    per_thread += direct * max(_span_source_bytes(work.reading) for work in works)
+    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, works))
+    found = _direct(works, memory_bytes, fixed) if direct else _streamed(works, memory_bytes, fixed)
     return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
 
 
-def _streamed(jobs: Sequence[TensorJob], memory_bytes: int, fixed_bytes: int) -> Workspace:
+def _streamed(works: Sequence[Work], memory_bytes: int, fixed_bytes: int) -> Workspace:
     """Large chunks in enough slabs to read ahead, and to hold the largest unit; the least if nothing fits."""
-    overhead = PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
-    out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
+    overhead = PIECE_OVERHEAD * max(work.reading.num_slots for work in works)
+    out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work in works)
     for num_spans in CHUNK_SPANS:
-        slab = _widest(jobs).bytes_per_elem * SPAN_ELEMS * num_spans + overhead
+        slab = math.ceil(_widest(works).reading.bytes_per_elem * SPAN_ELEMS * num_spans) + overhead
         out = int(slab * out_per_source_byte) + 1
         num_slabs = (memory_bytes - fixed_bytes - NUM_OUT_BUFFERS * out) // slab
         if num_slabs >= GOOD_NUM_SLABS:
             break
     lookahead = max(-(-LOOKAHEAD_BYTES // slab), 2)
-    largest_unit = max(_unit_elems(job) * job.bytes_per_elem for job in jobs)
-    holding = min(num_slabs, -(-largest_unit // (slab - overhead)))
-    total = sum(job.num_elems * job.bytes_per_elem for job in jobs)
+    holding = min(num_slabs, -(-_held_bytes(works) // (slab - overhead)))
+    total = math.ceil(sum(work.reading.num_elems * work.reading.bytes_per_elem for work in works))
     wanted = min(holding + lookahead, -(-total // (slab - overhead)) + 1)
     return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed_bytes)
 
 
-def _direct(jobs: Sequence[TensorJob], memory_bytes: int, fixed_bytes: int) -> Workspace:
+def _direct(works: Sequence[Work], memory_bytes: int, fixed_bytes: int) -> Workspace:
     """Output buffers of many spans, a few slabs for tensors smaller than one; the least if nothing fits."""
-    out_per_source_byte = max(job.output_width / job.bytes_per_elem for job in jobs)
-    shared = sum(_span_source_bytes(job) for job in jobs if job.group_elems <= SPAN_ELEMS)
+    out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work in works)
+    readings = [work.reading for work in works]
+    shared = sum(_span_source_bytes(reading) for reading in readings if reading.group_elems <= SPAN_ELEMS)
     for num_spans in CHUNK_SPANS:
-        largest = _widest(jobs).bytes_per_elem * SPAN_ELEMS * min(num_spans, MAX_SHARED_SPANS)
-        slab = max(min(largest, shared), PIECE_OVERHEAD) + PIECE_OVERHEAD * max(len(job.sources) for job in jobs)
-        span_out = max(job.output_width for job in jobs) * SPAN_ELEMS
+        widest = _widest(works).reading.bytes_per_elem
+        largest = math.ceil(widest * SPAN_ELEMS * min(num_spans, MAX_SHARED_SPANS))
+        slab = max(min(largest, shared), PIECE_OVERHEAD) + PIECE_OVERHEAD * max(map(_num_slots, readings))
+        span_out = max(work.output_width for work in works) * SPAN_ELEMS
         out = max(span_out * num_spans, int(slab * out_per_source_byte) + 1)
         num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
         found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, direct=True)
@@ -197,22 +200,31 @@ def _direct(jobs: Sequence[TensorJob], memory_bytes: int, fixed_bytes: int) -> W
     return found
 
 
-def _widest(jobs: Sequence[TensorJob]) -> TensorJob:
-    return max(jobs, key=lambda job: job.bytes_per_elem)
+def _widest(works: Sequence[Work]) -> Work:
+    return max(works, key=lambda work: work.reading.bytes_per_elem)
 
 
-def _span_source_bytes(job: TensorJob) -> int:
-    """What the sources of one span take, each on a boundary of its own."""
-    return min(SPAN_ELEMS, job.num_elems) * job.bytes_per_elem + PIECE_OVERHEAD * len(job.sources)
+def _span_source_bytes(reading: Reading) -> int:
+    """What the operands of one span take, each on a boundary of its own."""
+    return math.ceil(min(SPAN_ELEMS, reading.num_elems) * reading.bytes_per_elem) + PIECE_OVERHEAD * reading.num_slots
 
 
-def _unit_elems(job: TensorJob) -> int:
-    return job.group_elems if job.group_elems > SPAN_ELEMS else min(SPAN_ELEMS, job.num_elems)
+def _num_slots(reading: Reading) -> int:
+    return reading.num_slots
 
 
-def planned_bytes(jobs: Iterable[TensorJob]) -> int:
+def _held_bytes(works: Sequence[Work]) -> int:
+    """The largest unit that is wanted in memory from one sweep to the next."""
+    return max(math.ceil(_unit_elems(work.reading) * work.reading.bytes_per_elem) for work in works)
+
+
+def _unit_elems(reading: Reading) -> int:
+    return reading.group_elems if reading.group_elems > SPAN_ELEMS else min(SPAN_ELEMS, reading.num_elems)
+
+
+def planned_bytes(works: Iterable[Work]) -> int:
     """Return what planning and publishing hold of these tensors in one process."""
-    return sum(PLANNED_TENSOR_BYTES + PLANNED_SOURCE_BYTES * len(job.sources) for job in jobs)
+    return sum(PLANNED_TENSOR_BYTES + PLANNED_SOURCE_BYTES * work.reading.num_slots for work in works)
 
 
 def client_bytes(inputs: Iterable[str], output: str, shard_bytes: int) -> int:

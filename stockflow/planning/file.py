@@ -11,16 +11,8 @@ from stockflow.checkpoints.opening import Extent
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters
-from stockflow.planning.plan import (
-    COPY,
-    CheckpointRef,
-    MergePlan,
-    ShardPlan,
-    SideFile,
-    Source,
-    TensorJob,
-    canonical_digest,
-)
+from stockflow.planning.job import COPIES, COPY, Operand, TensorJob, copying, merging, stored
+from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, canonical_digest
 from stockflow.storage import Stamp
 from stockflow.text.strictjson import parse_text_json, shown
 
@@ -91,30 +83,30 @@ def check_mergeable(jobs: Iterable[TensorJob], where: str) -> None:
 
 def _problem(job: TensorJob) -> str | None:
     """What stands against merging a job, None if nothing does."""
+    reading, result = job.reading, job.result
     if job.is_copy:
         return None if _is_copyable(job) else "copies of unlike tensors"
-    if job.method not in METHODS:
-        return f"the method {shown(job.method)}"
-    method = METHODS[job.method]
-    num_tuned = len(job.sources) - (method.base == "required")
+    if result.method not in METHODS:
+        return f"the method {shown(result.method)}"
+    method = METHODS[result.method]
+    num_tuned = len(reading.operands) - (method.base == "required")
     if not method.min_tuned <= num_tuned <= (method.max_tuned or num_tuned):
-        return f"{method.name} of {len(job.sources)} models"
-    if any(spec.kind != "float" for spec in (job.output, *(source.spec for source in job.sources))):
+        return f"{method.name} of {len(reading.operands)} models"
+    if any(DTYPES[dtype].kind != "float" for dtype in (job.output.dtype, *reading.dtypes)):
         return "arithmetic on something else than floating-point numbers"
-    if job.scope not in method.scopes or not job.num_elems:
-        return f"{method.name} with the scope {job.scope!r} of {job.num_elems} elements"
-    return _wrong_parameter(method, job.parameters, num_tuned)
+    if reading.scope not in method.scopes or not reading.num_elems:
+        return f"{method.name} with the scope {reading.scope!r} of {reading.num_elems} elements"
+    return _wrong_parameter(method, result.parameters, num_tuned)
 
 
 def _is_copyable(job: TensorJob) -> bool:
     """Return whether the sources may hold the bytes of the output. Of an empty tensor, a float of any width does."""
-    wanted = job.output
-    is_empty_float = wanted.kind == "float" and not wanted.num_elems
+    output, operands = job.output, job.reading.operands
+    is_empty_float = output.kind == "float" and not output.num_elems
     alike = all(
-        spec == wanted or (is_empty_float and spec.kind == "float" and spec._replace(dtype=wanted.dtype) == wanted)
-        for spec in (source.spec for source in job.sources)
+        dtype == output.dtype or (is_empty_float and DTYPES[dtype].kind == "float") for dtype in job.reading.dtypes
     )
-    return alike and (len(job.sources) == 1 or job.method != COPY)
+    return alike and (len(operands) == 1 or job.result.method != COPY)
 
 
 def _wrong_parameter(method: Method, given: Parameters, num_tuned: int) -> str | None:
@@ -186,19 +178,22 @@ def _job(row: Sequence[Any], settings: Sequence[Setting], checkpoints: Sequence[
     if len(sizes) > MAX_DIMENSIONS or not {dtype, *dtypes} <= DTYPES.keys() or not dtypes:
         raise ValueError(f"tensor {name!r} has the dtypes {dtypes!r} and {dtype!r} and {len(sizes)} dimensions")
     method, scope, parameters = settings[_below(number, len(settings))]
-    sources = tuple(
-        _source(TensorSpec(_text(name), source_dtype, sizes), place, checkpoints)
+    operands = tuple(
+        _operand(TensorSpec(_text(name), source_dtype, sizes), place, checkpoints)
         for source_dtype, place in zip(dtypes, places, strict=True)
     )
-    return TensorJob(TensorSpec(name, dtype, sizes), sources, method, parameters, scope)
+    output = TensorSpec(name, dtype, sizes)
+    if method in COPIES:
+        return copying(output, operands, method)
+    return merging(output, operands, method, parameters, scope)
 
 
-def _source(spec: TensorSpec, place: Sequence[Any], checkpoints: Sequence[CheckpointRef]) -> Source:
+def _operand(spec: TensorSpec, place: Sequence[Any], checkpoints: Sequence[CheckpointRef]) -> Operand:
     checkpoint, file, start = place
     size = checkpoints[_below(checkpoint, len(checkpoints))].files[file].size
     if _count(start) + spec.num_bytes > size:
         raise ValueError(f"tensor {spec.name!r} ends beyond the {size:,} bytes of {file!r}")
-    return Source(checkpoint, spec, Extent(file, start))
+    return stored(checkpoint, spec, Extent(file, start))
 
 
 def _without_places(canonical: Mapping[str, Any]) -> dict[str, object]:

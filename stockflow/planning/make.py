@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.errors import PlanError
-from stockflow.methods.protocol import Parameters
-from stockflow.planning.plan import COPY, COPY_EQUAL, CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob
+from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying, merging, stored
+from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
 from stockflow.text.strictjson import shown
@@ -60,7 +60,7 @@ def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: 
 
 def default_shard_size(jobs: Iterable[TensorJob]) -> int:
     """Return a shard size in bytes that depends on the output alone: a 256th of it, from 256 MB to 5 GB."""
-    total = sum(job.output.num_bytes for job in jobs)
+    total = sum(job.result.num_bytes for job in jobs)
     return min(max(total // 256, 256_000_000), 5_000_000_000)
 
 
@@ -77,7 +77,7 @@ def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
     for size in (*sizes, plan.num_output_bytes // enough, plan.num_output_bytes // enough // 2):
         if size and len(_cut_shards(jobs, size)) >= enough:
             return [f"{said}; --shard-size {_two_digits(size)} gives enough"]
-    largest = max(job.output.num_bytes for job in jobs)
+    largest = max(job.result.num_bytes for job in jobs)
     return [f"{said}, and the largest tensor has {_two_digits(largest)}; ask for fewer workers"]
 
 
@@ -112,9 +112,12 @@ def _unplanned_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> lis
 def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: TensorSpec) -> TensorJob | list[str]:
     """The job for one tensor of the donor, or what stands against it."""
     name, rule = spec.name, recipe.rule_for(spec.name)
-    donor = Source(recipe.donor, spec, checkpoints[recipe.donor].extents[name])
+
+    def operand(index: int) -> Operand:
+        return stored(index, checkpoints[index].specs[name], checkpoints[index].extents[name])
+
     if rule is not None and rule.action == "copy":
-        return TensorJob(spec, (donor,), COPY, Parameters(), "tensor")
+        return copying(spec, (operand(recipe.donor),), COPY)
     method = recipe.method_for(rule)
     indices = recipe.sources(method)
     absent = [index for index in range(len(checkpoints)) if name not in checkpoints[index].specs]
@@ -123,43 +126,42 @@ def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: Tensor
             f"{name!r} is missing in {_names(checkpoints, absent)}; a rule with `action: copy` takes it from "
             f"{redact(checkpoints[recipe.donor].url)}, `action: skip` leaves it out"
         ]
-    sources = tuple(Source(i, checkpoints[i].specs[name], checkpoints[i].extents[name]) for i in indices)
-    alike = spec.kind != "packed" and all(source.spec == spec for source in sources)
-    problems = [] if alike else _mismatches(checkpoints, spec, (donor, *sources))
+    alike = spec.kind != "packed" and all(checkpoints[index].specs[name] == spec for index in indices)
+    problems = [] if alike else _mismatches(checkpoints, spec, (recipe.donor, *indices))
     if problems:
         return problems
     if spec.kind != "float":
-        return TensorJob(spec, (donor, *(s for s in sources if s != donor)), COPY_EQUAL, Parameters(), "tensor")
+        others = tuple(operand(index) for index in indices if index != recipe.donor)
+        return copying(spec, (operand(recipe.donor), *others), COPY_EQUAL)
     output = TensorSpec(name, recipe.output_dtype or spec.dtype, spec.shape)
     if not output.num_elems:
-        return TensorJob(output, (donor,), COPY, Parameters(), "tensor")
-    return TensorJob(
-        output=output,
-        sources=sources,
-        method=method.name,
-        parameters=recipe.parameters_for(method, name, rule),
-        scope=recipe.scope_for(method, name, rule),
+        return copying(output, (operand(recipe.donor),), COPY)
+    return merging(
+        output,
+        tuple(map(operand, indices)),
+        method.name,
+        recipe.parameters_for(method, name, rule),
+        recipe.scope_for(method, name, rule),
     )
 
 
-def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, sources: Sequence[Source]) -> list[str]:
-    def differs(source: Source, found: object, expected: object) -> str:
-        where = redact(checkpoints[source.checkpoint].url)
+def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, indices: Sequence[int]) -> list[str]:
+    def differs(where: str, found: object, expected: object) -> str:
         return f"{spec.name!r} is {found} in {where}, expected {expected} as in {donor_url}"
 
-    donor_url = redact(checkpoints[sources[0].checkpoint].url)
+    donor_url = redact(checkpoints[indices[0]].url)
     problems = []
-    for source in sources:
-        if source.spec.kind == "packed":
-            where = redact(checkpoints[source.checkpoint].url)
+    for index in indices:
+        found, where = checkpoints[index].specs[spec.name], redact(checkpoints[index].url)
+        if found.kind == "packed":
             problems.append(
-                f"{spec.name!r} is {source.spec.dtype} in {where}; FP8 and packed formats are not merged yet; "
+                f"{spec.name!r} is {found.dtype} in {where}; FP8 and packed formats are not merged yet; "
                 "convert the checkpoint, or name the tensor in a rule with `action: copy`"
             )
-        elif source.spec.shape != spec.shape:
-            problems.append(differs(source, list(source.spec.shape), list(spec.shape)))
-        elif source.spec.kind != spec.kind or (spec.kind != "float" and source.spec.dtype != spec.dtype):
-            problems.append(differs(source, source.spec.dtype, spec.dtype))
+        elif found.shape != spec.shape:
+            problems.append(differs(where, list(found.shape), list(spec.shape)))
+        elif found.kind != spec.kind or (spec.kind != "float" and found.dtype != spec.dtype):
+            problems.append(differs(where, found.dtype, spec.dtype))
     return list(dict.fromkeys(problems))
 
 
@@ -191,11 +193,11 @@ def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, 
     contents: list[list[TensorJob]] = [[]]
     filled = 0
     for job in jobs:
-        if filled and filled + job.output.num_bytes > shard_size:
+        if filled and filled + job.result.num_bytes > shard_size:
             contents.append([])
             filled = 0
         contents[-1].append(job)
-        filled += job.output.num_bytes
+        filled += job.result.num_bytes
     if len(contents) == 1:
         return (ShardPlan("model.safetensors", tuple(contents[0])),)
     return tuple(

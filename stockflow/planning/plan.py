@@ -5,101 +5,21 @@ Nothing of memory, workers, device, executor or clock is in a plan: equal plans 
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from stockflow.checkpoints.header import DTYPES, TensorSpec, encode_header
-from stockflow.checkpoints.opening import Extent
-from stockflow.methods import METHODS
-from stockflow.methods.protocol import Method, Parameters, Scope
+from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.methods.protocol import Scope
+from stockflow.planning.job import TensorJob
 from stockflow.storage import Stamp, redact
 
 NUMERICS = 2
 """Bumped with any change of a golden digest."""
-COPY = "copy"
-"""Pseudo-method: the donor's bytes, unchanged."""
-COPY_EQUAL = "copy_equal"
-"""Pseudo-method: the donor's bytes, after every source proved to hold the same ones."""
 SHARD_METADATA = {"format": "pt"}
 
 OnNonfinite = Literal["error", "propagate"]
-
-
-class Source(NamedTuple):
-    """One input of an output tensor."""
-
-    checkpoint: int
-    """index into the plan's checkpoints"""
-    spec: TensorSpec
-    extent: Extent
-
-
-@dataclass(frozen=True)
-class TensorJob:
-    """One output tensor: from which sources, by which method."""
-
-    output: TensorSpec
-    sources: tuple[Source, ...]
-    """the anchor (base or first model) first"""
-    method: str
-    parameters: Parameters
-    scope: Scope
-
-    @cached_property
-    def num_elems(self) -> int:
-        """Elements to go through; a copy counts bytes, so that dtypes below a byte need no care."""
-        return self.output.num_bytes if self.is_copy else self.output.num_elems
-
-    @cached_property
-    def group_elems(self) -> int:
-        """Elements that share one decision."""
-        shape = self.output.shape
-        if self.scope == "row" and len(shape) > 1:
-            return shape[-1]
-        if self.scope == "leading" and len(shape) > 2:
-            return math.prod(shape[1:])
-        return self.num_elems
-
-    @property
-    def num_groups(self) -> int:
-        """How many decisions the tensor takes; 0 if it is empty."""
-        return self.num_elems // self.group_elems if self.num_elems else 0
-
-    @cached_property
-    def source_widths(self) -> tuple[int, ...]:
-        """Bytes per element of each source."""
-        if self.is_copy:
-            return (1,) * len(self.sources)
-        return tuple(DTYPES[source.spec.dtype].bits // 8 for source in self.sources)
-
-    @property
-    def output_width(self) -> int:
-        """Bytes per element of the output."""
-        return 1 if self.is_copy else DTYPES[self.output.dtype].bits // 8
-
-    @cached_property
-    def is_copy(self) -> bool:
-        """Whether bytes are carried over instead of computed."""
-        return self.method in (COPY, COPY_EQUAL)
-
-    @cached_property
-    def float_bits(self) -> Literal[32, 64]:
-        """Width of the working precision."""
-        specs = [self.output, *(source.spec for source in self.sources)]
-        return 64 if any(spec.dtype == "F64" for spec in specs) else 32
-
-    @cached_property
-    def bytes_per_elem(self) -> int:
-        """Source bytes per element, all sources together."""
-        return sum(self.source_widths)
-
-    @property
-    def num_statistic_passes(self) -> int:
-        """How often the sources are read before they are combined."""
-        return 0 if self.is_copy else METHODS[self.method].num_statistic_passes(self.float_bits)
 
 
 @dataclass(frozen=True)
@@ -109,20 +29,25 @@ class ShardPlan:
     file: str
     jobs: tuple[TensorJob, ...]
 
+    @property
+    def outputs(self) -> Iterator[TensorSpec]:
+        """The tensors of the file, in order."""
+        return (output for job in self.jobs for output in job.result.outputs)
+
     @cached_property
     def header(self) -> bytes:
         """The first bytes of the file."""
-        return encode_header((job.output for job in self.jobs), SHARD_METADATA)
+        return encode_header(self.outputs, SHARD_METADATA)
 
     @cached_property
     def num_bytes(self) -> int:
         """Size of the file."""
-        return len(self.header) + sum(job.output.num_bytes for job in self.jobs)
+        return len(self.header) + sum(job.result.num_bytes for job in self.jobs)
 
     @cached_property
     def source_bytes(self) -> int:
         """Bytes of all sources, each counted once."""
-        return sum(source.spec.num_bytes for job in self.jobs for source in job.sources)
+        return sum(job.reading.num_bytes for job in self.jobs)
 
 
 @dataclass(frozen=True)
@@ -233,19 +158,21 @@ class _Settings:
         self._by_identity: dict[tuple[str, Scope, int], int] = {}
 
     def number(self, job: TensorJob) -> int:
-        key = (job.method, job.scope, id(job.parameters))  # tensors with equal parameters mostly share one object
+        result, scope = job.result, job.reading.scope
+        key = (result.method, scope, id(result.parameters))  # tensors with equal parameters mostly share one object
         if key not in self._by_identity:
-            setting = [job.method, job.scope, dict(job.parameters.shared), dict(job.parameters.per_model)]
+            given = result.parameters
+            setting = [result.method, scope, dict(given.shared), dict(given.per_model)]
             text = json.dumps(setting, sort_keys=True)
             self._by_identity[key] = self.texts.setdefault(text, len(self.texts))
         return self._by_identity[key]
 
 
 def _canonical_job(job: TensorJob, settings: _Settings, *, with_inputs: bool) -> list[object]:
-    dtypes = [source.spec.dtype for source in job.sources]
-    row: list[object] = [job.output.name, job.output.dtype, job.output.shape, settings.number(job), dtypes]
+    output = job.output
+    row: list[object] = [output.name, output.dtype, output.shape, settings.number(job), job.reading.dtypes]
     if with_inputs:
-        row += [(source.checkpoint, *source.extent) for source in job.sources]
+        row += [(operand.checkpoint, *operand.extents[0]) for operand in job.reading.operands]
     return row
 
 
@@ -258,14 +185,3 @@ def canonical_digest(canonical: object) -> str:
     """Return the sha256 of a JSON value, the same for every order of keys."""
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def method_of(job: TensorJob) -> Method | None:
-    """Return the merge method of a job, None for a copy."""
-    return None if job.is_copy else METHODS[job.method]
-
-
-def is_linear(job: TensorJob) -> bool:
-    """Return whether a tensor is a weighted sum of its sources."""
-    method = method_of(job)
-    return method is not None and method.linear is not None

@@ -6,13 +6,15 @@ read by one request. A *step* is a load of whole units, or one unit over several
 fill no slab: threads read what they compute next.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from stockflow.planning.budget import OPTIMAL_READ_BYTES, PIECE_OVERHEAD, Workspace
-from stockflow.planning.plan import TensorJob
+from stockflow.planning.decodes import ByteRange
+from stockflow.planning.job import Reading, Slot, Work
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
 
 ALIGNMENT = 64
@@ -21,7 +23,7 @@ ALIGNMENT = 64
 class Piece(NamedTuple):
     """A run of elements of one tensor: whole spans of it."""
 
-    job: TensorJob
+    work: Work
     start: int
     stop: int
 
@@ -50,7 +52,7 @@ class Load:
 
     @property
     def offsets(self) -> tuple[tuple[int, ...], ...]:
-        """Per piece and source, where its bytes start in the slab."""
+        """Per piece and slot, where its bytes start in the slab."""
         return self._layout[1]
 
     @cached_property
@@ -76,19 +78,21 @@ class Step:
         return 1 if self.held else self.num_sweeps
 
 
-def schedule(jobs: Sequence[TensorJob], workspace: Workspace) -> Iterator[Step]:
-    """Yield the steps that merge ``jobs`` in order within ``workspace``."""
+def schedule(works: Sequence[Work], workspace: Workspace) -> Iterator[Step]:
+    """Yield the steps that go through ``works`` in order within ``workspace``."""
     small: list[Piece] = []
     filled = 0
-    for job in jobs:
-        for unit in _units(job, workspace.chunk_elems(job) if job.num_elems else 0):
+    for work in works:
+        reading = work.reading
+        for unit in _units(work, workspace.chunk_elems(work) if reading.num_elems else 0):
             if len(unit) > 1 or (workspace.direct and unit[-1].stop - unit[0].start > SPAN_ELEMS):
                 if small:
                     yield _packed(small)
                     small, filled = [], 0
                 yield _large(unit, workspace)
                 continue
-            size = (unit[0].stop - unit[0].start) * job.bytes_per_elem + PIECE_OVERHEAD * len(job.sources)
+            size = math.ceil((unit[0].stop - unit[0].start) * reading.bytes_per_elem)
+            size += PIECE_OVERHEAD * reading.num_slots
             if small and filled + size > workspace.slab_bytes:
                 yield _packed(small)
                 small, filled = [], 0
@@ -98,32 +102,34 @@ def schedule(jobs: Sequence[TensorJob], workspace: Workspace) -> Iterator[Step]:
         yield _packed(small)
 
 
-def _units(job: TensorJob, chunk_elems: int) -> Iterator[list[Piece]]:
+def _units(work: Work, chunk_elems: int) -> Iterator[list[Piece]]:
     """The units of a tensor, each as the chunks it is read in; an empty tensor is one empty unit."""
-    if job.num_elems == 0:
-        yield [Piece(job, 0, 0)]
+    reading = work.reading
+    if reading.num_elems == 0:
+        yield [Piece(work, 0, 0)]
         return
-    chunks = _chunks(job, chunk_elems)
-    if job.group_elems == job.num_elems:
+    chunks = _chunks(work, chunk_elems)
+    if reading.group_elems == reading.num_elems:
         yield list(chunks)
-    elif job.group_elems <= SPAN_ELEMS:
+    elif reading.group_elems <= SPAN_ELEMS:
         yield from ([chunk] for chunk in chunks)
     else:
         unit: list[Piece] = []
         for chunk in chunks:
             unit.append(chunk)
-            if chunk.stop % job.group_elems == 0:
+            if chunk.stop % reading.group_elems == 0:
                 yield unit
                 unit = []
 
 
-def _chunks(job: TensorJob, chunk_elems: int) -> Iterator[Piece]:
+def _chunks(work: Work, chunk_elems: int) -> Iterator[Piece]:
     """Consecutive spans, as many as fit a slab, never beyond the end of a group larger than a span."""
-    step = chunk_step(job.group_elems, chunk_elems)
-    stretch = job.group_elems if job.group_elems > SPAN_ELEMS else job.num_elems
-    for first in range(0, job.num_elems, stretch):
+    reading = work.reading
+    step = chunk_step(reading.group_elems, chunk_elems)
+    stretch = reading.group_elems if reading.group_elems > SPAN_ELEMS else reading.num_elems
+    for first in range(0, reading.num_elems, stretch):
         for start in range(first, first + stretch, step):
-            yield Piece(job, start, min(start + step, first + stretch))
+            yield Piece(work, start, min(start + step, first + stretch))
 
 
 def _packed(pieces: Sequence[Piece]) -> Step:
@@ -132,31 +138,63 @@ def _packed(pieces: Sequence[Piece]) -> Step:
 
 
 def _large(unit: Sequence[Piece], workspace: Workspace) -> Step:
-    num_sweeps = unit[0].job.num_statistic_passes + 1
+    num_sweeps = unit[0].work.num_sweeps
     held = not workspace.direct and num_sweeps > 1 and len(unit) <= workspace.num_slabs
     return Step(tuple(Load((piece,)) for piece in unit), num_sweeps, held, workspace.direct)
 
 
 def _lay_out(pieces: Sequence[Piece]) -> tuple[tuple[Request, ...], tuple[tuple[int, ...], ...]]:
-    """Requests and offsets of a load: ranges in file order, every source on a boundary of its elements."""
-    wanted = []
-    for index, (job, first, last) in enumerate(pieces):
-        if first == last:
-            continue
-        for number, (source, width) in enumerate(zip(job.sources, job.source_widths, strict=True)):
-            file, start = source.extent
-            wanted.append((source.checkpoint, file, start + width * first, start + width * last, width, index, number))
+    """Requests and offsets of a load: ranges in file order, every slot on a boundary of its elements."""
+    whole, scattered = [], []
+    for index, (work, first, last) in enumerate(pieces):
+        for number, slot in enumerate(_slots(work.reading, first, last) if first < last else ()):
+            if len(slot.ranges) == 1:
+                (found,) = slot.ranges
+                whole.append((slot.checkpoint, slot.file, found.start, found.stop, slot.width, index, number))
+            elif slot.ranges:
+                scattered.append((slot, index, number))
     requests: list[Request] = []
-    offsets = [[0] * len(piece.job.sources) for piece in pieces]
-    for checkpoint, file, start, stop, width, index, number in sorted(wanted):
+    offsets = [[0] * work.reading.num_slots for work, _, _ in pieces]
+    for checkpoint, file, start, stop, width, index, number in sorted(whole):
         previous = requests[-1] if requests else None
         if previous and _continues(previous, checkpoint, file, start, width):
             requests[-1] = previous._replace(stop=max(stop, previous.stop))
         else:
-            end = previous.offset + previous.stop - previous.start if previous else 0
-            requests.append(Request(checkpoint, file, start, stop, -(-end // ALIGNMENT) * ALIGNMENT))
+            requests.append(Request(checkpoint, file, start, stop, _next_boundary(previous)))
         offsets[index][number] = requests[-1].offset + start - requests[-1].start
+    for slot, index, number in scattered:
+        offsets[index][number] = _next_boundary(requests[-1] if requests else None)
+        requests += gathered(slot, offsets[index][number])
     return tuple(requests), tuple(map(tuple, offsets))
+
+
+def _slots(reading: Reading, first: int, last: int) -> Iterator[Slot]:
+    """What ``reading.slots`` yields, with less ado for the plain readings that nearly all are."""
+    if not reading.is_plain:
+        yield from reading.slots(first, last)
+        return
+    for (checkpoint, _, ((file, start),), _, _), width in zip(reading.operands, reading.widths, strict=True):
+        yield Slot(checkpoint, file, (ByteRange(start + width * first, start + width * last),), width)
+
+
+def gathered(slot: Slot, offset: int) -> Iterator[Request]:
+    """The requests of ranges that lie side by side in the slab; those that do so in the file too are one."""
+    pending: Request | None = None
+    for start, stop in slot.ranges:
+        if pending and start == pending.stop:
+            pending = pending._replace(stop=stop)
+        else:
+            if pending:
+                yield pending
+            pending = Request(slot.checkpoint, slot.file, start, stop, offset)
+        offset += stop - start
+    if pending:
+        yield pending
+
+
+def _next_boundary(previous: Request | None) -> int:
+    end = previous.offset + previous.stop - previous.start if previous else 0
+    return -(-end // ALIGNMENT) * ALIGNMENT
 
 
 def _continues(previous: Request, checkpoint: int, file: str, start: int, width: int) -> bool:

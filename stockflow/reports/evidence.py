@@ -267,9 +267,9 @@ def _methods(rows: Sequence[TensorFacts], plan: MergePlan | None) -> Iterator[Me
     else:
         words: dict[int, str] = {}  # many jobs share one object of parameters
         for job in plan.jobs:
-            shared = job.parameters
-            text = words.setdefault(id(shared), _in_words(shared.shared, shared.per_model))
-            uses[job.method, job.scope, text] += 1
+            given = job.result.parameters
+            text = words.setdefault(id(given), _in_words(given.shared, given.per_model))
+            uses[job.result.method, job.reading.scope, text] += 1
     for (method, scope, parameters), count in uses.most_common():
         yield MethodUse(method, scope, parameters, count)
 

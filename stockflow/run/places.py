@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from stockflow.engine.devices import check_gpu_is_seen
 from stockflow.engine.inputs import OnRead
-from stockflow.engine.survey import Surveyor, SurveySpec
-from stockflow.engine.worker import OnBytes, Worker, WorkerSpec, process_name
+from stockflow.engine.process import process_name
+from stockflow.engine.shard import OnBytes
+from stockflow.engine.survey import Look, Surveyor, SurveySpec
+from stockflow.engine.worker import Worker, WorkerSpec
 from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
 from stockflow.output.claims import agree_on_numerics
 from stockflow.output.manifest import read_claim, receipt_key
 from stockflow.output.ownership import is_finished
 from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt
-from stockflow.planning.plan import ShardPlan, TensorJob
+from stockflow.planning.plan import ShardPlan
 from stockflow.progress.file import Tracker
 from stockflow.run.executors import local
 from stockflow.storage import Store, open_store, read_small, redact
@@ -198,11 +200,11 @@ def check_gpus(device: str, gpus_per_worker: float) -> None:
         raise PlanError("--device cuda on Ray: say how many GPUs a worker gets (--gpus-per-worker 1)")
 
 
-def survey_in_this_process(spec: SurveySpec, jobs: Sequence[TensorJob], on_read: OnRead) -> Iterator[tuple[int, Any]]:
+def survey_in_this_process(spec: SurveySpec, looks: Sequence[Look], on_read: OnRead) -> Iterator[tuple[int, Any]]:
     """Look at tensors here; yield the number and the row of each."""
     surveyor = Surveyor(spec)
     try:
-        yield from enumerate(surveyor.survey(jobs, on_read))
+        yield from enumerate(surveyor.survey(looks, on_read))
     finally:
         surveyor.close()
 
@@ -213,12 +215,12 @@ class Batch:
 
     first: int
     """number of the first one"""
-    jobs: tuple[TensorJob, ...]
+    looks: tuple[Look, ...]
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of all sources."""
-        return sum(source.spec.num_bytes for job in self.jobs for source in job.sources)
+        """Bytes that are read."""
+        return sum(look.reading.num_bytes for look in self.looks)
 
 
 @dataclass(frozen=True)
@@ -238,27 +240,27 @@ class StartSurveyor:
 
         def survey(batch: Batch, on_bytes: OnBytes, frugality: int) -> tuple[int, list[Any]]:
             del frugality  # its buffers are small already
-            return batch.first, list(surveyor.survey(batch.jobs, lambda num_bytes: on_bytes(num_bytes, 0)))
+            return batch.first, list(surveyor.survey(batch.looks, lambda num_bytes: on_bytes(num_bytes, 0)))
 
         return survey
 
 
-def batches(jobs: Sequence[TensorJob]) -> Iterator[Batch]:
+def batches(looks: Sequence[Look]) -> Iterator[Batch]:
     """Yield tensors in order, in batches whose rows are small and whose sources take some seconds to read."""
     first, filled = 0, 0
-    for number, job in enumerate(jobs):
-        size = sum(source.spec.num_bytes for source in job.sources)
+    for number, look in enumerate(looks):
+        size = look.reading.num_bytes
         if number > first and (number - first == MAX_BATCH_TENSORS or filled + size > MAX_BATCH_BYTES):
-            yield Batch(first, tuple(jobs[first:number]))
+            yield Batch(first, tuple(looks[first:number]))
             first, filled = number, 0
         filled += size
-    if first < len(jobs):
-        yield Batch(first, tuple(jobs[first:]))
+    if first < len(looks):
+        yield Batch(first, tuple(looks[first:]))
 
 
 def survey_on_ray(
     spec: SurveySpec,
-    jobs: Sequence[TensorJob],
+    looks: Sequence[Look],
     on_read: OnRead,
     on_note: Callable[[str], None],
     options: "ray.RayOptions",
@@ -268,12 +270,12 @@ def survey_on_ray(
 
     found = ray.run(
         StartSurveyor(spec),
-        list(batches(jobs)),
+        list(batches(looks)),
         size=lambda batch: batch.source_bytes,
         options=options,
         on_count=lambda num_read, _, worker: on_read(num_read),
         on_note=on_note,
-        name=lambda batch: f"{len(batch.jobs)} tensors from {batch.jobs[0].output.name}",
+        name=lambda batch: f"{len(batch.looks)} tensors from {batch.looks[0].reading.name}",
     )
     for first, rows in found:
         yield from enumerate(rows, start=first)

@@ -134,7 +134,7 @@ def check_planned(where: str, table: Table, plan: MergePlan) -> Iterator[Finding
             spec = job.output
             planned = {
                 "shard": shard.file, "dtype": spec.dtype, "shape": list(spec.shape),
-                "num_elems": spec.num_elems, "method": job.method, "scope": job.scope,
+                "num_elems": spec.num_elems, "method": job.result.method, "scope": job.reading.scope,
             }  # fmt: skip
             for column, value in planned.items():
                 if row[column] != value:

@@ -1,23 +1,22 @@
 """Sampled verification: tensors merged again from the inputs, compared with what was written and recorded."""
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
 
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.engine.devices import Device, open_device
-from stockflow.engine.worker import Worker, WorkerSpec
+from stockflow.engine.session import Session
+from stockflow.engine.shard import ShardMerger
 from stockflow.errors import CheckpointError, NumericsError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.protocol import Linear, Parameters
 from stockflow.output.manifest import Manifest, plan_key, receipt_key, tensors_key
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.file import RecordedPlan, check_mergeable
-from stockflow.planning.plan import NUMERICS, MergePlan, ShardPlan, Source, TensorJob, method_of
-from stockflow.storage import NewObject, Stamp, StorageConfig, Store
+from stockflow.planning.job import Operand, TensorJob, merging
+from stockflow.planning.plan import NUMERICS, MergePlan, ShardPlan
+from stockflow.storage import Stamp, StorageConfig
 from stockflow.verification.bits import Difference
 from stockflow.verification.contents import Placed, Table
 from stockflow.verification.facts import coefficients_agree, differing_facts
@@ -134,8 +133,8 @@ class _Recomputation:
         """The jobs whose inputs are still there and whose results can be found in the output."""
         files: dict[int, set[str]] = {}
         for job in jobs:
-            for source in job.sources:
-                files.setdefault(source.checkpoint, set()).add(source.extent.file)
+            for checkpoint, file in job.reading.files:
+                files.setdefault(checkpoint, set()).add(file)
         changed: set[tuple[int, str]] = set()
         for number, keys in sorted(files.items()):
             for key in sorted(keys):
@@ -150,33 +149,41 @@ class _Recomputation:
         return [
             Target(job, job.output.name, places[job.output])
             for job in jobs
-            if job.output in places
-            and job.output.name in self._evidence.table
-            and not any((source.checkpoint, source.extent.file) in changed for source in job.sources)
+            if job.output in places and job.output.name in self._evidence.table and not job.reading.files & changed
         ]
 
     def _merge(self, targets: Sequence[Target]) -> tuple[dict[str, TensorFacts], dict[str, Difference]]:
         """Merge into a comparison instead of a file; return facts by job and differences by tensor."""
         if not targets:
             return {}, {}
-        with ThreadPoolExecutor(NUM_AHEAD, thread_name_prefix="compare") as pool:
-            comparison = _Comparison(self._evidence, targets, pool)
-            worker = _ComparingWorker(self._spec(), comparison)
-            try:
-                shard = ShardPlan("sample", tuple(target.job for target in targets))
+        shard = ShardPlan("sample", tuple(target.job for target in targets))
+        differences: dict[str, Difference] = {}
+        session = self._session()
+        try:
+            with ThreadPoolExecutor(NUM_AHEAD, thread_name_prefix="compare") as pool:
+                published = self._evidence.output.read_ahead(
+                    (target.place for target in targets), self._evidence.stamps.__getitem__, pool, NUM_AHEAD
+                )
+                sink = _ComparingSink(len(shard.header), targets, published, differences)
                 self._on_event(Stage("merging a sample again", total_bytes=shard.source_bytes))
-                receipt = worker.merge(shard, lambda num_read, _: self._on_event(Moved(num_read)))
-            finally:
-                worker.close()
-        return {facts.name: facts for facts in receipt.tensors}, comparison.differences
+                facts = self._merge_into(sink, shard, session)
+        finally:
+            session.close()
+        return {each.name: each for each in facts}, differences
 
-    def _spec(self) -> WorkerSpec:
-        return WorkerSpec(
-            plan_id=self._evidence.manifest.plan_id,
-            checkpoints=self._plan.checkpoints,
-            output_url=os.devnull,
-            storage=self._config,
-            on_nonfinite=self._plan.on_nonfinite,
+    def _merge_into(self, sink: "_ComparingSink", shard: ShardPlan, session: Session) -> list[TensorFacts]:
+        merger = ShardMerger(session, self._plan.checkpoints, self._plan.on_nonfinite)
+        session.sources.check(shard.jobs)
+        merger.prepare(shard.jobs)
+        workspace = session.divide(shard.jobs)
+        run = merger.merge(shard, workspace, sink, lambda num_read, _: self._on_event(Moved(num_read)))
+        session.sources.check(shard.jobs)
+        return run.facts
+
+    def _session(self) -> Session:
+        return Session(
+            self._plan.checkpoints,
+            self._config,
             memory_bytes=self._options.memory_bytes - NUM_AHEAD * CHUNK_BYTES,
             num_threads=self._options.num_threads,
             device=self._device,
@@ -231,13 +238,12 @@ class _Recomputation:
         )
 
     def _kind(self, job: TensorJob) -> str:
-        method = method_of(job)
-        if method is None:
+        if job.is_copy:
             return "copied"
-        if method.linear is None:
+        if not isinstance(job.result.declared.rule, Linear):
             return "decided"
         # Without a Gram the parameters in the plan are the coefficients.
-        return "recorded" if self._on_record(job)[0] or not method.needs_gram else "decided"
+        return "recorded" if self._on_record(job)[0] or not _needs_gram(job) else "decided"
 
     def _on_record(self, job: TensorJob) -> tuple[Groups | None, str]:
         """The coefficients on record and where they stand: in the receipt, or as the ratio of the only group."""
@@ -246,15 +252,15 @@ class _Recomputation:
             plan_id = self._evidence.manifest.plan_id
             return self._evidence.coefficients[name], receipt_key(plan_id, self._shard_of[name])
         where = tensors_key(self._evidence.manifest.plan_id)
-        ratio, num_tuned = self._evidence.table[name]["ratio"], len(job.sources) - 1
-        if job.method == "model_stock" and job.num_groups == 1 and isinstance(ratio, float):
+        ratio, num_tuned = self._evidence.table[name]["ratio"], len(job.reading.operands) - 1
+        if job.result.method == "model_stock" and job.reading.num_groups == 1 and isinstance(ratio, float):
             return ((ratio / num_tuned,) * num_tuned,), where
         return None, where
 
 
 def _needs_gram(job: TensorJob) -> bool:
-    method = method_of(job)
-    return method is not None and method.needs_gram
+    rule = job.result.declared.rule
+    return isinstance(rule, Linear) and rule.needs_gram
 
 
 def _groups(facts: TensorFacts) -> Groups | None:
@@ -269,18 +275,18 @@ def _equal(left: Groups, right: Groups) -> bool:
 
 def _with_coefficients(target: Target, groups: Groups) -> Iterator[Target]:
     """Yield the jobs that combine a tensor, group by group, with given coefficients instead of its method's."""
-    job = target.job
-    num_elems, width = job.group_elems, job.output_width
+    reading, output = target.job.reading, target.job.output
+    num_elems, width = reading.group_elems, target.job.output_width
     for number, weights in enumerate(groups):
         first = number * num_elems
-        anchored = len(weights) == len(job.sources) - 1
+        anchored = len(weights) == len(reading.operands) - 1
         yield Target(
-            job=TensorJob(
-                output=TensorSpec(f"{job.output.name} group {number}", job.output.dtype, (num_elems,)),
-                sources=tuple(_part(source, first, num_elems) for source in job.sources),
-                method="task_arithmetic" if anchored else "linear",
-                parameters=Parameters({"lambda": 1.0, "normalize": False}, {"weight": weights}),
-                scope="tensor",
+            job=merging(
+                TensorSpec(f"{output.name} group {number}", output.dtype, (num_elems,)),
+                tuple(_part(operand, first) for operand in reading.operands),
+                "task_arithmetic" if anchored else "linear",
+                Parameters({"lambda": 1.0, "normalize": False}, {"weight": weights}),
+                "tensor",
             ),
             tensor=target.tensor,
             place=Range(target.place.key, target.place.start + width * first, width * num_elems),
@@ -288,55 +294,10 @@ def _with_coefficients(target: Target, groups: Groups) -> Iterator[Target]:
         )
 
 
-def _part(source: Source, first: int, num_elems: int) -> Source:
-    width = DTYPES[source.spec.dtype].bits // 8
-    extent = source.extent._replace(start=source.extent.start + width * first)
-    return Source(source.checkpoint, source.spec._replace(shape=(num_elems,)), extent)
-
-
-class _ComparingWorker(Worker):
-    """A worker that compares what it would write."""
-
-    def __init__(self, spec: WorkerSpec, comparison: "_Comparison") -> None:
-        super().__init__(spec)
-        self._output = cast(Store, comparison)
-
-    def check_owner(self) -> None:
-        """Do nothing: no shard appears."""
-
-
-class _Comparison:
-    """What a worker takes for its output: it writes nothing, and compares what comes with what was published."""
-
-    pin = "stat"
-    num_retries = 0
-
-    def __init__(self, evidence: Evidence, targets: Sequence[Target], pool: ThreadPoolExecutor) -> None:
-        self.url = evidence.output.store.url
-        self.differences: dict[str, Difference] = {}
-        self._evidence = evidence
-        self._targets = targets
-        self._pool = pool
-        self._size = 0
-
-    @contextmanager
-    def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
-        """Compare the one shard that is asked for."""
-        del key
-        num_data_bytes = sum(target.place.num_bytes for target in self._targets)
-        self._size = size or 0
-        published = self._evidence.output.read_ahead(
-            (target.place for target in self._targets), self._evidence.stamps.__getitem__, self._pool, NUM_AHEAD
-        )
-        yield _ComparingSink(self._size - num_data_bytes, self._targets, published, self.differences)
-
-    def stamp(self, key: str) -> Stamp:
-        """Return the stamp of what would have been written."""
-        del key
-        return Stamp(self._size, "")
-
-    def put(self, key: str, payload: bytes) -> None:
-        """Drop the receipt."""
+def _part(operand: Operand, first: int) -> Operand:
+    """Return what of a plain operand begins at element ``first``."""
+    (extent,), (width,) = operand.extents, operand.decode.widths
+    return operand._replace(extents=(extent._replace(start=extent.start + width * first),))
 
 
 class _ComparingSink:

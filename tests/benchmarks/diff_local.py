@@ -28,6 +28,8 @@ from statistics import median
 import torch
 
 from stockflow.insight.comparison import compare_checkpoints
+from stockflow.insight.inspection import SurveyOptions
+from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig
 from tests.checkpoints import write_checkpoint
 from tests.runs import REPOSITORY, command
@@ -60,7 +62,9 @@ def read(folders: list[Path], num_threads: int) -> None:
 
 def compare(folders: list[Path]) -> None:
     """Compare both."""
-    compare_checkpoints(*map(str, folders), StorageConfig(), memory_bytes=MEMORY_BYTES)
+    a, b = map(str, folders)
+    options = SurveyOptions(MEMORY_BYTES, len(os.sched_getaffinity(0)), "cpu")
+    compare_checkpoints(a, b, StorageConfig(), options, survey_in_this_process)
 
 
 WORK: dict[str, Callable[[list[Path]], None]] = {

@@ -2,12 +2,15 @@
 
 import ast
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from stockflow.methods import METHODS, Method
+from stockflow.methods.protocol import Elementwise, Linear
 from tests import checkpoints, runs
 
 SHAPES = {"matrix": (37, 41), "long": (150_001,), "scalar": (), "empty": (0, 3)}
@@ -31,20 +34,25 @@ def recipe_for(method: Method, family: checkpoints.Family, folder: Path) -> Path
     )
 
 
+def function_of(method: Method) -> Callable[..., Any]:
+    rule = method.rule
+    assert isinstance(rule, Linear | Elementwise)
+    return rule.coefficients if isinstance(rule, Linear) else rule.decide
+
+
 def num_tuned(method: Method) -> int:
     return min(3, method.max_tuned or 3)
 
 
 def test_it_says_where_its_formula_comes_from_and_what_it_returns(method: Method) -> None:
-    function = method.linear or method.rounds
+    function = function_of(method)
 
     assert method.source
-    assert function is not None
     assert inspect.getdoc(function)
 
 
 def test_every_parameter_has_a_default_of_its_kind_or_must_be_given(method: Method) -> None:
-    kinds = {"number": float, "flag": bool, "word": str}
+    kinds = {"number": float, "integer": int, "flag": bool, "word": str}
 
     for parameter in method.parameters:
         assert parameter.default is None or isinstance(parameter.default, kinds[parameter.kind])
@@ -52,8 +60,7 @@ def test_every_parameter_has_a_default_of_its_kind_or_must_be_given(method: Meth
 
 def test_its_file_never_imports_torch(method: Method) -> None:
     """Planning imports every method; torch would cost it a second and a half."""
-    function = method.linear or method.rounds
-    assert function is not None
+    function = function_of(method)
     tree = ast.parse(Path(inspect.getfile(function)).read_text())
     imported = {
         alias.name if isinstance(node, ast.Import) else node.module

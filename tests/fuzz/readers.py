@@ -16,7 +16,8 @@ from stockflow.output.publish import encode_config, summarize
 from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.output.tables import decode_tensors, encode_tensors
 from stockflow.planning.file import check_mergeable, decode_plan, encode_plan
-from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, Source, TensorJob
+from stockflow.planning.job import copying, merging, stored
+from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
 from stockflow.recipe import parse_recipe
 from stockflow.storage import Stamp, StorageConfig, open_store
 from stockflow.verification.records import planned_files
@@ -58,14 +59,14 @@ SPEC, BUFFER = TensorSpec("model.embed_tokens.weight", "BF16", (97, 48)), Tensor
 PLAN = MergePlan(
     tuple(CheckpointRef(f"s3://bucket/{name}", {"model.safetensors": Stamp(9999, '"e"')}) for name in "bcd"), 0,
     (
-        ShardPlan(SHARD, (TensorJob(
-            SPEC, tuple(Source(number, SPEC, Extent("model.safetensors", 300)) for number in range(3)), "model_stock",
+        ShardPlan(SHARD, (merging(
+            SPEC, tuple(stored(number, SPEC, Extent("model.safetensors", 300)) for number in range(3)), "model_stock",
             Parameters({"filter_wise": False, "on_negative": "clamp"}), "tensor",
         ),)),
         ShardPlan(SHARD.replace("1-", "2-"), (
-            TensorJob(BUFFER, (Source(0, BUFFER, Extent("model.safetensors", 292)),), "copy", Parameters(), "tensor"),
-            TensorJob(
-                SPEC._replace(name="w"), (Source(0, SPEC, Extent("model.safetensors", 300)),) * 2, "ties",
+            copying(BUFFER, (stored(0, BUFFER, Extent("model.safetensors", 292)),), "copy"),
+            merging(
+                SPEC._replace(name="w"), (stored(0, SPEC, Extent("model.safetensors", 300)),) * 2, "ties",
                 Parameters({"lambda": 1.0, "normalize": True}, {"weight": (0.5,), "density": (0.3,)}), "tensor",
             ),
         )),
@@ -163,7 +164,7 @@ def _read_plan(payload: bytes) -> object:
     check_mergeable(jobs, "plan.json")
     for job in jobs:
         assert job.num_statistic_passes >= 0
-        assert job.num_groups * job.group_elems == job.num_elems
+        assert job.reading.num_groups * job.reading.group_elems == job.reading.num_elems
     return recorded
 
 

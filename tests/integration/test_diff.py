@@ -18,11 +18,19 @@ from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.cli import app
 from stockflow.errors import BudgetError
 from stockflow.insight.comparison import compare_checkpoints
+from stockflow.insight.difference import CheckpointDifference
+from stockflow.insight.inspection import SurveyOptions
 from stockflow.planning.budget import LEAST_MEMORY_BYTES
+from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig
+from tests import runs
 from tests.checkpoints import BUFFERS, ZOO, make_family, write_checkpoint
 
 LARGE = {"large": (3, 2**18 + 77), "small": (5,)}
+
+
+def compare(a: str, b: str, options: SurveyOptions) -> CheckpointDifference:
+    return compare_checkpoints(a, b, StorageConfig(), options, survey_in_this_process)
 
 
 def diff(*arguments: object) -> Result:
@@ -173,13 +181,13 @@ def test_numbers_do_not_depend_on_memory_and_threads(tmp_path: Path) -> None:
     places = str(family.base), str(family.tuned[0])
 
     several = [
-        compare_checkpoints(*places, StorageConfig(), memory_bytes=memory_bytes, num_threads=threads).tensors
-        for memory_bytes, threads in ((LEAST_MEMORY_BYTES, 1), (2**33, 1), (2**33, 3))
+        compare(*places, SurveyOptions(memory_bytes, threads, "cpu")).tensors
+        for memory_bytes, threads in ((LEAST_MEMORY_BYTES + runs.grown_bytes(), 1), (2**33, 1), (2**33, 3))
     ]
 
     assert several[0] == several[1] == several[2]
     with pytest.raises(BudgetError, match="Raise --memory"):
-        compare_checkpoints(*places, StorageConfig(), memory_bytes=LEAST_MEMORY_BYTES - 1, num_threads=1)
+        compare(*places, SurveyOptions(LEAST_MEMORY_BYTES - 1, 1, "cpu"))
 
 
 def test_layers_and_kinds_are_their_tensors_together(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stockflow.engine import worker
+from stockflow.engine import session
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import BudgetError
 from stockflow.output.receipts import Receipt
@@ -54,7 +54,7 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         told.append(memory_bytes)
         return budget.divide(jobs, memory_bytes, **how)
 
-    monkeypatch.setattr(worker, "divide", divide)
+    monkeypatch.setattr(session, "divide", divide)
     return told
 
 

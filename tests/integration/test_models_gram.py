@@ -14,7 +14,7 @@ from stockflow.errors import CheckpointError
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Coefficients, Parameters
 from stockflow.output.receipts import Receipt, total_gram
-from stockflow.planning.plan import TensorJob
+from stockflow.planning.job import merging
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_recipe
 
@@ -53,8 +53,8 @@ def test_how_groups_come_in_units_changes_no_bit(cuts: tuple[int, ...]) -> None:
     one_by_one = products_GMM[0]
     for product_MM in products_GMM[1:]:
         one_by_one = one_by_one + product_MM
-    spec = TensorSpec("w", "F32", (40, 10))
-    ledger = Ledger(TensorJob(spec, (), "model_stock", Parameters(), "row"), "shard")
+    job = merging(TensorSpec("w", "F32", (40, 10)), (), "model_stock", Parameters(), "row")
+    ledger = Ledger(job, job.result, "shard")
 
     for part_GMM in np.split(products_GMM, cuts):
         ledger.record(coefficients, Gram(part_GMM))

@@ -9,7 +9,7 @@ import torch
 
 from stockflow.engine.in_place import Lookahead
 from stockflow.planning.budget import Workspace, divide
-from stockflow.planning.plan import TensorJob
+from stockflow.planning.job import Work
 from stockflow.planning.reads import Load, schedule
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, plan_merge
@@ -57,7 +57,7 @@ def test_direct_held_and_repeated_reading_give_the_same_bytes(
     divided: list[Workspace] = []
 
     def divide_little(
-        jobs: Sequence[TensorJob], memory_bytes: int, *, num_threads: int, baseline_bytes: int, direct: bool
+        jobs: Sequence[Work], memory_bytes: int, *, num_threads: int, baseline_bytes: int, direct: bool
     ) -> Workspace:
         spare = min(memory_bytes - baseline_bytes, spare_bytes)
         divided.append(
@@ -65,7 +65,7 @@ def test_direct_held_and_repeated_reading_give_the_same_bytes(
         )
         return divided[-1]
 
-    monkeypatch.setattr("stockflow.engine.worker.divide", divide_little)
+    monkeypatch.setattr("stockflow.engine.session.divide", divide_little)
     merged: dict[str, MergeResult] = {}
     spare_bytes = 1024 * MIB
     merged["direct"] = merge_here(local, tmp_path / "direct", memory_bytes=2048 * MIB)
@@ -76,7 +76,9 @@ def test_direct_held_and_repeated_reading_give_the_same_bytes(
     read = {name: result.manifest.summary["bytes_read"] for name, result in merged.items()}
     assert [workspace.direct for workspace in divided] == [True, False, False]
     assert read["held"] == merged["held"].plan.num_source_bytes
-    by_row = any(job.scope == "row" for job in merged["held"].plan.jobs)  # a few rows at a time are decided and done
+    by_row = any(
+        job.reading.scope == "row" for job in merged["held"].plan.jobs
+    )  # a few rows at a time are decided and done
     assert (read["again"] > read["held"]) is not by_row
     digests = [shard_digests(tmp_path / name) for name in merged]
     assert digests[0] == digests[1] == digests[2]

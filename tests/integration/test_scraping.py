@@ -15,7 +15,8 @@ import yaml
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from stockflow.engine.worker import WorkerSpec, process_name
+from stockflow.engine.process import process_name
+from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import NumericsError
 from stockflow.events import Begun, Done, Event, Moved, Stage
 from stockflow.output.receipts import Receipt

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stockflow.engine.worker import WorkerSpec, process_name
+from stockflow.engine.process import process_name
+from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import (
     CheckpointError,
     NotFoundError,

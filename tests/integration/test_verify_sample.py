@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from stockflow.cli import app
 from stockflow.engine.cpu import HostArithmetic
-from stockflow.engine.units import LoadedPiece
+from stockflow.engine.pieces import LoadedPiece
 from stockflow.errors import BudgetError, PlanError
 from stockflow.kernels.arrays import Floats
 from stockflow.output.sealed import seal

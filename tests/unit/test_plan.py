@@ -34,8 +34,9 @@ from stockflow.planning.budget import (
     default_memory,
     divide,
 )
+from stockflow.planning.job import COPIES, COPY, COPY_EQUAL, TensorJob, copying, merging, stored
 from stockflow.planning.make import default_shard_size, few_shards_note, make_plan
-from stockflow.planning.plan import COPY, COPY_EQUAL, MergePlan, Source, TensorJob
+from stockflow.planning.plan import MergePlan
 from stockflow.planning.reads import ALIGNMENT, Load, Piece, Request, Step, schedule, split_request
 from stockflow.planning.spans import SPAN_ELEMS, span_bounds
 from stockflow.recipe import parse_recipe, parse_size
@@ -240,7 +241,7 @@ def test_the_plan_is_plain_json(merge: Merge) -> None:
 def test_floats_are_merged_integers_compared_and_empty_tensors_copied(merge: Merge) -> None:
     jobs = jobs_of(merge.write().plan())
 
-    assert {name: job.method for name, job in jobs.items()} == {
+    assert {name: job.result.method for name, job in jobs.items()} == {
         "embed.weight": "model_stock",
         "layers.0.norm.weight": "model_stock",
         "layers.1.norm.weight": "model_stock",
@@ -248,9 +249,9 @@ def test_floats_are_merged_integers_compared_and_empty_tensors_copied(merge: Mer
         "position_ids": COPY_EQUAL,
         "empty": COPY,
     }
-    assert [source.checkpoint for source in jobs["embed.weight"].sources] == [0, 1, 2]
-    assert [source.checkpoint for source in jobs["position_ids"].sources] == [0, 1, 2]
-    assert jobs["position_ids"].num_elems == 72
+    assert [operand.checkpoint for operand in jobs["embed.weight"].reading.operands] == [0, 1, 2]
+    assert [operand.checkpoint for operand in jobs["position_ids"].reading.operands] == [0, 1, 2]
+    assert jobs["position_ids"].reading.num_elems == 72
 
 
 def test_the_output_follows_the_donors_order(tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ def test_without_a_base_the_first_model_is_the_donor(merge: Merge) -> None:
 
     assert [str(folder) for folder in merge.folders[1:]] == [checkpoint.url for checkpoint in plan.checkpoints]
     assert plan.donor == 0
-    assert all(job.output.dtype == job.sources[0].spec.dtype for job in plan.jobs)
+    assert all(job.output.dtype == job.reading.dtypes[0] for job in plan.jobs)
 
 
 def test_mixed_float_dtypes_are_fine_and_the_donors_is_kept(merge: Merge) -> None:
@@ -286,15 +287,15 @@ def test_mixed_float_dtypes_are_fine_and_the_donors_is_kept(merge: Merge) -> Non
     job = jobs_of(merge.plan())["embed.weight"]
     cast = jobs_of(merge.plan(dtype="float32", out_dtype="float16"))["embed.weight"]
 
-    assert [source.spec.dtype for source in job.sources] == ["F32", "BF16", "F16"]
-    assert (job.output.dtype, job.bytes_per_elem, job.output_width, job.float_bits) == ("F32", 8, 4, 32)
+    assert list(job.reading.dtypes) == ["F32", "BF16", "F16"]
+    assert (job.output.dtype, job.reading.bytes_per_elem, job.output_width, job.reading.float_bits) == ("F32", 8, 4, 32)
     assert cast.output.dtype == "F16"
 
 
 def test_a_float64_source_is_merged_in_float64(merge: Merge) -> None:
     merge.models[1] = model(1, torch.float64)
 
-    assert jobs_of(merge.write().plan())["embed.weight"].float_bits == 64
+    assert jobs_of(merge.write().plan())["embed.weight"].reading.float_bits == 64
 
 
 def test_rules_copy_skip_and_choose_another_method(merge: Merge) -> None:
@@ -309,12 +310,12 @@ def test_rules_copy_skip_and_choose_another_method(merge: Merge) -> None:
     plan = merge.plan(dtype="float32", stockflow={"rules": rules})
 
     jobs = jobs_of(plan)
-    assert (jobs["embed.weight"].method, jobs["embed.weight"].output.dtype) == (COPY, "BF16")
-    assert [source.checkpoint for source in jobs["embed.weight"].sources] == [0]
+    assert (jobs["embed.weight"].result.method, jobs["embed.weight"].output.dtype) == (COPY, "BF16")
+    assert [operand.checkpoint for operand in jobs["embed.weight"].reading.operands] == [0]
     assert plan.skipped == ("layers.0.norm.weight",)
     assert "layers.0.norm.weight" not in jobs
-    assert jobs["layers.1.norm.weight"].method == "linear"
-    assert [source.checkpoint for source in jobs["layers.1.norm.weight"].sources] == [1, 2]
+    assert jobs["layers.1.norm.weight"].result.method == "linear"
+    assert [operand.checkpoint for operand in jobs["layers.1.norm.weight"].reading.operands] == [1, 2]
     assert any("layers.0.norm.weight" in note for note in plan.notes)
 
 
@@ -340,7 +341,7 @@ def test_a_missing_tensor_is_refused_unless_a_rule_names_it(merge: Merge) -> Non
 
     assert f"'embed.weight' is missing in {merge.folders[1]}, {merge.folders[2]}" in found
     assert "one problem" in found
-    assert jobs_of(merge.plan(stockflow=rule(filter="embed", action="copy")))["embed.weight"].method == COPY
+    assert jobs_of(merge.plan(stockflow=rule(filter="embed", action="copy")))["embed.weight"].result.method == COPY
     assert "embed.weight" not in jobs_of(merge.plan(stockflow=rule(filter="embed", action="skip")))
 
 
@@ -388,14 +389,14 @@ def test_fp8_is_refused_by_name_and_copied_by_rule(merge: Merge, where: int) -> 
     assert "action: copy" in found
     job = jobs_of(merge.plan(dtype="float32", stockflow=rule(filter="embed", action="copy")))["embed.weight"]
     assert job.output.dtype == ("F8_E4M3" if where == 0 else "BF16")
-    assert job.output.num_bytes == job.num_elems
+    assert job.output.num_bytes == job.reading.num_elems
 
 
 def test_complex_tensors_are_compared_not_merged(merge: Merge) -> None:
     for tensors in merge.models:
         tensors["rotary"] = torch.ones(3, dtype=torch.complex64)
 
-    assert jobs_of(merge.write().plan())["rotary"].method == COPY_EQUAL
+    assert jobs_of(merge.write().plan())["rotary"].result.method == COPY_EQUAL
 
 
 def test_all_differences_are_reported_together(merge: Merge) -> None:
@@ -438,11 +439,13 @@ def job(
 ) -> TensorJob:
     """A job whose sources lie in one file per checkpoint."""
     spec = TensorSpec(name, output or dtypes[0], shape)
-    sources = tuple(
-        Source(number, TensorSpec(name, dtype, shape), Extent("model.safetensors", starts[number] if starts else 0))
+    operands = tuple(
+        stored(number, TensorSpec(name, dtype, shape), Extent("model.safetensors", starts[number] if starts else 0))
         for number, dtype in enumerate(dtypes)
     )
-    return TensorJob(spec, sources, method, Parameters(), scope)
+    if method in COPIES:
+        return copying(spec, operands, method)
+    return merging(spec, operands, method, Parameters(), scope)
 
 
 @pytest.mark.parametrize(
@@ -579,16 +582,17 @@ def check_load(load: Load, workspace: Workspace, room: int) -> None:
     taken = sorted((request.offset, request.offset + request.stop - request.start) for request in load.requests)
     assert all(before[1] <= after[0] for before, after in pairwise(taken)), "requests overwrite each other"
     assert all(stop <= room for _, stop in taken), "a load is larger than its slab"
-    assert sum(piece.job.output_width * (piece.stop - piece.start) for piece in load.pieces) <= workspace.out_bytes
+    assert sum(piece.work.output_width * (piece.stop - piece.start) for piece in load.pieces) <= workspace.out_bytes
     for piece, offsets in zip(load.pieces, load.offsets, strict=True):
-        for source, width, offset in zip(piece.job.sources, piece.job.source_widths, offsets, strict=True):
-            start = source.extent.start + width * piece.start
+        reading = piece.work.reading
+        for operand, width, offset in zip(reading.operands, reading.widths, offsets, strict=True):
+            start = operand.extents[0].start + width * piece.start
             num_bytes = width * (piece.stop - piece.start)
             if num_bytes:
                 holders = [
                     request
                     for request in load.requests
-                    if request.checkpoint == source.checkpoint and request.start <= start < request.stop
+                    if request.checkpoint == operand.checkpoint and request.start <= start < request.stop
                 ]
                 assert any(
                     start + num_bytes <= holder.stop and offset == holder.offset + start - holder.start
@@ -596,9 +600,9 @@ def check_load(load: Load, workspace: Workspace, room: int) -> None:
                 )
                 assert offset % width == 0
     widths = {
-        (source.checkpoint, source.extent.file, source.extent.start + width * piece.start): width
+        (operand.checkpoint, operand.extents[0].file, operand.extents[0].start + width * piece.start): width
         for piece in load.pieces
-        for source, width in zip(piece.job.sources, piece.job.source_widths, strict=True)
+        for operand, width in zip(piece.work.reading.operands, piece.work.reading.widths, strict=True)
         if piece.stop > piece.start
     }
     for before, after in pairwise(load.requests):
@@ -618,12 +622,12 @@ def test_the_schedule_covers_every_tensor_once_within_its_slabs(
 
     pieces = pieces_of(steps)
     for each in jobs:
-        own = [piece for piece in pieces if piece.job is each]
-        assert [0, *(piece.stop for piece in own)] == [*(piece.start for piece in own), each.num_elems]
-        spans = list(span_bounds(each.num_elems, each.group_elems))
+        own = [piece for piece in pieces if piece.work is each]
+        assert [0, *(piece.stop for piece in own)] == [*(piece.start for piece in own), each.reading.num_elems]
+        spans = list(span_bounds(each.reading.num_elems, each.reading.group_elems))
         assert {piece.start for piece in own if piece.stop} <= {start for start, _ in spans}
         assert {piece.stop for piece in own if piece.stop} <= {stop for _, stop in spans}
-    order = [piece.job.output.name for piece in pieces]
+    order = [piece.work.output.name for piece in pieces]
     assert [each.output.name for each in jobs] == list(dict.fromkeys(order))
     for step in steps:
         for load in step.loads:
@@ -644,10 +648,10 @@ def test_steps_are_whole_units_and_held_ones_fit(jobs: list[TensorJob], spare: i
             continue
         pieces = [piece for load in step.loads for piece in load.pieces]
         assert len(pieces) == len(step.loads)
-        [owner] = {id(piece.job): piece.job for piece in pieces}.values()
-        assert step.num_sweeps == owner.num_statistic_passes + 1
-        assert pieces[0].start % owner.group_elems == 0
-        assert pieces[-1].stop - pieces[0].start == owner.group_elems
+        [owner] = {id(piece.work): piece.work for piece in pieces}.values()
+        assert step.num_sweeps == owner.num_sweeps
+        assert pieces[0].start % owner.reading.group_elems == 0
+        assert pieces[-1].stop - pieces[0].start == owner.reading.group_elems
         assert all(before.stop == after.start for before, after in pairwise(pieces))
         if step.num_sweeps > 1:
             assert step.held == (len(step.loads) <= workspace.num_slabs)
@@ -658,10 +662,10 @@ def test_steps_are_whole_units_and_held_ones_fit(jobs: list[TensorJob], spare: i
 def test_the_workspace_keeps_within_the_memory(jobs: list[TensorJob], spare: int, direct: bool) -> None:
     workspace = workspace_for(jobs, spare, direct=direct)
 
-    assert workspace.projected_bytes <= spare or not any(each.num_elems for each in jobs)
+    assert workspace.projected_bytes <= spare or not any(each.reading.num_elems for each in jobs)
     assert workspace.num_slabs >= MIN_SLABS
     for each in jobs:
-        if each.num_elems:
+        if each.reading.num_elems:
             assert workspace.chunk_elems(each) >= SPAN_ELEMS
 
 
@@ -700,10 +704,10 @@ def test_direct_steps_are_the_units_larger_than_a_span_and_hold_nothing(jobs: li
         if not step.direct:
             assert all(piece.stop - piece.start <= SPAN_ELEMS for piece in pieces)
             continue
-        owner = pieces[0].job
-        assert {id(piece.job) for piece in pieces} == {id(owner)}
+        owner = pieces[0].work
+        assert {id(piece.work) for piece in pieces} == {id(owner)}
         assert pieces[-1].stop - pieces[0].start > SPAN_ELEMS
-        assert step.num_reads == step.num_sweeps == owner.num_statistic_passes + 1
+        assert step.num_reads == step.num_sweeps == owner.num_sweeps
 
 
 def test_direct_reading_takes_the_same_memory_whatever_the_tensor() -> None:

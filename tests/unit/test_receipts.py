@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from stockflow.engine.inputs import Sources
-from stockflow.engine.worker import OnBytes, Worker, WorkerSpec
+from stockflow.engine.shard import OnBytes
+from stockflow.engine.worker import Worker, WorkerSpec
 from stockflow.output.receipts import Receipt
 from stockflow.output.sealed import SEAL_KEY, seal
 from stockflow.recipe import load_recipe

@@ -1,0 +1,76 @@
+"""Pieces: runs of elements of one reading, in memory as kernels take them, or about to be."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from stockflow.kernels.arrays import Bytes, Unsigned
+from stockflow.kernels.floats import FORMATS, Slab
+from stockflow.planning.job import Reading
+
+
+class Piece(Protocol):
+    """A run of elements, in memory or about to be."""
+
+    @property
+    def reading(self) -> Reading:
+        """What it belongs to."""
+
+    @property
+    def start(self) -> int:
+        """First element."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+
+    def narrow(self, start: int, stop: int) -> "Piece":
+        """Return what lies between two elements of the reading."""
+
+    def loaded(self) -> "LoadedPiece":
+        """Return it as kernels take it, in memory, for the thread that asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPiece:
+    """A run of elements in memory, every operand in plain numbers (or bytes, where they are carried over)."""
+
+    reading: Reading
+    start: int
+    stop: int
+    slab: Slab
+    buffer: Bytes
+    """the slab's memory"""
+    offsets: tuple[int, ...]
+    """per operand, anchor first, where in the slab its elements begin"""
+    dtypes: tuple[str, ...]
+    """per operand: as it is stored, or the working precision it was decoded to"""
+    widths: tuple[int, ...]
+    """per operand, bytes of an element"""
+
+    def narrow(self, start: int, stop: int) -> "LoadedPiece":
+        """Return what lies between two elements of the reading."""
+        pairs = zip(self.offsets, self.widths, strict=True)
+        offsets = tuple([offset + width * (start - self.start) for offset, width in pairs])
+        return LoadedPiece(self.reading, start, stop, self.slab, self.buffer, offsets, self.dtypes, self.widths)
+
+    def loaded(self) -> "LoadedPiece":
+        """Return itself."""
+        return self
+
+    def operand(self, index: int) -> Bytes:
+        """Return the bytes of one operand."""
+        first, width = self.offsets[index], self.widths[index]
+        return self.buffer[first : first + width * (self.stop - self.start)]
+
+    @property
+    def firsts_M(self) -> Unsigned:
+        """Per operand, where it begins in the slab, counted in its own elements."""
+        pairs = zip(self.offsets, self.widths, strict=True)
+        return np.array([offset // width for offset, width in pairs], np.uint64)
+
+    @property
+    def formats_M(self) -> Unsigned:
+        """The operands' formats as kernels know them."""
+        return np.array([FORMATS[dtype] for dtype in self.dtypes], np.uint64)

@@ -1,0 +1,97 @@
+"""Functions of task vectors, element by element, after as many sweeps of statistics as the method asks for."""
+
+import time
+from collections.abc import Generator, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stockflow.engine.cpu import working_dtype
+from stockflow.engine.facts import Ledger
+from stockflow.engine.pieces import LoadedPiece
+from stockflow.engine.procedures.course import Fill, Steps, Tools
+from stockflow.engine.units import Unit
+from stockflow.kernels import elementwise
+from stockflow.kernels.arrays import Bytes
+from stockflow.kernels.floats import FORMATS, results_in
+from stockflow.methods.protocol import Block, Elementwise, Rounds, Statistic, UnitContext, Update
+from stockflow.planning.job import Result
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticSweep:
+    """A method's statistic over the blocks of a unit."""
+
+    statistic: Statistic
+    tools: Tools
+
+    @property
+    def key(self) -> Hashable:
+        """Its own: nobody else asks for it."""
+        return id(self)
+
+    def begin(self) -> Any:
+        """Return the empty state."""
+        return self.statistic.zero()
+
+    def look(self, span: LoadedPiece) -> Any:
+        """Return the state of a span by itself."""
+        started = time.perf_counter()
+        state = self.statistic.update(self.statistic.zero(), block_of(span, self.tools))
+        self.tools.clock.add("statistics", started)
+        return state
+
+    def add(self, state: Any, start: int, said: Any) -> Any:
+        """Combine it with those before."""
+        del start
+        return self.statistic.combine(state, said)
+
+
+def decide(unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps | Fill:
+    """Ask for the method's statistics and return what adds its change to the base."""
+    rule, reading = result.declared.rule, unit.work.reading
+    assert isinstance(rule, Elementwise)
+    num_elems = unit.stop - unit.start
+    context = UnitContext(len(reading.operands) - 1, num_elems, reading.float_bits)
+    decided = rule.decide(context, result.parameters)
+    if isinstance(decided, Generator):
+        return _after_rounds(decided, unit, result, ledger, tools)
+    return _filler(decided, num_elems, result, ledger, tools)
+
+
+def _after_rounds(rounds: Rounds, unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps:
+    found: Any = None
+    while True:
+        try:
+            statistic = rounds.send(found)
+        except StopIteration as stop:
+            return _filler(stop.value, unit.stop - unit.start, result, ledger, tools)
+        found = statistic.finish((yield StatisticSweep(statistic, tools)))
+
+
+def _filler(decided: Update, num_elems: int, result: Result, ledger: Ledger, tools: Tools) -> Fill:
+    ledger.record_means(decided.facts, num_elems)
+    dtype = result.outputs[0].dtype
+
+    def fill(span: LoadedPiece, target: Bytes) -> None:
+        started = time.perf_counter()
+        block = block_of(span, tools)
+        change_E = decided.change(block)
+        if not elementwise.add_update(block.base_E, change_E, results_in(target, dtype), FORMATS[dtype]):
+            tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
+        tools.clock.add("combine", started)
+
+    return fill
+
+
+def block_of(span: LoadedPiece, tools: Tools) -> Block:
+    """Return the operands of a span in working precision, as base and task vectors, in this thread's scratch."""
+    reading, num_elems = span.reading, span.stop - span.start
+    num_operands = len(reading.operands)
+    num_bytes = num_operands * num_elems * reading.float_bits // 8
+    if getattr(tools.threads, "rows", np.empty(0, np.uint8)).nbytes < num_bytes:
+        tools.threads.rows = np.empty(num_bytes, np.uint8)
+    rows_ME = tools.threads.rows[:num_bytes].view(working_dtype(reading)).reshape(num_operands, num_elems)
+    elementwise.load_task_vectors(span.slab, span.firsts_M, span.formats_M, rows_ME[0], rows_ME[1:])
+    return Block(reading.name, span.start, reading.shape, rows_ME[0], rows_ME[1:])

@@ -1,0 +1,99 @@
+"""Weighted sums: one sweep for the Gram, if the method takes one, then coefficients, then the sum."""
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stockflow.engine.facts import Ledger
+from stockflow.engine.pieces import LoadedPiece
+from stockflow.engine.procedures.course import Fill, Steps, Tools
+from stockflow.engine.units import Unit
+from stockflow.errors import NumericsError
+from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.methods.gram import Gram
+from stockflow.methods.protocol import Coefficients, Linear
+from stockflow.planning.job import Result
+
+
+@dataclass(frozen=True, eq=False)
+class GramSweep:
+    """Products of [w_0, d_1 .. d_N] per group of a unit, shape (G, M, M), added span by span in their order."""
+
+    unit: Unit
+    tools: Tools
+    with_anchor: bool = False
+    """whether those of w_0 with the task vectors are wanted; without them they are 0"""
+    refuses: bool = True
+    """whether a product that is not finite is an error"""
+
+    @property
+    def key(self) -> Hashable:
+        """Whether the anchor's products are wanted."""
+        return GramSweep, self.with_anchor
+
+    def begin(self) -> Floats:
+        """Return zeros."""
+        reading = self.unit.work.reading
+        num_groups, num_operands = (self.unit.stop - self.unit.start) // reading.group_elems, len(reading.operands)
+        return np.zeros((num_groups, num_operands, num_operands))
+
+    def look(self, span: LoadedPiece) -> Floats:
+        """Return the products of a span."""
+        started = time.perf_counter()
+        group_elems = min(span.reading.group_elems, span.stop - span.start)
+        products_GMM = self.tools.arithmetic.gram(span, group_elems, with_anchor=self.with_anchor)
+        if self.refuses and not np.isfinite(products_GMM).all():
+            self.tools.alarm.refuse_nonfinite(span, "a product of task vectors")
+        self.tools.clock.add("statistics", started)
+        return products_GMM
+
+    def add(self, state: Floats, start: int, said: Floats) -> Floats:
+        """Add the products of a span to those of its groups."""
+        first = (start - self.unit.start) // self.unit.work.reading.group_elems
+        state[first : first + len(said)] += said
+        return state
+
+
+def decide(unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps | Fill:
+    """Ask for the Gram, if the method takes one, and return what adds the sources up.
+
+    Raises:
+        NumericsError: NaN or infinity, or a geometry the method refuses.
+    """
+    rule = result.declared.rule
+    assert isinstance(rule, Linear)
+    if rule.needs_gram:
+        return _after_gram(rule, unit, result, ledger, tools)
+    num_operands = len(unit.work.reading.operands)
+    nothing = Gram(np.zeros((1, num_operands, num_operands)))
+    return _filler(_decided(rule, unit, result, nothing, ledger), unit, result, tools)
+
+
+def _after_gram(rule: Linear, unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps:
+    gram = Gram((yield GramSweep(unit, tools, rule.needs_anchor)))
+    return _filler(_decided(rule, unit, result, gram, ledger), unit, result, tools)
+
+
+def _decided(rule: Linear, unit: Unit, result: Result, gram: Gram, ledger: Ledger) -> Coefficients:
+    try:
+        decided = rule.coefficients(gram, result.parameters)
+    except NumericsError as error:
+        raise NumericsError(f"tensor {unit.work.reading.name!r}: {error}") from None
+    ledger.record(decided, gram if rule.needs_gram else None)
+    return decided
+
+
+def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools) -> Fill:
+    group_elems, dtype = unit.work.reading.group_elems, result.outputs[0].dtype
+
+    def fill(span: LoadedPiece, target: Bytes) -> None:
+        started = time.perf_counter()
+        first = (span.start - unit.start) // group_elems
+        weights_GM = decided.weights_GM[first : -(-(span.stop - unit.start) // group_elems)]
+        if not tools.arithmetic.combine(span, weights_GM, target, dtype, anchored=decided.anchored):
+            tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
+        tools.clock.add("combine", started)
+
+    return fill

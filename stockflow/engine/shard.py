@@ -1,0 +1,159 @@
+"""Merging a shard: its tensors, streamed through a session into a sink, in order."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+
+from stockflow.engine.alarm import Alarm
+from stockflow.engine.buffers import Pool
+from stockflow.engine.facts import GramSum, Ledger
+from stockflow.engine.merging import UnitMerger
+from stockflow.engine.pieces import Piece
+from stockflow.engine.procedures.course import StageClock, Tools
+from stockflow.engine.session import Session
+from stockflow.engine.units import Unit
+from stockflow.engine.writer import OrderedWriter
+from stockflow.kernels.arrays import Bytes
+from stockflow.output.receipts import TensorFacts
+from stockflow.planning.budget import NUM_OUT_BUFFERS, Workspace
+from stockflow.planning.job import TensorJob
+from stockflow.planning.plan import CheckpointRef, OnNonfinite, ShardPlan
+from stockflow.storage import Sink
+
+OnBytes = Callable[[int, int], None]
+"""Told of bytes read and bytes written, from several threads."""
+
+
+class ShardMerger:
+    """Merges shards of one plan; output buffers live as long as it does."""
+
+    def __init__(self, session: Session, checkpoints: Sequence[CheckpointRef], on_nonfinite: OnNonfinite) -> None:
+        """Take the session to read through, and the inputs to be named in messages."""
+        self.session = session
+        self.outs = Pool(session.device.allocate)
+        self.num_checkpoints = len(checkpoints)
+        self._alarm = Alarm(checkpoints, on_nonfinite)
+
+    def prepare(self, jobs: Sequence[TensorJob]) -> None:
+        """Compile, or load, every kernel that these tensors will call."""
+        self.session.prepare(lambda: self.merger(StageClock()).prepare(jobs))
+
+    def merger(self, clock: StageClock) -> UnitMerger:
+        """Return what merges units and counts its seconds on a clock."""
+        return UnitMerger(Tools(self.session.device, self._alarm, clock))
+
+    def merge(self, shard: ShardPlan, workspace: Workspace, sink: Sink, on_bytes: OnBytes) -> "ShardRun":
+        """Read, merge and write a shard, and return what was learned and what it took.
+
+        Raises:
+            UserError: the inputs changed or hold NaN.
+            StorageError: reading or writing failed after retries.
+        """
+        run = ShardRun(self, shard, workspace, on_bytes)
+        run.execute(sink)
+        return run
+
+
+class ShardRun:
+    """The state of one shard while it is merged, and what is known of it afterwards."""
+
+    def __init__(self, owner: ShardMerger, shard: ShardPlan, workspace: Workspace, on_bytes: OnBytes) -> None:
+        """Begin with nothing merged."""
+        self._session, self._outs = owner.session, owner.outs
+        self._shard, self._workspace, self._on_bytes = shard, workspace, on_bytes
+        self._clock = StageClock()
+        self._merger = owner.merger(self._clock)
+        self._ledgers: dict[str, Ledger] = {}
+        self.facts: list[TensorFacts] = []
+        self.gram = GramSum(owner.num_checkpoints)
+        self.seconds: dict[str, float] = {}
+        self.bytes_read = 0
+        self.size, self.sha256 = 0, ""
+
+    def execute(self, sink: Sink) -> None:
+        """Read, merge and write everything."""
+        self._outs.fit(self._workspace.out_bytes, NUM_OUT_BUFFERS)
+        with ExitStack() as stack:
+            writer = stack.enter_context(OrderedWriter(sink, pool=self._outs, num_buffers=NUM_OUT_BUFFERS))
+            stream = stack.enter_context(self._session.stream(self._shard.jobs, self._workspace, self._count_read))
+            writer.write_header(self._shard.header)
+            for units in stream:
+                if len(units) > 1:
+                    self._merge_packed(units, writer)
+                else:
+                    self._merge_large(units[0], writer)
+            self.size, self.sha256 = writer.finish()
+        self.bytes_read = stream.bytes_read
+        self.seconds = {
+            **self._clock.seconds,
+            **stream.seconds,
+            "hash": writer.hash_s,
+            "write": writer.write_s,
+            "wait_write": writer.wait_s,
+        }
+
+    def _merge_packed(self, units: Sequence[Unit], writer: OrderedWriter) -> None:
+        """Merge the units that share a load: side by side if there are enough, else span by span."""
+        buffer = writer.buffer()
+        ends = [0]
+        for unit in units:
+            ends.append(ends[-1] + unit.work.output_width * (unit.stop - unit.start))
+        targets = [buffer[start:stop] for start, stop in pairwise(ends)]
+        ledgers = [self._ledger_of(unit) for unit in units]
+        distinct = len({unit.work.reading.name for unit in units}) == len(units)
+        side_by_side = distinct and self._session.has_enough(units)
+
+        def merge(index: int) -> None:
+            def out(_: Piece) -> Bytes:
+                return targets[index]
+
+            map_spans = map if side_by_side else self._session.map_spans
+            self._merger.merge(units[index], [out], [ledgers[index]], map_spans)
+
+        if side_by_side:
+            self._session.side_by_side(merge, units)
+        else:
+            for index in range(len(units)):
+                merge(index)
+        for unit in units:
+            self._close_ledger_at_end(unit)
+        self._emit(writer, buffer, ends[-1])
+
+    def _merge_large(self, unit: Unit, writer: OrderedWriter) -> None:
+        """Merge a unit that may fill several output buffers, its spans side by side."""
+        filled: list[tuple[Bytes, int]] = []
+
+        def out(piece: Piece) -> Bytes:
+            self._emit_all(writer, filled)
+            buffer = writer.buffer()
+            num_bytes = unit.work.output_width * (piece.stop - piece.start)
+            filled.append((buffer, num_bytes))
+            return buffer[:num_bytes]
+
+        self._merger.merge(unit, [out], [self._ledger_of(unit)], self._session.map_spans)
+        self._emit_all(writer, filled)
+        self._close_ledger_at_end(unit)
+
+    def _emit_all(self, writer: OrderedWriter, filled: list[tuple[Bytes, int]]) -> None:
+        while filled:
+            self._emit(writer, *filled.pop(0))
+
+    def _emit(self, writer: OrderedWriter, buffer: Bytes, num_bytes: int) -> None:
+        writer.emit(buffer, num_bytes)
+        self._on_bytes(0, num_bytes)
+
+    def _count_read(self, num_bytes: int) -> None:
+        self._on_bytes(num_bytes, 0)
+
+    def _ledger_of(self, unit: Unit) -> Ledger:
+        job = unit.work
+        assert isinstance(job, TensorJob)
+        if job.reading.name not in self._ledgers:
+            self._ledgers[job.reading.name] = Ledger(job, job.result, self._shard.file)
+        return self._ledgers[job.reading.name]
+
+    def _close_ledger_at_end(self, unit: Unit) -> None:
+        if unit.stop == unit.work.reading.num_elems:
+            ledger = self._ledgers.pop(unit.work.reading.name)
+            self.facts.append(ledger.close())
+            self.gram.add(ledger)

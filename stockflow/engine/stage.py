@@ -1,0 +1,152 @@
+"""The stage: what is stored otherwise becomes plain numbers, in scratch of the computing thread.
+
+It fills float32 (float64 where the reading asks for it) and hands on a piece whose operands are all plain, so that no
+kernel and no method knows of codes, scales and maps of rows. The scratch stays in the thread's caches.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from stockflow.engine.buffers import Scratch
+from stockflow.engine.pieces import LoadedPiece, Piece
+from stockflow.kernels import codecs
+from stockflow.kernels.arrays import Bytes, Values
+from stockflow.kernels.floats import FORMATS, Slab
+from stockflow.planning.decodes import BlockScaled, Decode, Plain
+from stockflow.planning.job import Operand, Reading
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A slab and the bytes it is a view of."""
+
+    slab: Slab
+    buffer: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """A run of elements in memory as they are stored; decoded when a thread comes to it."""
+
+    reading: Reading
+    start: int
+    stop: int
+    first: int
+    """first element that is in memory"""
+    memory: Memory
+    offsets: tuple[int, ...]
+    """per slot, where in the memory its bytes begin, counted from element ``first``"""
+    stage: "Stage"
+
+    def narrow(self, start: int, stop: int) -> "StoredPiece":
+        """Return what lies between two elements of the reading."""
+        return replace(self, start=start, stop=stop)
+
+    def loaded(self) -> LoadedPiece:
+        """Decode it into this thread's scratch."""
+        return self.stage.decoded(self)
+
+
+class Stage:
+    """Decodes pieces; a scratch per thread."""
+
+    def __init__(self) -> None:
+        """Begin with no scratch."""
+        self._scratch = Scratch()
+
+    def piece(
+        self, reading: Reading, start: int, stop: int, slab: Slab, buffer: Bytes, offsets: tuple[int, ...]
+    ) -> Piece:
+        """Return elements that are in memory as a piece: at once if kernels can take them, else to be decoded."""
+        if reading.is_plain:
+            return LoadedPiece(reading, start, stop, slab, buffer, offsets, reading.dtypes, reading.widths)
+        return StoredPiece(reading, start, stop, start, Memory(slab, buffer), offsets, self)
+
+    def decoded(self, piece: StoredPiece) -> LoadedPiece:
+        """Return a piece with all operands in working precision, valid until this thread decodes again."""
+        reading, num_elems = piece.reading, piece.stop - piece.start
+        width, num_operands = reading.float_bits // 8, len(reading.operands)
+        buffer, slab = self._scratch.of_this_thread(num_operands * num_elems * width)
+        rows_ME = buffer[: num_operands * num_elems * width].view(f"f{width}").reshape(num_operands, num_elems)
+        slots = iter(piece.offsets)
+        for row_E, operand in zip(rows_ME, reading.operands, strict=True):
+            offsets = [next(slots) for _ in operand.extents]
+            _decode_operand(operand, piece, offsets, row_E, rows_ME[0])
+        dtype = f"F{reading.float_bits}"
+        starts = tuple(number * num_elems * width for number in range(num_operands))
+        return LoadedPiece(
+            reading, piece.start, piece.stop, slab, buffer, starts, (dtype,) * num_operands, (width,) * num_operands
+        )
+
+
+def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], out_E: Values, anchor_E: Values) -> None:
+    """Fill ``out_E`` with the elements of a piece; ``offsets`` say where in its memory the operand's slots begin."""
+    shape = piece.reading.shape
+    if operand.rows is None:
+        held, wanted = (operand.decode.ranges(shape, first, piece.stop) for first in (piece.first, piece.start))
+        places = [offset + to.start - frm.start for offset, frm, to in zip(offsets, held, wanted, strict=True)]
+        _decode_run(operand.decode, shape, piece.start, piece.stop, piece.memory, places, out_E)
+        return
+    out_E[:] = anchor_E if operand.rows.anchors_missing else 0.0
+    for start, stop, to, places in _runs(operand, piece, offsets):
+        own = (operand.rows.num_source_rows, *shape[1:])
+        at = to - piece.start
+        _decode_run(operand.decode, own, start, stop, piece.memory, places, out_E[at : at + stop - start])
+
+
+def _runs(operand: Operand, piece: StoredPiece, offsets: list[int]) -> Iterator[tuple[int, int, int, list[int]]]:
+    """Yield runs of elements of an operand's own tensor that lie in a piece: start, stop, to, places of their slots."""
+    rows, shape = operand.rows, piece.reading.shape
+    assert rows is not None
+    own, per_row = (rows.num_source_rows, *shape[1:]), piece.reading.row_elems
+    places = list(offsets)
+    for run in rows.within(piece.first, piece.stop, per_row):
+        skipped = max(piece.start - run.to, 0)
+        held = operand.decode.ranges(own, run.start, run.stop)
+        if run.to + run.stop - run.start > piece.start:
+            wanted = operand.decode.ranges(own, run.start + skipped, run.stop)
+            found = [place + to.start - frm.start for place, frm, to in zip(places, held, wanted, strict=True)]
+            yield run.start + skipped, run.stop, run.to + skipped, found
+        places = [place + each.stop - each.start for place, each in zip(places, held, strict=True)]
+
+
+def _decode_run(
+    decode: Decode, shape: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
+) -> None:
+    _DECODERS[type(decode)](decode, shape, start, stop, memory, places, out_E)
+
+
+def _widen(decode: Plain, _: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values) -> None:
+    del start, stop
+    (place,) = places
+    codecs.widen_run(memory.slab, np.uint64(place // decode.width), FORMATS[decode.dtype], out_E)
+
+
+def _scale_blocks(
+    decode: BlockScaled, shape: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
+) -> None:
+    codes_at, scales_at = places
+    first, last = decode.scale_rows(shape, start, stop)
+    scales_RS = np.empty((last - first, decode.grid(shape)[1]), out_E.dtype)
+    scales = Plain(decode.scale_dtype)
+    _widen(scales, shape, 0, 0, memory, [scales_at], scales_RS.reshape(-1))
+    codecs.scale_blocks(
+        memory.buffer,
+        np.uint64(codes_at),
+        codecs.numbers_of_codes(decode.dtype, out_E.dtype.name),
+        scales_RS,
+        np.uint64(start),
+        np.uint64(shape[1]),
+        np.uint64(decode.block[0]),
+        np.uint64(decode.block[1]),
+        out_E,
+    )
+
+
+_DECODERS: dict[type, Callable[..., Any]] = {Plain: _widen, BlockScaled: _scale_blocks}
+"""What every decode is to this stage."""

@@ -1,0 +1,284 @@
+"""What is read together, and what is made of it: operands, readings, results, jobs. Pure values of the plan."""
+
+import math
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
+
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.opening import Extent
+from stockflow.methods import METHODS
+from stockflow.methods.protocol import Copy, Method, Parameters, Scope
+from stockflow.planning.decodes import ByteRange, Decode, RowRuns, Verbatim, plain, row_elems, verbatim
+
+FloatBits = Literal[32, 64]
+
+COPY = "copy"
+COPY_EQUAL = "copy_equal"
+COPIES = {
+    COPY: Method(COPY, Copy(), source="the donor's bytes", base="optional"),
+    COPY_EQUAL: Method(COPY_EQUAL, Copy(must_agree=True), source="the donor's bytes, if all hold them"),
+}
+"""What a plan may say beside the methods of a recipe."""
+NO_PARAMETERS = Parameters()
+
+
+class Slot(NamedTuple):
+    """What one extent of an operand contributes to a run of elements: ranges of its file, one after the other."""
+
+    checkpoint: int
+    file: str
+    ranges: tuple[ByteRange, ...]
+    """absolute in the file"""
+    width: int
+    """boundary in bytes on which it must begin in memory"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all ranges."""
+        return sum(stop - start for start, stop in self.ranges)
+
+
+class Operand(NamedTuple):
+    """One input of a reading: which bytes, and how rows come out of them."""
+
+    checkpoint: int
+    """index into the plan's checkpoints"""
+    name: str
+    """in its own checkpoint"""
+    extents: tuple[Extent, ...]
+    decode: Decode
+    rows: RowRuns | None = None
+    """None: row r is row r"""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes are what kernels take, row by row."""
+        return self.rows is None and self.decode.is_plain
+
+    def slots(self, shape: tuple[int, ...], start: int, stop: int) -> Iterator[Slot]:
+        """Yield what each extent contributes to elements ``start`` to ``stop`` of a reading of ``shape``."""
+        if self.rows is None:
+            runs = [self.decode.ranges(shape, start, stop)]
+        else:
+            own = (self.rows.num_source_rows, *shape[1:])
+            found = self.rows.within(start, stop, row_elems(shape))
+            runs = [self.decode.ranges(own, run.start, run.stop) for run in found]
+        for number, (extent, width) in enumerate(zip(self.extents, self.decode.widths, strict=True)):
+            ranges = tuple(ByteRange(extent.start + run[number].start, extent.start + run[number].stop) for run in runs)
+            yield Slot(self.checkpoint, extent.file, ranges, width)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Elements of one shape that are read together, one operand per source. What is done with them is not said."""
+
+    name: str
+    """what messages call it"""
+    shape: tuple[int, ...]
+    operands: tuple[Operand, ...]
+    """the anchor (base or first model) first"""
+    scope: Scope = "tensor"
+    float_bits: FloatBits = 32
+    """width of the working precision, to which operands are decoded that kernels cannot take as they are"""
+
+    @cached_property
+    def num_elems(self) -> int:
+        """Elements to go through; bytes where they are carried over."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def group_elems(self) -> int:
+        """Elements that share one decision."""
+        if self.scope == "row" and len(self.shape) > 1:
+            return self.shape[-1]
+        if self.scope == "leading" and len(self.shape) > 2:
+            return math.prod(self.shape[1:])
+        return self.num_elems
+
+    @property
+    def num_groups(self) -> int:
+        """How many decisions it takes; 0 if it is empty."""
+        return self.num_elems // self.group_elems if self.num_elems else 0
+
+    @cached_property
+    def row_elems(self) -> int:
+        """Elements of a row of the first dimension."""
+        return row_elems(self.shape)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether kernels can take all operands as they are stored."""
+        return all(operand.is_plain for operand in self.operands)
+
+    @property
+    def is_verbatim(self) -> bool:
+        """Whether bytes are looked at or carried over, instead of numbers."""
+        return isinstance(self.operands[0].decode, Verbatim)
+
+    @cached_property
+    def dtypes(self) -> tuple[str, ...]:
+        """Element type of each operand, as its header says."""
+        return tuple(operand.decode.dtype for operand in self.operands)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Bytes per element of each operand of a plain reading."""
+        return tuple(operand.decode.widths[0] for operand in self.operands)
+
+    @cached_property
+    def num_slots(self) -> int:
+        """Extents of all operands."""
+        return sum(len(operand.extents) for operand in self.operands)
+
+    @cached_property
+    def bytes_per_elem(self) -> float:
+        """Stored bytes per element, all operands together."""
+        return sum(operand.decode.bytes_per_elem for operand in self.operands)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Stored bytes of all operands, each read once."""
+        if self.is_plain:
+            return self.num_elems * sum(self.widths)
+        return sum(slot.num_bytes for slot in self.slots(0, self.num_elems))
+
+    @property
+    def files(self) -> set[tuple[int, str]]:
+        """Checkpoint and file of everything it reads."""
+        return {(operand.checkpoint, extent.file) for operand in self.operands for extent in operand.extents}
+
+    def slots(self, start: int, stop: int) -> Iterator[Slot]:
+        """Yield what the extents of all operands contribute to elements ``start`` to ``stop``, in order."""
+        for operand in self.operands:
+            yield from operand.slots(self.shape, start, stop)
+
+
+class Work(Protocol):
+    """What is done with a reading, as far as reading it and memory go. All sizes in bytes."""
+
+    @property
+    def reading(self) -> Reading:
+        """What is read."""
+
+    @property
+    def num_sweeps(self) -> int:
+        """How often its elements go by."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for works that need the same kernels."""
+
+    @property
+    def output_width(self) -> int:
+        """Bytes that become of an element."""
+
+    def scratch_bytes(self, num_elems: int) -> int:
+        """Return what one thread needs, beside the operands, for a span of so many elements."""
+
+    def span_state_bytes(self, num_groups: int) -> int:
+        """Return what one sweep leaves behind of a span of so many groups."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is made of a reading: one logical tensor, by which method."""
+
+    outputs: tuple[TensorSpec, ...]
+    """as it is stored, one after the other in one file; mostly one"""
+    encode: Decode
+    method: str
+    parameters: Parameters
+
+    @property
+    def declared(self) -> Method:
+        """Its method."""
+        return COPIES.get(self.method) or METHODS[self.method]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all outputs."""
+        return sum(output.num_bytes for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """A reading, and the results that are computed from the same loaded spans: mostly one."""
+
+    reading: Reading
+    results: tuple[Result, ...]
+
+    @property
+    def result(self) -> Result:
+        """The first result, which is the only one of what a plan holds today."""
+        return self.results[0]
+
+    @property
+    def output(self) -> TensorSpec:
+        """The first tensor it writes, whose name it bears."""
+        return self.results[0].outputs[0]
+
+    @cached_property
+    def is_copy(self) -> bool:
+        """Whether bytes are carried over instead of computed."""
+        return self.results[0].method in COPIES
+
+    @property
+    def output_width(self) -> int:
+        """Bytes that become of an element."""
+        return sum(result.encode.widths[0] for result in self.results)
+
+    @property
+    def num_statistic_passes(self) -> int:
+        """How often the operands go by before they are combined."""
+        bits = self.reading.float_bits
+        return max(result.declared.rule.num_statistic_passes(bits) for result in self.results)
+
+    @property
+    def num_sweeps(self) -> int:
+        """The statistics passes and the last one, which combines."""
+        return self.num_statistic_passes + 1
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for jobs that need the same kernels."""
+        decodes = frozenset(operand.decode for operand in self.reading.operands)
+        made = tuple((result.method, result.encode) for result in self.results)
+        return made, decodes, self.reading.float_bits
+
+    def scratch_bytes(self, num_elems: int) -> int:
+        """Return what one thread needs, beside the operands, for a span of so many elements."""
+        sources, bits = len(self.reading.operands), self.reading.float_bits
+        return max(result.declared.rule.scratch_bytes(sources, num_elems, bits) for result in self.results)
+
+    def span_state_bytes(self, num_groups: int) -> int:
+        """Return what one statistics pass leaves behind of a span of so many groups."""
+        sources = len(self.reading.operands)
+        return sum(result.declared.rule.span_state_bytes(sources, num_groups) for result in self.results)
+
+
+def float_bits_of(dtypes: Iterable[str]) -> FloatBits:
+    """Return the width of the working precision for operands and results of these dtypes."""
+    return 64 if "F64" in dtypes else 32
+
+
+def stored(checkpoint: int, spec: TensorSpec, extent: Extent) -> Operand:
+    """Return a tensor as it lies in a file, as an operand."""
+    return Operand(checkpoint, spec.name, (extent,), plain(spec.dtype))
+
+
+def merging(
+    output: TensorSpec, operands: tuple[Operand, ...], method: str, parameters: Parameters, scope: Scope
+) -> TensorJob:
+    """Return the job that computes one tensor of plain numbers."""
+    bits = float_bits_of([output.dtype, *(operand.decode.dtype for operand in operands)])
+    reading = Reading(output.name, output.shape, operands, scope, bits)
+    return TensorJob(reading, (Result((output,), plain(output.dtype), method, parameters),))
+
+
+def copying(output: TensorSpec, operands: tuple[Operand, ...], method: str) -> TensorJob:
+    """Return the job that carries a tensor's bytes over."""
+    as_bytes = tuple(operand._replace(decode=verbatim(operand.decode.dtype)) for operand in operands)
+    reading = Reading(output.name, (output.num_bytes,), as_bytes)
+    return TensorJob(reading, (Result((output,), verbatim(output.dtype), method, NO_PARAMETERS),))
