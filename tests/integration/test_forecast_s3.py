@@ -50,19 +50,22 @@ def test_requests_that_are_announced_are_made(
     assert run("merge", *words, "--quiet").returncode == 0
 
     asked = Counter(_billed(request) for request in proxy.requests)
-    num_reports = sum("progress.json" in request for request in proxy.requests if request.startswith("PUT"))
-    asked[OUTPUTS, "puts"] += _written_by_the_clock(1 + int((forecast["seconds"] - 1) // 10)) - _written_by_the_clock(
-        num_reports - 1
-    )
+    asked[OUTPUTS, "puts"] += _announced_by_the_clock(forecast["seconds"]) - _put_by_the_clock(proxy.requests)
     for bucket in (INPUTS, OUTPUTS):
         for kind in ("gets", "puts"):
             expected = sum(store[kind] for store in announced if f"s3://{bucket}/" in store["url"])
             assert asked[bucket, kind] == expected, (bucket, kind)
 
 
-def _written_by_the_clock(num_beats: int) -> int:
+def _announced_by_the_clock(seconds: float) -> int:
     """Heartbeats one second into the run and every ten, a report with each, and one after all."""
-    return 2 * num_beats + 1 if num_beats > 0 else 0
+    return 2 * (1 + int((seconds - 1) // 10)) + 1 if seconds >= 1 else 0
+
+
+def _put_by_the_clock(requests: Sequence[str]) -> int:
+    """Reports and heartbeats, but for the two of every run: that it begins, and whether creation is exclusive."""
+    puts = [request for request in requests if request.startswith("PUT")]
+    return sum("progress.json" in put for put in puts) + sum("/runs/" in put for put in puts) - 2
 
 
 def _billed(request: str) -> tuple[str, str]:

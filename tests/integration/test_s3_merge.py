@@ -3,7 +3,7 @@
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.parts import upload_bytes
 from stockflow.verification.verify import verify
 from tests.checkpoints import make_family, write_checkpoint
-from tests.fault_proxy import FaultyProxy
+from tests.fault_proxy import Fault, FaultyProxy, Request
 from tests.runs import MIB, command, grown_bytes, run
 from tests.s3_server import moto_server
+from tests.waiting import wait_until
 
 MEMORY_BYTES = 1024 * MIB
 SHARD_SIZE = 150_000
@@ -211,21 +212,34 @@ def test_each_bucket_may_have_an_endpoint_of_its_own(
 # Claim, resume, verify
 
 
+class SilentAfterReceipts(FaultyProxy):
+    """Never answers for a receipt once ``num_receipts`` were written."""
+
+    def __init__(self, upstream: str, num_receipts: int) -> None:
+        super().__init__(upstream)
+        self.num_left = num_receipts
+
+    def next_fault(self, request: Request) -> Fault:
+        fault = super().next_fault(request)
+        if request.step != "put" or "/receipts/" not in request.path:
+            return fault
+        self.num_left -= 1
+        return "stall" if self.num_left < 0 else fault
+
+
 def test_a_killed_merge_is_resumed(place: Place, out: str, digests: dict[str, str]) -> None:
     recipe = place.recipe(place.on_s3)
-    with FaultyProxy(place.endpoint) as proxy:
-        # Heartbeat, probe, claim, plan, numerics class, two shards with their receipts pass; then the store goes away.
-        proxy.fail("PUT", "503", times=10_000, after=9)
+    with SilentAfterReceipts(place.endpoint, 2) as proxy:
         arguments = ("merge", recipe, f"s3://out/{out}", "--shard-size", SHARD_SIZE, "--device", "cpu", "--json")
         storage = yaml.safe_load(recipe.read_text())
         storage["stockflow"]["storage"] = {"s3://out/": {"endpoint": proxy.url}}
         recipe.write_text(yaml.safe_dump(storage))
         process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_until(lambda: len(proxy.requests) > 14 and len(place.receipts(out)) == 2, process)
+        wait_until(lambda: proxy.num_left < 0 and len(place.receipts(out)) == 2, process)
         process.kill()
         process.communicate()
         assert f"{out}/manifest.json" not in place.keys(out)
-        proxy.faults.clear()
+        proxy.num_left = len(digests)
 
         resumed = run(*arguments)
 
@@ -233,14 +247,6 @@ def test_a_killed_merge_is_resumed(place: Place, out: str, digests: dict[str, st
     assert json.loads(resumed.stdout)["resumed_shards"] == 2
     assert digests == json.loads(resumed.stdout)["shards"]
     assert not verify(f"s3://out/{out}", StorageConfig()).findings
-
-
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_verify_finds_an_object_that_was_tampered_with(place: Place, out: str) -> None:

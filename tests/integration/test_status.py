@@ -37,6 +37,7 @@ from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
 from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.fault_proxy import FaultyProxy
+from tests.waiting import HANG_S, wait_until
 
 SHARD_SIZE = 300_000
 """four shards of the little models here"""
@@ -72,7 +73,7 @@ def paused_merge(recipe: Path, output: str) -> Iterator[None]:
         tracker.on_failure("lost")
         tracker.on_begin(shards[1].file, process_name())
         reached.set()
-        assert go_on.wait(60)
+        assert go_on.wait(HANG_S)
         yield from in_this_process(spec, shards[1:], tracker)
 
     with ThreadPoolExecutor(1) as pool:
@@ -87,12 +88,14 @@ def paused_merge(recipe: Path, output: str) -> Iterator[None]:
 
 
 def await_report(store: Store) -> Status:
-    """Read the status until the run has reported; that takes a second."""
-    deadline = time.monotonic() + 30
-    while (status := read_status(store)).progress is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return status
+    """Read the status until the paused run has reported what is in work; that takes a second or three."""
+
+    def has_reported() -> bool:
+        progress = read_status(store).progress
+        return progress is not None and progress.shards_done == 1 and bool(progress.in_flight)
+
+    wait_until(has_reported)
+    return read_status(store)
 
 
 def check_running(status: Status) -> None:
@@ -347,7 +350,7 @@ def test_watching_waits_for_a_merge_to_begin(recipe: Path, tmp_path: Path) -> No
 
     merge_with(recipe, str(tmp_path / "out"), in_this_process)
 
-    assert watching.wait(60) == 0
+    assert watching.wait(HANG_S) == 0
 
 
 def test_no_rate_is_told_before_anything_was_read(recipe: Path, tmp_path: Path) -> None:
