@@ -19,7 +19,7 @@ from stockflow.run.places import in_this_process
 REPOSITORY = Path(__file__).parent.parent
 MIB = 2**20
 _STOPS_ITSELF = """
-import itertools, os, signal
+import glob, itertools, os, signal, time
 from stockflow.storage.local import LocalStore
 
 put, receipts = LocalStore.put, itertools.count(1)
@@ -27,11 +27,14 @@ put, receipts = LocalStore.put, itertools.count(1)
 def put_and_stop(store, key, payload):
     put(store, key, payload)
     if "/receipts/" in key and next(receipts) == {count}:
+        while not glob.glob(os.path.join(glob.escape(store.url), ".model-*partial")):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGSTOP)
 
 LocalStore.put = put_and_stop
 """
-"""A run that stops as it has written its so manieth receipt: seen from outside it may have ended by then."""
+"""A run that stops as it has written its so manieth receipt and is at a further shard: seen from outside it may have
+ended by then."""
 
 
 def grown_bytes() -> int:

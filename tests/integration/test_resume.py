@@ -30,6 +30,7 @@ from stockflow.storage import LocalStore, Stamp, StorageConfig, Store, open_stor
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
 from tests.runs import MIB
+from tests.waiting import HANG_S
 
 SLOW = {f"model.layers.{index}.weight": (400, 1000) for index in range(60)}
 """Sixty shards, each in its own file and slow to make: enough to be stopped between two of them."""
@@ -65,7 +66,7 @@ def merge_until_a_receipt(recipe: Path, output: Path, number: signal.Signals) ->
     process = runs.start_and_stop("merge", recipe, output, "--quiet", *OPTIONS)
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=HANG_S)
     return process.returncode, said
 
 
@@ -130,7 +131,7 @@ def test_receipts_are_read_side_by_side_and_come_in_order(recipe: Path, tmp_path
 
     class Store(LocalStore):
         def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
-            together.wait(20)
+            together.wait(HANG_S)
             return super().read_head(key, num_bytes)
 
     found = valid_receipts(Store(str(tmp_path / "out")), merged.plan)

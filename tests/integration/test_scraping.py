@@ -29,6 +29,7 @@ from stockflow.run.driver import Inputs, MergeOptions, merge
 from stockflow.run.places import in_this_process
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
+from tests.waiting import HANG_S
 
 DASHBOARD = runs.REPOSITORY / "deploy" / "grafana" / "stockflow.json"
 ALERTS = runs.REPOSITORY / "deploy" / "prometheus" / "alerts.yaml"
@@ -75,7 +76,7 @@ class Run:
 
 
 def scrape(port: int, host: str = "127.0.0.1") -> str:
-    with urlopen(f"http://{host}:{port}/metrics", timeout=30) as response:
+    with urlopen(f"http://{host}:{port}/metrics", timeout=HANG_S) as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         return str(response.read().decode())
 
@@ -242,7 +243,7 @@ def promtool(*arguments: object, stdin: str | None = None) -> subprocess.Complet
     if found is None:
         pytest.skip("no promtool here; Debian's package prometheus has it")
     return subprocess.run(
-        [found, *map(str, arguments)], input=stdin, capture_output=True, text=True, check=False, timeout=60
+        [found, *map(str, arguments)], input=stdin, capture_output=True, text=True, check=False, timeout=HANG_S
     )
 
 
@@ -334,7 +335,7 @@ def test_the_command_serves_while_it_runs(recipe: Path, tmp_path: Path) -> None:
     assert place is not None
 
     text = scrape(int(place[1]))
-    _, said = merging.communicate(recipe.read_text(), timeout=60)
+    _, said = merging.communicate(recipe.read_text(), timeout=HANG_S)
 
     assert merging.returncode == 0, said
     assert samples(text)["stockflow_run_stage", "opening checkpoints"] == 1

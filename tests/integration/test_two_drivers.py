@@ -31,6 +31,7 @@ from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.fault_proxy import Fault, FaultyProxy, Request
 from tests.runs import start, start_and_stop
+from tests.waiting import HANG_S
 
 OPTIONS = ("--shard-size", "800kB", "--memory", "600MiB", "--workers", "1", "--device", "cpu", "--quiet")
 SHAPES = {f"model.layers.{index}.weight": (400, 1000) for index in range(12)}
@@ -71,7 +72,7 @@ def proxy(s3_endpoint: str) -> Iterator[FaultyProxy]:
 
 
 def finish(*processes: "subprocess.Popen[str]") -> list[tuple[int, str]]:
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=HANG_S)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
@@ -104,7 +105,7 @@ def race(first: Path, second: Path, outputs: Sequence[str]) -> list[tuple[str, s
         assert rival.stdin
         rival.stdin.write(f"{moment}\n")
         rival.stdin.flush()
-    return list(zip(*(json.loads(rival.communicate(timeout=120)[0]) for rival in rivals), strict=True))
+    return list(zip(*(json.loads(rival.communicate(timeout=HANG_S)[0]) for rival in rivals), strict=True))
 
 
 STORES = ["local", "s3-obstore"]
@@ -315,7 +316,7 @@ def test_a_run_that_lost_its_prefix_leaves_the_uploads_of_the_one_that_took_it(
 
     def lose(spec: Any, shards: Sequence[ShardPlan], tracker: Any) -> Iterator[Receipt]:
         has_begun.set()
-        assert is_uploading.wait(60)
+        assert is_uploading.wait(HANG_S)
         yield from in_this_process(spec, shards, tracker)
 
     def take(spec: Any, shards: Sequence[ShardPlan], tracker: Any) -> Iterator[Receipt]:
@@ -324,14 +325,14 @@ def test_a_run_that_lost_its_prefix_leaves_the_uploads_of_the_one_that_took_it(
         part = s3.upload_part(**upload, PartNumber=1, Body=b"half")
         is_uploading.set()
         with pytest.raises(OutputConflictError, match="was taken by another plan"):
-            loser.result(timeout=60)
+            loser.result(timeout=HANG_S)
         parts = [{"PartNumber": 1, "ETag": part["ETag"]}]
         s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
         yield from in_this_process(spec, shards, tracker)
 
     with ThreadPoolExecutor(1) as beside:
         loser = beside.submit(merge_by, lose, recipes[0], output)
-        assert has_begun.wait(60)
+        assert has_begun.wait(HANG_S)
         result = merge_by(take, recipes[1], output, overwrite=True)
 
     assert undisturbed[1] == runs.expected_digests([result])[0]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from stockflow import __version__
 from stockflow.cli import app, exit_codes
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import REPOSITORY, command, run
+from tests.waiting import HANG_S
 
 SHAPES = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,), "lm_head.weight": (40, 16)}
 COMMANDS = ("merge", "plan", "verify", "diff", "demo", "schema")
@@ -82,14 +82,9 @@ def test_the_list_of_commands_is_complete() -> None:
         assert "Exit codes" in text
 
 
-def test_help_is_quick_and_imports_nothing_heavy(record_property: Callable[[str, object], None]) -> None:
-    """The time depends on the machine and is reported; what is imported does not and is asserted."""
+def test_help_imports_nothing_heavy() -> None:
+    """So it is quick, on any machine."""
     for arguments in (["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)):
-        started = time.perf_counter()
-        assert run(*arguments).returncode == 0
-        seconds = time.perf_counter() - started
-        record_property(f"seconds {' '.join(arguments)}", round(seconds, 3))
-        print(f"stockflow {' '.join(arguments)}: {seconds:.3f} s")
         heavy = {"torch", "ray", "numpy", "yaml", "fsspec", "s3fs", "obstore", "pyarrow", "safetensors"}
         if len(arguments) == 1:
             heavy.add("pydantic")  # typer itself imports it to show the options of a command
@@ -491,10 +486,12 @@ def test_a_signal_is_128_and_its_number(world: World, number: signal.Signals) ->
     )
     assert waiting.stderr is not None
     assert waiting.stderr.readline() == "opening checkpoints\n"
-    time.sleep(0.5)  # the recipe module is imported, standard input is awaited
+    assert waiting.stdin is not None
+    waiting.stdin.write("#" * 200_000)  # more than a pipe holds: part of it has been read when this returns
+    waiting.stdin.flush()
 
     waiting.send_signal(number)
-    _, message = waiting.communicate(timeout=60)
+    _, message = waiting.communicate(timeout=HANG_S)
 
     assert waiting.returncode == 128 + number
     assert message == f"stockflow: stopped by {number.name}; run the same command again to resume\n"

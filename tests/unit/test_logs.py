@@ -24,6 +24,7 @@ from stockflow.progress.lines import PlainLines
 from stockflow.progress.logs import LogLines
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
+from tests.waiting import HANG_S
 
 NEVER_S = 1e6
 SECRET = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
@@ -204,7 +205,7 @@ def test_standard_error_of_a_merge_and_a_verification_is_json(recipe: Path, tmp_
     merging = subprocess.Popen(
         command, cwd=runs.REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
-    out, said = merging.communicate(timeout=60)
+    out, said = merging.communicate(timeout=HANG_S)
     verified = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), *logs])
 
     lines = [json.loads(line) for line in said.splitlines()]
@@ -268,7 +269,7 @@ def test_a_signal_is_said_in_json(tmp_path: Path) -> None:
     assert json.loads(waiting.stderr.readline())["message"] == "opening checkpoints"
 
     waiting.send_signal(signal.SIGTERM)
-    _, said = waiting.communicate(timeout=60)
+    _, said = waiting.communicate(timeout=HANG_S)
 
     last = json.loads(said.splitlines()[-1])
     assert waiting.returncode == last["exit_code"] == 143

@@ -25,6 +25,7 @@ from stockflow.run.submission import Request, exit_code, follow, how_it_ended, m
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import REPOSITORY
 from tests.s3_server import free_port
+from tests.waiting import HANG_S
 
 
 @pytest.fixture
@@ -418,14 +419,14 @@ def test_a_stream_that_is_closed_gives_up_its_connection_and_thread() -> None:
         client = JobSubmissionClient.__new__(JobSubmissionClient)
         client._address, client._cookies, client._headers, client._ssl_context = address, None, None, None
         stream = LogStream(client, "j")
-        assert opened.wait(30)
+        assert opened.wait(HANG_S)
         assert stream.read(0.01) == ""
         stream.close()
-        assert stream.read(30) is None
-        assert closed.wait(30)
+        assert stream.read(HANG_S) is None
+        assert closed.wait(HANG_S)
         at_once = LogStream(client, "j")
         at_once.close()
-        assert at_once.read(30) is None
+        assert at_once.read(HANG_S) is None
 
 
 @contextmanager
