@@ -12,7 +12,8 @@ from typing import Any
 from stockflow.errors import PlanError, StockflowError, StorageError
 
 Count = Callable[[int, int], None]
-WAIT_S = 60.0
+WAIT_S = 240.0
+"""longer than anything here takes on a machine of any speed"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class RaisingStart:
 
 @dataclass(frozen=True)
 class RefusedLater:
-    """A start that is refused to every worker but the first, once that has done an item."""
+    """A start that is refused to every worker but the first, once that has an item; others wait until it is told."""
 
     folder: Path
 
@@ -88,8 +89,8 @@ class RefusedLater:
         return self._work
 
     def _work(self, item: Any, count: Count, frugality: int) -> Any:
-        note(self.folder, "worked")
-        time.sleep(0.3)
+        if note(self.folder, "worked") > 1:
+            await_note(self.folder, "told")
         return item
 
 
