@@ -20,7 +20,6 @@ from tests.fuzz.headers import RULES, file_of, malformed, parse, rule_of, valid
 
 SEED = 20_251
 NUM_EACH = 450
-MOST_SECONDS = 2.0
 BYTES_PER_BYTE = 40
 """of memory per byte of a header; a valid one of short names takes about as much"""
 
@@ -76,7 +75,6 @@ def test_ten_thousand_malformed_headers_are_refused_by_the_rule_they_break(
     assert hits.total() >= 10_000
     assert RULES.keys() == hits.keys()
     assert min(hits.values()) >= 100, hits
-    assert slowest_s < MOST_SECONDS
     assert longest < 500
 
 
@@ -132,7 +130,6 @@ def test_a_large_header_takes_memory_and_time_in_proportion(
     )
     assert len(str(caught.value)) < 500
     assert peak.num_bytes < BYTES_PER_BYTE * len(file)
-    assert seconds < MOST_SECONDS * 2
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 50 * 10**12, 2**64 - 1])
@@ -145,12 +142,10 @@ def test_a_header_of_a_trillion_tensors_is_refused_before_any_allocation(tmp_pat
     with pytest.raises(HeaderError):
         open_checkpoints([store])  # imports and caches are warm now
 
-    started = time.perf_counter()
     with measured() as peak, pytest.raises(HeaderError, match=f"claims a header of {length:,} bytes; the format"):
         open_checkpoints([store])
 
     assert peak.num_bytes < 1_000_000  # the first read, of 128 KiB, and threads
-    assert time.perf_counter() - started < MOST_SECONDS
 
 
 def test_a_shape_that_overflows_is_refused_before_any_allocation() -> None:

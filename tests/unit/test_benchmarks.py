@@ -48,21 +48,20 @@ def test_a_round_measures_everything_before_the_next_begins():
 
 
 def test_memory_of_a_process_is_sampled_with_its_children():
-    child = f"import time; held = bytearray({64 * MIB}); time.sleep(0.5)"
+    child = f"import time; held = bytearray({64 * MIB}); time.sleep(2)"
     parent = f"import subprocess, sys; held = bytearray({32 * MIB}); subprocess.run([sys.executable, '-c', {child!r}])"
 
     finished = run([sys.executable, "-c", parent], sampled=True)
 
     assert finished.peak_anonymous_mib is not None
     assert 96 < finished.peak_anonymous_mib < 160
-    assert finished.seconds > 0.5
+    assert finished.seconds > 2
 
 
 def test_cpu_seconds_are_the_commands_own():
     busy = run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"])
     idle = run([sys.executable, "-c", "import time; time.sleep(0.3)"])
-    assert 0.3 <= busy.cpu_seconds < 1
-    assert idle.cpu_seconds < 0.2
+    assert idle.cpu_seconds < 0.3 <= busy.cpu_seconds
 
 
 def test_a_command_that_fails_ends_the_benchmark_with_its_words():

@@ -4,7 +4,6 @@ import ctypes
 import json
 import struct
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -437,15 +436,14 @@ def test_nesting_just_below_the_parsers_limit_is_refused_in_words() -> None:
                     parse(file_of(header, 4))
 
 
+@pytest.mark.timeout(120)
 def test_thousands_of_huge_sizes_are_refused_at_once() -> None:
     """A naive product of a million 63-bit numbers takes hours."""
     file = file_of(raw_entry(shape=f"[{','.join([str(2**63 - 1)] * 1_000_000)}]"), 4)
 
-    started = time.perf_counter()
     with pytest.raises(HeaderError, match="overflows") as caught:
         parse(file)
 
-    assert time.perf_counter() - started < 20
     assert len(str(caught.value)) < 400
 
 
