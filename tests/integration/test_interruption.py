@@ -21,7 +21,7 @@ from stockflow.interruption import interruption
 from stockflow.output.changes import planned_states
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
-from tests.checkpoints import Family, make_family
+from tests.checkpoints import Family, make_family, write_recipe
 from tests.fault_proxy import Fault, FaultyProxy, Request, Weather
 from tests.waiting import HANG_S, wait_until
 
@@ -251,6 +251,31 @@ def test_a_signal_while_an_earlier_plan_is_read_ends_the_run(monkeypatch: pytest
 
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
         planned_states(open_store("memory://interruption/out", StorageConfig()), "a" * 64)
+
+
+IN_THE_COMPILER = """
+import ctypes, os, signal
+from stockflow.host import HostArithmetic
+
+prepare = HostArithmetic.prepare
+
+def prepare_and_call_back(arithmetic, jobs):
+    ctypes.CFUNCTYPE(None)(lambda: os.kill(os.getpid(), signal.SIGTERM))()
+    prepare(arithmetic, jobs)
+
+HostArithmetic.prepare = prepare_and_call_back
+"""
+"""A signal while kernels are compiled: what its handler raises within a callback of C code is printed and lost."""
+
+
+def test_a_signal_that_meets_the_compiler_ends_the_run(family: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+    process = runs.start("merge", recipe, tmp_path / "out", *OPTIONS, script=IN_THE_COMPILER)
+    _, said = process.communicate(timeout=HANG_S)
+
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said == "stockflow: stopped by SIGTERM; run the same command again to resume\n"
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 HANGS = """
