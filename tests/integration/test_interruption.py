@@ -255,15 +255,15 @@ def test_a_signal_while_an_earlier_plan_is_read_ends_the_run(monkeypatch: pytest
 
 IN_THE_COMPILER = """
 import ctypes, os, signal
-from stockflow.host import HostArithmetic
+from stockflow.engine.merging import UnitMerger
 
-prepare = HostArithmetic.prepare
+prepare = UnitMerger.prepare
 
-def prepare_and_call_back(arithmetic, jobs):
+def prepare_and_call_back(merger, jobs):
     ctypes.CFUNCTYPE(None)(lambda: os.kill(os.getpid(), signal.SIGTERM))()
-    prepare(arithmetic, jobs)
+    prepare(merger, jobs)
 
-HostArithmetic.prepare = prepare_and_call_back
+UnitMerger.prepare = prepare_and_call_back
 """
 """A signal while kernels are compiled: what its handler raises within a callback of C code is printed and lost."""
 
