@@ -9,6 +9,7 @@
     |  |- BudgetError                       the memory budget is too small for any plan
     |  |- NotFoundError                     an input or output location does not exist
     |  |- AccessDeniedError                 the credentials at hand may not do this
+    |  |- LinkError                         a link in a folder leads where it is not followed, or nowhere
     |  |- InputChangedError                 an input is no longer what was planned
     |  |- NumericsError                     NaN, infinity or a geometry without an answer
     |  `- OutputConflictError               the output prefix belongs to something else
@@ -72,6 +73,10 @@ class NotFoundError(UserError, FileNotFoundError):
 
 class AccessDeniedError(UserError, PermissionError):
     """The credentials at hand may not do this."""
+
+
+class LinkError(UserError):
+    """A link in a folder is not followed, or leads nowhere; what is no plain file is not read either."""
 
 
 class InputChangedError(UserError):

@@ -5,15 +5,16 @@ named by ``model.safetensors.index.json``.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from stockflow.checkpoints.header import PlacedTensor, TensorSpec, header_bytes, parse_header
+from stockflow.checkpoints.side_files import code_files, is_known
 from stockflow.errors import CheckpointError, NotFoundError, RecipeError
-from stockflow.storage import Stamp, Store, check_key, redact
+from stockflow.storage import LocalStore, Stamp, Store, check_key, read_small, redact
 from stockflow.text.strictjson import parse_text_json, shown
 
 SINGLE_FILE = "model.safetensors"
@@ -26,6 +27,8 @@ a header of about 100 KB, one of a 92,000-tensor expert model about 70 KB."""
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 16_000_000
 NUM_HEADER_READERS = 16
+
+MAX_LINKS_SAID = 20
 
 MAX_SIDE_FILE_BYTES = 64_000_000
 WEIGHT_SUFFIXES = (
@@ -55,9 +58,11 @@ class Checkpoint:
     config: Mapping[str, object] | None
     """config.json, if there is one"""
     side_files: Mapping[str, Stamp]
-    """the files that make the folder usable besides the weights: tokenizer, templates, code"""
+    """the files that a loader needs besides the weights: tokenizer, templates, code that configs name"""
     omitted_side_files: tuple[str, ...]
     """the ones that are too large to be copied, or whose names not every store takes"""
+    other_files: tuple[str, ...] = ()
+    """what else lies there, and no loader needs; hidden files, weights and what an output has of its own left out"""
 
 
 OnFile = Callable[[str], None]
@@ -124,7 +129,8 @@ def open_checkpoint(store: Store, cache: HeaderCache, on_file: OnFile = unheard)
     if weight_map is not None:
         stamps[INDEX_FILE] = listing[INDEX_FILE]
     config = _read_json(store, CONFIG_FILE, MAX_CONFIG_BYTES) if CONFIG_FILE in listing else None
-    candidates = {key: stamp for key, stamp in listing.items() if _is_side_file(key)}
+    beside = {key: stamp for key, stamp in listing.items() if _is_beside(key)}
+    candidates = _side_files(store, beside, config)
     return Checkpoint(
         url=store.url,
         specs=specs,
@@ -133,6 +139,7 @@ def open_checkpoint(store: Store, cache: HeaderCache, on_file: OnFile = unheard)
         config=config,
         side_files={key: stamp for key, stamp in candidates.items() if _can_be_copied(key, stamp)},
         omitted_side_files=tuple(key for key, stamp in candidates.items() if not _can_be_copied(key, stamp)),
+        other_files=tuple(key for key in beside if key not in candidates),
     )
 
 
@@ -142,6 +149,17 @@ def open_checkpoints(stores: Sequence[Store], on_file: OnFile = unheard) -> list
     first = [open_checkpoint(store, cache, on_file) for store in stores[:1]]  # fills the cache for the others
     with ThreadPoolExecutor(max(len(stores), 1)) as pool:
         return first + list(pool.map(lambda store: open_checkpoint(store, cache, on_file), stores[1:]))
+
+
+def link_notes(store: Store, files: Iterable[str]) -> Iterator[str]:
+    """Yield which of a checkpoint's files lie where only ``--follow-links`` lets them be read."""
+    if not isinstance(store, LocalStore):
+        return
+    strays = [(file, real) for file in sorted(files) if (real := store.links.stray(file))]
+    for file, real in strays[:MAX_LINKS_SAID]:
+        yield f"{store.url}/{file} is read from {real!r}, where its link leads (--follow-links)"
+    if len(strays) > MAX_LINKS_SAID:
+        yield f"... and so are {len(strays) - MAX_LINKS_SAID} more files of {store.url}"
 
 
 def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
@@ -237,7 +255,26 @@ def _check_coverage(where: str, weight_map: Mapping[str, str], extents: Mapping[
         )
 
 
-def _is_side_file(key: str) -> bool:
+def _side_files(store: Store, beside: Mapping[str, Stamp], config: Mapping[str, object] | None) -> dict[str, Stamp]:
+    """Return the files that a loader needs; a link among them that is not followed is refused, not left out."""
+    known = [key for key in beside if is_known(key)]
+    store.check_links(key for key in known if _is_file_name(key))
+    code = code_files(
+        [key for key in beside if _is_file_name(key)],
+        config,
+        lambda key: _read_json(store, key, MAX_CONFIG_BYTES),
+        lambda key: _read_code(store, key),
+    )
+    return {key: stamp for key, stamp in beside.items() if key in code or key in known}
+
+
+def _read_code(store: Store, key: str) -> str:
+    """Return a Python file, for its imports alone: what is not UTF-8 is none."""
+    return read_small(store, key, max_bytes=MAX_CONFIG_BYTES).decode(errors="replace")
+
+
+def _is_beside(key: str) -> bool:
+    """Whether a file is neither weights nor what an output has of its own, nor hidden."""
     return not (
         key.startswith(".")
         or key in EXCLUDED_SIDE_FILES

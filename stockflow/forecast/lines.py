@@ -56,6 +56,7 @@ def plan_lines(
     yield f"  tensors {methods.total()}: {how}; {len(plan.skipped)} skipped"
     smallest, largest = (pick(shard.num_bytes for shard in plan.shards) for pick in (min, max))
     yield f"  output  {len(plan.shards)} shards of {gb(smallest)} to {gb(largest)}, {gb(plan.num_output_bytes)} in all"
+    yield from _copied_lines(plan)
     yield f"  read    {gb(work.num_bytes_read)} in {work.num_reads:,} requests"
     times = (f"{count} tensors read {_times(number)}" for number, count in work.passes.items())
     yield f"  passes  {'; '.join(times)}"
@@ -72,6 +73,13 @@ def plan_lines(
     yield f"  memory  {projected} per worker projected; the least --memory is {least}{because}"
     for note in (*plan.notes, *notes):
         yield f"  note    {note}"
+
+
+def _copied_lines(plan: MergePlan) -> Iterator[str]:
+    """Yield which files are published as they are."""
+    if plan.side_files:
+        donor = plan.checkpoints[plan.side_files[0].checkpoint]
+        yield f"  copied  {', '.join(side.key for side in plan.side_files)} from {redact(donor.url)}"
 
 
 def _source_lines(plan: MergePlan, work: Workload) -> Iterator[str]:
@@ -114,6 +122,7 @@ def result_lines(result: MergeResult) -> Iterator[str]:
     yield f"  read {gb(read)}, wrote {gb(written)}: {gb((read + written) / max(result.seconds, 1e-9))}/s"
     stages = {name.removeprefix("seconds_"): value for name, value in facts.items() if name.startswith("seconds_")}
     yield "  seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in stages.items() if name != "total")
+    yield from _copied_lines(result.plan)
     yield f"  peak memory {mib(facts['peak_memory_bytes'])}"
     if result.num_resumed:
         yield f"  resumed: {result.num_resumed} of {len(result.plan.shards)} shards were there already"

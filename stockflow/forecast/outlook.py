@@ -86,10 +86,18 @@ def cold_share(plan: MergePlan, stores: Sequence[Store]) -> float:
     for checkpoint, store in zip(plan.checkpoints, stores, strict=True):
         if isinstance(store, LocalStore):
             for file, stamp in checkpoint.files.items():
-                cached = cached_share(f"{store.url}/{file}")
+                cached = _cached_share(store, file)
                 total += stamp.size
                 cold += stamp.size * (0.0 if cached is None else 1.0 - cached)
     return cold / total if total else 0.0
+
+
+def _cached_share(store: LocalStore, file: str) -> float | None:
+    try:
+        with store.opened(file) as descriptor:
+            return cached_share(descriptor)
+    except OSError:  # gone since it was planned: the merge will say so
+        return None
 
 
 def _num_machines(prices: Prices, name: str, conditions: Conditions, memory_bytes: int) -> int:

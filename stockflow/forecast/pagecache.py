@@ -18,16 +18,15 @@ _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def cached_share(path: str) -> float | None:
-    """Return how much of a file is in the page cache, from a sample; None where the system does not tell.
+def cached_share(descriptor: int) -> float | None:
+    """Return how much of an open file is in the page cache, from a sample; None where the system does not tell.
 
     Of files that we may not write, Linux says that all is in memory.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            starts = {size * number // NUM_WINDOWS // mmap.PAGESIZE for number in range(NUM_WINDOWS)} if size else set()
-            found = [_resident(file.fileno(), page, size) for page in sorted(starts)]
+        size = os.fstat(descriptor).st_size
+        starts = {size * number // NUM_WINDOWS // mmap.PAGESIZE for number in range(NUM_WINDOWS)} if size else set()
+        found = [_resident(descriptor, page, size) for page in sorted(starts)]
     except OSError:
         return None
     num_pages = sum(pages for _, pages in found)

@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -21,12 +21,14 @@ from stockflow.planning.make import few_shards_note, make_plan
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.progress.file import Observer, Tracker, reported
 from stockflow.recipe import Recipe
-from stockflow.storage import LocalStore, Store, is_within, open_store, pin_revision, redact
+from stockflow.storage import LocalStore, StorageConfig, Store, is_within, open_store, pin_revision, redact
+from stockflow.text.strictjson import shown
 
 if TYPE_CHECKING:
     from stockflow.engine.devices import Device
     from stockflow.engine.worker import WorkerSpec
 
+NUM_OTHERS_SHOWN = 5
 Outcome = Literal["merged", "already_finished"]
 
 
@@ -83,18 +85,32 @@ class Inputs:
     recipe: Recipe
     stores: list[Store]
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    trusted: tuple[str, ...] = ()
+    """folders that links of weights may lead into"""
+
+    @property
+    def storage(self) -> StorageConfig:
+        """How inputs and output are reached: the recipe's options, and the links that are followed."""
+        return replace(self.recipe.storage, trusted=self.trusted)
 
     @classmethod
-    def open(cls, recipe: Recipe, on_file: OnFile = unheard) -> "Inputs":
-        """Open every checkpoint concurrently; ``on_file`` is told of each file whose header was read.
+    def open(cls, recipe: Recipe, on_file: OnFile = unheard, trusted: tuple[str, ...] = ()) -> "Inputs":
+        """Open every checkpoint concurrently.
+
+        Args:
+            recipe: names them.
+            on_file: told of each file whose header was read.
+            trusted: resolved folders that links of weights may lead into.
 
         Raises:
             UserError: one is missing, forbidden or malformed.
             StorageError: reading failed after retries.
         """
-        stores = [open_store(pin_revision(location), recipe.storage) for location in recipe.checkpoints]
+        inputs = cls(recipe, [], trusted=trusted)
+        inputs.stores = [open_store(pin_revision(location), inputs.storage) for location in recipe.checkpoints]
         with collector_paused():
-            return cls(recipe, stores, open_checkpoints(stores, on_file))
+            inputs.checkpoints = open_checkpoints(inputs.stores, on_file)
+        return inputs
 
 
 def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[MergePlan, Workspace]:
@@ -126,7 +142,7 @@ def output_url(inputs: Inputs, output: str) -> str:
     Raises:
         RecipeError: nothing can be written there.
     """
-    return open_store(output, inputs.recipe.storage, writable=True).url
+    return open_store(output, inputs.storage, writable=True).url
 
 
 def least_memory_of(inputs: Inputs, output: str, plan: MergePlan, options: MergeOptions) -> int:
@@ -152,13 +168,26 @@ def _is_direct(inputs: Inputs, options: MergeOptions) -> bool:
 
 def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: bool) -> Iterator[str]:
     """Yield what a merge would find at its output; nothing is written."""
-    found = look(open_store(output, inputs.recipe.storage, writable=True), plan)
+    found = look(open_store(output, inputs.storage, writable=True), plan)
     if found.finished:
         yield "this plan's output is there already, finished: a merge would do nothing"
     elif found.is_ours:
         yield "an earlier run of this plan began here: a merge would resume it"
     elif found.conflict:
         yield f"{found.conflict}: a merge would {'replace it' if overwrite else 'refuse, unless --overwrite is given'}"
+
+
+def side_file_notes(inputs: Inputs) -> Iterator[str]:
+    """Yield what of the folder that gives the side files is not copied.
+
+    It is said, and not recorded: who publishes a merge need not publish what else lies in that folder.
+    """
+    donor = inputs.checkpoints[inputs.recipe.side_files_donor]
+    others = donor.other_files
+    if others:
+        more = f" and {len(others) - NUM_OTHERS_SHOWN} more" if len(others) > NUM_OTHERS_SHOWN else ""
+        names = ", ".join(map(shown, others[:NUM_OTHERS_SHOWN]))
+        yield f"not copied from {redact(donor.url)}, as no loader needs it: {names}{more}"
 
 
 def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, observer: Observer) -> MergeResult:
@@ -173,7 +202,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     recipe = inputs.recipe
     observer.on_stage("planning")
     plan, _ = plan_merge(inputs, output, options)
-    store = open_store(output, recipe.storage, writable=True)
+    store = open_store(output, inputs.storage, writable=True)
     found = admit(store, plan, overwrite=options.overwrite)
     if found.finished and not options.overwrite:
         return MergeResult("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
@@ -187,6 +216,8 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     ):
         is_exclusive = heartbeat.is_exclusive()
         take(store, plan, run, found, is_exclusive=is_exclusive)
+        for note in side_file_notes(inputs):
+            observer.on_note(note)
         for note in few_shards_note(plan, options.num_workers):
             observer.on_note(note)
         for note in weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive):
@@ -197,7 +228,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         _drop_other_numerics(store, plan, receipts, tracker)
         tracker.on_start(plan, list(receipts.values()))
         resumed = set(receipts)
-        spec = _worker_spec(recipe, plan, store.url, options, run)
+        spec = _worker_spec(inputs, plan, store.url, options, run)
         while remaining := [shard for shard in plan.shards if shard.file not in receipts]:
             for receipt in map(without_coefficients, execute(spec, remaining, tracker)):
                 receipts[receipt.file] = receipt
@@ -241,14 +272,14 @@ def _swept(store: Store, plan: MergePlan, run: str, observer: Observer) -> Itera
                 observer.on_note(f"something half-written may be left, `stockflow clean {store.url}` shows it: {error}")
 
 
-def _worker_spec(recipe: Recipe, plan: MergePlan, output_url: str, options: MergeOptions, run: str) -> "WorkerSpec":
+def _worker_spec(inputs: Inputs, plan: MergePlan, output_url: str, options: MergeOptions, run: str) -> "WorkerSpec":
     from stockflow.engine.worker import WorkerSpec
 
     return WorkerSpec(
         plan_id=plan.plan_id,
         checkpoints=plan.checkpoints,
         output_url=output_url,
-        storage=recipe.storage,
+        storage=inputs.storage,
         on_nonfinite=plan.on_nonfinite,
         memory_bytes=options.memory_bytes,
         num_threads=options.num_threads,

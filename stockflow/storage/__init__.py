@@ -13,6 +13,7 @@ from stockflow.storage.base import (
     check_stamp,
     read_small,
 )
+from stockflow.storage.links import trusted_folders
 from stockflow.storage.local import LocalStore, PinnedFile
 from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision, scheme_of
 from stockflow.text.redaction import redact
@@ -37,4 +38,5 @@ __all__ = [
     "read_small",
     "redact",
     "scheme_of",
+    "trusted_folders",
 ]

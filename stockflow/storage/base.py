@@ -62,6 +62,8 @@ class StorageConfig:
     """Store options by URL prefix, which ends where a folder does; the longest matching prefix wins."""
 
     by_prefix: Mapping[str, StoreOptions] = field(default_factory=dict)
+    trusted: tuple[str, ...] = ()
+    """local folders, resolved, that links of weights may lead into; named by who runs the merge, never by a recipe"""
 
     def for_url(self, url: str) -> StoreOptions:
         """Return the options that apply to ``url``."""
@@ -123,6 +125,13 @@ class Store(Protocol):
 
     def list_top(self) -> dict[str, Stamp]:
         """Return the objects directly under the prefix, subfolders left out."""
+
+    def check_links(self, keys: Iterable[str]) -> None:
+        """Refuse those of ``keys`` that are links which reading them would refuse; only folders have links.
+
+        Raises:
+            LinkError: one leads where it is not followed, or nowhere.
+        """
 
     def create(self, key: str, *, size: int | None = None) -> AbstractContextManager[NewObject]:
         """Write one object, all or nothing: it appears, durable, when the block ends without error.

@@ -2,9 +2,9 @@
 
 import errno
 import fcntl
-import glob
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,11 +15,13 @@ from stockflow.errors import (
     AccessDeniedError,
     AlreadyExistsError,
     InputChangedError,
+    LinkError,
     NotFoundError,
     StockflowError,
     StorageError,
 )
 from stockflow.storage.base import HalfWritten, NewObject, Pin, Stamp, check_key
+from stockflow.storage.links import Links
 
 PARTIAL_SUFFIX = ".stockflow-partial"
 """Ending of files that are being written; never part of an output."""
@@ -28,29 +30,30 @@ LOCKED_WITHIN_S = 2.0
 
 
 class LocalStore:
-    """The files under one folder."""
+    """The files under one folder. Links are followed as ``Links`` says, and files written where no link leads."""
 
     pin: Pin = "stat"
     num_retries = 0
 
-    def __init__(self, root: str) -> None:
-        """Take ``root``, an absolute path that need not exist yet."""
+    def __init__(self, root: str, trusted: Sequence[str] = ()) -> None:
+        """Take ``root``, an absolute path that need not exist yet, and folders that links of weights may lead into."""
         self.url = root
+        self.links = Links(root, trusted)
 
     def stamp(self, key: str) -> Stamp:
         """Return size and modification time of a file."""
         path = self._path(key)
         with _named(path, "stat"):
-            return _stamp_of(os.stat(path))
+            return _stamp_of(self.links.stat(check_key(key)))
 
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes and the stamp, taken from one open file."""
         path = self._path(key)
-        with _named(path, "read"), open(path, "rb", buffering=0) as file:
-            stamp = _stamp_of(os.fstat(file.fileno()))
+        with _named(path, "read"), self.opened(key) as descriptor:
+            stamp = _stamp_of(os.fstat(descriptor))
             wanted = min(num_bytes, stamp.size)
             payload = bytearray(wanted)
-            if (num_read := _read_up_to(file.fileno(), memoryview(payload), 0)) < wanted:
+            if (num_read := _read_up_to(descriptor, memoryview(payload), 0)) < wanted:
                 raise _truncated(path, num_read)
             return bytes(payload), stamp
 
@@ -63,37 +66,58 @@ class LocalStore:
     def open_pinned(self, key: str, stamp: Stamp) -> Iterator["PinnedFile"]:
         """Keep a file open, from which nothing is read but the state that ``stamp`` describes."""
         path = self._path(key)
-        with _named(path, "read"):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                file = PinnedFile(path, descriptor, stamp)
-                file.check()
-                yield file
-            finally:
-                os.close(descriptor)
+        with _named(path, "read"), self.opened(key) as descriptor:
+            file = PinnedFile(path, descriptor, stamp)
+            file.check()
+            yield file
+
+    @contextmanager
+    def opened(self, key: str) -> Iterator[int]:
+        """Provide a descriptor of a file; errors are the system's, and LinkError."""
+        descriptor = self.links.open(check_key(key))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def check_links(self, keys: Iterable[str]) -> None:
+        """Refuse a link that is not followed, or leads nowhere; it was listed as the link that it is."""
+        for key in keys:
+            with _named(self._path(key), "stat"), suppress(FileNotFoundError):  # removed by a neighbour meanwhile
+                self.links.stat(key)
 
     def list(self, prefix: str = "") -> dict[str, Stamp]:
         """Return all files below ``prefix``, files being written left out."""
         top = self._path(check_key(prefix.rstrip("/"))) if prefix else self.url
         found: dict[str, Stamp] = {}
         with _named(top, "list"):
+            self.links.check_folder(prefix)
             for folder, _, names in os.walk(top):
                 for name in names:
-                    path = os.path.join(folder, name)
                     if not name.endswith(PARTIAL_SUFFIX):
+                        key = os.path.relpath(os.path.join(folder, name), self.url)
                         with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
-                            found[os.path.relpath(path, self.url)] = _stamp_of(os.stat(path))
+                            found[key] = _stamp_of(self._listed(key))
         return dict(sorted(found.items()))
 
     def list_top(self) -> dict[str, Stamp]:
         """Return the files directly in the folder."""
         found: dict[str, Stamp] = {}
         with _named(self.url, "list"):
-            for entry in os.scandir(self.url) if os.path.exists(self.url) else ():
-                if not entry.name.endswith(PARTIAL_SUFFIX) and entry.is_file():
-                    with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
-                        found[entry.name] = _stamp_of(entry.stat())
+            for name in os.listdir(self.url) if os.path.exists(self.url) else ():
+                with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
+                    listed = self._listed(name)
+                    is_file = stat.S_ISREG(listed.st_mode) or _leads_to_no_folder(f"{self.url}/{name}", listed)
+                    if is_file and not name.endswith(PARTIAL_SUFFIX):
+                        found[name] = _stamp_of(listed)
         return dict(sorted(found.items()))
+
+    def _listed(self, key: str) -> os.stat_result:
+        """Return what the system tells of a file, or of a link that is not followed: it is there all the same."""
+        try:
+            return self.links.stat(key)
+        except LinkError:
+            return os.lstat(os.path.join(self.url, key))
 
     @contextmanager
     def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
@@ -102,6 +126,7 @@ class LocalStore:
         path = self._path(key)
         partial = _partial_of(path)
         with _named(path, "write"):
+            self.links.check_folder(os.path.dirname(key))
             _make_folder(os.path.dirname(path))
             try:
                 with open(partial, "xb") as file:  # buffered: a raw file may take half of a write on a full disk
@@ -126,6 +151,7 @@ class LocalStore:
         path = self._path(key)
         partial = _partial_of(path)
         with _named(path, "create"):
+            self.links.check_folder(os.path.dirname(key))
             _make_folder(os.path.dirname(path))
             try:
                 with open(partial, "xb") as file:
@@ -146,6 +172,7 @@ class LocalStore:
         for key in keys:
             path = self._path(key)
             with _named(path, "delete"), suppress(FileNotFoundError):
+                self.links.check_folder(os.path.dirname(key))
                 os.unlink(path)
                 folders[os.path.dirname(path)] = None
         for folder in folders:
@@ -154,14 +181,17 @@ class LocalStore:
 
     def half_written(self) -> Sequence[HalfWritten]:
         """Return the files that writers who died were writing: those that nobody holds a lock on."""
-        pattern = os.path.join(glob.escape(self.url), "**", f".*{PARTIAL_SUFFIX}")
         found = []
-        for partial in sorted(glob.glob(pattern, recursive=True, include_hidden=True)):
-            with _named(partial, "read"):
-                if _is_abandoned(partial):
-                    folder, name = os.path.split(os.path.relpath(partial, self.url))
-                    found.append(HalfWritten(os.path.join(folder, _key_of_partial(name)), name, is_abandoned=True))
-        return found
+        for folder, _, names in os.walk(self.url):
+            for name in names:
+                partial = os.path.join(folder, name)
+                if not (name.startswith(".") and name.endswith(PARTIAL_SUFFIX)):
+                    continue
+                with _named(partial, "read"):
+                    if _is_abandoned(partial):
+                        key = os.path.join(os.path.relpath(folder, self.url), _key_of_partial(name))
+                        found.append(HalfWritten(os.path.normpath(key), name, is_abandoned=True))
+        return sorted(found, key=lambda piece: (piece.key, piece.name))
 
     def discard(self, leftovers: Iterable[HalfWritten]) -> None:
         """Remove temporary files."""
@@ -252,20 +282,34 @@ def _stamp_of(stat: os.stat_result) -> Stamp:
     return Stamp(size=stat.st_size, version=f"mtime_ns={stat.st_mtime_ns}")
 
 
+def _leads_to_no_folder(path: str, listed: os.stat_result) -> bool:
+    """Whether this is a link that is not followed, and counts as a file."""
+    return stat.S_ISLNK(listed.st_mode) and not os.path.isdir(path)
+
+
 def _partial_of(path: str) -> str:
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
 
 
 def _is_abandoned(partial: str) -> bool:
+    """Whether nobody holds a lock on a file. What is no plain file, such as a link, no writer of ours made."""
     try:
-        with open(partial, "rb") as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime <= LOCKED_WITHIN_S:
-                return False
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except (FileNotFoundError, BlockingIOError):
+        descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
+            return False
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or time.time() - found.st_mtime <= LOCKED_WITHIN_S:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
         return False
+    finally:
+        os.close(descriptor)
 
 
 def _key_of_partial(name: str) -> str:

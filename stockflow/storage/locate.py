@@ -11,7 +11,8 @@ OBJECT_SCHEMES = ("s3", "gs", "az")
 """Schemes served by obstore, readable and writable."""
 WRITABLE_SCHEMES = ("file", "memory", *OBJECT_SCHEMES)
 """Schemes an output may live on; every other fsspec scheme is an input only."""
-_ALIASES = {"s3a": "s3", "gcs": "gs"}
+_ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file", "asynclocal": "file"}
+"""``local`` is fsspec's own disk, which follows every link"""
 
 
 def normalize_url(location: str) -> str:
@@ -24,9 +25,10 @@ def normalize_url(location: str) -> str:
     if not location:
         raise RecipeError("expected a folder or a URL, found an empty text")
     scheme = urlsplit(location).scheme if "://" in location else "file"
+    scheme = _ALIASES.get(scheme, scheme)
     if scheme != "file":
         _refuse_secrets(location)
-        scheme, place = _ALIASES.get(scheme, scheme), location.split("://", 1)[1].rstrip("/")
+        place = location.split("://", 1)[1].rstrip("/")
         if scheme in WRITABLE_SCHEMES and any(part in ("", ".", "..") for part in place.split("/")):
             raise RecipeError(f"{redact(location)} has an empty, `.` or `..` segment; write it without")
         return f"{scheme}://{place}"
@@ -84,7 +86,7 @@ def open_store(location: str, config: StorageConfig, *, writable: bool = False) 
     if scheme == "file":
         from stockflow.storage.local import LocalStore
 
-        return LocalStore(url)
+        return LocalStore(url, config.trusted)
     options = config.for_url(url)
     if scheme in OBJECT_SCHEMES and options.client != "fsspec":
         from stockflow.storage.objects import ObjectStore

@@ -122,6 +122,9 @@ class RemoteStore:
         """Return the objects directly under the URL."""
         return dict(sorted(self._run("list", "", self._client.list_top).items()))
 
+    def check_links(self, keys: Iterable[str]) -> None:
+        """Refuse nothing: objects are no links."""
+
     @contextmanager
     def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
         """Write one object, all or nothing; ``size``, if known, keeps the number of parts within limits.

@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stockflow.errors import CheckpointError, StorageError
+from stockflow.errors import CheckpointError, LinkError, StorageError
 from stockflow.output.sealed import check_num_values
-from stockflow.storage import Stamp, Store, check_key, read_small
+from stockflow.storage import LocalStore, Stamp, Store, check_key, read_small
 
 NUM_LOCAL_READERS = 4
 """A core hashes 1.5 GB/s here, a disk is faster; one file after the other would leave the other cores idle."""
@@ -53,7 +53,8 @@ class Output:
         """Refuse what is no plain file of this output.
 
         A pipe would keep a reader waiting; a link that leads out of the folder makes the output depend on what
-        is elsewhere, and a verifier read files its caller never named. Links that stay inside are followed.
+        is elsewhere, and a verifier read files its caller never named. Links that stay inside are followed, and those
+        of shards that lead where the caller allowed.
 
         Raises:
             UserError: the key leaves the output, is too long, or leads to something else than a file in it.
@@ -66,10 +67,14 @@ class Output:
             raise CheckpointError("the name is too long for a file")
         if self.is_local:
             real = os.path.realpath(self.path(key))
-            if not real.startswith(os.path.join(self.store.url, "")):
+            if not real.startswith(os.path.join(self.store.url, "")) and not self._is_trusted(key, real):
                 raise CheckpointError(f"is a link to {real}, outside of the output; put the file itself there")
             if os.path.islink(real) or (os.path.exists(real) and not stat.S_ISREG(os.stat(real).st_mode)):
                 raise CheckpointError("is no plain file")
+
+    def _is_trusted(self, key: str, real: str) -> bool:
+        """Whether a shard may lie there because whoever verifies said so."""
+        return isinstance(self.store, LocalStore) and self.store.links.base_of(key, real) is not None
 
     def read(self, key: str, max_bytes: int, max_values: int | None = None) -> bytes:
         """Return a small file whole.
@@ -98,7 +103,7 @@ class Output:
         """
         try:
             return self.store.list(prefix) if prefix else self.store.list_top()
-        except StorageError as error:
+        except (LinkError, StorageError) as error:
             if not self.is_local:
                 raise
             raise CheckpointError(str(error)) from None

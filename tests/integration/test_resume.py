@@ -318,14 +318,14 @@ def test_a_run_that_lost_its_prefix_publishes_nothing(rival: str, recipe: Path, 
 def test_overwrite_leaves_nothing_of_the_output_before(family: Family, recipe: Path, tmp_path: Path) -> None:
     """A tokenizer of another model, left beside new weights, would be loaded without a word."""
     output = tmp_path / "out"
-    (family.base / "old_tokenizer.json").write_text("{}")
+    (family.base / "added_tokens.json").write_text("{}")
     runs.merge_here(recipe, output)
-    (family.base / "old_tokenizer.json").unlink()
+    (family.base / "added_tokens.json").unlink()
 
     runs.merge_here(recipe, output, overwrite=True)
 
     assert (output / "tokenizer_config.json").exists()
-    assert not (output / "old_tokenizer.json").exists()
+    assert not (output / "added_tokens.json").exists()
 
 
 def test_overwrite_mends_a_damaged_output_of_the_same_plan(recipe: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_headers_around_and_beyond_the_first_read(tmp_path: Path, margin: int) -
 
 
 def test_side_files_are_what_makes_the_folder_usable(tmp_path: Path) -> None:
-    extra = {"modeling_x.py": "", "chat_template.jinja": "{{ x }}", "merges.txt": "a b"}
+    extra = {"chat_template.jinja": "{{ x }}", "merges.txt": "a b", "LICENSE": "", "spiece.model": ""}
     left_out = {
         "README.md": "", ".gitattributes": "", "manifest.json": "{}", "pytorch_model.bin": "", "x.gguf": "",
         "pytorch_model.bin.index.json": "{}", "mergekit_config.yml": "",
@@ -124,18 +124,66 @@ def test_side_files_are_what_makes_the_folder_usable(tmp_path: Path) -> None:
 
     assert checkpoint.side_files.keys() == SIDE_FILES.keys() | extra.keys()
     assert checkpoint.omitted_side_files == ()
+    assert checkpoint.other_files == ()
+
+
+PRIVATE = (
+    "id_rsa", "id_rsa.pub", ".env", "credentials", "notes.txt", "train.sh", "train.py", "deploy.py", "Makefile",
+    "trainer_state.json", "training_args.bin", "optimizer.pt", "events.out.tfevents.1", "all_results.json",
+    "wandb-summary.json", "license.key", "license_key.txt", "tokenizer.json.bak", "vocab.py", "dump.csv", "core",
+    "my_tokenizer.json", "secrets.yaml", "runs.jsonl", "tokenizer_config.json~",
+)  # fmt: skip
+
+
+def test_nothing_is_copied_but_what_a_loader_needs(tmp_path: Path) -> None:
+    """Whatever else lies in a working folder would be published with the model."""
+    folder = write_checkpoint(tmp_path / "m", TENSORS, side_files=SIDE_FILES | dict.fromkeys(PRIVATE, "secret"))
+
+    checkpoint = opened(folder)
+
+    assert checkpoint.side_files.keys() == SIDE_FILES.keys()
+    left_out = {name for name in PRIVATE if not name.startswith(".") and not name.endswith((".bin", ".pt"))}
+    assert set(checkpoint.other_files) == left_out
+
+
+def test_code_is_copied_where_the_configs_name_it_with_what_it_imports(tmp_path: Path) -> None:
+    code = {
+        "modeling_x.py": "import os\nfrom .layers import (\n  Layer,\n)\nfrom . import rope, norms as n\n",
+        "configuration_x.py": "from transformers import PretrainedConfig\n",
+        "layers.py": "    from .kernels_x import fused\nfrom .modeling_x import X  # a circle\n",
+        "rope.py": "", "norms.py": "", "kernels_x.py": "import .deep\n", "deep.py": "\xff", "processing_x.py": "",
+        "tokenization_x.py": "", "pipeline_x.py": "",
+    }  # fmt: skip
+    others = {"train.py": "from .modeling_x import X", "setup.py": "", "elsewhere.py": "", "os.py": "", "conf.py": ""}
+    configs = {
+        "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": [None, "tokenization_x.X"]}}),
+        "preprocessor_config.json": json.dumps({"auto_map": {"AutoProcessor": "processing_x.X"}}),
+    }
+    config = {
+        "auto_map": {
+            "AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.X", "AutoModelForY": "org/y--elsewhere.Y",
+        },
+        "custom_pipelines": {"x": {"impl": "pipeline_x.XPipeline", "pt": ["AutoModel"]}},
+        "note": "conf.X",
+    }  # fmt: skip
+    folder = write_checkpoint(tmp_path / "m", TENSORS, side_files=code | others | configs, config=config)
+
+    checkpoint = opened(folder)
+
+    assert checkpoint.side_files.keys() == code.keys() | configs.keys()
+    assert set(checkpoint.other_files) == others.keys()
 
 
 def test_a_side_file_beyond_64_mb_is_omitted_and_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", TENSORS, side_files={})
-    for name, size in (("fits.json", MAX_SIDE_FILE_BYTES), ("large.json", MAX_SIDE_FILE_BYTES + 1)):
+    for name, size in (("vocab.json", MAX_SIDE_FILE_BYTES), ("tokenizer.json", MAX_SIDE_FILE_BYTES + 1)):
         with (folder / name).open("wb") as file:
             os.truncate(file.fileno(), size)
 
     checkpoint = opened(folder)
 
-    assert list(checkpoint.side_files) == ["fits.json"]
-    assert checkpoint.omitted_side_files == ("large.json",)
+    assert list(checkpoint.side_files) == ["vocab.json"]
+    assert checkpoint.omitted_side_files == ("tokenizer.json",)
 
 
 def test_without_a_config_there_is_none(tmp_path: Path) -> None:
@@ -146,11 +194,13 @@ def test_without_a_config_there_is_none(tmp_path: Path) -> None:
 
 
 def test_links_are_followed_as_the_hubs_cache_needs(tmp_path: Path) -> None:
-    real = sharded(tmp_path / "blobs")
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
+    repository = tmp_path / "models--org--name"
+    repository.mkdir()
+    real = sharded(repository / "blobs")
+    folder = repository / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
     for path in real.iterdir():
-        (folder / path.name).symlink_to(path)
+        (folder / path.name).symlink_to(f"../../blobs/{path.name}")
 
     assert opened(folder).specs.keys() == {"a", "b", "c"}
 
