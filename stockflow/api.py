@@ -7,10 +7,11 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from stockflow.checkpoints.opening import link_notes
 from stockflow.errors import RecipeError
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
 from stockflow.forecast.amounts import Workload, survey
@@ -28,7 +29,7 @@ from stockflow.progress.display import AsEvents
 from stockflow.recipe import RecipeLike, parse_size, recipe_of, resolve_location
 from stockflow.run import driver
 from stockflow.run.driver import Execute, Inputs, MergeOptions, Outcome
-from stockflow.storage import StorageConfig, open_store, read_small, redact
+from stockflow.storage import StorageConfig, open_store, read_small, redact, trusted_folders
 from stockflow.text import notebook
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def plan(
     prices: str | os.PathLike[str] | None = None,
     machine: str | None = None,
     transfer: TransferFrom = "same-region",
+    follow_links: Sequence[Location] = (),
     on_event: OnEvent = ignore,
 ) -> PlanResult:
     """Return what a merge would read, write, hold, take and cost; refuse what cannot work. Nothing is written.
@@ -235,6 +237,7 @@ def plan(
         prices: table of prices; the built-in examples if None.
         machine: kind of machine in that table, whose cores and network count then; this one, at no cost, if None.
         transfer: where the machines are, seen from the inputs.
+        follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 
     Raises:
@@ -260,13 +263,14 @@ def plan(
         request_rate=request_rate,
         on_ray=on_ray,
     )
-    inputs = open_inputs(recipe, on_event)
+    inputs = open_inputs(recipe, on_event, follow_links)
     location = os.fspath(output)
     on_event(Stage("planning"))
     merge_plan, workspace = driver.plan_merge(inputs, location, options)
     least_bytes = driver.least_memory_of(inputs, location, merge_plan, options)
     on_event(Stage("looking at the output"))
     notes = (
+        *driver.side_file_notes(inputs),
         *driver.output_notes(inputs, location, merge_plan, overwrite=overwrite),
         *few_shards_note(merge_plan, options.num_workers),
     )
@@ -302,6 +306,7 @@ def merge(
     shard_timeout: float | None = None,
     device: DeviceName = "auto",
     overwrite: bool = False,
+    follow_links: Sequence[Location] = (),
     on_event: OnEvent = ignore,
 ) -> MergeResult:
     """Merge checkpoints as the recipe says and publish the result; the same call again resumes.
@@ -320,6 +325,7 @@ def merge(
         shard_timeout: Ray: seconds after which a shard that is not done goes to another worker.
         device: auto takes a GPU if torch sees one.
         overwrite: whether to replace what the output prefix holds.
+        follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 
     Raises:
@@ -332,9 +338,9 @@ def merge(
     if worker_timeout is not None:
         asked["no_worker_timeout_s"] = worker_timeout
     execute = execute_on(executor, asked | {"item_timeout_s": shard_timeout})
-    inputs = open_inputs(recipe, on_event)
+    inputs = open_inputs(recipe, on_event, follow_links)
     result = driver.merge(inputs, os.fspath(output), options, execute, AsEvents(on_event))
-    return MergeResult(result, inputs.recipe.storage)
+    return MergeResult(result, inputs.storage)
 
 
 def inspect(
@@ -345,6 +351,7 @@ def inspect(
     executor: ExecutorName | None = None,
     gpus_per_worker: float = 0.0,
     device: DeviceName = "auto",
+    follow_links: Sequence[Location] = (),
     on_event: OnEvent = ignore,
 ) -> "Inspection":
     """Return the geometry of a recipe's models: cosines, norms, angles and ratios of every tensor. Nothing is merged.
@@ -357,6 +364,7 @@ def inspect(
         executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
         gpus_per_worker: Ray: a fraction lets several share one.
         device: auto takes a GPU if torch sees one.
+        follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 
     Raises:
@@ -368,7 +376,7 @@ def inspect(
 
     options = survey_options(memory, workers, executor, device)
     survey = survey_on(executor, workers, gpus_per_worker, on_event)
-    return inspection.inspect(open_inputs(recipe, on_event), options, survey, on_event)
+    return inspection.inspect(open_inputs(recipe, on_event, follow_links), options, survey, on_event)
 
 
 def audit(
@@ -381,6 +389,7 @@ def audit(
     executor: ExecutorName | None = None,
     gpus_per_worker: float = 0.0,
     device: DeviceName = "auto",
+    follow_links: Sequence[Location] = (),
     on_event: OnEvent = ignore,
 ) -> "Audit":
     """Tell which formula made a Model Stock merge, and how far it is from the correct one.
@@ -396,6 +405,7 @@ def audit(
         executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
         gpus_per_worker: Ray: a fraction lets several share one.
         device: auto takes a GPU if torch sees one.
+        follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 
     Raises:
@@ -407,7 +417,7 @@ def audit(
 
     options = survey_options(memory, workers, executor, device)
     survey = survey_on(executor, workers, gpus_per_worker, on_event)
-    return auditing.audit(open_merge(subject, merged, recipe, on_event), options, survey, on_event)
+    return auditing.audit(open_merge(subject, merged, recipe, on_event, follow_links), options, survey, on_event)
 
 
 def diff(
@@ -416,6 +426,7 @@ def diff(
     *,
     memory: Size | None = None,
     recipe: RecipeLike | None = None,
+    follow_links: Sequence[Location] = (),
     on_event: OnEvent = ignore,
 ) -> "CheckpointDifference":
     """Compare two checkpoints tensor by tensor, streamed from anywhere.
@@ -425,6 +436,7 @@ def diff(
         b: the other one.
         memory: bound of the process; 80 % of what the machine allows if None.
         recipe: its storage options apply (endpoints, anonymous access).
+        follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 
     Raises:
@@ -436,7 +448,7 @@ def diff(
     return compare_checkpoints(
         resolve_location(os.fspath(a)),
         resolve_location(os.fspath(b)),
-        storage_of(recipe),
+        storage_of(recipe, follow_links),
         survey_options(memory, None, "local", "cpu"),
         _survey_in_this_process,
         on_event=on_event,
@@ -451,6 +463,7 @@ def verify(
     seed: int | None = None,
     memory: Size | None = None,
     recipe: RecipeLike | None = None,
+    follow_links: Sequence[Location] = (),
     on_event: OnEvent = ignore,
 ) -> "Verification":
     """Read every published file again and hold it against the manifest.
@@ -462,6 +475,7 @@ def verify(
         seed: which tensors a sample takes; others each time if None.
         memory: bound of the process that merges a sample again.
         recipe: its storage options apply (endpoints, anonymous access).
+        follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 
     Raises:
@@ -470,7 +484,7 @@ def verify(
     """
     from stockflow.verification.verify import verify as verify_output
 
-    config = storage_of(recipe)
+    config = storage_of(recipe, follow_links)
     options = sample_options(sample, seed, memory)
     return verify_output(os.fspath(output), config, inputs=inputs, sample=options, on_event=on_event)
 
@@ -495,31 +509,41 @@ def report(output: Location, *, recipe: RecipeLike | None = None, on_event: OnEv
     return report_on(os.fspath(output), config, lambda num_bytes: on_event(Moved(num_bytes)))
 
 
-def storage_of(recipe: RecipeLike | None) -> StorageConfig:
-    """Return the storage options of a recipe, or none."""
-    return StorageConfig() if recipe is None else recipe_of(recipe).storage
+def storage_of(recipe: RecipeLike | None, follow_links: Sequence[Location] = ()) -> StorageConfig:
+    """Return the storage options of a recipe, or none, and which links are followed."""
+    options = StorageConfig() if recipe is None else recipe_of(recipe).storage
+    return replace(options, trusted=trusted_folders(follow_links))
 
 
-def open_inputs(recipe: RecipeLike, on_event: OnEvent = ignore) -> Inputs:
+def open_inputs(recipe: RecipeLike, on_event: OnEvent = ignore, follow_links: Sequence[Location] = ()) -> Inputs:
     """Return the opened checkpoints of a recipe."""
     on_event(Stage("opening checkpoints", unit="files"))
-    return Inputs.open(recipe_of(recipe), lambda file: on_event(Done(file)))
+    trusted = trusted_folders(follow_links)
+    inputs = Inputs.open(recipe_of(recipe), lambda file: on_event(Done(file)), trusted)
+    for store, checkpoint in zip(inputs.stores, inputs.checkpoints, strict=True):
+        for note in link_notes(store, checkpoint.files):
+            on_event(Note(note))
+    return inputs
 
 
 def open_merge(
-    subject: RecipeLike, merged: Location | None, recipe: RecipeLike | None, on_event: OnEvent = ignore
+    subject: RecipeLike,
+    merged: Location | None,
+    recipe: RecipeLike | None,
+    on_event: OnEvent = ignore,
+    follow_links: Sequence[Location] = (),
 ) -> "Merge":
     """Return what is to be audited: an output of stockflow, or what a recipe says, of a merge that may be there."""
     from stockflow.insight import audit as auditing
 
     if merged is None and isinstance(subject, str | os.PathLike) and is_output(os.fspath(subject)):
-        return auditing.open_output(os.fspath(subject), storage_of(recipe), on_event)
+        return auditing.open_output(os.fspath(subject), storage_of(recipe, follow_links), on_event)
     if recipe is not None:
         raise RecipeError(
             "recipe: this names whose storage options apply to an output of stockflow; here a recipe is audited, "
             "whose own apply. Leave it out"
         )
-    inputs = open_inputs(subject, on_event)
+    inputs = open_inputs(subject, on_event, follow_links)
     return auditing.open_recipe(inputs, None if merged is None else os.fspath(merged), on_event)
 
 

@@ -8,6 +8,7 @@ import typer
 from stockflow.cli.exits import exit_codes
 from stockflow.cli.options import (
     AsJson,
+    FollowLinks,
     LogFormat,
     LogFormatName,
     LogLevel,
@@ -41,6 +42,7 @@ def verify(
     ] = None,
     memory: Memory = None,
     recipe: StorageRecipe = None,
+    follow_links: FollowLinks = None,
     progress: Progress = ProgressName.auto,
     log_format: LogFormat = LogFormatName.text,
     log_level: LogLevel = LogLevelName.info,
@@ -66,6 +68,7 @@ def verify(
                 seed=seed,
                 memory=size_option("--memory", memory),
                 recipe=recipe,
+                follow_links=follow_links or (),
                 on_event=on_event,
             )
         if as_json:

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.options import AsJson, Memory, Progress, ProgressName, Quiet, StorageRecipe, followed, size_option
+from stockflow.cli.options import (
+    AsJson,
+    FollowLinks,
+    Memory,
+    Progress,
+    ProgressName,
+    Quiet,
+    StorageRecipe,
+    followed,
+    size_option,
+)
 from stockflow.errors import EXIT_DIFFERENT
 
 
@@ -15,6 +25,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="The other one; distances are relative to A.")],
     memory: Memory = None,
     recipe: StorageRecipe = None,
+    follow_links: FollowLinks = None,
     progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -29,7 +40,14 @@ def diff(
 
     with exit_codes():
         with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
-            found = api.diff(a, b, memory=size_option("--memory", memory), recipe=recipe, on_event=on_event)
+            found = api.diff(
+                a,
+                b,
+                memory=size_option("--memory", memory),
+                recipe=recipe,
+                follow_links=follow_links or (),
+                on_event=on_event,
+            )
         if as_json:
             print(json.dumps(found.facts(), indent=1))
         elif not quiet:

@@ -14,6 +14,7 @@ from stockflow.cli.options import (
     DeviceName,
     Executor,
     ExecutorName,
+    FollowLinks,
     GpusPerWorker,
     Memory,
     Progress,
@@ -44,6 +45,7 @@ def inspect(
     executor: Executor = None,
     gpus_per_worker: GpusPerWorker = 0.0,
     device: Device = DeviceName.auto,
+    follow_links: FollowLinks = None,
     progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -63,8 +65,8 @@ def inspect(
     with exit_codes():
         with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
-            inputs = api.open_inputs(recipe, on_event)
-            folder = open_out(out, inputs.recipe.storage)
+            inputs = api.open_inputs(recipe, on_event, follow_links or ())
+            folder = open_out(out, inputs.storage)
             options = _options(memory, workers, executor, device)
             found = inspecting.inspect(inputs, options, survey, on_event)
             if folder is not None:
@@ -99,6 +101,7 @@ def audit(
     executor: Executor = None,
     gpus_per_worker: GpusPerWorker = 0.0,
     device: Device = DeviceName.auto,
+    follow_links: FollowLinks = None,
     progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -119,7 +122,7 @@ def audit(
     with exit_codes():
         with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
-            merge = api.open_merge(subject, merged, recipe, on_event)
+            merge = api.open_merge(subject, merged, recipe, on_event, follow_links or ())
             folder = open_out(out, merge.storage)
             found = auditing.audit(merge, _options(memory, workers, executor, device), survey, on_event)
             if folder is not None:

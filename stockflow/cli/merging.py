@@ -8,6 +8,7 @@ from stockflow.cli.options import (
     Device,
     DeviceName,
     Executor,
+    FollowLinks,
     GpusPerWorker,
     Label,
     LogFormat,
@@ -46,6 +47,7 @@ def merge(
     shard_timeout: ShardTimeout = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    follow_links: FollowLinks = None,
     progress: Progress = ProgressName.auto,
     log_format: LogFormat = LogFormatName.text,
     log_level: LogLevel = LogLevelName.info,
@@ -80,6 +82,7 @@ def merge(
                 shard_timeout=shard_timeout,
                 device=device.value,
                 overwrite=overwrite,
+                follow_links=follow_links or (),
                 on_event=on_event,
             )
         if as_json:

@@ -100,6 +100,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the o
 StorageRecipe = Annotated[
     str | None, typer.Option("--recipe", help="Recipe whose storage options apply (endpoints, anonymous access).")
 ]
+FollowLinks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that links of weights may lead into; may be repeated. Otherwise links are followed inside a "
+        "checkpoint's folder and in the hub's cache.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Progress = Annotated[
     ProgressName,

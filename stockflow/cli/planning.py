@@ -1,6 +1,7 @@
 """``stockflow plan`` and ``stockflow calibrate``."""
 
 import json
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from stockflow.cli.options import (
     Device,
     DeviceName,
     Executor,
+    FollowLinks,
     Memory,
     OutputArgument,
     Overwrite,
@@ -81,6 +83,7 @@ def plan(
     prices: PriceFile = None,
     machine: Machine = None,
     transfer: Transfer = TransferName.same_region,
+    follow_links: FollowLinks = None,
     progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -112,6 +115,7 @@ def plan(
                 prices=prices,
                 machine=machine,
                 transfer=transfer.value,
+                follow_links=follow_links or (),
                 on_event=on_event,
             )
         if as_json:
@@ -126,6 +130,7 @@ def plan(
                 "--device": device.value if device is not DeviceName.auto else None,
             }
             given = [f" {name} {value}" for name, value in options.items() if value is not None]
+            given += [f" --follow-links {shlex.quote(folder)}" for folder in follow_links or ()]
             given += [" --overwrite"] if overwrite else []
             print(f"next: stockflow merge {redact(recipe)} {redact(output)}{''.join(given)}")
 

@@ -1,5 +1,6 @@
 """``stockflow submit``: a merge as a job of a Ray cluster."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from stockflow.cli.exits import exit_codes
 from stockflow.cli.options import (
     Device,
     DeviceName,
+    FollowLinks,
     GpusPerWorker,
     Label,
     LogFormat,
@@ -68,6 +70,7 @@ def submit(
     shard_timeout: ShardTimeout = None,
     device: Device = DeviceName.auto,
     overwrite: Overwrite = False,
+    follow_links: FollowLinks = None,
     log_format: LogFormat = LogFormatName.text,
     log_level: LogLevel = LogLevelName.info,
     metrics_port: MetricsPort = None,
@@ -86,6 +89,7 @@ def submit(
         size_option("--memory", memory), size_option("--shard-size", shard_size)
         labels = labels_option(label or ())
         check_gpus(device.value, gpus_per_worker)
+        trusted = [os.path.abspath(os.path.expanduser(folder)) for folder in follow_links or ()]
         options = [
             *_option("--memory", memory),
             *_option("--shard-size", shard_size),
@@ -95,12 +99,13 @@ def submit(
             *_option("--worker-timeout", worker_timeout),
             *_option("--shard-timeout", shard_timeout),
             *_option("--device", device.value if device is not DeviceName.auto else None),
+            *(word for folder in trusted for word in ("--follow-links", folder)),
             *(["--overwrite"] if overwrite else []),
             *_option("--log-format", log_format.value if log_format is not LogFormatName.text else None),
             *_option("--log-level", log_level.value if log_level is not LogLevelName.info else None),
             *_option("--metrics-port", metrics_port),
         ]
-        request = submission.make_request(recipe, output, options)
+        request = submission.make_request(recipe, output, options, trusted)
         from stockflow.run.executors.ray import RayOptions
         from stockflow.run.executors.ray.jobs import Jobs, may_be_a_tunnel
 

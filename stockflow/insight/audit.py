@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stockflow.checkpoints.naming import kind_of, layer_of
-from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
+from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
-from stockflow.events import Done, OnEvent, Stage, ignore
+from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.insight.examiner import EXTRAPOLATED, MERGE_NONFINITE, NONFINITE, correct_formula, look_at
 from stockflow.insight.inspection import Following, Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
@@ -106,14 +106,14 @@ def open_recipe(inputs: Inputs, location: str | None, on_event: OnEvent = ignore
         PlanError: the checkpoints do not fit together; the merge was made of another number of models.
         UserError: there is no checkpoint at ``location``, or it is malformed.
     """
-    store = None if location is None else _open(location, inputs.recipe.storage)
+    store = None if location is None else _open(location, inputs.storage)
     merged = None if store is None else _checkpoint(store, on_event)
     on_event(Stage("planning"))
     with collector_paused():
         plan = make_plan(inputs.recipe, inputs.checkpoints)
     _check_method(plan)
     if store is None:
-        return Merge(plan, inputs.recipe.storage)
+        return Merge(plan, inputs.storage)
     manifest = _manifest(store)
     if manifest is not None and len(manifest.inputs) != len(plan.checkpoints):
         raise PlanError(
@@ -125,7 +125,7 @@ def open_recipe(inputs: Inputs, location: str | None, on_event: OnEvent = ignore
         redact(ref.url) for ref in manifest.inputs
     ]:
         notes.append(f"{redact(store.url)} was merged from other places than the recipe names, as its manifest says")
-    return Merge(plan, inputs.recipe.storage, store.url, merged, tuple(notes))
+    return Merge(plan, inputs.storage, store.url, merged, tuple(notes))
 
 
 def open_output(output: str, config: StorageConfig, on_event: OnEvent = ignore) -> Merge:
@@ -152,6 +152,8 @@ def open_output(output: str, config: StorageConfig, on_event: OnEvent = ignore) 
     on_event(Stage("looking at the inputs", num_items=len(recorded.plan.checkpoints), unit="inputs"))
     changed = []
     for ref in recorded.plan.checkpoints:
+        for note in link_notes(open_store(ref.url, config), ref.files):
+            on_event(Note(note))
         changed += [str(finding) for finding in check_input(ref, config, ref.files.keys())]
         on_event(Done(redact(ref.url)))
     if changed:
@@ -172,6 +174,8 @@ def _open(location: str, config: StorageConfig) -> Store:
 
 def _checkpoint(store: Store, on_event: OnEvent) -> Checkpoint:
     (checkpoint,) = open_checkpoints([store], lambda file: on_event(Done(file)))
+    for note in link_notes(store, checkpoint.files):
+        on_event(Note(note))
     return checkpoint
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from stockflow.checkpoints.header import DTYPES, TensorSpec
-from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
+from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.course import MapSpans, Tools, swept
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.engine.units import Unit
-from stockflow.events import Done, Moved, OnEvent, Stage, ignore
+from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
 from stockflow.insight.difference import CheckpointDifference, TensorDifference, Unmatched
 from stockflow.insight.inspection import Survey, SurveyOptions
 from stockflow.kernels import comparison
@@ -82,6 +82,9 @@ def compare_checkpoints(
     on_event(Stage("opening checkpoints", unit="files"))
     stores = [open_store(pin_revision(location), config) for location in (location_a, location_b)]
     a, b = open_checkpoints(stores, lambda file: on_event(Done(file)))
+    for store, checkpoint in zip(stores, (a, b), strict=True):
+        for note in link_notes(store, checkpoint.files):
+            on_event(Note(note))
     pairs, unmatched = _matched(a, b)
     looks = [_look(a, b, *pair) for pair in pairs]
     num_bytes = sum(look.reading.num_bytes for look in looks)

@@ -284,7 +284,7 @@ def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_event: On
     looks = [subject.look for subject in subjects if subject.look]
     num_tuned = len(checkpoints) - 1
     packed_TQ = np.full((len(subjects), 1 + num_tuned * (num_tuned + 1) // 2), np.nan)
-    spec = SurveySpec(checkpoints, inputs.recipe.storage, options.memory_bytes, options.num_threads, options.device)
+    spec = SurveySpec(checkpoints, inputs.storage, options.memory_bytes, options.num_threads, options.device)
     following = Following(spec, looks, on_event)
     for number, row_Q in following.rows(survey(spec, looks, following.on_read)) if looks else ():
         packed_TQ[numbers[number]] = row_Q

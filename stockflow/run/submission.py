@@ -84,19 +84,20 @@ class Submitted:
     """False: it was at work already"""
 
 
-def make_request(recipe: str, output: str, options: Sequence[str] = ()) -> Request:
+def make_request(recipe: str, output: str, options: Sequence[str] = (), folders: Sequence[str] = ()) -> Request:
     """Return what to submit; nothing is contacted unless the recipe is on the web.
 
     Args:
         recipe: a file or ``-``, which is sent along; or a URL, which the cluster reads with its own credentials.
         output: folder or URL of the output.
         options: of ``stockflow merge``, as words.
+        folders: absolute ones that the options name, and every node must see.
 
     Raises:
         UserError: the recipe or the output cannot be; a folder is named in a way that means another one there.
     """
     where = open_store(output, StorageConfig(), writable=True).url
-    paths = [where] if "://" not in where else []
+    paths = [*([where] if "://" not in where else []), *folders]
     if "://" in recipe:
         words = ["stockflow", "merge", resolve_location(recipe), where, "--executor", "ray", *options]
         return Request(where, _script(words, ""), tuple(paths))

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.opening import INDEX_FILE, SINGLE_FILE
+from stockflow.checkpoints.opening import INDEX_FILE, SINGLE_FILE, link_notes
 from stockflow.errors import CheckpointError, NotFoundError, UserError
-from stockflow.events import Done, Moved, OnEvent, Stage, ignore
+from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
 from stockflow.output.manifest import MANIFEST_FILE, Manifest, plan_key, read_manifest, tensors_key
 from stockflow.planning.budget import gb
 from stockflow.planning.file import RecordedPlan
@@ -143,6 +143,7 @@ class _Verifier:
     def run(self, *, inputs: bool, sample: SampleOptions | None, on_event: OnEvent) -> Sampled | None:
         manifest, output, findings = self._manifest, self._output, self.findings
         num_bytes = sum(file.size for file in manifest.files.values())
+        self._say_links(on_event, with_inputs=inputs or sample is not None)
         on_event(Stage("verifying", total_bytes=num_bytes, num_items=len(manifest.files), unit="files"))
         self._check_files(on_event)
         on_event(Stage("checking the records"))
@@ -163,6 +164,17 @@ class _Verifier:
         if not sample or not recorded:
             return None
         return self._recompute(recorded, table, coefficients, chosen, sample, on_event)
+
+    def _say_links(self, on_event: OnEvent, *, with_inputs: bool) -> None:
+        """Tell where shards, and weights of the inputs if they are read, lie because links may lead there."""
+        if not self._config.trusted:
+            return
+        places = [(self._output.store, self._shards)]
+        if with_inputs:
+            places += [(open_store(ref.url, self._config), list(ref.files)) for ref in self._manifest.inputs]
+        for store, files in places:
+            for note in link_notes(store, files):
+                on_event(Note(note))
 
     def _check_files(self, on_event: OnEvent) -> None:
         """Hold size and digest of every published file against the manifest, the largest first."""

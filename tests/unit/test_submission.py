@@ -288,7 +288,7 @@ def test_folders_are_named_whatever_the_address(url: str, is_said: str, recipe: 
 def test_options_of_logs_are_the_jobs(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Sequence[str]] = []
 
-    def make(recipe: str, output: str, options: Sequence[str]) -> Request:
+    def make(recipe: str, output: str, options: Sequence[str], folders: Sequence[str]) -> Request:
         asked.append(options)
         raise RecipeError("enough")
 
