@@ -169,7 +169,7 @@ def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
     if not listing:
         return f"there is no checkpoint at {where}: the folder does not exist or is empty; {expected}"
     others = [name for name in listing if name.endswith(WEIGHT_SUFFIXES)]
-    found = f"it has {', '.join(others[:3])}" if others else f"it has {len(listing)} files but no weights"
+    found = f"it has {', '.join(map(shown, others[:3]))}" if others else f"it has {len(listing)} files but no weights"
     return f"there is no checkpoint at {where}: {expected}; {found}. Other formats must be converted first"
 
 

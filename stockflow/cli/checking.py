@@ -23,6 +23,7 @@ from stockflow.cli.options import (
     share_option,
     size_option,
 )
+from stockflow.cli.printing import say
 from stockflow.errors import EXIT_FINDINGS, RecipeError
 
 
@@ -74,7 +75,7 @@ def verify(
         if as_json:
             print(json.dumps(result.facts(), indent=1))
         elif result.findings or not quiet:
-            print(result)
+            say(result)
         if result.findings:
             raise typer.Exit(EXIT_FINDINGS)
 
@@ -110,4 +111,4 @@ def clean(
         if as_json:
             print(json.dumps(leftover_facts(leftovers, is_removed=yes), indent=1))
         elif not quiet:
-            print("\n".join(leftover_lines(leftovers, is_removed=yes)))
+            say("\n".join(leftover_lines(leftovers, is_removed=yes)))

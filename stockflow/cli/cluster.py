@@ -1,7 +1,6 @@
 """``stockflow status``: a merge that runs elsewhere."""
 
 import json
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +8,7 @@ import typer
 
 from stockflow.cli.exits import exit_codes
 from stockflow.cli.options import AsJson, OutputArgument, StorageRecipe
+from stockflow.cli.printing import say, tell
 from stockflow.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def status(
         store = open_store(output, storage_of(recipe))
         found = _await_begin(store) if watch else read_status(store)
         while watch and not found.is_over:
-            print(json.dumps(found.facts()) if as_json else status_line(found), flush=True)
+            say(json.dumps(found.facts()) if as_json else status_line(found), flush=True)
             time.sleep(interval)
             found = read_status(store)
         if as_json:
             print(json.dumps(found.facts(), indent=None if watch else 1))
         else:
-            print("\n".join(status_lines(found)))
+            say("\n".join(status_lines(found)))
         if watch and (code := exit_code(found)):
             raise typer.Exit(code)
 
@@ -65,6 +65,6 @@ def _await_begin(store: "Store") -> "Status":
             if time.monotonic() > deadline:
                 raise
         if not said:
-            print(f"no merge has begun there; waiting up to {BEGIN_S:.0f} s for one", file=sys.stderr, flush=True)
+            tell(f"no merge has begun there; waiting up to {BEGIN_S:.0f} s for one")
             said = True
         time.sleep(1.0)

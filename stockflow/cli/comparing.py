@@ -17,6 +17,7 @@ from stockflow.cli.options import (
     followed,
     size_option,
 )
+from stockflow.cli.printing import say
 from stockflow.errors import EXIT_DIFFERENT
 
 
@@ -51,6 +52,6 @@ def diff(
         if as_json:
             print(json.dumps(found.facts(), indent=1))
         elif not quiet:
-            print(found)
+            say(found)
         if not found.is_equal:
             raise typer.Exit(EXIT_DIFFERENT)

@@ -22,6 +22,7 @@ from stockflow.cli.options import (
     is_on_ray,
     merge_options,
 )
+from stockflow.cli.printing import say
 from stockflow.errors import EXIT_FINDINGS
 
 
@@ -61,7 +62,7 @@ def demo(
             facts = {"losses": result.losses, "findings": [str(finding) for finding in result.verification.findings]}
             print(json.dumps({**facts, "folder": str(where), "seconds": result.seconds}, indent=1))
         elif not quiet:
-            print(f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}")
-            print(f"next: stockflow inspect {where / 'model-stock.yaml'}")
+            say(f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}")
+            say(f"next: stockflow inspect {where / 'model-stock.yaml'}")
         if result.verification.findings:
             raise typer.Exit(EXIT_FINDINGS)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import typer
 
+from stockflow.cli.printing import tell
 from stockflow.errors import EXIT_BUG, EXIT_USER, StockflowError
 from stockflow.text.redaction import without_secrets
 
@@ -18,7 +19,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except StockflowError as error:
-        print(f"stockflow: {error}", file=sys.stderr)
+        tell(f"stockflow: {error}")
         raise typer.Exit(error.exit_code) from None
     except (typer.Exit, typer.Abort, KeyboardInterrupt):
         raise
@@ -26,6 +27,6 @@ def exit_codes() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_USER) from None
     except Exception:
-        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
-        print("stockflow: this is a bug in stockflow; please report the lines above", file=sys.stderr)
+        tell(without_secrets(traceback.format_exc()).rstrip("\n"))
+        tell("stockflow: this is a bug in stockflow; please report the lines above")
         raise typer.Exit(EXIT_BUG) from None

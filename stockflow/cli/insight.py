@@ -26,6 +26,7 @@ from stockflow.cli.options import (
     followed,
     size_option,
 )
+from stockflow.cli.printing import say
 
 if TYPE_CHECKING:
     from stockflow.insight.inspection import SurveyOptions
@@ -78,10 +79,10 @@ def inspect(
         if as_json:
             sys.stdout.writelines(inspecting.json_parts(found))
         elif not quiet:
-            print("\n".join(inspection_lines(found)))
+            say("\n".join(inspection_lines(found)))
             if out is not None:
-                print(f"rows of every tensor: {redact(out)}/inspect.parquet and inspect.json")
-            print(f"next: stockflow plan {redact(recipe)} OUTPUT says what the merge would take")
+                say(f"rows of every tensor: {redact(out)}/inspect.parquet and inspect.json")
+            say(f"next: stockflow plan {redact(recipe)} OUTPUT says what the merge would take")
 
 
 def audit(
@@ -134,11 +135,11 @@ def audit(
         if as_json:
             sys.stdout.writelines(auditing.json_parts(found))
         elif not quiet:
-            print("\n".join(audit_lines(found)))
+            say("\n".join(audit_lines(found)))
             if out is not None:
-                print(f"rows of every tensor: {redact(out)}/audit.parquet and audit.json")
+                say(f"rows of every tensor: {redact(out)}/audit.parquet and audit.json")
             if merge.merged and found.verdict.answer == "yes":
-                print(f"next: stockflow merge {redact(subject) if merged else 'RECIPE'} OUTPUT")
+                say(f"next: stockflow merge {redact(subject) if merged else 'RECIPE'} OUTPUT")
 
 
 def open_out(out: str | None, config: "StorageConfig") -> "Store | None":

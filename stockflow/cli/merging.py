@@ -32,6 +32,7 @@ from stockflow.cli.options import (
     measured,
     size_option,
 )
+from stockflow.cli.printing import say
 
 
 def merge(
@@ -88,4 +89,4 @@ def merge(
         if as_json:
             print(json.dumps(result.facts(), indent=1))
         elif not quiet:
-            print(result)
+            say(result)

@@ -27,6 +27,7 @@ from stockflow.cli.options import (
     followed,
     size_option,
 )
+from stockflow.cli.printing import say
 from stockflow.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def plan(
         if as_json:
             print(json.dumps(result.facts(), indent=1))
         elif not quiet:
-            print(result)
+            say(result)
             options = {
                 "--memory": memory,
                 "--shard-size": shard_size,
@@ -132,7 +133,7 @@ def plan(
             given = [f" {name} {value}" for name, value in options.items() if value is not None]
             given += [f" --follow-links {shlex.quote(folder)}" for folder in follow_links or ()]
             given += [" --overwrite"] if overwrite else []
-            print(f"next: stockflow merge {redact(recipe)} {redact(output)}{''.join(given)}")
+            say(f"next: stockflow merge {redact(recipe)} {redact(output)}{''.join(given)}")
 
 
 def calibrate(
@@ -173,12 +174,12 @@ def calibrate(
             print(found.to_json(), end="")
         elif not quiet:
             for place in found.places:
-                print(
+                say(
                     f"{redact(place.url)}: reads {place.read_rate / 1e9:.2f} GB/s, writes "
                     f"{place.write_rate / 1e9:.2f} GB/s, a small request {place.get_s * 1e3:.2g} ms"
                 )
-            print(f"note: {found.note}")
-            print(f"written to {path}, where `stockflow plan` finds it" if not out else f"written to {path}")
+            say(f"note: {found.note}")
+            say(f"written to {path}, where `stockflow plan` finds it" if not out else f"written to {path}")
 
 
 def _kept(found: "Calibration", path: Path) -> "Calibration":

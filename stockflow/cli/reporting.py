@@ -7,6 +7,7 @@ import typer
 
 from stockflow.cli.exits import exit_codes
 from stockflow.cli.options import AsJson, OutputArgument, Progress, ProgressName, Quiet, StorageRecipe, followed
+from stockflow.cli.printing import say, tell
 from stockflow.errors import EXIT_FINDINGS
 
 
@@ -39,10 +40,10 @@ def report(
         if as_json:
             print(json.dumps(found.facts(), indent=1))
         elif html is None and not quiet:
-            print(found)
+            say(found)
         elif not quiet:
-            print(f"report: {redact(html or '')}")
+            say(f"report: {redact(html or '')}")
         if found.findings:
             for finding in found.findings:
-                typer.echo(f"stockflow: {finding}", err=True)
+                tell(f"stockflow: {finding}")
             raise typer.Exit(EXIT_FINDINGS)

@@ -32,6 +32,7 @@ from stockflow.cli.options import (
     labels_option,
     size_option,
 )
+from stockflow.cli.printing import say, tell
 from stockflow.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _say_how_to_go_on(jobs: "Jobs", job_id: str, output: str) -> None:
 
 
 def _print(text: str) -> None:
-    print(text, end="", flush=True)
+    say(text, end="", flush=True)
 
 
 def _note(text: str) -> None:
@@ -208,4 +209,4 @@ def _note(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    tell(text)

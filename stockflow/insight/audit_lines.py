@@ -9,6 +9,7 @@ from stockflow.insight.formulas import WORDS
 from stockflow.insight.inspection_lines import grid, share
 from stockflow.planning.budget import gb
 from stockflow.storage import redact
+from stockflow.text.escaping import in_a_line
 
 MAX_WORST = 10
 MAX_REASONS = 6
@@ -92,7 +93,7 @@ def _num_flagged(found: Audit, flag: str) -> int:
 def _nonfinite(found: Audit) -> Iterator[str]:
     """Tensors without numbers, which no table has."""
     for flag, where in ((MERGE_NONFINITE, "in the merge, and in no model"), (NONFINITE, "in a model")):
-        names = [row["name"] for row in found.rows if flag in row["flags"]]
+        names = [in_a_line(row["name"]) for row in found.rows if flag in row["flags"]]
         if names:
             more = f" and {len(names) - MAX_NAMES:,} more (--json lists them)" if len(names) > MAX_NAMES else ""
             yield f"NaN or infinity {where}: {', '.join(names[:MAX_NAMES])}{more}"
@@ -105,7 +106,7 @@ def _implied(found: Audit) -> str:
         return ""
     row = max(unexplained, key=lambda row: row["num_elems"])
     weights = ", ".join(f"{weight:.3f}" for weight in row["implied_weights"])
-    return f" (the weights nearest to {row['name']} are {weights})"
+    return f" (the weights nearest to {in_a_line(row['name'])} are {weights})"
 
 
 def _of_recipe(found: Audit, decided: Verdict) -> Iterator[str]:
@@ -145,7 +146,7 @@ def _worst(rows: Sequence[Mapping[str, Any]], column: str, columns: Any, title: 
 
 def _merge_columns(row: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "tensor": row["name"],
+        "tensor": in_a_line(row["name"]),
         "t correct": number(row["ratio_correct"]),
         "t implied": number(row["implied_ratio"]),
         "off by": share(row["distance"]),
@@ -158,7 +159,7 @@ def _merge_columns(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _recipe_columns(row: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "tensor": row["name"],
+        "tensor": in_a_line(row["name"]),
         "t": number(row["ratio_correct"]),
         "old t": number(row["ratio_two_model"]),
         "off by": share(row["old_distance"]),
@@ -174,7 +175,7 @@ def _left_out(found: Audit) -> Iterator[str]:
     if reasons:
         yield ""
     for why, names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:MAX_REASONS]:
-        yield f"left out: {len(names)} tensors, {why} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        yield f"left out: {len(names)} tensors, {why} ({in_a_line(names[0])}{', ...' if len(names) > 1 else ''})"
     if len(reasons) > MAX_REASONS:
         yield f"left out for {len(reasons) - MAX_REASONS} more reasons (--json lists them)"
 

@@ -9,6 +9,7 @@ from stockflow.checkpoints.naming import KINDS, kind_of, layer_of
 from stockflow.planning.budget import gb
 from stockflow.storage import redact
 from stockflow.text import notebook
+from stockflow.text.escaping import in_a_line
 
 NUM_SHOWN = 20
 """Names and groups a summary lists."""
@@ -27,7 +28,9 @@ class Unmatched:
     shape_b: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.dtype_a} {list(self.shape_a)} against {self.dtype_b} {list(self.shape_b)}"
+        return (
+            f"{in_a_line(self.name)}: {self.dtype_a} {list(self.shape_a)} against {self.dtype_b} {list(self.shape_b)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +195,7 @@ class CheckpointDifference:
         yield ""
         yield f"  tensors, the relatively farthest first{_cut(num_differing, NUM_FARTHEST)}"
         for tensor in self.differing[:NUM_FARTHEST]:
-            yield f"    {tensor.name}: {in_words(tensor)}"
+            yield f"    {in_a_line(tensor.name)}: {in_words(tensor)}"
         yield f"next: stockflow diff {a} {b} --json lists every tensor"
 
     def __str__(self) -> str:
@@ -286,7 +289,7 @@ def _table(title: str, groups: Sequence[GroupDifference]) -> Iterator[str]:
     for group in shown_groups:
         share = 100.0 * group.num_differing / max(group.num_elems, 1)
         beyond = f"{100.0 * group.roundings[3] / sum(group.roundings):.3g} %" if sum(group.roundings) else "-"
-        largest = "-" if group.largest_in is None else f"{shown(group.largest_change)} in {group.largest_in}"
+        largest = "-" if group.largest_in is None else f"{shown(group.largest_change)} in {in_a_line(group.largest_in)}"
         yield (
             f"  {group.name:<{width}}  {group.num_differing_tensors:>4} of {group.num_tensors:<3}  {share:>7.3g} %  "
             f"{shown(group.relative_distance):>9}  {beyond:>13}  {largest}"
@@ -298,7 +301,7 @@ def _table(title: str, groups: Sequence[GroupDifference]) -> Iterator[str]:
 def _listed(title: str, names: Sequence[str]) -> Iterator[str]:
     if names:
         yield f"  {title}{_cut(len(names))}"
-        yield from (f"    {name}" for name in names[:NUM_SHOWN])
+        yield from (f"    {in_a_line(name)}" for name in names[:NUM_SHOWN])
 
 
 def _cut(number: int, most: int = NUM_SHOWN) -> str:

@@ -11,6 +11,7 @@ from stockflow.kernels.arrays import Floats
 from stockflow.methods.ratios import cosine_matrix
 from stockflow.planning.budget import gb
 from stockflow.storage import redact
+from stockflow.text.escaping import in_a_line
 
 MAX_LAYER_LINES = 40
 """More layers than this are shown several to a line."""
@@ -124,7 +125,7 @@ def _notable(inspection: Inspection) -> Iterator[str]:
             unchanged = set(inspection.flagged.get("unchanged", []))
             numbers = [number for number in numbers if number not in unchanged]
         if numbers:
-            names = ", ".join(inspection.subjects[number].name for number in numbers[:MAX_NAMED])
+            names = ", ".join(in_a_line(inspection.subjects[number].name) for number in numbers[:MAX_NAMED])
             more = f" and {len(numbers) - MAX_NAMED} more" if len(numbers) > MAX_NAMED else ""
             yield f"{len(numbers)} tensors {words} ({names}{more})"
     if inspection.num_tuned > 2:

@@ -9,13 +9,14 @@ from stockflow.output.receipts import TensorFacts
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
+from stockflow.text.escaping import code_block, code_cell
 from stockflow.version import __version__
 
 
 def model_card(recipe: Recipe, plan: MergePlan, rows: Sequence[TensorFacts]) -> str:
     """Return README.md of an output: front matter, inputs, recipe, and what the merge found."""
     inputs = "\n".join(
-        f"| {index} | `{redact(checkpoint.url)}` | {_role(recipe, index)} |"
+        f"| {index} | {code_cell(redact(checkpoint.url))} | {_role(recipe, index)} |"
         for index, checkpoint in enumerate(plan.checkpoints)
     )
     return f"""---
@@ -35,9 +36,7 @@ This checkpoint was made by stockflow {__version__}.
 
 ## Recipe
 
-```yaml
-{recipe.text.strip()}
-```
+{code_block(recipe.text.strip(), "yaml")}
 
 ## Summary
 

@@ -20,6 +20,7 @@ from stockflow.output.manifest import (
 )
 from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
+from stockflow.text.escaping import in_a_line
 
 _SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 """names of what a merge uploads in parts; everything else of an output is one small object"""
@@ -169,9 +170,9 @@ def leftover_lines(leftovers: Leftovers, *, is_removed: bool) -> Iterator[str]:
     )
     for piece in leftovers.half_written:
         kind = "temporary file" if piece.is_abandoned else "open upload"
-        yield f"  {kind:<14}  {piece.key} ({piece.name})"
+        yield f"  {kind:<14}  {in_a_line(piece.key)} ({in_a_line(piece.name)})"
     for key in leftovers.records:
-        yield f"  {'stale record':<14}  {key}"
+        yield f"  {'stale record':<14}  {in_a_line(key)}"
     for note in leftovers.notes:
         yield f"  {'note':<14}  {note}"
     if leftovers.num_finished_shards:

@@ -9,6 +9,7 @@ from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
+from stockflow.text.escaping import in_a_line
 from stockflow.text.strictjson import shown
 
 NUM_PROBLEMS_SHOWN = 20
@@ -180,7 +181,7 @@ def _all_problems(problems: Sequence[str]) -> str:
 def _notes(donor: Checkpoint, side_donor: Checkpoint, skipped: Sequence[str]) -> tuple[str, ...]:
     notes = []
     if skipped:
-        notes.append(f"{len(skipped)} tensors are left out by rules: {', '.join(skipped[:3])} ...")
+        notes.append(f"{len(skipped)} tensors are left out by rules: {', '.join(map(in_a_line, skipped[:3]))} ...")
     if donor.config is None:
         notes.append(f"{redact(donor.url)} has no config.json, so the output will have none")
     for key in side_donor.omitted_side_files:

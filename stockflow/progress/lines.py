@@ -10,6 +10,7 @@ from stockflow.errors import StockflowError, exit_code_of
 from stockflow.events import Event, Note, Stage
 from stockflow.progress.levels import LogLevel, heading, in_a_line, is_told
 from stockflow.progress.state import Snapshot, State, in_words
+from stockflow.text.escaping import printable
 from stockflow.text.redaction import without_secrets
 
 LINE_INTERVAL_S = 5.0
@@ -103,7 +104,7 @@ class PlainLines(Ticking):
     def _say(self, text: str) -> None:
         with self._lock:
             self._said = time.monotonic()
-            print(text, file=self._stream, flush=True)
+            print(printable(text), file=self._stream, flush=True)
 
 
 class JsonLines(Ticking):

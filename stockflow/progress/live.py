@@ -11,6 +11,7 @@ from stockflow.events import Event, Note
 from stockflow.planning.budget import gb
 from stockflow.progress.lines import Ticking
 from stockflow.progress.state import Lane, Snapshot, State, duration, in_words
+from stockflow.text.escaping import in_a_line, printable
 
 REFRESH_S = 0.2
 LONG_S = 2.0
@@ -61,7 +62,7 @@ class LiveDisplay(Ticking):
         if ended is not None and ended.elapsed_s >= LONG_S:
             self._console.print(_ended(ended), markup=False, highlight=False)
         if isinstance(event, Note):
-            self._console.print(f"note: {event.text}", markup=False, highlight=False)
+            self._console.print(f"note: {printable(event.text)}", markup=False, highlight=False)
 
     def tick(self) -> None:
         """Draw."""
@@ -91,7 +92,7 @@ def _lanes(now: Snapshot) -> Table:
     for _ in range(5):
         table.add_column(no_wrap=True, overflow="ellipsis")
     for lane in (lane for lane in now.lanes if lane.num_read or lane.num_written):
-        table.add_row(f"  {lane.worker or 'here'}", *_cells(lane, now))
+        table.add_row(Text(f"  {in_a_line(lane.worker) or 'here'}"), *_cells(lane, now))
     return table
 
 
@@ -100,7 +101,7 @@ def _cells(lane: Lane, now: Snapshot) -> list[Text]:
     moved = f"{gb(lane.num_read)} read" + (f", {gb(lane.num_written)} written" if lane.num_written else "")
     unit = now.stage.unit.removesuffix("s") if lane.num_done == 1 else now.stage.unit
     done = f"{lane.num_done:,} {unit}" if lane.num_done else ""
-    return [Text(moved), Text(f"{gb(rate)}/s"), Text(done), Text(lane.last_item, style="dim")]
+    return [Text(moved), Text(f"{gb(rate)}/s"), Text(done), Text(in_a_line(lane.last_item), style="dim")]
 
 
 def _ended(state: Snapshot) -> str:

@@ -11,6 +11,7 @@ from stockflow.output.manifest import RECORDS, read_claim, read_manifest, receip
 from stockflow.planning.budget import gb
 from stockflow.progress.file import InFlight, Progress, read_progress
 from stockflow.storage import Store, redact
+from stockflow.text.escaping import in_a_line
 
 State = Literal["finished", "running", "silent", "failed", "stopped", "dead"]
 
@@ -108,7 +109,7 @@ def status_line(status: Status) -> str:
     shards = f"{status.shards_done:,}" + ("" if status.shards is None else f"/{status.shards:,}")
     parts = [status.state, f"{shards} shards", size]
     if report is not None and not status.is_over:
-        parts += [f"{gb(report.bytes_per_s_lately)}/s", f"{len(report.in_flight)} in flight", report.stage]
+        parts += [f"{gb(report.bytes_per_s_lately)}/s", f"{len(report.in_flight)} in flight", in_a_line(report.stage)]
         parts += [] if report.seconds_left is None else [f"about {_duration(report.seconds_left)} left"]
     if status.seen_s_ago is not None:
         parts.append(f"seen {status.seen_s_ago:,.0f} s ago")
@@ -206,7 +207,7 @@ def _state_in_words(status: Status) -> str:
 
 def _workers(in_flight: Sequence[InFlight], now: float) -> Iterator[str]:
     for one in in_flight[:NUM_SHOWN]:
-        yield f"  {one.worker}: at {one.shard} for {_duration(max(now - one.since, 0.0))}"
+        yield f"  {in_a_line(one.worker)}: at {in_a_line(one.shard)} for {_duration(max(now - one.since, 0.0))}"
     if len(in_flight) > NUM_SHOWN:
         yield f"  ... and {len(in_flight) - NUM_SHOWN:,} more workers"
 

@@ -23,6 +23,7 @@ from stockflow.reports import palette, words
 from stockflow.reports.charts import MAX_ROWS, Geometry, Heatmap, Spread, relative_changes
 from stockflow.reports.course import MAX_LANES
 from stockflow.reports.report import Report
+from stockflow.text.escaping import printable
 from stockflow.text.redaction import without_secrets
 from stockflow.version import __version__
 
@@ -135,6 +136,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("stockflow.reports", "page"),
         autoescape=True,
+        finalize=_visible,  # before it is escaped
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -188,6 +190,11 @@ def _text(value: str) -> str:
     lines = value.splitlines()
     shown = [words.printable(line, MAX_RECIPE_WIDTH) for line in lines[:MAX_RECIPE_LINES]]
     return "\n".join(shown if len(lines) <= MAX_RECIPE_LINES else [*shown, "... (manifest.json has all of it)"])
+
+
+def _visible(value: Any) -> Any:
+    """Spell out what of a stranger's text would not be seen, or turns what is beside it around."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _breaking(name: str) -> Markup:

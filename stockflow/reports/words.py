@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from stockflow.reports.charts import Geometry
 from stockflow.reports.course import LATEST
 from stockflow.reports.report import Report
+from stockflow.text.escaping import in_a_line
 
 METHOD_NAMES = {
     "model_stock": "Model Stock",
@@ -21,8 +22,7 @@ NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "ei
 
 def printable(text: object, most: int = MAX_NAME) -> str:
     """Return a stranger's text as it is shown: one line, cut, without what is not printable, such as terminal codes."""
-    cut = str(text)[: most + 1]
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in cut)
+    shown = in_a_line(str(text)[: most + 1])
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 

@@ -195,6 +195,17 @@ MAX_NAME_BYTES = 255
 """of one segment, on local file systems"""
 
 
+def check_plain(name: str) -> str:
+    """Return a name, path or URL if it can be written into records and shown as it is.
+
+    Raises:
+        RecipeError: it holds control characters, turns the direction of text, or is no Unicode.
+    """
+    if _UNWRITABLE.search(name):
+        raise RecipeError(f"the name {shown(name)} holds control characters or is not Unicode; rename it")
+    return name
+
+
 @lru_cache(maxsize=4096)
 def check_key(key: str) -> str:
     """Return ``key`` if it stays inside a prefix and every store can hold it.
@@ -205,8 +216,7 @@ def check_key(key: str) -> str:
     parts = key.split("/")
     if not key or key.startswith("/") or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
         raise RecipeError(f"the name {shown(key)} leaves its folder; expected a plain relative path")
-    if _UNWRITABLE.search(key):
-        raise RecipeError(f"the name {shown(key)} holds control characters or is not Unicode; rename it")
+    check_plain(key)
     if len(key.encode()) > MAX_KEY_BYTES or max(len(part.encode()) for part in parts) > MAX_NAME_BYTES:
         raise RecipeError(
             f"the name {shown(key)} is too long; expected at most {MAX_NAME_BYTES} bytes, "

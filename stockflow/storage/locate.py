@@ -4,7 +4,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from stockflow.errors import RecipeError
-from stockflow.storage.base import StorageConfig, Store
+from stockflow.storage.base import StorageConfig, Store, check_plain
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials, redact
 
 OBJECT_SCHEMES = ("s3", "gs", "az")
@@ -19,8 +19,8 @@ def normalize_url(location: str) -> str:
     """Return an absolute URL or path for ``location``, without a trailing slash; ``file://`` becomes a path.
 
     Raises:
-        RecipeError: it carries credentials or a query; or an object's key would have empty or dot segments:
-            clients disagree on what it names.
+        RecipeError: it carries credentials, a query or control characters; or an object's key would have empty or dot
+            segments: clients disagree on what it names.
     """
     if not location:
         raise RecipeError("expected a folder or a URL, found an empty text")
@@ -31,9 +31,9 @@ def normalize_url(location: str) -> str:
         place = location.split("://", 1)[1].rstrip("/")
         if scheme in WRITABLE_SCHEMES and any(part in ("", ".", "..") for part in place.split("/")):
             raise RecipeError(f"{redact(location)} has an empty, `.` or `..` segment; write it without")
-        return f"{scheme}://{place}"
+        return check_plain(f"{scheme}://{place}")
     path = unquote(urlsplit(location).path) if "://" in location else location
-    return str(Path(path).expanduser().absolute().resolve())
+    return check_plain(str(Path(path).expanduser().absolute().resolve()))
 
 
 def _refuse_secrets(url: str) -> None:

@@ -3,6 +3,8 @@
 import html
 from collections.abc import Mapping, Sequence
 
+from stockflow.text.escaping import in_a_line, printable
+
 _TABLE = "border-collapse:collapse;margin:0.4em 0"
 _LEFT = "text-align:left;padding:0.15em 0.8em 0.15em 0;white-space:nowrap"
 _RIGHT = "text-align:right;padding:0.15em 0.8em;font-variant-numeric:tabular-nums"
@@ -10,7 +12,7 @@ _RIGHT = "text-align:right;padding:0.15em 0.8em;font-variant-numeric:tabular-num
 
 def block(title: str, *parts: str) -> str:
     """Return a titled block of finished HTML."""
-    return f"<div><strong>{html.escape(title)}</strong>{''.join(parts)}</div>"
+    return f"<div><strong>{html.escape(in_a_line(title))}</strong>{''.join(parts)}</div>"
 
 
 def facts(pairs: Mapping[str, object]) -> str:
@@ -41,7 +43,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def lines(text: str) -> str:
     """Return a text as it stands."""
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{html.escape(printable(text))}</pre>"
 
 
 def _cell(value: object) -> str:
@@ -51,4 +53,4 @@ def _cell(value: object) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else html.escape(in_a_line(value))

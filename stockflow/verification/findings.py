@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from stockflow.text.escaping import in_a_line
+
 MAX_PER_FILE = 50
 """A file that is wrong altogether is wrong in every line; so many of them are named."""
 MAX_FINDINGS = 5000
@@ -21,7 +23,7 @@ class Finding:
     def __str__(self) -> str:
         """Return the finding as one line, safe for a terminal: its words may be a stranger's."""
         line = "; ".join(line.strip() for line in f"{self.where}: {self.problem}".splitlines())
-        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+        line = in_a_line(line)
         return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 3]}..."
 
 
