@@ -15,6 +15,7 @@ from stockflow.checkpoints.header import PlacedTensor, TensorSpec, header_bytes,
 from stockflow.checkpoints.side_files import code_files, is_known
 from stockflow.errors import CheckpointError, NotFoundError, RecipeError
 from stockflow.storage import LocalStore, Stamp, Store, check_key, read_small, redact
+from stockflow.text.escaping import in_a_line
 from stockflow.text.strictjson import parse_text_json, shown
 
 SINGLE_FILE = "model.safetensors"
@@ -169,7 +170,9 @@ def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
     if not listing:
         return f"there is no checkpoint at {where}: the folder does not exist or is empty; {expected}"
     others = [name for name in listing if name.endswith(WEIGHT_SUFFIXES)]
-    found = f"it has {', '.join(map(shown, others[:3]))}" if others else f"it has {len(listing)} files but no weights"
+    found = (
+        f"it has {', '.join(map(in_a_line, others[:3]))}" if others else f"it has {len(listing)} files but no weights"
+    )
     return f"there is no checkpoint at {where}: {expected}; {found}. Other formats must be converted first"
 
 

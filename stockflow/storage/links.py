@@ -92,7 +92,7 @@ class Links:
         try:
             return _at(self._root, key, act)
         except OSError as error:
-            if error.errno not in _ON_A_LINK or isinstance(error, LinkError):
+            if error.errno not in _ON_A_LINK:
                 raise
             base, inner = self._resolved(key, error)
         try:
@@ -101,7 +101,10 @@ class Links:
             self._refuse(self._path(key), f"{base}/{inner}", "there is no such file; restore it, or remove the link")
         except OSError as error:
             if error.errno in _ON_A_LINK:
-                raise LinkError(f"{self._path(key)} is a link that changed while it was followed") from None
+                raise LinkError(
+                    f"{self._path(key)} lies behind a link that leads in a circle, or changed while it was followed; "
+                    "put the file itself there"
+                ) from None
             raise
 
     def _resolved(self, key: str, found: OSError) -> tuple[str, str]:

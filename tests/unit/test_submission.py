@@ -285,6 +285,30 @@ def test_folders_are_named_whatever_the_address(url: str, is_said: str, recipe: 
     assert note.endswith(", as they are here")
 
 
+def test_folders_that_links_may_lead_into_are_sent_along_and_named(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Request] = []
+
+    def make(*given: Any) -> Request:
+        made.append(make_request(*given))
+        return made[-1]
+
+    monkeypatch.setattr(submission, "make_request", make)
+    monkeypatch.chdir(tmp_path)
+    words = ["--follow-links", "store", "--follow-links", str(tmp_path / "other")]
+
+    result = CliRunner().invoke(
+        app, ["submit", str(recipe), str(tmp_path / "out"), "--address", f"127.0.0.1:{free_port()}", *words]
+    )
+
+    (request,) = made
+    absolute = [str(tmp_path / "store"), str(tmp_path / "other")]
+    assert f"--executor ray --follow-links {absolute[0]} --follow-links {absolute[1]} <<" in request.entrypoint
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert all(folder in note for folder in absolute)
+
+
 def test_options_of_logs_are_the_jobs(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Sequence[str]] = []
 
