@@ -11,6 +11,7 @@
     |  |- AccessDeniedError                 the credentials at hand may not do this
     |  |- LinkError                         a link in a folder leads where it is not followed, or nowhere
     |  |- InputChangedError                 an input is no longer what was planned
+    |  |- MissingLibraryError               an option needs a library that is not installed
     |  |- NumericsError                     NaN, infinity or a geometry without an answer
     |  `- OutputConflictError               the output prefix belongs to something else
     |- StorageError                     3   storage failed after retries: run again to resume
@@ -81,6 +82,10 @@ class LinkError(UserError):
 
 class InputChangedError(UserError):
     """An input is no longer the object the plan was made from."""
+
+
+class MissingLibraryError(UserError, ImportError):
+    """A library of an extra is not installed; the message has the command that installs it."""
 
 
 class NumericsError(UserError, ArithmeticError):

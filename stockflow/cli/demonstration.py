@@ -43,10 +43,12 @@ def demo(
     from pathlib import Path
 
     from stockflow.api import execute_on
-    from stockflow.demo.story import demo_tables, run_demo
     from stockflow.errors import OutputConflictError
+    from stockflow.extras import needs_torch
 
     with exit_codes():
+        with needs_torch("stockflow demo"):
+            from stockflow.demo.story import demo_tables, run_demo
         where = Path(folder or tempfile.mkdtemp(prefix="stockflow-demo-")).absolute()
         if where.exists() and not (where.is_dir() and (overwrite or not any(where.iterdir()))):
             raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo, or --overwrite")

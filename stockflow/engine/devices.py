@@ -2,11 +2,13 @@
 
 import ctypes
 import os
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 from stockflow.engine.cpu import HostArithmetic
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.errors import PlanError
+from stockflow.extras import needs_torch
 from stockflow.kernels.arrays import Bytes, Floats
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -40,13 +42,16 @@ class OpenDevice(Arithmetic, Protocol):
 def open_device(device: Device) -> OpenDevice:
     """Return the device to compute on: what torch sees decides, not what a scheduler says.
 
-    torch is asked only where a driver for its devices is loaded: importing it takes longer than a small merge.
+    torch is asked only where a driver for its devices is loaded: importing it takes longer than a small merge. Where
+    it is not installed it sees nothing.
 
     Raises:
+        MissingLibraryError: ``cuda`` is asked for and torch is not installed.
         PlanError: ``cuda`` is asked for and torch sees no CUDA device.
     """
-    if device == "cuda" or (device == "auto" and _has_driver()):
-        from stockflow.engine.cuda import CudaArithmetic, is_available
+    if device == "cuda" or (device == "auto" and _has_driver() and find_spec("torch")):
+        with needs_torch("--device cuda"):
+            from stockflow.engine.cuda import CudaArithmetic, is_available
 
         if is_available():
             return CudaArithmetic()
@@ -59,11 +64,13 @@ def check_gpu_is_seen(device: Device) -> None:
     """Refuse to compute on processors where a scheduler gave this process GPUs that are there, and torch sees none.
 
     Raises:
+        MissingLibraryError: torch is not even installed.
         PlanError: as it says.
     """
     if device != "auto" or not os.environ.get("CUDA_VISIBLE_DEVICES") or not _has_driver():
         return
-    from stockflow.engine.cuda import is_available
+    with needs_torch("a worker that is given GPUs"):
+        from stockflow.engine.cuda import is_available
 
     if not is_available():
         raise PlanError(

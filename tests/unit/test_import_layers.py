@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "storage",
         "methods",
         "kernels",
-        "text interruption",
+        "text interruption extras",
         "errors events ahead version",
     )
 )
