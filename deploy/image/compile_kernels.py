@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+import ml_dtypes
+import numpy as np
 import yaml
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from stockflow.cli import app
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 METHODS: dict[str, dict[str, object]] = {
     "model_stock": {},
     "linear": {"weight": 0.5},
@@ -38,12 +39,12 @@ def main() -> None:
 
 def write_recipes(folder: Path) -> Iterator[Path]:
     """Write checkpoints of two tensors and yield a recipe per method and precision."""
-    generator = torch.Generator().manual_seed(0)
+    random = np.random.default_rng(0)
     for name, dtype in DTYPES.items():
         for model in ("base", "tuned-1", "tuned-2"):
             tensors = {
-                "model.norm.weight": torch.randn(7, generator=generator, dtype=torch.float64).to(dtype),
-                "model.up_proj.weight": torch.randn(33, 65, generator=generator, dtype=torch.float64).to(dtype),
+                "model.norm.weight": random.standard_normal(7).astype(dtype),
+                "model.up_proj.weight": random.standard_normal((33, 65)).astype(dtype),
             }
             path = folder / f"{model}-{name}" / "model.safetensors"
             path.parent.mkdir()

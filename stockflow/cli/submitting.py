@@ -78,8 +78,9 @@ def submit(
 ) -> None:
     """Merge as RECIPE says in a Ray cluster, as a job, and publish the result at OUTPUT.
 
-    The cluster reads and writes with credentials of its own; none are sent. The job goes on when this command ends:
-    the same command again follows it, or resumes what it left. Ctrl-C asks whether to stop the job. A token comes from
+    The cluster has this version of stockflow in its image, for GPUs with the extra torch; nothing is installed. It
+    reads and writes with credentials of its own; none are sent. The job goes on when this command ends: the same
+    command again follows it, or resumes what it left. Ctrl-C asks whether to stop the job. A token comes from
     RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as everywhere in Ray.
     """
     from stockflow.run import submission

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from stockflow.errors import (
@@ -299,14 +300,19 @@ def _script(words: Sequence[str], recipe: str) -> str:
     while end in recipe.splitlines():
         end += "_"
     here = f" <<'{end}'\n{recipe.removesuffix(chr(10))}\n{end}\n" if recipe else ""
-    missing = f"stockflow: the head has no stockflow on its PATH; use an image with stockflow {__version__}"
-    other = f"submitted by stockflow {__version__}, and the head has $has; use an image with the same version"
+    wanted = f"stockflow[torch] {__version__}, for GPUs" if _on_gpus(words) else f"stockflow {__version__}"
+    missing = f"stockflow: the head has no stockflow on its PATH; use an image with {wanted}"
+    other = f"submitted by stockflow {__version__}, and the head has $has; use an image with {wanted}"
     return (
         f"command -v stockflow >/dev/null || {{ echo '{missing}' >&2; exit 2; }}\n"
         "has=$(stockflow --version)\n"
         f'[ "$has" = "stockflow {__version__}" ] || {{ echo "stockflow: {other}" >&2; exit 2; }}\n'
         f"exec {shlex.join(words)}{here}"
     )
+
+
+def _on_gpus(words: Sequence[str]) -> bool:
+    return "--gpus-per-worker" in words or ("--device", "cuda") in pairwise(words)
 
 
 def _local_inputs(recipe: Recipe) -> list[str]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import boto3
@@ -114,14 +115,26 @@ def test_the_image_is_tagged_by_what_is_in_it() -> None:
         assert tag in (DEPLOY / name).read_text(), name
 
 
-def test_torch_for_processors_has_a_tag_of_its_own() -> None:
+def test_an_image_without_torch_has_a_tag_of_its_own() -> None:
     """Or it would be what GPU nodes pull."""
     for name in ("Dockerfile", "README.md"):
         text = (DEPLOY / name).read_text().replace("\\\n", "").replace("#  ", "")
         builds = [line for line in text.splitlines() if "docker build" in line]
-        assert {"whl/cpu" in line for line in builds} == {True, False}, name
+        assert {"EXTRAS= " in line for line in builds} == {True, False}, name
         for line in builds:
-            assert ("whl/cpu" in line) == ("-py311-cpu " in line), line
+            assert ("EXTRAS= " in line) == ("-py311-cpu " in line), line
+
+
+@pytest.mark.parametrize(("extras", "has_torch"), [("torch", True), ("", False)])
+def test_the_image_installs_what_pyproject_names(extras: str, has_torch: bool) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+    printed = subprocess.check_output(
+        [sys.executable, DEPLOY / "image" / "requirements.py"], cwd=REPOSITORY, env={"EXTRAS": extras}, text=True
+    ).splitlines()
+
+    assert printed == project["dependencies"] + (project["optional-dependencies"]["torch"] if has_torch else [])
+    assert any(line.startswith("torch") for line in printed) == has_torch
 
 
 def test_the_image_tells_whether_it_works(instructions: dict[str, list[str]]) -> None:

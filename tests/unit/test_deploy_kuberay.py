@@ -107,6 +107,14 @@ def test_the_flat_sample_is_an_overlay_rendered() -> None:
     assert RENDERED["rayjob.yaml"] == RENDERED["gpu-ondemand"]
 
 
+@pytest.mark.parametrize("name", RENDERED)
+def test_workers_with_gpus_have_the_image_with_torch(name: str) -> None:
+    for group in RENDERED[name]["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        uses_gpus = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert uses_gpus != container["image"].endswith("-cpu")
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda folder: folder.name)
 def test_kubectl_renders_what_these_tests_look_at(overlay: Path) -> None:
     if shutil.which("kubectl") is None:

@@ -120,6 +120,14 @@ def test_an_image_without_this_stockflow_is_refused(
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("options", [["--gpus-per-worker", "1"], ["--device", "cuda", "--gpus-per-worker", "1"]])
+def test_a_merge_on_gpus_names_the_image_with_torch(options: list[str], recipe: Path, tmp_path: Path) -> None:
+    done = run_entrypoint(make_request(str(recipe), str(tmp_path / "out"), options), None, tmp_path)
+
+    assert done.returncode == 2
+    assert f"use an image with stockflow[torch] {__version__}, for GPUs\n" in done.stderr
+
+
 def test_a_recipe_at_a_url_is_read_by_the_cluster() -> None:
     request = make_request("s3://bucket/recipe.yaml", "s3://bucket/out", ["--overwrite"])
 
