@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser test-install bench-prediction
+.PHONY: help demo test lint types bench bench-peers bench-s3 bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser test-install test-pythons bench-prediction
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here (two minutes; installs torch and Ray first)"
@@ -20,6 +20,7 @@ help:
 	@echo "make cluster-demo  a Ray cluster of three nodes, a merge from S3 to S3, a node killed: told step by step"
 	@echo "make test-browser  the report's page in a headless chromium (Debian's, or one of playwright's)"
 	@echo "make test-install  a wheel in empty environments, without constraints, by today's pip and the oldest (package index)"
+	@echo "make test-pythons  merges, and the tests that need no torch, on Python 3.12 and 3.13 (package index)"
 	@echo "make image-test  build the container image and merge in it (root, buildah, debootstrap)"
 	@echo "make test-ceph   the storage contract on Ceph's gateway (Debian's packages)"
 	@echo "make bench       time and memory of merges against the I/O floor; docs/benchmarks.md"
@@ -87,6 +88,9 @@ $(VENV)/.installed-browser: $(VENV)/.installed-dev
 
 test-install: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m install -rPs $(ARGS)
+
+test-pythons: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m pythons -rPs $(ARGS)
 
 test-browser: $(VENV)/.installed-browser
 	$(BIN)/python -m pytest -m browser -rs $(ARGS)

@@ -1,12 +1,33 @@
 """Fixtures shared by all tests."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import boto3
 import pytest
 
 from tests.s3_server import moto_server, s3_credentials
+
+
+class _NeedsTorch(pytest.Module):
+    """A module of tests that is skipped where torch, an extra, is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            if "No module named 'torch'" in str(error):
+                pytest.skip("torch is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collect tests without torch as far as they go: `make test-pythons`."""
+    if find_spec("torch"):
+        return None
+    return _NeedsTorch.from_parent(parent, path=module_path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
