@@ -52,8 +52,8 @@ _HOMES = {
     "errors": (
         "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
         "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "LinkError",
-        "MissingLibraryError", "NotFoundError", "NumericsError", "OutputConflictError", "PlanError", "RecipeError", "StockflowError",
-        "StorageError", "UserError",
+        "MissingLibraryError", "NotFoundError", "NumericsError", "OutputConflictError", "PlanError", "RecipeError",
+        "StockflowError", "StorageError", "UserError",
     ),
     "events": ("Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage"),
     "insight.audit": ("Audit", "Verdict"),

@@ -227,7 +227,7 @@ def plan(
         shard_size: largest output shard; a 256th of the output, from 256 MB to 5 GB, if None.
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
-        device: auto takes a GPU if torch sees one.
+        device: auto takes a GPU if torch is installed and sees one.
         overwrite: whether a merge would replace what the output prefix holds.
         read_rate: network of one worker to the inputs' store, such as ``10Gbit/s``; as calibrated if None.
         write_rate: network of one worker to the output's store; as calibrated if None.
@@ -323,7 +323,7 @@ def merge(
         labels: Ray: workers go to nodes with these labels.
         worker_timeout: Ray: seconds within which a worker must come; 900 if None.
         shard_timeout: Ray: seconds after which a shard that is not done goes to another worker.
-        device: auto takes a GPU if torch sees one.
+        device: auto takes a GPU if torch is installed and sees one.
         overwrite: whether to replace what the output prefix holds.
         follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
@@ -363,7 +363,7 @@ def inspect(
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
         gpus_per_worker: Ray: a fraction lets several share one.
-        device: auto takes a GPU if torch sees one.
+        device: auto takes a GPU if torch is installed and sees one.
         follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 
@@ -404,7 +404,7 @@ def audit(
         workers: local: compute threads, one per core if None. Ray: worker processes.
         executor: where to read; ray if RAY_ADDRESS is set, else local, if None.
         gpus_per_worker: Ray: a fraction lets several share one.
-        device: auto takes a GPU if torch sees one.
+        device: auto takes a GPU if torch is installed and sees one.
         follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 

@@ -95,7 +95,7 @@ Label = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="Ray: workers go to nodes with this label; may be repeated."),
 ]
-Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch sees one.")]
+Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch is installed and sees one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output prefix holds.")]
 StorageRecipe = Annotated[
     str | None, typer.Option("--recipe", help="Recipe whose storage options apply (endpoints, anonymous access).")
