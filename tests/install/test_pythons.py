@@ -55,7 +55,7 @@ def test_another_python_merges_the_same_bytes(
 
 
 def test_what_needs_no_torch_is_tested_on_it(installed: Environment) -> None:
-    """Modules of tests that import torch are skipped, and say so."""
+    """Modules of tests that import torch are left out; the count shows that the rest was collected."""
     tests = [runs.REPOSITORY / "tests" / name for name in ("unit", "property", "contract")]
 
     said = installed.run(
@@ -66,4 +66,4 @@ def test_what_needs_no_torch_is_tested_on_it(installed: Environment) -> None:
     print(f"\n{said.splitlines()[-1]}")
     passed = re.search(r"(\d+) passed", said)
     assert passed
-    assert int(passed[1]) > 500, said
+    assert int(passed[1]) > 1000, said
