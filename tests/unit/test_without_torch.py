@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stockflow import MissingLibraryError, devices
+from stockflow import MissingLibraryError
+from stockflow.engine import devices
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 
