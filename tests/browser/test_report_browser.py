@@ -10,7 +10,8 @@ import pytest
 
 import stockflow
 from stockflow.reports.html import render
-from stockflow.reports.report import Report, palette
+from stockflow.reports import palette
+from stockflow.reports.report import Report
 from tests import runs
 from tests.report_outputs import write_varied_recipe
 

@@ -68,7 +68,7 @@ def gpu_node_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node whose driver is loaded: as far as one is needed to be told to install torch."""
     monkeypatch.setattr(devices, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "stockflow.cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "stockflow.engine.cuda", raising=False)
 
 
 @pytest.mark.usefixtures("gpu_node_without_torch")
