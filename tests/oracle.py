@@ -274,8 +274,8 @@ def ties(
 
     ``s`` keeps every element at least as large as the k-th largest, ``k = max(1, int(density * n))``; ``m_i``
     is true where ``a_i s(d_i)`` has the sign of the sum over models (zero counts as +, a zero element never
-    agrees); ``Z = sum_i m_i a_i``, or 1 where that is zero or without ``normalize``. Task vectors are rounded
-    to ``float_bits``, because which elements are kept depends on it; everything after that is float64.
+    agrees); ``Z = sum_i m_i a_i``, or 1 where that is zero or without ``normalize``. Magnitudes are ranked as
+    rounded to ``float_bits``, because which elements are kept depends on it; everything else is extended precision.
 
     Facts: ``kept_shares`` [1, N], and ``margin`` (shape of the tensor), the size of the vote relative to the
     sum of its parts: where it is near 0 but not 0, rounding in the product may elect the other sign.
@@ -283,8 +283,8 @@ def ties(
     working = np.float32 if float_bits == 32 else np.float64
     trimmed, shares = [], []
     for tensor, density in zip(tuned, densities, strict=True):
-        delta = (tensor.astype(working) - base.astype(working)).astype(np.float64)
-        kept = _largest(np.abs(delta), density)
+        delta = tensor.astype(np.longdouble) - base
+        kept = _largest(np.abs((tensor - base).astype(working)).astype(np.float64), density)
         trimmed.append(np.where(kept, delta, 0.0))
         shares.append(float(kept.mean()) if kept.size else 0.0)
     votes = [weight * delta for weight, delta in zip(weights, trimmed, strict=True)]

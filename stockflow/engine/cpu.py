@@ -1,21 +1,16 @@
 """The arithmetic of linear methods on the processor: spans of loaded pieces handed to compiled kernels."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.buffers import allocate
 from stockflow.engine.pieces import LoadedPiece
-from stockflow.kernels import linear
-from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.kernels import doubled, linear
+from stockflow.kernels.arrays import Bytes, Floats, Values
 from stockflow.kernels.floats import FORMATS, TILE, results_in
-from stockflow.planning.job import Reading
-
-
-def working_dtype(reading: Reading) -> npt.DTypeLike:
-    """Return float32 or float64, the precision in which a reading is computed."""
-    return np.float64 if reading.float_bits == 64 else np.float32
+from stockflow.planning.job import FloatBits
 
 
 class HostArithmetic:
@@ -29,14 +24,16 @@ class HostArithmetic:
         """Return memory to read into or to compute into."""
         return allocate(num_bytes)
 
-    def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
+    def gram(
+        self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True, float_bits: FloatBits = 64
+    ) -> Floats:
         """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M).
 
-        Those of w_0 with the task vectors are 0 unless ``with_anchor``.
+        Those of w_0 with the task vectors are 0 unless ``with_anchor``. Task vectors are rounded to ``float_bits``.
         """
-        num_elems, num_sources = span.stop - span.start, len(span.reading.operands)
+        num_elems, num_sources = span.stop - span.start, len(span.dtypes)
         products_GMM = np.empty((num_elems // group_elems, num_sources, num_sources))
-        tile_T: npt.NDArray[Any] = np.empty(TILE, working_dtype(span.reading))
+        tile_T: Values = np.empty(TILE, np.float64 if "F64" in span.dtypes else np.float32)
         linear.gram(
             span.slab,
             span.firsts_M,
@@ -44,27 +41,31 @@ class HostArithmetic:
             tile_T,
             np.uint64(group_elems),
             with_anchor,
+            float_bits == 32,
             products_GMM,
         )
         return products_GMM
 
-    def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, dtype: str, *, anchored: bool) -> bool:
-        """Write the weighted sum of a span into ``out``; return whether every result is finite.
+    def combine(self, span: LoadedPiece, weighted: Weighted, out: Bytes) -> bool:
+        """Write the weighted sum of a span, whole groups or a run within one, into ``out``.
 
-        Args:
-            span: whole groups, or a run within one.
-            weights_GM: per group of the span and non-anchor source if ``anchored``, else per source.
-            out: the bytes of the results.
-            dtype: their element type.
-            anchored: whether the sum is ``w_0 + sum_i c_i (w_i - w_0)``.
+        Returns:
+            Whether every result is finite.
         """
-        combine = linear.combine_anchored if anchored else linear.combine_plain
+        group_elems = np.uint64((span.stop - span.start) // len(weighted.weights_GM))
+        results = results_in(out, weighted.dtype)
+        if weighted.dtype == "F64":
+            weights_GM = np.ascontiguousarray(weighted.weights_GM)
+            return doubled.combine(
+                span.slab, span.firsts_M, span.formats_M, group_elems, weights_GM, weighted.anchored, results
+            )
+        combine = linear.combine_anchored if weighted.anchored else linear.combine_plain
         return combine(
             span.slab,
             span.firsts_M,
             span.formats_M,
-            np.uint64((span.stop - span.start) // len(weights_GM)),
-            np.ascontiguousarray(weights_GM, working_dtype(span.reading)),
-            results_in(out, dtype),
-            FORMATS[dtype],
+            group_elems,
+            np.ascontiguousarray(weighted.weights_GM, f"f{weighted.float_bits // 8}"),
+            results,
+            FORMATS[weighted.dtype],
         )

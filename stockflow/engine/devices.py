@@ -5,23 +5,13 @@ import os
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
+from stockflow.engine.arithmetic import Arithmetic
 from stockflow.engine.cpu import HostArithmetic
-from stockflow.engine.pieces import LoadedPiece
 from stockflow.errors import PlanError
 from stockflow.extras import needs_torch
-from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.kernels.arrays import Bytes
 
 Device = Literal["auto", "cpu", "cuda"]
-
-
-class Arithmetic(Protocol):
-    """Where linear methods are computed; every method may be called from several threads."""
-
-    def gram(self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True) -> Floats:
-        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M)."""
-
-    def combine(self, span: LoadedPiece, weights_GM: Floats, out: Bytes, dtype: str, *, anchored: bool) -> bool:
-        """Write the weighted sum of a span into ``out``; return whether every result is finite."""
 
 
 class OpenDevice(Arithmetic, Protocol):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stockflow.checkpoints.header import DTYPES
+from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures.course import MapSpans, Tools, swept
 from stockflow.engine.procedures.linear import GramSweep
@@ -39,7 +40,7 @@ from stockflow.kernels.roundings import (
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import Geometry, finite
-from stockflow.planning.job import Operand, Reading, TensorJob, float_bits_of
+from stockflow.planning.job import FloatBits, Operand, Reading, TensorJob
 
 NONFINITE, MERGE_NONFINITE = "nonfinite", "nonfinite_merge"
 """Flags: NaN or infinity in a model; in the merge, and in no model."""
@@ -179,9 +180,13 @@ class AuditExaminer:
         shown = len(look.reading.operands) - 1 if self.has_merged else 0
         dtype = look.reading.dtypes[shown]
         steps = StepsSweep(shown, dtype, squared_steps(dtype, rounded_to(look)))
-        gram = GramSweep(unit, tools, refuses=False)
+        gram = GramSweep(unit, tools, refuses=False, float_bits=self._float_bits(look))
         total_GMM, total_steps = swept(unit, [gram, steps], map_spans, last=not self.has_merged)
         return total_GMM, total_steps
+
+    def _float_bits(self, look: Look) -> FloatBits:
+        """What is held against results is computed finer than these; else it is what a merge computes."""
+        return 64 if self.has_merged else planned_of(look).result.working_bits
 
     def _tally_models(self, tally: Tally, models: Gram, correct: int, ratios_KG: Floats) -> None:
         mean_G = _mean_squared(models)
@@ -261,7 +266,7 @@ class AuditExaminer:
             last = -(-(loaded.stop - unit.start) // group_elems)
             for result, k in zip(results_CB, candidates, strict=True):
                 weights_GN = np.repeat((ratios_KG[k, first:last] / num_tuned)[:, None], num_tuned, axis=1)
-                tools.arithmetic.combine(models, weights_GN, result, dtype, anchored=True)
+                tools.arithmetic.combine(models, Weighted(weights_GN, True, dtype, 64), result)
             count_roundings(patterns_in(merged, dtype), patterns_in(results_CB, dtype), *counts)
             return counts
 
@@ -340,9 +345,7 @@ def look_at(planned: TensorJob, merged: Operand | None) -> Look:
     """Return the look at a planned tensor's models, and at what a merge made of them where there is one."""
     reading = planned.reading
     operands = reading.operands if merged is None else (*reading.operands, merged)
-    dtype = planned.output.dtype if merged is None else merged.decode.dtype
-    bits = float_bits_of([dtype, *(operand.decode.dtype for operand in operands)])
-    return Look(replace(reading, operands=operands, float_bits=bits), AuditExaminer(merged is not None), planned)
+    return Look(replace(reading, operands=operands, float_bits=64), AuditExaminer(merged is not None), planned)
 
 
 def rounded_to(look: Look) -> str:

@@ -108,8 +108,8 @@ class GramExaminer:
 
     def examine(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> Floats:
         """Return the Gram of a tensor as one packed row."""
-        del look
-        (total_GMM,) = swept(unit, [GramSweep(unit, tools, refuses=False)], map_spans, last=True)
+        bits = look.planned.result.working_bits if look.planned else 64
+        (total_GMM,) = swept(unit, [GramSweep(unit, tools, refuses=False, float_bits=bits)], map_spans, last=True)
         row_Q: Floats = packed(Gram(total_GMM))[0]
         return row_Q
 

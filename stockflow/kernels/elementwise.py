@@ -12,7 +12,7 @@ from stockflow.kernels.jit import jit
 
 @jit
 def load_task_vectors(slab: Slab, firsts_M: Unsigned, formats_M: Unsigned, base_E: Values, deltas_NE: Values) -> None:
-    """Fill ``base_E`` with w_0 and ``deltas_NE`` with ``w_i - w_0``, in working precision."""
+    """Fill ``base_E`` with w_0 and ``deltas_NE`` with ``w_i - w_0``, in the precision of these."""
     bits = np.empty(TILE, np.uint32)
     floats = bits.view(np.float32)
     num_elems = np.uint64(len(base_E))
@@ -30,7 +30,7 @@ def load_task_vectors(slab: Slab, firsts_M: Unsigned, formats_M: Unsigned, base_
 
 
 def patterns(values: Values) -> Patterns:
-    """Return the bits of working precision as integers; without its sign bit a pattern sorts like the magnitude."""
+    """Return the bits of floats as integers; without its sign bit a pattern sorts like the magnitude."""
     return values.view(np.uint32 if values.itemsize == 4 else np.uint64)
 
 
@@ -59,24 +59,21 @@ def count_digits(
 
 
 @jit
-def keep_at_least(deltas_NE: Values, patterns_NE: Patterns, thresholds_N: Unsigned) -> None:
+def keep_at_least(deltas_NE: Values, thresholds_N: Values) -> None:
     """Multiply what is smaller than the least magnitude that is kept by zero, so that NaN stays NaN.
 
     Args:
         deltas_NE: the task vectors; changed.
-        patterns_NE: their bits, the same memory.
-        thresholds_N: bits of the least magnitude that is kept, per model; more than any has if none is.
+        thresholds_N: per model the least magnitude that is kept, NaN to keep none; magnitudes are rounded to the
+            precision that they were ranked in, which is that of the thresholds.
     """
     zero, one = deltas_NE.dtype.type(0.0), deltas_NE.dtype.type(1.0)
-    mask = patterns_NE.dtype.type((np.uint64(1) << np.uint64(8 * patterns_NE.itemsize - 1)) - np.uint64(1))
     for n in range(len(deltas_NE)):
-        delta, pattern = deltas_NE[n], patterns_NE[n]
-        is_any_kept, least = thresholds_N[n] <= mask, patterns_NE.dtype.type(thresholds_N[n])
+        delta, least = deltas_NE[n], thresholds_N[n]
         if least == 0:
             continue
         for k in range(np.uint64(len(delta))):
-            is_kept = (pattern[k] & mask) >= least and is_any_kept
-            delta[k] *= one if is_kept else zero
+            delta[k] *= one if abs(thresholds_N.dtype.type(delta[k])) >= least else zero
 
 
 @jit

@@ -26,23 +26,25 @@ def gram(
     tile_T: Values,
     group_elems: Index,
     with_anchor: bool,
+    is_rounded: bool,
     products_GMM: Floats,
 ) -> None:
     """Fill ``products_GMM`` with the products of [w_0, d_1 .. d_N], ``d_i = w_i - w_0``, per group of the span.
 
-    Task vectors are rounded to working precision; products and sums are float64, so that nothing under- or
-    overflows before the norms themselves do. Element k of a group belongs to partial sum ``k % 16``, added in index
-    order: the result depends neither on the processor nor on the order of the models. Non-finite sources give
-    non-finite products.
+    Task vectors are differences in float64, or rounded to float32; products and sums are float64, so that nothing
+    under- or overflows before the norms themselves do. Element k of a group belongs to partial sum ``k % 16``, added
+    in index order: the result depends neither on the processor nor on the order of the models. Non-finite sources
+    give non-finite products.
 
     Args:
         slab: holds the sources.
         firsts_M: where each source's part of the span begins, in its elements.
         formats_M: format of each source.
-        tile_T: a tile of the working precision; overwritten.
+        tile_T: a tile of float32, or of float64 if a source is F64; overwritten.
         group_elems: elements per group.
         with_anchor: whether the products of w_0 with the task vectors are wanted; without them they are 0, and
             five sources take a seventh less time.
+        is_rounded: whether task vectors are rounded to the tile's precision.
         products_GMM: receives the products.
     """
     num_sources = len(firsts_M)
@@ -59,10 +61,10 @@ def gram(
             widen(slab, firsts_M[0] + start, count, formats_M[0], bits, floats, anchor)
             if count < np.uint64(TILE):
                 anchor[count:] = wide[count:] = nothing[count:]
-            _cut(anchor, nothing, runs_RMK, 0)
+            _cut(anchor, nothing, False, runs_RMK, 0)
             for m in range(1, num_sources):
                 widen(slab, firsts_M[m] + start, count, formats_M[m], bits, floats, wide)
-                _cut(wide, anchor, runs_RMK, m)
+                _cut(wide, anchor, is_rounded, runs_RMK, m)
             for r in range((count + np.uint64(RUN - 1)) // np.uint64(RUN)):
                 _add_products(runs_RMK[r], with_anchor, sums_MML)
             start += count
@@ -76,12 +78,16 @@ def gram(
 
 
 @jit
-def _cut(values: Values, origin: Values, runs_RMK: Values, m: int) -> None:
+def _cut(values: Values, origin: Values, is_rounded: bool, runs_RMK: Values, m: int) -> None:
     """Lay ``values - origin`` of a whole tile out as runs of source ``m``, in float64."""
     for r in range(np.uint64(TILE // RUN)):
         run, first = runs_RMK[r, m], r * np.uint64(RUN)
-        for k in range(np.uint64(RUN)):
-            run[k] = values[first + k] - origin[first + k]
+        if is_rounded:
+            for k in range(np.uint64(RUN)):
+                run[k] = values[first + k] - origin[first + k]
+        else:
+            for k in range(np.uint64(RUN)):
+                run[k] = np.float64(values[first + k]) - np.float64(origin[first + k])
 
 
 @jit

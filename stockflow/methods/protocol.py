@@ -90,7 +90,7 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A run of elements of one tensor, widened to the working precision (float32, or float64 for F64)."""
+    """A run of elements of one tensor, widened: to ``float_bits`` in statistics, to working precision in the update."""
 
     name: str
     start: int
@@ -100,6 +100,8 @@ class Block:
     base_E: "Values"
     deltas_NE: "Values"
     """task vectors ``w_i - w_0``; owned by the callee, which may overwrite them"""
+    lows_NE: "Values | None" = None
+    """what rounding took from them; only for the update of F64 results"""
 
 
 class Statistic(Protocol):
@@ -123,7 +125,10 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The decision of an elementwise method: ``out = w_0 + change(block)``."""
+    """The decision of an elementwise method: ``out = w_0 + change(block)``.
+
+    The change has the shape (E,), or (2, E), high parts and low parts of float64, where the block has ``lows_NE``.
+    """
 
     change: Callable[[Block], "Values"]
     facts: Mapping[str, float] = field(default_factory=dict)
@@ -140,7 +145,7 @@ class UnitContext:
     num_tuned: int
     num_elems: int
     float_bits: Literal[32, 64]
-    """width of the working precision"""
+    """width of the precision that magnitudes are ranked in"""
 
 
 BaseUse = Literal["required", "optional"]

@@ -1,5 +1,6 @@
 """TIES: keep the largest changes of each model, elect a sign per element, average what agrees with it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stockflow.kernels.arrays import Counts
+from stockflow.methods import sparse
 from stockflow.methods.protocol import (
     Block,
     Parameter,
@@ -96,18 +98,12 @@ def ties(context: UnitContext, parameters: Parameters) -> Rounds:
             kept[model] += above if shift else int(at_least[digit])
     selections = [_Selection(*chosen, context.num_elems) for chosen in zip(densities, prefixes, kept, strict=True)]
     weights, scale, normalize = parameters.each("weight"), parameters.number("lambda"), parameters.flag("normalize")
-    thresholds_N = np.array([selection.least_bits for selection in selections], np.uint64)
+    ranked_in = np.float32 if context.float_bits == 32 else np.float64
+    thresholds_N = np.array([selection.least(ranked_in) for selection in selections], ranked_in)
 
     def change(block: Block) -> "Values":
-        from stockflow.kernels.elementwise import consensus, keep_at_least, patterns
-
-        deltas_NE, update_E = block.deltas_NE, np.empty_like(block.base_E)
-        keep_at_least(deltas_NE, patterns(deltas_NE), thresholds_N)
-        weights_N, divisor, factor = (
-            np.array(each, deltas_NE.dtype) for each in (weights, [0.0 if normalize else 1.0], [scale])
-        )
-        consensus(deltas_NE, weights_N, True, divisor, factor, update_E)
-        return update_E
+        sparse.keep_at_least(block, thresholds_N)
+        return sparse.consensus(block, weights, elect=True, divisor=0.0 if normalize else 1.0, factor=scale)
 
     return Update(change, facts={f"kept_share_{i}": chosen.share for i, chosen in enumerate(selections, 1)})
 
@@ -128,9 +124,9 @@ class _Selection:
             return 0.0
         return 1.0 if self.density >= 1.0 else self.num_at_least / self.num_elems
 
-    @property
-    def least_bits(self) -> int:
-        """Bits of the least magnitude that is kept; more than any magnitude has if none is."""
+    def least(self, ranked_in: type[np.float32] | type[np.float64]) -> float:
+        """Return the least magnitude that is kept, NaN if none is."""
         if self.density <= 0.0:
-            return 2**64 - 1
-        return 0 if self.density >= 1.0 else self.threshold_bits
+            return math.nan
+        bits = np.array([self.threshold_bits], np.uint32 if ranked_in is np.float32 else np.uint64)
+        return 0.0 if self.density >= 1.0 else float(bits.view(ranked_in)[0])

@@ -1,12 +1,12 @@
-"""Which inputs are no longer what an earlier plan was made from: a run that would resume it must say so."""
+"""What sets an earlier plan apart from one that would resume it: changed inputs, other numerics. A run must say so."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from stockflow.errors import InterruptedRunError, StockflowError
 from stockflow.output.manifest import plan_key
 from stockflow.output.sealed import check_num_values
-from stockflow.planning.file import MAX_PLAN_BYTES, MAX_PLAN_VALUES, decode_plan
-from stockflow.planning.plan import CheckpointRef
+from stockflow.planning.file import MAX_PLAN_BYTES, MAX_PLAN_VALUES, RecordedPlan, decode_plan
+from stockflow.planning.plan import NUMERICS, CheckpointRef
 from stockflow.storage import Stamp, Store, read_small, redact
 
 _MAX_NAMED = 3
@@ -20,16 +20,16 @@ def states(checkpoints: Iterable[CheckpointRef]) -> States:
     return {redact(checkpoint.url): checkpoint.files for checkpoint in checkpoints}
 
 
-def planned_states(store: Store, plan_id: str) -> States:
-    """Return the states that a plan recorded in an output was made from; nothing if it cannot be read."""
+def earlier_plan(store: Store, plan_id: str) -> RecordedPlan | None:
+    """Return a plan recorded in an output, None if it cannot be read."""
     try:
         payload = read_small(store, plan_key(plan_id), max_bytes=MAX_PLAN_BYTES)
         check_num_values(payload, MAX_PLAN_VALUES, plan_key(plan_id))
-        return states(decode_plan(payload, plan_key(plan_id)).plan.checkpoints)
+        return decode_plan(payload, plan_key(plan_id))
     except InterruptedRunError:
         raise
     except StockflowError:
-        return {}
+        return None
 
 
 def since_then(earlier: States, now: States) -> str:
@@ -41,6 +41,13 @@ def since_then(earlier: States, now: States) -> str:
         if now.get(url, {}).get(file, before) != before
     ]
     return f"; since then {_listed(changed)}" if changed else ""
+
+
+def other_numerics(earlier: int) -> str:
+    """Return the end of a message: that the earlier plan rounds otherwise."""
+    if earlier == NUMERICS:
+        return ""
+    return f"; it was made with numerics {earlier}, this version of stockflow has {NUMERICS} and gives other bytes"
 
 
 def _listed(changed: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from stockflow.errors import (
     OutputConflictError,
 )
 from stockflow.interruption import pause
-from stockflow.output.changes import planned_states, since_then, states
+from stockflow.output.changes import earlier_plan, other_numerics, since_then, states
 from stockflow.output.claims import agreed_numerics, is_anyone_else_alive, last_seen
 from stockflow.output.manifest import (
     CLAIM_FILE,
@@ -62,6 +62,7 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
             if manifest.plan_id == plan.plan_id:
                 return Occupancy(finished=manifest)
             changed = since_then(states(manifest.inputs), states(plan.checkpoints))
+            changed += other_numerics(manifest.numerics)
             return Occupancy(
                 conflict=f"{where} holds the finished output of another plan{_ids(manifest, plan)}{changed}"
             )
@@ -70,7 +71,9 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
             if claim.plan_id == plan.plan_id:
                 return Occupancy(is_ours=True)
             age = max(time.time() - last_seen(store), 0.0)
-            changed = since_then(planned_states(store, claim.plan_id), states(plan.checkpoints))
+            earlier = earlier_plan(store, claim.plan_id)
+            changed = since_then(states(earlier.plan.checkpoints), states(plan.checkpoints)) if earlier else ""
+            changed += other_numerics(earlier.numerics) if earlier else ""
             return Occupancy(
                 conflict=f"{where} is claimed by an unfinished run of another plan{_ids(claim, plan)}, "
                 f"last seen {age:,.0f} s ago{changed}"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 import stockflow
-from stockflow.reports.html import render
 from stockflow.reports import palette
+from stockflow.reports.html import render
 from stockflow.reports.report import Report
 from tests import runs
 from tests.report_outputs import write_varied_recipe

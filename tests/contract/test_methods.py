@@ -72,7 +72,7 @@ def test_its_file_never_imports_torch(method: Method) -> None:
     assert not any((name or "").split(".")[0] == "torch" for name in imported)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_memory_and_threads_change_no_byte(method: Method, dtype: torch.dtype, tmp_path: Path) -> None:
     family = checkpoints.make_family(tmp_path, num_tuned(method), SHAPES, dtype)
     recipe = recipe_for(method, family, tmp_path)

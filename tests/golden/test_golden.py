@@ -91,19 +91,19 @@ GOLDEN = {
     ),
     "linear in F32, not normalized": Golden(
         "linear",
-        "074f308d5899c9f5621995781ffa7d2828003510ad9ce2d68833b4594c27c589",
+        "0df78cdc359f22556317bda4beef56aa87d3d9f7310ec7ee4db00ff0728c5fcf",
         dtype=F32,
         asked={"per_model": {"weight": [0.31, 0.72, -0.44]}, "parameters": {"normalize": False}},
     ),
     "task_arithmetic in F32": Golden(
         "task_arithmetic",
-        "f8afcc20348f7bbdf5cbaf042ddfe692fb853b7f474f3bda2d8adca7e183e3cd",
+        "eaaf2f9f21fd4f37c92ae0e6929cd44ba04e1d97f92d5412b2dc3c2a19e0ae31",
         dtype=F32,
         asked={"per_model": {"weight": [0.31, 0.72, -0.44]}, "parameters": {"lambda": 0.7}},
     ),
     "task_arithmetic in F64": Golden(
         "task_arithmetic",
-        "3d9e909d2d2b3f434aa48285dc80e4a6de3b3eaca2331a8897ba83df1af1a259",
+        "82e5fdd106a98ac385b4e3197fffb23e7618e53ccd9b208d6413a833fd6790a1",
         dtype=torch.float64,
         asked={"per_model": {"weight": [0.31, 0.72, -0.44]}},
     ),
@@ -114,9 +114,37 @@ GOLDEN = {
         drawn={"delta_scale": 0.03},
         asked={"parameters": {"t": 0.37}},
     ),
+    "model_stock in F32": Golden(
+        "model_stock",
+        "46f414ddbda8070de386dedcdf2832f2c3a873e26de2e46f55c0358a520a1274",
+        dtype=F32,
+    ),
+    "model_stock in F64": Golden(
+        "model_stock",
+        "9eeac12c940e65ce87809d0a51f1e061d27b80fd5013607651f1e6b0e6181fdf",
+        dtype=torch.float64,
+    ),
+    "model_stock, F32 to F16": Golden(
+        "model_stock",
+        "4764d53765c41977b99b11893c37c53b8b2bde6faeded12ee61519ded5136247",
+        dtype=F32,
+        asked={"dtype": "float16"},
+    ),
     "ties": Golden(
         "ties",
         "69bac2d9ecf5ce8d893d42f97f4e44eea4d85fd1c6cb34dc5b3ae764e350ae4f",
+        asked={"per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]}},
+    ),
+    "ties in F32": Golden(
+        "ties",
+        "f5896dc99d31c223deb7e70b450b144a0d1c3bef729ef85f5b7a155084c000d0",
+        dtype=F32,
+        asked={"per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]}},
+    ),
+    "ties in F64": Golden(
+        "ties",
+        "bf84b94e7834f236bbc3b20dfbc036f1c73f67c8b122e6b70bc2db2212e1eeca",
+        dtype=torch.float64,
         asked={"per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]}},
     ),
 }
@@ -136,14 +164,14 @@ def merge_one(name: str, folder: Path) -> tuple[str, str]:
 def test_the_bytes_of_a_merge_do_not_change(name: str, tmp_path: Path) -> None:
     numerics_class, digest = merge_one(name, tmp_path)
 
-    assert (numerics_class, NUMERICS, digest) == ("cpu", 2, GOLDEN[name].sha256)
+    assert (numerics_class, NUMERICS, digest) == ("cpu", 3, GOLDEN[name].sha256)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of this architecture")
 def test_a_processor_without_wide_vectors_and_fused_products_gives_the_same_bytes(tmp_path: Path) -> None:
     """SSE2 alone is the least that an x86-64 processor has; an ARM one shares no instruction with either."""
-    names = ["model_stock by row", "slerp", "task_arithmetic in F64", "ties"]
+    names = ["model_stock by row", "model_stock in F32", "slerp", "task_arithmetic in F64", "ties", "ties in F64"]
     script = (
         "import sys; from pathlib import Path; from tests.golden.test_golden import merge_one\n"
         "for name in sys.argv[2:]: print(merge_one(name, Path(sys.argv[1], name))[1])"

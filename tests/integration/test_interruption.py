@@ -18,7 +18,7 @@ import yaml
 
 from stockflow.errors import InterruptedRunError
 from stockflow.interruption import interruption
-from stockflow.output.changes import planned_states
+from stockflow.output.changes import earlier_plan
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
@@ -250,7 +250,7 @@ def test_a_signal_while_an_earlier_plan_is_read_ends_the_run(monkeypatch: pytest
     monkeypatch.setattr("stockflow.output.changes.read_small", interrupted)
 
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
-        planned_states(open_store("memory://interruption/out", StorageConfig()), "a" * 64)
+        earlier_plan(open_store("memory://interruption/out", StorageConfig()), "a" * 64)
 
 
 IN_THE_COMPILER = """

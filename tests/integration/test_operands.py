@@ -19,7 +19,7 @@ from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.methods.protocol import Parameters
 from stockflow.planning.decodes import BlockScaled, Decode, Plain, RowRuns, Run, plain
-from stockflow.planning.job import Operand, Reading, Result, TensorJob
+from stockflow.planning.job import Operand, Reading, Result, TensorJob, working_bits_of
 from stockflow.planning.plan import CheckpointRef, ShardPlan
 from stockflow.storage import StorageConfig, open_store
 from tests import oracle, runs
@@ -101,7 +101,10 @@ def merge(models: Models, job: TensorJob, *, num_threads: int = 2, memory_bytes:
 
 
 def job_of(reading: Reading, dtype: str = "BF16", method: str = "model_stock", given: Parameters = STOCK) -> TensorJob:
-    return TensorJob(reading, (Result((TensorSpec(NAME, dtype, reading.shape),), plain(dtype), method, given),))
+    bits = working_bits_of(dtype, reading.dtypes)
+    return TensorJob(
+        reading, (Result((TensorSpec(NAME, dtype, reading.shape),), plain(dtype), method, given, 32, bits),)
+    )
 
 
 def share_correct(found: oracle.Array, expected: oracle.OracleResult, dtype: str) -> float:

@@ -188,6 +188,24 @@ def test_an_unfinished_output_of_another_plan_is_refused(family: Family, recipe:
     assert "is claimed by an unfinished run of another plan" in refused.stderr
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_output_of_other_numerics_is_refused_and_named(
+    finished: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shards are rounded otherwise: none of them may end up beside ours."""
+    with monkeypatch.context() as earlier_version:
+        for module in ("stockflow.plan", "stockflow.commit"):
+            earlier_version.setattr(sys.modules[module], "NUMERICS", 2)
+        runs.merge_here(recipe, tmp_path / "out")
+    if not finished:
+        (tmp_path / "out" / "manifest.json").unlink()
+
+    refused = runs.run("merge", recipe, tmp_path / "out", "--quiet")
+
+    assert refused.returncode == 2
+    assert "it was made with numerics 2, this version of stockflow has 3 and gives other bytes" in refused.stderr
+
+
 def test_foreign_files_are_not_touched_without_overwrite(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

@@ -134,10 +134,8 @@ def test_another_class_of_machine_agrees(case: Case, tmp_path: Path, monkeypatch
     recipe = write_recipe(tmp_path / "recipe.yaml", case.method, family, **case.asked)
     ours = HostArithmetic.gram
 
-    def otherwise_rounded(
-        self: HostArithmetic, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True
-    ) -> Floats:
-        products = ours(self, span, group_elems, with_anchor=with_anchor)
+    def otherwise_rounded(self: HostArithmetic, span: LoadedPiece, group_elems: int, **asked: Any) -> Floats:
+        products = ours(self, span, group_elems, **asked)
         return products * (1.0 + 1e-14 * np.cos(np.arange(products.size)).reshape(products.shape))
 
     with monkeypatch.context() as elsewhere:
@@ -315,7 +313,7 @@ def test_a_budget_too_small_and_numerics_of_another_version_are_refused(
     with pytest.raises(BudgetError, match="Raise --memory"):
         sampled(root / "out", memory_bytes=20 * MIB)
     monkeypatch.setattr(recompute, "NUMERICS", 99)
-    with pytest.raises(PlanError, match="made with numerics 2, this version of stockflow has 99"):
+    with pytest.raises(PlanError, match="made with numerics 3, this version of stockflow has 99"):
         sampled(root / "out")
 
 

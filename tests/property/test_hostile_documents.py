@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Extent
 from stockflow.errors import CheckpointError, RecipeError
-from stockflow.output.changes import planned_states
+from stockflow.output.changes import earlier_plan, states
 from stockflow.output.manifest import Manifest, plan_key
 from stockflow.planning.file import check_mergeable
 from stockflow.planning.job import COPY, copying, stored
@@ -279,11 +279,14 @@ def test_a_plan_that_cannot_be_read_says_nothing_of_earlier_states(tmp_path: Pat
     store = open_store(str(tmp_path), StorageConfig())
     store.put(plan_key("a" * 64), payload)
 
-    assert planned_states(store, "a" * 64) == {}
+    assert earlier_plan(store, "a" * 64) is None
 
 
 def test_the_states_of_a_plan_that_can_be_read_are_known(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), StorageConfig())
     store.put(plan_key("a" * 64), READERS["plan"].document)
 
-    assert [*planned_states(store, "a" * 64)] == ["s3://bucket/b", "s3://bucket/c", "s3://bucket/d"]
+    found = earlier_plan(store, "a" * 64)
+
+    assert found is not None
+    assert [*states(found.plan.checkpoints)] == ["s3://bucket/b", "s3://bucket/c", "s3://bucket/d"]

@@ -70,9 +70,10 @@ def test_float64_is_rounded_once(dtype: str) -> None:
     assert rounded == [1.0, 1.0 + step, 1.0, -1.0 - step]
 
 
+@pytest.mark.parametrize("is_rounded", [True, False], ids=["task vectors in float32", "in float64"])
 @pytest.mark.parametrize("with_anchor", [True, False])
 @pytest.mark.parametrize("group_elems", [1, 5, 255, 256, 257, TILE + 1, 5000])
-def test_the_gram_is_that_of_exact_sums(group_elems: int, with_anchor: bool) -> None:
+def test_the_gram_is_that_of_exact_sums(group_elems: int, with_anchor: bool, is_rounded: bool) -> None:
     num_groups, num_sources = 3, 4
     sources = np.random.default_rng(2).standard_normal((num_sources, num_groups * group_elems)).astype(np.float32)
     found = np.empty((num_groups, num_sources, num_sources))
@@ -84,10 +85,12 @@ def test_the_gram_is_that_of_exact_sums(group_elems: int, with_anchor: bool) -> 
         np.empty(TILE, np.float32),
         np.uint64(group_elems),
         with_anchor,
+        is_rounded,
         found,
     )
 
-    rows = np.concatenate([sources[:1], sources[1:] - sources[:1]]).astype(np.float64)
+    exact = sources if is_rounded else sources.astype(np.float64)
+    rows = np.concatenate([exact[:1], exact[1:] - exact[:1]]).astype(np.float64)
     for group, gram in enumerate(found):
         part = rows[:, group * group_elems : (group + 1) * group_elems]
         for i in range(num_sources):

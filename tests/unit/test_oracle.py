@@ -272,14 +272,14 @@ def test_ties_keeps_the_largest_and_all_that_equal_the_last(density: float, kept
     assert np.count_nonzero(result.out) == min(kept, 4)
 
 
-def test_ties_trims_float32_task_vectors() -> None:
-    """Two elements that only float64 tells apart are both kept."""
+def test_ties_ranks_float32_task_vectors() -> None:
+    """Two elements that only float64 tells apart are both kept, each as it is."""
     delta = np.array([1.0, 1.0 + 2.0**-30, 0.5])
 
     narrow = oracle.ties(np.zeros(3), [delta], [1.0], [0.34])
     wide = oracle.ties(np.zeros(3), [delta], [1.0], [0.34], float_bits=64)
 
-    assert narrow.out.tolist() == [1.0, 1.0, 0.0]
+    assert narrow.out.tolist() == [1.0, 1.0 + 2.0**-30, 0.0]
     assert wide.out.tolist() == [0.0, 1.0 + 2.0**-30, 0.0]
 
 

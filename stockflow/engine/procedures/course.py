@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from stockflow.engine.alarm import Alarm
-from stockflow.engine.devices import Arithmetic
+from stockflow.engine.arithmetic import Arithmetic
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.units import Unit, spans_of

@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.engine.cpu import working_dtype
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.course import Fill, Steps, Tools
 from stockflow.engine.units import Unit
-from stockflow.kernels import elementwise
+from stockflow.kernels import doubled, elementwise
 from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import FORMATS, results_in
 from stockflow.methods.protocol import Block, Elementwise, Rounds, Statistic, UnitContext, Update
-from stockflow.planning.job import Result
+from stockflow.planning.job import FloatBits, Result
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +24,8 @@ class StatisticSweep:
 
     statistic: Statistic
     tools: Tools
+    float_bits: FloatBits
+    """width of the blocks it is taken of"""
 
     @property
     def key(self) -> Hashable:
@@ -38,7 +39,7 @@ class StatisticSweep:
     def look(self, span: LoadedPiece) -> Any:
         """Return the state of a span by itself."""
         started = time.perf_counter()
-        state = self.statistic.update(self.statistic.zero(), block_of(span, self.tools))
+        state = self.statistic.update(self.statistic.zero(), block_of(span, self.tools, self.float_bits))
         self.tools.clock.add("statistics", started)
         return state
 
@@ -53,7 +54,7 @@ def decide(unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps | 
     rule, reading = result.declared.rule, unit.work.reading
     assert isinstance(rule, Elementwise)
     num_elems = unit.stop - unit.start
-    context = UnitContext(len(reading.operands) - 1, num_elems, reading.float_bits)
+    context = UnitContext(len(reading.operands) - 1, num_elems, result.float_bits)
     decided = rule.decide(context, result.parameters)
     if isinstance(decided, Generator):
         return _after_rounds(decided, unit, result, ledger, tools)
@@ -67,31 +68,41 @@ def _after_rounds(rounds: Rounds, unit: Unit, result: Result, ledger: Ledger, to
             statistic = rounds.send(found)
         except StopIteration as stop:
             return _filler(stop.value, unit.stop - unit.start, result, ledger, tools)
-        found = statistic.finish((yield StatisticSweep(statistic, tools)))
+        found = statistic.finish((yield StatisticSweep(statistic, tools, result.float_bits)))
 
 
 def _filler(decided: Update, num_elems: int, result: Result, ledger: Ledger, tools: Tools) -> Fill:
     ledger.record_means(decided.facts, num_elems)
     dtype = result.outputs[0].dtype
+    is_doubled = dtype == "F64"
+
+    def added(block: Block, target: Bytes) -> bool:
+        change, results = decided.change(block), results_in(target, dtype)
+        if is_doubled:
+            return doubled.add_update(block.base_E, change, results)
+        return elementwise.add_update(block.base_E, change, results, FORMATS[dtype])
 
     def fill(span: LoadedPiece, target: Bytes) -> None:
         started = time.perf_counter()
-        block = block_of(span, tools)
-        change_E = decided.change(block)
-        if not elementwise.add_update(block.base_E, change_E, results_in(target, dtype), FORMATS[dtype]):
+        if not added(block_of(span, tools, result.working_bits, with_lows=is_doubled), target):
             tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
         tools.clock.add("combine", started)
 
     return fill
 
 
-def block_of(span: LoadedPiece, tools: Tools) -> Block:
-    """Return the operands of a span in working precision, as base and task vectors, in this thread's scratch."""
+def block_of(span: LoadedPiece, tools: Tools, float_bits: FloatBits, *, with_lows: bool = False) -> Block:
+    """Return the operands of a span in a precision, as base and task vectors, in this thread's scratch."""
     reading, num_elems = span.reading, span.stop - span.start
     num_operands = len(reading.operands)
-    num_bytes = num_operands * num_elems * reading.float_bits // 8
+    num_rows = num_operands + (num_operands - 1 if with_lows else 0)
+    num_bytes = num_rows * num_elems * float_bits // 8
     if getattr(tools.threads, "rows", np.empty(0, np.uint8)).nbytes < num_bytes:
         tools.threads.rows = np.empty(num_bytes, np.uint8)
-    rows_ME = tools.threads.rows[:num_bytes].view(working_dtype(reading)).reshape(num_operands, num_elems)
-    elementwise.load_task_vectors(span.slab, span.firsts_M, span.formats_M, rows_ME[0], rows_ME[1:])
-    return Block(reading.name, span.start, reading.shape, rows_ME[0], rows_ME[1:])
+    rows = tools.threads.rows[:num_bytes].view(f"f{float_bits // 8}").reshape(num_rows, num_elems)
+    base_E, deltas_NE, lows_NE = rows[0], rows[1:num_operands], rows[num_operands:]
+    if with_lows:
+        doubled.load_task_vectors(span.slab, span.firsts_M, span.formats_M, base_E, deltas_NE, lows_NE)
+    else:
+        elementwise.load_task_vectors(span.slab, span.firsts_M, span.formats_M, base_E, deltas_NE)
+    return Block(reading.name, span.start, reading.shape, base_E, deltas_NE, lows_NE if with_lows else None)

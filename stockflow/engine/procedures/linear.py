@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.course import Fill, Steps, Tools
@@ -14,7 +15,7 @@ from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Coefficients, Linear
-from stockflow.planning.job import Result
+from stockflow.planning.job import FloatBits, Result
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +28,13 @@ class GramSweep:
     """whether those of w_0 with the task vectors are wanted; without them they are 0"""
     refuses: bool = True
     """whether a product that is not finite is an error"""
+    float_bits: FloatBits = 64
+    """width that task vectors are rounded to"""
 
     @property
     def key(self) -> Hashable:
-        """Whether the anchor's products are wanted."""
-        return GramSweep, self.with_anchor
+        """What is wanted."""
+        return GramSweep, self.with_anchor, self.float_bits
 
     def begin(self) -> Floats:
         """Return zeros."""
@@ -43,7 +46,9 @@ class GramSweep:
         """Return the products of a span."""
         started = time.perf_counter()
         group_elems = min(span.reading.group_elems, span.stop - span.start)
-        products_GMM = self.tools.arithmetic.gram(span, group_elems, with_anchor=self.with_anchor)
+        products_GMM = self.tools.arithmetic.gram(
+            span, group_elems, with_anchor=self.with_anchor, float_bits=self.float_bits
+        )
         if self.refuses and not np.isfinite(products_GMM).all():
             self.tools.alarm.refuse_nonfinite(span, "a product of task vectors")
         self.tools.clock.add("statistics", started)
@@ -72,7 +77,7 @@ def decide(unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps | 
 
 
 def _after_gram(rule: Linear, unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps:
-    gram = Gram((yield GramSweep(unit, tools, rule.needs_anchor)))
+    gram = Gram((yield GramSweep(unit, tools, rule.needs_anchor, float_bits=result.working_bits)))
     return _filler(_decided(rule, unit, result, gram, ledger), unit, result, tools)
 
 
@@ -92,7 +97,8 @@ def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools) -> 
         started = time.perf_counter()
         first = (span.start - unit.start) // group_elems
         weights_GM = decided.weights_GM[first : -(-(span.stop - unit.start) // group_elems)]
-        if not tools.arithmetic.combine(span, weights_GM, target, dtype, anchored=decided.anchored):
+        weighted = Weighted(weights_GM, decided.anchored, dtype, result.working_bits)
+        if not tools.arithmetic.combine(span, weighted, target):
             tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
         tools.clock.add("combine", started)
 
