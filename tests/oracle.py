@@ -377,7 +377,7 @@ def merge_folder(
         base_dir: also the donor of names and dtypes; the first model is if it is None. ``linear`` does not
             count it: name it among ``tuned_dirs`` as well to do so.
         tuned_dirs: the models, in recipe order.
-        out_dtype: of merged tensors, in the words of safetensors; the donor's own if None.
+        out_dtype: of merged tensors, in the words of safetensors; if None the least that holds all that is merged.
         parameters: passed on: ``scope``, ``on_negative``, ``weights``, ``densities``, ``lam``, ``normalize``,
             ``t``, the same for every tensor.
 
@@ -397,12 +397,18 @@ def merge_folder(
             raise ValueError(f"{name!r} has different shapes")
         if dtype in FORMATS:
             merged = METHODS[method](sources[0], sources[-len(tuned) :], parameters)
-            results[name] = OracleResult(merged.out, merged.facts, out_dtype or dtype)
+            counted = sources[-len(tuned) :] if method == "linear" else sources
+            results[name] = OracleResult(merged.out, merged.facts, out_dtype or _promoted(counted))
         elif all(source.dtype == dtype and np.array_equal(source.array, array) for source in sources):
             results[name] = OracleResult(array, {}, dtype)
         else:
             raise ValueError(f"{name!r} is {dtype} and not equal everywhere")
     return results
+
+
+def _promoted(sources: Sequence[Stored]) -> str:
+    dtypes = sorted({source.dtype for source in sources}, key=lambda dtype: FORMATS[dtype].mantissa_bits)
+    return "F32" if dtypes == ["BF16", "F16"] else dtypes[-1]
 
 
 Rule = Callable[[Stored, Sequence[Stored], Mapping[str, Any]], OracleResult]

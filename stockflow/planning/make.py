@@ -1,6 +1,6 @@
 """Planning: from a recipe and what the checkpoints' headers say to a plan. Pure; refuses what does not fit together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
@@ -55,7 +55,7 @@ def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: 
         config=donor.config,
         on_nonfinite=recipe.stockflow.on_nonfinite,
         skipped=tuple(skipped),
-        notes=_notes(donor, side_donor, skipped),
+        notes=(*_notes(donor, side_donor, skipped), *_base_note(recipe), *_dtype_notes(recipe, jobs)),
     )
 
 
@@ -134,7 +134,8 @@ def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: Tensor
     if spec.kind != "float":
         others = tuple(operand(index) for index in indices if index != recipe.donor)
         return copying(spec, (operand(recipe.donor), *others), COPY_EQUAL)
-    output = TensorSpec(name, recipe.output_dtype or spec.dtype, spec.shape)
+    dtype = recipe.output_dtype or promoted(checkpoints[index].specs[name].dtype for index in indices)
+    output = TensorSpec(name, dtype, spec.shape)
     if not output.num_elems:
         return copying(output, (operand(recipe.donor),), COPY)
     return merging(
@@ -144,6 +145,14 @@ def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: Tensor
         recipe.parameters_for(method, name, rule),
         recipe.scope_for(method, name, rule),
     )
+
+
+def promoted(dtypes: Iterable[str]) -> str:
+    """Return the least float dtype that holds all of these exactly: F32 for BF16 beside F16."""
+    distinct = set(dtypes)
+    if len(distinct) == 1:
+        return distinct.pop()
+    return "F64" if "F64" in distinct else "F32"
 
 
 def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, indices: Sequence[int]) -> list[str]:
@@ -187,6 +196,39 @@ def _notes(donor: Checkpoint, side_donor: Checkpoint, skipped: Sequence[str]) ->
     for key in side_donor.omitted_side_files:
         notes.append(f"{shown(key)} will not be copied: it is larger than 64 MB, or not every store takes its name")
     return tuple(notes)
+
+
+def _base_note(recipe: Recipe) -> Iterator[str]:
+    """What becomes of a base that is not among the models of a method which needs none."""
+    method = recipe.method_for(None)
+    if method.base != "optional" or not recipe.base_model or recipe.lists_base:
+        return
+    base = redact(recipe.base_model)
+    if recipe.base_counts(method):
+        yield (
+            f"the base {base} is not among the models, and `{method.name}` merges it in like them, with the "
+            "recipe's own `weight`, as mergekit does; to leave it out, remove base_model or give each model its weight"
+        )
+    else:
+        yield (
+            f"the base {base} is not among the models, so `{method.name}` does not merge it in; it gives names, "
+            "config and tokenizer"
+        )
+
+
+def _dtype_notes(recipe: Recipe, jobs: Iterable[TensorJob]) -> Iterator[str]:
+    """Which tensors are written in another dtype than some of their sources, because these differ."""
+    if recipe.output_dtype:
+        return
+    counts: dict[tuple[str, str], int] = {}
+    for job in jobs:
+        dtypes = sorted(set(job.reading.dtypes))
+        if len(dtypes) > 1 and not job.is_copy:
+            key = " and ".join(dtypes), job.output.dtype
+            counts[key] = counts.get(key, 0) + 1
+    for (dtypes_found, written), count in counts.items():
+        are = "1 tensor is" if count == 1 else f"{count:,} tensors are"
+        yield f"{are} of {dtypes_found} and written as {written}, which holds them all; `dtype` names another"
 
 
 def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, ...]:

@@ -73,7 +73,7 @@ class MergePlan:
 
     checkpoints: tuple[CheckpointRef, ...]
     donor: int
-    """index of the checkpoint that gave names, order, dtypes and config"""
+    """index of the checkpoint that gave names, order and config"""
     shards: tuple[ShardPlan, ...]
     side_files: tuple[SideFile, ...]
     config: Mapping[str, object] | None

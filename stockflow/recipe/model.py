@@ -71,7 +71,7 @@ class Recipe(Part):
     models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=256, description="the models to merge")
     parameters: Settings = Field(default={}, description="parameters of the method, for all models")
     dtype: DType | None = Field(default=None, description="output dtype unless `out_dtype` is given")
-    out_dtype: DType | None = Field(default=None, description="dtype of the merged tensors")
+    out_dtype: DType | None = Field(default=None, description="dtype of the merged tensors; else one that holds all")
     tokenizer_source: TokenizerSource = "base"
     stockflow: Options = Field(default=Options(), description="what mergekit has no word for")
 
@@ -96,7 +96,7 @@ class Recipe(Part):
 
     @property
     def output_dtype(self) -> str | None:
-        """The safetensors name of the output dtype; None where each tensor keeps the donor's."""
+        """The safetensors name of the output dtype; None where each tensor's sources decide."""
         name = self.out_dtype or self.dtype
         return OUTPUT_DTYPES[name] if name else None
 
@@ -114,7 +114,7 @@ class Recipe(Part):
 
     @property
     def donor(self) -> int:
-        """Which checkpoint gives names, order and dtypes: the base, else the first model."""
+        """Which checkpoint gives names and order: the base, else the first model."""
         return 0
 
     @property
@@ -125,8 +125,8 @@ class Recipe(Part):
 
     def sources(self, method: Method) -> tuple[int, ...]:
         """Return the checkpoints a method reads, its anchor first."""
-        listed = [self.checkpoints.index(entry.model) for entry in self.counted(method)]
-        return tuple(listed) if method.base == "optional" else (0, *listed)
+        counted = [self.checkpoints.index(entry.model) for entry in self.counted(method)]
+        return tuple(counted) if method.base == "optional" else (0, *counted)
 
     def rule_for(self, tensor_name: str) -> Rule | None:
         """Return the first rule that matches a tensor."""
@@ -179,7 +179,33 @@ class Recipe(Part):
 
     def counted(self, method: Method) -> list[ModelEntry]:
         """Return the models a method counts: all of them, or those besides the base."""
-        return [entry for entry in self.models if method.base == "optional" or entry.model != self.base_model]
+        if method.base == "required":
+            return [entry for entry in self.models if entry.model != self.base_model]
+        return [*self.models, *([self._base_entry] if self.base_counts(method) else [])]
+
+    @property
+    def lists_base(self) -> bool:
+        """Whether the base is among the models."""
+        return any(entry.model == self.base_model for entry in self.models)
+
+    def base_counts(self, method: Method) -> bool:
+        """Return whether a method that needs no base counts one that is not listed, as mergekit does.
+
+        It does if the recipe gives every model a weight. Where each has its own, mergekit stops; rules are ours.
+        """
+        needed = [each.name for each in method.parameters if each.per_model and each.default is None]
+        return (
+            method.base == "optional"
+            and method.name == self.merge_method
+            and self.base_model is not None
+            and not self.lists_base
+            and all(name in self.parameters for name in needed)
+        )
+
+    @cached_property
+    def _base_entry(self) -> ModelEntry:
+        assert self.base_model is not None
+        return ModelEntry.model_construct(model=self.base_model, parameters={})
 
     def _position(self, rule: Rule | None) -> int | None:
         """Return a rule's place among the rules; found by identity, as pydantic compares field by field."""

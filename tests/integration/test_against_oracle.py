@@ -1,5 +1,6 @@
 """Whole merges of real files against the float64 oracle: similarities, ratios, norms and every output element."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -259,3 +260,21 @@ def _pairs(want: oracle.OracleResult) -> oracle.Array:
     cosines_GNN = want.facts["cosines"]
     left, right = np.triu_indices(cosines_GNN.shape[1], 1)
     return cosines_GNN[:, left, right]
+
+
+def test_a_base_that_is_not_listed_is_averaged_in_by_the_weight_of_the_recipe(tmp_path: Path) -> None:
+    """The usual tool appends the base to the models. The dtype is one that holds all three, and config.json says so."""
+    family = make_family(tmp_path / "family", 2, ZOO, BF16, base_dtype=F16, config={"torch_dtype": "float16"})
+    own = {"weight": [0.2113, 0.3097]}
+    recipe = write_recipe(tmp_path / "recipe.yaml", "linear", family, per_model=own, parameters={"weight": 0.4391})
+
+    runs.merge_here(recipe, tmp_path / "out")
+
+    models = (*family.tuned, family.base)
+    expected = oracle.merge_folder("linear", None, models, weights=[*own["weight"], 0.4391])
+    found = oracle.load_checkpoint(tmp_path / "out")
+    merged = [name for name, want in expected.items() if want.dtype in oracle.FORMATS]
+    assert {found[name].dtype for name in merged} == {"F32"}
+    wrong = sum(np.count_nonzero(oracle.round_to("F32", found[name].array) != expected[name].bits) for name in merged)
+    assert wrong <= 1e-4 * sum(found[name].array.size for name in merged)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"

@@ -279,7 +279,66 @@ def test_without_a_base_the_first_model_is_the_donor(merge: Merge) -> None:
     assert all(job.output.dtype == job.reading.dtypes[0] for job in plan.jobs)
 
 
-def test_mixed_float_dtypes_are_fine_and_the_donors_is_kept(merge: Merge) -> None:
+@pytest.mark.parametrize(
+    ("dtypes", "written"),
+    [
+        (("BF16", "BF16", "BF16"), "BF16"),
+        (("F16", "F16", "F16"), "F16"),
+        (("BF16", "F16", "BF16"), "F32"),
+        (("BF16", "F32", "BF16"), "F32"),
+        (("F16", "F16", "F32"), "F32"),
+        (("F32", "BF16", "F16"), "F32"),
+        (("BF16", "F32", "F64"), "F64"),
+    ],
+)
+def test_what_is_written_holds_every_source(merge: Merge, dtypes: tuple[str, ...], written: str) -> None:
+    """As the usual tool promotes them; the donor's own would round the other models first."""
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    for number, dtype in enumerate(dtypes):
+        merge.models[number] = model(number, kinds[dtype])
+
+    plan = merge.write().plan()
+
+    assert {job.output.dtype for job in plan.jobs if not job.is_copy} == {written}
+    said = [note for note in plan.notes if f"written as {written}" in note]
+    assert len(said) == (len(set(dtypes)) > 1)
+    assert all(f"are of {' and '.join(sorted(set(dtypes)))} and" in note for note in said)
+    named = merge.plan(dtype="bfloat16")
+    assert {job.output.dtype for job in named.jobs if not job.is_copy} == {"BF16"}
+    assert not any("written as" in note for note in named.notes)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("weights", ["of the recipe", "of each model", "both"])
+def test_a_base_counts_for_linear_if_the_recipe_gives_it_a_weight(merge: Merge, weights: str, listed: bool) -> None:
+    merge.write()
+    base, *tuned = map(str, merge.folders)
+    models = [{"model": folder} for folder in ([base, *tuned] if listed else tuned)]
+    if weights != "of the recipe":
+        models = [{**entry, "parameters": {"weight": 0.7}} for entry in models]
+    shared = {} if weights == "of each model" else {"parameters": {"weight": 0.4}}
+
+    plan = merge.plan(merge_method="linear", models=models, **shared)
+
+    job = jobs_of(plan)["embed.weight"]
+    said = [note for note in plan.notes if "is not among the models" in note]
+    own = 0.4 if weights == "of the recipe" else 0.7
+    if listed:
+        assert [source.checkpoint for source in job.sources] == [0, 1, 2]
+        assert said == []
+    elif weights == "of each model":
+        assert [source.checkpoint for source in job.sources] == [1, 2]
+        assert job.parameters.each("weight") == (0.7, 0.7)
+        assert "does not merge it in; it gives names" in said[0]
+    else:
+        assert [source.checkpoint for source in job.sources] == [1, 2, 0]
+        assert job.parameters.each("weight") == (own, own, 0.4)
+        assert "merges it in like them" in said[0]
+        assert base in said[0]
+    assert plan.donor == 0
+
+
+def test_mixed_float_dtypes_are_fine(merge: Merge) -> None:
     merge.models[0] = model(0, torch.float32)
     merge.models[2] = model(2, torch.float16)
     merge.write()
