@@ -55,7 +55,7 @@ def _are_close(dtype: str, left: Bits, right: Bits) -> bool:
         return True
     if dtype not in _WIDE:
         return False
-    values = left.view(_WIDE[dtype]), right.view(_WIDE[dtype])
+    values = [bits.view(_WIDE[dtype]).astype(np.float64) for bits in (left, right)]
     with np.errstate(all="ignore"):
         close = np.abs(values[0] - values[1]) <= CLOSE_TO_LARGEST * np.abs(values[0]).max()
     return bool(((apart <= 1) | close).all())
