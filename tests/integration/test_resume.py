@@ -194,7 +194,7 @@ def test_an_output_of_other_numerics_is_refused_and_named(
 ) -> None:
     """Its shards are rounded otherwise: none of them may end up beside ours."""
     with monkeypatch.context() as earlier_version:
-        for module in ("stockflow.plan", "stockflow.commit"):
+        for module in ("stockflow.planning.plan", "stockflow.output.publish"):
             earlier_version.setattr(sys.modules[module], "NUMERICS", 2)
         runs.merge_here(recipe, tmp_path / "out")
     if not finished:
@@ -401,7 +401,7 @@ def test_a_shard_that_a_lost_worker_finished_is_not_merged_again(
     elif change == "receipt":
         receipt.unlink()
     elif change == "class":
-        work.worker._device.numerics_class = "cpu-of-another-kind"  # type: ignore[misc]
+        work.worker._session.device.numerics_class = "cpu-of-another-kind"  # type: ignore[misc]
         (output / "_stockflow" / receipt.parts[-3] / "numerics" / "000000.json").unlink()
     written: list[int] = []
 

@@ -324,14 +324,14 @@ def test_a_base_counts_for_linear_if_the_recipe_gives_it_a_weight(merge: Merge, 
     said = [note for note in plan.notes if "is not among the models" in note]
     own = 0.4 if weights == "of the recipe" else 0.7
     if listed:
-        assert [source.checkpoint for source in job.sources] == [0, 1, 2]
+        assert [operand.checkpoint for operand in job.reading.operands] == [0, 1, 2]
         assert said == []
     elif weights == "of each model":
-        assert [source.checkpoint for source in job.sources] == [1, 2]
+        assert [operand.checkpoint for operand in job.reading.operands] == [1, 2]
         assert job.parameters.each("weight") == (0.7, 0.7)
         assert "does not merge it in; it gives names" in said[0]
     else:
-        assert [source.checkpoint for source in job.sources] == [1, 2, 0]
+        assert [operand.checkpoint for operand in job.reading.operands] == [1, 2, 0]
         assert job.parameters.each("weight") == (own, own, 0.4)
         assert "merges it in like them" in said[0]
         assert base in said[0]
@@ -347,7 +347,7 @@ def test_mixed_float_dtypes_are_fine(merge: Merge) -> None:
     cast = jobs_of(merge.plan(dtype="float32", out_dtype="float16"))["embed.weight"]
 
     assert list(job.reading.dtypes) == ["F32", "BF16", "F16"]
-    assert (job.output.dtype, job.reading.bytes_per_elem, job.output_width, job.reading.float_bits) == ("F32", 8, 4, 32)
+    assert (job.output.dtype, job.reading.bytes_per_elem, job.output_width, job.result.float_bits) == ("F32", 8, 4, 32)
     assert cast.output.dtype == "F16"
 
 
