@@ -328,11 +328,11 @@ def test_a_base_counts_for_linear_if_the_recipe_gives_it_a_weight(merge: Merge, 
         assert said == []
     elif weights == "of each model":
         assert [operand.checkpoint for operand in job.reading.operands] == [1, 2]
-        assert job.parameters.each("weight") == (0.7, 0.7)
+        assert job.result.parameters.each("weight") == (0.7, 0.7)
         assert "does not merge it in; it gives names" in said[0]
     else:
         assert [operand.checkpoint for operand in job.reading.operands] == [1, 2, 0]
-        assert job.parameters.each("weight") == (own, own, 0.4)
+        assert job.result.parameters.each("weight") == (own, own, 0.4)
         assert "merges it in like them" in said[0]
         assert base in said[0]
     assert plan.donor == 0
