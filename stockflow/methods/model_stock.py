@@ -4,7 +4,32 @@ import numpy as np
 
 from stockflow.errors import NumericsError
 from stockflow.methods.gram import Gram, legacy_ratio, mean_in_order, stock_ratio
-from stockflow.methods.protocol import Coefficients, Parameter, Parameters, linear_method
+from stockflow.methods.protocol import (
+    COSINE_TOLERANCE,
+    Coefficients,
+    Parameter,
+    Parameters,
+    Tolerance,
+    linear_method,
+)
+
+
+def _fact_tolerance(name: str, mean_cosine: float | None, num_tuned: int) -> float:
+    if name not in ("ratio", "legacy_ratio"):
+        return COSINE_TOLERANCE
+    return COSINE_TOLERANCE * _slope(mean_cosine or 0.0, 2 if name == "legacy_ratio" else num_tuned)
+
+
+def _slope(cosine: float, num_tuned: int) -> float:
+    """How much a ratio ``N c / (1 + (N - 1) c)`` moves with its cosine; at least 1."""
+    denominator = 1.0 + (num_tuned - 1) * cosine
+    return max(num_tuned / max(denominator, 1e-6) ** 2, 1.0)
+
+
+def _coefficient_tolerance(coefficient: float, num_tuned: int) -> float:
+    """By the slope at the cosine that gives the ratio ``N * coefficient``."""
+    slope = (num_tuned - (num_tuned - 1) * num_tuned * coefficient) ** 2 / num_tuned
+    return 10.0 * COSINE_TOLERANCE * max(slope, 1.0)
 
 
 @linear_method(
@@ -18,6 +43,7 @@ from stockflow.methods.protocol import Coefficients, Parameter, Parameters, line
     ),
     scopes=("tensor", "row", "leading"),
     facts=("mean_cosine", "min_cosine", "max_cosine", "ratio", "legacy_ratio"),
+    tolerance=Tolerance(_fact_tolerance, _coefficient_tolerance),
 )
 def model_stock(gram: Gram, parameters: Parameters) -> Coefficients:
     """Return one ratio per group, shared equally by the tuned models: ``out = w_0 + sum_i (t / N) d_i``.

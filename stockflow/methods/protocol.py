@@ -243,6 +243,20 @@ class Copy:
         return 0
 
 
+COSINE_TOLERANCE = 1e-7
+"""The error of a cosine that any machine's sums stay below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far apart statistics and decisions of the same inputs may be on machines that add in another order."""
+
+    fact: Callable[[str, float | None, int], float] = lambda name, mean_cosine, num_tuned: COSINE_TOLERANCE
+    """of a fact, given its name, the mean cosine that was found and the number of task vectors"""
+    coefficient: Callable[[float, int], float] = lambda coefficient, num_tuned: 10.0 * COSINE_TOLERANCE
+    """of a coefficient, given its value and how many there are"""
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A merge method as the recipe, the plan and the engine see it."""
@@ -259,8 +273,8 @@ class Method:
     scopes: tuple[Scope, ...] = ("tensor",)
     facts: tuple[str, ...] = ()
     """what it records of each tensor; a number per model by its name and the model's, as ``kept_share_1``"""
-    is_random: bool = False
-    """whether it draws numbers, which a seed of the recipe decides"""
+    tolerance: Tolerance = Tolerance()
+    """how far apart machines may be that add in another order"""
 
 
 REGISTRY: dict[str, Method] = {}
@@ -281,12 +295,13 @@ def linear_method(
     needs_gram: bool = True,
     needs_anchor: bool = False,
     facts: tuple[str, ...] = (),
+    tolerance: Tolerance = Tolerance(),
 ) -> Callable[[Coefficient], Coefficient]:
     """Register a function from a Gram matrix to coefficients as a merge method."""
 
     def register(function: Coefficient) -> Coefficient:
         rule = Linear(function, needs_gram, needs_anchor)
-        REGISTRY[name] = Method(name, rule, source, base, min_tuned, max_tuned, parameters, scopes, facts)
+        REGISTRY[name] = Method(name, rule, source, base, min_tuned, max_tuned, parameters, scopes, facts, tolerance)
         return function
 
     return register
@@ -304,15 +319,12 @@ def elementwise_method(
     parameters: tuple[Parameter, ...] = (),
     scopes: tuple[Scope, ...] = ("tensor",),
     facts: tuple[str, ...] = (),
-    is_random: bool = False,
 ) -> Callable[[Decide], Decide]:
     """Register what ends in a function of blocks, after rounds of statistics if it yields some, as a merge method."""
 
     def register(function: Decide) -> Decide:
         rule = Elementwise(function, num_rounds, state_bytes, temporaries)
-        REGISTRY[name] = Method(
-            name, rule, source, "required", min_tuned, max_tuned, parameters, scopes, facts, is_random
-        )
+        REGISTRY[name] = Method(name, rule, source, "required", min_tuned, max_tuned, parameters, scopes, facts)
         return function
 
     return register

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import Coefficients, Parameter, Parameters, linear_method
+from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Parameter, Parameters, Tolerance, linear_method
 
 NEARLY_PARALLEL = 0.9995
 SMALLEST_NORM = 1e-8
@@ -19,6 +19,7 @@ SMALLEST_NORM = 1e-8
     min_tuned=1,
     max_tuned=1,
     parameters=(Parameter("t", "number"),),
+    tolerance=Tolerance(coefficient=lambda coefficient, num_sources: 20.0 * COSINE_TOLERANCE),
 )
 def slerp(gram: Gram, parameters: Parameters) -> Coefficients:
     """Return ``sin((1-t) a)/sin(a) w_0 + sin(t a)/sin(a) w_1``, with ``a`` the angle between the two.

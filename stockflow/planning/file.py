@@ -126,6 +126,8 @@ def _fits(parameter: Parameter, value: object) -> bool:
         return isinstance(value, bool)
     if parameter.kind == "word":
         return value in parameter.choices
+    if parameter.kind == "integer":
+        return type(value) is int and abs(value) <= MAX_INTEGER
     return type(value) in (int, float) and abs(float(str(value))) < math.inf
 
 

@@ -11,6 +11,8 @@ from stockflow.recipe.wording import nearest, shown
 from stockflow.storage import redact
 
 _WITHOUT_EFFECT = "int8_mask"
+UNDER_STOCKFLOW = ("on_negative", "seed")
+"""Parameters of methods that a recipe gives under `stockflow:`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +135,12 @@ def _parameter_problems(recipe: Recipe, uses: list[_Use]) -> Iterator[Problem]:
 def _setting_problems(settings: Settings, uses: list[_Use], path: Path) -> Iterator[Problem]:
     known = {parameter.name: None for use in uses for parameter in use.method.parameters}
     methods = ", ".join(dict.fromkeys(f"`{use.method.name}`" for use in uses))
-    known.pop("on_negative", None)
+    for fixed in UNDER_STOCKFLOW:
+        known.pop(fixed, None)
     for name, items in settings.items():
         if name == _WITHOUT_EFFECT:
             continue
-        if name == "on_negative":
+        if name in UNDER_STOCKFLOW:
             yield (*path, name), "not a parameter in a recipe; write it under `stockflow:`"
         elif name not in known:
             yield (*path, name), f"{methods} has no such parameter; {nearest(name, known)}"
@@ -157,6 +160,8 @@ def _value_problem(parameter: Parameter, value: Scalar) -> str | None:
         return None if value in allowed else f"expected one of {', '.join(allowed)}, {found}"
     if isinstance(value, bool) or not isinstance(value, float):
         return f"expected a number, {found}"
+    if parameter.kind == "integer" and not value.is_integer():
+        return f"expected an integer, {found}"
     if low is not None and value < low:
         return f"expected at least {low:g}, {found}"
     if high is not None and value > high:

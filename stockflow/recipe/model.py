@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import Literal
 
-from pydantic import Field, PrivateAttr, StrictBool
+from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import Method, Parameters, Scope
@@ -53,6 +53,9 @@ class Options(Part):
     )
     on_nonfinite: Literal["error", "propagate"] = Field(default="error", description="what NaN and infinity do")
     scope: Scope | None = Field(default=None, description="what gets its own ratio: a tensor, a row, a leading index")
+    seed: StrictInt = Field(
+        default=0, ge=0, lt=2**63, description="what random methods draw by; part of their plan, and of no other"
+    )
     shard_size: Size = Field(default=None, description="largest shard, as 5GB, 256MiB or bytes")
     storage: dict[UrlPrefix, StorageEntry] = Field(
         default={}, description="options by URL prefix; the longest matching prefix wins"
@@ -171,7 +174,7 @@ class Recipe(Part):
         """Return the values a method needs under a rule, each with what the recipe offers for it."""
         return find_slots(
             method,
-            fixed={"on_negative": self.stockflow.on_negative},
+            fixed={"on_negative": self.stockflow.on_negative, "seed": self.stockflow.seed},
             rule=rule.parameters if rule else {},
             models=[(entry.model, entry.parameters) for entry in self.counted(method)],
             recipe=self.parameters,

@@ -95,7 +95,7 @@ class Resolver:
         for slot, value in zip(self._slots, values, strict=True):
             name = slot.parameter.name
             if slot.model is None:
-                shared[name] = value
+                shared[name] = int(value) if slot.parameter.kind == "integer" else value
             else:
                 per_model[name] = (*per_model.get(name, ()), float(value))
         return Parameters(shared, per_model)

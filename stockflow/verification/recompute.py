@@ -10,7 +10,7 @@ from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.errors import CheckpointError, NumericsError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
-from stockflow.methods.protocol import Linear, Parameters
+from stockflow.methods.protocol import Linear, Parameters, Tolerance
 from stockflow.output.manifest import Manifest, plan_key, receipt_key, tensors_key
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.file import RecordedPlan, check_mergeable
@@ -199,11 +199,11 @@ class _Recomputation:
         combine_again = []
         for target in targets:
             name = target.tensor
-            self._judge_facts(name, facts[name])
+            self._judge_facts(target, facts[name])
             recorded, where = self._on_record(target.job)
             found = _groups(facts[name])
             if recorded and found and not _equal(recorded, found):
-                if not _needs_gram(target.job) or not coefficients_agree(recorded, found):
+                if not _needs_gram(target.job) or not coefficients_agree(recorded, found, _tolerance_of(target.job)):
                     self._findings.append(
                         Finding(
                             where,
@@ -217,10 +217,11 @@ class _Recomputation:
             self._judge_bytes(target, differences.get(name), exact=exact)
         return combine_again
 
-    def _judge_facts(self, name: str, found: TensorFacts) -> None:
+    def _judge_facts(self, target: Target, found: TensorFacts) -> None:
+        name, tolerance = target.tensor, _tolerance_of(target.job)
         row = self._evidence.table[name]
         where = tensors_key(self._evidence.manifest.plan_id)
-        for fact in differing_facts(row, found, same_class=self._same_class):
+        for fact in differing_facts(row, found, tolerance, same_class=self._same_class):
             self._findings.append(
                 Finding(where, f"says {fact.column} of {quoted(name)} is {quoted(fact.stated)}, "
                         f"the inputs give {quoted(fact.found)}")
@@ -261,6 +262,10 @@ class _Recomputation:
 def _needs_gram(job: TensorJob) -> bool:
     rule = job.result.declared.rule
     return isinstance(rule, Linear) and rule.needs_gram
+
+
+def _tolerance_of(job: TensorJob) -> Tolerance:
+    return job.result.declared.tolerance
 
 
 def _groups(facts: TensorFacts) -> Groups | None:

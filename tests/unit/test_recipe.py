@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stockflow.errors import NotFoundError, RecipeError
-from stockflow.methods import METHODS
+from stockflow.methods import METHODS, Method
+from stockflow.methods.protocol import Parameter
 from stockflow.recipe import (
     Recipe,
     StorageEntry,
@@ -25,6 +26,7 @@ from stockflow.recipe import (
     recipe_schema,
     resolve_location,
 )
+from stockflow.recipe.resolve import Resolver
 from stockflow.storage import StoreOptions
 
 STOCK = """\
@@ -254,7 +256,7 @@ def test_all_problems_are_reported_together_in_file_order() -> None:
         ),
         (
             "  r.yaml:7:3: stockflow.scop: unknown key; did you mean `scope`? Known here: "
-            "on_negative, on_nonfinite, scope, shard_size, storage, side_files_from, rules"
+            "on_negative, on_nonfinite, scope, seed, shard_size, storage, side_files_from, rules"
         ),
     ]
     assert message.split("\n") == expected
@@ -639,6 +641,29 @@ def test_int8_mask_is_accepted_without_effect() -> None:
 
     assert weights(parse(text), "x") == (1.0, 2.0)
     assert "int8_mask" not in parse(text).parameters_for(METHODS["linear"], "x", None).shared
+
+
+DRAWN = Method(
+    "drawn", METHODS["ties"].rule, "a test", parameters=(Parameter("seed", "integer"), Parameter("rounds", "integer"))
+)
+
+
+def test_a_seed_reaches_methods_that_draw_and_no_others() -> None:
+    recipe = parse(STOCK + "stockflow: {seed: 7}\nparameters: {filter_wise: false}")
+    slots = recipe.slots(DRAWN, None)
+
+    assert slots[0].candidates == ((None, 7),)
+    assert Resolver("drawn", slots[:1]).resolve("x").integer("seed") == 7
+    assert "seed" not in recipe.parameters_for(METHODS["model_stock"], "x", None).shared
+
+
+@pytest.mark.parametrize("seed", ["-1", "0.5", "true", "'3'", str(2**63)])
+def test_a_seed_is_an_integer_of_63_bits(seed: str) -> None:
+    assert "r.yaml:6:13: stockflow.seed: " in refusal(STOCK + f"stockflow: {{seed: {seed}}}")
+
+
+def test_a_seed_among_the_parameters_is_sent_under_stockflow() -> None:
+    assert "write it under `stockflow:`" in refusal(STOCK + "parameters: {seed: 3}")
 
 
 def test_on_negative_is_written_under_stockflow_and_reaches_the_method() -> None:
