@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.pieces import LoadedPiece, Piece
-from stockflow.engine.stage import Stage
+from stockflow.engine.stage import DecodingStage
 from stockflow.planning.budget import LOOKAHEAD_BYTES
 from stockflow.planning.job import Reading, Work
 from stockflow.planning.plan import CheckpointRef
@@ -30,7 +30,7 @@ class DirectReader:
         checkpoints: Sequence[CheckpointRef],
         stores: Sequence[LocalStore],
         scratch: Scratch,
-        stage: Stage,
+        stage: DecodingStage,
         on_read: Callable[[int, float], None],
     ) -> None:
         """Prepare.

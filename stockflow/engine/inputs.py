@@ -8,7 +8,7 @@ from stockflow.engine.buffers import Pool, Scratch
 from stockflow.engine.devices import OpenDevice
 from stockflow.engine.in_place import DirectReader, DirectUnit, Lookahead
 from stockflow.engine.prefetch import Prefetcher
-from stockflow.engine.stage import Stage
+from stockflow.engine.stage import DecodingStage
 from stockflow.engine.units import LargeUnit, PackedUnit, Unit
 from stockflow.planning.budget import Workspace
 from stockflow.planning.job import Work
@@ -39,7 +39,7 @@ class Sources:
         self._local_stores = [store for store in self._stores if isinstance(store, LocalStore)]
         self._slabs = Pool(device.allocate)
         self._scratch = Scratch()
-        self._stage = Stage()
+        self._stage = DecodingStage()
         self.is_direct = device.kind == "cpu" and len(self._local_stores) == len(self._stores)
         """whether threads may read what they compute"""
 
@@ -92,7 +92,12 @@ class Stream:
     """Units in the order of a schedule, and what reading them took."""
 
     def __init__(
-        self, steps: Sequence[Step], prefetcher: Prefetcher, reader: DirectReader, stage: Stage, counter: "_Counter"
+        self,
+        steps: Sequence[Step],
+        prefetcher: Prefetcher,
+        reader: DirectReader,
+        stage: DecodingStage,
+        counter: "_Counter",
     ) -> None:
         """Begin before the first step."""
         self._steps = steps

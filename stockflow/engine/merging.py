@@ -7,7 +7,7 @@ import numpy as np
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import Piece
 from stockflow.engine.procedures import PROCEDURES
-from stockflow.engine.procedures.course import Course, MapSpans, Tools, swept
+from stockflow.engine.procedures.proceeding import MapSpans, Proceeding, Tools, swept
 from stockflow.engine.units import GroupUnit, Unit, spans_of
 from stockflow.engine.warm import one_of_each
 from stockflow.errors import NumericsError
@@ -63,17 +63,17 @@ class UnitMerger:
         self, job: TensorJob, unit: Unit, outs: Sequence[Out], ledgers: Sequence[Ledger], map_spans: MapSpans
     ) -> None:
         pairs = zip(job.results, ledgers, strict=True)
-        courses = [
-            Course(PROCEDURES[type(result.declared.rule)](unit, result, ledger, self._tools))
+        proceedings = [
+            Proceeding(PROCEDURES[type(result.declared.rule)](unit, result, ledger, self._tools))
             for result, ledger in pairs
         ]
         for _ in range(job.num_statistic_passes):
-            asking = [(course, course.wanted) for course in courses if course.wanted is not None]
+            asking = [(each, each.wanted) for each in proceedings if each.wanted is not None]
             sweeps = {wanted.key: wanted for _, wanted in asking}  # results that want the same share it
             states = dict(zip(sweeps, swept(unit, list(sweeps.values()), map_spans, last=False), strict=True))
-            for course, wanted in asking:
-                course.tell(states[wanted.key])
-        fills = [(course.fill, result.encode.widths[0]) for course, result in zip(courses, job.results, strict=True)]
+            for each, wanted in asking:
+                each.tell(states[wanted.key])
+        fills = [(each.fill, result.encode.widths[0]) for each, result in zip(proceedings, job.results, strict=True)]
         for piece in unit.sweep(last=True):
             targets = [out(piece) for out in outs]
 

@@ -9,7 +9,7 @@ from stockflow.engine.buffers import Pool
 from stockflow.engine.facts import GramSum, Ledger
 from stockflow.engine.merging import UnitMerger
 from stockflow.engine.pieces import Piece
-from stockflow.engine.procedures.course import StageClock, Tools
+from stockflow.engine.procedures.proceeding import StageClock, Tools
 from stockflow.engine.session import Session
 from stockflow.engine.units import Unit
 from stockflow.engine.writer import OrderedWriter

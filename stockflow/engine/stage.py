@@ -41,7 +41,7 @@ class StoredPiece:
     memory: Memory
     offsets: tuple[int, ...]
     """per slot, where in the memory its bytes begin, counted from element ``first``"""
-    stage: "Stage"
+    stage: "DecodingStage"
 
     def narrow(self, start: int, stop: int) -> "StoredPiece":
         """Return what lies between two elements of the reading."""
@@ -52,7 +52,7 @@ class StoredPiece:
         return self.stage.decoded(self)
 
 
-class Stage:
+class DecodingStage:
     """Decodes pieces; a scratch per thread."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.devices import Device
 from stockflow.engine.inputs import OnRead
-from stockflow.engine.procedures.course import MapSpans, StageClock, Tools
+from stockflow.engine.procedures.proceeding import MapSpans, StageClock, Tools
 from stockflow.engine.session import Session
 from stockflow.engine.units import Unit
 from stockflow.engine.warm import one_of_each

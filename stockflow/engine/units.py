@@ -5,7 +5,7 @@ from typing import Protocol
 
 from stockflow.engine.pieces import Piece
 from stockflow.engine.prefetch import LoadedSlab, Prefetcher
-from stockflow.engine.stage import Stage
+from stockflow.engine.stage import DecodingStage
 from stockflow.planning.job import Work
 from stockflow.planning.reads import Step
 from stockflow.planning.spans import span_bounds
@@ -33,7 +33,7 @@ class Unit(Protocol):
 class PackedUnit:
     """A small unit: one piece of a load that others share. The slab is released by who took the load."""
 
-    def __init__(self, loaded: LoadedSlab, index: int, stage: Stage) -> None:
+    def __init__(self, loaded: LoadedSlab, index: int, stage: DecodingStage) -> None:
         """Take piece ``index`` of a loaded slab."""
         self.work, self.start, self.stop = loaded.load.pieces[index]
         self._piece = _piece(loaded, index, stage)
@@ -46,7 +46,7 @@ class PackedUnit:
 class LargeUnit:
     """A unit over several loads: held between sweeps if the schedule says so, else read once per sweep."""
 
-    def __init__(self, step: Step, prefetcher: Prefetcher, stage: Stage) -> None:
+    def __init__(self, step: Step, prefetcher: Prefetcher, stage: DecodingStage) -> None:
         """Take the loads of ``step`` from ``prefetcher`` as they come."""
         pieces = [load.pieces[0] for load in step.loads]
         self.work = pieces[0].work
@@ -92,6 +92,6 @@ def spans_of(piece: Piece) -> list[Piece]:
     return [piece.narrow(piece.start + start, piece.start + stop) for start, stop in bounds]
 
 
-def _piece(loaded: LoadedSlab, index: int, stage: Stage) -> Piece:
+def _piece(loaded: LoadedSlab, index: int, stage: DecodingStage) -> Piece:
     work, start, stop = loaded.load.pieces[index]
     return stage.piece(work.reading, start, stop, loaded.slab, loaded.buffer, loaded.load.offsets[index])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stockflow.engine.pieces import Piece
-from stockflow.engine.stage import Stage
+from stockflow.engine.stage import DecodingStage
 from stockflow.kernels.floats import slab_of
 from stockflow.planning.job import Reading, Work
 
@@ -32,7 +32,7 @@ class OneElement:
         reading = self.work.reading
         memory = np.zeros(LONGEST_ELEMENT * reading.num_slots, np.uint8)
         offsets = tuple(range(0, memory.nbytes, LONGEST_ELEMENT))
-        yield Stage().piece(reading, 0, 1, slab_of(memory), memory, offsets)
+        yield DecodingStage().piece(reading, 0, 1, slab_of(memory), memory, offsets)
 
 
 def one_of_each(works: Iterable[Any]) -> Iterator[OneElement]:

@@ -14,7 +14,7 @@ import numpy as np
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.pieces import LoadedPiece
-from stockflow.engine.procedures.course import MapSpans, Tools, swept
+from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.engine.units import Unit
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore

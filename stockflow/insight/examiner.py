@@ -14,8 +14,8 @@ import numpy.typing as npt
 from stockflow.checkpoints.header import DTYPES
 from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.pieces import LoadedPiece, Piece
-from stockflow.engine.procedures.course import MapSpans, Tools, swept
 from stockflow.engine.procedures.linear import GramSweep
+from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
 from stockflow.engine.survey import Look
 from stockflow.engine.units import Unit, spans_of
 from stockflow.insight.formulas import (

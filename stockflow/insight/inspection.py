@@ -17,8 +17,8 @@ import numpy as np
 
 from stockflow.checkpoints.naming import kind_of, layer_of
 from stockflow.engine.inputs import OnRead
-from stockflow.engine.procedures.course import MapSpans, Tools, swept
 from stockflow.engine.procedures.linear import GramSweep
+from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.engine.units import Unit
 from stockflow.errors import RecipeError

@@ -152,7 +152,7 @@ BaseUse = Literal["required", "optional"]
 """``required``: the anchor is the base model. ``optional``: all listed models are equal; a base only donates names."""
 
 
-class Rule(Protocol):
+class MethodRule(Protocol):
     """How a method gets from elements to a result, as far as reading them and memory go. All sizes in bytes."""
 
     def num_statistic_passes(self, float_bits: int) -> int:
@@ -262,7 +262,7 @@ class Method:
     """A merge method as the recipe, the plan and the engine see it."""
 
     name: str
-    rule: Rule
+    rule: MethodRule
     source: str
     """where the formula comes from"""
     base: BaseUse = "required"

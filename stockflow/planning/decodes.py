@@ -155,7 +155,7 @@ def verbatim(dtype: str) -> Verbatim:
     return Verbatim(dtype)
 
 
-class Run(NamedTuple):
+class RowRun(NamedTuple):
     """Consecutive rows: ``start`` to ``stop`` of a source are rows ``to`` and after of the reading."""
 
     start: int
@@ -171,7 +171,7 @@ class RowRuns:
     """
 
     num_source_rows: int
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
     """in the order of ``to``"""
     anchors_missing: bool = False
     """whether missing rows are those of the first operand, so that nothing changes there; else they are zero"""
@@ -190,7 +190,7 @@ class RowRuns:
                 raise ValueError(f"{run} begins at row {run.to}, where the run before it goes on to {end}")
             end = run.to + run.stop - run.start
 
-    def within(self, start: int, stop: int, row_elems: int) -> Iterator[Run]:
+    def within(self, start: int, stop: int, row_elems: int) -> Iterator[RowRun]:
         """Yield the runs of *elements* that fall within elements ``start`` to ``stop`` of the reading, in order."""
         place = max(bisect_right(self.runs, start // row_elems, key=lambda run: run.to) - 1, 0) if row_elems else 0
         for run in islice(self.runs, place, None):
@@ -200,7 +200,7 @@ class RowRuns:
                 return
             if first < last:
                 shift = (run.start - run.to) * row_elems
-                yield Run(first + shift, last + shift, first)
+                yield RowRun(first + shift, last + shift, first)
 
 
 def row_elems(shape: tuple[int, ...]) -> int:

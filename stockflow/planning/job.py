@@ -24,7 +24,7 @@ COPIES = {
 NO_PARAMETERS = Parameters()
 
 
-class Slot(NamedTuple):
+class ExtentRanges(NamedTuple):
     """What one extent of an operand contributes to a run of elements: ranges of its file, one after the other."""
 
     checkpoint: int
@@ -57,7 +57,7 @@ class Operand(NamedTuple):
         """Whether its bytes are what kernels take, row by row."""
         return self.rows is None and self.decode.is_plain
 
-    def slots(self, shape: tuple[int, ...], start: int, stop: int) -> Iterator[Slot]:
+    def slots(self, shape: tuple[int, ...], start: int, stop: int) -> Iterator[ExtentRanges]:
         """Yield what each extent contributes to elements ``start`` to ``stop`` of a reading of ``shape``."""
         if self.rows is None:
             runs = [self.decode.ranges(shape, start, stop)]
@@ -67,7 +67,7 @@ class Operand(NamedTuple):
             runs = [self.decode.ranges(own, run.start, run.stop) for run in found]
         for number, (extent, width) in enumerate(zip(self.extents, self.decode.widths, strict=True)):
             ranges = tuple(ByteRange(extent.start + run[number].start, extent.start + run[number].stop) for run in runs)
-            yield Slot(self.checkpoint, extent.file, ranges, width)
+            yield ExtentRanges(self.checkpoint, extent.file, ranges, width)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Reading:
         """Checkpoint and file of everything it reads."""
         return {(operand.checkpoint, extent.file) for operand in self.operands for extent in operand.extents}
 
-    def slots(self, start: int, stop: int) -> Iterator[Slot]:
+    def slots(self, start: int, stop: int) -> Iterator[ExtentRanges]:
         """Yield what the extents of all operands contribute to elements ``start`` to ``stop``, in order."""
         for operand in self.operands:
             yield from operand.slots(self.shape, start, stop)

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from stockflow.planning.budget import OPTIMAL_READ_BYTES, PIECE_OVERHEAD, Workspace
 from stockflow.planning.decodes import ByteRange
-from stockflow.planning.job import Reading, Slot, Work
+from stockflow.planning.job import ExtentRanges, Reading, Work
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
 
 ALIGNMENT = 64
 
 
-class Piece(NamedTuple):
+class LoadPiece(NamedTuple):
     """A run of elements of one tensor: whole spans of it."""
 
     work: Work
@@ -43,7 +43,7 @@ class Request(NamedTuple):
 class Load:
     """What fills one slab."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[LoadPiece, ...]
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -80,7 +80,7 @@ class Step:
 
 def schedule(works: Sequence[Work], workspace: Workspace) -> Iterator[Step]:
     """Yield the steps that go through ``works`` in order within ``workspace``."""
-    small: list[Piece] = []
+    small: list[LoadPiece] = []
     filled = 0
     for work in works:
         reading = work.reading
@@ -102,11 +102,11 @@ def schedule(works: Sequence[Work], workspace: Workspace) -> Iterator[Step]:
         yield _packed(small)
 
 
-def _units(work: Work, chunk_elems: int) -> Iterator[list[Piece]]:
+def _units(work: Work, chunk_elems: int) -> Iterator[list[LoadPiece]]:
     """The units of a tensor, each as the chunks it is read in; an empty tensor is one empty unit."""
     reading = work.reading
     if reading.num_elems == 0:
-        yield [Piece(work, 0, 0)]
+        yield [LoadPiece(work, 0, 0)]
         return
     chunks = _chunks(work, chunk_elems)
     if reading.group_elems == reading.num_elems:
@@ -114,7 +114,7 @@ def _units(work: Work, chunk_elems: int) -> Iterator[list[Piece]]:
     elif reading.group_elems <= SPAN_ELEMS:
         yield from ([chunk] for chunk in chunks)
     else:
-        unit: list[Piece] = []
+        unit: list[LoadPiece] = []
         for chunk in chunks:
             unit.append(chunk)
             if chunk.stop % reading.group_elems == 0:
@@ -122,28 +122,28 @@ def _units(work: Work, chunk_elems: int) -> Iterator[list[Piece]]:
                 unit = []
 
 
-def _chunks(work: Work, chunk_elems: int) -> Iterator[Piece]:
+def _chunks(work: Work, chunk_elems: int) -> Iterator[LoadPiece]:
     """Consecutive spans, as many as fit a slab, never beyond the end of a group larger than a span."""
     reading = work.reading
     step = chunk_step(reading.group_elems, chunk_elems)
     stretch = reading.group_elems if reading.group_elems > SPAN_ELEMS else reading.num_elems
     for first in range(0, reading.num_elems, stretch):
         for start in range(first, first + stretch, step):
-            yield Piece(work, start, min(start + step, first + stretch))
+            yield LoadPiece(work, start, min(start + step, first + stretch))
 
 
-def _packed(pieces: Sequence[Piece]) -> Step:
+def _packed(pieces: Sequence[LoadPiece]) -> Step:
     # All rounds of a unit inside one load run over memory, so it is read once.
     return Step((Load(tuple(pieces)),), num_sweeps=1, held=True)
 
 
-def _large(unit: Sequence[Piece], workspace: Workspace) -> Step:
+def _large(unit: Sequence[LoadPiece], workspace: Workspace) -> Step:
     num_sweeps = unit[0].work.num_sweeps
     held = not workspace.direct and num_sweeps > 1 and len(unit) <= workspace.num_slabs
     return Step(tuple(Load((piece,)) for piece in unit), num_sweeps, held, workspace.direct)
 
 
-def _lay_out(pieces: Sequence[Piece]) -> tuple[tuple[Request, ...], tuple[tuple[int, ...], ...]]:
+def _lay_out(pieces: Sequence[LoadPiece]) -> tuple[tuple[Request, ...], tuple[tuple[int, ...], ...]]:
     """Requests and offsets of a load: ranges in file order, every slot on a boundary of its elements."""
     whole, scattered = [], []
     for index, (work, first, last) in enumerate(pieces):
@@ -168,16 +168,16 @@ def _lay_out(pieces: Sequence[Piece]) -> tuple[tuple[Request, ...], tuple[tuple[
     return tuple(requests), tuple(map(tuple, offsets))
 
 
-def _slots(reading: Reading, first: int, last: int) -> Iterator[Slot]:
+def _slots(reading: Reading, first: int, last: int) -> Iterator[ExtentRanges]:
     """What ``reading.slots`` yields, with less ado for the plain readings that nearly all are."""
     if not reading.is_plain:
         yield from reading.slots(first, last)
         return
     for (checkpoint, _, ((file, start),), _, _), width in zip(reading.operands, reading.widths, strict=True):
-        yield Slot(checkpoint, file, (ByteRange(start + width * first, start + width * last),), width)
+        yield ExtentRanges(checkpoint, file, (ByteRange(start + width * first, start + width * last),), width)
 
 
-def gathered(slot: Slot, offset: int) -> Iterator[Request]:
+def gathered(slot: ExtentRanges, offset: int) -> Iterator[Request]:
     """The requests of ranges that lie side by side in the slab; those that do so in the file too are one."""
     pending: Request | None = None
     for start, stop in slot.ranges:

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.engine.facts import Ledger
-from stockflow.engine.procedures.course import StageClock
+from stockflow.engine.procedures.proceeding import StageClock
 from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.methods.protocol import Parameters
-from stockflow.planning.decodes import BlockScaled, Decode, Plain, RowRuns, Run, plain
+from stockflow.planning.decodes import BlockScaled, Decode, Plain, RowRun, RowRuns, plain
 from stockflow.planning.job import Operand, Reading, Result, TensorJob, working_bits_of
 from stockflow.planning.plan import CheckpointRef, ShardPlan
 from stockflow.storage import StorageConfig, open_store
@@ -165,10 +165,10 @@ def test_threads_memory_and_storage_change_no_bit_of_what_is_decoded(
 
 
 RUNS = {
-    "a permutation": RowRuns(1153, (Run(600, 1153, 0), Run(0, 600, 553))),
-    "a gap": RowRuns(1100, (Run(0, 500, 0), Run(500, 1100, 553))),
-    "a repeated run": RowRuns(700, (Run(0, 700, 0), Run(100, 553, 700))),
-    "single rows": RowRuns(1153, tuple(Run(1152 - row, 1153 - row, row) for row in range(1153))),
+    "a permutation": RowRuns(1153, (RowRun(600, 1153, 0), RowRun(0, 600, 553))),
+    "a gap": RowRuns(1100, (RowRun(0, 500, 0), RowRun(500, 1100, 553))),
+    "a repeated run": RowRuns(700, (RowRun(0, 700, 0), RowRun(100, 553, 700))),
+    "single rows": RowRuns(1153, tuple(RowRun(1152 - row, 1153 - row, row) for row in range(1153))),
 }
 
 
@@ -204,7 +204,7 @@ def test_rows_are_gathered_by_range(
 def test_runs_that_touch_in_the_file_are_one_request() -> None:
     from stockflow.planning.reads import gathered
 
-    rows = RowRuns(10, (Run(0, 2, 0), Run(2, 5, 2), Run(7, 9, 5)))
+    rows = RowRuns(10, (RowRun(0, 2, 0), RowRun(2, 5, 2), RowRun(7, 9, 5)))
     operand = Operand(0, NAME, (_extent(),), plain("BF16"), rows)
     (slot,) = operand.slots((7, 3), 0, 21)
 
@@ -213,15 +213,15 @@ def test_runs_that_touch_in_the_file_are_one_request() -> None:
     assert [(each.start, each.stop, each.offset) for each in requests] == [(8, 38, 64), (50, 62, 94)]
 
 
-@pytest.mark.parametrize("wrong", [Run(3, 3, 0), Run(0, 11, 0), Run(-1, 4, 0)])
-def test_a_run_that_is_none_is_refused(wrong: Run) -> None:
+@pytest.mark.parametrize("wrong", [RowRun(3, 3, 0), RowRun(0, 11, 0), RowRun(-1, 4, 0)])
+def test_a_run_that_is_none_is_refused(wrong: RowRun) -> None:
     with pytest.raises(ValueError, match="is no run of the 10 rows"):
         RowRuns(10, (wrong,))
 
 
 def test_runs_that_name_a_row_twice_are_refused() -> None:
     with pytest.raises(ValueError, match="begins at row 3, where the run before it goes on to 5"):
-        RowRuns(10, (Run(0, 5, 0), Run(5, 6, 3)))
+        RowRuns(10, (RowRun(0, 5, 0), RowRun(5, 6, 3)))
 
 
 def test_several_results_come_from_one_read_and_are_what_each_would_be_alone(fp8: Models) -> None:

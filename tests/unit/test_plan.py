@@ -37,7 +37,7 @@ from stockflow.planning.budget import (
 from stockflow.planning.job import COPIES, COPY, COPY_EQUAL, TensorJob, copying, merging, stored
 from stockflow.planning.make import default_shard_size, few_shards_note, make_plan
 from stockflow.planning.plan import MergePlan
-from stockflow.planning.reads import ALIGNMENT, Load, Piece, Request, Step, schedule, split_request
+from stockflow.planning.reads import ALIGNMENT, Load, LoadPiece, Request, Step, schedule, split_request
 from stockflow.planning.spans import SPAN_ELEMS, span_bounds
 from stockflow.recipe import parse_recipe, parse_size
 from stockflow.storage import open_store
@@ -632,7 +632,7 @@ def workspace_for(jobs: list[TensorJob], spare: int, *, direct: bool = False) ->
     return divide(jobs, spare, num_threads=1, baseline_bytes=0, direct=direct)
 
 
-def pieces_of(steps: list[Step]) -> list[Piece]:
+def pieces_of(steps: list[Step]) -> list[LoadPiece]:
     return [piece for step in steps for load in step.loads for piece in load.pieces]
 
 

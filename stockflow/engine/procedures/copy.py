@@ -4,7 +4,7 @@ import numpy as np
 
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import LoadedPiece
-from stockflow.engine.procedures.course import Fill, Tools
+from stockflow.engine.procedures.proceeding import Fill, Tools
 from stockflow.engine.units import Unit
 from stockflow.kernels.arrays import Bytes
 from stockflow.methods.protocol import Copy

@@ -9,7 +9,7 @@ import numpy as np
 from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import LoadedPiece
-from stockflow.engine.procedures.course import Fill, Steps, Tools
+from stockflow.engine.procedures.proceeding import Fill, Steps, Tools
 from stockflow.engine.units import Unit
 from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes, Floats

@@ -78,7 +78,7 @@ Procedure = Callable[[Unit, Result, Ledger, Tools], Steps | Fill]
 """Yields the sweeps it needs, is sent the state after each, and returns what fills the result."""
 
 
-class Course:
+class Proceeding:
     """A procedure on its way."""
 
     def __init__(self, steps: Steps | Fill) -> None:
