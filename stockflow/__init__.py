@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         StorageError,
         UserError,
     )
-    from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
+    from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage, Workers
     from stockflow.insight.audit import Audit, Verdict
     from stockflow.insight.difference import CheckpointDifference, GroupDifference, TensorDifference
     from stockflow.insight.inspection import Inspection
@@ -55,7 +55,7 @@ _HOMES = {
         "MissingLibraryError", "NotFoundError", "NumericsError", "OutputConflictError", "PlanError", "RecipeError",
         "StockflowError", "StorageError", "UserError",
     ),
-    "events": ("Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage"),
+    "events": ("Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage", "Workers"),
     "insight.audit": ("Audit", "Verdict"),
     "insight.inspection": ("Inspection",),
     "output.receipts": ("TensorFacts",),
@@ -73,7 +73,7 @@ __all__ = [  # noqa: RUF022  # as in _HOMES
     "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "LinkError", "MissingLibraryError",
     "NotFoundError",
     "NumericsError", "OutputConflictError", "PlanError", "RecipeError", "StockflowError", "StorageError", "UserError",
-    "Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage",
+    "Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage", "Workers",
     "Audit", "Verdict",
     "Inspection",
     "TensorFacts",

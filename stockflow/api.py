@@ -5,7 +5,7 @@ Names of options and their defaults are the command line's. Errors are Stockflow
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,7 +25,6 @@ from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning.budget import Workspace, default_memory, gb, mib
 from stockflow.planning.make import few_shards_note
 from stockflow.planning.plan import MergePlan, ShardPlan
-from stockflow.progress.display import AsEvents
 from stockflow.recipe import RecipeLike, parse_size, recipe_of, resolve_location
 from stockflow.run import driver
 from stockflow.run.driver import Execute, Inputs, MergeOptions, Outcome
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from stockflow.insight.audit import Audit, Merge
     from stockflow.insight.difference import CheckpointDifference
     from stockflow.insight.inspection import Inspection, Survey, SurveyOptions
-    from stockflow.progress.file import Tracker
     from stockflow.reports.report import Report
     from stockflow.verification.verify import SampleOptions, Verification
 
@@ -339,7 +337,7 @@ def merge(
         asked["no_worker_timeout_s"] = worker_timeout
     execute = execute_on(executor, asked | {"item_timeout_s": shard_timeout})
     inputs = open_inputs(recipe, on_event, follow_links)
-    result = driver.merge(inputs, os.fspath(output), options, execute, AsEvents(on_event))
+    result = driver.merge(inputs, os.fspath(output), options, execute, on_event)
     return MergeResult(result, inputs.storage)
 
 
@@ -375,7 +373,7 @@ def inspect(
     from stockflow.insight import inspection
 
     options = survey_options(memory, workers, executor, device)
-    survey = survey_on(executor, workers, gpus_per_worker, on_event)
+    survey = survey_on(executor, workers, gpus_per_worker)
     return inspection.inspect(open_inputs(recipe, on_event, follow_links), options, survey, on_event)
 
 
@@ -416,7 +414,7 @@ def audit(
     from stockflow.insight import audit as auditing
 
     options = survey_options(memory, workers, executor, device)
-    survey = survey_on(executor, workers, gpus_per_worker, on_event)
+    survey = survey_on(executor, workers, gpus_per_worker)
     return auditing.audit(open_merge(subject, merged, recipe, on_event, follow_links), options, survey, on_event)
 
 
@@ -639,19 +637,19 @@ def execute_on(executor: ExecutorName | None, on_ray: Mapping[str, Any]) -> Exec
     return partial(_on_ray, on_ray) if is_on_ray(executor) else _in_this_process
 
 
-def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker") -> Iterator[Receipt]:
+def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
     from stockflow.run.places import in_this_process
 
-    return in_this_process(spec, shards, tracker)
+    return in_this_process(spec, shards, on_event)
 
 
 def _on_ray(
-    asked: Mapping[str, Any], spec: "WorkerSpec", shards: Sequence[ShardPlan], tracker: "Tracker"
+    asked: Mapping[str, Any], spec: "WorkerSpec", shards: Sequence[ShardPlan], on_event: OnEvent
 ) -> Iterator[Receipt]:
     from stockflow.run.executors.ray import RayOptions
     from stockflow.run.places import on_ray
 
-    return on_ray(spec, shards, tracker, RayOptions(**asked))
+    return on_ray(spec, shards, on_event, RayOptions(**asked))
 
 
 def is_output(location: str) -> bool:
@@ -671,36 +669,33 @@ def survey_options(
     return SurveyOptions(options.memory_bytes, options.num_threads, options.device)
 
 
-def survey_on(
-    executor: ExecutorName | None, workers: int | None, gpus_per_worker: float, on_event: OnEvent
-) -> "Survey":
+def survey_on(executor: ExecutorName | None, workers: int | None, gpus_per_worker: float) -> "Survey":
     """Return what looks at tensors where the options say."""
     if not is_on_ray(executor):
         return _survey_in_this_process
-    return partial(_survey_on_ray, workers, gpus_per_worker, lambda text: on_event(Note(text)))
+    return partial(_survey_on_ray, workers, gpus_per_worker)
 
 
 def _survey_in_this_process(
-    spec: "SurveySpec", looks: "Sequence[Look]", on_read: Callable[[int], None]
+    spec: "SurveySpec", looks: "Sequence[Look]", on_event: OnEvent
 ) -> Iterator[tuple[int, Any]]:
     from stockflow.run.places import survey_in_this_process
 
-    return survey_in_this_process(spec, looks, on_read)
+    return survey_in_this_process(spec, looks, on_event)
 
 
 def _survey_on_ray(
     workers: int | None,
     gpus_per_worker: float,
-    on_note: Callable[[str], None],
     spec: "SurveySpec",
     looks: "Sequence[Look]",
-    on_read: Callable[[int], None],
+    on_event: OnEvent,
 ) -> Iterator[tuple[int, Any]]:
     from stockflow.run.executors.ray import RayOptions
     from stockflow.run.places import survey_on_ray
 
     options = RayOptions(num_workers=workers, gpus_per_worker=gpus_per_worker)
-    return survey_on_ray(spec, looks, on_read, on_note, options)
+    return survey_on_ray(spec, looks, on_event, options)
 
 
 def _check_choice(option: str, given: object, choices: Sequence[object]) -> None:

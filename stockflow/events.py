@@ -1,6 +1,7 @@
 """What happens while something takes long: typed events, told as they come, from any thread.
 
     Run       which run of which plan all that follows is
+    Workers   how many processes share a merge, where no number was asked for
     Stage     opening checkpoints | planning | merging | verifying | comparing ...   one ends where the next begins
       Begun     a worker begins with an item of the stage
       Moved     bytes went by
@@ -9,8 +10,9 @@
       Dropped   an item that was done is not good after all
     Note      something the reader should know, and need not act on
 
-``reporting`` shows them, ``metrics`` adds them up; the Python API hands them to a callback. An event is told once, in
-no more than a few microseconds; the one who is told must not raise and must not take long.
+They are the only way in which a merge is heard of: progress.json, what is shown, log lines and metrics listen to them
+and add them up alike (``progress.state``); the Python API hands them to a callback. An event is told once, in no more
+than a few microseconds; who is told must not take long, and ends what goes on by raising.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +25,13 @@ class Run:
 
     run: str
     plan_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """A cluster has room for so many processes that share the shards of a merge; more may join."""
+
+    num_workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +52,8 @@ class Stage:
     """what items are, in the plural: files, tensors, shards"""
     counts_written: bool = False
     """whether written bytes count towards ``total_bytes``"""
+    resumed: tuple[str, ...] = ()
+    """which items an earlier run has done: shards"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +129,20 @@ class Note:
     text: str
 
 
-Event = Run | Stage | Begun | Moved | Done | Retry | Dropped | Note
+Event = Run | Workers | Stage | Begun | Moved | Done | Retry | Dropped | Note
 OnEvent = Callable[[Event], None]
 """Told of events, from several threads."""
 
 
 def ignore(event: Event) -> None:
     """Do nothing."""
+
+
+def all_of(*listeners: OnEvent) -> OnEvent:
+    """Return what tells every listener, in this order; after one that raises the next are not told."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell

@@ -12,7 +12,6 @@ from typing import Any
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.session import GROWTH_BYTES
 from stockflow.planning.budget import BASELINE_BYTES
-from stockflow.progress.display import Silent
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.run.places import in_this_process
 
@@ -55,7 +54,7 @@ def merge_here(
     from stockflow.recipe import load_recipe
 
     options = MergeOptions(memory_bytes + grown_bytes(), num_threads, "cpu", shard_size, overwrite)
-    return merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process, Silent())
+    return merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process)
 
 
 def command(*arguments: object) -> list[str]:

@@ -65,7 +65,7 @@ def inspect(
 
     with exit_codes():
         with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
-            survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
+            survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker)
             inputs = api.open_inputs(recipe, on_event, follow_links or ())
             folder = open_out(out, inputs.storage)
             options = _options(memory, workers, executor, device)
@@ -122,7 +122,7 @@ def audit(
 
     with exit_codes():
         with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
-            survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker, on_event)
+            survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker)
             merge = api.open_merge(subject, merged, recipe, on_event, follow_links or ())
             folder = open_out(out, merge.storage)
             found = auditing.audit(merge, _options(memory, workers, executor, device), survey, on_event)

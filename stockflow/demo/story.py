@@ -13,7 +13,6 @@ from stockflow.output.card import by_kind, mean, shown
 from stockflow.output.manifest import tensors_key
 from stockflow.output.receipts import TensorFacts
 from stockflow.output.tables import read_facts
-from stockflow.progress.display import AsEvents
 from stockflow.recipe import load_recipe
 from stockflow.run import driver
 from stockflow.run.driver import Execute, MergeOptions, MergeResult
@@ -113,7 +112,7 @@ def _open(recipe: Path) -> driver.Inputs:
 
 
 def _merge(recipe: Path, output: Path, options: MergeOptions, execute: Execute, on_event: OnEvent) -> MergeResult:
-    return driver.merge(_open(recipe), str(output), options, execute, AsEvents(on_event))
+    return driver.merge(_open(recipe), str(output), options, execute, on_event)
 
 
 def _ratios(

@@ -34,7 +34,6 @@ from stockflow.forecast.amounts import survey
 from stockflow.forecast.calibration import Calibration, KernelCost, MachineCosts, PlaceCosts
 from stockflow.forecast.prediction import CALIBRATED_ROUNDS, RANGES_IN_FLIGHT, Conditions, Model
 from stockflow.planning.budget import OPTIMAL_READ_BYTES, default_memory
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, merge, plan_merge
 from stockflow.run.places import in_this_process
@@ -342,7 +341,7 @@ def _merged_here(recipe: Path, work: Path, num_threads: int) -> dict[str, float]
     output = work / "kernel-output"
     options = MergeOptions(default_memory(), num_threads, "cpu")
     started = time.process_time()
-    result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process, Silent())
+    result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process)
     cpu_s = time.process_time() - started
     shutil.rmtree(output)
     stages = (

@@ -213,7 +213,7 @@ def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_event: OnEven
     spec = SurveySpec(checkpoints, merge.storage, options.memory_bytes, options.num_threads, options.device)
     following = Following(spec, looks, on_event)
     rows: list[dict[str, Any]] = [{}] * len(looks)
-    for number, row in following.rows(survey(spec, looks, following.on_read)):
+    for number, row in following.rows(survey(spec, looks, following)):
         reading = looks[number].reading
         rows[number] = {
             "name": reading.name,

@@ -17,7 +17,7 @@ from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.engine.units import Unit
-from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
+from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.insight.difference import CheckpointDifference, TensorDifference, Unmatched
 from stockflow.insight.inspection import Survey, SurveyOptions
 from stockflow.kernels import comparison
@@ -92,7 +92,7 @@ def compare_checkpoints(
     refs = tuple(CheckpointRef(each.url, each.files) for each in (a, b))
     spec = SurveySpec(refs, config, options.memory_bytes, options.num_threads, options.device)
     found: dict[int, Differing] = {}
-    for number, row in survey(spec, looks, lambda num_read: on_event(Moved(num_read))) if looks else ():
+    for number, row in survey(spec, looks, on_event) if looks else ():
         found[number] = row
         on_event(Done(looks[number].reading.name))
     return CheckpointDifference(

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from stockflow.checkpoints.naming import kind_of, layer_of
-from stockflow.engine.inputs import OnRead
 from stockflow.engine.procedures.linear import GramSweep
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.engine.units import Unit
 from stockflow.errors import RecipeError
-from stockflow.events import Done, Moved, OnEvent, Stage
+from stockflow.events import Done, Event, Moved, OnEvent, Stage
 from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
@@ -38,8 +37,8 @@ FORMAT = "stockflow-inspection-1"
 ROWS_AT_ONCE = 2048
 """Tensors whose rows are plain Python values at a time: with 16 models one has 300 numbers."""
 
-Survey = Callable[[SurveySpec, Sequence[Look], OnRead], Iterator[tuple[int, Any]]]
-"""Looks at tensors somewhere; yields their numbers and rows, in any order."""
+Survey = Callable[[SurveySpec, Sequence[Look], OnEvent], Iterator[tuple[int, Any]]]
+"""Looks at tensors somewhere; tells what it reads, and yields their numbers and rows, in any order."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,12 @@ class Following:
         num_bytes = bytes_to_read(spec, looks)
         on_event(Stage("reading the inputs", total_bytes=num_bytes, num_items=len(looks), unit="tensors"))
 
-    def on_read(self, num_bytes: int) -> None:
-        """Count bytes."""
-        with self._lock:
-            self.num_read += num_bytes
-        self._on_event(Moved(num_bytes))
+    def __call__(self, event: Event) -> None:
+        """Count bytes, and pass it on."""
+        if isinstance(event, Moved):
+            with self._lock:
+                self.num_read += event.num_read
+        self._on_event(event)
 
     def rows(self, found: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         """Yield numbers and rows as they come."""
@@ -286,7 +286,7 @@ def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_event: On
     packed_TQ = np.full((len(subjects), 1 + num_tuned * (num_tuned + 1) // 2), np.nan)
     spec = SurveySpec(checkpoints, inputs.storage, options.memory_bytes, options.num_threads, options.device)
     following = Following(spec, looks, on_event)
-    for number, row_Q in following.rows(survey(spec, looks, following.on_read)) if looks else ():
+    for number, row_Q in following.rows(survey(spec, looks, following)) if looks else ():
         packed_TQ[numbers[number]] = row_Q
     return Inspection(checkpoints, subjects, packed_TQ, following.num_read, time.perf_counter() - started)
 

@@ -8,8 +8,8 @@ from typing import IO
 
 from stockflow.errors import StockflowError, exit_code_of
 from stockflow.events import Event, Note, Stage
-from stockflow.progress.levels import LogLevel, heading, in_a_line, is_told
-from stockflow.progress.state import Snapshot, State, in_words
+from stockflow.progress.state import Snapshot, State
+from stockflow.progress.wording import LogLevel, heading, in_a_line, in_words, is_told
 from stockflow.text.escaping import printable
 from stockflow.text.redaction import without_secrets
 

@@ -10,7 +10,8 @@ from rich.text import Text
 from stockflow.events import Event, Note
 from stockflow.planning.budget import gb
 from stockflow.progress.lines import Ticking
-from stockflow.progress.state import Lane, Snapshot, State, duration, in_words
+from stockflow.progress.state import Contribution, Snapshot, State
+from stockflow.progress.wording import duration, in_words
 from stockflow.text.escaping import in_a_line, printable
 
 REFRESH_S = 0.2
@@ -84,24 +85,24 @@ class LiveDisplay(Ticking):
             line.add_column(no_wrap=True, overflow="ellipsis")
             bar = ProgressBar(total=1.0, completed=now.share, width=cells)
             line.add_row(self._spinner, now.stage.name, bar, Text(in_words(now)))
-        return Group(line, _lanes(now)) if self._has_lanes and now.lanes else line
+        return Group(line, _lanes(now)) if self._has_lanes and now.workers else line
 
 
 def _lanes(now: Snapshot) -> Table:
     table = Table.grid(padding=(0, 2))
     for _ in range(5):
         table.add_column(no_wrap=True, overflow="ellipsis")
-    for lane in (lane for lane in now.lanes if lane.num_read or lane.num_written):
-        table.add_row(Text(f"  {in_a_line(lane.worker) or 'here'}"), *_cells(lane, now))
+    for one in (one for one in now.workers if one.num_read or one.num_written):
+        table.add_row(Text(f"  {in_a_line(one.worker) or 'here'}"), *_cells(one, now))
     return table
 
 
-def _cells(lane: Lane, now: Snapshot) -> list[Text]:
-    rate = (lane.num_read + lane.num_written) / max(lane.elapsed_s, 1e-9)
-    moved = f"{gb(lane.num_read)} read" + (f", {gb(lane.num_written)} written" if lane.num_written else "")
-    unit = now.stage.unit.removesuffix("s") if lane.num_done == 1 else now.stage.unit
-    done = f"{lane.num_done:,} {unit}" if lane.num_done else ""
-    return [Text(moved), Text(f"{gb(rate)}/s"), Text(done), Text(in_a_line(lane.last_item), style="dim")]
+def _cells(worker: Contribution, now: Snapshot) -> list[Text]:
+    rate = (worker.num_read + worker.num_written) / max(worker.elapsed_s, 1e-9)
+    moved = f"{gb(worker.num_read)} read" + (f", {gb(worker.num_written)} written" if worker.num_written else "")
+    unit = now.stage.unit.removesuffix("s") if worker.num_done == 1 else now.stage.unit
+    done = f"{worker.num_done:,} {unit}" if worker.num_done else ""
+    return [Text(moved), Text(f"{gb(rate)}/s"), Text(done), Text(in_a_line(worker.last_item), style="dim")]
 
 
 def _ended(state: Snapshot) -> str:

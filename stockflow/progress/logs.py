@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import IO
 
 from stockflow.errors import EXIT_BUG
-from stockflow.events import Begun, Done, Dropped, Event, Note, Retry, Run, Stage
-from stockflow.progress.levels import LogLevel, in_a_line, is_told, level_of
+from stockflow.events import Begun, Cost, Done, Dropped, Event, Retry, Stage
 from stockflow.progress.lines import Ticking, outcome_facts, progress_facts, stage_facts
-from stockflow.progress.state import State, in_words
+from stockflow.progress.state import State
+from stockflow.progress.wording import LogLevel, in_a_line, in_words, is_told, level_of
 from stockflow.text.redaction import without_secrets
 
 LOG_INTERVAL_S = 10.0
@@ -49,10 +49,6 @@ class LogLines(Ticking):
         self._state = State()
         self._lock = threading.Lock()
         self._began = time.monotonic()
-        self._ids: dict[str, object] = {}
-        """of the run and its plan, once they are known"""
-        self._workers: dict[str, str] = {}
-        """who is at which shard"""
         self._handler = _Handler(self)
 
     def __enter__(self) -> "LogLines":
@@ -78,13 +74,11 @@ class LogLines(Ticking):
 
     def __call__(self, event: Event) -> None:
         """Count an event, and write what is worth a line."""
+        text = in_a_line(event)
+        facts = self._facts(event) if text else {}  # before it is counted: it may end what a worker is at
         self._state.take(event)
-        if isinstance(event, Run):
-            self._ids = {"run": event.run, "plan": event.plan_id}
-        elif isinstance(event, Begun):
-            self._workers[event.item] = event.worker
-        if text := in_a_line(event):
-            self.write(level_of(event), text, **self._facts(event))
+        if text:
+            self.write(level_of(event), text, **facts)
 
     def tick(self) -> None:
         """Write how things stand."""
@@ -97,7 +91,9 @@ class LogLines(Ticking):
         if not is_told(level, self._level):
             return
         moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = {"time": moment, "level": level, "message": message, **self._ids, **facts}
+        run = self._state.run
+        ids = {"run": run.run, "plan": run.plan_id} if run else {}
+        line = {"time": moment, "level": level, "message": message, **ids, **facts}
         safe = {
             name: without_secrets(value) if isinstance(value, str) else value
             for name, value in line.items()
@@ -107,28 +103,33 @@ class LogLines(Ticking):
             print(json.dumps(safe), file=self._stream, flush=True)
 
     def _facts(self, event: Event) -> dict[str, object]:
-        """Return what an event is about, as fields; forget the worker of a shard that it ends."""
-        if isinstance(event, Stage):
-            return stage_facts(event)
-        if isinstance(event, Run | Note):
-            return {}
-        assert isinstance(event, Begun | Retry | Done | Dropped)
-        worker = self._workers.get(event.item or "")
-        if not isinstance(event, Begun):
-            self._workers.pop(event.item or "", None)
-        facts: dict[str, object] = {"shard": event.item, "worker": worker}
-        if isinstance(event, Retry):
-            facts["cause"] = event.cause
-        if isinstance(event, Done) and event.cost:
-            cost = event.cost
-            facts |= {
-                "bytes": cost.num_bytes,
-                "tensors": cost.num_tensors,
-                "seconds": dict(cost.seconds),
-                "retries": dict(cost.retries),
-                "peak_memory_bytes": cost.peak_memory_bytes,
-            }
-        return facts
+        """Return what an event is about, as fields."""
+        match event:
+            case Stage():
+                return stage_facts(event)
+            case Begun():
+                return {"shard": event.item, "worker": event.worker}
+            case Retry():
+                return {**self._shard_facts(event.item), "cause": event.cause}
+            case Dropped():
+                return self._shard_facts(event.item)
+            case Done():
+                return {**self._shard_facts(event.item), **(cost_facts(event.cost) if event.cost else {})}
+        return {}
+
+    def _shard_facts(self, shard: str | None) -> dict[str, object]:
+        return {"shard": shard, "worker": None if shard is None else self._state.worker_at(shard)}
+
+
+def cost_facts(cost: Cost) -> dict[str, object]:
+    """Return what a shard took, by the names of `docs/operations.md`."""
+    return {
+        "bytes": cost.num_bytes,
+        "tensors": cost.num_tensors,
+        "seconds": dict(cost.seconds),
+        "retries": dict(cost.retries),
+        "peak_memory_bytes": cost.peak_memory_bytes,
+    }
 
 
 class _Handler(logging.Handler):

@@ -7,8 +7,7 @@ The driver knows everything, from its workers' counters and receipts; so its end
 import socket
 import threading
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -24,7 +23,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from stockflow.errors import UserError
-from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Retry, Run, Stage
+from stockflow.events import Cost, Done, Event
+from stockflow.progress.state import Overview, Snapshot, State
 from stockflow.version import __version__
 
 CAUSES = ("read", "storage", "lost", "late", "out of memory", "error", "preempted")
@@ -42,126 +42,66 @@ class Metrics(Collector):
 
     def __init__(self) -> None:
         """Begin with nothing counted."""
+        self._state = State()
         self._lock = threading.Lock()
-        self._run = Run("", "")
-        self._stage = Stage("")
-        self._read = self._written = self._tensors = self._peak = 0
-        self._num_shards = self._num_bytes = 0
-        self._num_resumed = self._resumed_bytes = 0
-        self._done: dict[str, int] = {}
-        """bytes of the shards that this run has done"""
-        self._in_flight: dict[str, Begun] = {}
-        self._retries = Counter(dict.fromkeys(CAUSES, 0))
-        self._seconds = dict.fromkeys(STAGES, 0.0)
-        self._durations = [0] * (len(BUCKETS_S) + 1)
-        self._duration_sum = 0.0
+        """a shard and its cost are counted at one moment"""
+        self._costs = _Costs()
 
     def __call__(self, event: Event) -> None:
         """Count an event."""
-        with self._lock:
-            match event:
-                case Moved():
-                    self._read += event.num_read
-                    self._written += event.num_written
-                case Begun():
-                    self._in_flight[event.item] = event
-                case Done() if event.cost:
-                    self._in_flight.pop(event.item, None)
-                    self._done[event.item] = event.cost.num_bytes
-                    self._add(event.cost)
-                case Retry():
-                    self._retries[event.cause] += 1
-                    self._in_flight.pop(event.item or "", None)
-                case Dropped():
-                    self._drop(event)
-                case Stage():
-                    self._stage = event
-                    if event.counts_written:
-                        self._num_shards, self._num_bytes = event.num_items or 0, event.total_bytes or 0
-                        self._num_resumed, self._resumed_bytes = event.num_done, event.done_bytes
-                case Run():
-                    self._run = event
+        if isinstance(event, Done) and event.cost:
+            with self._lock:
+                self._state.take(event)
+                self._costs.add(event.cost)
+        else:
+            self._state.take(event)
 
     def collect(self) -> Iterator[Metric]:
         """Yield everything that is counted, as of one moment."""
         with self._lock:
-            yield from list(self._collect())
+            now = self._state.overview()
+            costs = list(self._costs.collect())
+        yield from _run(now)
+        yield from _bytes(now)
+        yield from _shards(now.output)
+        yield _labelled(
+            CounterMetricFamily,
+            "stockflow_retries",
+            "Requests (cause read), shards and starts of workers tried again.",
+            "cause",
+            {**dict.fromkeys(CAUSES, 0), **now.retries},
+        )
+        yield from costs
 
-    def _add(self, cost: Cost) -> None:
-        self._tensors += cost.num_tensors
+
+class _Costs:
+    """The sum of what shards took; whoever calls holds the lock."""
+
+    def __init__(self) -> None:
+        self._num_tensors = self._peak = 0
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._durations = [0] * (len(BUCKETS_S) + 1)
+        self._duration_sum = 0.0
+
+    def add(self, cost: Cost) -> None:
+        self._num_tensors += cost.num_tensors
         self._peak = max(self._peak, cost.peak_memory_bytes)
-        self._retries.update(cost.retries)
         for stage, seconds in cost.seconds.items():
             if stage != TOTAL:
                 self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
-        duration = cost.seconds.get(TOTAL, 0.0)
-        self._durations[bisect_left(BUCKETS_S, duration)] += 1
-        self._duration_sum += duration
+        total_s = cost.seconds.get(TOTAL, 0.0)
+        self._durations[bisect_left(BUCKETS_S, total_s)] += 1
+        self._duration_sum += total_s
 
-    def _drop(self, event: Dropped) -> None:
-        """Take back a shard: of this run, or one that an earlier run had done."""
-        if self._done.pop(event.item, None) is None:
-            self._num_resumed -= 1
-            self._resumed_bytes -= event.num_bytes
-
-    def _collect(self) -> Iterator[Metric]:
-        num_done = self._num_resumed + len(self._done)
-        run = InfoMetricFamily("stockflow_run", "Which run of which plan this is, once that is known.")
-        if self._run.run:
-            run.add_metric([], {"run": self._run.run, "plan": self._run.plan_id, "version": __version__})
-        yield run
-        stage = GaugeMetricFamily("stockflow_run_stage", "1 for what the run is at.", labels=["stage"])
-        if self._stage.name:
-            stage.add_metric([self._stage.name], 1)
-        yield stage
-        yield CounterMetricFamily(
-            "stockflow_read_bytes", "Bytes read from the inputs, by all workers; those of lost work too.", self._read
-        )
-        yield CounterMetricFamily(
-            "stockflow_written_bytes", "Tensor bytes written, by all workers; those of lost work too.", self._written
-        )
-        yield GaugeMetricFamily("stockflow_output_bytes", "Tensor bytes of the whole output.", self._num_bytes)
-        yield GaugeMetricFamily(
-            "stockflow_output_done_bytes",
-            "Of these, in shards that are done, by earlier runs too.",
-            self._resumed_bytes + sum(self._done.values()),
-        )
-        shards = GaugeMetricFamily("stockflow_shards", "Shards of the output by state.", labels=["state"])
-        for state, count in {
-            "waiting": max(self._num_shards - num_done - len(self._in_flight), 0),
-            "in_flight": len(self._in_flight),
-            "done": num_done,
-        }.items():
-            shards.add_metric([state], count)
-        yield shards
-        yield GaugeMetricFamily(
-            "stockflow_resumed_shards", "Of those that are done, the ones of earlier runs.", self._num_resumed
-        )
-        yield GaugeMetricFamily(
-            "stockflow_in_flight_bytes",
-            "Output bytes of the shards that workers are at.",
-            sum(begun.num_bytes for begun in self._in_flight.values()),
-        )
-        yield GaugeMetricFamily(
-            "stockflow_busy_workers",
-            "Worker processes that are at a shard.",
-            len({begun.worker for begun in self._in_flight.values()}),
-        )
-        yield CounterMetricFamily("stockflow_tensors", "Tensors in the shards this run has done.", self._tensors)
-        retries = CounterMetricFamily(
-            "stockflow_retries", "Requests (cause read), shards and starts of workers tried again.", labels=["cause"]
-        )
-        for cause, count in self._retries.items():
-            retries.add_metric([cause], count)
-        yield retries
-        seconds = CounterMetricFamily(
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily("stockflow_tensors", "Tensors in the shards this run has done.", self._num_tensors)
+        yield _labelled(
+            CounterMetricFamily,
             "stockflow_stage_seconds",
             "Time of the shards done, by stage, over all threads of workers.",
-            labels=["stage"],
+            "stage",
+            self._seconds,
         )
-        for name, spent in self._seconds.items():
-            seconds.add_metric([name], spent)
-        yield seconds
         bounds = [*map(floatToGoString, BUCKETS_S), "+Inf"]
         yield HistogramMetricFamily(
             "stockflow_shard_duration_seconds",
@@ -172,6 +112,64 @@ class Metrics(Collector):
         yield GaugeMetricFamily(
             "stockflow_worker_peak_memory_bytes", "The most memory that any worker has held.", self._peak
         )
+
+
+def _run(now: Overview) -> Iterator[Metric]:
+    run = InfoMetricFamily("stockflow_run", "Which run of which plan this is, once that is known.")
+    if now.run:
+        run.add_metric([], {"run": now.run.run, "plan": now.run.plan_id, "version": __version__})
+    yield run
+    stages = {now.stage.name: 1} if now.stage.name else {}
+    yield _labelled(GaugeMetricFamily, "stockflow_run_stage", "1 for what the run is at.", "stage", stages)
+
+
+def _bytes(now: Overview) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "stockflow_read_bytes", "Bytes read from the inputs, by all workers; those of lost work too.", now.num_read
+    )
+    yield CounterMetricFamily(
+        "stockflow_written_bytes", "Tensor bytes written, by all workers; those of lost work too.", now.num_written
+    )
+    yield GaugeMetricFamily(
+        "stockflow_output_bytes", "Tensor bytes of the whole output.", now.output.stage.total_bytes or 0
+    )
+    yield GaugeMetricFamily(
+        "stockflow_output_done_bytes",
+        "Of these, in shards that are done, by earlier runs too.",
+        now.output.finished_bytes,
+    )
+
+
+def _shards(output: Snapshot) -> Iterator[Metric]:
+    begun = [one.begun for one in output.in_work]
+    waiting = max((output.stage.num_items or 0) - output.num_done - len(begun), 0)
+    states = {"waiting": waiting, "in_flight": len(begun), "done": output.num_done}
+    yield _labelled(GaugeMetricFamily, "stockflow_shards", "Shards of the output by state.", "state", states)
+    yield GaugeMetricFamily(
+        "stockflow_resumed_shards", "Of those that are done, the ones of earlier runs.", output.num_resumed
+    )
+    yield GaugeMetricFamily(
+        "stockflow_in_flight_bytes",
+        "Output bytes of the shards that workers are at.",
+        sum(each.num_bytes for each in begun),
+    )
+    yield GaugeMetricFamily(
+        "stockflow_busy_workers", "Worker processes that are at a shard.", len({each.worker for each in begun})
+    )
+
+
+def _labelled(
+    family: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    name: str,
+    text: str,
+    label: str,
+    values: Mapping[str, float],
+) -> Metric:
+    """Return a metric with a value for each value of its label."""
+    metric = family(name, text, labels=[label])
+    for key, value in values.items():
+        metric.add_metric([key], value)
+    return metric
 
 
 @contextmanager

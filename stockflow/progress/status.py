@@ -10,10 +10,11 @@ from stockflow.output.claims import ABANDONED_S, HEARTBEAT_S, beats, run_key
 from stockflow.output.manifest import RECORDS, read_claim, read_manifest, receipt_folder
 from stockflow.planning.budget import gb
 from stockflow.progress.file import InFlight, Progress, read_progress
+from stockflow.progress.wording import duration
 from stockflow.storage import Store, redact
 from stockflow.text.escaping import in_a_line
 
-State = Literal["finished", "running", "silent", "failed", "stopped", "dead"]
+Standing = Literal["finished", "running", "silent", "failed", "stopped", "dead"]
 
 SILENT_S = 60.0
 """Six heartbeats missed: a run that is at work would have been seen."""
@@ -31,7 +32,7 @@ class Status:
 
     output: str
     plan_id: str
-    state: State
+    state: Standing
     """``silent``: no heartbeat for a minute; ``dead``: none for a quarter of an hour, or the run is gone"""
     seen_s_ago: float | None
     """how long ago a run was last seen, by this machine's clock; None: a finished merge has none"""
@@ -89,7 +90,7 @@ def status_lines(status: Status) -> Iterator[str]:
     if report is None or status.state == "finished":
         return
     if not status.is_over:
-        left = "time left not known" if report.seconds_left is None else f"about {_duration(report.seconds_left)} left"
+        left = "time left not known" if report.seconds_left is None else f"about {duration(report.seconds_left)} left"
         rate = "rate not known yet"
         if report.bytes_read or report.bytes_written:
             lately, overall = gb(report.bytes_per_s_lately), gb(report.bytes_per_s)
@@ -110,7 +111,7 @@ def status_line(status: Status) -> str:
     parts = [status.state, f"{shards} shards", size]
     if report is not None and not status.is_over:
         parts += [f"{gb(report.bytes_per_s_lately)}/s", f"{len(report.in_flight)} in flight", in_a_line(report.stage)]
-        parts += [] if report.seconds_left is None else [f"about {_duration(report.seconds_left)} left"]
+        parts += [] if report.seconds_left is None else [f"about {duration(report.seconds_left)} left"]
     if status.seen_s_ago is not None:
         parts.append(f"seen {status.seen_s_ago:,.0f} s ago")
     return "  ".join(parts)
@@ -182,7 +183,7 @@ def _alive(store: Store, keys: Iterable[str], plan_id: str, progress: Progress |
     return [beat for beat in beats(store, others, plan_id) if beat > since and now - beat < ABANDONED_S]
 
 
-def _state(progress: Progress | None, seen_s_ago: float, *, has_run: bool) -> State:
+def _state(progress: Progress | None, seen_s_ago: float, *, has_run: bool) -> Standing:
     """Judge an unfinished merge."""
     if has_run:
         return "running" if seen_s_ago < SILENT_S else "silent"
@@ -192,7 +193,7 @@ def _state(progress: Progress | None, seen_s_ago: float, *, has_run: bool) -> St
 
 
 def _state_in_words(status: Status) -> str:
-    ago = "" if status.seen_s_ago is None else f"last seen {_duration(status.seen_s_ago)} ago"
+    ago = "" if status.seen_s_ago is None else f"last seen {duration(status.seen_s_ago)} ago"
     words = {
         "finished": "finished; `stockflow verify` checks every byte",
         "running": f"running, {ago}" + (f", {status.num_runs} runs" if status.num_runs > 1 else ""),
@@ -207,19 +208,10 @@ def _state_in_words(status: Status) -> str:
 
 def _workers(in_flight: Sequence[InFlight], now: float) -> Iterator[str]:
     for one in in_flight[:NUM_SHOWN]:
-        yield f"  {in_a_line(one.worker)}: at {in_a_line(one.shard)} for {_duration(max(now - one.since, 0.0))}"
+        yield f"  {in_a_line(one.worker)}: at {in_a_line(one.shard)} for {duration(max(now - one.since, 0.0))}"
     if len(in_flight) > NUM_SHOWN:
         yield f"  ... and {len(in_flight) - NUM_SHOWN:,} more workers"
 
 
 def _shard_of(key: str, folder: str) -> str:
     return key.removeprefix(folder).removesuffix(".json")
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from stockflow.checkpoints.opening import Checkpoint, OnFile, open_checkpoints, unheard
 from stockflow.errors import PlanError, StockflowError
+from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
 from stockflow.interruption import finishing, last_act
 from stockflow.output.claims import Heartbeat, agreed_numerics, new_run
 from stockflow.output.manifest import Manifest, plan_key
@@ -17,10 +19,11 @@ from stockflow.output.ownership import admit, look, sweep, take, valid_receipts,
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.file import encode_plan
-from stockflow.planning.make import few_shards_note, make_plan
+from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note, make_plan
 from stockflow.planning.plan import MergePlan, ShardPlan
-from stockflow.progress.file import Observer, Tracker, reported
+from stockflow.progress.file import Tracker, progress_file
 from stockflow.recipe import Recipe
+from stockflow.run import shard_events
 from stockflow.storage import LocalStore, StorageConfig, Store, is_within, open_store, pin_revision, redact
 from stockflow.text.strictjson import shown
 
@@ -32,8 +35,8 @@ NUM_OTHERS_SHOWN = 5
 Outcome = Literal["merged", "already_finished"]
 
 
-Execute = Callable[["WorkerSpec", Sequence[ShardPlan], Tracker], Iterator[Receipt]]
-"""Merges shards somewhere and yields their receipts; the tracker is told who is at which."""
+Execute = Callable[["WorkerSpec", Sequence[ShardPlan], OnEvent], Iterator[Receipt]]
+"""Merges shards somewhere and yields their receipts; tells of bytes, who is at which shard, and what is tried again."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,9 @@ def side_file_notes(inputs: Inputs) -> Iterator[str]:
         yield f"not copied from {redact(donor.url)}, as no loader needs it: {names}{more}"
 
 
-def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, observer: Observer) -> MergeResult:
+def merge(
+    inputs: Inputs, output: str, options: MergeOptions, execute: Execute, on_event: OnEvent = ignore
+) -> MergeResult:
     """Merge, or finish what an earlier run of the same plan began.
 
     Raises:
@@ -199,66 +204,86 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         StorageError: storage failed; running again resumes.
     """
     started = time.perf_counter()
-    recipe = inputs.recipe
-    observer.on_stage("planning")
+    on_event(Stage("planning"))
     plan, _ = plan_merge(inputs, output, options)
     store = open_store(output, inputs.storage, writable=True)
     found = admit(store, plan, overwrite=options.overwrite)
     if found.finished and not options.overwrite:
         return MergeResult("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
-    run, receipts = new_run(), dict[str, Receipt]()
-    tracker = Tracker(observer, plan, run)
-    observer.on_run(run, plan.plan_id)
+    run = new_run()
+    tracker = Tracker(plan, run)
+    tell = all_of(tracker, on_event)
+    tell(Run(run, plan.plan_id))
     with (
-        reported(store, tracker) as report,
+        progress_file(store, tracker) as report,
         Heartbeat(store, plan.plan_id, run, report) as heartbeat,
-        _swept(store, plan, run, observer),
+        _swept(store, plan, run, tell),
     ):
         is_exclusive = heartbeat.is_exclusive()
         take(store, plan, run, found, is_exclusive=is_exclusive)
-        for note in side_file_notes(inputs):
-            observer.on_note(note)
-        for note in few_shards_note(plan, options.num_workers):
-            observer.on_note(note)
-        for note in weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive):
-            observer.on_note(note)
+        weak = weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive)
+        for note in chain(side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
+            tell(Note(note))
         store.put(plan_key(plan.plan_id), encode_plan(plan))
-        tracker.on_stage("looking for finished shards")
-        receipts.update(valid_receipts(store, plan))
-        _drop_other_numerics(store, plan, receipts, tracker)
-        tracker.on_start(plan, list(receipts.values()))
-        resumed = set(receipts)
+        tell(Stage("looking for finished shards"))
         spec = _worker_spec(inputs, plan, store.url, options, run)
-        while remaining := [shard for shard in plan.shards if shard.file not in receipts]:
-            for receipt in map(without_coefficients, execute(spec, remaining, tracker)):
-                receipts[receipt.file] = receipt
-                tracker.on_shard(receipt)
-            resumed &= receipts.keys() - _drop_other_numerics(store, plan, receipts, tracker)
-        tracker.on_stage("publishing")
+        receipts, num_resumed = _merge_shards(store, plan, execute, spec, tell)
+        tell(Stage("publishing"))
         from stockflow.output.publish import commit
 
-        manifest = commit(store, inputs.stores, recipe, plan, [receipts[shard.file] for shard in plan.shards])
-    return MergeResult("merged", plan, manifest, store.url, len(resumed), time.perf_counter() - started)
+        manifest = commit(store, inputs.stores, inputs.recipe, plan, receipts)
+    return MergeResult("merged", plan, manifest, store.url, num_resumed, time.perf_counter() - started)
 
 
-def _drop_other_numerics(store: Store, plan: MergePlan, receipts: dict[str, Receipt], tracker: Tracker) -> set[str]:
+def _merge_shards(
+    store: Store, plan: MergePlan, execute: Execute, spec: "WorkerSpec", tell: OnEvent
+) -> tuple[list[Receipt], int]:
+    """Merge what no earlier run has; return the receipts in the order of the plan, and how many of them were there."""
+    shards = {shard.file: shard for shard in plan.shards}
+    receipts = valid_receipts(store, plan)
+    _drop_other_numerics(store, plan, receipts, tell)
+    tell(shard_events.merging(plan, receipts))
+    resumed = set(receipts)
+    tell_executed = all_of(tell, partial(_note_idle_workers, plan, tell))
+    while remaining := [shard for shard in plan.shards if shard.file not in receipts]:
+        for receipt in map(without_coefficients, execute(spec, remaining, tell_executed)):
+            receipts[receipt.file] = receipt
+            tell(shard_events.done(shards[receipt.file], receipt))
+        others = _drop_other_numerics(store, plan, receipts, tell)
+        for file in sorted(others):
+            tell(shard_events.dropped(shards[file]))
+        resumed -= others
+    return [receipts[shard.file] for shard in plan.shards], len(resumed)
+
+
+def _note_idle_workers(plan: MergePlan, tell: OnEvent, event: Event) -> None:
+    """Say that shards are few for the workers that a cluster holds, if a merge is long enough for that to matter.
+
+    Where a number was asked for, that was said before.
+    """
+    if isinstance(event, Workers) and plan.num_output_bytes >= LEAST_GOOD_SHARD_BYTES * event.num_workers:
+        for note in few_shards_note(plan, event.num_workers):
+            tell(Note(note))
+
+
+def _drop_other_numerics(store: Store, plan: MergePlan, receipts: dict[str, Receipt], tell: OnEvent) -> set[str]:
     """Forget shards of another numerics class than the one the workers agreed on; return their names."""
     agreed = agreed_numerics(store, plan.plan_id)
     others = {file for file, receipt in receipts.items() if agreed not in (None, receipt.numerics_class)}
     if others:
         found = ", ".join(sorted({receipts[file].numerics_class for file in others}))
-        tracker.on_note(
+        text = (
             f"{len(others)} shards were merged on machines of class {found}; they are merged again as {agreed}, "
             "so that all fit together bit for bit"
         )
+        tell(Note(text))
     for file in others:
         del receipts[file]
-    tracker.drop(others)
     return others
 
 
 @contextmanager
-def _swept(store: Store, plan: MergePlan, run: str, observer: Observer) -> Iterator[None]:
+def _swept(store: Store, plan: MergePlan, run: str, tell: OnEvent) -> Iterator[None]:
     """Leave nothing half-written, however the block ends, or hangs when the process must end."""
     files = {shard.file for shard in plan.shards}
     with last_act(partial(sweep, store, plan.plan_id, run, files)):
@@ -269,7 +294,8 @@ def _swept(store: Store, plan: MergePlan, run: str, observer: Observer) -> Itera
                 with finishing():
                     sweep(store, plan.plan_id, run, files)
             except StockflowError as error:
-                observer.on_note(f"something half-written may be left, `stockflow clean {store.url}` shows it: {error}")
+                text = f"something half-written may be left, `stockflow clean {store.url}` shows it: {error}"
+                tell(Note(text))
 
 
 def _worker_spec(inputs: Inputs, plan: MergePlan, output_url: str, options: MergeOptions, run: str) -> "WorkerSpec":

@@ -4,22 +4,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stockflow.engine.devices import check_gpu_is_seen
-from stockflow.engine.inputs import OnRead
 from stockflow.engine.process import process_name
 from stockflow.engine.shard import OnBytes
 from stockflow.engine.survey import Look, Surveyor, SurveySpec
 from stockflow.engine.worker import Worker, WorkerSpec
 from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
+from stockflow.events import Event, Moved, Note, OnEvent
 from stockflow.output.claims import agree_on_numerics
 from stockflow.output.manifest import read_claim, receipt_key
 from stockflow.output.ownership import is_finished
 from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.file import Tracker
+from stockflow.run import shard_events
 from stockflow.run.executors import local
 from stockflow.storage import Store, open_store, read_small, redact
 
@@ -34,13 +33,15 @@ MAX_BATCH_BYTES = 2 * 10**9
 """Of sources; a larger tensor is a batch of its own."""
 
 
-def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
+def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
     """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
-    worker = Worker(spec)
-    on_bytes = partial(tracker.on_bytes, worker=process_name())
+    worker, name = Worker(spec), process_name()
+
+    def on_bytes(num_read: int, num_written: int) -> None:
+        on_event(Moved(num_read, num_written, name))
 
     def begin(shard: ShardPlan) -> Future[Receipt]:
-        tracker.on_begin(shard.file, process_name())
+        on_event(shard_events.begun(shard, name))
         return worker.begin(shard, on_bytes)
 
     try:
@@ -139,7 +140,7 @@ def check_output_is_shared(spec: WorkerSpec) -> None:
 
 
 def on_ray(
-    spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker, options: "ray.RayOptions"
+    spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent, options: "ray.RayOptions"
 ) -> Iterator[Receipt]:
     """Merge shards on the workers of a Ray cluster; only shards, receipts and counters pass through Ray."""
     from stockflow.run.executors import ray
@@ -151,11 +152,8 @@ def on_ray(
         shards,
         size=lambda shard: shard.source_bytes,
         options=options,
-        on_count=tracker.on_bytes,
-        on_note=tracker.on_note,
-        on_give=lambda shard, worker: tracker.on_begin(shard.file, worker),
-        on_failure=lambda cause, shard: tracker.on_failure(cause, shard.file if shard else None),
-        on_size=lambda num_workers: _note_idle_workers(num_workers, tracker, options),
+        on_event=on_event,
+        begun=shard_events.begun,
         name=lambda shard: shard.file,
     )
     for answer in answers:
@@ -168,18 +166,6 @@ def receipt_of(answer: Answer, store: Store, plan_id: str) -> Receipt:
         return Receipt.from_json(answer, "what a worker answered")
     key = receipt_key(plan_id, answer)
     return Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
-
-
-def _note_idle_workers(num_workers: int, tracker: Tracker, options: "ray.RayOptions") -> None:
-    """Say that shards are few for the workers that the cluster holds, if a merge is long enough for that to matter.
-
-    Where a number was asked for, the driver has said so before.
-    """
-    from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note  # workers need no recipes
-
-    if options.num_workers is None and tracker.plan.num_output_bytes >= LEAST_GOOD_SHARD_BYTES * num_workers:
-        for note in few_shards_note(tracker.plan, num_workers):
-            tracker.on_note(note)
 
 
 def _on_what_was_asked_for(spec: WorkerSpec, options: "ray.RayOptions") -> WorkerSpec:
@@ -200,11 +186,11 @@ def check_gpus(device: str, gpus_per_worker: float) -> None:
         raise PlanError("--device cuda on Ray: say how many GPUs a worker gets (--gpus-per-worker 1)")
 
 
-def survey_in_this_process(spec: SurveySpec, looks: Sequence[Look], on_read: OnRead) -> Iterator[tuple[int, Any]]:
+def survey_in_this_process(spec: SurveySpec, looks: Sequence[Look], on_event: OnEvent) -> Iterator[tuple[int, Any]]:
     """Look at tensors here; yield the number and the row of each."""
     surveyor = Surveyor(spec)
     try:
-        yield from enumerate(surveyor.survey(looks, on_read))
+        yield from enumerate(surveyor.survey(looks, lambda num_bytes: on_event(Moved(num_bytes))))
     finally:
         surveyor.close()
 
@@ -259,22 +245,21 @@ def batches(looks: Sequence[Look]) -> Iterator[Batch]:
 
 
 def survey_on_ray(
-    spec: SurveySpec,
-    looks: Sequence[Look],
-    on_read: OnRead,
-    on_note: Callable[[str], None],
-    options: "ray.RayOptions",
+    spec: SurveySpec, looks: Sequence[Look], on_event: OnEvent, options: "ray.RayOptions"
 ) -> Iterator[tuple[int, Any]]:
     """Look at tensors on the workers of a Ray cluster; rows come back by value, some kilobytes per batch."""
     from stockflow.run.executors import ray
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Moved | Note):  # the rest is of batches, which are not the items of the stage
+            on_event(event)
 
     found = ray.run(
         StartSurveyor(spec),
         list(batches(looks)),
         size=lambda batch: batch.source_bytes,
         options=options,
-        on_count=lambda num_read, _, worker: on_read(num_read),
-        on_note=on_note,
+        on_event=tell,
         name=lambda batch: f"{len(batch.looks)} tensors from {batch.looks[0].reading.name}",
     )
     for first, rows in found:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from stockflow.engine import worker
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe, parse_size
 from stockflow.run.driver import Inputs, MergeOptions, merge
 from stockflow.run.places import in_this_process
@@ -69,7 +68,7 @@ def measure(recipe: Path, output: Path, variant: str, case: Case, shard_size: in
     import stockflow.output.publish  # noqa: F401  # else its imports were counted
 
     options = MergeOptions(parse_size(case.memory), case.threads, "cpu", shard_size)
-    result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process, Silent())
+    result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process)
     return {"s": result.seconds, "fsync_s": flushing.seconds, "fstat_s": looking.seconds}
 
 

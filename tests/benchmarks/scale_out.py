@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 
 from stockflow.checkpoints.header import TensorSpec, encode_header
-from stockflow.progress.display import Silent
+from stockflow.events import Done, Event, Note
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
@@ -71,9 +71,9 @@ def measure(num_workers: int, shards_per_worker: int, rate: float) -> dict[str, 
         recipe = upload(store, num_shards, Path(folder))
         options = RayOptions(num_workers=num_workers)
         with connected(options, num_shards):
-            observer = Watching()
+            watcher = Watcher()
             cpu_before, began = machine_cpu_seconds(), time.time()
-            result = merge_through(ports, recipe, Path(folder), options, observer)
+            result = merge_through(ports, recipe, Path(folder), options, watcher)
             ended, cpu = time.time(), machine_cpu_seconds() - cpu_before
         starts = [path.stat().st_mtime - began for path in Path(folder).glob("worker-*")]
     seconds = ended - began
@@ -85,25 +85,25 @@ def measure(num_workers: int, shards_per_worker: int, rate: float) -> dict[str, 
         "seconds": seconds,
         "first_worker_began_s": min(starts),
         "last_worker_began_s": max(starts),
-        "tail_s": observer.ends[-1] - observer.ends[-num_workers],
+        "tail_s": watcher.ends[-1] - watcher.ends[-num_workers],
         "share_of_the_cap": TRAFFIC_PER_SHARD * num_shards / (num_workers * rate * seconds),
         "machine_cpu_s": cpu,
-        "notes": observer.notes,
+        "notes": watcher.notes,
     }
 
 
 @dataclass
-class Watching(Silent):
+class Watcher:
     """Keeps when shards ended, and notes."""
 
     ends: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def on_shard(self, receipt: Any) -> None:
-        self.ends.append(time.time())
-
-    def on_note(self, text: str) -> None:
-        self.notes.append(text)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Done) and event.cost:
+            self.ends.append(time.time())
+        elif isinstance(event, Note):
+            self.notes.append(event.text)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ThroughOwnProxy:
 
 
 def merge_through(
-    ports: Sequence[int], recipe: Path, folder: Path, options: RayOptions, observer: Watching
+    ports: Sequence[int], recipe: Path, folder: Path, options: RayOptions, watcher: Watcher
 ) -> MergeResult:
     """Merge on the connected cluster, each worker through its proxy."""
     start = places.StartWorker
@@ -133,7 +133,7 @@ def merge_through(
             f"s3://{BUCKET}/out",
             how,
             lambda spec, shards, told: places.on_ray(spec, shards, told, options),
-            observer,
+            watcher,
         )
     finally:
         places.StartWorker = start  # type: ignore[misc]

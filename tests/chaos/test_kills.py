@@ -14,7 +14,6 @@ import boto3
 import pytest
 import yaml
 
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, merge
 from stockflow.run.places import in_this_process
@@ -78,7 +77,7 @@ class Grounds:
     def _undisturbed(self) -> dict[str, str]:
         options = MergeOptions(1024 * MIB + grown_bytes(), 2, "cpu", SHARD_SIZE)
         inputs = Inputs.open(load_recipe(str(self._disk)))
-        result = merge(inputs, str(self._folder / "undisturbed"), options, in_this_process, Silent())
+        result = merge(inputs, str(self._folder / "undisturbed"), options, in_this_process)
         return {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards}
 
     def _folder_output(self) -> Output:

@@ -13,10 +13,9 @@ import yaml
 
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, OutputConflictError
+from stockflow.events import Event, Moved, OnEvent, all_of
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.display import Silent
-from stockflow.progress.file import Tracker
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.run.places import in_this_process
@@ -139,12 +138,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, s3_endpoint: str) -> I
         yield Remote(tmp_path, family, f"s3://{bucket}", StoreOptions(endpoint=proxy.url, client=client))
 
 
-Execute = Callable[[WorkerSpec, Sequence[ShardPlan], Tracker], Iterator[Receipt]]
+Execute = Callable[[WorkerSpec, Sequence[ShardPlan], OnEvent], Iterator[Receipt]]
 
 
 def merge_at(place: Place, execute: Execute = in_this_process) -> MergeResult:
     options = MergeOptions(1024 * MIB + grown_bytes(), 2, "cpu", SHARD_SIZE)
-    return merge(Inputs.open(load_recipe(str(place.recipe))), place.output, options, execute, Silent())
+    return merge(Inputs.open(load_recipe(str(place.recipe))), place.output, options, execute)
 
 
 def other_bytes(payload: bytes) -> bytes:
@@ -152,40 +151,36 @@ def other_bytes(payload: bytes) -> bytes:
     return payload[:-2] + bytes([payload[-2] ^ 1, payload[-1]])
 
 
-class Once(Tracker):
+class Once:
     """Replaces the input when the first bytes have been read."""
 
-    def __init__(self, tracker: Tracker, act: Callable[[], None]) -> None:
-        super().__init__(Silent(), tracker.plan, tracker.run)
+    def __init__(self, act: Callable[[], None]) -> None:
         self._act, self._is_done = act, False
 
-    def on_begin(self, shard: str, worker: str) -> None:
-        """It stands for the driver's tracker."""
-
-    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
-        if num_read and not self._is_done:
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Moved) and event.num_read and not self._is_done:
             self._is_done = True
             self._act()
 
 
 def at_the_start(act: Callable[[], None]) -> Execute:
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
         act()
-        yield from in_this_process(spec, shards, observer)
+        yield from in_this_process(spec, shards, on_event)
 
     return execute
 
 
 def within_a_shard(act: Callable[[], None]) -> Execute:
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
-        yield from in_this_process(spec, shards, Once(observer, act))
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards, all_of(on_event, Once(act)))
 
     return execute
 
 
 def between_shards(act: Callable[[], None]) -> Execute:
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
-        for number, receipt in enumerate(in_this_process(spec, shards, observer)):
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
+        for number, receipt in enumerate(in_this_process(spec, shards, on_event)):
             yield receipt
             if number == 2:
                 act()

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.cli import app
 from stockflow.errors import BudgetError
+from stockflow.events import Done, Event, Moved, Stage
 from stockflow.insight.comparison import compare_checkpoints
 from stockflow.insight.difference import CheckpointDifference
 from stockflow.insight.inspection import SurveyOptions
@@ -243,3 +244,18 @@ def test_mistakes_are_two_and_never_one(mistake: str, tmp_path: Path) -> None:
     assert result.stderr.startswith("stockflow: ")
     assert "key:word" not in result.stderr
     assert re.search(message, result.stderr), result.stderr
+
+
+def test_each_byte_and_each_tensor_is_told_once(tmp_path: Path) -> None:
+    a, b = two(tmp_path, {"x": torch.zeros(5), "y": torch.ones(3)}, {"x": torch.ones(5), "y": torch.ones(3)})
+    events: list[Event] = []
+    comparing = Stage("comparing", total_bytes=64, num_items=2, unit="tensors")
+    options = SurveyOptions(LEAST_MEMORY_BYTES + runs.grown_bytes(), 1, "cpu")
+
+    compare_checkpoints(str(a), str(b), StorageConfig(), options, survey_in_this_process, on_event=events.append)
+
+    (begun,) = [number for number, event in enumerate(events) if event == comparing]
+    told = events[begun + 1 :]
+    assert sum(event.num_read for event in told if isinstance(event, Moved)) == 2 * 4 * (5 + 3)
+    assert sorted(event.item for event in told if isinstance(event, Done)) == ["x", "y"]
+    assert {type(event) for event in told} == {Moved, Done}

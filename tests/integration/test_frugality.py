@@ -10,11 +10,10 @@ import torch
 from stockflow.engine import session
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import BudgetError
+from stockflow.events import Moved, OnEvent
 from stockflow.output.receipts import Receipt
 from stockflow.planning import budget
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.display import Silent
-from stockflow.progress.file import Observer
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, merge
 from stockflow.run.places import StartWorker, receipt_of
@@ -34,14 +33,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(recipe: Path, output: Path, frugality: int, memory_bytes: int) -> dict[str, str]:
     """Merge as a worker on Ray does, as if each shard had run out of memory before; return the digests."""
 
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Observer) -> Iterator[Receipt]:
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
         work = StartWorker(spec)()
         for shard in shards:
-            yield receipt_of(
-                work(shard, observer.on_bytes, frugality), open_store(str(output), spec.storage), spec.plan_id
-            )
+            answer = work(shard, lambda num_read, num_written: on_event(Moved(num_read, num_written)), frugality)
+            yield receipt_of(answer, open_store(str(output), spec.storage), spec.plan_id)
 
-    merge(Inputs.open(load_recipe(str(recipe))), str(output), MergeOptions(memory_bytes, 1, "cpu"), execute, Silent())
+    merge(Inputs.open(load_recipe(str(recipe))), str(output), MergeOptions(memory_bytes, 1, "cpu"), execute)
     return runs.shard_digests(output)
 
 

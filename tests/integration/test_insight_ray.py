@@ -36,7 +36,7 @@ def on_ray() -> Iterator[Survey]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         with connected(RayOptions(num_workers=2), 2):
-            yield partial(survey_on_ray, on_note=print, options=RayOptions(num_workers=2))  # type: ignore[misc]
+            yield partial(survey_on_ray, options=RayOptions(num_workers=2))  # type: ignore[misc]
 
 
 def test_batches_are_all_tensors_in_order_and_small(recipe: Path) -> None:

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3
 import pytest
@@ -33,9 +32,9 @@ from stockflow.errors import (
     StorageError,
     UserError,
 )
+from stockflow.events import Begun, Done, Event, Moved, Note, OnEvent, Retry, Workers, all_of, ignore
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
@@ -84,19 +83,25 @@ def expected(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return runs.expected_digests([result])[0]
 
 
-@dataclass
-class Listening(Silent):
+E = TypeVar("E", bound=Event)
+
+
+class Listener:
     """Keeps what it is told."""
 
-    written: list[int] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._events: list[Event] = []
 
-    def on_bytes(self, num_read: int, num_written: int, worker: str = "") -> None:
-        self.written.append(num_written)
+    def __call__(self, event: Event) -> None:
+        self._events.append(event)
 
-    def on_note(self, text: str) -> None:
-        if not text.startswith("no worker has come for"):  # on a machine that is busy
-            self.notes.append(text)
+    def of(self, kind: type[E]) -> list[E]:
+        """Return the events of a kind."""
+        return [event for event in self._events if isinstance(event, kind)]
+
+    def notes(self) -> list[str]:
+        """Return what was said, but for what is only said on a machine that is busy."""
+        return [note.text for note in self.of(Note) if not note.text.startswith("no worker has come for")]
 
 
 class Clock:
@@ -123,22 +128,22 @@ class ClockOfHangs(Clock):
         return super().monotonic()
 
 
-def merge_on_ray(recipe: Path, output: str, options: RayOptions, observer: Silent | None = None) -> MergeResult:
+def merge_on_ray(recipe: Path, output: str, options: RayOptions, on_event: OnEvent = ignore) -> MergeResult:
     def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], told: Any) -> Iterator[Receipt]:
         return places.on_ray(spec, shards, told, options)
 
     how = MergeOptions(1024 * runs.MIB, num_threads=1, device="auto", shard_size=SHARD_SIZE)
-    return merge(Inputs.open(load_recipe(str(recipe))), output, how, execute, observer or Silent())
+    return merge(Inputs.open(load_recipe(str(recipe))), output, how, execute, on_event)
 
 
 def run_items(
     start: Callable[[], Callable[[Any, Any, int], Any]],
     items: Sequence[Any],
     options: RayOptions = QUICKLY,
-    on_count: Callable[[int, int, str], None] = lambda read, written, worker: None,
+    on_event: OnEvent = ignore,
 ) -> list[Any]:
     """Run items that are all of one size."""
-    return list(run_on_ray(start, items, size=lambda item: 1, options=options, on_count=on_count))
+    return list(run_on_ray(start, items, size=lambda item: 1, options=options, on_event=on_event))
 
 
 @pytest.mark.parametrize(
@@ -154,13 +159,18 @@ def run_items(
 def test_the_number_of_workers_does_not_change_a_byte(
     cluster: str, recipe: Path, expected: dict[str, str], tmp_path: Path, options: RayOptions
 ) -> None:
-    observer = Listening()
+    listener = Listener()
 
-    result = merge_on_ray(recipe, str(tmp_path / "out"), options, observer)
+    result = merge_on_ray(recipe, str(tmp_path / "out"), options, listener)
 
     assert len(expected) >= 4
     assert expected == runs.shard_digests(tmp_path / "out")
-    assert sum(job.output.num_bytes for job in result.plan.jobs) == sum(observer.written)
+    num_bytes = sum(job.output.num_bytes for job in result.plan.jobs)
+    begun, files = listener.of(Begun), {shard.file for shard in result.plan.shards}
+    assert sum(event.num_written for event in listener.of(Moved)) == num_bytes == sum(each.num_bytes for each in begun)
+    assert {event.item for event in begun} == {event.item for event in listener.of(Done)} == files
+    assert {event.worker for event in begun} == {event.worker for event in listener.of(Done)}
+    assert listener.of(Workers) == ([] if options.num_workers else [Workers(2)])
 
 
 def test_s3_to_s3_gives_the_bytes_of_disk_to_disk(
@@ -194,18 +204,18 @@ def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(
     capfd: pytest.CaptureFixture[str],
     num_workers: int,
 ) -> None:
-    observer = Listening()
+    listener = Listener()
     start = places.StartWorker
     monkeypatch.setattr(scheduling, "LEAST_SLOW_S", math.inf)
     monkeypatch.setattr(places, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
 
     with ThreadPoolExecutor(1) as beside:
         beside.submit(_kill_when_noted, tmp_path, "hanging")
-        merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=num_workers), observer)
+        merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=num_workers), listener)
 
     assert expected == runs.shard_digests(tmp_path / "out")
     assert len(list(tmp_path.glob("begun-*"))) == len(expected) + 1
-    (note,) = observer.notes
+    (note,) = listener.notes()
     assert re.match(rf"{os.uname().nodename}:\d+ was lost, another does model-\S+ again: ", note)
     assert capfd.readouterr() == ("", "")
 
@@ -214,18 +224,18 @@ def test_a_shard_whose_worker_is_slow_is_merged_by_an_idle_one_and_nothing_is_le
     cluster: str, recipe: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slow one has begun to write; it is ended when the other one is done."""
-    observer = Listening()
+    listener = Listener()
     start = places.StartWorker
     monkeypatch.setattr(scheduling, "LEAST_SLOW_S", 0.5)
     monkeypatch.setattr(places, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
     Clock(monkeypatch).sleep = lambda _: wait_until(lambda: not _is_there(tmp_path / "hanging-1"))
 
-    merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=2), observer)
+    merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=2), listener)
 
     assert expected == runs.shard_digests(tmp_path / "out")
     assert len(list(tmp_path.glob("begun-*"))) == len(expected) + 1
     assert runs.leftovers(tmp_path / "out") == []
-    assert observer.notes == []
+    assert listener.notes() == []
 
 
 def _kill_when_noted(folder: Path, name: str) -> None:
@@ -245,19 +255,19 @@ def test_the_largest_items_go_first(cluster: str, tmp_path: Path) -> None:
         [2, 9, 5],
         size=lambda item: item,
         options=RayOptions(num_workers=1),
-        on_count=lambda *_: None,
     )
 
     assert [item for item, _ in results] == [9, 5, 2]
 
 
 def test_what_workers_count_reaches_the_driver(cluster: str, tmp_path: Path) -> None:
-    counted: list[tuple[int, int, str]] = []
+    listener = Listener()
 
-    run_items(ray_items.Doing(ray_items.echo, tmp_path), range(1, 21), on_count=lambda *told: counted.append(told))
+    run_items(ray_items.Doing(ray_items.echo, tmp_path), range(1, 21), on_event=listener)
 
-    assert (sum(read for read, _, _ in counted), sum(written for _, written, _ in counted)) == (210, 420)
-    assert {worker.partition(":")[0] for _, _, worker in counted} == {os.uname().nodename}
+    moved = listener.of(Moved)
+    assert (sum(each.num_read for each in moved), sum(each.num_written for each in moved)) == (210, 420)
+    assert {each.worker.partition(":")[0] for each in moved} == {os.uname().nodename}
 
 
 def test_workers_live_as_long_as_the_run(cluster: str, tmp_path: Path) -> None:
@@ -310,24 +320,18 @@ def test_an_error_of_one_process_is_tried_in_another(cluster: str, tmp_path: Pat
 
 
 def test_a_start_that_is_refused_while_others_work_costs_only_that_worker(cluster: str, tmp_path: Path) -> None:
-    notes: list[str] = []
+    listener = Listener()
 
-    def on_note(text: str) -> None:
-        notes.append(text)
-        if "died before it was ready" in text:
+    def tell_it(event: Event) -> None:
+        if isinstance(event, Note) and "died before it was ready" in event.text:
             ray_items.note(tmp_path, "told")
 
-    results = run_on_ray(
-        ray_items.RefusedLater(tmp_path),
-        [1, 2, 3, 4, 5],
-        size=lambda item: 1,
-        options=RayOptions(num_workers=2),
-        on_count=lambda *_: None,
-        on_note=on_note,
+    results = run_items(
+        ray_items.RefusedLater(tmp_path), [1, 2, 3, 4, 5], RayOptions(num_workers=2), all_of(listener, tell_it)
     )
 
     assert sorted(results) == [1, 2, 3, 4, 5]
-    assert "a worker died before it was ready: this node is not like the others" in notes
+    assert Note("a worker died before it was ready: this node is not like the others") in listener.of(Note)
 
 
 def test_a_mistake_found_at_the_start_is_raised_as_itself(cluster: str) -> None:
@@ -338,19 +342,12 @@ def test_a_mistake_found_at_the_start_is_raised_as_itself(cluster: str) -> None:
 @pytest.mark.parametrize("kind", ["numpy", "mmap", "torch"])
 def test_an_item_whose_memory_is_refused_is_done_with_less_of_it(cluster: str, kind: str) -> None:
     """By itself, not by Ray, which ends a worker only when its node has too little left."""
-    failures: list[tuple[str, str | None]] = []
+    listener = Listener()
 
-    results = run_on_ray(
-        ray_items.Starving(kind),
-        ["big"],
-        size=len,
-        options=QUICKLY,
-        on_count=lambda *_: None,
-        on_failure=lambda cause, item: failures.append((cause, item)),
-    )
+    results = run_on_ray(ray_items.Starving(kind), ["big"], size=len, options=QUICKLY, on_event=listener)
 
     assert [(item, frugality) for item, frugality, _ in results] == [("big", 2)]
-    assert failures == [("out of memory", "big")] * 2
+    assert listener.of(Retry) == [Retry("out of memory", "big")] * 2
 
 
 def test_a_budget_that_is_too_small_is_the_users_to_raise(cluster: str, tmp_path: Path) -> None:
@@ -423,32 +420,24 @@ def test_an_item_that_takes_far_longer_than_others_is_given_to_an_idle_worker_to
 ) -> None:
     """Its worker is not known to hang: nothing is timed out, and nothing counts as a failure."""
     monkeypatch.setattr(scheduling, "LEAST_SLOW_S", 0.5)
-    failures: list[tuple[str, str | None]] = []
+    listener = Listener()
     start = ray_items.Doing(ray_items.hang_first_time, tmp_path)
 
     items = ["slow", "a", "b", "c"]
-    results = run_on_ray(
-        start,
-        items,
-        size=lambda item: 1,
-        options=RayOptions(num_workers=2),
-        on_count=lambda *_: None,
-        on_failure=lambda cause, item: failures.append((cause, item)),
-    )
+    results = run_items(start, items, RayOptions(num_workers=2), listener)
 
     assert sorted(results) == sorted(items)
-    assert failures == []
+    assert listener.of(Retry) == []
 
 
 def test_idle_workers_that_die_are_not_given_the_last_item_one_after_the_other(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduling, "LEAST_SLOW_S", math.inf)
-    told: list[tuple[str, str | None]] = []
+    listener = Listener()
 
-    def kill_the_busy_one(cause: str, item: str | None) -> None:
-        told.append((cause, item))
-        if item is None:
+    def kill_the_busy_one(event: Event) -> None:
+        if isinstance(event, Retry) and event.item is None:
             _kill_when_noted(tmp_path, "last")
 
     results = run_on_ray(
@@ -456,15 +445,14 @@ def test_idle_workers_that_die_are_not_given_the_last_item_one_after_the_other(
         ["last", "a", "b"],
         size=lambda item: 1,
         options=RayOptions(num_workers=3),
-        on_count=lambda *_: None,
-        on_failure=kill_the_busy_one,
+        on_event=all_of(listener, kill_the_busy_one),
     )
     for _, pid in (next(results), next(results)):
         with suppress(ProcessLookupError):  # of two idle workers only one is kept
             os.kill(pid, signal.SIGKILL)
 
     assert [item for item, _ in results] == ["last"]
-    assert told == [("lost", None), ("lost", "last")]
+    assert listener.of(Retry) == [Retry("lost", None), Retry("lost", "last")]
 
 
 def test_whoever_takes_results_slowly_makes_no_item_late(
@@ -479,14 +467,13 @@ def test_whoever_takes_results_slowly_makes_no_item_late(
             loops.append(self)
 
     monkeypatch.setattr(loop, "_Loop", Watched)
-    failures: list[str] = []
+    listener = Listener()
     results = run_on_ray(
         ray_items.Doing(ray_items.echo, tmp_path),
         [1, 2, 3, 4],
         size=lambda item: 1,
         options=RayOptions(num_workers=2, item_timeout_s=1800.0, **PATIENT),
-        on_count=lambda *_: None,
-        on_failure=lambda cause, item: failures.append(cause),
+        on_event=listener,
     )
 
     taken = []
@@ -496,7 +483,7 @@ def test_whoever_takes_results_slowly_makes_no_item_late(
         ray.wait(given, num_returns=len(given), timeout=HANG_S) if given else None
         clock.ahead_s += 3600.0
 
-    assert (sorted(taken), failures) == ([1, 2, 3, 4], [])
+    assert (sorted(taken), listener.of(Retry)) == ([1, 2, 3, 4], [])
 
 
 def test_items_in_work_clean_up_when_the_run_is_interrupted(
@@ -505,11 +492,12 @@ def test_items_in_work_clean_up_when_the_run_is_interrupted(
     """A shard that is being uploaded must abort its upload; a killed process could not."""
     monkeypatch.setattr(loop, "STOP_GRACE_S", HANG_S)
 
-    def interrupt(num_read: int, num_written: int, worker: str) -> None:
-        raise InterruptedRunError("stopped by SIGTERM")
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Moved):
+            raise InterruptedRunError("stopped by SIGTERM")
 
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
-        run_items(ray_items.Doing(ray_items.count_until_stopped, tmp_path), ["slow"], on_count=interrupt)
+        run_items(ray_items.Doing(ray_items.count_until_stopped, tmp_path), ["slow"], on_event=interrupt)
 
     assert (tmp_path / "cleaned-1").exists()
 
@@ -560,14 +548,14 @@ def test_cpus_taken_by_others_are_said_while_waiting_and_in_the_end(
     neighbour: Any = ray.remote(actor.Actor)
     taken = neighbour.options(num_cpus=NUM_CPUS).remote()
     ray.get(taken.counters.remote())
-    notes: list[str] = []
-    run_one = partial(run_on_ray, ray_items.Doing(ray_items.echo, tmp_path), [1], size=int, on_count=lambda *_: None)
+    listener = Listener()
+    run_one = partial(run_on_ray, ray_items.Doing(ray_items.echo, tmp_path), [1], size=int)
 
     with pytest.raises(ComputeLostError, match=r"the cluster has 4 CPU \(0 free\)"):
-        list(run_one(options=RayOptions(no_worker_timeout_s=30.0), on_note=notes.append))
+        list(run_one(options=RayOptions(no_worker_timeout_s=30.0), on_event=listener))
 
-    assert notes
-    assert all(note.startswith("no worker has come for") for note in notes)
+    assert listener.of(Note)
+    assert all(note.text.startswith("no worker has come for") for note in listener.of(Note))
     ray.kill(taken)
 
 

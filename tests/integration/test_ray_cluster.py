@@ -195,7 +195,6 @@ def done_on(items: Sequence[int], folder: Path) -> Iterator[tuple[int, str]]:
         items,
         size=lambda item: 1,
         options=RayOptions(num_workers=2),
-        on_count=lambda *_: None,
     )
 
 

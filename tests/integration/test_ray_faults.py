@@ -24,9 +24,9 @@ from ray.cluster_utils import Cluster
 
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import ComputeLostError
+from stockflow.events import Event, Note, OnEvent
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Inputs, MergeOptions, merge
@@ -84,35 +84,35 @@ def add_node(cluster: Cluster, **how: Any) -> Any:
 
 
 @dataclass
-class Listening(Silent):
+class Listener:
     """Keeps notes."""
 
     notes: list[str] = field(default_factory=list)
 
-    def on_note(self, text: str) -> None:
-        self.notes.append(text)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self.notes.append(event.text)
 
 
 class SlowMerge:
     """A merge on the connected cluster, in another thread; its shards take long enough to be met by a fault."""
 
     def __init__(self, recipe: Path, folder: Path, options: RayOptions, *, stuck: int = 0, hungry: int = 0) -> None:
-        self.output, self.observer = folder / "out", Listening()
+        self.output, self.listener = folder / "out", Listener()
         self._folder, self._options, self._stuck, self._hungry = folder, options, stuck, hungry
         how = MergeOptions(1024 * runs.MIB, num_threads=1, device="auto", shard_size=SHARD_SIZE)
         self._pool = ThreadPoolExecutor(1)
         inputs = Inputs.open(load_recipe(str(recipe)))
-        self._merging = self._pool.submit(merge, inputs, str(self.output), how, self._execute, self.observer)
+        self._merging = self._pool.submit(merge, inputs, str(self.output), how, self._execute, self.listener)
 
-    def _execute(self, spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Any) -> Iterator[Receipt]:
+    def _execute(self, spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
         start = ray_items.Slowly(places.StartWorker(spec), self._folder, 1.0, self._stuck, self._hungry)
         answers = run_on_ray(
             start,
             shards,
             size=lambda shard: shard.source_bytes,
             options=self._options,
-            on_count=observer.on_bytes,
-            on_note=observer.on_note,
+            on_event=on_event,
             name=lambda shard: shard.file,
         )
         for answer in answers:
@@ -165,7 +165,7 @@ def test_a_node_killed_in_the_middle_of_a_shard(
     again = [event for event in merging.events("begun") if event["file"] == lost["file"] and event["when"] > killed]
     assert again
     assert again[0]["node"] != lost["node"]
-    assert f" was lost, another does {lost['file']} again: " in merging.observer.notes[0]
+    assert f" was lost, another does {lost['file']} again: " in merging.listener.notes[0]
     say("node killed mid-shard", "its shard began elsewhere", again[0]["when"] - killed)
 
 
@@ -189,13 +189,13 @@ def test_a_run_that_is_asked_for_more_workers_than_there_is_room_for_waits_for_n
 ) -> None:
     """The head alone has no room at all."""
     merging = SlowMerge(recipe, tmp_path, RayOptions(num_workers=3))
-    merging.until("a note", lambda: merging.observer.notes)
+    merging.until("a note", lambda: merging.listener.notes)
 
     node = add_node(cluster, num_cpus=3)
 
     assert expected == merging.digests()
-    assert "no node of the cluster can hold a worker" in merging.observer.notes[0]
-    assert "waiting up to 900 s for one that can (--worker-timeout)" in merging.observer.notes[0]
+    assert "no node of the cluster can hold a worker" in merging.listener.notes[0]
+    assert "waiting up to 900 s for one that can (--worker-timeout)" in merging.listener.notes[0]
     assert {event["node"] for event in merging.events("begun")} == {node.node_id}
 
 
@@ -250,7 +250,7 @@ def test_a_node_that_is_told_to_end_finishes_its_shard_and_is_given_back(
         gone = time.time()
 
     assert expected == merging.digests()
-    assert not [note for note in merging.observer.notes if "lost" in note]
+    assert not [note for note in merging.listener.notes if "lost" in note]
     begun = [event["file"] for event in merging.events("begun")]
     assert len(begun) == len(set(begun)), "a shard was begun twice"
     say("SIGTERM to a node with 60 s to drain", "it was given back, no shard lost,", gone - told)
@@ -277,7 +277,7 @@ def test_a_worker_that_ran_out_of_memory(
 
         (first, again) = [event for event in merging.events("begun") if event["file"] == _twice(merging)]
         assert (first["frugality"], again["frugality"]) == (0, 1)
-        assert f"another does {first['file']} again, with half the memory" in merging.observer.notes[0]
+        assert f"another does {first['file']} again, with half the memory" in merging.listener.notes[0]
         say("out of memory", "its shard began again, with half the budget,", again["when"] - first["when"])
     finally:
         ray.shutdown()
@@ -430,7 +430,7 @@ def test_an_autoscaler_brings_the_nodes(
         finally:
             ray.shutdown()
 
-    assert "no node of the cluster can hold a worker" in merging.observer.notes[0]
+    assert "no node of the cluster can hold a worker" in merging.listener.notes[0]
     assert len({event["node"] for event in merging.events("begun")}) == 2
     say("no node at all, an autoscaler", "the first shard began", merging.events("begun")[0]["when"] - began)
 
@@ -454,7 +454,7 @@ def test_a_node_without_stockflow(
     start = ray_items.Doing(ray_items.echo, tmp_path)
 
     with pytest.raises(ComputeLostError, match=r"No module named 'stockflow'.*install") as raised:
-        list(run_on_ray(start, [1], size=int, options=RayOptions(), on_count=lambda *_: None))
+        list(run_on_ray(start, [1], size=int, options=RayOptions()))
 
     assert len(str(raised.value)) < 600
 

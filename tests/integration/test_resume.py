@@ -16,13 +16,12 @@ import torch
 
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError
+from stockflow.events import OnEvent
 from stockflow.output.manifest import CLAIM_FILE, Claim, Manifest
 from stockflow.output.ownership import valid_receipts
 from stockflow.output.publish import commit
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.display import Silent
-from stockflow.progress.file import Tracker
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, merge
 from stockflow.run.places import ShardWork, in_this_process, receipt_of
@@ -297,7 +296,7 @@ def test_an_input_that_changes_after_planning_is_an_error(family: Family, recipe
     options = MergeOptions(600 * MIB + runs.grown_bytes(), 1, "cpu")
 
     with pytest.raises(InputChangedError, match="changed since it was planned") as failure:
-        merge(inputs, str(tmp_path / "out"), options, in_this_process, Silent())
+        merge(inputs, str(tmp_path / "out"), options, in_this_process)
 
     assert failure.value.exit_code == 2
     assert str(weights) in str(failure.value)
@@ -318,8 +317,8 @@ def test_a_run_that_lost_its_prefix_publishes_nothing(rival: str, recipe: Path, 
     """Another driver with --overwrite takes the prefix while this one is still writing."""
     output = tmp_path / "out"
 
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
-        yield from in_this_process(spec, shards, observer)
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards, on_event)
         if rival == "takes the prefix":
             (output / CLAIM_FILE).write_bytes(Claim.now("f" * 64).to_json())
         else:
@@ -328,7 +327,7 @@ def test_a_run_that_lost_its_prefix_publishes_nothing(rival: str, recipe: Path, 
 
     options = MergeOptions(1024 * MIB + runs.grown_bytes(), 2, "cpu", 5_000)
     with pytest.raises(OutputConflictError, match="nothing was published"):
-        merge(Inputs.open(load_recipe(str(recipe))), str(output), options, execute, Silent())
+        merge(Inputs.open(load_recipe(str(recipe))), str(output), options, execute)
 
     assert not (output / "manifest.json").exists()
 
@@ -388,12 +387,12 @@ def test_a_shard_that_a_lost_worker_finished_is_not_merged_again(
     """It had written the receipt when it died, and the driver had not heard."""
     output, works = tmp_path / "out", []
 
-    def again(spec: WorkerSpec, shards: Sequence[ShardPlan], observer: Tracker) -> Iterator[Receipt]:
-        yield from in_this_process(spec, shards, observer)
+    def again(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards, on_event)
         works.append((ShardWork(spec), shards[0]))
 
     options = MergeOptions(1024 * MIB + runs.grown_bytes(), 2, "cpu", 5_000)
-    merge(Inputs.open(load_recipe(str(recipe))), str(output), options, again, Silent())
+    merge(Inputs.open(load_recipe(str(recipe))), str(output), options, again)
     ((work, shard),) = works
     (receipt,) = output.glob(f"_stockflow/*/receipts/{shard.file}.json")
     if change == "shard":

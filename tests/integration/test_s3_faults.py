@@ -13,7 +13,6 @@ import yaml
 
 from stockflow.errors import AccessDeniedError, StorageError
 from stockflow.output.manifest import MANIFEST_FILE
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
@@ -100,7 +99,7 @@ def recipe_at(folder: Path, models: list[str], storage: object = None) -> Path:
 
 def merged(recipe: Path, output: str) -> MergeResult:
     options = MergeOptions(1024 * MIB + grown_bytes(), 2, "cpu", SHARD_SIZE)
-    return merge(Inputs.open(load_recipe(str(recipe))), output, options, places.in_this_process, Silent())
+    return merge(Inputs.open(load_recipe(str(recipe))), output, options, places.in_this_process)
 
 
 def shards(result: MergeResult) -> dict[str, str]:

@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from stockflow.errors import BudgetError, InputChangedError, OutputConflictError, PlanError, RecipeError
+from stockflow.events import Event, Note, OnEvent, ignore
 from stockflow.output import ownership
 from stockflow.output.receipts import Receipt
 from stockflow.planning.budget import client_bytes
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Execute, Inputs, MergeOptions, MergeResult, merge, plan_merge
@@ -35,15 +35,15 @@ SHARD_SIZE = 150_000
 NUM_TUNED = 2
 
 
-class Listener(Silent):
+class Listener:
     """Keeps the notes it is told."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.notes: list[str] = []
 
-    def on_note(self, text: str) -> None:
-        self.notes.append(text)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self.notes.append(event.text)
 
 
 class Place:
@@ -116,12 +116,12 @@ def digests(place: Place) -> dict[str, str]:
 def merge_at(
     recipe: Path | str,
     output: str,
-    observer: Silent | None = None,
+    on_event: OnEvent = ignore,
     execute: Execute = places.in_this_process,
 ) -> MergeResult:
     """Merge in this process."""
     options = MergeOptions(MEMORY_BYTES + grown_bytes(), 2, "cpu", SHARD_SIZE)
-    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute, observer or Silent())
+    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute, on_event)
 
 
 def shards(result: MergeResult) -> dict[str, str]:

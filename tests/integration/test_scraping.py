@@ -18,11 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from stockflow.engine.process import process_name
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import NumericsError
-from stockflow.events import Begun, Done, Event, Moved, Stage
+from stockflow.events import Begun, Done, Event, Moved, OnEvent, Stage
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.display import AsEvents
-from stockflow.progress.file import Tracker
 from stockflow.progress.metrics import Metrics, served
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, merge
@@ -57,16 +55,14 @@ class Run:
                 self.text = scrape(port)
                 self.scrapes.append((event, samples(self.text)))
 
-        def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
-            yield from in_this_process(spec, shards[:num_shards], tracker)
+        def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
+            yield from in_this_process(spec, shards[:num_shards], on_event)
             if len(shards) > num_shards:
                 raise NumericsError("stopped here")
 
         options = MergeOptions(1024 * runs.MIB + runs.grown_bytes(), 1, "cpu", 300_000)
         with served(metrics, 0) as port:
-            self.result = merge(
-                Inputs.open(load_recipe(str(recipe))), str(output), options, execute, AsEvents(tell)
-            )  # fmt: skip
+            self.result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, execute, tell)
         with pytest.raises(OSError, match="refused"):
             scrape(port)
 

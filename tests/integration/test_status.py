@@ -24,13 +24,13 @@ from stockflow.errors import (
     StockflowError,
     StorageError,
 )
+from stockflow.events import OnEvent, Retry
 from stockflow.output.manifest import Manifest, read_manifest
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.display import Silent
-from stockflow.progress.file import Tracker
 from stockflow.progress.status import Status, exit_code, read_status, status_line, status_lines
 from stockflow.recipe import load_recipe
+from stockflow.run import shard_events
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
@@ -60,7 +60,7 @@ def output_of(url: str, endpoint: str | None = None) -> Store:
 
 def merge_with(recipe: Path, output: str, execute: Any) -> MergeResult:
     options = MergeOptions(1024 * runs.MIB + runs.grown_bytes(), 1, "cpu", SHARD_SIZE)
-    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute, Silent())
+    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute)
 
 
 @contextmanager
@@ -68,13 +68,13 @@ def paused_merge(recipe: Path, output: str) -> Iterator[None]:
     """Have a merge go on in a thread, with its first shard done and its second one in work; let it end at the end."""
     reached, go_on = threading.Event(), threading.Event()
 
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
-        yield from in_this_process(spec, shards[:1], tracker)
-        tracker.on_failure("lost")
-        tracker.on_begin(shards[1].file, process_name())
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards[:1], on_event)
+        on_event(Retry("lost"))
+        on_event(shard_events.begun(shards[1], process_name()))
         reached.set()
         assert go_on.wait(HANG_S)
-        yield from in_this_process(spec, shards[1:], tracker)
+        yield from in_this_process(spec, shards[1:], on_event)
 
     with ThreadPoolExecutor(1) as pool:
         merging = pool.submit(merge_with, recipe, output, execute)
@@ -203,8 +203,8 @@ def test_a_bucket_that_is_not_there_is_said(s3_endpoint: str, s3_bucket: str) ->
 
 
 def failing_merge(recipe: Path, output: str, error: BaseException) -> None:
-    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], tracker: Tracker) -> Iterator[Receipt]:
-        yield from in_this_process(spec, shards[:2], tracker)
+    def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
+        yield from in_this_process(spec, shards[:2], on_event)
         raise error
 
     with pytest.raises(type(error)):

@@ -21,7 +21,6 @@ from stockflow.output.manifest import CLAIM_FILE, Claim
 from stockflow.output.ownership import sweep
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Execute, Inputs, MergeOptions, MergeResult, merge
 from stockflow.run.places import in_this_process
@@ -301,7 +300,7 @@ def test_a_run_whose_prefix_was_taken_writes_no_more_shards(
 
 def merge_by(execute: Execute, recipe: Path, output: str, *, overwrite: bool = False) -> MergeResult:
     options = MergeOptions(1024 * runs.MIB + runs.grown_bytes(), 1, "cpu", 800_000, overwrite)
-    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute, Silent())
+    return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute)
 
 
 def test_a_run_that_lost_its_prefix_leaves_the_uploads_of_the_one_that_took_it(

@@ -10,7 +10,6 @@ import boto3
 import pytest
 
 from stockflow.errors import StorageError
-from stockflow.progress.display import Silent
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Inputs, MergeOptions, merge
@@ -37,7 +36,7 @@ def url(tmp_path: Path, s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.Mo
     recipe.write_text(recipe.read_text().replace(f"{tmp_path}/", f"s3://{s3_bucket}/"))
     options = MergeOptions(MEMORY_BYTES + runs.grown_bytes(), 2, "cpu", shard_size=60_000)
     output = f"s3://{s3_bucket}/out"
-    merge(Inputs.open(load_recipe(str(recipe))), output, options, places.in_this_process, Silent())
+    merge(Inputs.open(load_recipe(str(recipe))), output, options, places.in_this_process)
     return output
 
 

@@ -15,7 +15,8 @@ from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Ret
 from stockflow.progress.display import reporting
 from stockflow.progress.lines import JsonLines, PlainLines
 from stockflow.progress.live import LiveDisplay
-from stockflow.progress.state import WINDOW_S, State, duration, in_words
+from stockflow.progress.state import WINDOW_S, State
+from stockflow.progress.wording import duration, in_words
 from tests.checkpoints import make_family, write_recipe
 
 MERGING = Stage(
@@ -164,7 +165,7 @@ def test_what_is_dropped_is_done_no_more(clock: Clock) -> None:
     ]
 
 
-def test_workers_have_lanes_of_their_own(clock: Clock) -> None:
+def test_what_each_worker_did_is_told_apart(clock: Clock) -> None:
     state = State(clock)
     state.take(MERGING)
     clock.now += 2.0
@@ -173,13 +174,13 @@ def test_workers_have_lanes_of_their_own(clock: Clock) -> None:
     state.take(Moved(1, 0, "a"))
     state.take(Done("shard-2", "a"))
 
-    lanes = state.snapshot().lanes
+    workers = state.snapshot().workers
 
-    assert [(lane.worker, lane.num_read, lane.num_written, lane.num_done) for lane in lanes] == [
+    assert [(one.worker, one.num_read, one.num_written, one.num_done) for one in workers] == [
         ("a", 2, 0, 1),
         ("b", 10, 5, 0),
     ]
-    assert lanes[0].last_item == "shard-2"
+    assert workers[0].last_item == "shard-2"
 
 
 def test_no_count_gets_lost_between_threads() -> None:

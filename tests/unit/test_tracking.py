@@ -1,7 +1,8 @@
 """What progress.json says, at times that the test chooses; the arithmetic is done again here."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from stockflow.errors import (
     OutputConflictError,
     StorageError,
 )
+from stockflow.events import Done, Moved, OnEvent, Retry, Stage
 from stockflow.output.manifest import CLAIM_FILE, Claim
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import MergePlan
-from stockflow.progress.display import Silent
-from stockflow.progress.file import PROGRESS_FORMAT, Progress, Tracker, read_progress, reported
+from stockflow.progress.file import PROGRESS_FORMAT, Progress, Tracker, progress_file, read_progress
 from stockflow.recipe import load_recipe
+from stockflow.run import shard_events
 from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from stockflow.storage import Stamp, StorageConfig, Store, open_store
 from tests.checkpoints import make_family, write_recipe
@@ -47,70 +49,113 @@ class Clock:
         return self.now
 
 
-def receipt(plan: MergePlan, number: int, **fields: object) -> Receipt:
+def done(plan: MergePlan, number: int, retries: dict[str, int] | None = None) -> Done:
     shard = plan.shards[number]
     stamp = Stamp(shard.num_bytes, "x")
-    seconds, retries = fields.get("seconds", {}), fields.get("retries", {})
-    return Receipt(plan.plan_id, shard.file, shard.num_bytes, "0" * 64, stamp, "cpu", 0, seconds, retries, 0, ())  # type: ignore[arg-type]
+    receipt = Receipt(
+        plan.plan_id, shard.file, shard.num_bytes, "0" * 64, stamp, "cpu", 0, {}, retries or {}, 0, ()
+    )  # fmt: skip
+    return shard_events.done(shard, receipt)
 
 
-def begun(plan: MergePlan, clock: Clock, resumed: Sequence[Receipt] = ()) -> Tracker:
-    tracker = Tracker(Silent(), plan, "run", clock)
-    tracker.on_start(plan, resumed)
+def tensor_bytes(plan: MergePlan, number: int) -> int:
+    return sum(job.output.num_bytes for job in plan.shards[number].jobs)
+
+
+def merging(plan: MergePlan, clock: Clock, resumed: Collection[int] = ()) -> Tracker:
+    tracker = Tracker(plan, "run", clock)
+    tracker(shard_events.merging(plan, [plan.shards[number].file for number in resumed]))
     return tracker
+
+
+def begin(tracker: OnEvent, plan: MergePlan, number: int, worker: str) -> None:
+    tracker(shard_events.begun(plan.shards[number], worker))
 
 
 def test_a_merge_in_the_middle(plan: MergePlan) -> None:
     clock, files = Clock(), [shard.file for shard in plan.shards]
-    tracker = begun(plan, clock, [receipt(plan, 0)])
-    tracker.on_begin(files[1], "node-a:1")
-    tracker.on_begin(files[2], "node-b:2")
+    tracker = merging(plan, clock, resumed=[0])
+    begin(tracker, plan, 1, "node-a:1")
+    begin(tracker, plan, 2, "node-b:2")
     clock.now += 10
-    tracker.on_bytes(60_000, plan.shards[1].num_bytes)
-    tracker.on_shard(receipt(plan, 1, retries={"read": 3}))
-    tracker.on_failure("lost", files[2])
+    tracker(Moved(60_000, tensor_bytes(plan, 1)))
+    tracker(done(plan, 1, retries={"read": 3}))
+    tracker(Retry("lost", files[2]))
     clock.now += 10
-    tracker.on_begin(files[2], "node-c:3")
-    tracker.on_bytes(30_000, 10_000)
+    begin(tracker, plan, 2, "node-c:3")
+    tracker(Moved(30_000, 10_000))
 
     now = tracker.progress()
 
-    written = plan.shards[1].num_bytes + 10_000
-    done = plan.shards[0].num_bytes + written
+    written = tensor_bytes(plan, 1) + 10_000
+    num_done = plan.shards[0].num_bytes + plan.shards[1].num_bytes + 10_000
+    left = tensor_bytes(plan, 2) + tensor_bytes(plan, 3) - 10_000
     assert (now.stage, now.started, now.updated) == ("merging", 1000.0, 1020.0)
     assert (now.shards, now.shards_done, now.shards_resumed) == (4, 2, 1)
-    assert (now.bytes_read, now.bytes_written, now.bytes_done) == (90_000, written, done)
+    assert (now.bytes_read, now.bytes_written, now.bytes_done) == (90_000, written, num_done)
     assert now.bytes_per_s == pytest.approx((90_000 + written) / 20)
-    assert now.seconds_left == pytest.approx((plan.num_output_bytes - done) / (written / 20))
+    assert now.seconds_left == pytest.approx(left / (written / 20))
     assert [(one.shard, one.worker, one.since) for one in now.in_flight] == [(files[2], "node-c:3", 1020.0)]
     assert now.retries == {"lost": 1, "read": 3}
 
 
 def test_what_lost_workers_wrote_is_not_done(plan: MergePlan) -> None:
-    tracker, files = begun(plan, Clock()), [shard.file for shard in plan.shards]
+    tracker = merging(plan, Clock())
     for attempt in range(3):
-        tracker.on_begin(files[0], f"node:{attempt}")
-        tracker.on_bytes(0, plan.shards[0].num_bytes - 1)
-        tracker.on_failure("lost", files[0])
+        begin(tracker, plan, 0, f"node:{attempt}")
+        tracker(Moved(0, tensor_bytes(plan, 0) - 1))
+        tracker(Retry("lost", plan.shards[0].file))
     lost_all = tracker.progress().bytes_done
-    tracker.on_begin(files[0], "node:3")
-    tracker.on_bytes(0, plan.shards[0].num_bytes)
+    begin(tracker, plan, 0, "node:3")
+    tracker(Moved(0, tensor_bytes(plan, 0)))
     at_work = tracker.progress().bytes_done
-    tracker.on_shard(receipt(plan, 0))
+    tracker(done(plan, 0))
 
-    assert lost_all == 0
-    assert at_work == tracker.progress().bytes_done == plan.shards[0].num_bytes
+    assert (lost_all, at_work) == (0, tensor_bytes(plan, 0))
+    assert tracker.progress().bytes_done == plan.shards[0].num_bytes, "with its header"
+
+
+def test_what_is_dropped_is_done_no_more(plan: MergePlan) -> None:
+    """A shard of an earlier run, and one of this run that is merged again."""
+    tracker = merging(plan, Clock(), resumed=[0, 1])
+    begin(tracker, plan, 2, "node:1")
+    tracker(Moved(0, tensor_bytes(plan, 2)))
+    tracker(done(plan, 2))
+    before = tracker.progress()
+    for number in (0, 2):
+        tracker(shard_events.dropped(plan.shards[number]))
+    dropped = tracker.progress()
+
+    assert (before.shards_done, before.shards_resumed) == (3, 2)
+    assert before.bytes_done == sum(shard.num_bytes for shard in plan.shards[:3])
+    assert (dropped.shards_done, dropped.shards_resumed) == (1, 1)
+    assert dropped.bytes_done == plan.shards[1].num_bytes
+
+
+def test_everything_is_done_at_the_end_and_stays_so_while_it_is_published(plan: MergePlan) -> None:
+    clock = Clock()
+    tracker = merging(plan, clock, resumed=[0])
+    for number in range(1, 4):
+        begin(tracker, plan, number, "node:1")
+        clock.now += 10
+        tracker(Moved(90_000, tensor_bytes(plan, number)))
+        tracker(done(plan, number))
+    merged = tracker.progress()
+    tracker(Stage("publishing"))
+
+    assert (merged.stage, merged.seconds_left, merged.bytes_done) == ("merging", 0, plan.num_output_bytes)
+    assert replace(merged, stage="publishing") == tracker.progress()
 
 
 def test_rates_are_of_the_last_minute_and_of_all(plan: MergePlan) -> None:
     clock = Clock()
-    tracker = begun(plan, clock)
+    tracker = merging(plan, clock)
     for _ in range(100):
         clock.now += 1
-        tracker.on_bytes(1000, 100)
+        tracker(Moved(1000, 100))
     for _ in range(60):
         clock.now += 1
-        tracker.on_bytes(10, 0)
+        tracker(Moved(10, 0))
 
     now = tracker.progress()
 
@@ -120,8 +165,8 @@ def test_rates_are_of_the_last_minute_and_of_all(plan: MergePlan) -> None:
 
 
 def test_a_report_comes_back_as_it_was_written(plan: MergePlan) -> None:
-    tracker = begun(plan, Clock())
-    tracker.on_begin(plan.shards[0].file, "größe:7")
+    tracker = merging(plan, Clock())
+    begin(tracker, plan, 0, "größe:7")
 
     written = tracker.progress()
 
@@ -153,10 +198,10 @@ def store(tmp_path: Path) -> Store:
 def test_how_a_run_ended_is_reported(
     plan: MergePlan, store: Store, error: BaseException, stage: str, exit_code: int, message: str
 ) -> None:
-    tracker = begun(plan, Clock())
-    tracker.on_begin(plan.shards[0].file, "here:1")
+    tracker = merging(plan, Clock())
+    begin(tracker, plan, 0, "here:1")
 
-    with pytest.raises(type(error)), reported(store, tracker):
+    with pytest.raises(type(error)), progress_file(store, tracker):
         raise error
 
     last = read_progress(store, plan.plan_id)
@@ -172,7 +217,7 @@ def test_a_conflict_is_reported_only_where_the_prefix_is_still_ours(
         claim = Claim.now(plan.plan_id if owner == "this plan" else "0" * 64)
         store.put(CLAIM_FILE, claim.to_json())
 
-    with pytest.raises(OutputConflictError), reported(store, begun(plan, Clock())):
+    with pytest.raises(OutputConflictError), progress_file(store, merging(plan, Clock())):
         raise OutputConflictError("another class")
 
     last = read_progress(store, plan.plan_id)
@@ -195,7 +240,7 @@ def test_storage_that_is_gone_does_not_keep_a_run_from_ending(
 
     monkeypatch.setattr("stockflow.progress.file.LAST_REPORT_S", 0.1)
     store: Any = Gone()
-    with pytest.raises(StorageError, match=r"^gone$"), reported(store, begun(plan, Clock())):
+    with pytest.raises(StorageError, match=r"^gone$"), progress_file(store, merging(plan, Clock())):
         raise StorageError("gone")
     ended.set()
 
@@ -204,7 +249,7 @@ def test_storage_that_is_gone_does_not_keep_a_run_from_ending(
 
 
 def test_nothing_is_written_before_the_prefix_is_claimed(plan: MergePlan, store: Store) -> None:
-    with reported(store, Tracker(Silent(), plan, "run")) as report:
+    with progress_file(store, Tracker(plan, "run")) as report:
         report()
 
     assert read_progress(store, plan.plan_id) is None
@@ -212,7 +257,7 @@ def test_nothing_is_written_before_the_prefix_is_claimed(plan: MergePlan, store:
 
 @pytest.mark.parametrize("num_reports", [0, 1])
 def test_a_finished_run_says_so_if_it_ever_said_anything(plan: MergePlan, store: Store, num_reports: int) -> None:
-    with reported(store, begun(plan, Clock())) as report:
+    with progress_file(store, merging(plan, Clock())) as report:
         for _ in range(num_reports):
             report()
 

@@ -12,6 +12,7 @@ from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from stockflow.errors import ComputeLostError, StockflowError, StorageError
+from stockflow.events import Begun, Moved, Note, OnEvent, Retry, Workers, ignore
 from stockflow.run.executors.ray.actor import Actor, Counters, Work
 from stockflow.run.executors.ray.cluster import (
     RayOptions,
@@ -43,12 +44,9 @@ def run(
     *,
     size: Callable[[T], int],
     options: RayOptions,
-    on_count: Callable[[int, int, str], None],
-    on_note: Callable[[str], None] = lambda text: None,
-    on_give: Callable[[T, str], None] = lambda item, worker: None,
-    on_failure: Callable[[str, T | None], None] = lambda cause, item: None,
-    on_size: Callable[[int], None] = lambda num_workers: None,
+    on_event: OnEvent = ignore,
     name: Callable[[T], str] = str,
+    begun: Callable[[T, str], Begun] | None = None,
 ) -> Iterator[R]:
     """Yield results as items finish, largest items first.
 
@@ -57,12 +55,11 @@ def run(
         items: picklable.
         size: of an item; the largest go first.
         options: workers, GPUs, cluster.
-        on_count: told what a worker counted, and which one (``node:pid``).
-        on_note: told of what costs time: no worker yet, a lost one, storage that failed.
-        on_give: told of an item and the worker (``node:pid``) that begins with it.
-        on_failure: told the cause whenever an item is to be done again, or (None) a worker to be started again.
-        on_size: told once how many workers there are to be, unless nodes join later.
-        name: of an item, for messages.
+        on_event: told how many workers there are to be where no number was asked for, what they have counted
+            (``Moved``), that one begins with an item, that an item or a start is to be done again, and, as notes, of
+            what costs time: no worker yet, a lost one, storage that failed.
+        name: of an item, for events and messages.
+        begun: what is told of an item and the worker (``node:pid``) that begins with it; None: nothing.
 
     Raises:
         ComputeLostError: Ray cannot be reached, no worker comes, or workers keep dying.
@@ -70,13 +67,12 @@ def run(
         StockflowError: any other error of an item, as itself.
     """
     if starts_here(options):
-        on_note("starting a Ray cluster on this machine; RAY_ADDRESS would name one that is there")
+        on_event(Note("starting a Ray cluster on this machine; RAY_ADDRESS would name one that is there"))
     with connected(options, len(items)):
-        refuse_impossible(options, on_note)
-        on_size(worker_count(options, len(items)))
-        loop: _Loop[T, R] = _Loop(
-            start, sorted(items, key=size, reverse=True), options, on_count, on_note, on_give, on_failure, name
-        )
+        refuse_impossible(options, lambda text: on_event(Note(text)))
+        if options.num_workers is None:
+            on_event(Workers(worker_count(options, len(items))))
+        loop: _Loop[T, R] = _Loop(start, sorted(items, key=size, reverse=True), options, on_event, name, begun)
         try:
             yield from loop.results()
         finally:
@@ -104,18 +100,16 @@ class _Loop(Generic[T, R]):
         start: Callable[[], Work[T, R]],
         items: Sequence[T],
         options: RayOptions,
-        on_count: Callable[[int, int, str], None],
-        on_note: Callable[[str], None],
-        on_give: Callable[[T, str], None],
-        on_failure: Callable[[str, T | None], None],
+        on_event: OnEvent,
         name: Callable[[T], str],
+        begun: Callable[[T, str], Begun] | None,
     ) -> None:
         # By value and once: every worker of a large plan reads the same object.
         self._start = ray.put(cloudpickle.dumps(start))  # type: ignore[no-untyped-call]
         self._options = options
         self._num_items = len(items)
-        self._on_count = on_count
-        self._on_give = on_give
+        self._on_event = on_event
+        self._begun = begun
         self._actor_class: Any = ray.remote(Actor)
         self._handles: dict[int, _Handle] = {}
         self._ending: list[_Handle] = []
@@ -133,8 +127,8 @@ class _Loop(Generic[T, R]):
             now=self._polled,
             name=name,
             need=self._need,
-            on_note=on_note,
-            on_failure=on_failure,
+            on_note=lambda text: on_event(Note(text)),
+            on_failure=lambda cause, item: on_event(Retry(cause, None if item is None else name(item))),
         )
 
     def results(self) -> Iterator[R]:
@@ -198,7 +192,8 @@ class _Loop(Generic[T, R]):
             elif isinstance(action, Give):
                 handle = self._handles[action.worker]
                 handle.call = handle.actor.work.remote(action.item, action.frugality)
-                self._on_give(action.item, handle.name)
+                if self._begun:
+                    self._on_event(self._begun(action.item, handle.name))
             else:
                 handle = self._handles.pop(action.worker)
                 if action.may_clean_up:
@@ -316,7 +311,7 @@ class _Loop(Generic[T, R]):
         if read > 0 or written > 0:  # an answer to a question from before comes late and says less
             handle.counted = counters
             self._scheduler.counted(number, time.monotonic())
-            self._on_count(read, written, handle.name)
+            self._on_event(Moved(read, written, handle.name))
 
     def _need(self) -> str:
         return f"the cluster has {describe_resources()}, a worker needs {self._options.need}"

@@ -1,9 +1,10 @@
-"""How much an event matters, and what it says in one line; the same for lines for people and for logs."""
+"""Words for events and stages, and how much an event matters: the same for people and for logs."""
 
 from typing import Literal, get_args
 
 from stockflow.events import Begun, Done, Dropped, Event, Note, Retry, Run, Stage
 from stockflow.planning.budget import gb
+from stockflow.progress.state import Snapshot
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 _ORDER = get_args(LogLevel)
@@ -48,3 +49,34 @@ def heading(stage: Stage) -> str:
     size += "" if stage.total_bytes is None else f", {gb(stage.total_bytes)}"
     resumed = f"; {stage.num_done:,} are there already" if stage.num_done else ""
     return f"{stage.name}{size}{resumed}"
+
+
+def in_words(state: Snapshot) -> str:
+    """Return a stage at one moment as one line, its name left out."""
+    stage, parts = state.stage, []
+    if state.share is not None:
+        parts.append(f"{100 * state.share:.0f} %")
+    moved = "written" if stage.counts_written else "read"
+    if stage.total_bytes is not None:
+        parts.append(f"{gb(state.done_bytes)} of {gb(stage.total_bytes)} {moved}")
+    if state.num_read + state.num_written:
+        parts.append(f"{gb(state.bytes_per_s)}/s")
+    if stage.num_items is not None:
+        parts.append(f"{state.num_done:,}/{stage.num_items:,} {stage.unit}")
+    elif state.num_done:
+        parts.append(f"{state.num_done:,} {stage.unit}")
+    if state.left_s is not None and state.done_bytes != stage.total_bytes:
+        parts.append(f"about {duration(state.left_s)} left")
+    elif state.elapsed_s >= 1.0:
+        parts.append(f"for {duration(state.elapsed_s)}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    whole = max(round(seconds), 1)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
