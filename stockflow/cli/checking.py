@@ -19,9 +19,9 @@ from stockflow.cli.options import (
     ProgressName,
     Quiet,
     StorageRecipe,
-    followed,
     share_option,
     size_option,
+    with_progress,
 )
 from stockflow.cli.printing import say
 from stockflow.errors import EXIT_FINDINGS, RecipeError
@@ -61,7 +61,9 @@ def verify(
     with exit_codes():
         if sample is None and (seed is not None or memory is not None):
             raise RecipeError("--seed and --memory go with --sample: nothing is computed without it")
-        with followed(progress, quiet=quiet, delay_s=DELAY_S, log_format=log_format, log_level=log_level) as on_event:
+        with with_progress(
+            progress, quiet=quiet, delay_s=DELAY_S, log_format=log_format, log_level=log_level
+        ) as on_event:
             result = api.verify(
                 output,
                 inputs=inputs,
@@ -101,7 +103,7 @@ def clean(
 
     with exit_codes():
         config = load_recipe(recipe).storage if recipe else StorageConfig()
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with with_progress(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
             on_event(Stage("looking for what is left over"))
             store = open_store(output, config, writable=True)
             leftovers = find_leftovers(store)

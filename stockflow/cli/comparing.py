@@ -14,8 +14,8 @@ from stockflow.cli.options import (
     ProgressName,
     Quiet,
     StorageRecipe,
-    followed,
     size_option,
+    with_progress,
 )
 from stockflow.cli.printing import say
 from stockflow.errors import EXIT_DIFFERENT
@@ -40,7 +40,7 @@ def diff(
     from stockflow.progress.display import DELAY_S
 
     with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with with_progress(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
             found = api.diff(
                 a,
                 b,

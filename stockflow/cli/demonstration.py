@@ -18,9 +18,9 @@ from stockflow.cli.options import (
     Quiet,
     ShardSize,
     Workers,
-    followed,
     is_on_ray,
     merge_options,
+    with_progress,
 )
 from stockflow.cli.printing import say
 from stockflow.errors import EXIT_FINDINGS
@@ -58,7 +58,7 @@ def demo(
         tells = not (quiet or as_json)
         # The story on standard output is progress enough.
         style = ProgressName.none if tells and progress is ProgressName.auto else progress
-        with followed(style, quiet=quiet) as on_event:
+        with with_progress(style, quiet=quiet) as on_event:
             result = run_demo(where, options, execute, print if tells else lambda _: None, on_event)
         if as_json:
             facts = {"losses": result.losses, "findings": [str(finding) for finding in result.verification.findings]}

@@ -23,8 +23,8 @@ from stockflow.cli.options import (
     RecipeArgument,
     StorageRecipe,
     Workers,
-    followed,
     size_option,
+    with_progress,
 )
 from stockflow.cli.printing import say
 
@@ -64,7 +64,7 @@ def inspect(
     from stockflow.storage import redact
 
     with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
+        with with_progress(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker)
             inputs = api.open_inputs(recipe, on_event, follow_links or ())
             folder = open_out(out, inputs.storage)
@@ -121,7 +121,7 @@ def audit(
     from stockflow.storage import redact
 
     with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
+        with with_progress(progress, quiet=quiet, delay_s=DELAY_S) as on_event, interruptible():
             survey = api.survey_on(executor.value if executor else None, workers, gpus_per_worker)
             merge = api.open_merge(subject, merged, recipe, on_event, follow_links or ())
             folder = open_out(out, merge.storage)

@@ -27,10 +27,10 @@ from stockflow.cli.options import (
     ShardTimeout,
     Workers,
     WorkerTimeout,
-    followed,
     labels_option,
-    measured,
     size_option,
+    with_metrics,
+    with_progress,
 )
 from stockflow.cli.printing import say
 
@@ -66,9 +66,9 @@ def merge(
 
     with exit_codes():
         with (
-            followed(progress, quiet=quiet, log_format=log_format, log_level=log_level) as told,
-            interruptible(),  # within: it would turn the exit that `followed` makes of a signal into an error again
-            measured(metrics_port, told) as on_event,
+            with_progress(progress, quiet=quiet, log_format=log_format, log_level=log_level) as told,
+            interruptible(),  # within: else the exit that `with_progress` makes of a signal is an error again
+            with_metrics(metrics_port, told) as on_event,
         ):
             result = api.merge(
                 recipe,

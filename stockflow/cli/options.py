@@ -139,7 +139,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 
 
 @contextmanager
-def followed(
+def with_progress(
     progress: ProgressName,
     *,
     quiet: bool,
@@ -177,7 +177,7 @@ def followed(
 
 
 @contextmanager
-def measured(port: int | None, on_event: "OnEvent") -> "Iterator[OnEvent]":
+def with_metrics(port: int | None, on_event: "OnEvent") -> "Iterator[OnEvent]":
     """Provide who is told of events, counts them for whoever scrapes ``port``, and passes them on.
 
     Raises:
@@ -186,19 +186,14 @@ def measured(port: int | None, on_event: "OnEvent") -> "Iterator[OnEvent]":
     if port is None:
         yield on_event
         return
-    from stockflow.events import Event, Note
+    from stockflow.events import Note, all_of
     from stockflow.progress.metrics import Metrics, served
 
     metrics = Metrics()
-
-    def tell(event: Event) -> None:
-        metrics(event)
-        on_event(event)
-
     with served(metrics, port) as bound:
         if not port:
             on_event(Note(f"metrics at http://{os.uname().nodename}:{bound}/metrics"))
-        yield tell
+        yield all_of(metrics, on_event)
 
 
 def is_on_ray(executor: ExecutorName | None) -> bool:

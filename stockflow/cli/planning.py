@@ -24,8 +24,8 @@ from stockflow.cli.options import (
     RecipeArgument,
     ShardSize,
     Workers,
-    followed,
     size_option,
+    with_progress,
 )
 from stockflow.cli.printing import say
 from stockflow.errors import RecipeError
@@ -98,7 +98,7 @@ def plan(
     from stockflow.storage import redact
 
     with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with with_progress(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
             result = api.plan(
                 recipe,
                 output,
@@ -161,7 +161,7 @@ def calibrate(
     from stockflow.storage import redact
 
     with exit_codes():
-        with followed(progress, quiet=quiet) as on_event:
+        with with_progress(progress, quiet=quiet) as on_event:
             found = measure(folder.absolute(), url or [], lambda text: on_event(Stage(text)))
         path = out or default_path()
         found = _kept(found, path)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.options import AsJson, OutputArgument, Progress, ProgressName, Quiet, StorageRecipe, followed
+from stockflow.cli.options import AsJson, OutputArgument, Progress, ProgressName, Quiet, StorageRecipe, with_progress
 from stockflow.cli.printing import say, tell
 from stockflow.errors import EXIT_FINDINGS
 
@@ -33,7 +33,7 @@ def report(
     from stockflow.storage import redact
 
     with exit_codes():
-        with followed(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
+        with with_progress(progress, quiet=quiet, delay_s=DELAY_S) as on_event:
             found = api.report(output, recipe=recipe, on_event=on_event)
             if html is not None:
                 found.save(html)
