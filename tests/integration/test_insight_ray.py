@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stockflow.events import Done, Event, Moved, Stage
 from stockflow.insight.audit import audit, open_recipe
 from stockflow.insight.inspection import Survey, find_subjects, inspect
 from stockflow.recipe import load_recipe
@@ -53,11 +54,16 @@ def test_batches_are_all_tensors_in_order_and_small(recipe: Path) -> None:
 def test_an_inspection_on_ray_is_that_of_one_process_bit_for_bit(recipe: Path, on_ray: Survey) -> None:
     inputs = Inputs.open(load_recipe(str(recipe)))
     here = inspect(inputs, options(), survey_in_this_process, lambda _: None)
+    events: list[Event] = []
 
-    there = inspect(inputs, options(), on_ray, lambda _: None)
+    there = inspect(inputs, options(), on_ray, events.append)
 
     assert np.array_equal(here.packed_TQ, there.packed_TQ, equal_nan=True)
     assert len(here.compared) == len(SHAPES)
+    num_read = sum(event.num_read for event in events if isinstance(event, Moved))
+    assert num_read == there.num_bytes_read == here.num_bytes_read
+    assert {type(event) for event in events} == {Stage, Moved, Done}, "nothing of batches, which are no items"
+    assert {event.item for event in events if isinstance(event, Done)} == set(SHAPES)
 
 
 @pytest.mark.cluster

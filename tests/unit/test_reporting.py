@@ -4,6 +4,7 @@ import io
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from stockflow.cli import app
 from stockflow.errors import PlanError, StorageError
-from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Stage
+from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
 from stockflow.progress.display import reporting
 from stockflow.progress.lines import JsonLines, PlainLines
 from stockflow.progress.live import LiveDisplay
@@ -181,6 +182,41 @@ def test_what_each_worker_did_is_told_apart(clock: Clock) -> None:
         ("b", 10, 5, 0),
     ]
     assert workers[0].last_item == "shard-2"
+
+
+def test_how_the_run_and_its_output_stand_outlasts_the_stage(clock: Clock) -> None:
+    state = State(clock)
+    state.take(Run("run-1", "plan-1"))
+    state.take(Stage("opening checkpoints"))
+    state.take(Moved(5))
+    state.take(replace(MERGING, resumed=("shard-1",)))
+    for event in (SHARD, Begun("shard-3", "node:2", 1_000), Moved(70, 1_000), Retry("lost"), done(SHARD.item)):
+        clock.now += 1.0
+        state.take(event)
+    merging = state.snapshot()
+    state.take(Stage("publishing"))
+
+    now = state.overview()
+
+    assert (now.run, now.stage, now.at) == (Run("run-1", "plan-1"), Stage("publishing"), 105.0)
+    assert (now.num_read, now.num_written, now.retries) == (75, 1_000, {"lost": 1})
+    assert now.finished == {"shard-1", "shard-2"}
+    assert now.output == merging
+    assert (merging.num_done, merging.num_resumed, merging.finished_bytes) == (2, 1, 2_000)
+    assert [(one.begun.item, one.since) for one in merging.in_work] == [("shard-3", 102.0)]
+    assert (state.snapshot().num_read, state.snapshot().in_work) == (0, ())
+
+
+def test_a_stage_that_has_stalled_for_long_has_no_rate_and_no_end_in_sight(clock: Clock) -> None:
+    state = State(clock)
+    state.take(Stage("comparing", total_bytes=10**9))
+    clock.now += 1.0
+    state.take(Moved(10_000))
+    clock.now += WINDOW_S
+    state.snapshot()
+    clock.now += WINDOW_S
+
+    assert (state.snapshot().bytes_per_s, state.snapshot().left_s) == (0.0, None)
 
 
 def test_no_count_gets_lost_between_threads() -> None:
