@@ -42,11 +42,11 @@ def on_ray() -> Iterator[Survey]:
 
 def test_batches_are_all_tensors_in_order_and_small(recipe: Path) -> None:
     subjects, _ = find_subjects(Inputs.open(load_recipe(str(recipe))))
-    jobs = [subject.job for subject in subjects if subject.job]
+    looks = [subject.look for subject in subjects if subject.look]
 
-    found = list(batches(jobs))
+    found = list(batches(looks))
 
-    assert [job for batch in found for job in batch.jobs] == jobs
+    assert [look for batch in found for look in batch.looks] == looks
     assert [batch.first for batch in found] == [0, MAX_BATCH_TENSORS]
 
 

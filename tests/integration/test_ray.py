@@ -243,9 +243,11 @@ def _kill_when_noted(folder: Path, name: str) -> None:
 
 
 def _is_there(note: Path) -> bool:
-    """Return whether the process that left a note is alive."""
+    """Return whether the process that left a note is alive; while any thread is, its files stay open and locked."""
     with suppress(OSError):
-        return not Path(f"/proc/{note.read_text()}/stat").read_text().rpartition(")")[2].startswith(" Z")
+        process = Path(f"/proc/{note.read_text()}")
+        has_ended = (process / "stat").read_text().rpartition(")")[2].startswith(" Z")  # its first thread has
+        return not has_ended or len(list((process / "task").iterdir())) > 1
     return False
 
 
