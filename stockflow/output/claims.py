@@ -75,7 +75,7 @@ class Heartbeat:
 
     def is_exclusive(self) -> bool:
         """Return whether the store creates objects exclusively; asked with one request, about this run's record."""
-        return self._store.refuses_second(self._key, _beat_now())
+        return self._store.creates_exclusively(self._key, _beat_now())
 
     def _beat(self) -> None:
         wait_s = FIRST_BEAT_S

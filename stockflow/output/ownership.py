@@ -144,7 +144,7 @@ def _refuse_rival(store: Store, plan: MergePlan) -> None:
             )
 
 
-def weak_promises(output: Store, inputs: Sequence[Store], plan: MergePlan, *, is_exclusive: bool) -> Iterator[str]:
+def store_warnings(output: Store, inputs: Sequence[Store], plan: MergePlan, *, is_exclusive: bool) -> Iterator[str]:
     """Say what the stores do not promise; inputs are asked, with one request for each place."""
     if not is_exclusive:
         yield (
@@ -156,7 +156,7 @@ def weak_promises(output: Store, inputs: Sequence[Store], plan: MergePlan, *, is
     asked: set[str] = set()
     for source, checkpoint in zip(inputs, plan.checkpoints, strict=True):
         place = "/".join(source.url.split("/")[:3])
-        if "://" in place and place not in asked and not source.refuses_changed(next(iter(checkpoint.files))):
+        if "://" in place and place not in asked and not source.pins_reads(next(iter(checkpoint.files))):
             yield (
                 f"{redact(source.url)}: this store ignores If-Match, so each answer's ETag is compared here; "
                 "a file that is replaced is still noticed, but only after its bytes were sent"
@@ -279,7 +279,7 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
             )
 
 
-def sweep(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
+def abort_leftovers(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
     """Remove what writers of this output who died left half-written; nothing of a run that is still at work.
 
     Uploads are listed before other runs are looked for: a run says that it is alive before it uploads. Runs of every

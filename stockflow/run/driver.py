@@ -15,7 +15,7 @@ from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, 
 from stockflow.interruption import finishing, last_act
 from stockflow.output.claims import Heartbeat, agreed_numerics, new_run
 from stockflow.output.manifest import Manifest, plan_key
-from stockflow.output.ownership import admit, look, sweep, take, valid_receipts, weak_promises
+from stockflow.output.ownership import abort_leftovers, admit, look, store_warnings, take, valid_receipts
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.file import encode_plan
@@ -221,7 +221,7 @@ def merge(
     ):
         is_exclusive = heartbeat.is_exclusive()
         take(store, plan, run, found, is_exclusive=is_exclusive)
-        weak = weak_promises(store, inputs.stores, plan, is_exclusive=is_exclusive)
+        weak = store_warnings(store, inputs.stores, plan, is_exclusive=is_exclusive)
         for note in chain(side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
             tell(Note(note))
         store.put(plan_key(plan.plan_id), encode_plan(plan))
@@ -286,13 +286,13 @@ def _drop_other_numerics(store: Store, plan: MergePlan, receipts: dict[str, Rece
 def _swept(store: Store, plan: MergePlan, run: str, tell: OnEvent) -> Iterator[None]:
     """Leave nothing half-written, however the block ends, or hangs when the process must end."""
     files = {shard.file for shard in plan.shards}
-    with last_act(partial(sweep, store, plan.plan_id, run, files)):
+    with last_act(partial(abort_leftovers, store, plan.plan_id, run, files)):
         try:
             yield
         finally:
             try:
                 with finishing():
-                    sweep(store, plan.plan_id, run, files)
+                    abort_leftovers(store, plan.plan_id, run, files)
             except StockflowError as error:
                 text = f"something half-written may be left, `stockflow clean {store.url}` shows it: {error}"
                 tell(Note(text))

@@ -160,10 +160,10 @@ class Store(Protocol):
     def discard(self, leftovers: Iterable[HalfWritten]) -> None:
         """Remove what ``half_written`` returned; what is already gone is no error."""
 
-    def refuses_second(self, key: str, payload: bytes) -> bool:
+    def creates_exclusively(self, key: str, payload: bytes) -> bool:
         """Return whether ``key``, which exists, cannot be created again; where it can, it now holds ``payload``."""
 
-    def refuses_changed(self, key: str) -> bool:
+    def pins_reads(self, key: str) -> bool:
         """Return whether a read pinned to a state that ``key`` is not in is refused before bytes are sent."""
 
 

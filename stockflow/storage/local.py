@@ -130,11 +130,11 @@ class LocalStore:
             _make_folder(os.path.dirname(path))
             try:
                 with open(partial, "xb") as file:  # buffered: a raw file may take half of a write on a full disk
-                    fcntl.flock(file, fcntl.LOCK_EX)  # until closed, or until this process dies: see sweep
+                    fcntl.flock(file, fcntl.LOCK_EX)  # until closed, or until this process dies: see half_written
                     being_written = _NewFile(file)
                     yield being_written
                     being_written.sync()
-                    os.replace(partial, path)  # while it is locked, or a neighbour might sweep it away
+                    os.replace(partial, path)  # while it is locked, or a neighbour might discard it
                 _sync_folder(os.path.dirname(path))
             except BaseException:
                 with suppress(OSError):
@@ -197,12 +197,12 @@ class LocalStore:
         """Remove temporary files."""
         self.delete(os.path.join(os.path.dirname(leftover.key), leftover.name) for leftover in leftovers)
 
-    def refuses_second(self, key: str, payload: bytes) -> bool:
+    def creates_exclusively(self, key: str, payload: bytes) -> bool:
         """Return True: a hard link is exclusive."""
         del key, payload
         return True
 
-    def refuses_changed(self, key: str) -> bool:
+    def pins_reads(self, key: str) -> bool:
         """Return True: stamps are compared around every read."""
         del key
         return True

@@ -201,7 +201,7 @@ class RemoteStore:
             key = check_key(leftover.key)
             self._run("abort the upload of", key, partial(self._client.abort, key, leftover.name))
 
-    def refuses_second(self, key: str, payload: bytes) -> bool:
+    def creates_exclusively(self, key: str, payload: bytes) -> bool:
         """Return whether the store itself refuses to create ``key``, which exists, again."""
 
         def attempt() -> bool:
@@ -215,7 +215,7 @@ class RemoteStore:
 
         return self._run("create", key, attempt)
 
-    def refuses_changed(self, key: str) -> bool:
+    def pins_reads(self, key: str) -> bool:
         """Return whether the store itself refuses a read held to an ETag that ``key`` never had."""
 
         def attempt() -> bool:

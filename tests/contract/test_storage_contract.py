@@ -314,8 +314,8 @@ def test_a_key_that_climbs_out_is_refused(store: Store, key: str) -> None:
 def test_these_stores_refuse_a_second_creation_and_a_pin_to_another_state(store: Store) -> None:
     store.put_new("claim.json", b"mine")
 
-    assert store.refuses_second("claim.json", b"theirs")
-    assert store.refuses_changed("claim.json")
+    assert store.creates_exclusively("claim.json", b"theirs")
+    assert store.pins_reads("claim.json")
     assert read_small(store, "claim.json", max_bytes=9) == b"mine"
 
 

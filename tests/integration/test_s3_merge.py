@@ -375,9 +375,9 @@ def test_a_store_without_conditional_writes_is_worked_with(place: Place, out: st
             weak.put_new("claim.json", b"theirs")
         proxy.fail("PUT", "501")
 
-        assert not weak.refuses_second("claim.json", b"mine")
-        assert weak.refuses_changed("claim.json")
-    assert store.refuses_second("claim.json", b"mine")
+        assert not weak.creates_exclusively("claim.json", b"mine")
+        assert weak.pins_reads("claim.json")
+    assert store.creates_exclusively("claim.json", b"mine")
     assert (store.read_head("claim.json", 9)[0], store.stamp("claim.json").size) == (b"mine", 4)
 
 
