@@ -20,7 +20,8 @@ from stockflow.forecast.lines import plan_lines, project, result_facts, result_l
 from stockflow.forecast.outlook import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
 from stockflow.forecast.prediction import STAGES, Conditions
 from stockflow.forecast.prices import TransferFrom, load_prices, machine_of
-from stockflow.output.manifest import Manifest, tensors_key
+from stockflow.output.keys import tensors_key
+from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning.budget import Workspace, default_memory, gb, mib
 from stockflow.planning.make import few_shards_note

@@ -10,7 +10,7 @@ from stockflow.events import OnEvent, Stage, ignore
 from stockflow.forecast.amounts import survey
 from stockflow.forecast.lines import plan_lines, result_lines
 from stockflow.output.card import by_kind, mean, shown
-from stockflow.output.manifest import tensors_key
+from stockflow.output.keys import tensors_key
 from stockflow.output.receipts import TensorFacts
 from stockflow.output.tables import read_facts
 from stockflow.recipe import load_recipe

@@ -10,7 +10,8 @@ from stockflow.engine.process import peak_memory_bytes, process_name
 from stockflow.engine.session import Session
 from stockflow.engine.shard import OnBytes, ShardMerger, ShardRun
 from stockflow.errors import StorageError
-from stockflow.output.manifest import receipt_key
+from stockflow.output import receipts
+from stockflow.output.keys import receipt_key
 from stockflow.output.ownership import check_owner
 from stockflow.output.receipts import Receipt, within_bounds
 from stockflow.planning.plan import CheckpointRef, OnNonfinite, ShardPlan
@@ -141,5 +142,5 @@ class Worker:
             worker=process_name(),
         )
         self.check_owner()
-        self._output.put(receipt_key(self._spec.plan_id, shard.file), receipt.to_json())
+        self._output.put(receipt_key(self._spec.plan_id, shard.file), receipts.encode(receipt))
         return receipt

@@ -179,7 +179,7 @@ def parse_calibration(payload: bytes, where: str) -> Calibration:
     """Return what a calibration file says.
 
     Raises:
-        RecipeError: it is none, or one of another version.
+        RecipeError: it is none.
     """
     try:
         found = parse_record(Calibration, fields_of(payload, FORMAT))

@@ -16,7 +16,9 @@ from stockflow.insight.examiner import EXTRAPOLATED, MERGE_NONFINITE, NONFINITE,
 from stockflow.insight.inspection import Following, Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
 from stockflow.methods.ratios import RATIOS
-from stockflow.output.manifest import MANIFEST_FILE, Manifest, read_manifest
+from stockflow.output import manifest as manifest_file
+from stockflow.output.keys import MANIFEST_FILE
+from stockflow.output.manifest import Manifest
 from stockflow.planning.job import TensorJob, stored
 from stockflow.planning.make import make_plan
 from stockflow.planning.plan import CheckpointRef, MergePlan
@@ -181,7 +183,7 @@ def _checkpoint(store: Store, on_event: OnEvent) -> Checkpoint:
 
 def _manifest(store: Store) -> Manifest | None:
     try:
-        return read_manifest(store)
+        return manifest_file.read(store)
     except NotFoundError:
         return None
 

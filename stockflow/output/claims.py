@@ -1,29 +1,23 @@
-"""Who is at work in an output prefix: runs that say they are alive, and the numerics class that they keep to.
+"""Claims: which plan owns an output prefix, and which runs say there that they are alive.
 
-Each run writes under names of its own, or exclusively under a next number. So nothing here is read, changed and
-written back, and no run can undo what another one did.
+Each run writes under names of its own; nothing here is read, changed and written back, and no run can undo what
+another one did.
 """
 
-import json
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
-from stockflow.errors import (
-    AlreadyExistsError,
-    CheckpointError,
-    NotFoundError,
-    OutputConflictError,
-    PlanError,
-    StockflowError,
-)
+from stockflow.errors import CheckpointError, NotFoundError, StockflowError
 from stockflow.interruption import finishing, last_act
-from stockflow.output.manifest import RECORDS, numerics_folder, read_claim, receipt_folder, run_folder
-from stockflow.storage import Store, read_small, redact
+from stockflow.output.keys import CLAIM_FILE, RECORDS, run_folder, run_key
+from stockflow.storage import Store
+from stockflow.text.records import Place, RecordKind, parse_record
 
 HEARTBEAT_S = 10.0
 FIRST_BEAT_S = 1.0
@@ -32,7 +26,47 @@ ABANDONED_S = 900.0
 """A run that was not seen for so long is taken for dead; an outage of the store keeps one from beating for minutes."""
 JOIN_S = 2.0
 """how long the end of a run waits for a beat that is on its way"""
-MAX_RECORD_BYTES = 10_000
+MAX_BYTES, MAX_VALUES = 10_000, 100
+"""of a claim or a beat"""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Which plan owns a prefix; written once, so that nobody refreshing it can undo another's taking it over."""
+
+    plan_id: str
+    heartbeat: float
+    """seconds since the epoch when it was made; its runs beat in records of their own (``Heartbeat``)"""
+    run: str
+    """who made it; tells equal claims of two runs apart"""
+
+    @classmethod
+    def now(cls, plan_id: str, run: str) -> "Claim":
+        """Return a claim of this moment."""
+        return cls(plan_id, time.time(), run)
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A run's sign of life."""
+
+    heartbeat: float
+    """seconds since the epoch"""
+
+
+KIND = RecordKind("a claim", partial(parse_record, Claim), MAX_BYTES, MAX_VALUES)
+_BEAT = RecordKind("a heartbeat", partial(parse_record, Beat), MAX_BYTES, MAX_VALUES)
+encode, parse = KIND.encode, KIND.parse
+
+
+def read(store: Place) -> Claim:
+    """Return the claim on a prefix.
+
+    Raises:
+        NotFoundError: there is none.
+        CheckpointError: it cannot be read as one.
+    """
+    return KIND.read(store, CLAIM_FILE)
 
 
 def new_run() -> str:
@@ -87,11 +121,6 @@ class Heartbeat:
                 self._also()
 
 
-def run_key(plan_id: str, run: str) -> str:
-    """Return where a run says that it is alive."""
-    return f"{run_folder(plan_id)}{run}.json"
-
-
 def last_seen(store: Store) -> float:
     """Return when a run in this prefix was last known to be alive, in seconds since the epoch; 0.0: never.
 
@@ -99,7 +128,7 @@ def last_seen(store: Store) -> float:
     """
     seen = [_beat_of(store, key) for key in _runs_of_all_plans(store)]
     with suppress(NotFoundError, CheckpointError):
-        seen.append(read_claim(store).heartbeat)
+        seen.append(read(store).heartbeat)
     return max(seen, default=0.0)
 
 
@@ -128,76 +157,10 @@ def is_anyone_else_alive(store: Store, plan_id: str, run: str) -> bool:
     """
     seen = [_beat_of(store, key) for key in _runs_of_all_plans(store) if key != run_key(plan_id, run)]
     with suppress(NotFoundError, CheckpointError):
-        claim = read_claim(store)
+        claim = read(store)
         if claim.plan_id != plan_id:
             seen.append(claim.heartbeat)
     return time.time() - max(seen, default=0.0) < ABANDONED_S
-
-
-def agree_on_numerics(store: Store, plan_id: str, run: str, found: str, *, replace: bool) -> None:
-    """Make ``found`` the numerics class that all shards of the output keep to, unless another one is that already.
-
-    Args:
-        store: the output.
-        plan_id: whose shards.
-        run: which run asks; all workers of a run must agree.
-        found: the class of this worker.
-        replace: whether the class of earlier runs gives way; their shards are then merged again.
-
-    Raises:
-        PlanError: a worker of the same run computes otherwise.
-        OutputConflictError: an earlier run, or one at work beside this one, computes otherwise.
-    """
-    while True:
-        records = sorted(store.list(numerics_folder(plan_id)))
-        number = 0
-        if records:
-            agreed = _read_class(store, records[-1])
-            if agreed.numerics_class == found:
-                return
-            if agreed.run == run:
-                raise PlanError(
-                    f"this worker computes as {found}, another one of this run as {agreed.numerics_class}: only within "
-                    "one class do equal plans give equal bytes. Run it on machines of one kind"
-                )
-            may_replace = replace or not store.list(receipt_folder(plan_id))
-            if are_others_alive(store, plan_id, run) or not may_replace:
-                raise OutputConflictError(
-                    f"{redact(store.url)} is merged on machines of class {agreed.numerics_class}, and this one "
-                    f"computes as {found}: their shards would not fit together bit for bit. Run it on a machine like "
-                    "those, choose another output, or end every run and --overwrite to merge all of it anew"
-                )
-            number = _number_of(records[-1]) + 1
-        with suppress(AlreadyExistsError):  # somebody was faster: look again
-            store.put_new(f"{numerics_folder(plan_id)}{number:06d}.json", _NumericsRecord(found, run).to_json())
-
-
-def agreed_numerics(store: Store, plan_id: str) -> str | None:
-    """Return the numerics class that the shards of a plan keep to, None if no worker has come yet."""
-    records = sorted(store.list(numerics_folder(plan_id)))
-    return _read_class(store, records[-1]).numerics_class if records else None
-
-
-@dataclass(frozen=True, slots=True)
-class _NumericsRecord:
-    numerics_class: str
-    run: str
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-
-def _read_class(store: Store, key: str) -> _NumericsRecord:
-    try:
-        fields = json.loads(read_small(store, key, max_bytes=MAX_RECORD_BYTES))
-        return _NumericsRecord(str(fields["numerics_class"]), str(fields["run"]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{redact(store.url)}/{key} is not a record of stockflow: {error!r}") from None
-
-
-def _number_of(key: str) -> int:
-    name = PurePosixPath(key).stem
-    return int(name) if name.isascii() and name.isdigit() else 0
 
 
 def _runs_of_all_plans(store: Store) -> list[str]:
@@ -205,12 +168,12 @@ def _runs_of_all_plans(store: Store) -> list[str]:
 
 
 def _beat_now() -> bytes:
-    return json.dumps({"heartbeat": time.time()}).encode()
+    return _BEAT.encode(Beat(time.time()))
 
 
 def _beat_of(store: Store, key: str) -> float:
     """When a run was last seen; one whose record vanished or cannot be read is not."""
     try:
-        return float(json.loads(read_small(store, key, max_bytes=MAX_RECORD_BYTES))["heartbeat"])
-    except (NotFoundError, ValueError, TypeError, KeyError, RecursionError):
+        return _BEAT.read(store, key).heartbeat
+    except (NotFoundError, CheckpointError):
         return 0.0

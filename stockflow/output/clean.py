@@ -2,24 +2,17 @@
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from stockflow.errors import AccessDeniedError, CheckpointError, NotFoundError, OutputConflictError
-from stockflow.output.claims import ABANDONED_S, last_seen
-from stockflow.output.manifest import (
-    CLAIM_FILE,
-    RECORDS,
-    Claim,
-    Manifest,
-    read_claim,
-    read_manifest,
-    receipt_folder,
-    run_folder,
-)
-from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt
-from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
+from stockflow.output import claims, receipts
+from stockflow.output import manifest as manifest_file
+from stockflow.output.claims import ABANDONED_S, Claim, is_anyone_else_alive, last_seen
+from stockflow.output.keys import CLAIM_FILE, RECORDS, receipt_folder, receipted_file, run_folder
+from stockflow.output.manifest import Manifest
+from stockflow.storage import HalfWritten, Stamp, Store, redact
 from stockflow.text.escaping import in_a_line
 
 _SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
@@ -57,8 +50,8 @@ def find_leftovers(store: Store) -> Leftovers:
         OutputConflictError: a run is at work there, or was seen less than 15 minutes ago.
         CheckpointError: claim or manifest cannot be read, so nobody knows what is part of the output.
     """
-    manifest, claim = _owners(store)
-    owner = manifest or claim
+    published, claim = _owners(store)
+    owner = published or claim
     if owner is None:
         raise NotFoundError(
             f"{redact(store.url)} has neither a manifest nor a claim of stockflow: nothing there is ours to remove"
@@ -68,17 +61,17 @@ def find_leftovers(store: Store) -> Leftovers:
     present = store.list_top()
     keys = list(store.list(RECORDS))
     seen_s_ago = check_abandoned(store)
-    records = list(_stale_records(store, keys, {o.plan_id for o in (manifest, claim) if o}, present))
-    published = manifest.files.keys() if manifest else ()
+    records = list(_stale_records(store, keys, {o.plan_id for o in (published, claim) if o}, present))
+    files = published.files.keys() if published else ()
     valid = {key for key in keys if key.startswith(receipt_folder(owner.plan_id))} - set(records)
     return Leftovers(
         url=store.url,
         plan_id=owner.plan_id,
-        is_published=manifest is not None,
+        is_published=published is not None,
         seen_s_ago=seen_s_ago,
-        num_finished_shards=0 if manifest else len(valid),
+        num_finished_shards=0 if published else len(valid),
         half_written=tuple(half_written),
-        records=tuple(key for key in records if key not in published),
+        records=tuple(key for key in records if key not in files),
         notes=tuple(notes),
     )
 
@@ -109,13 +102,36 @@ def check_abandoned(store: Store) -> float:
     return age
 
 
+def abort_leftovers(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
+    """Remove what writers of this output who died left half-written; nothing of a run that is still at work.
+
+    Uploads are listed before other runs are looked for: a run says that it is alive before it uploads. Runs of every
+    plan count: shards of two plans have equal names, and an upload does not say whose it is.
+
+    Args:
+        store: the output.
+        plan_id: the plan of this run.
+        run: this run.
+        files: what is uploaded in parts.
+    """
+    ours = [piece for piece in store.half_written() or () if _is_of_output(piece, files)]
+    if not all(piece.is_abandoned for piece in ours) and is_anyone_else_alive(store, plan_id, run):
+        ours = [piece for piece in ours if piece.is_abandoned]
+    store.discard(ours)
+
+
+def _is_of_output(piece: HalfWritten, files: Collection[str]) -> bool:
+    is_small_file = piece.is_abandoned and "/" not in piece.key
+    return piece.key in files or piece.key.startswith(RECORDS) or is_small_file
+
+
 def _owners(store: Store) -> tuple[Manifest | None, Claim | None]:
-    manifest = claim = None
+    published = claim = None
     with suppress(NotFoundError):
-        manifest = read_manifest(store)
+        published = manifest_file.read(store)
     with suppress(NotFoundError):
-        claim = read_claim(store)
-    return manifest, claim
+        claim = claims.read(store)
+    return published, claim
 
 
 def _half_written(store: Store) -> tuple[list[HalfWritten], list[str]]:
@@ -149,16 +165,19 @@ def _stale_records(
         plan_id = match[1]
         is_receipt = key.startswith(receipt_folder(plan_id))
         is_stale = plan_id not in plan_ids or key.startswith(run_folder(plan_id))
-        if is_stale or (is_receipt and not _proves_something(store, key, present)):
+        if is_stale or (is_receipt and not _proves_something(store, plan_id, key, present)):
             yield key
 
 
-def _proves_something(store: Store, key: str, present: Mapping[str, Stamp]) -> bool:
+def _proves_something(store: Store, plan_id: str, key: str, present: Mapping[str, Stamp]) -> bool:
+    file = receipted_file(plan_id, key)
+    if file is None or file not in present:
+        return False
     try:
-        receipt = Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
+        receipt = receipts.read(store, plan_id, file)
     except (CheckpointError, NotFoundError):
         return False
-    return receipt.file in present and present[receipt.file].size == receipt.size
+    return receipt.file == file and present[file].size == receipt.size
 
 
 def leftover_lines(leftovers: Leftovers, *, is_removed: bool) -> Iterator[str]:

@@ -1,44 +1,40 @@
-"""The output prefix: who owns it, taking and replacing it, what of an earlier run is still good."""
+"""Ownership of an output prefix: which plan has it, taking it and replacing what is there, losing it to another one."""
 
-import hashlib
 import time
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
-from stockflow.ahead import map_ahead
 from stockflow.checkpoints.opening import CONFIG_FILE, INDEX_FILE
 from stockflow.errors import (
     AlreadyExistsError,
     CheckpointError,
-    InputChangedError,
+    InterruptedRunError,
     NotFoundError,
     OutputConflictError,
+    StockflowError,
 )
 from stockflow.interruption import pause
-from stockflow.output.changes import earlier_plan, other_numerics, since_then, states
-from stockflow.output.claims import agreed_numerics, is_anyone_else_alive, last_seen
-from stockflow.output.manifest import (
-    CLAIM_FILE,
-    MANIFEST_FILE,
-    RECORDS,
-    Claim,
-    Manifest,
-    read_claim,
-    read_manifest,
-    receipt_folder,
-    receipt_key,
-)
-from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt, without_coefficients
-from stockflow.planning.plan import MergePlan, ShardPlan
-from stockflow.storage import HalfWritten, Stamp, Store, read_small, redact
+from stockflow.output import claims
+from stockflow.output import manifest as manifest_file
+from stockflow.output.claims import Claim, last_seen
+from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, RECORDS, plan_folder, plan_key
+from stockflow.output.manifest import Manifest
+from stockflow.output.numerics import agreed_numerics
+from stockflow.output.receipts import Receipt
+from stockflow.output.shards import is_intact
+from stockflow.planning import file as plan_file
+from stockflow.planning.file import RecordedPlan
+from stockflow.planning.plan import NUMERICS, CheckpointRef, MergePlan
+from stockflow.storage import Stamp, Store, redact
 
 SETTLE_S = 5.0
 """where creation is not exclusive: how long a claim must stand before it counts"""
-NUM_READERS = 16
-"""Receipts that are read at the same time: on object storage each takes a round trip."""
+MAX_CHANGES = 3
+"""Files that a message names of those that changed."""
+
+States = Mapping[str, Mapping[str, Stamp]]
+"""of input files, by checkpoint URL and name"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +54,23 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
     where = redact(store.url)
     try:
         with suppress(NotFoundError):
-            manifest = read_manifest(store)
-            if manifest.plan_id == plan.plan_id:
-                return Occupancy(finished=manifest)
-            changed = since_then(states(manifest.inputs), states(plan.checkpoints))
-            changed += other_numerics(manifest.numerics)
+            published = manifest_file.read(store)
+            if published.plan_id == plan.plan_id:
+                return Occupancy(finished=published)
+            differing = _differing(published.inputs, published.numerics, plan)
             return Occupancy(
-                conflict=f"{where} holds the finished output of another plan{_ids(manifest, plan)}{changed}"
+                conflict=f"{where} holds the finished output of another plan{_ids(published, plan)}{differing}"
             )
         with suppress(NotFoundError):
-            claim = read_claim(store)
+            claim = claims.read(store)
             if claim.plan_id == plan.plan_id:
                 return Occupancy(is_ours=True)
             age = max(time.time() - last_seen(store), 0.0)
             earlier = earlier_plan(store, claim.plan_id)
-            changed = since_then(states(earlier.plan.checkpoints), states(plan.checkpoints)) if earlier else ""
-            changed += other_numerics(earlier.numerics) if earlier else ""
+            differing = _differing(earlier.plan.checkpoints, earlier.numerics, plan) if earlier else ""
             return Occupancy(
                 conflict=f"{where} is claimed by an unfinished run of another plan{_ids(claim, plan)}, "
-                f"last seen {age:,.0f} s ago{changed}"
+                f"last seen {age:,.0f} s ago{differing}"
             )
     except CheckpointError as error:
         return Occupancy(conflict=str(error))
@@ -84,6 +78,53 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
     if occupant is None:
         return Occupancy()
     return Occupancy(conflict=f"{where} is not empty and not an output of stockflow (it has {occupant!r})")
+
+
+def _differing(inputs: Iterable[CheckpointRef], numerics: int, plan: MergePlan) -> str:
+    """Return the end of a message: what sets an earlier plan apart from ``plan``, changed inputs and other numerics."""
+    return _since_then(_states(inputs), _states(plan.checkpoints)) + _other_numerics(numerics)
+
+
+def _states(checkpoints: Iterable[CheckpointRef]) -> States:
+    """Return the state of every input file."""
+    return {redact(checkpoint.url): checkpoint.files for checkpoint in checkpoints}
+
+
+def earlier_plan(store: Store, plan_id: str) -> RecordedPlan | None:
+    """Return a plan recorded in an output, None if it cannot be read."""
+    try:
+        return plan_file.read(store, plan_key(plan_id))
+    except InterruptedRunError:
+        raise
+    except StockflowError:
+        return None
+
+
+def _since_then(earlier: States, now: States) -> str:
+    """Return the end of a message: each file that both plans read and that is another now, with both stamps."""
+    changed = [
+        f"{url}/{file} changed: it was {_words(before)}, it is {_words(now[url][file])}"
+        for url, files in earlier.items()
+        for file, before in files.items()
+        if now.get(url, {}).get(file, before) != before
+    ]
+    return f"; since then {_listed(changed)}" if changed else ""
+
+
+def _other_numerics(earlier: int) -> str:
+    """Return the end of a message: that the earlier plan rounds otherwise."""
+    if earlier == NUMERICS:
+        return ""
+    return f"; it was made with numerics {earlier}, this version of stockflow has {NUMERICS} and gives other bytes"
+
+
+def _listed(changed: Sequence[str]) -> str:
+    more = len(changed) - MAX_CHANGES
+    return "; ".join(changed[:MAX_CHANGES]) + (f"; and {more} files more" if more > 0 else "")
+
+
+def _words(stamp: Stamp) -> str:
+    return f"{stamp.size:,} bytes, {stamp.version or 'no version'}"
 
 
 def admit(store: Store, plan: MergePlan, *, overwrite: bool) -> Occupancy:
@@ -128,7 +169,7 @@ def _claim(store: Store, plan: MergePlan, run: str, *, is_exclusive: bool) -> No
     if not is_exclusive:
         _refuse_rival(store, plan)
     with suppress(AlreadyExistsError):
-        store.put_new(CLAIM_FILE, Claim.now(plan.plan_id, run).to_json())
+        store.put_new(CLAIM_FILE, claims.encode(Claim.now(plan.plan_id, run)))
     if not is_exclusive:
         pause(SETTLE_S)
     _refuse_rival(store, plan)
@@ -136,7 +177,7 @@ def _claim(store: Store, plan: MergePlan, run: str, *, is_exclusive: bool) -> No
 
 def _refuse_rival(store: Store, plan: MergePlan) -> None:
     with suppress(NotFoundError):
-        other = read_claim(store)
+        other = claims.read(store)
         if other.plan_id != plan.plan_id:
             raise OutputConflictError(
                 f"{redact(store.url)} was claimed by another plan ({other.plan_id[:12]}) at the same moment; "
@@ -171,11 +212,11 @@ def _replace(store: Store, plan: MergePlan, run: str) -> None:
     """
     published: set[str] = set()
     with suppress(NotFoundError, CheckpointError):
-        published.update(read_manifest(store).files)
+        published.update(manifest_file.read(store).files)
     for key in (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE):
         store.delete([key])
     _delete_others(store, plan, published)
-    store.put(CLAIM_FILE, Claim.now(plan.plan_id, run).to_json())
+    store.put(CLAIM_FILE, claims.encode(Claim.now(plan.plan_id, run)))
     # A run of the old plan that is still at work writes nothing more once it sees the claim.
     _delete_others(store, plan, published)
 
@@ -183,61 +224,9 @@ def _replace(store: Store, plan: MergePlan, run: str) -> None:
 def _delete_others(store: Store, plan: MergePlan, published: set[str]) -> None:
     kept = {shard.file for shard in plan.shards}
     stale = [key for key in store.list_top() if key not in kept and (key in published or key.endswith(".safetensors"))]
-    current = f"{RECORDS}{plan.plan_id}/"
+    current = plan_folder(plan.plan_id)
     records = [key for key in store.list(RECORDS) if not key.startswith(current) and key != CLAIM_FILE]
     store.delete([*stale, *records])
-
-
-def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
-    """Receipts of shards that are still what they were when the receipt was written; without coefficients."""
-    known = store.list(receipt_folder(plan.plan_id))
-    present = store.list_top() if known else {}
-    read = partial(_read_receipt, store, plan.plan_id)
-    shards = [
-        shard for shard in plan.shards if receipt_key(plan.plan_id, shard.file) in known and shard.file in present
-    ]
-    receipts = {}
-    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="receipts") as pool:
-        for shard, payload in zip(shards, map_ahead(pool, NUM_READERS, read, shards), strict=True):
-            receipt = _receipt_of(shard, plan.plan_id, payload)
-            if receipt and _is_intact(store, receipt, present[shard.file]):
-                receipts[shard.file] = without_coefficients(receipt)
-    return receipts
-
-
-def is_finished(store: Store, plan_id: str, shard: ShardPlan, numerics_class: str) -> bool:
-    """Return whether a shard is there with its receipt: a worker that was lost may have done it, and not said so."""
-    try:
-        found = store.stamp(shard.file)
-        receipt = _receipt_of(shard, plan_id, _read_receipt(store, plan_id, shard))
-        return receipt is not None and _is_intact(store, receipt, found) and receipt.numerics_class == numerics_class
-    except NotFoundError:
-        return False
-
-
-def _read_receipt(store: Store, plan_id: str, shard: ShardPlan) -> bytes:
-    return read_small(store, receipt_key(plan_id, shard.file), max_bytes=MAX_RECEIPT_BYTES)
-
-
-def _receipt_of(shard: ShardPlan, plan_id: str, payload: bytes) -> Receipt | None:
-    try:
-        receipt = Receipt.from_json(payload, receipt_key(plan_id, shard.file))
-    except CheckpointError:
-        return None  # a receipt that cannot be read proves nothing: the shard is merged again
-    is_of_shard = (receipt.plan_id, receipt.file, receipt.size) == (plan_id, shard.file, shard.num_bytes)
-    return receipt if is_of_shard else None
-
-
-def _is_intact(store: Store, receipt: Receipt, found: Stamp) -> bool:
-    """Whether a shard is the one of the receipt; with another stamp but equal size its bytes decide."""
-    if found == receipt.stamp and found.size == receipt.size:
-        return True
-    if found.size != receipt.size:
-        return False
-    try:
-        return sha256_of(store, receipt.file, found) == receipt.sha256
-    except InputChangedError:  # a run of the same plan beside this one replaced it by its own copy while it was read
-        return _is_intact(store, receipt, store.stamp(receipt.file))
 
 
 def check_owner(store: Store, plan_id: str, numerics_class: str) -> None:
@@ -247,7 +236,7 @@ def check_owner(store: Store, plan_id: str, numerics_class: str) -> None:
         OutputConflictError: another plan took the prefix, or it is merged anew on machines of another class.
     """
     with suppress(NotFoundError, CheckpointError):
-        owner = read_claim(store)
+        owner = claims.read(store)
         if owner.plan_id != plan_id:
             raise OutputConflictError(
                 f"{redact(store.url)} was taken by another plan ({owner.plan_id[:12]}, this one is {plan_id[:12]}) "
@@ -272,42 +261,8 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
     present = store.list_top()
     for receipt in receipts:
         found = present.get(receipt.file)
-        if found is None or not _is_intact(store, receipt, found):
+        if found is None or not is_intact(store, receipt, found):
             raise OutputConflictError(
                 f"{redact(store.url)}/{receipt.file} is no longer what this run wrote: another one writes there; "
                 "nothing was published. End it, then run again"
             )
-
-
-def abort_leftovers(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
-    """Remove what writers of this output who died left half-written; nothing of a run that is still at work.
-
-    Uploads are listed before other runs are looked for: a run says that it is alive before it uploads. Runs of every
-    plan count: shards of two plans have equal names, and an upload does not say whose it is.
-
-    Args:
-        store: the output.
-        plan_id: the plan of this run.
-        run: this run.
-        files: what is uploaded in parts.
-    """
-    ours = [piece for piece in store.half_written() or () if _is_of_output(piece, files)]
-    if not all(piece.is_abandoned for piece in ours) and is_anyone_else_alive(store, plan_id, run):
-        ours = [piece for piece in ours if piece.is_abandoned]
-    store.discard(ours)
-
-
-def _is_of_output(piece: HalfWritten, files: Collection[str]) -> bool:
-    is_small_file = piece.is_abandoned and "/" not in piece.key
-    return piece.key in files or piece.key.startswith(RECORDS) or is_small_file
-
-
-def sha256_of(store: Store, key: str, stamp: Stamp, chunk_bytes: int = 8 * 2**20) -> str:
-    """Return the sha256 of an object's bytes, in hex."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(chunk_bytes, stamp.size)))
-    for start in range(0, stamp.size, chunk_bytes):
-        part = buffer[: min(chunk_bytes, stamp.size - start)]
-        store.read_into(key, start, part, stamp)
-        digest.update(part)
-    return digest.hexdigest()

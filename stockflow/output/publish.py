@@ -11,18 +11,19 @@ from importlib import metadata
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.opening import CONFIG_FILE, INDEX_FILE
 from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError
+from stockflow.output import manifest as manifest_file
 from stockflow.output.card import model_card
-from stockflow.output.manifest import MANIFEST_FILE, Manifest, PublishedFile, plan_key, read_manifest, tensors_key
+from stockflow.output.keys import CARD_FILE, MANIFEST_FILE, plan_key, tensors_key
+from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.ownership import check_still_ours
 from stockflow.output.receipts import Receipt, TensorFacts, total_gram
 from stockflow.output.tables import encode_tensors
-from stockflow.planning.file import encode_plan
+from stockflow.planning import file as plan_file
 from stockflow.planning.plan import NUMERICS, MergePlan, SideFile
 from stockflow.recipe import Recipe
 from stockflow.storage import Store, check_stamp, redact
 from stockflow.version import __version__
 
-CARD_FILE = "README.md"
 NUM_PUBLISHERS = 8
 """Small files that are written at the same time: on object storage each takes two or three round trips."""
 HF_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -77,7 +78,7 @@ def commit(
     )
     check_still_ours(output, plan, receipts)
     try:
-        output.put_new(MANIFEST_FILE, manifest.to_json())
+        output.put_new(MANIFEST_FILE, manifest_file.encode(manifest))
     except AlreadyExistsError:
         twin = _published_meanwhile(output, plan)
         if twin is None:
@@ -94,7 +95,7 @@ def _files_in_order(
 ) -> Iterator[dict[str, Callable[[], bytes]]]:
     """Yield the files beside the shards and what makes their bytes: those that may appear at the same time together."""
     yield {
-        plan_key(plan.plan_id): lambda: encode_plan(plan),
+        plan_key(plan.plan_id): lambda: plan_file.encode(plan),
         tensors_key(plan.plan_id): lambda: encode_tensors(rows),
         CARD_FILE: lambda: model_card(recipe, plan, rows).encode(),
         **{side.key: partial(_read_side_file, inputs[side.checkpoint], side) for side in plan.side_files},
@@ -113,7 +114,7 @@ def _published_meanwhile(output: Store, plan: MergePlan) -> Manifest | None:
         OutputConflictError: another plan was faster.
     """
     try:
-        existing = read_manifest(output)
+        existing = manifest_file.read(output)
     except NotFoundError:
         return None
     if existing.plan_id != plan.plan_id:

@@ -1,20 +1,16 @@
-"""What a worker reports of a shard: one row of facts per tensor and a receipt, plain JSON in the output prefix."""
+"""Receipts: what a worker reports of a shard it merged, with a row of facts per tensor."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from stockflow.checkpoints.header import DTYPES
-from stockflow.errors import CheckpointError
-from stockflow.output.sealed import SEAL_KEY, seal
+from stockflow.output.keys import receipt_key
 from stockflow.storage import Stamp
-from stockflow.text.records import as_plain, fields_of, parse_record
+from stockflow.text.records import Place, RecordKind, parse_record
 from stockflow.text.strictjson import shown
 
-RECEIPT_FORMAT = "stockflow-receipt-1"
-MAX_RECEIPT_BYTES = 256_000_000
-"""Of 92,000 tensors of 16 models it has 110 MB."""
 MAX_COEFFICIENTS = 2_000_000
 """of all tensors of a shard together, 50 MB; by row, a shard of experts would have several times as many"""
 
@@ -67,38 +63,42 @@ class Receipt:
     """by cause"""
     peak_memory_bytes: int
     tensors: tuple[TensorFacts, ...]
-    memory_bytes: int | None = None
-    """what its worker was allowed; None in receipts of earlier versions"""
-    gram: tuple[tuple[float, ...], ...] = ()
+    memory_bytes: int
+    """what its worker was allowed"""
+    gram: tuple[tuple[float, ...], ...]
     """products of [w_0, d_1 .. d_N], summed over the tensors whose method needs them and all checkpoints; () if none"""
-    began: float | None = None
-    """when its worker began with it, in seconds since the epoch; None in receipts of earlier versions"""
-    ended: float | None = None
+    began: float
+    """when its worker began with it, in seconds since the epoch"""
+    ended: float
     """when it was durable, by the same clock"""
-    worker: str = ""
+    worker: str
     """which process merged it, as ``node:pid``"""
 
-    def to_json(self) -> bytes:
-        """Return the receipt as it lies in the output prefix."""
-        parts = {"stamp": as_plain(self.stamp), "tensors": list(map(as_plain, self.tensors))}
-        return seal(json.dumps({"format": RECEIPT_FORMAT, **as_plain(self), **parts}, ensure_ascii=False))
+    def __post_init__(self) -> None:
+        """Refuse dtypes that are none."""
+        if unknown := {row.dtype for row in self.tensors} - DTYPES.keys():
+            raise ValueError(f"the dtype {shown(min(unknown))} is unknown")
 
-    @classmethod
-    def from_json(cls, payload: bytes, where: str) -> "Receipt":
-        """Parse a receipt.
 
-        Raises:
-            CheckpointError: it is not one.
-        """
-        try:
-            fields = fields_of(payload, RECEIPT_FORMAT)
-            fields.pop(SEAL_KEY, None)
-            receipt = parse_record(cls, fields)
-            if unknown := {row.dtype for row in receipt.tensors} - DTYPES.keys():
-                raise ValueError(f"the dtype {shown(min(unknown))} is unknown")
-        except ValueError as error:
-            raise CheckpointError(f"{where} is not a receipt of stockflow: {error}") from None
-        return receipt
+KIND = RecordKind(
+    noun="a receipt",
+    decode=partial(parse_record, Receipt),
+    format="stockflow-receipt-1",
+    max_bytes=256_000_000,  # of 92,000 tensors of 16 models it has 110 MB
+    max_values=12_000_000,
+    is_sealed=True,
+)
+encode, parse = KIND.encode, KIND.parse
+
+
+def read(store: Place, plan_id: str, file: str) -> Receipt:
+    """Return the receipt of a shard.
+
+    Raises:
+        NotFoundError: there is none.
+        CheckpointError: it cannot be read as one, or is not as it was written.
+    """
+    return KIND.read(store, receipt_key(plan_id, file))
 
 
 def within_bounds(tensors: Sequence[TensorFacts]) -> Iterator[TensorFacts]:
@@ -125,7 +125,7 @@ def without_coefficients(receipt: Receipt) -> Receipt:
 def total_gram(receipts: Sequence[Receipt]) -> tuple[tuple[float, ...], ...]:
     """Return the Gram of whole models, added over shards: () if no shard has one, or one that should have it does not.
 
-    Receipts of earlier versions lack it; what was summed without theirs would be no property of the models.
+    A shard whose sum is beyond float64 lacks it; what was summed without that would be no property of the models.
     """
     with_norms = [receipt for receipt in receipts if receipt.gram or any(row.delta_norms for row in receipt.tensors)]
     if not with_norms or len({len(receipt.gram) for receipt in with_norms}) > 1:

@@ -14,16 +14,12 @@ from stockflow.methods.protocol import Parameter, Parameters
 from stockflow.planning.job import COPIES, COPY, Operand, TensorJob, copying, merging, stored
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, canonical_digest
 from stockflow.storage import Stamp
-from stockflow.text.strictjson import parse_text_json, shown
+from stockflow.text.records import MAX_COUNT, Place, RecordKind, count, text
+from stockflow.text.strictjson import shown
 
-PLAN_FORMAT = "stockflow-plan-1"
-UNDIGESTED = ("format", "plan_id", "merge_id", "donor", "skipped", "notes")
+UNDIGESTED = ("plan_id", "merge_id", "donor", "skipped", "notes")
 """Fields of plan.json that do not enter ``plan_id``: they decide no byte."""
-MAX_PLAN_BYTES = 512_000_000
-MAX_PLAN_VALUES = 20_000_000
-"""92,000 tensors of nine checkpoints take 5 million."""
 MAX_DIMENSIONS = 64
-MAX_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,32 +37,46 @@ class RecordedPlan:
     """what ``merge_id`` must be"""
 
 
-def encode_plan(plan: MergePlan) -> bytes:
+def encode(plan: MergePlan) -> bytes:
     """Return plan.json."""
-    return json.dumps(plan.to_json(), ensure_ascii=False).encode()
+    return json.dumps({"format": KIND.format, **plan.to_json()}, ensure_ascii=False).encode()
 
 
-def decode_plan(payload: bytes, where: str) -> RecordedPlan:
-    """Read plan.json back.
-
-    Raises:
-        CheckpointError: it is not one.
-    """
+def _decode(fields: Mapping[str, Any]) -> RecordedPlan:
     try:
-        fields: Any = parse_text_json(payload, allows_constants=True)
-        if fields["format"] != PLAN_FORMAT:
-            raise ValueError(f"expected format {PLAN_FORMAT!r}")
         canonical = {name: value for name, value in fields.items() if name not in UNDIGESTED}
         return RecordedPlan(
             plan=_plan(fields),
-            plan_id=_text(fields["plan_id"]),
-            merge_id=_text(fields["merge_id"]),
-            numerics=_count(fields["numerics"]),
+            plan_id=text(fields["plan_id"]),
+            merge_id=text(fields["merge_id"]),
+            numerics=count(fields["numerics"]),
             digest=canonical_digest(canonical),
             copies_digest=canonical_digest(_without_places(canonical)),
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not a plan of stockflow: {error!r}"[:400]) from None
+        words = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(words[:300]) from None
+
+
+KIND = RecordKind(
+    noun="a plan",
+    decode=_decode,
+    format="stockflow-plan-1",
+    max_bytes=512_000_000,
+    max_values=20_000_000,  # 92,000 tensors of nine checkpoints take 5 million
+    allows_constants=True,  # as configs do, of which it has one
+)
+parse = KIND.parse
+
+
+def read(store: Place, key: str) -> RecordedPlan:
+    """Return the plan that an output has under ``key``.
+
+    Raises:
+        NotFoundError: there is none.
+        CheckpointError: it cannot be read as one.
+    """
+    return KIND.read(store, key)
 
 
 def check_mergeable(jobs: Iterable[TensorJob], where: str) -> None:
@@ -127,7 +137,7 @@ def _fits(parameter: Parameter, value: object) -> bool:
     if parameter.kind == "word":
         return value in parameter.choices
     if parameter.kind == "integer":
-        return type(value) is int and abs(value) <= MAX_INTEGER
+        return type(value) is int and abs(value) <= MAX_COUNT
     return type(value) in (int, float) and abs(float(str(value))) < math.inf
 
 
@@ -138,16 +148,16 @@ def _plan(fields: Mapping[str, Any]) -> MergePlan:
         raise ValueError(f"on_nonfinite is {fields['on_nonfinite']!r}")
     return MergePlan(
         checkpoints=checkpoints,
-        donor=_count(fields["donor"]),
+        donor=count(fields["donor"]),
         shards=tuple(_shard(shard, settings, checkpoints) for shard in fields["shards"]),
         side_files=tuple(
-            SideFile(_below(number, len(checkpoints)), _text(key), Stamp(_count(size), _text(version)))
+            SideFile(_below(number, len(checkpoints)), text(key), Stamp(count(size), text(version)))
             for number, key, size, version in fields["side_files"]
         ),
         config=fields["config"],
         on_nonfinite=fields["on_nonfinite"],
-        skipped=tuple(map(_text, fields["skipped"])),
-        notes=tuple(map(_text, fields["notes"])),
+        skipped=tuple(map(text, fields["skipped"])),
+        notes=tuple(map(text, fields["notes"])),
     )
 
 
@@ -158,17 +168,17 @@ Setting = tuple[str, Any, Parameters]
 def _setting(method: str, scope: str, shared: Mapping[str, Any], per_model: Mapping[str, Sequence[float]]) -> Setting:
     if scope not in ("tensor", "row", "leading"):
         raise ValueError(f"scope is {scope!r}")
-    values = {_text(name): tuple(map(float, each)) for name, each in per_model.items()}
-    return _text(method), scope, Parameters(dict(shared.items()), values)
+    values = {text(name): tuple(map(float, each)) for name, each in per_model.items()}
+    return text(method), scope, Parameters(dict(shared.items()), values)
 
 
 def _checkpoint(fields: Mapping[str, Any]) -> CheckpointRef:
-    files = {key: Stamp(_count(size), _text(version)) for key, (size, version) in fields["files"].items()}
-    return CheckpointRef(_text(fields["url"]), files)
+    files = {key: Stamp(count(size), text(version)) for key, (size, version) in fields["files"].items()}
+    return CheckpointRef(text(fields["url"]), files)
 
 
 def _shard(fields: Mapping[str, Any], settings: Sequence[Setting], checkpoints: Sequence[CheckpointRef]) -> ShardPlan:
-    shard = ShardPlan(_text(fields["file"]), tuple(_job(row, settings, checkpoints) for row in fields["tensors"]))
+    shard = ShardPlan(text(fields["file"]), tuple(_job(row, settings, checkpoints) for row in fields["tensors"]))
     if fields["num_bytes"] != shard.num_bytes:
         raise ValueError(f"{shard.file!r} takes {shard.num_bytes:,} bytes, num_bytes says {fields['num_bytes']!r}")
     return shard
@@ -176,12 +186,12 @@ def _shard(fields: Mapping[str, Any], settings: Sequence[Setting], checkpoints: 
 
 def _job(row: Sequence[Any], settings: Sequence[Setting], checkpoints: Sequence[CheckpointRef]) -> TensorJob:
     name, dtype, shape, number, dtypes, *places = row
-    sizes = tuple(map(_count, shape))
+    sizes = tuple(map(count, shape))
     if len(sizes) > MAX_DIMENSIONS or not {dtype, *dtypes} <= DTYPES.keys() or not dtypes:
         raise ValueError(f"tensor {name!r} has the dtypes {dtypes!r} and {dtype!r} and {len(sizes)} dimensions")
     method, scope, parameters = settings[_below(number, len(settings))]
     operands = tuple(
-        _operand(TensorSpec(_text(name), source_dtype, sizes), place, checkpoints)
+        _operand(TensorSpec(text(name), source_dtype, sizes), place, checkpoints)
         for source_dtype, place in zip(dtypes, places, strict=True)
     )
     output = TensorSpec(name, dtype, sizes)
@@ -193,7 +203,7 @@ def _job(row: Sequence[Any], settings: Sequence[Setting], checkpoints: Sequence[
 def _operand(spec: TensorSpec, place: Sequence[Any], checkpoints: Sequence[CheckpointRef]) -> Operand:
     checkpoint, file, start = place
     size = checkpoints[_below(checkpoint, len(checkpoints))].files[file].size
-    if _count(start) + spec.num_bytes > size:
+    if count(start) + spec.num_bytes > size:
         raise ValueError(f"tensor {spec.name!r} ends beyond the {size:,} bytes of {file!r}")
     return stored(checkpoint, spec, Extent(file, start))
 
@@ -209,20 +219,8 @@ def _without_places(canonical: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a text, found {value!r}")
-    return value
-
-
-def _count(value: object) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
-        raise ValueError(f"expected a count, found {value!r}")
-    return value
-
-
 def _below(value: object, stop: int) -> int:
-    number = _count(value)
+    number = count(value)
     if number >= stop:
         raise IndexError(f"{number} is not below {stop}")
     return number

@@ -112,9 +112,8 @@ class MergePlan:
         return (job for shard in self.shards for job in shard.jobs)
 
     def to_json(self) -> dict[str, object]:
-        """Return the plan as plain JSON."""
+        """Return the plan as plain JSON, what it is made of and what it is known by."""
         return {
-            "format": "stockflow-plan-1",
             "plan_id": self.plan_id,
             "merge_id": self.merge_id,
             "donor": self.donor,

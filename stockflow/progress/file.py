@@ -1,11 +1,11 @@
 """The file progress.json: how a merge gets on, for whoever asks from elsewhere; written where the driver is."""
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from stockflow.errors import (
@@ -18,16 +18,14 @@ from stockflow.errors import (
 )
 from stockflow.events import Event
 from stockflow.interruption import finishing
+from stockflow.output import claims
 from stockflow.output.claims import HEARTBEAT_S
-from stockflow.output.manifest import progress_key, read_claim
+from stockflow.output.keys import progress_key
 from stockflow.planning.plan import MergePlan
 from stockflow.progress.state import State
-from stockflow.storage import Store, read_small
-from stockflow.text.records import fields_of, parse_record
+from stockflow.storage import Store
+from stockflow.text.records import Place, RecordKind, parse_record
 
-PROGRESS_FORMAT = "stockflow-progress-1"
-MAX_PROGRESS_BYTES = 16_000_000
-"""A worker takes about 150 bytes; Ray runs some thousands."""
 LATELY_S = 60.0
 """Rates are those of the last minute, and of all of it."""
 LAST_REPORT_S = 5.0
@@ -86,28 +84,21 @@ class Progress:
     message: str = ""
     """why it failed"""
 
-    def to_json(self) -> bytes:
-        """Return the text of progress.json."""
-        return json.dumps({"format": PROGRESS_FORMAT, **asdict(self)}, ensure_ascii=False).encode()
 
-    @classmethod
-    def from_json(cls, payload: bytes, where: str) -> "Progress":
-        """Parse progress.json.
-
-        Raises:
-            CheckpointError: it is not one.
-        """
-        try:
-            return parse_record(cls, fields_of(payload, PROGRESS_FORMAT))
-        except ValueError as error:
-            raise CheckpointError(f"{where} is not a report of stockflow: {error}") from None
+KIND = RecordKind(
+    noun="a report",
+    decode=partial(parse_record, Progress),
+    format="stockflow-progress-1",
+    max_bytes=16_000_000,  # a worker takes about 150 bytes and three values; Ray runs some thousands
+    max_values=1_000_000,
+)
+encode, parse = KIND.encode, KIND.parse
 
 
-def read_progress(store: Store, plan_id: str) -> Progress | None:
-    """Return what a run of this plan reported last; None if none did, or another version of stockflow wrote it."""
+def read(store: Place, plan_id: str) -> Progress | None:
+    """Return what a run of this plan reported last; None if none did, or it cannot be read."""
     with suppress(NotFoundError, CheckpointError):
-        key = progress_key(plan_id)
-        return Progress.from_json(read_small(store, key, max_bytes=MAX_PROGRESS_BYTES), key)
+        return KIND.read(store, progress_key(plan_id))
     return None
 
 
@@ -198,7 +189,7 @@ class _File:
 
     def write(self) -> None:
         if self._tracker.has_begun:
-            self._store.put(self._key, self._tracker.progress().to_json())
+            self._store.put(self._key, encode(self._tracker.progress()))
             self.was_written = True
 
     def end(self, ending: Ending, error: BaseException | None = None) -> None:
@@ -217,5 +208,5 @@ class _File:
     def _write_if_ours(self, error: StockflowError) -> None:
         with suppress(StockflowError):
             plan_id = self._tracker.plan.plan_id
-            if isinstance(error, StorageError) or read_claim(self._store).plan_id == plan_id:
+            if isinstance(error, StorageError) or claims.read(self._store).plan_id == plan_id:
                 self.write()

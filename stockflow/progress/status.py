@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from stockflow.errors import NotFoundError
-from stockflow.output.claims import ABANDONED_S, HEARTBEAT_S, beats, run_key
-from stockflow.output.manifest import RECORDS, read_claim, read_manifest, receipt_folder
+from stockflow.output import claims
+from stockflow.output import manifest as manifest_file
+from stockflow.output.claims import ABANDONED_S, HEARTBEAT_S, beats
+from stockflow.output.keys import RECORDS, receipted_file, run_key
 from stockflow.planning.budget import gb
-from stockflow.progress.file import InFlight, Progress, read_progress
+from stockflow.progress import file as progress_file
+from stockflow.progress.file import InFlight, Progress
 from stockflow.progress.wording import duration
 from stockflow.storage import Store, redact
 from stockflow.text.escaping import in_a_line
@@ -68,7 +71,7 @@ def read_status(store: Store) -> Status:
     if finished := _finished(store):
         return finished
     try:
-        claim = read_claim(store)
+        claim = claims.read(store)
     except NotFoundError:
         store.list_top()  # says so if there is no such bucket
         raise NotFoundError(
@@ -127,13 +130,13 @@ def exit_code(status: Status) -> int:
 
 def _finished(store: Store) -> Status | None:
     try:
-        manifest = read_manifest(store)
+        published = manifest_file.read(store)
     except NotFoundError:
         return None
-    sizes = [file.size for name, file in manifest.files.items() if name.endswith(".safetensors")]
+    sizes = [file.size for name, file in published.files.items() if name.endswith(".safetensors")]
     return Status(
         output=redact(store.url),
-        plan_id=manifest.plan_id,
+        plan_id=published.plan_id,
         state="finished",
         seen_s_ago=None,
         num_runs=0,
@@ -141,21 +144,20 @@ def _finished(store: Store) -> Status | None:
         shards_done=len(sizes),
         bytes_done=sum(sizes),
         bytes_to_write=sum(sizes),
-        progress=read_progress(store, manifest.plan_id),
+        progress=progress_file.read(store, published.plan_id),
     )
 
 
 def _unfinished(store: Store, plan_id: str, claimed: float) -> Status:
-    progress = read_progress(store, plan_id)
+    progress = progress_file.read(store, plan_id)
     present = store.list_top()
-    receipts = receipt_folder(plan_id)
     keys = store.list(RECORDS)
-    done = [name for key in keys if key.startswith(receipts) and (name := _shard_of(key, receipts)) in present]
+    done = [file for key in keys if (file := receipted_file(plan_id, key)) in present]
     now = time.time()
     alive = _alive(store, keys, plan_id, progress, now)
     last = max([claimed, *alive, *([progress.updated] if progress else [])])
     seen_s_ago = max(now - last, 0.0)
-    num_written = sum(present[name].size for name in done)
+    num_written = sum(present[file].size for file in done if file)
     return Status(
         output=redact(store.url),
         plan_id=plan_id,

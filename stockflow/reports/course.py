@@ -60,7 +60,7 @@ class Lane:
     """of the shards whose times are known"""
     num_bytes: int
     peak_bytes: int
-    memory_bytes: int | None
+    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,6 @@ def course_of(receipts: Sequence[Receipt], summary: Mapping[str, float]) -> Cour
     """Return how the merge ran, as its receipts and the manifest's summary tell."""
     timed = [receipt for receipt in receipts if _is_timed(receipt)]
     clock = _Clock(timed)
-    budgets = [receipt.memory_bytes for receipt in receipts if receipt.memory_bytes]
     retries: Counter[str] = Counter()
     for receipt in receipts:
         retries.update({cause: count for cause, count in receipt.retries.items() if count})
@@ -142,12 +141,12 @@ def course_of(receipts: Sequence[Receipt], summary: Mapping[str, float]) -> Cour
         lanes=tuple(_lanes(receipts, clock)),
         pauses=clock.pauses,
         working_s=clock.working_s if timed else None,
-        began=min((receipt.began or 0.0 for receipt in timed), default=None),
-        ended=max((receipt.ended or 0.0 for receipt in timed), default=None),
+        began=min((receipt.began for receipt in timed), default=None),
+        ended=max((receipt.ended for receipt in timed), default=None),
         rates=_rates(timed, clock),
         num_bytes=sum(receipt.bytes_read + receipt.size for receipt in timed),
         peak_bytes=max([int(summary.get("peak_memory_bytes", 0)), *peaks]),
-        memory_bytes=max(budgets, default=None),
+        memory_bytes=max((receipt.memory_bytes for receipt in receipts), default=None),
         retries=dict(retries.most_common()),
         retried_shards=tuple((file, count) for count, file in retried[:10] if count),
     )
@@ -155,14 +154,14 @@ def course_of(receipts: Sequence[Receipt], summary: Mapping[str, float]) -> Cour
 
 def _is_timed(receipt: Receipt) -> bool:
     """Whether it says when its shard was merged; a clock that was set back meanwhile says nothing."""
-    return receipt.began is not None and receipt.ended is not None and 0.0 < receipt.began <= receipt.ended < LATEST
+    return 0.0 < receipt.began <= receipt.ended < LATEST
 
 
 class _Clock:
     """Seconds since the epoch to seconds of working time: long times without any work are left out."""
 
     def __init__(self, receipts: Sequence[Receipt]) -> None:
-        spans = sorted((receipt.began or 0.0, receipt.ended or 0.0) for receipt in receipts)
+        spans = sorted((receipt.began, receipt.ended) for receipt in receipts)
         runs: list[list[float]] = []
         for began, ended in spans:
             if runs and began <= runs[-1][1]:
@@ -209,21 +208,20 @@ def _lanes(receipts: Sequence[Receipt], clock: _Clock) -> Iterator[Lane]:
 def _lane(worker: str, receipts: Sequence[Receipt], clock: _Clock) -> Lane:
     spans = [
         Span(
-            clock.at(receipt.began or 0.0),
-            clock.at(receipt.ended or 0.0),
+            clock.at(receipt.began),
+            clock.at(receipt.ended),
             sum(receipt.retries.values()),
         )
         for receipt in receipts
         if _is_timed(receipt)
     ]
-    budgets = [receipt.memory_bytes for receipt in receipts if receipt.memory_bytes]
     return Lane(
         worker,
         len(receipts),
         tuple(_blocks(sorted(spans, key=lambda span: span.start))),
         sum(receipt.bytes_read + receipt.size for receipt in receipts),
         max(receipt.peak_memory_bytes for receipt in receipts),
-        max(budgets, default=None),
+        max(receipt.memory_bytes for receipt in receipts),
     )
 
 
@@ -243,7 +241,7 @@ def _rates(receipts: Sequence[Receipt], clock: _Clock) -> tuple[float, ...]:
     edges = np.linspace(0.0, clock.working_s, NUM_STEPS + 1)
     moved = np.zeros(NUM_STEPS)
     for receipt in receipts:
-        start, stop = clock.at(receipt.began or 0.0), clock.at(receipt.ended or 0.0)
+        start, stop = clock.at(receipt.began), clock.at(receipt.ended)
         if stop > start:
             overlap = np.clip(np.minimum(edges[1:], stop) - np.maximum(edges[:-1], start), 0.0, None)
             moved += (receipt.bytes_read + receipt.size) * overlap / (stop - start)

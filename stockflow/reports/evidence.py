@@ -5,37 +5,29 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
 from stockflow.errors import CheckpointError, DamagedOutputError, NotFoundError, StorageError, UserError
 from stockflow.methods import METHODS
-from stockflow.output.manifest import (
-    CLAIM_FILE,
-    MANIFEST_FILE,
-    Manifest,
-    PublishedFile,
-    progress_key,
-    read_claim,
-    read_manifest,
-    receipt_key,
-    tensors_key,
-)
-from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt, TensorFacts
-from stockflow.output.sealed import check_seal
+from stockflow.output import claims, receipts
+from stockflow.output import manifest as manifest_file
+from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, receipt_key, tensors_key
+from stockflow.output.manifest import Manifest, PublishedFile
+from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning.plan import CheckpointRef, MergePlan
+from stockflow.progress import file as progress_file
 from stockflow.run.driver import collector_paused
 from stockflow.storage import StorageConfig, open_store, redact
 from stockflow.text.records import parse_record
-from stockflow.text.strictjson import parse_text_json
 from stockflow.verification.contents import MAX_TABLE_BYTES, MAX_UNPLANNED_ROWS
 from stockflow.verification.files import Output
-from stockflow.verification.records import MAX_RECEIPT_VALUES, read_plan
+from stockflow.verification.records import read_plan
 from stockflow.verification.table import decode_apart
 from stockflow.verification.verify import Finding
 
 NUM_READERS = 16
-MAX_PROGRESS_BYTES = 100_000
 MAX_RECEIPTS = 20_000
 """A checkpoint of a trillion parameters in shards of 256 MB has 8,000."""
 
@@ -114,28 +106,28 @@ def gather(location: str, config: StorageConfig, on_bytes: Callable[[int], None]
         DamagedOutputError: manifest or table are not what was published.
         StorageError: reading failed after retries.
     """
-    output = Output(open_store(location, config))
+    output = Output(open_store(location, config), on_bytes)
     manifest = _read_manifest(output)
     shards = [key for key in manifest.files if key.endswith(".safetensors")]
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="report") as pool, collector_paused():
-        reading = pool.map(lambda file: _read_receipt(output, manifest, file, on_bytes), shards[:MAX_RECEIPTS])
-        rows = _read_rows(output, manifest, on_bytes)
+        reading = pool.map(lambda file: _read_receipt(output, manifest, file), shards[:MAX_RECEIPTS])
+        rows = _read_rows(output, manifest)
         recorded = read_plan(output, manifest)
         found = list(reading)
     plan = None if isinstance(recorded, Finding) else recorded.plan
-    receipts = tuple(receipt for receipt in found if isinstance(receipt, Receipt))
+    sound = tuple(receipt for receipt in found if isinstance(receipt, Receipt))
     findings = [*([recorded] if isinstance(recorded, Finding) else []), *(one for one in found if _is_finding(one))]
     has_base = any(METHODS[row.method].base == "required" for row in rows if row.method in METHODS)
     return Evidence(
         url=redact(output.store.url),
         manifest=manifest,
         rows=rows,
-        receipts=receipts,
+        receipts=sound,
         num_shards=len(shards),
         plan=plan,
         models=tuple(_models(manifest, has_base=has_base)),
         methods=tuple(_methods(rows, plan)),
-        checks=tuple(_checks(rows, plan, len(receipts), len(shards))),
+        checks=tuple(_checks(rows, plan, len(sound), len(shards))),
         findings=tuple(finding for finding in findings if isinstance(finding, Finding)),
     )
 
@@ -147,8 +139,7 @@ def _is_finding(found: object) -> bool:
 def _read_manifest(output: Output) -> Manifest:
     where = redact(output.store.url)
     try:
-        output.check(MANIFEST_FILE)
-        return read_manifest(output.store)
+        return manifest_file.read(output)
     except NotFoundError:
         raise NotFoundError(f"{where} has no {MANIFEST_FILE}: {_what_is_there(output)}") from None
     except CheckpointError as error:
@@ -180,17 +171,13 @@ def _exists(output: Output, key: str) -> bool:
 
 def _progress(output: Output) -> str:
     """Say how far an unfinished merge is, as far as it says so itself."""
-    try:
-        claim = read_claim(output.store)
-        payload = output.read(progress_key(claim.plan_id), MAX_PROGRESS_BYTES)
-        progress = parse_text_json(payload, allows_constants=False)
-    except (UserError, ValueError):
-        return ""
-    done, total = (progress.get(name) if isinstance(progress, dict) else None for name in ("shards_done", "shards"))
-    return f" ({done:,} of {total:,} shards)" if type(done) is int and type(total) is int else ""
+    with suppress(UserError):
+        progress = progress_file.read(output, claims.read(output).plan_id)
+        return f" ({progress.shards_done:,} of {progress.shards:,} shards)" if progress else ""
+    return ""
 
 
-def _read_rows(output: Output, manifest: Manifest, on_bytes: Callable[[int], None]) -> tuple[TensorFacts, ...]:
+def _read_rows(output: Output, manifest: Manifest) -> tuple[TensorFacts, ...]:
     """Return the table, if it is the published one.
 
     Raises:
@@ -199,7 +186,6 @@ def _read_rows(output: Output, manifest: Manifest, on_bytes: Callable[[int], Non
     key = tensors_key(manifest.plan_id)
     try:
         payload = output.read(key, MAX_TABLE_BYTES)
-        on_bytes(len(payload))
         if _published(payload) != manifest.files.get(key):
             raise CheckpointError("is not as the manifest says: its size or sha256 differs")
         plain = decode_apart(payload, MAX_UNPLANNED_ROWS)
@@ -215,16 +201,11 @@ def _published(payload: bytes) -> PublishedFile:
     return PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
 
 
-def _read_receipt(
-    output: Output, manifest: Manifest, file: str, on_bytes: Callable[[int], None]
-) -> Receipt | Finding | None:
+def _read_receipt(output: Output, manifest: Manifest, file: str) -> Receipt | Finding | None:
     """Return the receipt of a shard; None if it is gone, which is no fault."""
     key, published = receipt_key(manifest.plan_id, file), manifest.files[file]
     try:
-        payload = output.read(key, MAX_RECEIPT_BYTES, MAX_RECEIPT_VALUES)
-        on_bytes(len(payload))
-        receipt = Receipt.from_json(payload, key)
-        check_seal(payload, key)
+        receipt = receipts.read(output, manifest.plan_id, file)
     except NotFoundError:
         return None
     except (UserError, ValueError) as error:

@@ -13,12 +13,16 @@ from stockflow.checkpoints.opening import Checkpoint, OnFile, open_checkpoints, 
 from stockflow.errors import PlanError, StockflowError
 from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
 from stockflow.interruption import finishing, last_act
-from stockflow.output.claims import Heartbeat, agreed_numerics, new_run
-from stockflow.output.manifest import Manifest, plan_key
-from stockflow.output.ownership import abort_leftovers, admit, look, store_warnings, take, valid_receipts
+from stockflow.output.claims import Heartbeat, new_run
+from stockflow.output.clean import abort_leftovers
+from stockflow.output.keys import plan_key
+from stockflow.output.manifest import Manifest
+from stockflow.output.numerics import agreed_numerics
+from stockflow.output.ownership import admit, look, store_warnings, take
 from stockflow.output.receipts import Receipt, without_coefficients
+from stockflow.output.shards import valid_receipts
+from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
-from stockflow.planning.file import encode_plan
 from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note, make_plan
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.progress.file import Tracker, progress_file
@@ -224,7 +228,7 @@ def merge(
         weak = store_warnings(store, inputs.stores, plan, is_exclusive=is_exclusive)
         for note in chain(side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
             tell(Note(note))
-        store.put(plan_key(plan.plan_id), encode_plan(plan))
+        store.put(plan_key(plan.plan_id), plan_file.encode(plan))
         tell(Stage("looking for finished shards"))
         spec = _worker_spec(inputs, plan, store.url, options, run)
         receipts, num_resumed = _merge_shards(store, plan, execute, spec, tell)

@@ -13,14 +13,14 @@ from stockflow.engine.survey import Look, Surveyor, SurveySpec
 from stockflow.engine.worker import Worker, WorkerSpec
 from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
 from stockflow.events import Event, Moved, Note, OnEvent
-from stockflow.output.claims import agree_on_numerics
-from stockflow.output.manifest import read_claim, receipt_key
-from stockflow.output.ownership import is_finished
-from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt
+from stockflow.output import claims, receipts
+from stockflow.output.numerics import agree_on_numerics
+from stockflow.output.receipts import Receipt
+from stockflow.output.shards import is_finished
 from stockflow.planning.plan import ShardPlan
 from stockflow.run import shard_events
 from stockflow.run.executors import local
-from stockflow.storage import Store, open_store, read_small, redact
+from stockflow.storage import Store, open_store, redact
 
 if TYPE_CHECKING:
     from stockflow.run.executors import ray
@@ -102,7 +102,7 @@ class ShardWork:
         for halvings in range(frugality, -1, -1):
             self._reopen(halvings)
             try:
-                receipt = self.worker.merge(shard, on_bytes).to_json()
+                receipt = receipts.encode(self.worker.merge(shard, on_bytes))
                 return receipt if len(receipt) <= MAX_ANSWER_BYTES else shard.file
             except BudgetError:  # as little as that is not enough for it
                 if not halvings:
@@ -129,7 +129,7 @@ def check_output_is_shared(spec: WorkerSpec) -> None:
     """
     store = open_store(spec.output_url, spec.storage)
     try:
-        seen = read_claim(store).plan_id
+        seen = claims.read(store).plan_id
     except (NotFoundError, CheckpointError):
         seen = None
     if seen != spec.plan_id:
@@ -163,9 +163,8 @@ def on_ray(
 def receipt_of(answer: Answer, store: Store, plan_id: str) -> Receipt:
     """Return the receipt of a shard from what its worker answered."""
     if isinstance(answer, bytes):
-        return Receipt.from_json(answer, "what a worker answered")
-    key = receipt_key(plan_id, answer)
-    return Receipt.from_json(read_small(store, key, max_bytes=MAX_RECEIPT_BYTES), key)
+        return receipts.parse(answer, "what a worker answered")
+    return receipts.read(store, plan_id, answer)
 
 
 def _on_what_was_asked_for(spec: WorkerSpec, options: "ray.RayOptions") -> WorkerSpec:

@@ -46,6 +46,17 @@ def parse_text_json(payload: bytes, *, allows_constants: bool) -> object:
     return parsed
 
 
+def check_num_values(payload: bytes, most: int) -> None:
+    """Bound how many values a JSON text can hold, before any of them exists: each takes at least 60 bytes.
+
+    Raises:
+        ValueError: it may hold more.
+    """
+    upper_bound = 1 + payload.count(b",") + payload.count(b"[") + payload.count(b"{")
+    if upper_bound > most:
+        raise ValueError(f"it holds up to {upper_bound:,} values; at most {most:,} are read")
+
+
 def shown(found: object) -> str:
     """Return a value as messages quote it: on one line, cut after ``MAX_SHOWN`` characters."""
     text = _QUOTE.repr(found[:MAX_SHOWN] if isinstance(found, str) else found)

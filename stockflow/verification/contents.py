@@ -9,6 +9,7 @@ from stockflow.checkpoints.header import PlacedTensor, header_bytes, parse_heade
 from stockflow.checkpoints.opening import FIRST_READ_BYTES, INDEX_FILE, MAX_INDEX_BYTES
 from stockflow.errors import UserError
 from stockflow.planning.plan import MergePlan
+from stockflow.text.strictjson import check_num_values
 from stockflow.verification.files import Output
 from stockflow.verification.findings import Finding, quoted
 from stockflow.verification.table import Row, decode_apart
@@ -87,7 +88,9 @@ def check_index(output: Output, found: Mapping[str, str], *, complete: bool) -> 
         complete: whether every shard's header could be read.
     """
     try:
-        index = json.loads(output.read(INDEX_FILE, MAX_INDEX_BYTES, MAX_INDEX_VALUES))
+        payload = output.read(INDEX_FILE, MAX_INDEX_BYTES)
+        check_num_values(payload, MAX_INDEX_VALUES)
+        index = json.loads(payload)
         stated = {str(name): str(file) for name, file in index["weight_map"].items()}
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield Finding(INDEX_FILE, f"cannot be read: {error}")

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from stockflow.errors import CheckpointError, LinkError, StorageError
-from stockflow.output.sealed import check_num_values
-from stockflow.storage import LocalStore, Stamp, Store, check_key, read_small
+from stockflow.storage import LocalStore, Stamp, Store, check_key
 
 NUM_LOCAL_READERS = 4
 """A core hashes 1.5 GB/s here, a disk is faster; one file after the other would leave the other cores idle."""
@@ -36,9 +35,16 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """An output to be read with suspicion."""
+    """An output to be read with suspicion; records are read from it as from its store."""
 
     store: Store
+    on_bytes: Callable[[int], None] = lambda _: None
+    """told of what small files were read, from several threads"""
+
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        return self.store.url
 
     @property
     def is_local(self) -> bool:
@@ -76,23 +82,26 @@ class Output:
         """Whether a shard may lie there because whoever verifies said so."""
         return isinstance(self.store, LocalStore) and self.store.links.base_of(key, real) is not None
 
-    def read(self, key: str, max_bytes: int, max_values: int | None = None) -> bytes:
-        """Return a small file whole.
-
-        Args:
-            key: which one.
-            max_bytes: a larger one is refused.
-            max_values: if given, JSON with more values is refused.
+    def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
+        """Return the first bytes of a file, and its state.
 
         Raises:
-            UserError: see ``check``; or it is too large.
+            UserError: see ``check``.
         """
         self.check(key)
-        payload = read_small(self.store, key, max_bytes=max_bytes)
+        payload, stamp = self.store.read_head(key, num_bytes)
+        self.on_bytes(len(payload))
+        return payload, stamp
+
+    def read(self, key: str, max_bytes: int) -> bytes:
+        """Return a small file whole.
+
+        Raises:
+            UserError: see ``check``; or it is larger than ``max_bytes``.
+        """
+        payload, _ = self.read_head(key, max_bytes + 1)
         if len(payload) > max_bytes:
             raise CheckpointError(f"is larger than {max_bytes:,} bytes, the most that is read of such a file")
-        if max_values is not None:
-            check_num_values(payload, max_values, key)
         return payload
 
     def list(self, prefix: str = "") -> Iterable[str]:

@@ -11,7 +11,8 @@ from stockflow.engine.shard import ShardMerger
 from stockflow.errors import CheckpointError, NumericsError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
 from stockflow.methods.protocol import Linear, Parameters, Tolerance
-from stockflow.output.manifest import Manifest, plan_key, receipt_key, tensors_key
+from stockflow.output.keys import plan_key, receipt_key, tensors_key
+from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.file import RecordedPlan, check_mergeable
 from stockflow.planning.job import Operand, TensorJob, merging

@@ -5,18 +5,26 @@ from dataclasses import asdict
 
 from stockflow.checkpoints.opening import CONFIG_FILE, INDEX_FILE
 from stockflow.errors import CheckpointError, UserError
-from stockflow.output.manifest import MANIFEST_FILE, RECORDS, Manifest, plan_key, receipt_folder, tensors_key
-from stockflow.output.receipts import MAX_RECEIPT_BYTES, Receipt, TensorFacts
-from stockflow.output.sealed import check_seal
-from stockflow.planning.file import MAX_PLAN_BYTES, MAX_PLAN_VALUES, RecordedPlan, decode_plan
+from stockflow.output import receipts
+from stockflow.output.keys import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    RECORDS,
+    plan_folder,
+    plan_key,
+    receipt_folder,
+    receipted_file,
+    tensors_key,
+)
+from stockflow.output.manifest import Manifest
+from stockflow.output.receipts import Receipt, TensorFacts
+from stockflow.planning import file as plan_file
+from stockflow.planning.file import RecordedPlan
 from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.storage import Stamp, StorageConfig, open_store, redact
 from stockflow.verification.contents import Table
 from stockflow.verification.files import Output
 from stockflow.verification.findings import Finding, quoted
-
-CARD_FILE = "README.md"
-MAX_RECEIPT_VALUES = 12_000_000
 
 RecordedCoefficients = Mapping[str, tuple[tuple[float, ...], ...]]
 """Coefficients per group, by the tensor's name."""
@@ -26,7 +34,7 @@ def read_plan(output: Output, manifest: Manifest) -> RecordedPlan | Finding:
     """Return the plan of an output, or why it is not the one of the manifest."""
     key = plan_key(manifest.plan_id)
     try:
-        recorded = decode_plan(output.read(key, MAX_PLAN_BYTES, MAX_PLAN_VALUES), key)
+        recorded = plan_file.read(output, key)
     except UserError as error:
         return Finding(key, f"cannot be read: {error}")
     if not recorded.plan_id == recorded.digest == manifest.plan_id:
@@ -94,7 +102,7 @@ def check_receipts(
         coefficients: receives them.
     """
     folder = receipt_folder(manifest.plan_id)
-    ours = folder.removesuffix("receipts/")
+    ours = plan_folder(manifest.plan_id)
     try:
         keys = output.list(RECORDS)
     except CheckpointError as error:
@@ -117,10 +125,11 @@ def _check_receipt(
     wanted: Set[str],
     coefficients: dict[str, tuple[tuple[float, ...], ...]],
 ) -> list[Finding]:
+    file = receipted_file(manifest.plan_id, key)
+    if file is None:
+        return [Finding(key, "is no receipt: its name is that of none; remove it")]
     try:
-        payload = output.read(key, MAX_RECEIPT_BYTES, MAX_RECEIPT_VALUES)
-        receipt = Receipt.from_json(payload, key)
-        check_seal(payload, key)
+        receipt = receipts.read(output, manifest.plan_id, file)
         if found := list(_judge(key, receipt, manifest, table)):
             return found
         rows = {row.name: row for row in receipt.tensors}
@@ -133,7 +142,7 @@ def _check_receipt(
 
 def _judge(key: str, receipt: Receipt, manifest: Manifest, table: Table) -> Iterator[Finding]:
     published = manifest.files.get(receipt.file)
-    if published is None or key != f"{receipt_folder(manifest.plan_id)}{receipt.file}.json":
+    if published is None or receipt.file != receipted_file(manifest.plan_id, key):
         yield Finding(key, f"is stale: it is of {quoted(receipt.file)}, which was not published under this name")
     elif (receipt.plan_id, receipt.size, receipt.sha256) != (manifest.plan_id, published.size, published.sha256):
         yield Finding(key, "is stale: it is of another state of the shard than the one that was published")

@@ -8,7 +8,9 @@ from stockflow.ahead import map_ahead
 from stockflow.checkpoints.opening import INDEX_FILE, SINGLE_FILE, link_notes
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
-from stockflow.output.manifest import MANIFEST_FILE, Manifest, plan_key, read_manifest, tensors_key
+from stockflow.output import manifest as manifest_file
+from stockflow.output.keys import MANIFEST_FILE, plan_key, tensors_key
+from stockflow.output.manifest import Manifest
 from stockflow.planning.budget import gb
 from stockflow.planning.file import RecordedPlan
 from stockflow.storage import Stamp, StorageConfig, open_store, redact
@@ -99,8 +101,7 @@ def verify(
     output = Output(open_store(location, config))
     url = output.store.url
     try:
-        output.check(MANIFEST_FILE)
-        manifest = read_manifest(output.store)
+        manifest = manifest_file.read(output)
         _check_plan_id(manifest)
     except NotFoundError:
         raise NotFoundError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from stockflow.output.manifest import read_manifest
+from stockflow.output import manifest as manifest_file
 from stockflow.storage import StorageConfig, open_store
 from stockflow.verification.verify import verify
 from tests.chaos.outputs import Output, Snapshot
@@ -152,7 +152,7 @@ class Chaos:
         after = output.snapshot()
         self._check(output, before, after)
         assert after.is_published
-        manifest = read_manifest(open_store(output.url, self._behind))
+        manifest = manifest_file.read(open_store(output.url, self._behind))
         assert self._expected == {file: manifest.files[file].sha256 for file in self._expected}
         self.num_merges += 1
 

@@ -11,11 +11,15 @@ from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.opening import INDEX_FILE, SINGLE_FILE, Extent, HeaderCache, open_checkpoint
 from stockflow.errors import CheckpointError, RecipeError, StockflowError
 from stockflow.methods.protocol import Parameters
-from stockflow.output.manifest import CLAIM_FILE, Claim, Manifest, PublishedFile, read_claim
+from stockflow.output import claims, manifest, receipts
+from stockflow.output.claims import Claim
+from stockflow.output.keys import CLAIM_FILE
+from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.publish import encode_config, summarize
 from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.output.tables import decode_tensors, encode_tensors
-from stockflow.planning.file import check_mergeable, decode_plan, encode_plan
+from stockflow.planning import file as plan_file
+from stockflow.planning.file import check_mergeable
 from stockflow.planning.job import copying, merging, stored
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
 from stockflow.recipe import parse_recipe
@@ -45,6 +49,8 @@ RECEIPT = Receipt(
     {"read": 1},
     2**29,
     TENSORS,
+    memory_bytes=2**31,
+    gram=((12.25, 0.0, 0.0), (0.0, 0.01, 0.01), (0.0, 0.01, 0.04)),
     began=1.7e9,
     ended=1.7e9 + 4.5,
     worker="node-7:4711",
@@ -53,7 +59,7 @@ MANIFEST = Manifest(
     "a" * 64, "c" * 64, "merge_method: model_stock\n",
     (CheckpointRef("s3://bucket/base", {"model.safetensors": STAMP}),),
     ("if-match",), {SHARD: PublishedFile(9360, "b" * 64), "config.json": PublishedFile(2, "d" * 64)}, 1,
-    ("cpu-AVX512",), {"stockflow": "1.0", "torch": "2.9"}, {"tensors": 2, "seconds_total": 0.5},
+    ("cpu-AVX512",), {"stockflow": "1.0", "torch": "2.9"}, {"tensors": 2, "seconds_total": 0.5}, (),
 )  # fmt: skip
 SPEC, BUFFER = TensorSpec("model.embed_tokens.weight", "BF16", (97, 48)), TensorSpec("größe", "I64", ())
 PLAN = MergePlan(
@@ -139,16 +145,16 @@ def _open(folder: Path) -> object:
 
 
 def _read_manifest(payload: bytes) -> object:
-    manifest = Manifest.from_json(payload, "out/manifest.json")
-    assert Manifest.from_json(manifest.to_json(), "again") == manifest
-    assert all(file.size >= 0 for file in manifest.files.values())
-    return manifest
+    found = manifest.parse(payload, "out/manifest.json")
+    assert manifest.parse(manifest.encode(found), "again") == found
+    assert all(file.size >= 0 for file in found.files.values())
+    return found
 
 
 def _read_receipt(payload: bytes) -> object:
     """What a resumed merge takes from a receipt goes into the table, the config and the manifest."""
-    receipt = Receipt.from_json(payload, "receipts/x.json")
-    assert Receipt.from_json(receipt.to_json(), "again") == receipt
+    receipt = receipts.parse(payload, "receipts/x.json")
+    assert receipts.parse(receipts.encode(receipt), "again") == receipt
     encode_tensors(receipt.tensors)
     encode_config({"torch_dtype": "float32"}, receipt.tensors)
     json.dumps(summarize([receipt]))
@@ -157,7 +163,7 @@ def _read_receipt(payload: bytes) -> object:
 
 def _read_plan(payload: bytes) -> object:
     """What verify takes from a plan: its files and digests, and from those it may merge again, all of it."""
-    recorded = decode_plan(payload, "plan.json")
+    recorded = plan_file.parse(payload, "plan.json")
     f"{recorded.plan_id[:16]} {recorded.digest} {recorded.copies_digest}".encode()
     planned_files(recorded.plan, recorded.plan_id)
     jobs = list(recorded.plan.jobs)
@@ -170,7 +176,7 @@ def _read_plan(payload: bytes) -> object:
 
 def _read_claim(folder: Path) -> object:
     store = open_store(str(folder), StorageConfig())
-    claim = read_claim(store)
+    claim = claims.read(store)
     f"{claim.plan_id[:12]}, last seen {claim.heartbeat:,.0f}".encode()
     return claim
 
@@ -196,10 +202,10 @@ READERS: Mapping[str, Reader] = {
         _in_a_folder("config.json", _open),
         b'{"model_type": "llama", "limits": [0.0, Infinity], "text_config": {"torch_dtype": "bfloat16", "n": null}}',
     ),
-    "manifest": Reader(_read_manifest, MANIFEST.to_json()),
-    "receipt": Reader(_read_receipt, RECEIPT.to_json()),
-    "claim": Reader(_in_a_folder(CLAIM_FILE, _read_claim), Claim("a" * 64, 1.7e9).to_json()),
-    "plan": Reader(_read_plan, encode_plan(PLAN)),
+    "manifest": Reader(_read_manifest, manifest.encode(MANIFEST)),
+    "receipt": Reader(_read_receipt, receipts.encode(RECEIPT)),
+    "claim": Reader(_in_a_folder(CLAIM_FILE, _read_claim), claims.encode(Claim("a" * 64, 1.7e9, "b" * 16))),
+    "plan": Reader(_read_plan, plan_file.encode(PLAN)),
     "recipe": Reader(_read_recipe, RECIPE.encode(), (RecipeError,)),
     "table": Reader(_read_table, encode_tensors(TENSORS)),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import boto3
 
-from stockflow.planning.file import decode_plan, encode_plan
+from stockflow.planning import file as plan_file
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.s3_server import moto_server, s3_credentials
@@ -56,11 +56,11 @@ def test_a_kept_plan_is_read_and_written_as_it_was() -> None:
     (path,) = KEPT.rglob("plan.json")
     payload = path.read_bytes()
 
-    recorded = decode_plan(payload, "plan.json")
+    recorded = plan_file.parse(payload, "plan.json")
 
     assert path.parent.name == recorded.plan_id == recorded.digest == recorded.plan.plan_id
     assert recorded.merge_id == recorded.copies_digest == recorded.plan.merge_id
-    assert encode_plan(recorded.plan) == payload
+    assert plan_file.encode(recorded.plan) == payload
 
 
 def test_a_kept_output_is_gone_on_with(tmp_path: Path) -> None:

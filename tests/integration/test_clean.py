@@ -13,7 +13,7 @@ import pytest
 
 from stockflow.errors import NotFoundError, OutputConflictError
 from stockflow.output.clean import find_leftovers, leftover_facts, remove
-from stockflow.output.manifest import CLAIM_FILE
+from stockflow.output.keys import CLAIM_FILE
 from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
 from stockflow.verification.verify import verify
 from tests import runs
@@ -121,7 +121,8 @@ def test_a_run_seen_lately_is_left_alone(recipe: Path, tmp_path: Path, sign: str
     plan_id = json.loads((output / "manifest.json").read_text())["plan_id"]
     found = find_leftovers(store)
     key = CLAIM_FILE if sign == "claim" else f"_stockflow/{plan_id}/runs/0123.json"
-    record = {"plan_id": plan_id, "heartbeat": time.time() - age_s}
+    record: dict[str, object] = {"heartbeat": time.time() - age_s}
+    record |= {"plan_id": plan_id, "run": "0123"} if sign == "claim" else {}
     store.put(key, json.dumps(record).encode())
 
     with pytest.raises(OutputConflictError, match="what it writes is not left over"):
@@ -155,7 +156,7 @@ class Uploads:
     def __init__(self, endpoint: str, bucket: str) -> None:
         self.s3: Any = boto3.client("s3", endpoint_url=endpoint)
         self.bucket = bucket
-        claim = json.dumps({"plan_id": "a" * 64, "heartbeat": time.time() - HOUR_S})
+        claim = json.dumps({"plan_id": "a" * 64, "heartbeat": time.time() - HOUR_S, "run": "b" * 16})
         self.s3.put_object(Bucket=bucket, Key=f"merged/{CLAIM_FILE}", Body=claim.encode())
         for key in (*self.ours, *self.ours, *self.foreign):
             upload = self.s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
@@ -219,6 +220,6 @@ def test_a_store_that_tells_nothing_of_uploads_is_named(
 
 def test_a_store_without_uploads_has_none() -> None:
     store = open_store("memory://clean/out", StorageConfig())
-    store.put(CLAIM_FILE, json.dumps({"plan_id": "a" * 64, "heartbeat": 0.0}).encode())
+    store.put(CLAIM_FILE, json.dumps({"plan_id": "a" * 64, "heartbeat": 0.0, "run": "b" * 16}).encode())
 
     assert find_leftovers(store).count == 0

@@ -18,7 +18,7 @@ import yaml
 
 from stockflow.errors import InterruptedRunError
 from stockflow.interruption import interruption
-from stockflow.output.changes import earlier_plan
+from stockflow.output.ownership import earlier_plan
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
@@ -247,7 +247,7 @@ def test_a_signal_while_an_earlier_plan_is_read_ends_the_run(monkeypatch: pytest
     def interrupted(*_: object, **__: object) -> bytes:
         raise interruption(signal.SIGTERM)
 
-    monkeypatch.setattr("stockflow.output.changes.read_small", interrupted)
+    monkeypatch.setattr("stockflow.planning.file.read", interrupted)
 
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
         earlier_plan(open_store("memory://interruption/out", StorageConfig()), "a" * 64)

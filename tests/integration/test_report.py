@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import stockflow
 from stockflow.cli import app
-from stockflow.output.sealed import seal
 from stockflow.reports.report import Report
+from stockflow.text.sealed import seal
 from tests import oracle, runs
 from tests.checkpoints import make_family, write_recipe
 from tests.report_outputs import NAMES, write_varied_recipe

@@ -17,10 +17,13 @@ import torch
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError
 from stockflow.events import OnEvent
-from stockflow.output.manifest import CLAIM_FILE, Claim, Manifest
-from stockflow.output.ownership import valid_receipts
+from stockflow.output import claims
+from stockflow.output.claims import Claim
+from stockflow.output.keys import CLAIM_FILE
+from stockflow.output.manifest import Manifest
 from stockflow.output.publish import commit
 from stockflow.output.receipts import Receipt
+from stockflow.output.shards import valid_receipts
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, merge
@@ -320,7 +323,7 @@ def test_a_run_that_lost_its_prefix_publishes_nothing(rival: str, recipe: Path, 
     def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
         yield from in_this_process(spec, shards, on_event)
         if rival == "takes the prefix":
-            (output / CLAIM_FILE).write_bytes(Claim.now("f" * 64).to_json())
+            (output / CLAIM_FILE).write_bytes(claims.encode(Claim.now("f" * 64, "their run")))
         else:
             shard = output / shards[0].file
             shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stockflow.errors import AccessDeniedError, StorageError
-from stockflow.output.manifest import MANIFEST_FILE
+from stockflow.output.keys import MANIFEST_FILE
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge

@@ -11,7 +11,7 @@ import pytest
 import requests
 import yaml
 
-from stockflow.output.manifest import CLAIM_FILE
+from stockflow.output.keys import CLAIM_FILE
 from tests import runs
 from tests.checkpoints import make_family
 from tests.s3_server import moto_server, s3_credentials

@@ -25,7 +25,8 @@ from stockflow.errors import (
     StorageError,
 )
 from stockflow.events import OnEvent, Retry
-from stockflow.output.manifest import Manifest, read_manifest
+from stockflow.output import manifest as manifest_file
+from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.progress.status import Status, exit_code, read_status, status_line, status_lines
@@ -34,6 +35,7 @@ from stockflow.run import shard_events
 from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
+from stockflow.text.records import Place
 from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.fault_proxy import FaultyProxy
@@ -303,12 +305,14 @@ def test_a_merge_that_publishes_while_it_is_looked_at_is_finished(
     merge_with(recipe, store.url, in_this_process)
     answers: list[Exception] = [NotFoundError("not yet")]
 
-    def not_at_first(store: Store) -> Manifest:
+    read = manifest_file.read
+
+    def not_at_first(store: Place) -> Manifest:
         if answers:
             raise answers.pop()
-        return read_manifest(store)
+        return read(store)
 
-    monkeypatch.setattr("stockflow.progress.status.read_manifest", not_at_first)
+    monkeypatch.setattr("stockflow.output.manifest.read", not_at_first)
     status = read_status(store)
 
     assert not answers

@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from stockflow.errors import OutputConflictError
-from stockflow.output.claims import Heartbeat
-from stockflow.output.manifest import CLAIM_FILE, Claim
-from stockflow.output.ownership import abort_leftovers
+from stockflow.output import claims
+from stockflow.output.claims import Claim, Heartbeat
+from stockflow.output.clean import abort_leftovers
+from stockflow.output.keys import CLAIM_FILE
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
@@ -353,10 +354,10 @@ def test_uploads_are_swept_once_no_plan_has_a_run_alive(sign: str, s3_endpoint: 
             with Heartbeat(store, others, "their run"):
                 abort_leftovers(store, ours, "our run", {shard})
         else:
-            store.put(CLAIM_FILE, Claim.now(others, "their run").to_json())
+            store.put(CLAIM_FILE, claims.encode(Claim.now(others, "their run")))
             abort_leftovers(store, ours, "our run", {shard})
         kept = s3.list_multipart_uploads(Bucket=s3_bucket).get("Uploads", [])
-        store.put(CLAIM_FILE, Claim.now(ours, "our run").to_json())
+        store.put(CLAIM_FILE, claims.encode(Claim.now(ours, "our run")))
         abort_leftovers(store, ours, "our run", {shard})
 
     assert [upload["Key"] for upload in kept] == [f"out/{shard}"]

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from stockflow.cli import app
 from stockflow.errors import CheckpointError, NotFoundError
-from stockflow.output.sealed import seal
 from stockflow.output.tables import decode_tensors
 from stockflow.storage import StorageConfig
+from stockflow.text.sealed import seal
 from stockflow.verification.verify import Finding, Verification, verify
 from tests.checkpoints import Family, llama_shapes, make_family, write_recipe
 from tests.runs import merge_here

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stockflow.output.sealed import check_num_values, check_seal, seal
 from stockflow.output.tables import TENSORS_SCHEMA
 from stockflow.storage import StorageConfig
+from stockflow.text.sealed import check_seal, seal
+from stockflow.text.strictjson import check_num_values
 from stockflow.verification.findings import MAX_FINDINGS, Finding
 from stockflow.verification.verify import verify
 from tests import runs
@@ -402,6 +403,6 @@ def test_a_seal_covers_every_byte_and_is_json() -> None:
 def test_values_are_never_more_than_counted() -> None:
     for value in ([], {}, [[]], {"a": [1, 2, {"b": None}]}, [1, [2, [3]], {"x": {}}], "a,b[", 5):
         text = json.dumps(value).encode()
-        check_num_values(text, 1 + text.count(b",") + text.count(b"[") + text.count(b"{"), "here")
-    with pytest.raises(ValueError, match="here holds up to 5 values; at most 4 are read"):
-        check_num_values(b"[1,2,3,4]", 4, "here")
+        check_num_values(text, 1 + text.count(b",") + text.count(b"[") + text.count(b"{"))
+    with pytest.raises(ValueError, match="it holds up to 5 values; at most 4 are read"):
+        check_num_values(b"[1,2,3,4]", 4)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stockflow.output.sealed import seal
 from stockflow.output.tables import encode_tensors, read_facts
+from stockflow.text.sealed import seal
 from tests import runs
 from tests.checkpoints import llama_shapes, make_family, write_recipe
 from tests.integration.test_verify import INDEX, edit_manifest, endorse, findings, manifest, receipts, shards

@@ -19,9 +19,9 @@ from stockflow.engine.cpu import HostArithmetic
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.errors import BudgetError, PlanError
 from stockflow.kernels.arrays import Floats
-from stockflow.output.sealed import seal
 from stockflow.output.tables import encode_tensors, read_facts
 from stockflow.storage import StorageConfig
+from stockflow.text.sealed import seal
 from stockflow.verification import recompute
 from stockflow.verification.verify import SampleOptions, Verification, verify
 from tests import runs

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Extent
 from stockflow.errors import CheckpointError, RecipeError
-from stockflow.output.changes import earlier_plan, states
-from stockflow.output.manifest import Manifest, plan_key
+from stockflow.output import manifest
+from stockflow.output.keys import plan_key
+from stockflow.output.ownership import earlier_plan
 from stockflow.planning.file import check_mergeable
 from stockflow.planning.job import COPY, copying, stored
 from stockflow.storage import StorageConfig, check_key, open_store
@@ -119,9 +120,9 @@ def test_no_damage_to_bytes_raises_anything_else(name: str) -> None:
 NESTED = b'{"x":' * 960 + b"1" + b"}" * 960
 CRASHERS: dict[str, tuple[str, bytes]] = {
     "a claim of nested lists": ("claim", b"[" * 5000),
-    "a claim seen in the year 10**400": ("claim", b'{"plan_id": "a", "heartbeat": 1' + b"0" * 400 + b"}"),
-    "a claim seen never": ("claim", b'{"plan_id": "a", "heartbeat": NaN}'),
-    "a claim of a list": ("claim", b'{"plan_id": [], "heartbeat": 1}'),
+    "a claim seen in the year 10**400": ("claim", b'{"run": "b", "plan_id": "a", "heartbeat": 1' + b"0" * 400 + b"}"),
+    "a claim seen never": ("claim", b'{"run": "b", "plan_id": "a", "heartbeat": NaN}'),
+    "a claim of a list": ("claim", b'{"run": "b", "plan_id": [], "heartbeat": 1}'),
     "half of a surrogate pair as bytes, in a config": ("config", b'{"x": "\xed\xa0\x80"}'),
     "UTF-16 with half of a surrogate pair, in a config": ("config", '{"x": "\\ud800"}'.encode("utf-16")),
     "a config that can be read and not written": ("config", NESTED),
@@ -192,11 +193,11 @@ def test_a_name_that_leaves_its_prefix_is_refused_wherever_it_comes_from(name: s
     index = json.dumps({"weight_map": {"a": name}}).encode()
     assert attempt(READERS["index"], index)
 
-    published = json.loads(MANIFEST.to_json())
+    published = json.loads(manifest.encode(MANIFEST))
     published["files"] = {name: {"size": 1, "sha256": ""}}
     store = open_store(str(tmp_path), StorageConfig())
     try:
-        names = Manifest.from_json(json.dumps(published).encode(), "out").files
+        names = manifest.parse(json.dumps(published).encode(), "out").files
     except CheckpointError:
         return
     for key in names:
@@ -289,4 +290,5 @@ def test_the_states_of_a_plan_that_can_be_read_are_known(tmp_path: Path) -> None
     found = earlier_plan(store, "a" * 64)
 
     assert found is not None
-    assert [*states(found.plan.checkpoints)] == ["s3://bucket/b", "s3://bucket/c", "s3://bucket/d"]
+    urls = [checkpoint.url for checkpoint in found.plan.checkpoints]
+    assert urls == ["s3://bucket/b", "s3://bucket/c", "s3://bucket/d"]

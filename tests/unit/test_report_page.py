@@ -25,7 +25,7 @@ def receipt(file: str, began: float, ended: float, worker: str = "n:1", **change
     fields: dict[str, object] = {
         "plan_id": "p", "file": file, "size": MB, "sha256": "0" * 64, "stamp": Stamp(MB, "v"), "numerics_class": "cpu",
         "bytes_read": 3 * MB, "seconds": {}, "retries": {}, "peak_memory_bytes": 100, "tensors": (),
-        "began": START + began, "ended": START + ended, "worker": worker,
+        "memory_bytes": 200, "gram": (), "began": START + began, "ended": START + ended, "worker": worker,
     }  # fmt: skip
     return Receipt(**{**fields, **changes})  # type: ignore[arg-type]
 

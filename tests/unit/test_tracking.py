@@ -16,10 +16,12 @@ from stockflow.errors import (
     StorageError,
 )
 from stockflow.events import Done, Moved, OnEvent, Retry, Stage
-from stockflow.output.manifest import CLAIM_FILE, Claim
+from stockflow.output import claims
+from stockflow.output.claims import Claim
+from stockflow.output.keys import CLAIM_FILE
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import MergePlan
-from stockflow.progress.file import PROGRESS_FORMAT, Progress, Tracker, progress_file, read_progress
+from stockflow.progress.file import Progress, Tracker, progress_file
 from stockflow.recipe import load_recipe
 from stockflow.run import shard_events
 from stockflow.run.driver import Inputs, MergeOptions, plan_merge
@@ -53,7 +55,8 @@ def done(plan: MergePlan, number: int, retries: dict[str, int] | None = None) ->
     shard = plan.shards[number]
     stamp = Stamp(shard.num_bytes, "x")
     receipt = Receipt(
-        plan.plan_id, shard.file, shard.num_bytes, "0" * 64, stamp, "cpu", 0, {}, retries or {}, 0, ()
+        plan.plan_id, shard.file, shard.num_bytes, "0" * 64, stamp, "cpu", 0, {}, retries or {},
+        0, (), 0, (), 1.0, 2.0, "n:1",
     )  # fmt: skip
     return shard_events.done(shard, receipt)
 
@@ -170,13 +173,13 @@ def test_a_report_comes_back_as_it_was_written(plan: MergePlan) -> None:
 
     written = tracker.progress()
 
-    assert written == Progress.from_json(written.to_json(), "progress.json")
+    assert written == progress_record.parse(progress_record.encode(written), "progress.json")
 
 
 @pytest.mark.parametrize("payload", [b"", b"[]", b"{}", b'{"plan_id": "x", "shards": 3}', b"\xff" * 10])
-def test_what_is_no_report_of_this_version_is_refused_in_words(payload: bytes) -> None:
+def test_what_is_no_report_is_refused_in_words(payload: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"progress\.json is not a report of stockflow: "):
-        Progress.from_json(payload, "progress.json")
+        progress_record.parse(payload, "progress.json")
 
 
 @pytest.fixture
@@ -204,7 +207,7 @@ def test_how_a_run_ended_is_reported(
     with pytest.raises(type(error)), progress_file(store, tracker):
         raise error
 
-    last = read_progress(store, plan.plan_id)
+    last = progress_record.read(store, plan.plan_id)
     assert last is not None
     assert (last.stage, last.exit_code, last.message, last.in_flight) == (stage, exit_code, message, ())
 
@@ -214,13 +217,13 @@ def test_a_conflict_is_reported_only_where_the_prefix_is_still_ours(
     plan: MergePlan, store: Store, owner: str | None
 ) -> None:
     if owner is not None:
-        claim = Claim.now(plan.plan_id if owner == "this plan" else "0" * 64)
-        store.put(CLAIM_FILE, claim.to_json())
+        claim = Claim.now(plan.plan_id if owner == "this plan" else "0" * 64, "their run")
+        store.put(CLAIM_FILE, claims.encode(claim))
 
     with pytest.raises(OutputConflictError), progress_file(store, merging(plan, Clock())):
         raise OutputConflictError("another class")
 
-    last = read_progress(store, plan.plan_id)
+    last = progress_record.read(store, plan.plan_id)
     told = None if last is None else (last.stage, last.exit_code, last.message)
     assert told == (("failed", 2, "another class") if owner == "this plan" else None)
 
@@ -252,7 +255,7 @@ def test_nothing_is_written_before_the_prefix_is_claimed(plan: MergePlan, store:
     with progress_file(store, Tracker(plan, "run")) as report:
         report()
 
-    assert read_progress(store, plan.plan_id) is None
+    assert progress_record.read(store, plan.plan_id) is None
 
 
 @pytest.mark.parametrize("num_reports", [0, 1])
@@ -261,7 +264,7 @@ def test_a_finished_run_says_so_if_it_ever_said_anything(plan: MergePlan, store:
         for _ in range(num_reports):
             report()
 
-    last = read_progress(store, plan.plan_id)
+    last = progress_record.read(store, plan.plan_id)
     told = [] if last is None else [(last.stage, last.exit_code)]
     assert told == [("finished", 0)] * num_reports
 
@@ -271,4 +274,4 @@ def test_every_field_is_documented() -> None:
     fields = Progress.__dataclass_fields__
 
     assert [name for name in fields if f"`{name}`" not in page] == []
-    assert PROGRESS_FORMAT in page
+    assert "stockflow-progress-1" in page

@@ -32,16 +32,5 @@ def check_seal(payload: bytes, where: str) -> None:
         )
 
 
-def check_num_values(payload: bytes, most: int, where: str) -> None:
-    """Bound how many values a JSON text can hold, before any of them exists: each takes at least 60 bytes.
-
-    Raises:
-        CheckpointError: it may hold more.
-    """
-    upper_bound = 1 + payload.count(b",") + payload.count(b"[") + payload.count(b"{")
-    if upper_bound > most:
-        raise CheckpointError(f"{where} holds up to {upper_bound:,} values; at most {most:,} are read")
-
-
 def _tail(body: bytes) -> bytes:
     return _OPENING + hashlib.sha256(body).hexdigest().encode() + _CLOSING
