@@ -21,6 +21,7 @@ from stockflow.output.claims import Claim
 from stockflow.output.keys import CLAIM_FILE
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import MergePlan
+from stockflow.progress import file as progress_record
 from stockflow.progress.file import Progress, Tracker, progress_file
 from stockflow.recipe import load_recipe
 from stockflow.run import shard_events
