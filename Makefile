@@ -28,7 +28,7 @@ help:
 	@echo "make test-peers  verdicts on real output of mergekit, in an environment of its own"
 	@echo "make fuzz        malformed inputs for every reader, guided by coverage (8 minutes)"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
-	@echo "make bench-prediction  what stockflow plan predicts against what merges take; docs/planning.md"
+	@echo "make bench-prediction  what stockflow plan predicts against what merges take; docs/insight.md#how-well-it-predicts"
 	@echo "make bench-scale how well 1 to 16 Ray workers share a merge, each one's rate capped (25 minutes)"
 	@echo "make makespans   simulated merges of 10**12 parameters on 8 to 512 workers"
 	@echo "make profile     where the time of a merge goes, by stage"

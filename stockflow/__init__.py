@@ -6,7 +6,7 @@
     stockflow.merge("recipe.yaml", "out")
 
 ``plan``, ``merge``, ``verify``, ``report``, ``diff``, ``inspect`` and ``audit`` do what the commands of these names do;
-`docs/python.md` has examples.
+`docs/recipes.md#python` has examples.
 Names are loaded when they are first used, so that the import itself takes no time.
 """
 

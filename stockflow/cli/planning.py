@@ -91,7 +91,7 @@ def plan(
 ) -> None:
     """Show what a merge would read, write, hold, take and cost; refuse what cannot work. Nothing is written.
 
-    Times come from constants that `stockflow calibrate` measures on this machine; docs/planning.md explains the model.
+    Times come from what `stockflow calibrate` measures on this machine, by the formulas of docs/insight.md#the-model.
     """
     from stockflow import api
     from stockflow.progress.display import DELAY_S

@@ -2,7 +2,7 @@
 
 A shard goes through the worker's pipeline in virtual time, and takes no less than any resource it needs for itself:
 network, disk, cores, the store's requests. Shards go to workers by the executor's own policy. Around them lie the
-start, opening, and publishing. Each formula is explained in docs/planning.md.
+start, opening, and publishing. Each formula is explained in docs/insight.md#the-model.
 """
 
 from collections import Counter

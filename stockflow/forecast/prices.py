@@ -164,4 +164,4 @@ def _parsed(payload: bytes, where: str) -> Prices:
     try:
         return parse_record(Prices, fields_of(payload, FORMAT))
     except ValueError as error:
-        raise RecipeError(f"{where} is not a table of prices: {error}; docs/planning.md shows one") from None
+        raise RecipeError(f"{where} is not a table of prices: {error}; docs/insight.md#cost shows one") from None

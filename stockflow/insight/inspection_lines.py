@@ -131,7 +131,7 @@ def _notable(inspection: Inspection) -> Iterator[str]:
     if inspection.num_tuned > 2:
         yield (
             "t is N cos / (1 + (N - 1) cos), cos the mean over all pairs; the last three columns are what other tools "
-            "take for t (docs/insight.md)"
+            "take for t (docs/insight.md#inspect)"
         )
 
 

@@ -144,7 +144,7 @@ def _half_written(store: Store) -> tuple[list[HalfWritten], list[str]]:
     if found is None:
         return [], [
             f"{where}: this store does not list open uploads. Have it remove them by itself: a lifecycle rule "
-            "(docs/storage.md) on S3 and Google; Azure drops uncommitted blocks after a week"
+            "(docs/promises.md#rights) on S3 and Google; Azure drops uncommitted blocks after a week"
         ]
     return [piece for piece in found if _is_merges_own(piece)], []
 

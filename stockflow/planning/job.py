@@ -223,10 +223,15 @@ class TensorJob:
         """The first tensor it writes, whose name it bears."""
         return self.results[0].outputs[0]
 
+    @property
+    def method(self) -> str:
+        """Name of the method of its first result."""
+        return self.results[0].method
+
     @cached_property
     def is_copy(self) -> bool:
         """Whether bytes are carried over instead of computed."""
-        return self.results[0].method in COPIES
+        return self.method in COPIES
 
     @property
     def output_width(self) -> int:

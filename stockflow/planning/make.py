@@ -16,7 +16,7 @@ NUM_PROBLEMS_SHOWN = 20
 SHARDS_PER_WORKER = 4
 """So that the last shards leave few workers idle: at most a quarter of the time of one each."""
 GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
-"""With so many the last, half-empty round weighs little (docs/cluster.md), as long as one takes well over a second."""
+"""With so many the last, half-empty round weighs little (docs/clusters.md#measured) if one takes well over a second."""
 
 
 def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: int | None = None) -> MergePlan:

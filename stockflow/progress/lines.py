@@ -108,7 +108,7 @@ class PlainLines(Ticking):
 
 
 class JsonLines(Ticking):
-    """One JSON object per line; `docs/python.md` has the fields."""
+    """One JSON object per line; `docs/insight.md#json` has the fields."""
 
     def __init__(self, stream: IO[str], *, interval_s: float = JSON_INTERVAL_S) -> None:
         """Write to ``stream``, how things stand every ``interval_s``."""
@@ -157,7 +157,7 @@ class JsonLines(Ticking):
 
 
 def stage_facts(stage: Stage) -> dict[str, object]:
-    """Return what a stage will go through, by the names of `docs/progress.md`."""
+    """Return what a stage will go through, by the names of `docs/insight.md#json`."""
     return {
         "stage": stage.name,
         "total_bytes": stage.total_bytes,
@@ -169,7 +169,7 @@ def stage_facts(stage: Stage) -> dict[str, object]:
 
 
 def progress_facts(state: Snapshot) -> dict[str, object]:
-    """Return how a stage stands, by the names of `docs/progress.md`."""
+    """Return how a stage stands, by the names of `docs/insight.md#json`."""
     return {
         **stage_facts(state.stage),
         "done_bytes": state.done_bytes,

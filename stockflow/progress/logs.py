@@ -21,7 +21,7 @@ LOG_INTERVAL_S = 10.0
 
 
 class LogLines(Ticking):
-    """One JSON object per line; `docs/operations.md` has the fields.
+    """One JSON object per line; `docs/clusters.md#logs` has the fields.
 
     What libraries log as a warning or worse becomes a line too, while the block lasts.
     """

@@ -1,7 +1,7 @@
 """What a merge counts, for Prometheus: events added up, and served to whoever scrapes.
 
 The driver knows everything, from its workers' counters and receipts; so its endpoint is the only one to scrape.
-`docs/operations.md` says what each metric means; a test holds `deploy/grafana/stockflow.json` against them.
+`docs/clusters.md#metrics` says what each metric means; a test holds `deploy/grafana/stockflow.json` against them.
 """
 
 import socket

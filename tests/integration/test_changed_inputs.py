@@ -241,7 +241,7 @@ def test_an_input_replaced_after_the_merge_is_named_with_both_stamps(place: Plac
 
 @pytest.mark.parametrize("change", ["grows", "shrinks", "an older time", "a nanosecond"])
 def test_a_file_is_known_by_its_size_and_its_time(change: str, tmp_path: Path) -> None:
-    """With the size and the time put back it would not be: docs/storage.md."""
+    """With the size and the time put back it would not be: docs/promises.md#storage."""
     place = OnDisk(tmp_path, make_family(tmp_path / "family", 2, SHAPES))
     payload, (accessed, modified) = place.read(), place._times
 

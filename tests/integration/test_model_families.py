@@ -1,4 +1,4 @@
-"""Small models of real architectures: the share of outputs that are the correctly rounded ones (docs/exactness.md)."""
+"""Small models of real architectures: how many outputs are the correctly rounded ones (docs/promises.md#exactness)."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -391,7 +391,7 @@ def test_memory_of_the_clients_is_counted_where_they_work() -> None:
 
     assert client_bytes(inputs[1:], "/disk/out", shard_bytes) == 0
     assert both == client_bytes(inputs, "/disk/out", shard_bytes) + 2 * upload_bytes(shard_bytes)
-    # Sixteen ranges of 8 MiB took 176 MiB, an upload beside them 296, with either client (docs/storage.md).
+    # Sixteen ranges of 8 MiB took 176 MiB, an upload beside them 296, with either client (docs/promises.md#failures).
     assert both > 296 * MIB
 
 

@@ -27,11 +27,12 @@ from stockflow.run.driver import Inputs, MergeOptions, merge
 from stockflow.run.places import in_this_process
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
+from tests.pages import section
 from tests.waiting import HANG_S
 
 DASHBOARD = runs.REPOSITORY / "deploy" / "grafana" / "stockflow.json"
 ALERTS = runs.REPOSITORY / "deploy" / "prometheus" / "alerts.yaml"
-PAGE = runs.REPOSITORY / "docs" / "operations.md"
+PAGE = section("clusters.md", "Operations")
 NOT_ON_THE_DASHBOARD: set[str] = set()
 """metrics that are left out on purpose"""
 NAME = re.compile(r"\bstockflow_\w+")
@@ -196,7 +197,7 @@ def test_every_name_that_is_asked_for_is_exported(run: Run, source: str) -> None
     asked = {
         "dashboard": names(" ".join(queries())),
         "alerts": names(" ".join(rule["expr"] for rule in rules)),
-        "page": names(PAGE.read_text()),
+        "page": names(PAGE),
     }[source]
     found = exported(run)
 
@@ -205,7 +206,7 @@ def test_every_name_that_is_asked_for_is_exported(run: Run, source: str) -> None
 
 
 def test_every_metric_is_on_the_dashboard_and_explained(run: Run) -> None:
-    shown, explained = names(" ".join(queries())), names(PAGE.read_text())
+    shown, explained = names(" ".join(queries())), names(PAGE)
     for metric, series in exported(run).items():
         assert shown & series or metric in NOT_ON_THE_DASHBOARD, metric
         assert explained & {metric, *series}, metric
@@ -213,7 +214,7 @@ def test_every_metric_is_on_the_dashboard_and_explained(run: Run) -> None:
 
 
 def test_labels_are_explained(run: Run) -> None:
-    page = PAGE.read_text()
+    page = PAGE
     for name, label in (key for key in run.at(is_publishing) if len(key) == 2):
         if not name.endswith(("_bucket", "run_stage")):
             assert f"`{label}`" in page, (name, label)

@@ -24,6 +24,7 @@ from stockflow.progress.lines import PlainLines
 from stockflow.progress.logs import LogLines
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
+from tests.pages import section
 from tests.waiting import HANG_S
 
 NEVER_S = 1e6
@@ -277,7 +278,7 @@ def test_a_signal_is_said_in_json(tmp_path: Path) -> None:
 
 
 def test_levels_and_fields_are_documented() -> None:
-    page = (runs.REPOSITORY / "docs" / "operations.md").read_text()
+    page = section("clusters.md", "Operations")
     fields = {name for line in logged(EVENTS, error=RuntimeError("x")) for name in line}
 
     assert [name for name in {*fields, *LINES_BY_LEVEL} - {"unit"} if f"`{name}`" not in page] == []

@@ -1,16 +1,16 @@
-"""The numbers in docs/model-stock.md, computed again from its words."""
+"""The numbers in docs/methods.md#model-stock, computed again from its words."""
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stockflow.methods.gram import Gram
 from stockflow.methods.ratios import Geometry
+from tests.pages import section
 
-PAGE = (Path(__file__).parents[2] / "docs" / "model-stock.md").read_text()
+PAGE = section("methods.md", "Model Stock")
 ROWS = re.findall(r"^\| (-?0\.\d, -?0\.\d, -?0\.\d) \|(.*)\|$", PAGE, re.MULTILINE)
 READINGS = ("exact", "mean_angle", "adjacent", "two_model")
 

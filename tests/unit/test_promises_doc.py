@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import section
+
 TESTS = Path(__file__).parents[1]
-PAGE = (TESTS.parent / "docs" / "promises.md").read_text()
+PAGE = section("promises.md", "Promises")
 NAMED = re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)
 ROWS = re.findall(r"^\|(?! ?-)(.*)\|$", PAGE, re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""docs/python.md runs as it stands, and docs/progress.md names every field there is."""
+"""docs/recipes.md#python runs as it stands, and docs/insight.md#progress names every field there is."""
 
 import json
 import os
@@ -14,10 +14,11 @@ from stockflow.cli import app
 from stockflow.storage import LocalStore
 from tests.checkpoints import make_family, write_recipe
 from tests.integration.test_clean import grow_old
+from tests.pages import section
 from tests.runs import REPOSITORY
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)
-PROGRESS = (REPOSITORY / "docs/progress.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", section("recipes.md", "Python"), re.MULTILINE | re.DOTALL)
+PROGRESS = section("insight.md", "Progress")
 
 
 def test_every_block_of_the_page_runs(tmp_path: Path) -> None:

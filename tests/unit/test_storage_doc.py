@@ -1,4 +1,4 @@
-"""What docs/storage.md shows is accepted as it stands there."""
+"""What docs/promises.md#storage shows is accepted as it stands there."""
 
 import json
 import re
@@ -12,9 +12,10 @@ from stockflow.recipe.model import StorageEntry
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.fault_proxy import FaultyProxy
+from tests.pages import section
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "storage.md").read_text()
+PAGE = section("promises.md", "Storage")
 
 
 def blocks(language: str) -> list[str]:
@@ -23,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_recipes_on_the_page_are_recipes(text: str) -> None:
-    recipe = parse_recipe(text, "docs/storage.md")
+    recipe = parse_recipe(text, "docs/promises.md#storage")
 
     assert len(recipe.storage.by_prefix) == 3
 

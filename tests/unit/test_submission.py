@@ -23,7 +23,7 @@ from stockflow.run import submission
 from stockflow.run.executors.ray.jobs import Job, LogStream
 from stockflow.run.submission import Request, exit_code, follow, how_it_ended, make_request
 from tests.checkpoints import Family, make_family, write_recipe
-from tests.runs import REPOSITORY
+from tests.pages import section
 from tests.s3_server import free_port
 from tests.waiting import HANG_S
 
@@ -505,7 +505,7 @@ def test_the_end_of_a_job_is_the_end_of_the_merge(job: Job, code: int, words: st
     ("code", "tries_again"), [(1, True), (2, False), (3, True), (5, True), (70, False), (143, True)]
 )
 def test_the_documented_loop_tries_again_what_may_go_well(code: int, tries_again: bool) -> None:
-    page = (REPOSITORY / "docs" / "operations.md").read_text()
+    page = section("clusters.md", "Operations")
     loop = page[page.index("    until stockflow merge") : page.index("In a Kubernetes `Job`")]
     first_fails = f"sleep() {{ tried=yes; }}; stockflow() {{ [ $tried ] || return {code}; }}\n"
 

@@ -28,6 +28,7 @@ from stockflow.run import shard_events
 from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from stockflow.storage import Stamp, StorageConfig, Store, open_store
 from tests.checkpoints import make_family, write_recipe
+from tests.pages import section
 
 MIB = 2**20
 
@@ -271,7 +272,7 @@ def test_a_finished_run_says_so_if_it_ever_said_anything(plan: MergePlan, store:
 
 
 def test_every_field_is_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    page = section("clusters.md", "Operations")
     fields = Progress.__dataclass_fields__
 
     assert [name for name in fields if f"`{name}`" not in page] == []
