@@ -1,7 +1,8 @@
-"""The table of rooms in docs/design.md is the tree's."""
+"""The tables of docs/design.md are true: rooms are those of the tree, numerics end with today's."""
 
 import re
 
+from stockflow.planning.plan import NUMERICS
 from tests.pages import REPOSITORY, section
 
 PACKAGE = REPOSITORY / "stockflow"
@@ -19,3 +20,9 @@ def test_every_room_has_one_row() -> None:
     listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
     assert sorted(listed) == sorted(rooms())
+
+
+def test_every_number_of_the_arithmetic_is_explained() -> None:
+    rows = re.findall(r"^\| (\d+) \|", section("design.md", "Numerics classes"), re.MULTILINE)
+
+    assert [int(row) for row in rows] == list(range(1, NUMERICS + 1))
