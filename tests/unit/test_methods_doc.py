@@ -1,4 +1,4 @@
-"""The numbers in docs/methods.md#model-stock, computed again from its words."""
+"""docs/methods.md names the methods there are; its numbers are computed again from its words."""
 
 import math
 import re
@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
 from stockflow.methods.ratios import Geometry
 from tests.pages import section
@@ -35,3 +36,13 @@ def test_the_table_of_readings_is_right(cosines: str, cells: str) -> None:
 
 def test_the_table_is_there() -> None:
     assert len(ROWS) == 5
+
+
+def test_every_method_is_listed_with_its_parameters_and_source() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| .*? \| (.*) \|$", section("methods.md"), re.MULTILINE)
+
+    assert {name: parameters for name, parameters, _ in rows} == {
+        name: ", ".join(f"`{each.name}`" for each in method.parameters if each.kind in {"number", "flag"})
+        for name, method in METHODS.items()
+    }
+    assert [name for name, _, source in rows if source not in METHODS[name].source] == []
