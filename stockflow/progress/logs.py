@@ -122,7 +122,7 @@ class LogLines(Ticking):
 
 
 def cost_facts(cost: Cost) -> dict[str, object]:
-    """Return what a shard took, by the names of `docs/operations.md`."""
+    """Return what a shard took, by the names of `docs/clusters.md`."""
     return {
         "bytes": cost.num_bytes,
         "tensors": cost.num_tensors,
