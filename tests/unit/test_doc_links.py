@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import REPOSITORY, anchors, prose
+from tests.pages import REPOSITORY, anchor, anchors, headings, prose
 
 PAGES = (
     REPOSITORY / "README.md",
@@ -84,3 +84,12 @@ def test_files_modules_and_targets_that_a_page_names_are_there(page: Path) -> No
     assert [file for file in files if not (REPOSITORY / file).exists()] == []
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
     assert [target for target in targets if target not in made] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "\n- [" in page.read_text()[:200]], ids=short)
+def test_contents_of_a_page_are_its_headings(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    named = [anchor(words) for _, level, words in headings(lines) if level in {2, 3}]
+
+    first = next(number for number, level, _ in headings(lines) if level == 2)
+    assert re.findall(r"\]\(#([^)]+)\)", "\n".join(lines[:first]))[: len(named)] == named
