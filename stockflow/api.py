@@ -3,6 +3,7 @@
 Names of options and their defaults are the command line's. Errors are StockflowError and its kinds.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,18 @@ from stockflow.checkpoints.opening import link_notes
 from stockflow.errors import RecipeError
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
 from stockflow.forecast.amounts import Workload, survey
-from stockflow.forecast.calibration import load_calibration
-from stockflow.forecast.lines import plan_lines, project, result_facts, result_lines
-from stockflow.forecast.outlook import Forecast, cold_share, duration, forecast, forecast_facts, forecast_lines, money
-from stockflow.forecast.prediction import STAGES, Conditions
-from stockflow.forecast.prices import TransferFrom, load_prices, machine_of
+from stockflow.forecast.constants import Calibration, load_calibration
+from stockflow.forecast.lines import (
+    duration,
+    forecast_facts,
+    forecast_lines,
+    money,
+    plan_lines,
+    project,
+    result_facts,
+    result_lines,
+)
+from stockflow.forecast.seconds import STAGES, Conditions, Forecast, forecast
 from stockflow.output.keys import tensors_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import Receipt, TensorFacts
@@ -116,7 +124,7 @@ class PlanResult:
                     "memory per worker": mib(self.workspace.projected_bytes),
                     "time": f"about {duration(self.seconds)}",
                     "waits for": STAGES[self.forecast.prediction.bottleneck],
-                    "cost": money(self.forecast.cost.total, self.forecast.prices.currency),
+                    "cost": None if self.forecast.cost is None else money(self.forecast.cost),
                     "notes": "; ".join((*plan.notes, *self.notes)) or None,
                 }
             ),
@@ -210,9 +218,7 @@ def plan(
     latency: str | float | None = None,
     request_rate: float | None = None,
     calibration: str | os.PathLike[str] | None = None,
-    prices: str | os.PathLike[str] | None = None,
-    machine: str | None = None,
-    transfer: TransferFrom = "same-region",
+    machine_price: float | None = None,
     follow_links: Sequence[Location] = (),
     on_event: OnEvent = ignore,
 ) -> PlanResult:
@@ -228,14 +234,13 @@ def plan(
         executor: where to merge; ray if RAY_ADDRESS is set, else local, if None.
         device: auto takes a GPU if torch is installed and sees one.
         overwrite: whether a merge would replace what the output prefix holds.
-        read_rate: network of one worker to the inputs' store, such as ``10Gbit/s``; as calibrated if None.
+        read_rate: of one worker from the inputs' store or disk, such as ``10Gbit/s``; as calibrated if None.
         write_rate: network of one worker to the output's store; as calibrated if None.
         latency: of one small request to a store, such as ``30ms``; as calibrated if None.
         request_rate: requests per second that the store takes from all workers together.
-        calibration: file of constants; what `stockflow calibrate` wrote, else the built-in ones, if None.
-        prices: table of prices; the built-in examples if None.
-        machine: kind of machine in that table, whose cores and network count then; this one, at no cost, if None.
-        transfer: where the machines are, seen from the inputs.
+        calibration: file of constants, of the machine that will merge: its cores count then; what
+            `stockflow calibrate` wrote, else the built-in ones, if None.
+        machine_price: of one machine per hour, in any currency.
         follow_links: folders that links of weights may lead into; elsewhere only inside the checkpoint's own.
         on_event: told how it goes, from several threads.
 
@@ -244,50 +249,48 @@ def plan(
         StorageError: reading failed after retries.
     """
     on_ray = is_on_ray(executor)
-    _check_choice("transfer", transfer, get_args(TransferFrom))
-    constants, table = load_calibration(calibration), load_prices(prices)
-    machines = machine_of(table, machine) if machine else None
-    cores = machines.cores if machines else len(os.sched_getaffinity(0))
-    threads = cores if machines and workers is None else workers
+    constants = load_calibration(calibration)
+    cores = constants[0].machine.cores if calibration else len(os.sched_getaffinity(0))
+    threads = cores if workers is None and not on_ray else workers
     options = merge_options(memory, shard_size, threads, device, overwrite, on_ray=on_ray)
-    num_workers = (workers or cores) if on_ray else 1
-    network = machines.share_of_network(num_workers) if machines else None
     conditions = Conditions(
-        num_workers=num_workers,
+        num_workers=(workers or cores) if on_ray else 1,
         num_threads=options.num_threads,
-        cores_per_worker=float(options.num_threads if on_ray else cores),
-        read_rate=rate("read_rate", read_rate) or network,
-        write_rate=rate("write_rate", write_rate) or network,
-        request_s=seconds("latency", latency),
+        cores=float(options.num_threads if on_ray else cores),
+        read_rate=rate("read_rate", read_rate),
+        write_rate=rate("write_rate", write_rate),
+        latency_s=seconds("latency", latency),
         request_rate=request_rate,
+        memory_bytes=default_memory(),
         on_ray=on_ray,
+        machine_cores=cores,
+        machine_price=_price("machine_price", machine_price),
     )
     inputs = open_inputs(recipe, on_event, follow_links)
-    location = os.fspath(output)
+    return _planned(inputs, os.fspath(output), options, conditions, constants, on_event)
+
+
+def _planned(
+    inputs: Inputs,
+    output: str,
+    options: MergeOptions,
+    conditions: Conditions,
+    constants: tuple[Calibration, str],
+    on_event: OnEvent,
+) -> PlanResult:
     on_event(Stage("planning"))
-    merge_plan, workspace = driver.plan_merge(inputs, location, options)
-    least_bytes = driver.least_memory_of(inputs, location, merge_plan, options)
+    merge_plan, workspace = driver.plan_merge(inputs, output, options)
+    least_bytes = driver.least_memory_of(inputs, output, merge_plan, options)
     on_event(Stage("looking at the output"))
     notes = (
         *driver.side_file_notes(inputs),
-        *driver.output_notes(inputs, location, merge_plan, overwrite=overwrite),
+        *driver.output_notes(inputs, output, merge_plan, overwrite=options.overwrite),
         *few_shards_note(merge_plan, options.num_workers),
     )
-    url = driver.output_url(inputs, location)
+    url = driver.output_url(inputs, output)
     with driver.collector_paused():
-        work = survey(merge_plan, workspace, options.num_threads)
-        found = forecast(
-            merge_plan,
-            work,
-            url,
-            conditions.cold(cold_share(merge_plan, inputs.stores)),
-            direct=workspace.direct,
-            calibration=constants,
-            prices=table,
-            machine=machine,
-            transfer=transfer,
-            memory_bytes=options.memory_bytes,
-        )
+        work = survey(merge_plan, workspace)
+        found = forecast(work, constants, [checkpoint.url for checkpoint in merge_plan.checkpoints], url, conditions)
     return PlanResult(merge_plan, workspace, notes, url, work, least_bytes, found)
 
 
@@ -578,6 +581,12 @@ def seconds(option: str, given: str | float | None) -> float | None:
     if not found:
         raise RecipeError(f"{option}: expected a time such as 30ms or 0.03s, found {given!r}")
     return float(found[1]) / (1000 if found[2] == "ms" else 1)
+
+
+def _price(option: str, given: float | None) -> float | None:
+    if given is not None and not 0 <= given < math.inf:
+        raise RecipeError(f"{option}: expected a price per hour, found {given}")
+    return given
 
 
 def sample_options(sample: float | str | None, seed: int | None, memory: Size | None) -> "SampleOptions | None":

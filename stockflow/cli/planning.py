@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,15 +31,7 @@ from stockflow.cli.printing import say
 from stockflow.errors import RecipeError
 
 if TYPE_CHECKING:
-    from stockflow.forecast.calibration import Calibration
-
-
-class TransferName(StrEnum):
-    """Where the machines are, seen from the inputs."""
-
-    same_region = "same-region"
-    other_region = "other-region"
-    internet = "internet"
+    from stockflow.forecast.constants import Calibration
 
 
 CalibrationFile = Annotated[
@@ -49,7 +41,8 @@ CalibrationFile = Annotated[
     ),
 ]
 ReadRate = Annotated[
-    str | None, typer.Option(help="Network of one worker to the inputs' store, such as 10Gbit/s. Default: calibrated.")
+    str | None,
+    typer.Option(help="Of one worker from the inputs' store or disk, such as 10Gbit/s. Default: calibrated."),
 ]
 WriteRate = Annotated[
     str | None, typer.Option(help="Network of one worker to the output's store, such as 1GB/s. Default: calibrated.")
@@ -58,13 +51,10 @@ Latency = Annotated[str | None, typer.Option(help="One small request to a store,
 RequestRate = Annotated[
     float | None, typer.Option(min=1e-3, help="Requests per second the store takes. Default: no limit.")
 ]
-PriceFile = Annotated[
-    str | None, typer.Option("--prices", metavar="FILE", help="Table of prices. Default: examples that come with us.")
+MachinePrice = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="What one machine costs per hour, in any currency. Default: no cost is told."),
 ]
-Machine = Annotated[
-    str | None, typer.Option(help="Kind of machine in the table of prices. Default: this one, which costs nothing.")
-]
-Transfer = Annotated[TransferName, typer.Option(help="Where the machines are, seen from the inputs.")]
 
 
 def plan(
@@ -81,9 +71,7 @@ def plan(
     latency: Latency = None,
     request_rate: RequestRate = None,
     calibration: CalibrationFile = None,
-    prices: PriceFile = None,
-    machine: Machine = None,
-    transfer: Transfer = TransferName.same_region,
+    machine_price: MachinePrice = None,
     follow_links: FollowLinks = None,
     progress: Progress = ProgressName.auto,
     quiet: Quiet = False,
@@ -113,9 +101,7 @@ def plan(
                 latency=api.seconds("--latency", latency),
                 request_rate=request_rate,
                 calibration=calibration,
-                prices=prices,
-                machine=machine,
-                transfer=transfer.value,
+                machine_price=machine_price,
                 follow_links=follow_links or (),
                 on_event=on_event,
             )
@@ -123,17 +109,23 @@ def plan(
             print(json.dumps(result.facts(), indent=1))
         elif not quiet:
             say(result)
-            options = {
-                "--memory": memory,
-                "--shard-size": shard_size,
-                "--workers": workers,
-                "--executor": executor and executor.value,
-                "--device": device.value if device is not DeviceName.auto else None,
-            }
-            given = [f" {name} {value}" for name, value in options.items() if value is not None]
-            given += [f" --follow-links {shlex.quote(folder)}" for folder in follow_links or ()]
-            given += [" --overwrite"] if overwrite else []
-            say(f"next: stockflow merge {redact(recipe)} {redact(output)}{''.join(given)}")
+            given = _given(memory, shard_size, workers, executor, device, follow_links)
+            say(f"next: stockflow merge {redact(recipe)} {redact(output)}{given}{' --overwrite' * overwrite}")
+
+
+def _given(
+    memory: Memory, shard_size: ShardSize, workers: Workers, executor: Executor, device: Device, links: FollowLinks
+) -> str:
+    """Return the options that a merge must be told, too."""
+    options = {
+        "--memory": memory,
+        "--shard-size": shard_size,
+        "--workers": workers,
+        "--executor": executor and executor.value,
+        "--device": device.value if device is not DeviceName.auto else None,
+    }
+    given = [f" {name} {value}" for name, value in options.items() if value is not None]
+    return "".join((*given, *(f" --follow-links {shlex.quote(folder)}" for folder in links or ())))
 
 
 def calibrate(
@@ -141,7 +133,7 @@ def calibrate(
         Path | None, typer.Option(metavar="FILE", help="Where to keep it. Default: your configuration folder.")
     ] = None,
     folder: Annotated[
-        Path, typer.Option(help="On the disk that merges use; 1.7 GB are written there and removed.")
+        Path, typer.Option(help="On the disk that merges use; up to 1 GB at a time is written there and removed.")
     ] = Path(),
     url: Annotated[
         list[str] | None, typer.Option(help="Bucket or prefix to measure, too; may be repeated. Written and cleaned.")
@@ -156,8 +148,8 @@ def calibrate(
     earlier, of the same machine, are kept.
     """
     from stockflow.events import Stage
-    from stockflow.forecast.calibration import default_path
-    from stockflow.forecast.measuring import calibrate as measure
+    from stockflow.forecast.calibrate import calibrate as measure
+    from stockflow.forecast.constants import default_path
     from stockflow.storage import redact
 
     with exit_codes():
@@ -165,30 +157,36 @@ def calibrate(
             found = measure(folder.absolute(), url or [], lambda text: on_event(Stage(text)))
         path = out or default_path()
         found = _kept(found, path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(found.to_json())
-        except OSError as error:
-            raise RecipeError(f"cannot write {path}: {error.strerror}; --out names another file") from None
+        _keep(found, path)
         if as_json:
             print(found.to_json(), end="")
         elif not quiet:
             for place in found.places:
                 say(
                     f"{redact(place.url)}: reads {place.read_rate / 1e9:.2f} GB/s, writes "
-                    f"{place.write_rate / 1e9:.2f} GB/s, a small request {place.get_s * 1e3:.2g} ms"
+                    f"{place.write_rate / 1e9:.2f} GB/s, a small request {place.latency_s * 1e3:.2g} ms"
                 )
             say(f"note: {found.note}")
             say(f"written to {path}, where `stockflow plan` finds it" if not out else f"written to {path}")
 
 
+def _keep(found: "Calibration", path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found.to_json())
+    except OSError as error:
+        raise RecipeError(f"cannot write {path}: {error.strerror}; --out names another file") from None
+
+
 def _kept(found: "Calibration", path: Path) -> "Calibration":
     """Add the places that an earlier calibration of the same machine measured and this one did not."""
-    from stockflow.forecast.calibration import parse_calibration
+    from stockflow.forecast.constants import parse_calibration
 
     try:
         earlier = parse_calibration(path.read_bytes(), str(path))
     except (OSError, RecipeError):
         return found
     same = (earlier.machine.name, earlier.machine.cores) == (found.machine.name, found.machine.cores)
-    return earlier.with_places(found.places).with_machine(found) if same else found
+    if not same:
+        return found
+    return replace(found, places=earlier.with_places(found.places).places)

@@ -51,7 +51,7 @@ def run_demo(folder: Path, options: MergeOptions, execute: Execute, say: Say, on
     say(f"\n2. stockflow plan {stock_recipe} {folder / 'model-stock'}")
     opened, output = _open(stock_recipe), str(folder / "model-stock")
     plan, workspace = driver.plan_merge(opened, output, options)
-    work = survey(plan, workspace, options.num_threads)
+    work = survey(plan, workspace)
     for line in plan_lines(plan, workspace, work, driver.least_memory_of(opened, output, plan, options)):
         say(f"   {line}")
     say(f"\n3. stockflow merge {stock_recipe} {folder / 'model-stock'}")

@@ -1,13 +1,17 @@
-"""A plan and a result in words and numbers, for people and for programs."""
+"""A plan, its forecast and a result in words and numbers, for people and for programs."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from stockflow.forecast.amounts import Workload, worst_tensor
+from stockflow.forecast.amounts import StoreRequests, Workload, worst_tensor
+from stockflow.forecast.seconds import STAGES, Forecast
 from stockflow.planning.budget import LEAST_MEMORY_BYTES, Workspace, gb, mib
 from stockflow.planning.plan import MergePlan
 from stockflow.run.driver import MergeResult
-from stockflow.storage import redact
+from stockflow.storage import redact, scheme_of
+
+NUM_STAGES = 3
+"""Of what goes on side by side so many are listed, the longest."""
 
 
 def project(
@@ -91,6 +95,94 @@ def _source_lines(plan: MergePlan, work: Workload) -> Iterator[str]:
             f"  input   {redact(checkpoint.url)}: {len(checkpoint.files)} files, {gb(total)}{role}; "
             f"{gb(reading.num_bytes)} read in {reading.num_requests:,} requests"
         )
+
+
+def forecast_facts(found: Forecast) -> dict[str, object]:
+    """Return time, requests and money, for programs."""
+    prediction, conditions = found.prediction, found.conditions
+    price, num_machines = conditions.machine_price, conditions.num_machines
+    return {
+        "seconds": prediction.seconds,
+        "phases": dict(prediction.phases),
+        "stages": dict(prediction.stages),
+        "bottleneck": prediction.bottleneck,
+        "bottleneck_in_words": STAGES[prediction.bottleneck],
+        "workers": conditions.num_workers,
+        "threads_per_worker": conditions.num_threads,
+        "inputs_in_memory": prediction.in_memory,
+        "disk_seconds": prediction.disk_s,
+        "cost": {"machine_price": price, "num_machines": num_machines, "machines": found.cost},
+        "store_requests": [
+            {"url": redact(url), "gets": asked.gets, "puts": asked.puts, "bytes_out": asked.bytes_out}
+            for url, asked in found.requests
+        ],
+        "sources": list(found.sources),
+    }
+
+
+def forecast_lines(found: Forecast) -> Iterator[str]:
+    """Yield time, requests and money, line by line."""
+    prediction, conditions = found.prediction, found.conditions
+    workers = _counted(conditions.num_workers, "worker") if conditions.on_ray else "one process"
+    each = " each" if conditions.num_workers > 1 else ""
+    parts = ", ".join(
+        f"{phase} {duration(seconds)}" for phase, seconds in prediction.phases.items() if seconds >= 0.005
+    )
+    threads = _counted(conditions.num_threads, "thread")
+    yield f"  time    about {duration(prediction.seconds)} by {workers} of {threads}{each}: {parts}"
+    yield f"  limit   {STAGES[prediction.bottleneck]}; side by side: {_longest(prediction.stages)}"
+    for place, asked in _by_store(found.requests).items():
+        yield (
+            f"  store   {place}: {asked.gets:,} GETs, {asked.puts:,} PUTs and listings; "
+            f"{gb(asked.bytes_out)} out, {gb(asked.bytes_kept)} in"
+        )
+    if found.cost is not None:
+        machines = _counted(conditions.num_machines, "machine")
+        yield f"  cost    {money(found.cost)}: {machines} at {conditions.machine_price:g} an hour, start to end"
+    for source in found.sources:
+        yield f"  model   {source}"
+    if prediction.disk_s:
+        yield f"  model   {_disk_words(found)}"
+
+
+def _disk_words(found: Forecast) -> str:
+    takes = duration(found.prediction.disk_s)
+    if found.prediction.in_memory:
+        return f"inputs in folders are taken to be in memory; from the disk, reading them takes at least {takes}"
+    why = "at the rate that is given" if found.conditions.read_rate else "as they do not fit into memory"
+    return f"inputs in folders are taken to come from the disk, {why}: {takes}"
+
+
+def _by_store(requests: Sequence[tuple[str, StoreRequests]]) -> dict[str, StoreRequests]:
+    """What each bucket is asked; folders are not counted."""
+    stores: dict[str, StoreRequests] = {}
+    for url, asked in requests:
+        if scheme_of(url) not in ("file", "memory"):
+            total = stores.setdefault(redact("/".join(url.split("/")[:3])), StoreRequests())
+            total.add(asked)
+    return stores
+
+
+def _longest(stages: Mapping[str, float]) -> str:
+    shown = sorted(stages, key=lambda stage: -stages[stage])[:NUM_STAGES]
+    return ", ".join(f"{STAGES[stage]} {duration(stages[stage])}" for stage in shown)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 120:
+        return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds:.2f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def money(amount: float) -> str:
+    """Return an amount for people, in whatever currency the price was."""
+    return f"{amount:.2f}" if amount >= 1 or amount == 0 else f"{amount:.2g}"
 
 
 def result_facts(result: MergeResult) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """What merges of 10**12 parameters would take on many workers: ``make makespans``.
 
 The shards are those of the product's planner for synthetic headers of an expert model (61 layers of 384 experts); who
-does which one when is decided by the product's scheduler (``stockflow.executors.simulation``), in virtual time. Only
+does which one when is decided by the product's scheduler (``tests.simulation``), in virtual time. Only
 the seconds of a shard are assumed: what it reads over the rate of a worker, and a fixed time. Nothing is read.
 """
 
@@ -15,9 +15,9 @@ from stockflow.planning.make import SHARDS_PER_WORKER, make_plan
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import parse_recipe
 from stockflow.run.driver import collector_paused
-from stockflow.run.executors.simulation import Preemptions, SimulatedRun, Stragglers, simulate
 from stockflow.storage import Stamp
 from tests.benchmarks.report import print_table
+from tests.simulation import Preemptions, SimulatedRun, Stragglers, simulate
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, INNER = 61, 384, 7168, 2048
 VOCABULARY = 163_840

@@ -2,19 +2,20 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import stockflow
 from stockflow.cli import app
 from stockflow.errors import RecipeError
-from stockflow.forecast.amounts import survey
-from stockflow.forecast.calibration import load_calibration, parse_calibration
-from stockflow.forecast.measuring import calibrate, solved
-from stockflow.forecast.pagecache import cached_share
-from stockflow.forecast.prices import load_prices
+from stockflow.forecast.amounts import Kernel, survey
+from stockflow.forecast.calibrate import calibrate
+from stockflow.forecast.constants import load_calibration, parse_calibration
+from stockflow.forecast.transfers import is_on_this_machine
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from tests.checkpoints import make_family, write_recipe
@@ -31,7 +32,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_bytes_that_are_announced_are_read(recipe: Path, tmp_path: Path) -> None:
     inputs = Inputs.open(load_recipe(str(recipe)))
     plan, workspace = plan_merge(inputs, str(tmp_path / "out"), MergeOptions(1024 * MIB, 2, "cpu"))
-    announced = survey(plan, workspace, 2)
+    announced = survey(plan, workspace)
 
     merged = merge_here(recipe, tmp_path / "out")
 
@@ -39,27 +40,41 @@ def test_bytes_that_are_announced_are_read(recipe: Path, tmp_path: Path) -> None
     assert announced.num_bytes_written == merged.manifest.summary["bytes_written"]
 
 
-def test_elements_are_counted_once_per_pass(recipe: Path, tmp_path: Path) -> None:
+def test_elements_are_counted_once_whatever_the_passes(recipe: Path, tmp_path: Path) -> None:
     inputs = Inputs.open(load_recipe(str(recipe)))
     plan, workspace = plan_merge(inputs, str(tmp_path / "out"), MergeOptions(1024 * MIB, 2, "cpu"))
 
-    (shard,) = survey(plan, workspace, 2).shards
+    (shard,) = survey(plan, workspace).shards
 
-    loads = [load for step in shard.steps for load in step.loads]
-    assert sum(sum(load.elems.values()) for load in loads) == 700 * 1024 + 33 * 7 + 5 + 1000
-    assert sum(load.num_bytes_out for load in loads) == shard.num_bytes - len(plan.shards[0].header)
+    assert shard.elems == {Kernel("linear", "BF16", 3, 1): 700 * 1024 + 33 * 7 + 5 + 1000}
     assert shard.num_pieces == 3 * len(SHAPES)
 
 
+def test_an_output_that_is_computed_more_finely_is_another_kernel(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 2, {"weight": (3, 5)}, buffers=False)
+    inputs = Inputs.open(load_recipe(str(write_recipe(tmp_path / "r.yaml", "model_stock", family, dtype="float32"))))
+    plan, workspace = plan_merge(inputs, str(tmp_path / "out"), MergeOptions(1024 * MIB, 2, "cpu"))
+
+    (shard,) = survey(plan, workspace).shards
+
+    assert shard.elems == {Kernel("linear", "F32", 3, 1): 15}
+
+
 def test_plan_tells_time_memory_and_cost(recipe: Path, tmp_path: Path) -> None:
-    finished = run("plan", recipe, tmp_path / "out", "--json", "--machine", "c7i.4xlarge", "--memory", "1GiB")
+    finished = run("plan", recipe, tmp_path / "out", "--json", "--machine-price", "7.2", "--memory", "1GiB")
 
     facts = json.loads(finished.stdout)
     found = facts["forecast"]
     assert found["seconds"] == pytest.approx(sum(found["phases"].values()))
-    assert list(found["phases"]) == ["start", "opening", "merging", "publishing", "tail"]
-    assert found["cost"]["machines"] == pytest.approx(0.714 * found["seconds"] / 3600)
-    assert found["cost"]["requests"] == 0, "folders are free"
+    assert list(found["phases"]) == ["start", "overhead", "merging"]
+    assert found["phases"]["merging"] == max(found["stages"].values())
+    assert found["cost"] == {
+        "machine_price": 7.2,
+        "num_machines": 1,
+        "machines": pytest.approx(7.2 * found["seconds"] / 3600),
+    }
+    assert found["inputs_in_memory"]
+    assert found["disk_seconds"] > 0
     assert facts["worst_tensor"] == "large"
     assert facts["least_memory_bytes"] <= 1024 * MIB
     enough, little = (facts["least_memory_bytes"] + change for change in (0, -1))
@@ -68,13 +83,43 @@ def test_plan_tells_time_memory_and_cost(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "said", "unsaid"),
+    [
+        ([], "inputs in folders are taken to be in memory; from the disk, reading them takes at least", "  cost "),
+        (["--read-rate", "1MB/s"], "come from the disk, at the rate that is given: 4.31 s", "  cost "),
+        (["--machine-price", "3600"], ": 1 machine at 3600 an hour, start to end", "  store "),
+    ],
+)
+def test_what_is_assumed_and_what_is_given_is_said(
+    recipe: Path, tmp_path: Path, words: list[str], said: str, unsaid: str
+) -> None:
+    told = CliRunner().invoke(app, ["plan", str(recipe), str(tmp_path / "out"), *words]).stdout
+
+    assert said in told
+    assert unsaid not in told
+
+
+def test_the_cores_of_a_calibration_that_is_given_count(recipe: Path, tmp_path: Path) -> None:
+    built_in, _ = load_calibration(None)
+    (tmp_path / "large.json").write_text(replace(built_in, machine=replace(built_in.machine, cores=48)).to_json())
+
+    given = stockflow.plan(recipe, tmp_path / "out", calibration=tmp_path / "large.json", memory="4GiB")
+    on_ray = stockflow.plan(
+        recipe, tmp_path / "out", calibration=tmp_path / "large.json", memory="4GiB", executor="ray", workers=49
+    )
+
+    assert given.forecast.conditions.num_threads == 48
+    assert on_ray.forecast.conditions.num_machines == 2
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--read-rate", "fast"], "--read-rate: expected a rate"),
         (["--write-rate", "10 miles/s"], "--write-rate: expected a rate"),
         (["--latency", "30"], "--latency: expected a time"),
-        (["--machine", "abacus"], "no machine 'abacus'"),
-        (["--prices", "/nowhere"], "cannot read the prices /nowhere"),
+        (["--machine-price", "inf"], "machine_price: expected a price per hour, found inf"),
+        (["--machine-price", "c7i.4xlarge"], "--machine-price"),
         (["--calibration", "/nowhere"], "cannot read the calibration /nowhere"),
     ],
 )
@@ -128,47 +173,46 @@ def test_a_store_that_was_not_measured_is_taken_for_a_store_and_not_for_a_disk(t
     assert found.place("/other") == (disk, False)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "stockflow-calibration-1", "measured": "now"}'])
+def _without(field: str, value: float | int) -> str:
+    built_in, _ = load_calibration(None)
+    return re.sub(f'"{field}": [^,]*', f'"{field}": {value}', built_in.to_json())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"format": "stockflow-calibration-1", "measured": "now"}',
+        _without("cores", 0),
+        _without("efficiency", 0.0),
+        _without("read_rate", 0.0),
+        _without("write_rate", -1.0),
+    ],
+)
 def test_what_is_no_calibration_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="is not a calibration"):
         parse_calibration(text.encode(), "it")
 
 
-@pytest.mark.parametrize(("measured", "found"), [(3.0, 2000.0), (1.0, 0.0), (0.5, 0.0), (1e9, 10_000.0)])
-def test_what_the_model_lacks_is_found_by_halving(measured: float, found: float) -> None:
-    assert solved(lambda micros: 1.0 + micros / 1000.0, measured) == pytest.approx(found, abs=1e-3)
+@pytest.mark.parametrize(
+    ("url", "endpoint", "found"),
+    [
+        ("s3://bucket", "http://127.0.0.1:9000", True),
+        ("s3://bucket", "http://localhost:9000", True),
+        ("s3://bucket", "http://192.0.2.1", False),
+        ("s3://bucket", "not a url", False),
+        ("gs://bucket", "http://127.0.0.1:9000", False),
+    ],
+)
+def test_a_store_on_this_machine_is_known_by_its_endpoint(
+    url: str, endpoint: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
 
-
-def test_a_table_of_prices_can_be_replaced(tmp_path: Path) -> None:
-    prices = tmp_path / "prices.json"
-    prices.write_text(json.dumps({"format": "stockflow-prices-1", "source": "ours", "date": "now", "currency": "EUR",
-                                  "stores": {}, "machines": {}}))  # fmt: skip
-
-    assert load_prices(str(prices)).source == "ours"
-    prices.write_text("{}")
-    with pytest.raises(RecipeError, match="is not a table of prices"):
-        load_prices(str(prices))
-
-
-def test_files_in_memory_are_told_from_those_on_the_disk(tmp_path: Path) -> None:
-    if _is_in_memory(tmp_path):
-        pytest.skip("a file system without a disk")
-    path = tmp_path / "file"
-    path.write_bytes(os.urandom(4 * MIB))
-    with path.open("rb") as file:
-        assert cached_share(file.fileno()) == 1.0
-
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-        assert cached_share(file.fileno()) == 0.0
-        assert cached_share(file.fileno()) == 0.0, "asking reads nothing"
-
-
-def _is_in_memory(folder: Path) -> bool:
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    within = [mount for mount in mounts if folder.is_relative_to(mount[1])]
-    return max(within, key=lambda mount: len(mount[1]))[2] in ("tmpfs", "ramfs")
+    assert is_on_this_machine(url) == found
 
 
 @pytest.mark.scale
@@ -180,7 +224,8 @@ def test_calibrating_measures_everything_and_leaves_nothing(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == []
     assert len(said) == 4
     assert parse_calibration(found.to_json().encode(), "it").machine.cores == found.machine.cores
-    assert all(cost.statistics_ns > 0 and cost.combine_ns > 0 for cost in found.machine.kernels)
+    assert all(cost.combine_source_ns > 0 for cost in found.machine.kernels)
+    assert 0 < found.machine.efficiency <= 1
     (place,) = found.places
     assert place.url == str(tmp_path)
-    assert min(place.start_s, place.read_rate, place.write_rate, place.put_s) > 0
+    assert min(place.start_s, place.read_rate, place.write_rate, place.latency_s) > 0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stockflow.run.executors.simulation import HOUR_S, Preemptions, SimulatedRun, Stragglers, simulate
+from tests.simulation import HOUR_S, Preemptions, SimulatedRun, Stragglers, simulate
 
 DURATIONS = st.lists(st.floats(0.1, 100.0), min_size=1, max_size=60)
 

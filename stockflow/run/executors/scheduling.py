@@ -1,7 +1,7 @@
 """Who does which item next, when an item is tried again, when a run gives up. Pure: no Ray, no clock, no I/O.
 
-An executor tells a `Scheduler` what happened and when, and does what it decides. The simulation tells it what
-could happen; so what is predicted and what is done are one policy.
+An executor tells a `Scheduler` what happened and when, and does what it decides. The simulation of
+the tests tells it what could happen; so what is simulated and what is done are one policy.
 """
 
 import math
