@@ -55,7 +55,7 @@ def test_no_command_lets_a_tensors_name_speak_for_it(family: Family, recipe: Pat
     page = tmp_path / "report.html"
     commands: list[tuple[object, ...]] = [
         ("plan", recipe, output),
-        ("merge", recipe, output, "--memory", "1GiB", "--log-level", "debug"),
+        ("merge", recipe, output, "--memory", "4GiB", "--log-level", "debug"),
         ("inspect", recipe),
         ("audit", recipe),
         ("audit", recipe, output),
@@ -95,7 +95,7 @@ def test_files_with_hostile_names_are_named_and_stay_where_they_are(
     for name in (f"{bad}.jinja", f"{bad}.txt", f"{bad}.safetensors", f"\udcff{bad}.model"):
         (family.base / name).write_text("x")
 
-    for command in (("plan", recipe, tmp_path / "out"), ("merge", recipe, tmp_path / "out", "--memory", "1GiB")):
+    for command in (("plan", recipe, tmp_path / "out"), ("merge", recipe, tmp_path / "out", "--memory", "4GiB")):
         finished = cli(*command)
         assert finished.exit_code == 0, finished.output
         assert "forged" in "".join(lines_of(finished)), "they are named"

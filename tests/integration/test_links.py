@@ -61,7 +61,7 @@ def reading(recipe: Path, family: Family, output: Path) -> list[Sequence[object]
     """Every command that reads a model's folder."""
     return [
         ("plan", recipe, output),
-        ("merge", recipe, output, "--memory", "1GiB"),
+        ("merge", recipe, output, "--memory", "4GiB"),
         ("inspect", recipe),
         ("audit", recipe),
         ("diff", family.base, family.tuned[0]),
@@ -94,7 +94,7 @@ def test_a_key_that_a_tokenizer_links_to_is_never_published(
     """A checkpoint unpacked from a tar would else put its victim's credentials into a public bucket."""
     link = replaced(family.base / "tokenizer_config.json", os.path.relpath(secret, family.base))
 
-    refused = cli("merge", recipe, tmp_path / "out", "--memory", "1GiB")
+    refused = cli("merge", recipe, tmp_path / "out", "--memory", "4GiB")
 
     assert_refused(refused, link, str(secret), "outside of its folder", "a copy of the file there, or remove the link")
     assert not (tmp_path / "out").exists()
@@ -167,7 +167,7 @@ def test_links_that_no_loader_needs_do_not_matter(family: Family, recipe: Path, 
     for name, target in (("id_rsa", secret), ("data", secret.parent), ("log.txt", "gone"), ("circle", "circle")):
         (family.base / name).symlink_to(target)
 
-    finished = cli("merge", recipe, tmp_path / "out", "--memory", "1GiB")
+    finished = cli("merge", recipe, tmp_path / "out", "--memory", "4GiB")
 
     assert finished.exit_code == 0, finished.output
     assert f"not copied from {family.base}, as no loader needs it: 'circle', 'id_rsa', 'log.txt'" in finished.stderr
@@ -326,7 +326,7 @@ def test_workers_of_ray_follow_them_too(
     moved(shards(family.base)[0], tmp_path / "store")
     trusted = [tmp_path / "store"]
 
-    stockflow.merge(str(recipe), tmp_path / "out", executor="ray", workers=1, memory="1GiB", follow_links=trusted)
+    stockflow.merge(str(recipe), tmp_path / "out", executor="ray", workers=1, memory="4GiB", follow_links=trusted)
 
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
 
@@ -355,7 +355,7 @@ def test_records_that_lead_elsewhere_are_neither_read_nor_written_nor_removed(
         ("status", output),
         ("clean", output, "--yes"),
         ("audit", output),
-        ("merge", recipe, output, "--overwrite", "--memory", "1GiB"),
+        ("merge", recipe, output, "--overwrite", "--memory", "4GiB"),
     ]
     for command in commands:
         finished = cli(*command)
@@ -371,7 +371,7 @@ def test_a_link_that_lies_in_an_output_is_not_written_through(output: Path, reci
     replaced(output / "tokenizer.json", secret)
     before = secret.read_bytes()
 
-    finished = cli("merge", recipe, output, "--overwrite", "--memory", "1GiB")
+    finished = cli("merge", recipe, output, "--overwrite", "--memory", "4GiB")
 
     assert finished.exit_code == 0, finished.output
     assert secret.read_bytes() == before
