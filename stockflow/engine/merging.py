@@ -31,7 +31,7 @@ class UnitMerger:
         for unit in one_of_each(jobs):
             job = unit.work
             assert isinstance(job, TensorJob)
-            outs = [_discard(result.encode.widths[0]) for result in job.results]
+            outs = [_discard(result.encode.width) for result in job.results]
             try:
                 self.merge(unit, outs, [Ledger(job, result, "") for result in job.results], map)
             except NumericsError:  # of parameters that fit no tensor: said of the first that is merged, by its name
@@ -55,7 +55,7 @@ class UnitMerger:
         if unit.stop - unit.start <= group_elems or not _decides_by_group(job):
             self._merge(job, unit, outs, ledgers, map_spans)
             return
-        whole = [_parts_of(out, unit, job.results[number].encode.widths[0]) for number, out in enumerate(outs)]
+        whole = [_parts_of(out, unit, job.results[number].encode.width) for number, out in enumerate(outs)]
         for start in range(unit.start, unit.stop, group_elems):
             self._merge(job, GroupUnit(unit, start, start + group_elems), whole, ledgers, map_spans)
 
@@ -73,7 +73,7 @@ class UnitMerger:
             states = dict(zip(sweeps, swept(unit, list(sweeps.values()), map_spans, last=False), strict=True))
             for each, wanted in asking:
                 each.tell(states[wanted.key])
-        fills = [(each.fill, result.encode.widths[0]) for each, result in zip(proceedings, job.results, strict=True)]
+        fills = [(each.fill, result.encode.width) for each, result in zip(proceedings, job.results, strict=True)]
         for piece in unit.sweep(last=True):
             targets = [out(piece) for out in outs]
 

@@ -63,6 +63,12 @@ class Look:
         dtype = self.planned.output.dtype if self.planned else None
         return self.reading.dtypes, self.reading.float_bits, dtype
 
+    @property
+    def costs(self) -> Hashable:
+        """Equal for looks that take the same memory."""
+        reading = self.reading
+        return reading.shape, reading.scope, reading.dtypes, reading.is_plain, self.kind
+
     def scratch_bytes(self, num_elems: int) -> int:
         """Return what one thread needs, beside the operands, for a span of so many elements."""
         return self.examiner.span_bytes(self, num_elems)

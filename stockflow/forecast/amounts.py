@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from stockflow.methods.protocol import Linear
@@ -190,10 +190,14 @@ def kernel_of(job: TensorJob) -> Kernel:
     """Return how a tensor is computed."""
     if job.is_copy:
         return Kernel("copy", "U8", len(job.reading.operands), 0)
-    dtypes = (*job.reading.dtypes, job.output.dtype)
-    dtype = max(dtypes, key=lambda name: (name == "F64", name == "F32", name))
-    method = "linear" if isinstance(job.result.declared.rule, Linear) else "elementwise"
-    return Kernel(method, dtype, len(job.reading.operands), job.num_statistic_passes)
+    rule = job.result.declared.rule
+    return _kernel(isinstance(rule, Linear), job.reading.dtypes, job.output.dtype, job.num_statistic_passes)
+
+
+@cache
+def _kernel(is_linear: bool, dtypes: tuple[str, ...], output: str, num_passes: int) -> Kernel:
+    widest = max((*dtypes, output), key=lambda name: (name == "F64", name == "F32", name))
+    return Kernel("linear" if is_linear else "elementwise", widest, len(dtypes), num_passes)
 
 
 def _shard_amounts(shard: ShardPlan, workspace: Workspace, passes: Counter[int]) -> ShardAmounts:

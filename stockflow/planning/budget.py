@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,10 +133,10 @@ def divide(
     Raises:
         BudgetError: not even one span of the widest tensor fits.
     """
-    works = [work for work in works if work.reading.num_elems]
-    found, least = _divided(works, memory_bytes, num_threads, baseline_bytes, direct)
-    if works and least > memory_bytes:
-        widest = _widest(works).reading
+    counted = _counted(works)
+    found, least = _divided(counted, memory_bytes, num_threads, baseline_bytes, direct)
+    if counted and least > memory_bytes:
+        widest = _widest(counted).reading
         raise BudgetError(
             f"tensor {widest.name!r} needs at least {mib(least)} of memory for its smallest chunk "
             f"({SPAN_ELEMS:,} elements x {len(widest.operands)} checkpoints x {num_threads} threads, "
@@ -147,28 +148,43 @@ def divide(
 
 def least_memory(works: Iterable[Work], *, num_threads: int, baseline_bytes: int, direct: bool = False) -> int:
     """Return the least ``memory_bytes`` that ``divide`` accepts for these tensors."""
-    return _divided([work for work in works if work.reading.num_elems], 0, num_threads, baseline_bytes, direct)[1]
+    return _divided(_counted(works), 0, num_threads, baseline_bytes, direct)[1]
+
+
+Counted = Sequence[tuple[Work, int]]
+"""One of each sort of works that take the same memory, and how many there are."""
+
+
+def _counted(works: Iterable[Work]) -> Counted:
+    found: dict[Hashable, Work] = {}
+    counts: Counter[Hashable] = Counter()
+    for work in works:
+        if work.reading.num_elems:
+            costs = work.costs
+            found.setdefault(costs, work)
+            counts[costs] += 1
+    return [(found[costs], count) for costs, count in counts.items()]
 
 
 def _divided(
-    works: Sequence[Work], memory_bytes: int, num_threads: int, baseline_bytes: int, direct: bool
+    works: Counted, memory_bytes: int, num_threads: int, baseline_bytes: int, direct: bool
 ) -> tuple[Workspace, int]:
     """The best division, the smallest one if none fits; and the memory it takes at least."""
     if not works:
         return Workspace(PIECE_OVERHEAD, MIN_SLABS, 1, baseline_bytes), baseline_bytes
-    per_thread = max(work.scratch_bytes(SPAN_ELEMS) for work in works)
-    per_thread += (SPANS_AHEAD + 1) * max(map(span_state_bytes, works))
-    per_thread += max(stage_bytes(work.reading) for work in works)
-    per_thread += direct * max(_span_source_bytes(work.reading) for work in works)
-    fixed = baseline_bytes + num_threads * per_thread + max(map(decision_bytes, works))
+    per_thread = max(work.scratch_bytes(SPAN_ELEMS) for work, _ in works)
+    per_thread += (SPANS_AHEAD + 1) * max(span_state_bytes(work) for work, _ in works)
+    per_thread += max(stage_bytes(work.reading) for work, _ in works)
+    per_thread += direct * max(_span_source_bytes(work.reading) for work, _ in works)
+    fixed = baseline_bytes + num_threads * per_thread + max(decision_bytes(work) for work, _ in works)
     found = _direct(works, memory_bytes, fixed) if direct else _streamed(works, memory_bytes, fixed)
     return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
 
 
-def _streamed(works: Sequence[Work], memory_bytes: int, fixed_bytes: int) -> Workspace:
+def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
     """Large chunks in enough slabs to read ahead, and to hold the largest unit; the least if nothing fits."""
-    overhead = PIECE_OVERHEAD * max(work.reading.num_slots for work in works)
-    out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work in works)
+    overhead = PIECE_OVERHEAD * max(work.reading.num_slots for work, _ in works)
+    out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work, _ in works)
     for num_spans in CHUNK_SPANS:
         slab = math.ceil(_widest(works).reading.bytes_per_elem * SPAN_ELEMS * num_spans) + overhead
         out = int(slab * out_per_source_byte) + 1
@@ -177,21 +193,22 @@ def _streamed(works: Sequence[Work], memory_bytes: int, fixed_bytes: int) -> Wor
             break
     lookahead = max(-(-LOOKAHEAD_BYTES // slab), 2)
     holding = min(num_slabs, -(-_held_bytes(works) // (slab - overhead)))
-    total = math.ceil(sum(work.reading.num_elems * work.reading.bytes_per_elem for work in works))
+    total = math.ceil(sum(count * work.reading.num_elems * work.reading.bytes_per_elem for work, count in works))
     wanted = min(holding + lookahead, -(-total // (slab - overhead)) + 1)
     return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed_bytes)
 
 
-def _direct(works: Sequence[Work], memory_bytes: int, fixed_bytes: int) -> Workspace:
+def _direct(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
     """Output buffers of many spans, a few slabs for tensors smaller than one; the least if nothing fits."""
-    out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work in works)
-    readings = [work.reading for work in works]
-    shared = sum(_span_source_bytes(reading) for reading in readings if reading.group_elems <= SPAN_ELEMS)
+    out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work, _ in works)
+    readings = [work.reading for work, _ in works]
+    small = [(work.reading, count) for work, count in works if work.reading.group_elems <= SPAN_ELEMS]
+    shared = sum(count * _span_source_bytes(reading) for reading, count in small)
     for num_spans in CHUNK_SPANS:
         widest = _widest(works).reading.bytes_per_elem
         largest = math.ceil(widest * SPAN_ELEMS * min(num_spans, MAX_SHARED_SPANS))
         slab = max(min(largest, shared), PIECE_OVERHEAD) + PIECE_OVERHEAD * max(map(_num_slots, readings))
-        span_out = max(work.output_width for work in works) * SPAN_ELEMS
+        span_out = max(work.output_width for work, _ in works) * SPAN_ELEMS
         out = max(span_out * num_spans, int(slab * out_per_source_byte) + 1)
         num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
         found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, direct=True)
@@ -200,8 +217,8 @@ def _direct(works: Sequence[Work], memory_bytes: int, fixed_bytes: int) -> Works
     return found
 
 
-def _widest(works: Sequence[Work]) -> Work:
-    return max(works, key=lambda work: work.reading.bytes_per_elem)
+def _widest(works: Counted) -> Work:
+    return max((work for work, _ in works), key=lambda work: work.reading.bytes_per_elem)
 
 
 def _span_source_bytes(reading: Reading) -> int:
@@ -213,9 +230,9 @@ def _num_slots(reading: Reading) -> int:
     return reading.num_slots
 
 
-def _held_bytes(works: Sequence[Work]) -> int:
+def _held_bytes(works: Counted) -> int:
     """The largest unit that is wanted in memory from one sweep to the next."""
-    return max(math.ceil(_unit_elems(work.reading) * work.reading.bytes_per_elem) for work in works)
+    return max(math.ceil(_unit_elems(work.reading) * work.reading.bytes_per_elem) for work, _ in works)
 
 
 def _unit_elems(reading: Reading) -> int:

@@ -7,7 +7,7 @@ stored otherwise is turned into such by a stage of the engine (``engine.stage``)
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from typing import ClassVar, NamedTuple, Protocol
@@ -34,6 +34,10 @@ class Decode(Protocol):
         """Whether the bytes are what kernels take."""
 
     @property
+    def width(self) -> int:
+        """Bytes of an element of the first extent."""
+
+    @property
     def bytes_per_elem(self) -> float:
         """Bytes of all extents per element, the last run of a tensor aside."""
 
@@ -51,11 +55,12 @@ class Plain:
 
     dtype: str
     is_plain: ClassVar = True
+    width: int = field(init=False, compare=False)
+    """bytes of an element"""
 
-    @property
-    def width(self) -> int:
-        """Bytes of an element."""
-        return DTYPES[self.dtype].bits // 8
+    def __post_init__(self) -> None:
+        """Look the width up once: a plan asks a million times."""
+        object.__setattr__(self, "width", DTYPES[self.dtype].bits // 8)
 
     @property
     def bytes_per_elem(self) -> float:
@@ -79,6 +84,7 @@ class Verbatim:
 
     dtype: str
     is_plain: ClassVar = True
+    width: ClassVar = 1
 
     @property
     def bytes_per_elem(self) -> float:
@@ -109,6 +115,7 @@ class BlockScaled:
     scale_dtype: str
     block: tuple[int, int]
     is_plain: ClassVar = False
+    width: ClassVar = 1
 
     @property
     def bytes_per_elem(self) -> float:

@@ -110,7 +110,7 @@ class Reading:
     @cached_property
     def is_plain(self) -> bool:
         """Whether kernels can take all operands as they are stored."""
-        return all(operand.is_plain for operand in self.operands)
+        return all(operand.rows is None and operand.decode.is_plain for operand in self.operands)
 
     @property
     def is_verbatim(self) -> bool:
@@ -120,21 +120,23 @@ class Reading:
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
         """Element type of each operand, as its header says."""
-        return tuple(operand.decode.dtype for operand in self.operands)
+        return tuple([operand.decode.dtype for operand in self.operands])
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """Bytes per element of each operand of a plain reading."""
-        return tuple(operand.decode.widths[0] for operand in self.operands)
+        return tuple([operand.decode.width for operand in self.operands])
 
     @cached_property
     def num_slots(self) -> int:
         """Extents of all operands."""
-        return sum(len(operand.extents) for operand in self.operands)
+        return len(self.operands) if self.is_plain else sum(len(operand.extents) for operand in self.operands)
 
     @cached_property
     def bytes_per_elem(self) -> float:
         """Stored bytes per element, all operands together."""
+        if self.is_plain:
+            return sum(self.widths)
         return sum(operand.decode.bytes_per_elem for operand in self.operands)
 
     @cached_property
@@ -171,6 +173,10 @@ class Work(Protocol):
         """Equal for works that need the same kernels."""
 
     @property
+    def costs(self) -> Hashable:
+        """Equal for works that take the same memory."""
+
+    @property
     def output_width(self) -> int:
         """Bytes that become of an element."""
 
@@ -181,7 +187,7 @@ class Work(Protocol):
         """Return what one sweep leaves behind of a span of so many groups."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Result:
     """What is made of a reading: one logical tensor, by which method."""
 
@@ -203,7 +209,7 @@ class Result:
     @property
     def num_bytes(self) -> int:
         """Size of all outputs."""
-        return sum(output.num_bytes for output in self.outputs)
+        return sum([output.num_bytes for output in self.outputs])
 
 
 @dataclass(frozen=True)
@@ -233,15 +239,15 @@ class TensorJob:
         """Whether bytes are carried over instead of computed."""
         return self.method in COPIES
 
-    @property
+    @cached_property
     def output_width(self) -> int:
         """Bytes that become of an element."""
-        return sum(result.encode.widths[0] for result in self.results)
+        return sum([result.encode.width for result in self.results])
 
     @property
     def num_statistic_passes(self) -> int:
         """How often the operands go by before they are combined."""
-        return max(result.declared.rule.num_statistic_passes(result.float_bits) for result in self.results)
+        return max([result.declared.rule.num_statistic_passes(result.float_bits) for result in self.results])
 
     @property
     def num_sweeps(self) -> int:
@@ -255,17 +261,24 @@ class TensorJob:
         made = tuple((result.method, result.encode) for result in self.results)
         return made, decodes, tuple(result.working_bits for result in self.results)
 
+    @property
+    def costs(self) -> Hashable:
+        """Equal for jobs that take the same memory."""
+        reading = self.reading
+        made = [(result.method, result.outputs[0].dtype) for result in self.results]
+        return reading.shape, reading.scope, reading.dtypes, reading.is_plain, *made
+
     def scratch_bytes(self, num_elems: int) -> int:
         """Return what one thread needs, beside the operands, for a span of so many elements."""
         sources = len(self.reading.operands)
         return max(
-            result.declared.rule.scratch_bytes(sources, num_elems, result.working_bits) for result in self.results
+            [result.declared.rule.scratch_bytes(sources, num_elems, result.working_bits) for result in self.results]
         )
 
     def span_state_bytes(self, num_groups: int) -> int:
         """Return what one statistics pass leaves behind of a span of so many groups."""
         sources = len(self.reading.operands)
-        return sum(result.declared.rule.span_state_bytes(sources, num_groups) for result in self.results)
+        return sum([result.declared.rule.span_state_bytes(sources, num_groups) for result in self.results])
 
 
 def float_bits_of(dtypes: Iterable[str]) -> FloatBits:

@@ -114,11 +114,8 @@ def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: Tensor
     """The job for one tensor of the donor, or what stands against it."""
     name, rule = spec.name, recipe.rule_for(spec.name)
 
-    def operand(index: int) -> Operand:
-        return stored(index, checkpoints[index].specs[name], checkpoints[index].extents[name])
-
     if rule is not None and rule.action == "copy":
-        return copying(spec, (operand(recipe.donor),), COPY)
+        return copying(spec, _operands(checkpoints, name, (recipe.donor,)), COPY)
     method = recipe.method_for(rule)
     indices = recipe.sources(method)
     absent = [index for index in range(len(checkpoints)) if name not in checkpoints[index].specs]
@@ -132,19 +129,26 @@ def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: Tensor
     if problems:
         return problems
     if spec.kind != "float":
-        others = tuple(operand(index) for index in indices if index != recipe.donor)
-        return copying(spec, (operand(recipe.donor), *others), COPY_EQUAL)
-    dtype = recipe.output_dtype or promoted(checkpoints[index].specs[name].dtype for index in indices)
+        donor_first = dict.fromkeys((recipe.donor, *indices))
+        return copying(spec, _operands(checkpoints, name, donor_first), COPY_EQUAL)
+    dtype = recipe.output_dtype or (
+        spec.dtype if alike else promoted(checkpoints[index].specs[name].dtype for index in indices)
+    )
     output = TensorSpec(name, dtype, spec.shape)
     if not output.num_elems:
-        return copying(output, (operand(recipe.donor),), COPY)
+        return copying(output, _operands(checkpoints, name, (recipe.donor,)), COPY)
     return merging(
         output,
-        tuple(map(operand, indices)),
+        _operands(checkpoints, name, indices),
         method.name,
         recipe.parameters_for(method, name, rule),
         recipe.scope_for(method, name, rule),
     )
+
+
+def _operands(checkpoints: Sequence[Checkpoint], name: str, indices: Iterable[int]) -> tuple[Operand, ...]:
+    found = [(index, checkpoints[index]) for index in indices]
+    return tuple([stored(index, each.specs[name], each.extents[name]) for index, each in found])
 
 
 def promoted(dtypes: Iterable[str]) -> str:
@@ -222,9 +226,9 @@ def _dtype_notes(recipe: Recipe, jobs: Iterable[TensorJob]) -> Iterator[str]:
         return
     counts: dict[tuple[str, str], int] = {}
     for job in jobs:
-        dtypes = sorted(set(job.reading.dtypes))
-        if len(dtypes) > 1 and not job.is_copy:
-            key = " and ".join(dtypes), job.output.dtype
+        dtypes = job.reading.dtypes
+        if dtypes.count(dtypes[0]) < len(dtypes) and not job.is_copy:
+            key = " and ".join(sorted(set(dtypes))), job.output.dtype
             counts[key] = counts.get(key, 0) + 1
     for (dtypes_found, written), count in counts.items():
         are = "1 tensor is" if count == 1 else f"{count:,} tensors are"
@@ -236,11 +240,12 @@ def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, 
     contents: list[list[TensorJob]] = [[]]
     filled = 0
     for job in jobs:
-        if filled and filled + job.result.num_bytes > shard_size:
+        num_bytes = job.result.num_bytes
+        if filled and filled + num_bytes > shard_size:
             contents.append([])
             filled = 0
         contents[-1].append(job)
-        filled += job.result.num_bytes
+        filled += num_bytes
     if len(contents) == 1:
         return (ShardPlan("model.safetensors", tuple(contents[0])),)
     return tuple(

@@ -13,8 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from stockflow.planning.budget import OPTIMAL_READ_BYTES, PIECE_OVERHEAD, Workspace
-from stockflow.planning.decodes import ByteRange
-from stockflow.planning.job import ExtentRanges, Reading, Work
+from stockflow.planning.job import ExtentRanges, Work
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
 
 ALIGNMENT = 64
@@ -147,10 +146,18 @@ def _lay_out(pieces: Sequence[LoadPiece]) -> tuple[tuple[Request, ...], tuple[tu
     """Requests and offsets of a load: ranges in file order, every slot on a boundary of its elements."""
     whole, scattered = [], []
     for index, (work, first, last) in enumerate(pieces):
-        for number, slot in enumerate(_slots(work.reading, first, last) if first < last else ()):
+        reading = work.reading
+        if first == last:
+            continue
+        if reading.is_plain:  # as nearly all are: what follows says the same of them, with more ado
+            for number, (operand, width) in enumerate(zip(reading.operands, reading.widths, strict=True)):
+                file, start = operand.extents[0]
+                ends = start + width * first, start + width * last
+                whole.append((operand.checkpoint, file, *ends, width, index, number))
+            continue
+        for number, slot in enumerate(reading.slots(first, last)):
             if len(slot.ranges) == 1:
-                (found,) = slot.ranges
-                whole.append((slot.checkpoint, slot.file, found.start, found.stop, slot.width, index, number))
+                whole.append((slot.checkpoint, slot.file, *slot.ranges[0], slot.width, index, number))
             elif slot.ranges:
                 scattered.append((slot, index, number))
     requests: list[Request] = []
@@ -166,15 +173,6 @@ def _lay_out(pieces: Sequence[LoadPiece]) -> tuple[tuple[Request, ...], tuple[tu
         offsets[index][number] = _next_boundary(requests[-1] if requests else None)
         requests += gathered(slot, offsets[index][number])
     return tuple(requests), tuple(map(tuple, offsets))
-
-
-def _slots(reading: Reading, first: int, last: int) -> Iterator[ExtentRanges]:
-    """What ``reading.slots`` yields, with less ado for the plain readings that nearly all are."""
-    if not reading.is_plain:
-        yield from reading.slots(first, last)
-        return
-    for (checkpoint, _, ((file, start),), _, _), width in zip(reading.operands, reading.widths, strict=True):
-        yield ExtentRanges(checkpoint, file, (ByteRange(start + width * first, start + width * last),), width)
 
 
 def gathered(slot: ExtentRanges, offset: int) -> Iterator[Request]:
