@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from stockflow.version import __version__
 
 if TYPE_CHECKING:
-    from stockflow.api import MergeResult, PlanResult, audit, diff, inspect, merge, plan, report, verify
+    from stockflow.api import audit, diff, inspect, merge, plan, report, verify
     from stockflow.errors import (
         AccessDeniedError,
         AlreadyExistsError,
@@ -39,15 +39,17 @@ if TYPE_CHECKING:
         UserError,
     )
     from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage, Workers
-    from stockflow.insight.audit import Audit, Verdict
     from stockflow.insight.difference import CheckpointDifference, GroupDifference, TensorDifference
     from stockflow.insight.inspection import Inspection
+    from stockflow.insight.verdict import Audit, Verdict
     from stockflow.output.receipts import TensorFacts
     from stockflow.reports.report import Report
+    from stockflow.results import MergeResult, PlanResult
+    from stockflow.settings import DiffSettings, MergeSettings, PlanSettings, ReadSettings, SurveySettings
     from stockflow.verification.verify import Finding, Verification
 
 _HOMES = {
-    "api": ("MergeResult", "PlanResult", "audit", "diff", "inspect", "merge", "plan", "report", "verify"),
+    "api": ("audit", "diff", "inspect", "merge", "plan", "report", "verify"),
     "insight.difference": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
     "errors": (
         "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
@@ -56,10 +58,12 @@ _HOMES = {
         "StockflowError", "StorageError", "UserError",
     ),
     "events": ("Begun", "Cost", "Done", "Dropped", "Event", "Moved", "Note", "Retry", "Run", "Stage", "Workers"),
-    "insight.audit": ("Audit", "Verdict"),
+    "insight.verdict": ("Audit", "Verdict"),
     "insight.inspection": ("Inspection",),
     "output.receipts": ("TensorFacts",),
     "reports.report": ("Report",),
+    "results": ("MergeResult", "PlanResult"),
+    "settings": ("DiffSettings", "MergeSettings", "PlanSettings", "ReadSettings", "SurveySettings"),
     "verification.verify": ("Finding", "Verification"),
 }  # fmt: skip
 """Public names by the module they are in; the same as above."""
@@ -77,6 +81,7 @@ __all__ = [  # noqa: RUF022  # as in _HOMES
     "Audit", "Verdict",
     "Inspection",
     "TensorFacts",
+    "DiffSettings", "MergeSettings", "PlanSettings", "ReadSettings", "SurveySettings",
     "Finding", "Report", "Verification",
 ]  # fmt: skip
 

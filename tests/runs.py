@@ -12,7 +12,7 @@ from typing import Any
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.session import GROWTH_BYTES
 from stockflow.planning.budget import BASELINE_BYTES
-from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
 from stockflow.run.places import in_this_process
 
 REPOSITORY = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def merge_here(
     num_threads: int = 2,
     shard_size: int | None = None,
     overwrite: bool = False,
-) -> MergeResult:
+) -> Merged:
     """Merge in this process, as if it were a fresh one, and return the result."""
     from stockflow.recipe import load_recipe
 
@@ -100,7 +100,7 @@ def leftovers(output: Path) -> list[str]:
     return sorted(path.name for path in output.rglob("*partial*"))
 
 
-def expected_digests(results: Sequence[MergeResult]) -> list[dict[str, str]]:
+def expected_digests(results: Sequence[Merged]) -> list[dict[str, str]]:
     """Return, per merge, the sha256 of every shard as its manifest states it."""
     return [
         {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards} for result in results

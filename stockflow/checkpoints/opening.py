@@ -16,6 +16,7 @@ from stockflow.checkpoints.side_files import code_files, is_known
 from stockflow.errors import CheckpointError, NotFoundError, RecipeError
 from stockflow.storage import LocalStore, Stamp, Store, check_key, read_small, redact
 from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import counted
 from stockflow.text.strictjson import parse_text_json, shown
 
 SINGLE_FILE = "model.safetensors"
@@ -170,9 +171,8 @@ def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
     if not listing:
         return f"there is no checkpoint at {where}: the folder does not exist or is empty; {expected}"
     others = [name for name in listing if name.endswith(WEIGHT_SUFFIXES)]
-    found = (
-        f"it has {', '.join(map(in_a_line, others[:3]))}" if others else f"it has {len(listing)} files but no weights"
-    )
+    files = f"{counted(len(listing), 'file')} but no weights"
+    found = f"it has {', '.join(map(in_a_line, others[:3])) if others else files}"
     return f"there is no checkpoint at {where}: {expected}; {found}. Other formats must be converted first"
 
 
@@ -252,7 +252,7 @@ def _check_coverage(where: str, weight_map: Mapping[str, str], extents: Mapping[
     if problems:
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(
-            f"{where}: the index and the shards disagree on {len(problems)} tensors:\n  "
+            f"{where}: the index and the shards disagree on {counted(len(problems), 'tensor')}:\n  "
             + "\n  ".join(problems[:20])
             + more
         )

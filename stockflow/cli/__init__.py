@@ -3,26 +3,24 @@
 import gc
 import json
 import os
+import re
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from stockflow.cli.checking import clean, verify
-from stockflow.cli.cluster import status
-from stockflow.cli.comparing import diff
-from stockflow.cli.demonstration import demo
+from stockflow.cli.cluster import status, submit
 from stockflow.cli.exits import exit_codes
-from stockflow.cli.insight import audit, inspect
-from stockflow.cli.merging import merge
+from stockflow.cli.looking import audit, clean, diff, inspect, report, verify
+from stockflow.cli.merging import demo, merge
 from stockflow.cli.planning import calibrate, plan
-from stockflow.cli.reporting import report
-from stockflow.cli.submitting import submit
 from stockflow.version import __version__
 
 app = typer.Typer(
     help="Exact, streaming merges of checkpoints too large for one machine.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Exit codes: 0 done; 1 diff: they differ; 2 change recipe, inputs or budget; 3 storage failed, run again to "
@@ -45,6 +43,10 @@ def _root(
     pass
 
 
+def _first_sentence(command: Callable[..., None]) -> str:
+    return re.split(r"(?<=[.])\s", (command.__doc__ or "").strip(), maxsplit=1)[0]
+
+
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from stockflow.recipe import recipe_schema
@@ -56,7 +58,8 @@ def schema() -> None:
 for command in (
     merge, plan, submit, status, inspect, audit, verify, report, diff, calibrate, clean, demo, schema,
 ):  # fmt: skip
-    app.command()(command)
+    # Of all that explains a command the first sentence, whole: typer would cut it to a line.
+    app.command(short_help=_first_sentence(command))(command)
 
 
 def main() -> None:

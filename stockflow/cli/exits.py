@@ -1,4 +1,4 @@
-"""Errors become one clear message and the exit code of their kind."""
+"""How commands speak and end: text that commands no terminal, one message per error, the exit code of its kind."""
 
 import os
 import sys
@@ -8,9 +8,19 @@ from contextlib import contextmanager
 
 import typer
 
-from stockflow.cli.printing import tell
 from stockflow.errors import EXIT_BUG, EXIT_USER, StockflowError
+from stockflow.text.escaping import printable
 from stockflow.text.redaction import without_secrets
+
+
+def say(text: object, *, end: str = "\n", flush: bool = False) -> None:
+    """Print to standard output; strangers' names may be part of it."""
+    print(printable(text), end=end, flush=flush)
+
+
+def tell(text: object) -> None:
+    """Print a line to standard error."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,92 +1,76 @@
-"""``stockflow merge``."""
+"""``stockflow merge`` and ``stockflow demo``."""
 
 import json
+from typing import Annotated, Unpack
 
-from stockflow.cli.exits import exit_codes
+import typer
+
+from stockflow.cli.exits import say
 from stockflow.cli.options import (
-    AsJson,
-    Device,
-    DeviceName,
-    Executor,
-    FollowLinks,
-    GpusPerWorker,
-    Label,
-    LogFormat,
-    LogFormatName,
-    LogLevel,
-    LogLevelName,
-    Memory,
-    MetricsPort,
+    Answer,
+    Logging,
     OutputArgument,
-    Overwrite,
-    Progress,
-    ProgressName,
-    Quiet,
     RecipeArgument,
-    ShardSize,
-    ShardTimeout,
-    Workers,
-    WorkerTimeout,
-    labels_option,
-    size_option,
-    with_metrics,
-    with_progress,
+    Serving,
+    Told,
+    command,
+    facts_of,
 )
-from stockflow.cli.printing import say
+from stockflow.errors import EXIT_FINDINGS
+from stockflow.settings import MergeSettings
 
 
-def merge(
-    recipe: RecipeArgument,
-    output: OutputArgument,
-    memory: Memory = None,
-    shard_size: ShardSize = None,
-    workers: Workers = None,
-    executor: Executor = None,
-    gpus_per_worker: GpusPerWorker = 0.0,
-    label: Label = None,
-    worker_timeout: WorkerTimeout = None,
-    shard_timeout: ShardTimeout = None,
-    device: Device = DeviceName.auto,
-    overwrite: Overwrite = False,
-    follow_links: FollowLinks = None,
-    progress: Progress = ProgressName.auto,
-    log_format: LogFormat = LogFormatName.text,
-    log_level: LogLevel = LogLevelName.info,
-    metrics_port: MetricsPort = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
+@command(MergeSettings, Logging, Serving, delays=False, resumes=True)
+def merge(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings: Unpack[MergeSettings]) -> Answer:
     """Merge checkpoints as RECIPE says and publish the result at OUTPUT.
 
     Running the same command again resumes: shards that are there already are kept. The output is complete
     when OUTPUT/manifest.json exists; `stockflow verify` checks every byte of it.
     """
     from stockflow import api
-    from stockflow.interruption import interruptible
 
-    with exit_codes():
-        with (
-            with_progress(progress, quiet=quiet, log_format=log_format, log_level=log_level) as told,
-            interruptible(),  # within: else the exit that `with_progress` makes of a signal is an error again
-            with_metrics(metrics_port, told) as on_event,
-        ):
-            result = api.merge(
-                recipe,
-                output,
-                memory=size_option("--memory", memory),
-                shard_size=size_option("--shard-size", shard_size),
-                workers=workers,
-                executor=executor.value if executor else None,
-                gpus_per_worker=gpus_per_worker,
-                labels=labels_option(label or ()),
-                worker_timeout=worker_timeout,
-                shard_timeout=shard_timeout,
-                device=device.value,
-                overwrite=overwrite,
-                follow_links=follow_links or (),
-                on_event=on_event,
-            )
-        if as_json:
-            print(json.dumps(result.facts(), indent=1))
-        elif not quiet:
-            say(result)
+    result = api.merge(recipe, output, on_event=told.on_event, **settings)
+    return Answer(lambda: result, facts_of(result))
+
+
+@command(
+    MergeSettings,
+    without=("follow_links", "gpus_per_worker", "labels", "worker_timeout", "shard_timeout"),
+    defaults={"shard_size": "2MB"},
+    delays=False,
+    tells_itself=True,
+)
+def demo(
+    told: Told,
+    folder: Annotated[str | None, typer.Argument(help="Where to work. Default: a new temporary folder.")] = None,
+    **settings: Unpack[MergeSettings],
+) -> Answer:
+    """Train small language models, merge them with Model Stock, verify, and compare: two minutes, no network."""
+    import tempfile
+    from pathlib import Path
+
+    from stockflow.errors import OutputConflictError
+    from stockflow.extras import needs_torch
+    from stockflow.settings import resolved
+    from stockflow.text.redaction import command_line
+    from stockflow.wiring import execute_on, options_of
+
+    with needs_torch("stockflow demo"):
+        from stockflow.demo.story import demo_tables, run_demo
+    where = Path(folder or tempfile.mkdtemp(prefix="stockflow-demo-")).absolute()
+    if where.exists() and not (where.is_dir() and (settings["overwrite"] or not any(where.iterdir()))):
+        raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo, or --overwrite")
+    where.mkdir(parents=True, exist_ok=True)
+    chosen = resolved(MergeSettings, settings)
+    options, execute = options_of(chosen, chosen.workers), execute_on(chosen)
+    result = run_demo(where, options, execute, say if told.speaks else lambda _: None, told.on_event)
+    findings = [str(finding) for finding in result.verification.findings]
+    facts = {"losses": result.losses, "findings": findings, "folder": str(where), "seconds": result.seconds}
+    return Answer(
+        lambda: (
+            f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}\n"
+            f"next: {command_line('stockflow', 'inspect', str(where / 'model-stock.yaml'))}"
+        ),
+        lambda: (json.dumps(facts, indent=1), "\n"),
+        EXIT_FINDINGS if findings else 0,
+    )

@@ -1,61 +1,23 @@
-"""The words that commands share: arguments, options, and what is made of them."""
+"""What commands share: arguments, options made of settings, how they tell of their progress and print their answer."""
 
+import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, get_args
 
 import typer
 
-from stockflow.errors import EXIT_BUG, PlanError, RecipeError, UserError
+from stockflow.cli.exits import exit_codes, say, tell
+from stockflow.errors import EXIT_BUG, UserError
+from stockflow.settings import Setting, checked, choices_of, flag_of, settings_of
 
 if TYPE_CHECKING:
     from stockflow.events import OnEvent
-    from stockflow.run.driver import MergeOptions
-
-
-class ExecutorName(StrEnum):
-    """Where shards are merged."""
-
-    local = "local"
-    ray = "ray"
-
-
-class ProgressName(StrEnum):
-    """How progress is shown."""
-
-    auto = "auto"
-    plain = "plain"
-    rich = "rich"
-    lanes = "lanes"
-    json = "json"
-    none = "none"
-
-
-class LogFormatName(StrEnum):
-    """How lines on standard error are written."""
-
-    text = "text"
-    json = "json"
-
-
-class LogLevelName(StrEnum):
-    """What is said at least."""
-
-    debug = "debug"
-    info = "info"
-    warning = "warning"
-    error = "error"
-
-
-class DeviceName(StrEnum):
-    """What computes."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="YAML recipe: a file, a URL, or - for standard input.")
@@ -63,90 +25,188 @@ RecipeArgument = Annotated[
 OutputArgument = Annotated[
     str, typer.Argument(metavar="OUTPUT", help="Folder or URL (s3://, gs://, az://) of the output.")
 ]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        help="Bound of one worker process, such as 2GiB. Default: 80 % of what the machine allows. Ray: of what the "
-        "driver's machine allows, divided by its cores or by --workers, if fewer; say it where nodes are others."
-    ),
-]
-ShardSize = Annotated[
-    str | None,
-    typer.Option(help="Largest output shard, such as 5GB. Default: a 256th of the output, from 256 MB to 5 GB."),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(min=1, help="Local: compute threads (default: one per core). Ray: worker processes."),
-]
-Executor = Annotated[
-    ExecutorName | None,
-    typer.Option(help="Where to merge. Default: ray if RAY_ADDRESS is set, else local.", show_default=False),
-]
-GpusPerWorker = Annotated[float, typer.Option(min=0.0, help="Ray: GPUs per worker; a fraction lets several share one.")]
-WorkerTimeout = Annotated[
-    float | None,
-    typer.Option(min=1.0, metavar="SECONDS", help="Ray: give up if no worker comes within this. Default: 900."),
-]
-ShardTimeout = Annotated[
-    float | None,
-    typer.Option(min=1.0, metavar="SECONDS", help="Ray: a shard not done within this goes to another worker."),
-]
-Label = Annotated[
-    list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="Ray: workers go to nodes with this label; may be repeated."),
-]
-Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU if torch is installed and sees one.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output prefix holds.")]
 StorageRecipe = Annotated[
     str | None, typer.Option("--recipe", help="Recipe whose storage options apply (endpoints, anonymous access).")
 ]
-FollowLinks = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder that links of weights may lead into; may be repeated. Otherwise links are followed inside a "
-        "checkpoint's folder and in the hub's cache.",
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
-Progress = Annotated[
-    ProgressName,
-    typer.Option(
-        help="On standard error. auto: rich on a terminal, else plain lines; lanes: rich with a line per worker; "
-        "json: one object per line, for programs."
-    ),
-]
-LogFormat = Annotated[
-    LogFormatName,
-    typer.Option(
-        help="json: everything on standard error is one JSON object per line, with time, level, message and the ids of "
-        "run, plan, shard and worker."
-    ),
-]
-LogLevel = Annotated[
-    LogLevelName, typer.Option(help="Least level of lines: debug tells of each shard, warning of what goes wrong.")
-]
-MetricsPort = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        max=65535,
-        metavar="PORT",
-        help="Serve Prometheus metrics at /metrics while it runs; 0 takes a port that is free and says which.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+class Logging(TypedDict, total=False):
+    """How lines on standard error are written."""
+
+    log_format: Annotated[Literal["text", "json"], Setting(
+        "json: everything on standard error is one JSON object per line, with time, level, message and the ids of "
+        "run, plan, shard and worker.", "text", rank=2,
+    )]  # fmt: skip
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Setting(
+        "Least level of lines: debug tells of each shard, warning of what goes wrong.", "info", rank=2
+    )]  # fmt: skip
+
+
+class Serving(TypedDict, total=False):
+    """What others may read while it runs."""
+
+    metrics_port: Annotated[int | None, Setting(
+        "Serve Prometheus metrics at /metrics while it runs; 0 takes a port that is free and says which.",
+        metavar="PORT", least=0, most=65535, rank=2,
+    )]  # fmt: skip
+
+
+class Saying(TypedDict, total=False):
+    """How a command that may take long tells of it, and prints its answer."""
+
+    progress: Annotated[Literal["auto", "plain", "rich", "lanes", "json", "none"], Setting(
+        "On standard error. auto: rich on a terminal, else plain lines; lanes: rich with a line per worker; "
+        "json: one object per line, for programs.", "auto", rank=2,
+    )]  # fmt: skip
+    quiet: Annotated[bool, Setting("Print errors only.", False, rank=2)]
+    as_json: Annotated[bool, Setting("Print the result as JSON on standard output.", False, flag="--json", rank=2)]
+
+
+@dataclass(frozen=True)
+class Told:
+    """Whom a command tells how it goes, and how its answer is wanted."""
+
+    on_event: "OnEvent"
+    quiet: bool
+    as_json: bool
+
+    @property
+    def speaks(self) -> bool:
+        """Whether words are wanted on standard output."""
+        return not (self.quiet or self.as_json)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command prints, and how it exits."""
+
+    words: Callable[[], object]
+    json_parts: Callable[[], Iterable[str]]
+    code: int = 0
+    insists: bool = False
+    """whether ``--quiet`` does not keep it from speaking"""
+    asides: Sequence[str] = ()
+    """lines for standard error, whatever is printed"""
+
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def facts_of(found: Any) -> Callable[[], Iterable[str]]:
+    """Return what makes JSON of a result."""
+    return lambda: (json.dumps(found.facts(), indent=1), "\n")
+
+
+def command(
+    *kinds: type,
+    without: Sequence[str] = (),
+    defaults: Mapping[str, object] | None = None,
+    delays: bool = True,
+    resumes: bool = False,
+    tells_itself: bool = False,
+) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
+    """Return a decorator that makes a command of a function from arguments, settings and ``told`` to an answer.
+
+    Args:
+        kinds: TypedDicts whose settings it takes as options.
+        without: names among them that it does not take.
+        defaults: where they are others than everywhere.
+        delays: whether what takes little time shows no progress.
+        resumes: whether a signal ends it by an error, so that what it began is left in order.
+        tells_itself: whether what it says on standard output is progress enough.
+    """
+
+    def decorate(function: Callable[..., Answer]) -> Callable[..., None]:
+        @options(*kinds, Saying, without=without, defaults=defaults)
+        @wraps(function)
+        def run(**given: Any) -> None:
+            said = {name: given.pop(name) for name in settings_of(Saying, Logging, Serving) if name in given}
+            if tells_itself and said["progress"] == "auto" and not (said["quiet"] or said["as_json"]):
+                said["progress"] = "none"
+            with _told(said, delays=delays, resumes=resumes) as told:
+                answer = function(**given, told=told)
+            if told.as_json:
+                sys.stdout.writelines(answer.json_parts())
+                sys.stdout.flush()
+            elif answer.insists or not told.quiet:
+                say(answer.words(), flush=True)
+            for aside in answer.asides:
+                tell(aside)
+            if answer.code:
+                raise typer.Exit(answer.code)
+
+        return run
+
+    return decorate
+
+
+def options(
+    *kinds: type, without: Sequence[str] = (), defaults: Mapping[str, object] | None = None
+) -> Callable[[_Command], _Command]:
+    """Return a decorator: a function of ``**settings`` becomes a command with an option for each; it exits by kind."""
+    settings = {name: found for name, found in settings_of(*kinds).items() if name not in without}
+    others = defaults or {}
+
+    def decorate(function: _Command) -> _Command:
+        @wraps(function)
+        def run(**given: Any) -> None:
+            with exit_codes():
+                for name, (declared, setting) in settings.items():
+                    given[name] = _read(flag_of(name, setting), declared, setting, given[name])
+                function(**given)
+
+        own = [
+            each.replace(kind=Parameter.KEYWORD_ONLY)
+            for each in signature(function, eval_str=True).parameters.values()
+            if each.kind is not Parameter.VAR_KEYWORD and each.name != "told"
+        ]
+        shown = [
+            _option(name, declared, setting, others.get(name, setting.default))
+            for name, (declared, setting) in settings.items()
+        ]
+        parameters = [*own, *shown]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def _read(flag: str, declared: Any, setting: Setting, given: Any) -> Any:
+    """Return a value as functions take it, after a look at it; texts stay texts."""
+    if setting.repeats and given is None:
+        return setting.default
+    value = checked(flag, declared, setting, given)
+    return given if isinstance(given, str) else value
+
+
+def _option(name: str, declared: Any, setting: Setting, default: object) -> Parameter:
+    """Return the parameter of a function of which typer makes an option."""
+    kind = declared
+    if setting.repeats:
+        kind, default = list[str] | None, None
+    elif str in get_args(declared) and not choices_of(declared):
+        kind = str | None
+    bounds = {"min": setting.least, "max": setting.most} if {int, float} & {declared, *get_args(declared)} else {}
+    option = typer.Option(flag_of(name, setting), metavar=setting.metavar, help=setting.help, **bounds)  # type: ignore[arg-type]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 @contextmanager
-def with_progress(
-    progress: ProgressName,
-    *,
-    quiet: bool,
-    delay_s: float = 0.0,
-    log_format: LogFormatName = LogFormatName.text,
-    log_level: LogLevelName = LogLevelName.info,
-) -> "Iterator[OnEvent]":
+def _told(said: Mapping[str, Any], *, delays: bool, resumes: bool) -> Iterator[Told]:
+    from stockflow.interruption import interruptible
+    from stockflow.progress.display import DELAY_S
+
+    with ExitStack() as stack:
+        shown = stack.enter_context(with_progress(said, delay_s=DELAY_S if delays else 0.0))
+        # Within: it would turn the exit that `with_progress` makes of a signal into an error again.
+        stack.enter_context(interruptible() if resumes else nullcontext())
+        on_event = stack.enter_context(with_metrics(said.get("metrics_port"), shown))
+        yield Told(on_event, said["quiet"], said["as_json"])
+
+
+@contextmanager
+def with_progress(said: Mapping[str, Any], *, delay_s: float = 0.0) -> "Iterator[OnEvent]":
     """Provide who is told of events and shows them; what takes less than ``delay_s`` shows nothing.
 
     With ``--progress json`` and ``--log-format json`` standard error has nothing but JSON, the message of an error in
@@ -158,16 +218,17 @@ def with_progress(
     from stockflow.errors import StockflowError
     from stockflow.progress.display import reporting
 
-    is_logged = log_format is LogFormatName.json
-    if is_logged and progress in (ProgressName.rich, ProgressName.lanes, ProgressName.json):
-        raise UserError(f"--log-format json and --progress {progress.value} exclude each other: leave one of them out")
-    style = ProgressName.none if quiet else progress
-    level = LogLevelName.error if quiet else log_level
+    progress, quiet, log_format = said["progress"], said["quiet"], said.get("log_format", "text")
+    is_logged = log_format == "json"
+    if is_logged and progress in ("rich", "lanes", "json"):
+        raise UserError(f"--log-format json and --progress {progress} exclude each other: leave one of them out")
+    style: Any = "none" if quiet else progress
+    level: Any = "error" if quiet else said.get("log_level", "info")
     try:
-        with reporting(style.value, delay_s=delay_s, log_format=log_format.value, level=level.value) as on_event:
+        with reporting(style, delay_s=delay_s, log_format=log_format, level=level) as on_event:
             yield on_event
     except StockflowError as error:
-        if is_logged or style is ProgressName.json:
+        if is_logged or style == "json":
             raise typer.Exit(error.exit_code) from None
         raise
     except Exception as error:
@@ -194,58 +255,3 @@ def with_metrics(port: int | None, on_event: "OnEvent") -> "Iterator[OnEvent]":
         if not port:
             on_event(Note(f"metrics at http://{os.uname().nodename}:{bound}/metrics"))
         yield all_of(metrics, on_event)
-
-
-def is_on_ray(executor: ExecutorName | None) -> bool:
-    """Return whether Ray executes: asked for by name, or by RAY_ADDRESS."""
-    from stockflow import api
-
-    return api.is_on_ray(executor.value if executor else None)
-
-
-def merge_options(
-    memory: str | None,
-    shard_size: str | None,
-    workers: int | None,
-    device: DeviceName,
-    overwrite: bool,
-    *,
-    on_ray: bool = False,
-) -> "MergeOptions":
-    """Return the options of a merge as the driver takes them."""
-    from stockflow import api
-
-    sizes = size_option("--memory", memory), size_option("--shard-size", shard_size)
-    return api.merge_options(*sizes, workers, device.value, overwrite, on_ray=on_ray)
-
-
-def labels_option(pairs: Sequence[str]) -> dict[str, str]:
-    """Return labels by name.
-
-    Raises:
-        PlanError: one is not KEY=VALUE.
-    """
-    labels = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise PlanError(f"--label {pair}: expected KEY=VALUE, such as pool=spot")
-        labels[name] = value
-    return labels
-
-
-def size_option(option: str, text: str | None) -> int | None:
-    """Return a size in bytes, or None if none is given; a message about it names the option."""
-    from stockflow import api
-
-    return api.num_bytes(option, text)
-
-
-def share_option(option: str, text: str | None) -> float | None:
-    """Return a share of the tensors, or None if none is given; a message about it names the option."""
-    from stockflow.verification.sample import parse_share
-
-    try:
-        return None if text is None else parse_share(text)
-    except RecipeError as error:
-        raise RecipeError(f"{option}: {error}") from None

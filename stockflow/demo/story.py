@@ -15,8 +15,9 @@ from stockflow.output.receipts import TensorFacts
 from stockflow.output.tables import read_facts
 from stockflow.recipe import load_recipe
 from stockflow.run import driver
-from stockflow.run.driver import Execute, MergeOptions, MergeResult
+from stockflow.run.driver import Execute, Merged, MergeOptions
 from stockflow.storage import StorageConfig
+from stockflow.text.tables import grid
 from stockflow.verification.verify import Verification, summary_lines, verify
 
 Say = Callable[[str], None]
@@ -91,10 +92,9 @@ def demo_tables(result: DemoResult) -> str:
         "",
         "ratio t by kind of layer (legacy: the two-model formula, which is wrong for these four models)",
         "",
-        f"  {'kind':<12} {'tensors':>7} {'mean cos':>9} {'mean t':>8} {'legacy t':>9}",
     ]
-    for kind, (count, cosine, ratio, legacy) in result.ratios.items():
-        lines.append(f"  {kind:<12} {count:>7} {shown(cosine):>9} {shown(ratio):>8} {shown(legacy):>9}")
+    rows = [(kind, str(count), *map(shown, means)) for kind, (count, *means) in result.ratios.items()]
+    lines += grid([("kind", "tensors", "mean cos", "mean t", "legacy t"), *rows])
     return "\n".join(lines)
 
 
@@ -111,7 +111,7 @@ def _open(recipe: Path) -> driver.Inputs:
     return driver.Inputs.open(load_recipe(str(recipe)))
 
 
-def _merge(recipe: Path, output: Path, options: MergeOptions, execute: Execute, on_event: OnEvent) -> MergeResult:
+def _merge(recipe: Path, output: Path, options: MergeOptions, execute: Execute, on_event: OnEvent) -> Merged:
     return driver.merge(_open(recipe), str(output), options, execute, on_event)
 
 

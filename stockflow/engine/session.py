@@ -14,12 +14,13 @@ from stockflow.engine.devices import Device, open_device
 from stockflow.engine.inputs import OnRead, Sources, Stream
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.units import Unit
-from stockflow.planning.budget import BASELINE_BYTES, MIB, SPANS_AHEAD, Workspace, client_bytes, divide
+from stockflow.planning.budget import BASELINE_BYTES, SPANS_AHEAD, Workspace, client_bytes, divide
 from stockflow.planning.job import Work
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import schedule
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.storage import StorageConfig
+from stockflow.text.sizes import MIB
 
 GROWTH_BYTES = {"cpu": 24 * MIB, "cuda": 96 * MIB}
 """What a process still grows once its kernels are loaded: thread stacks, small allocations, lazily loaded code."""

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from stockflow.forecast.amounts import StoreRequests, Workload, worst_tensor
 from stockflow.forecast.seconds import STAGES, Forecast
-from stockflow.planning.budget import LEAST_MEMORY_BYTES, Workspace, gb, mib
+from stockflow.planning.budget import LEAST_MEMORY_BYTES, Workspace
 from stockflow.planning.plan import MergePlan
-from stockflow.run.driver import MergeResult
+from stockflow.run.driver import Merged
 from stockflow.storage import redact, scheme_of
+from stockflow.text.redaction import command_line
+from stockflow.text.sizes import counted, estimate, gb, mib, times
 
 NUM_STAGES = 3
 """Of what goes on side by side so many are listed, the longest."""
@@ -59,11 +61,12 @@ def plan_lines(
     how = ", ".join(f"{count} by {name}" for name, count in sorted(methods.items()))
     yield f"  tensors {methods.total()}: {how}; {len(plan.skipped)} skipped"
     smallest, largest = (pick(shard.num_bytes for shard in plan.shards) for pick in (min, max))
-    yield f"  output  {len(plan.shards)} shards of {gb(smallest)} to {gb(largest)}, {gb(plan.num_output_bytes)} in all"
+    shards = f"{counted(len(plan.shards), 'shard')} of {gb(smallest)} to {gb(largest)}"
+    yield f"  output  {shards}, {gb(plan.num_output_bytes)} in all"
     yield from _copied_lines(plan)
-    yield f"  read    {gb(work.num_bytes_read)} in {work.num_reads:,} requests"
-    times = (f"{count} tensors read {_times(number)}" for number, count in work.passes.items())
-    yield f"  passes  {'; '.join(times)}"
+    yield f"  read    {gb(work.num_bytes_read)} in {counted(work.num_reads, 'request')}"
+    passes = (f"{counted(count, 'tensor')} read {times(number)}" for number, count in work.passes.items())
+    yield f"  passes  {'; '.join(passes)}"
     worst = worst_tensor(plan.jobs)
     if least_bytes == LEAST_MEMORY_BYTES:
         because = ", which compiling takes, once per machine"
@@ -92,8 +95,8 @@ def _source_lines(plan: MergePlan, work: Workload) -> Iterator[str]:
         total = sum(stamp.size for stamp in checkpoint.files.values())
         role = " (names, order, config)" if index == plan.donor else ""
         yield (
-            f"  input   {redact(checkpoint.url)}: {len(checkpoint.files)} files, {gb(total)}{role}; "
-            f"{gb(reading.num_bytes)} read in {reading.num_requests:,} requests"
+            f"  input   {redact(checkpoint.url)}: {counted(len(checkpoint.files), 'file')}, {gb(total)}{role}; "
+            f"{gb(reading.num_bytes)} read in {counted(reading.num_requests, 'request')}"
         )
 
 
@@ -123,13 +126,13 @@ def forecast_facts(found: Forecast) -> dict[str, object]:
 def forecast_lines(found: Forecast) -> Iterator[str]:
     """Yield time, requests and money, line by line."""
     prediction, conditions = found.prediction, found.conditions
-    workers = _counted(conditions.num_workers, "worker") if conditions.on_ray else "one process"
+    workers = counted(conditions.num_workers, "worker") if conditions.on_ray else "one process"
     each = " each" if conditions.num_workers > 1 else ""
     parts = ", ".join(
-        f"{phase} {duration(seconds)}" for phase, seconds in prediction.phases.items() if seconds >= 0.005
+        f"{phase} {estimate(seconds)}" for phase, seconds in prediction.phases.items() if seconds >= 0.005
     )
-    threads = _counted(conditions.num_threads, "thread")
-    yield f"  time    about {duration(prediction.seconds)} by {workers} of {threads}{each}: {parts}"
+    threads = counted(conditions.num_threads, "thread")
+    yield f"  time    about {estimate(prediction.seconds)} by {workers} of {threads}{each}: {parts}"
     yield f"  limit   {STAGES[prediction.bottleneck]}; side by side: {_longest(prediction.stages)}"
     for place, asked in _by_store(found.requests).items():
         yield (
@@ -137,7 +140,7 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
             f"{gb(asked.bytes_out)} out, {gb(asked.bytes_kept)} in"
         )
     if found.cost is not None:
-        machines = _counted(conditions.num_machines, "machine")
+        machines = counted(conditions.num_machines, "machine")
         yield f"  cost    {money(found.cost)}: {machines} at {conditions.machine_price:g} an hour, start to end"
     for source in found.sources:
         yield f"  model   {source}"
@@ -146,7 +149,7 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
 
 
 def _disk_words(found: Forecast) -> str:
-    takes = duration(found.prediction.disk_s)
+    takes = estimate(found.prediction.disk_s)
     if found.prediction.in_memory:
         return f"inputs in folders are taken to be in memory; from the disk, reading them takes at least {takes}"
     why = "at the rate that is given" if found.conditions.read_rate else "as they do not fit into memory"
@@ -165,19 +168,7 @@ def _by_store(requests: Sequence[tuple[str, StoreRequests]]) -> dict[str, StoreR
 
 def _longest(stages: Mapping[str, float]) -> str:
     shown = sorted(stages, key=lambda stage: -stages[stage])[:NUM_STAGES]
-    return ", ".join(f"{STAGES[stage]} {duration(stages[stage])}" for stage in shown)
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people."""
-    if seconds < 120:
-        return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds:.2f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
+    return ", ".join(f"{STAGES[stage]} {estimate(stages[stage])}" for stage in shown)
 
 
 def money(amount: float) -> str:
@@ -185,7 +176,7 @@ def money(amount: float) -> str:
     return f"{amount:.2f}" if amount >= 1 or amount == 0 else f"{amount:.2g}"
 
 
-def result_facts(result: MergeResult) -> dict[str, object]:
+def result_facts(result: Merged) -> dict[str, object]:
     """Return what a finished merge was, for programs."""
     files = result.manifest.files
     return {
@@ -200,36 +191,34 @@ def result_facts(result: MergeResult) -> dict[str, object]:
     }
 
 
-def result_lines(result: MergeResult) -> Iterator[str]:
+def result_lines(result: Merged) -> Iterator[str]:
     """Yield the summary of a finished merge, line by line."""
     where = redact(result.output_url)
     if result.outcome == "already_finished":
         yield f"already finished: {where} holds this plan's output ({result.plan.plan_id[:12]}); nothing was done"
-        yield f"next: stockflow verify {where}"
+        yield f"next: {command_line('stockflow', 'verify', result.output_url)}"
         return
     facts = result.manifest.summary
     read, written = facts["bytes_read"], facts["bytes_written"]
-    parameters = facts["parameters"] / 1e9
-    yield f"merged {facts['tensors']:.0f} tensors ({parameters:.3g} B parameters) in {result.seconds:.1f} s"
+    what = f"{counted(facts['tensors'], 'tensor')} ({counted(facts['parameters'], 'parameter', cut=True)})"
+    yield f"merged {what} in {result.seconds:.1f} s"
     yield f"  read {gb(read)}, wrote {gb(written)}: {gb((read + written) / max(result.seconds, 1e-9))}/s"
     stages = {name.removeprefix("seconds_"): value for name, value in facts.items() if name.startswith("seconds_")}
-    yield "  seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in stages.items() if name != "total")
+    yield "  seconds by stage, summed over threads: " + ", ".join(
+        f"{name} {value:.1f}" for name, value in stages.items() if name != "total"
+    )
     yield from _copied_lines(result.plan)
     yield f"  peak memory {mib(facts['peak_memory_bytes'])}"
     if result.num_resumed:
         yield f"  resumed: {result.num_resumed} of {len(result.plan.shards)} shards were there already"
     if facts["clamped_tensors"]:
         yield (
-            f"  {facts['clamped_tensors']:.0f} tensors were clamped to the base in whole or part: their task vectors "
-            "oppose each other (stockflow: on_negative)"
+            f"  clamped to the base in whole or part: {counted(facts['clamped_tensors'], 'tensor')}, whose task "
+            "vectors oppose each other (stockflow: on_negative)"
         )
     if facts["zero_delta_tensors"]:
-        yield f"  {facts['zero_delta_tensors']:.0f} tensors are unchanged in at least one model"
+        yield f"  unchanged in at least one model: {counted(facts['zero_delta_tensors'], 'tensor')}"
     if facts["retries"]:
-        yield f"  {facts['retries']:.0f} reads were retried"
+        yield f"  retried: {counted(facts['retries'], 'read')}"
     yield f"output: {where}"
-    yield f"next: stockflow verify {where}"
-
-
-def _times(number: int) -> str:
-    return "once" if number == 1 else f"{number} times"
+    yield f"next: {command_line('stockflow', 'verify', result.output_url)}"

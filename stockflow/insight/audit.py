@@ -1,10 +1,7 @@
-"""``stockflow audit``: what the wrong formula did or would have done, and which formula made a merge that exists."""
+"""``stockflow audit``: opens a merge, or what a recipe says of one, and looks at every tensor of it."""
 
-import json
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 from stockflow.checkpoints.naming import kind_of, layer_of
@@ -12,8 +9,9 @@ from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoin
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
 from stockflow.events import Done, Note, OnEvent, Stage, ignore
-from stockflow.insight.examiner import EXTRAPOLATED, MERGE_NONFINITE, NONFINITE, correct_formula, look_at
-from stockflow.insight.inspection import Following, Survey, SurveyOptions
+from stockflow.insight.examiner import look_at
+from stockflow.insight.surveys import Following, Survey, SurveyOptions
+from stockflow.insight.verdict import METHOD, Audit, Merge
 from stockflow.kernels.floats import FORMATS
 from stockflow.methods.ratios import RATIOS
 from stockflow.output import manifest as manifest_file
@@ -29,10 +27,6 @@ from stockflow.verification.files import Output
 from stockflow.verification.findings import Finding
 from stockflow.verification.records import check_input, read_plan
 
-FORMAT = "stockflow-audit-1"
-METHOD = "model_stock"
-WORTH_IT = 0.01
-"""Error relative to the size of the update from which on merging again is called worth it."""
 MAX_SHOWN = 5
 
 EMPTY_ROW: dict[str, Any] = {
@@ -42,63 +36,6 @@ EMPTY_ROW: dict[str, Any] = {
     "residual": None, "rounding_noise": None, "error": None, "distance": None, "equal_share": None,
     "mean_roundings": None, "max_roundings": None, "flags": [],
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What is to be audited: how it should have been merged, and where the result is."""
-
-    plan: MergePlan
-    storage: StorageConfig
-    merged_url: str | None = None
-    merged: Checkpoint | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What was found; rows are plain, in the order of the plan."""
-
-    merge: Merge
-    rows: Sequence[dict[str, Any]]
-    left_out: Mapping[str, str]
-    """tensors that were not looked at, and why"""
-    num_bytes_read: int
-    seconds: float
-
-    @property
-    def num_tuned(self) -> int:
-        """N, the number of tuned models."""
-        return max(len(job.reading.operands) for job in self.merge.plan.jobs if job.result.method == METHOD) - 1
-
-    @property
-    def verdict(self) -> "Verdict":
-        """Whether to merge again."""
-        return judge(self)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what `stockflow audit --json` prints."""
-        return summary(self) | {"tensors": list(self.rows)}
-
-    def __str__(self) -> str:
-        from stockflow.insight.audit_lines import audit_lines
-
-        return "\n".join(audit_lines(self))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether to merge again."""
-
-    answer: str
-    """``no``, ``hardly``, ``yes``, ``unrelated``, ``undecided`` (NaN or infinity in a model); without a merge to look
-    at ``same`` for ``no``, and never ``unrelated``"""
-    distance: float
-    """of all tensors together: error relative to the size of the update"""
-    share: float
-    """of the parameters, in tensors that are not the correct merge"""
-    stays: bool = False
-    """whether the correct merge is the base: ``distance`` is then relative to the mean task vectors"""
 
 
 def open_recipe(inputs: Inputs, location: str | None, on_event: OnEvent = ignore) -> Merge:
@@ -265,99 +202,3 @@ def _nothing_in_common(merge: Merge, left_out: Mapping[str, str]) -> str:
         f"{where} is no merge of this recipe's models: of {len(about)} tensors none is there in the expected shape; "
         f"it has {', '.join(map(repr, theirs))}, ...{first}"
     )
-
-
-def is_correct(row: Mapping[str, Any], *, extrapolates: bool) -> bool:
-    """Return whether a tensor is what the recipe asks for, as far as its numbers tell."""
-    return ("extrapolated" if extrapolates else "exact") in row["candidates"]
-
-
-def judge(found: Audit) -> Verdict:
-    """Return whether to merge again, from all tensors together."""
-    return _judge_merge(found) if found.merge.merged else _judge_recipe(found)
-
-
-def _judge_merge(found: Audit) -> Verdict:
-    broken = [row for row in found.rows if MERGE_NONFINITE in row["flags"]]
-    unknown = [row for row in found.rows if NONFINITE in row["flags"]]
-    rows = [row for row in found.rows if row["match"] != "not_finite"]
-    extrapolating = _extrapolating(found)
-    wrong = [row for row in rows if not is_correct(row, extrapolates=row["name"] in extrapolating)]
-    distance, stays = _relative(rows, [row["error"] for row in wrong])
-    verdict = Verdict("no", distance, _num_elems([*wrong, *broken]) / max(_num_elems(found.rows), 1), stays)
-    if _num_elems(row for row in rows if row["match"] == "none") > 0.5 * _num_elems(rows):
-        return replace(verdict, answer="unrelated")
-    # Where no tensor should have moved, any change is one too many.
-    if broken or distance >= WORTH_IT or (wrong and stays):
-        return replace(verdict, answer="yes")
-    return replace(verdict, answer="hardly" if wrong else "undecided" if unknown else "no")
-
-
-def _judge_recipe(found: Audit) -> Verdict:
-    if found.num_tuned == 2:  # one formula; clamping, which is another matter, is not what the old one got wrong
-        return Verdict("same", 0.0, 0.0)
-    rows = [row for row in found.rows if row["match"] != "not_finite"]
-    moved = [row for row in rows if row["old_error"]]
-    distance, stays = _relative(rows, [row["old_error"] for row in moved])
-    verdict = Verdict("same", distance, _num_elems(moved) / max(_num_elems(found.rows), 1), stays)
-    if moved:
-        return replace(verdict, answer="yes" if stays or distance >= WORTH_IT else "hardly")
-    return verdict if len(rows) == len(found.rows) else replace(verdict, answer="undecided")
-
-
-def _relative(rows: Sequence[Mapping[str, Any]], errors: Sequence[float | None]) -> tuple[float, bool]:
-    """Return errors of tensors relative to the update of all; where none moves, to their mean task vectors."""
-    update, mean = (math.hypot(*(row[column] or 0.0 for row in rows)) for column in ("update_norm", "mean_norm"))
-    size = update or mean
-    return (math.hypot(*(error or 0.0 for error in errors)) / size if size else 0.0), not update
-
-
-def _num_elems(rows: Iterable[Mapping[str, Any]]) -> int:
-    return sum(row["num_elems"] for row in rows)
-
-
-def _extrapolating(found: Audit) -> frozenset[str]:
-    """The tensors whose recipe asks to extrapolate."""
-    jobs = found.merge.plan.jobs
-    return frozenset(job.output.name for job in jobs if correct_formula(job) == EXTRAPOLATED)
-
-
-def shares(found: Audit) -> dict[str, dict[str, float]]:
-    """Return how many tensors and parameters carry each label."""
-    labels: dict[str, dict[str, float]] = {}
-    for row in found.rows:
-        counts = labels.setdefault(str(row["match"]), {"tensors": 0, "num_elems": 0})
-        counts["tensors"] += 1
-        counts["num_elems"] += row["num_elems"]
-    return dict(sorted(labels.items(), key=lambda item: -item[1]["num_elems"]))
-
-
-def summary(found: Audit) -> dict[str, Any]:
-    """Return what goes before the rows."""
-    decided = judge(found)
-    return {
-        "format": FORMAT,
-        "base": redact(found.merge.plan.checkpoints[0].url),
-        "models": [redact(ref.url) for ref in found.merge.plan.checkpoints[1:]],
-        "merged": redact(found.merge.merged_url) if found.merge.merged_url else None,
-        "verdict": decided.answer,
-        "distance": decided.distance,
-        "distance_is_of": "mean task vectors" if decided.stays else "update",
-        "share_of_parameters": decided.share,
-        "labels": shares(found) if found.merge.merged else {},
-        "left_out": dict(found.left_out),
-        "notes": list(found.merge.notes),
-        "bytes_read": found.num_bytes_read,
-        "seconds": found.seconds,
-    }
-
-
-def json_parts(found: Audit) -> Iterator[str]:
-    """Yield audit.json, piece by piece: the summary, and one line per tensor."""
-    head = json.dumps(summary(found), indent=1, ensure_ascii=False)
-    yield head.removesuffix("\n}") + ',\n "tensors": ['
-    separator = "\n"
-    for row in found.rows:
-        yield f"{separator}  {json.dumps(row, ensure_ascii=False)}"
-        separator = ",\n"
-    yield "\n ]\n}\n"

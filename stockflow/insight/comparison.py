@@ -19,7 +19,7 @@ from stockflow.engine.survey import Look, SurveySpec
 from stockflow.engine.units import Unit
 from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.insight.difference import CheckpointDifference, TensorDifference, Unmatched
-from stockflow.insight.inspection import Survey, SurveyOptions
+from stockflow.insight.surveys import Survey, SurveyOptions
 from stockflow.kernels import comparison
 from stockflow.kernels.arrays import Floats, Unsigned, Values
 from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS

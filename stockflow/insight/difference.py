@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from stockflow.checkpoints.naming import KINDS, kind_of, layer_of
-from stockflow.planning.budget import gb
 from stockflow.storage import redact
 from stockflow.text import notebook
 from stockflow.text.escaping import in_a_line
+from stockflow.text.redaction import command_line
+from stockflow.text.sizes import are, counted, gb
+from stockflow.text.tables import grid
 
 NUM_SHOWN = 20
 """Names and groups a summary lists."""
@@ -180,12 +182,14 @@ class CheckpointDifference:
         a, b = redact(self.url_a), redact(self.url_b)
         rate = f"{gb(self.num_bytes)} in {self.seconds:.1f} s"
         if self.is_equal:
-            yield f"equal: {len(self.tensors)} tensors of {a} and {b}, bit for bit; {rate}"
+            yield f"equal: {counted(len(self.tensors), 'tensor')} of {a} and {b}, bit for bit; {rate}"
             return
         yield f"{a} and {b} differ; {rate}"
         for names, where in ((self.only_in_a, a), (self.only_in_b, b)):
-            yield from _listed(f"{len(names)} tensors are only in {where}", names)
-        yield from _listed(f"{len(self.unmatched)} tensors cannot be compared", [str(each) for each in self.unmatched])
+            yield from _listed(f"{counted(len(names), 'tensor')} {are(len(names))} only in {where}", names)
+        yield from _listed(
+            f"{counted(len(self.unmatched), 'tensor')} cannot be compared", [str(each) for each in self.unmatched]
+        )
         num_differing = len(self.differing)
         yield f"  {num_differing} of {len(self.tensors)} tensors that both have differ"
         if not num_differing:
@@ -196,7 +200,7 @@ class CheckpointDifference:
         yield f"  tensors, the relatively farthest first{_cut(num_differing, NUM_FARTHEST)}"
         for tensor in self.differing[:NUM_FARTHEST]:
             yield f"    {in_a_line(tensor.name)}: {in_words(tensor)}"
-        yield f"next: stockflow diff {a} {b} --json lists every tensor"
+        yield f"next: {command_line('stockflow', 'diff', self.url_a, self.url_b, '--json')} lists every tensor"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -282,20 +286,22 @@ def _group_facts(group: GroupDifference) -> dict[str, object]:
 
 
 def _table(title: str, groups: Sequence[GroupDifference]) -> Iterator[str]:
-    shown_groups = groups[:NUM_SHOWN]
-    width = max(len(title), *(len(group.name) for group in shown_groups))
     yield ""
-    yield f"  {title:<{width}}  {'differ':>11}  {'elements':>9}  {'distance':>9}  {'> 2 roundings':>13}  largest change"
-    for group in shown_groups:
-        share = 100.0 * group.num_differing / max(group.num_elems, 1)
-        beyond = f"{100.0 * group.roundings[3] / sum(group.roundings):.3g} %" if sum(group.roundings) else "-"
-        largest = "-" if group.largest_in is None else f"{shown(group.largest_change)} in {in_a_line(group.largest_in)}"
-        yield (
-            f"  {group.name:<{width}}  {group.num_differing_tensors:>4} of {group.num_tensors:<3}  {share:>7.3g} %  "
-            f"{shown(group.relative_distance):>9}  {beyond:>13}  {largest}"
-        )
+    heads = (title, "differ", "elements", "distance", "> 2 roundings", "largest change")
+    yield from grid([heads, *map(_cells, groups[:NUM_SHOWN])], left=(0, len(heads) - 1))
     if len(groups) > NUM_SHOWN:
         yield f"  ... and {len(groups) - NUM_SHOWN} more"
+
+
+def _cells(group: GroupDifference) -> tuple[str, ...]:
+    return (
+        group.name,
+        f"{group.num_differing_tensors} of {group.num_tensors}",
+        f"{100.0 * group.num_differing / max(group.num_elems, 1):.3g} %",
+        shown(group.relative_distance),
+        f"{100.0 * group.roundings[3] / sum(group.roundings):.3g} %" if sum(group.roundings) else "-",
+        "-" if group.largest_in is None else f"{shown(group.largest_change)} in {in_a_line(group.largest_in)}",
+    )
 
 
 def _listed(title: str, names: Sequence[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from stockflow.insight.formulas import (
     ROUNDINGS_OF_A_TOOL,
     SAME_RATIO,
     SECONDARY,
-    Evidence,
+    TensorEvidence,
     decide,
     ratio_errors,
     ratios_of,
@@ -319,7 +319,7 @@ def audit_row(look: Look, tally: Tally, *, has_merged: bool) -> dict[str, Any]:
         return row
     num_elems = reading.num_elems
     match, candidates = decide(
-        Evidence(
+        TensorEvidence(
             num_elems, len(reading.operands) - 2, tally.contenders_K.tolist(), ratios_K, tally.same_KK,
             tally.equal_K.tolist(), tally.roundings_K.tolist(), tally.nearer_KK,
         ),

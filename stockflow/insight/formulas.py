@@ -67,7 +67,7 @@ error and formulas within it are not told apart."""
 
 
 @dataclass(frozen=True)
-class Evidence:
+class TensorEvidence:
     """What elements say of a tensor, per formula; sums over all of it."""
 
     num_elems: int
@@ -101,7 +101,7 @@ def ratio_errors(ratios: Floats, num_tuned: int, dtype: str) -> Floats:
     return np.abs(ratios) * amplified * RATIO_PRECISION[dtype]
 
 
-def decide(evidence: Evidence, dtype: str) -> tuple[str, tuple[str, ...]]:
+def decide(evidence: TensorEvidence, dtype: str) -> tuple[str, tuple[str, ...]]:
     """Return the label of a tensor, and every formula it may have been made by, those of equal t included."""
     contenders = [k for k in range(len(FORMULAS)) if evidence.is_contender[k] and FORMULAS[k] not in SECONDARY]
     contenders = contenders or [k for k in range(len(FORMULAS)) if evidence.is_contender[k]]
@@ -114,7 +114,7 @@ def decide(evidence: Evidence, dtype: str) -> tuple[str, tuple[str, ...]]:
     return ("indistinguishable" if rivals else FORMULAS[min(alike)]), found
 
 
-def _told_apart(evidence: Evidence, best: int, other: int, dtype: str) -> bool:
+def _told_apart(evidence: TensorEvidence, best: int, other: int, dtype: str) -> bool:
     for_best, for_other = int(evidence.nearer[best, other]), int(evidence.nearer[other, best])
     if for_best - for_other <= SIGNIFICANCE * math.sqrt(for_best + for_other):
         return False

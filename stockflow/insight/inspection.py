@@ -1,4 +1,4 @@
-"""``stockflow inspect``: the statistics of a merge without the merge. One read of the inputs, nothing written to them.
+"""What ``stockflow inspect`` found: the statistics of a merge without the merge, in numbers and in words.
 
 A tensor's row is its Gram: |w_0|^2 and the products of its task vectors, in float64, added in the order in which a
 merge adds them. Cosines, norms, angles and ratios follow from it; sums of Grams are the Grams of several tensors
@@ -6,118 +6,39 @@ together, which is how layers, kinds and whole models are compared.
 """
 
 import json
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.naming import kind_of, layer_of
-from stockflow.engine.procedures.linear import GramSweep
-from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
-from stockflow.engine.survey import Look, SurveySpec
-from stockflow.engine.units import Unit
-from stockflow.errors import RecipeError
-from stockflow.events import Done, Event, Moved, OnEvent, Stage
+from stockflow.checkpoints.naming import KINDS, kind_of, layer_of
+from stockflow.engine.survey import Look
 from stockflow.kernels.arrays import Floats
-from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import FLOAT_BYTES
-from stockflow.methods.ratios import RATIOS, Geometry, finite, packed, pairs, unpacked
-from stockflow.planning.job import Reading, TensorJob, stored
-from stockflow.planning.make import make_plan
+from stockflow.methods.ratios import RATIOS, Geometry, cosine_matrix, finite, pairs, unpacked
+from stockflow.planning.job import TensorJob
 from stockflow.planning.plan import CheckpointRef
-from stockflow.planning.spans import SPAN_ELEMS
-from stockflow.run.driver import Inputs, collector_paused
 from stockflow.storage import redact
+from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import counted, gb, share
+from stockflow.text.tables import grid
 
 FORMAT = "stockflow-inspection-1"
+MAX_LAYER_LINES = 40
+"""More layers than this are shown several to a line."""
+MAX_MATRIX = 12
+MAX_NAMED = 3
+NOTABLE = {
+    "unchanged": "unchanged in every model: a merge copies them from the base",
+    "zero_delta": "unchanged in at least one model, whose pairs count as cosine 0",
+    "would_clamp": "with a negative mean cosine: Model Stock keeps the base there, mergekit leaves the models behind",
+    "degenerate": "whose task vectors cancel: no ratio exists",
+    "nonfinite": "with NaN or infinity in some model: nothing can be said of them",
+    "copied": "without statistics: integers, empty, named in a rule that copies, or not of one shape everywhere",
+}
 ROWS_AT_ONCE = 2048
 """Tensors whose rows are plain Python values at a time: with 16 models one has 300 numbers."""
-
-Survey = Callable[[SurveySpec, Sequence[Look], OnEvent], Iterator[tuple[int, Any]]]
-"""Looks at tensors somewhere; tells what it reads, and yields their numbers and rows, in any order."""
-
-
-@dataclass(frozen=True)
-class SurveyOptions:
-    """What a survey may use."""
-
-    memory_bytes: int
-    num_threads: int
-    device: Any = "auto"
-
-
-class Following:
-    """Tells of a survey what is read and which tensors are done, and counts the bytes; from several threads."""
-
-    def __init__(self, spec: SurveySpec, looks: Sequence[Look], on_event: OnEvent) -> None:
-        """Tell that reading begins."""
-        self.num_read = 0
-        self._looks = looks
-        self._on_event = on_event
-        self._lock = threading.Lock()
-        num_bytes = bytes_to_read(spec, looks)
-        on_event(Stage("reading the inputs", total_bytes=num_bytes, num_items=len(looks), unit="tensors"))
-
-    def __call__(self, event: Event) -> None:
-        """Count bytes, and pass it on."""
-        if isinstance(event, Moved):
-            with self._lock:
-                self.num_read += event.num_read
-        self._on_event(event)
-
-    def rows(self, found: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-        """Yield numbers and rows as they come."""
-        for number, row in found:
-            self._on_event(Done(self._looks[number].reading.name))
-            yield number, row
-
-
-def bytes_to_read(spec: SurveySpec, looks: Sequence[Look]) -> int:
-    """Return what a survey will read: on the first sweep everything, on a second one large tensors of local files.
-
-    Those from elsewhere are held meanwhile where the memory allows it, which only the worker knows.
-    """
-    is_local = not any("://" in ref.url for ref in spec.checkpoints)
-
-    def num_reads(look: Look) -> int:
-        return look.num_sweeps if is_local and look.reading.num_elems > SPAN_ELEMS else 1
-
-    return sum(num_reads(look) * look.reading.num_bytes for look in looks)
-
-
-class GramExaminer:
-    """Takes the Gram of whole tensors."""
-
-    @property
-    def num_sweeps(self) -> int:
-        """Once."""
-        return 1
-
-    def span_bytes(self, look: Look, num_elems: int) -> int:
-        """Return 0: a Gram is taken in the caches."""
-        del look, num_elems
-        return 0
-
-    def state_bytes(self, look: Look, num_groups: int) -> int:
-        """Return the size of the products."""
-        return num_groups * len(look.reading.operands) ** 2 * FLOAT_BYTES
-
-    def examine(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> Floats:
-        """Return the Gram of a tensor as one packed row."""
-        bits = look.planned.result.working_bits if look.planned else 64
-        (total_GMM,) = swept(unit, [GramSweep(unit, tools, refuses=False, float_bits=bits)], map_spans, last=True)
-        row_Q: Floats = packed(Gram(total_GMM))[0]
-        return row_Q
-
-    def conclude(self, look: Look, parts: Sequence[Floats]) -> Floats:
-        """Return the row of the only unit."""
-        del look
-        (row_Q,) = parts
-        return row_Q
 
 
 @dataclass(frozen=True)
@@ -225,8 +146,6 @@ class Inspection:
         return summary(self) | {"tensors": list(self.rows())}
 
     def __str__(self) -> str:
-        from stockflow.insight.inspection_lines import inspection_lines
-
         return "\n".join(inspection_lines(self))
 
     def _statistics(self, numbers: Sequence[int]) -> tuple[Sequence[int], list[dict[str, Any]]]:
@@ -266,59 +185,6 @@ def _identity(subject: Subject) -> dict[str, Any]:
 def _portions(numbers: Sequence[int]) -> Iterator[list[int]]:
     for start in range(0, len(numbers), ROWS_AT_ONCE):
         yield list(numbers[start : start + ROWS_AT_ONCE])
-
-
-def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_event: OnEvent) -> Inspection:
-    """Take the statistics of a recipe's checkpoints.
-
-    Raises:
-        RecipeError: the recipe names no base.
-        PlanError: the checkpoints do not fit together.
-        UserError: an input changed, or the budget is too small.
-        StorageError: reading failed after retries.
-    """
-    started = time.perf_counter()
-    on_event(Stage("planning"))
-    subjects, checkpoints = find_subjects(inputs)
-    numbers = [number for number, subject in enumerate(subjects) if subject.look]
-    looks = [subject.look for subject in subjects if subject.look]
-    num_tuned = len(checkpoints) - 1
-    packed_TQ = np.full((len(subjects), 1 + num_tuned * (num_tuned + 1) // 2), np.nan)
-    spec = SurveySpec(checkpoints, inputs.storage, options.memory_bytes, options.num_threads, options.device)
-    following = Following(spec, looks, on_event)
-    for number, row_Q in following.rows(survey(spec, looks, following)) if looks else ():
-        packed_TQ[numbers[number]] = row_Q
-    return Inspection(checkpoints, subjects, packed_TQ, following.num_read, time.perf_counter() - started)
-
-
-def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, ...]]:
-    """Return the tensors of a recipe with what is to be read of each, and the checkpoints, base first."""
-    recipe = inputs.recipe
-    if recipe.base_model is None:
-        raise RecipeError(
-            "statistics are taken of the changes against a base, and this recipe names none; "
-            "add `base_model: ...`, the model the others were tuned from"
-        )
-    if len(recipe.checkpoints) < 2:
-        raise RecipeError("this recipe lists no model besides its base; there is nothing to compare")
-    with collector_paused():
-        plan = make_plan(recipe, inputs.checkpoints)
-        subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
-    return subjects, plan.checkpoints
-
-
-def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:
-    """The base's tensor and those of all other models, whatever the method reads of them."""
-    name = planned.output.name
-    shape = inputs.checkpoints[0].specs[name].shape
-    if planned.is_copy or not planned.reading.num_elems:
-        return None
-    checkpoints = inputs.checkpoints
-    if any(name not in each.specs or each.specs[name].shape != shape for each in checkpoints):
-        return None
-    operands = tuple(stored(number, each.specs[name], each.extents[name]) for number, each in enumerate(checkpoints))
-    bits = planned.reading.float_bits
-    return Look(Reading(name, shape, operands, float_bits=bits), GramExaminer(), planned)
 
 
 def summary(inspection: Inspection) -> dict[str, Any]:
@@ -370,3 +236,122 @@ def json_parts(inspection: Inspection) -> Iterator[str]:
         yield f"{separator}  {json.dumps(row, ensure_ascii=False)}"
         separator = ",\n"
     yield "\n ]\n}\n"
+
+
+def inspection_lines(inspection: Inspection) -> Iterator[str]:
+    """Yield the summary, line by line."""
+    num_elems = sum(inspection.subjects[number].planned.output.num_elems for number in inspection.compared)
+    yield (
+        f"inspected {len(inspection.compared):,} of {counted(len(inspection.subjects), 'tensor')} "
+        f"({counted(num_elems, 'parameter', cut=True)}) in {inspection.seconds:.1f} s; "
+        f"read {gb(inspection.num_bytes_read)}"
+    )
+    yield from _models(inspection)
+    if inspection.compared:
+        yield ""
+        yield from _by_kind(inspection)
+        yield ""
+        yield from _by_layer(inspection)
+    yield ""
+    yield from _notable(inspection)
+
+
+def _models(inspection: Inspection) -> Iterator[str]:
+    """One line per model: where it is, how far it went from the base, its cosines with the others."""
+    yield f"  base {redact(inspection.checkpoints[0].url)}"
+    if not inspection.compared:
+        return
+    pooled, num_tuned = inspection.pooled(inspection.compared), inspection.num_tuned
+    norms_N, base_norm = pooled.gram.delta_norms_GN[0], float(pooled.gram.base_norm_G[0])
+    with_matrix = 2 <= num_tuned <= MAX_MATRIX
+    matrix = cosine_matrix(pooled.cosines_GP[0].tolist(), num_tuned)
+    table = [["", "|d| / |w0|", *(str(number + 1) for number in range(num_tuned) if with_matrix), ""]]
+    for number, ref in enumerate(inspection.checkpoints[1:]):
+        cosines = [f"{cosine:.3f}" for cosine in matrix[number]] if with_matrix else []
+        table.append([str(number + 1), share(norms_N[number] / base_norm), *cosines, redact(ref.url)])
+    if with_matrix:
+        yield "cosines of the task vectors, all tensors together"
+    yield from grid(table, left=(len(table[0]) - 1,))
+
+
+HEADS = (
+    "tensors",
+    "params",
+    "|d| / |w0|",
+    "cosine",
+    "angle",
+    "t",
+    "t from - to",
+    "2-model t",
+    "mean-angle",
+    "adjacent",
+)
+
+
+def _by_kind(inspection: Inspection) -> Iterator[str]:
+    groups = inspection.groups(lambda subject: subject.kind)
+    table = [["kind", *HEADS]]
+    table += [[kind, *_cells(inspection, groups[kind])] for kind in KINDS if kind in groups]
+    yield from grid(table)
+
+
+def _by_layer(inspection: Inspection) -> Iterator[str]:
+    layers = sorted({subject.layer for subject in inspection.subjects if subject.layer is not None})
+    per_line = -(-len(layers) // MAX_LAYER_LINES) if layers else 1
+
+    def line_of(subject: Subject) -> int:
+        return -1 if subject.layer is None else layers.index(subject.layer) // per_line
+
+    table = [["layer", *HEADS]]
+    for line, numbers in sorted(inspection.groups(line_of).items()):
+        together = layers[line * per_line : (line + 1) * per_line] if line >= 0 else []
+        first_last = dict.fromkeys(str(layer) for layer in (*together[:1], *together[-1:]))
+        table.append(["-".join(first_last) or "none", *_cells(inspection, numbers)])
+    yield from grid(table)
+
+
+def _cells(inspection: Inspection, numbers: Sequence[int]) -> list[str]:
+    pooled = inspection.pooled(numbers)
+    num_elems = sum(inspection.subjects[number].planned.output.num_elems for number in numbers)
+    drift, base_norm = float(np.mean(pooled.gram.delta_norms_GN[0])), float(pooled.gram.base_norm_G[0])
+    ratios_T = _finite(inspection.ratios["exact"][list(numbers)])
+    extremes = f"{ratios_T.min():.3f} - {ratios_T.max():.3f}" if len(ratios_T) else ""
+    others = (_finite(inspection.ratios[name][list(numbers)]) for name in ("two_model", "mean_angle", "adjacent"))
+    cosine = float(pooled.mean_cosine_G[0])
+    return [
+        f"{len(numbers):,}",
+        f"{num_elems:,}" if num_elems < 1e6 else f"{num_elems / 1e6:,.1f} M",
+        share(drift / base_norm) if base_norm else "",
+        f"{cosine:.3f}" if np.isfinite(cosine) else "",
+        f"{np.degrees(np.arccos(cosine)):.1f}°" if np.isfinite(cosine) else "",
+        middle(ratios_T),
+        extremes,
+        *map(middle, others),
+    ]
+
+
+def _notable(inspection: Inspection) -> Iterator[str]:
+    for flag, words in NOTABLE.items():
+        numbers = inspection.flagged.get(flag, [])
+        if flag == "zero_delta":
+            unchanged = set(inspection.flagged.get("unchanged", []))
+            numbers = [number for number in numbers if number not in unchanged]
+        if numbers:
+            names = ", ".join(in_a_line(inspection.subjects[number].name) for number in numbers[:MAX_NAMED])
+            more = f" and {len(numbers) - MAX_NAMED} more" if len(numbers) > MAX_NAMED else ""
+            yield f"{counted(len(numbers), 'tensor')} {words} ({names}{more})"
+    if inspection.num_tuned > 2:
+        yield (
+            "t is N cos / (1 + (N - 1) cos), cos the mean over all pairs; the last three columns are what other tools "
+            "take for t (docs/insight.md#inspect)"
+        )
+
+
+def middle(values: Floats) -> str:
+    """Return the median as it goes into a table; nothing if there is none."""
+    return f"{np.median(values):.3f}" if len(values) else ""
+
+
+def _finite(values: Any) -> Floats:
+    found: Floats = values[np.isfinite(values)]
+    return found

@@ -64,9 +64,7 @@ def compare(
     apart_T = np.empty(TILE, patterns_2T.dtype)
     change_T = np.empty(TILE, np.float64)
     lanes_3L = np.zeros((3, LANES))
-    sums[:] = 0.0
-    counts[:] = zero
-    counts[FIRST] = counts[LARGEST_AT] = num_elems
+    _begin(sums, counts, num_elems)
     start = largest = zero
     while start < num_elems:
         count = min(tile, num_elems - start)
@@ -101,10 +99,22 @@ def compare(
             _add_squares(change_T, lanes_3L[SQUARES_CHANGE])
             largest = _find_largest(change_T, start, largest, counts)
         start += count
+    _add_lanes(lanes_3L, sums)
+    sums.view(np.uint64)[LARGEST] = largest
+
+
+@jit
+def _begin(sums: Floats, counts: Unsigned, num_elems: Index) -> None:
+    sums[:] = 0.0
+    counts[:] = np.uint64(0)
+    counts[FIRST] = counts[LARGEST_AT] = num_elems
+
+
+@jit
+def _add_lanes(lanes_3L: Floats, sums: Floats) -> None:
     for i in range(3):
         for n in range(LANES):
             sums[i] += lanes_3L[i, n]
-    sums.view(np.uint64)[LARGEST] = largest
 
 
 @jit

@@ -12,8 +12,7 @@ from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.planning.job import Reading, Work
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.storage.parts import upload_bytes
-
-MIB = 2**20
+from stockflow.text.sizes import MIB, mib
 
 BASELINE_BYTES = {"cpu": 184 * MIB, "cuda": 1200 * MIB}
 """Interpreter, libraries, loaded kernels and thread stacks, by device: 160 MiB measured before threads start."""
@@ -279,16 +278,3 @@ def _cgroup_limits() -> Iterable[int]:
         if text.isdigit():
             yield int(text)
     yield _physical_bytes()
-
-
-def mib(num_bytes: float) -> str:
-    """Return a size for people, in MiB."""
-    return f"{num_bytes / MIB:,.0f} MiB"
-
-
-def gb(num_bytes: float) -> str:
-    """Return a size for people, in decimal units as storage is sold."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.0f} B"

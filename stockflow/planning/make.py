@@ -10,6 +10,7 @@ from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFil
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
 NUM_PROBLEMS_SHOWN = 20
@@ -70,7 +71,7 @@ def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
     if num_workers is None or len(plan.shards) >= SHARDS_PER_WORKER * num_workers:
         return []
     few = f"with fewer than {SHARDS_PER_WORKER} each, some idle at the end"
-    said = f"{len(plan.shards)} shards for {num_workers} workers: {few}"
+    said = f"{counted(len(plan.shards), 'shard')} for {counted(num_workers, 'worker')}: {few}"
     enough = SHARDS_PER_WORKER * num_workers
     jobs = list(plan.jobs)
     good = plan.num_output_bytes // (GOOD_SHARDS_PER_WORKER * num_workers)
@@ -194,7 +195,8 @@ def _all_problems(problems: Sequence[str]) -> str:
 def _notes(donor: Checkpoint, side_donor: Checkpoint, skipped: Sequence[str]) -> tuple[str, ...]:
     notes = []
     if skipped:
-        notes.append(f"{len(skipped)} tensors are left out by rules: {', '.join(map(in_a_line, skipped[:3]))} ...")
+        which = f"{counted(len(skipped), 'tensor')} {are(len(skipped))}"
+        notes.append(f"{which} left out by rules: {', '.join(map(in_a_line, skipped[:3]))} ...")
     if donor.config is None:
         notes.append(f"{redact(donor.url)} has no config.json, so the output will have none")
     for key in side_donor.omitted_side_files:
@@ -231,8 +233,8 @@ def _dtype_notes(recipe: Recipe, jobs: Iterable[TensorJob]) -> Iterator[str]:
             key = " and ".join(sorted(set(dtypes))), job.output.dtype
             counts[key] = counts.get(key, 0) + 1
     for (dtypes_found, written), count in counts.items():
-        are = "1 tensor is" if count == 1 else f"{count:,} tensors are"
-        yield f"{are} of {dtypes_found} and written as {written}, which holds them all; `dtype` names another"
+        which = f"{counted(count, 'tensor')} {are(count)}"
+        yield f"{which} of {dtypes_found} and written as {written}, which holds them all; `dtype` names another"
 
 
 def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, ...]:

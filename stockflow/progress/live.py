@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from stockflow.events import Event, Note
-from stockflow.planning.budget import gb
 from stockflow.progress.lines import Ticking
 from stockflow.progress.state import Contribution, Snapshot, State
-from stockflow.progress.wording import duration, in_words
+from stockflow.progress.wording import in_words
 from stockflow.text.escaping import in_a_line, printable
+from stockflow.text.sizes import duration, gb
 
 REFRESH_S = 0.2
 LONG_S = 2.0

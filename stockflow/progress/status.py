@@ -10,12 +10,11 @@ from stockflow.output import claims
 from stockflow.output import manifest as manifest_file
 from stockflow.output.claims import ABANDONED_S, HEARTBEAT_S, beats
 from stockflow.output.keys import RECORDS, receipted_file, run_key
-from stockflow.planning.budget import gb
 from stockflow.progress import file as progress_file
 from stockflow.progress.file import InFlight, Progress
-from stockflow.progress.wording import duration
 from stockflow.storage import Store, redact
 from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import duration, gb
 
 Standing = Literal["finished", "running", "silent", "failed", "stopped", "dead"]
 

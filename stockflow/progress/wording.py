@@ -3,8 +3,8 @@
 from typing import Literal, get_args
 
 from stockflow.events import Begun, Done, Dropped, Event, Note, Retry, Run, Stage
-from stockflow.planning.budget import gb
 from stockflow.progress.state import Snapshot
+from stockflow.text.sizes import duration, gb
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 _ORDER = get_args(LogLevel)
@@ -70,13 +70,3 @@ def in_words(state: Snapshot) -> str:
     elif state.elapsed_s >= 1.0:
         parts.append(f"for {duration(state.elapsed_s)}")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people."""
-    whole = max(round(seconds), 1)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

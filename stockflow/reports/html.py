@@ -18,13 +18,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from stockflow.checkpoints.naming import kind_of, layer_of
-from stockflow.planning.budget import gb, mib
 from stockflow.reports import palette, words
-from stockflow.reports.charts import MAX_ROWS, Geometry, Heatmap, Spread, relative_changes
-from stockflow.reports.course import MAX_LANES
-from stockflow.reports.report import Report
+from stockflow.reports.charts import MAX_ROWS, relative_changes
+from stockflow.reports.course import MAX_LANES, Course
+from stockflow.reports.evidence import Evidence
+from stockflow.reports.figures import Heatmap, MergeGeometry, Spread
 from stockflow.text.escaping import printable
 from stockflow.text.redaction import without_secrets
+from stockflow.text.sizes import amount, counted, elapsed, gb, mib
 from stockflow.version import __version__
 
 MAX_FILES_LISTED = 600
@@ -97,10 +98,9 @@ def time_unit(longest: float) -> float:
     return next((unit for unit in (86_400.0, 3600.0, 60.0) if longest >= 2 * unit), 1.0)
 
 
-def render(report: Report) -> str:
+def render(evidence: Evidence, geometry: MergeGeometry, course: Course) -> str:
     """Return the page of a report."""
     environment = _environment()
-    geometry = report.geometry
     style = environment.get_template("page.css.j2").render(
         themes={theme: _colours(theme) for theme in ("light", "dark")},
         num_columns=len(geometry.layers),
@@ -108,21 +108,20 @@ def render(report: Report) -> str:
     )
     script = environment.get_template("page.js").render()
     page: str = environment.get_template("page.html.j2").render(
-        report=report,
-        evidence=report.evidence,
-        manifest=report.evidence.manifest,
+        evidence=evidence,
+        manifest=evidence.manifest,
         geometry=geometry,
-        course=report.course,
+        course=course,
         style=Markup(style),  # made of our own files and colours; nothing of the output is in it
         script=Markup(script),  # our own file
         policy=f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
         "form-action 'none'",
-        headline=words.headline(report),
-        verdict=list(words.verdict(report)),
+        headline=words.headline(evidence),
+        verdict=list(words.verdict(geometry)),
         formula_note=words.formula_note(geometry),
-        recipe=without_secrets(report.evidence.manifest.recipe),
+        recipe=without_secrets(evidence.manifest.recipe),
         limits={
-            "files": max(MAX_FILES_LISTED // max(len(report.evidence.models), 1), 5),
+            "files": max(MAX_FILES_LISTED // max(len(evidence.models), 1), 5),
             "lanes": MAX_LANES,
             "rows": MAX_ROWS,
         },
@@ -144,11 +143,11 @@ def _environment() -> Environment:
     environment.filters |= {
         "n": words.number,
         "share": words.share,
-        "seconds": words.seconds,
+        "seconds": elapsed,
         "moment": words.moment,
-        "amount": words.amount,
+        "amount": amount,
         "name": words.printable,
-        "counted": words.counted,
+        "counted": counted,
         "method": words.method_name,
         "gb": gb,
         "mib": mib,
@@ -231,7 +230,7 @@ def spread_scale(spreads: Sequence[Spread | None]) -> Scale:
     )
 
 
-def cosine_scale(geometry: Geometry) -> Heatmap:
+def cosine_scale(geometry: MergeGeometry) -> Heatmap:
     """Return the scale of the cosines between whole models: that of the layers where there is one."""
     if geometry.cosine_map:
         return geometry.cosine_map

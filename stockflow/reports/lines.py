@@ -1,22 +1,22 @@
 """The report as text, for a terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from stockflow.planning.budget import gb, mib
-from stockflow.reports.charts import Geometry, Spread
-from stockflow.reports.report import Report
+from stockflow.reports.course import Course
+from stockflow.reports.evidence import Evidence
+from stockflow.reports.figures import MergeGeometry, Spread
 from stockflow.reports.words import (
-    counted,
     formula_note,
     headline,
     method_name,
     moment,
     number,
     printable,
-    seconds,
     share,
     verdict,
 )
+from stockflow.text.sizes import counted, elapsed, gb, mib
+from stockflow.text.tables import grid
 
 NUM_NOTABLE = 12
 MAX_MATRIX = 10
@@ -24,14 +24,13 @@ NUM_CHECKED = 10
 BAR = 24
 
 
-def report_lines(report: Report) -> Iterator[str]:
+def report_lines(evidence: Evidence, geometry: MergeGeometry, course: Course) -> Iterator[str]:
     """Yield the summary of a finished merge, line by line."""
-    evidence = report.evidence
-    yield headline(report)
+    yield headline(evidence)
     yield f"  {printable(evidence.url, 300)}"
     yield ""
-    yield from verdict(report)
-    if note := formula_note(report.geometry):
+    yield from verdict(geometry)
+    if note := formula_note(geometry):
         yield note
     yield ""
     yield "inputs"
@@ -44,8 +43,8 @@ def report_lines(report: Report) -> Iterator[str]:
         parameters = f" ({printable(use.parameters, 120)})" if use.parameters else ""
         decided = f"per {printable(use.scope, 20)}{parameters}"
         yield f"  {counted(use.num_tensors, 'tensor')} by {method_name(use.method)}, {decided}"
-    yield from _geometry_lines(report.geometry)
-    yield from _course_lines(report)
+    yield from _geometry_lines(geometry)
+    yield from _course_lines(course)
     yield ""
     yield "records"
     for check in evidence.checks:
@@ -54,7 +53,7 @@ def report_lines(report: Report) -> Iterator[str]:
         yield f"  {printable(finding, 400)}"
 
 
-def _geometry_lines(geometry: Geometry) -> Iterator[str]:
+def _geometry_lines(geometry: MergeGeometry) -> Iterator[str]:
     total = geometry.all_tensors
     yield ""
     heads = ("kind", "tensors", "parameters", "median t", "least t", "largest t", "median cos", "change", "clamped")
@@ -70,7 +69,7 @@ def _geometry_lines(geometry: Geometry) -> Iterator[str]:
         )
         for kind in geometry.kinds
     ]
-    yield from _table(heads, rows)
+    yield from grid([heads, *rows])
     if geometry.matrix:
         yield ""
         yield "cosines between whole models"
@@ -79,7 +78,7 @@ def _geometry_lines(geometry: Geometry) -> Iterator[str]:
             (letter, *(number(cosine) for cosine in row[: len(shown)]))
             for letter, row in zip(shown, geometry.matrix, strict=False)
         ]
-        yield from _table(("", *shown), cells)
+        yield from grid([("", *shown), *cells])
         if len(geometry.letters) > len(shown):
             yield f"  and {len(geometry.letters) - len(shown)} more models"
     if geometry.notable and (total.ratio or total.cosine):
@@ -90,23 +89,22 @@ def _geometry_lines(geometry: Geometry) -> Iterator[str]:
             for one in geometry.notable[:NUM_NOTABLE]
             for row in (one.row,)
         ]
-        yield from _table(("tensor", "t", "cos", "why"), named, left=(0, 3))
+        yield from grid([("tensor", "t", "cos", "why"), *named], left=(0, 3))
 
 
 def _three(found: Spread | None) -> tuple[str, str, str]:
     return (number(found.median), number(found.low), number(found.high)) if found else ("-", "-", "-")
 
 
-def _course_lines(report: Report) -> Iterator[str]:
-    course = report.course
+def _course_lines(course: Course) -> Iterator[str]:
     yield ""
     if course.began is not None:
         rate = f", {gb(course.mean_rate)}/s" if course.mean_rate else ""
         workers = counted(len(course.lanes), "worker")
-        worked = f"{seconds(course.working_s)} at work on {workers}{rate}"
+        worked = f"{elapsed(course.working_s)} at work on {workers}{rate}"
         yield f"ran {moment(course.began)} to {moment(course.ended)}: {worked}"
     for pause in course.pauses:
-        yield f"  {seconds(pause.seconds)} without work after {seconds(pause.at)}"
+        yield f"  {elapsed(pause.seconds)} without work after {elapsed(pause.at)}"
     most = max((stage.seconds for stage in course.stages), default=0.0)
     for stage in course.stages:
         bar = "#" * round(BAR * (stage.seconds / most)) if most else ""
@@ -114,14 +112,3 @@ def _course_lines(report: Report) -> Iterator[str]:
     allowed = f" of {mib(course.memory_bytes)} allowed" if course.memory_bytes else ""
     yield f"  peak memory {mib(course.peak_bytes)}{allowed}"
     yield f"  {counted(course.num_retries, 'request')} repeated" if course.num_retries else "  no request was repeated"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
-    """Yield columns under their heads; those not in ``left`` are numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        cells = [
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield f"  {'  '.join(cells)}".rstrip()

@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from stockflow.errors import NotFoundError
-from stockflow.reports.charts import Geometry, Spread, geometry_of
+from stockflow.reports.charts import geometry_of
 from stockflow.reports.course import Course, course_of
 from stockflow.reports.evidence import Evidence, gather
+from stockflow.reports.figures import MergeGeometry, Spread
+from stockflow.reports.lines import report_lines
+from stockflow.reports.words import headline, verdict
 from stockflow.storage import StorageConfig, open_store, redact
 from stockflow.text import notebook
 from stockflow.verification.verify import Finding
@@ -28,7 +31,7 @@ class Report:
     storage: StorageConfig
 
     @cached_property
-    def geometry(self) -> Geometry:
+    def geometry(self) -> MergeGeometry:
         """Of the models, and of what the merge made of them."""
         return geometry_of(self.evidence)
 
@@ -60,15 +63,13 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """Yield the summary for a terminal, line by line."""
-        from stockflow.reports.lines import report_lines
-
-        return report_lines(self)
+        return report_lines(self.evidence, self.geometry, self.course)
 
     def html(self) -> str:
         """Return the page: one file that needs no other and no network."""
         from stockflow.reports.html import render
 
-        return render(self)
+        return render(self.evidence, self.geometry, self.course)
 
     def save(self, place: str) -> None:
         """Write the page to a file or URL, whole or not at all.
@@ -86,8 +87,6 @@ class Report:
 
     def _repr_html_(self) -> str:
         """Return tables for a notebook: ratio and cosine by kind, and the cosines between models."""
-        from stockflow.reports.words import headline, verdict
-
         kinds = [
             [kind.kind, kind.num_tensors, *_median_least_largest(kind.ratio), *_median_least_largest(kind.cosine)]
             for kind in self.geometry.kinds
@@ -95,8 +94,8 @@ class Report:
         measures = [f"{which} {of}" for of in ("t", "cos") for which in ("median", "least", "largest")]
         cosines = [[letter, *row] for letter, row in zip(self.geometry.letters, self.geometry.matrix, strict=False)]
         return notebook.block(
-            headline(self),
-            notebook.facts({"output": self.evidence.url, "in short": " ".join(verdict(self))}),
+            headline(self.evidence),
+            notebook.facts({"output": self.evidence.url, "in short": " ".join(verdict(self.geometry))}),
             notebook.table(("kind", "tensors", *measures), kinds),
             notebook.table(("cosines", *self.geometry.letters), cosines),
         )

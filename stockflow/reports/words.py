@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from stockflow.reports.charts import Geometry
 from stockflow.reports.course import LATEST
-from stockflow.reports.report import Report
+from stockflow.reports.evidence import Evidence
+from stockflow.reports.figures import MergeGeometry
 from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import are, counted
 
 METHOD_NAMES = {
     "model_stock": "Model Stock",
@@ -40,18 +41,6 @@ def share(value: float | None) -> str:
     return f"{100 * value:.3g} %" if value < 100 else f"{100 * value:.2e} %"
 
 
-def seconds(value: float | None) -> str:
-    """Return a time for people."""
-    if value is None:
-        return "-"
-    if value < 120:
-        return f"{value:.3g} s" if value < 10 else f"{value:.0f} s"
-    minutes, hours = value / 60, value / 3600
-    if hours < 2:
-        return f"{minutes:.0f} min"
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
-
-
 def moment(value: float | None) -> str:
     """Return a time of day in UTC."""
     if value is None or not 0 < value < LATEST:
@@ -59,44 +48,29 @@ def moment(value: float | None) -> str:
     return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def amount(value: float) -> str:
-    """Return a large count for people: 8.03 B parameters."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a count with its noun, in the plural unless it is one."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def method_name(method: str) -> str:
     """Return how people call a method."""
     return METHOD_NAMES.get(method, printable(method, 40))
 
 
-def main_method(report: Report) -> str:
+def main_method(evidence: Evidence) -> str:
     """Return the method of most tensors."""
-    return next((use.method for use in report.evidence.methods if use.method not in COPIES), "copy")
+    return next((use.method for use in evidence.methods if use.method not in COPIES), "copy")
 
 
-def headline(report: Report) -> str:
+def headline(evidence: Evidence) -> str:
     """Return what was done, in one line."""
-    evidence = report.evidence
     num_models = len(evidence.tuned) if evidence.has_base else len(evidence.models)
     count = NUMBER_WORDS[num_models] if num_models < len(NUMBER_WORDS) else f"{num_models:,}"
     models = "model" if num_models == 1 else "models"
-    method = main_method(report)
+    method = main_method(evidence)
     if method == "copy":
         return f"{count.capitalize()} {models}, copied"
     return f"{count.capitalize()} {models}, merged by {method_name(method)}"
 
 
-def verdict(report: Report) -> Iterator[str]:
+def verdict(geometry: MergeGeometry) -> Iterator[str]:
     """Yield what there is to know first, sentence by sentence."""
-    geometry = report.geometry
     total = geometry.all_tensors
     if total.ratio:
         yield (
@@ -116,12 +90,12 @@ def verdict(report: Report) -> Iterator[str]:
     elif total.ratio:
         yield "No tensor had to be clamped to the base."
     if total.num_zero_delta:
-        yield f"{counted(total.num_zero_delta, 'tensor')} {_is(total.num_zero_delta)} unchanged in at least one model."
+        yield f"{counted(total.num_zero_delta, 'tensor')} {are(total.num_zero_delta)} unchanged in at least one model."
     if not total.ratio and not total.cosine:
         yield "This method decides without looking at the models' geometry, so cosines and ratios are not on record."
 
 
-def formula_note(geometry: Geometry) -> str | None:
+def formula_note(geometry: MergeGeometry) -> str | None:
     """Say what the two-model formula would have made of this merge, if it matters."""
     gaps = [
         abs(row.ratio - row.legacy_ratio)
@@ -134,7 +108,3 @@ def formula_note(geometry: Geometry) -> str | None:
         f"The two-model formula t = 2 cos / (1 + cos), which mergekit first used for any number of models, would be "
         f"off by up to {number(max(gaps))} here."
     )
-
-
-def _is(count: int) -> str:
-    return "is" if count == 1 else "are"

@@ -59,7 +59,7 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
-class MergeResult:
+class Merged:
     """What a finished merge was."""
 
     outcome: Outcome
@@ -197,9 +197,7 @@ def side_file_notes(inputs: Inputs) -> Iterator[str]:
         yield f"not copied from {redact(donor.url)}, as no loader needs it: {names}{more}"
 
 
-def merge(
-    inputs: Inputs, output: str, options: MergeOptions, execute: Execute, on_event: OnEvent = ignore
-) -> MergeResult:
+def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, on_event: OnEvent = ignore) -> Merged:
     """Merge, or finish what an earlier run of the same plan began.
 
     Raises:
@@ -213,7 +211,7 @@ def merge(
     store = open_store(output, inputs.storage, writable=True)
     found = admit(store, plan, overwrite=options.overwrite)
     if found.finished and not options.overwrite:
-        return MergeResult("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
+        return Merged("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
     run = new_run()
     tracker = Tracker(plan, run)
     tell = all_of(tracker, on_event)
@@ -236,7 +234,7 @@ def merge(
         from stockflow.output.publish import commit
 
         manifest = commit(store, inputs.stores, inputs.recipe, plan, receipts)
-    return MergeResult("merged", plan, manifest, store.url, num_resumed, time.perf_counter() - started)
+    return Merged("merged", plan, manifest, store.url, num_resumed, time.perf_counter() - started)
 
 
 def _merge_shards(

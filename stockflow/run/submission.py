@@ -54,7 +54,7 @@ OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class Submission:
     """A merge to be submitted."""
 
     output: str
@@ -85,7 +85,7 @@ class Submitted:
     """False: it was at work already"""
 
 
-def make_request(recipe: str, output: str, options: Sequence[str] = (), folders: Sequence[str] = ()) -> Request:
+def make_request(recipe: str, output: str, options: Sequence[str] = (), folders: Sequence[str] = ()) -> Submission:
     """Return what to submit; nothing is contacted unless the recipe is on the web.
 
     Args:
@@ -101,7 +101,7 @@ def make_request(recipe: str, output: str, options: Sequence[str] = (), folders:
     paths = [*([where] if "://" not in where else []), *folders]
     if "://" in recipe:
         words = ["stockflow", "merge", resolve_location(recipe), where, "--executor", "ray", *options]
-        return Request(where, _script(words, ""), tuple(paths))
+        return Submission(where, _script(words, ""), tuple(paths))
     parsed = load_recipe(recipe)
     paths += _local_inputs(parsed)
     words = ["stockflow", "merge", "-", where, "--executor", "ray", *options]
@@ -111,10 +111,10 @@ def make_request(recipe: str, output: str, options: Sequence[str] = (), folders:
             f"the recipe has {len(parsed.text.encode()):,} bytes, more than a job can carry "
             f"({MAX_ENTRYPOINT_BYTES:,}); put it where the cluster can read it (s3://...) and submit its URL"
         )
-    return Request(where, script, tuple(paths))
+    return Submission(where, script, tuple(paths))
 
 
-def submit(jobs: "Jobs", request: Request) -> Submitted:
+def submit(jobs: "Jobs", request: Submission) -> Submitted:
     """Submit a merge, or find that it is at work already.
 
     Raises:
@@ -281,7 +281,7 @@ class _Log:
             self._on_text(new)
 
 
-def _joined(jobs: "Jobs", job: "Job", request: Request) -> Submitted:
+def _joined(jobs: "Jobs", job: "Job", request: Submission) -> Submitted:
     if job.metadata.get("request") == request.digest:
         return Submitted(job.id, is_new=False)
     raise OutputConflictError(

@@ -6,32 +6,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from datetime import datetime
 from typing import Any
 
-import aiohttp
 import fsspec
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
-from botocore.exceptions import ConnectionError as BotoConnectionError
 from fsspec.asyn import sync
 
 from stockflow.errors import RecipeError
 from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
+from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
 from stockflow.storage.remote import Client, RemoteStore
 from stockflow.storage.retry import RetryPolicy
-from stockflow.storage.s3 import failure_of_answer
 from stockflow.text.redaction import redact
 
-_ERRORS: tuple[type[Exception], ...] = (OSError, aiohttp.ClientError, BotoCoreError, ClientError)
 _VERSION_KEYS = (
     *("ETag", "etag", "checksum", "oid", "blob_id", "md5"),
     *("mtime", "LastModified", "Last-Modified", "created"),
 )
 """what a file system may tell of an object's version, best first"""
-_STEPS = {
-    "CreateMultipartUpload": "starting the upload",
-    "UploadPart": "a part",
-    "CompleteMultipartUpload": "completing the upload",
-}
-"""botocore's names for the requests of an upload"""
 _MEMORY_LOCK = threading.Lock()
 """memory:// hands every reader the same file with the same position, and checks before it creates"""
 
@@ -71,7 +61,7 @@ class FsspecClient:
         # The hub's client reads each range through a file, which would read 5 MiB ahead of it.
         self._reading = {"cache_type": "none"} if scheme == "hf" else {}
         self._answers_ranges = scheme not in ("http", "https")
-        self.errors = (*_ERRORS, *_errors_of(scheme))
+        self.errors = (*ERRORS, *_errors_of(scheme))
 
     def failure(self, error: Exception) -> Failure:
         """Return what an exception of fsspec or of a library below it says."""
@@ -177,36 +167,6 @@ class FsspecClient:
         }
 
 
-@contextmanager
-def open_uncommitted(filesystem: Any, path: str, part_bytes: int) -> Iterator[Sink]:
-    """Write one object that appears when the block ends without error."""
-    # Leaving a plain `with fs.open(path, "wb")` by an exception publishes the part already written.
-    # autocommit=False holds the object back until commit().
-    file = filesystem.open(path, "wb", block_size=part_bytes, autocommit=False)
-    try:
-        yield file
-        file.close()
-        file.commit()
-    except BaseException:
-        file.closed = True  # or the garbage collector would close it, and upload what is left
-        with suppress(*_ERRORS):
-            file.discard()
-        raise
-
-
-def failure_of(error: Exception) -> Failure:
-    """Return what an exception of fsspec, aiohttp or botocore says; s3fs keeps the answer in its cause."""
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError):
-        return failure_of(error.__cause__)  # fsspec's http calls whatever went wrong "not found"
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    if isinstance(response, dict):
-        step = _STEPS.get(getattr(error.__cause__ or error, "operation_name", ""), "")
-        return failure_of_answer(response, str(error), step)
-    status = getattr(error, "status", None) or getattr(response, "status_code", None)
-    code = type(error).__name__
-    return Failure(detail=scrub(str(error)), status=status or _status_of(error), code=code)
-
-
 class _Collector:
     def __init__(self, collected: bytearray) -> None:
         self._collected = collected
@@ -241,16 +201,3 @@ def _stamp_of(details: Mapping[str, Any]) -> Stamp:
                 return Stamp(size, str(value))
             return Stamp(size, f"{name}={value.timestamp() if isinstance(value, datetime) else value}")
     return Stamp(size, "")
-
-
-def _status_of(error: Exception) -> int | None:
-    """Return the HTTP status an exception stands for, None where the request may simply be repeated."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return 404
-    if isinstance(error, PermissionError):
-        return 403
-    if isinstance(error, FileExistsError):
-        return 412
-    if isinstance(error, BotoCoreError) and not isinstance(error, BotoConnectionError | HTTPClientError):
-        return 401 if "redential" in type(error).__name__ or "Token" in type(error).__name__ else 400
-    return None

@@ -4,7 +4,7 @@ import re
 
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError
 from stockflow.storage.faults import storage_error, user_error
-from stockflow.storage.fs import failure_of
+from stockflow.storage.fsspec_faults import failure_of
 from stockflow.storage.retry import RetryLoop, RetryPolicy
 from stockflow.text.redaction import redact
 

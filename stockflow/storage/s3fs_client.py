@@ -9,7 +9,7 @@ from fsspec.asyn import sync
 
 from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, WrongAnswerError
-from stockflow.storage.fs import _ERRORS, failure_of, open_uncommitted
+from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import (
     Bucket,
@@ -28,7 +28,7 @@ class S3fsClient:
     """Single requests through s3fs's connection, with the If-Match that its ``cat_file`` does not send."""
 
     pin: Pin = "if-match"
-    errors = _ERRORS
+    errors = ERRORS
 
     def __init__(self, url: str, options: StoreOptions, policy: RetryPolicy) -> None:
         """Take a normalized URL; connections are made at the first use, in the process that uses them.

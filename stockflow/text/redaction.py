@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from urllib.parse import quote
 
@@ -101,3 +102,8 @@ def _user_information(scheme: str, place: str) -> re.Match[str] | None:
     scheme = scheme.lower()
     password = _PASSWORD_WITHOUT_PORTS if scheme in _SCHEMES_WITHOUT_PORTS else _PASSWORD
     return password.match(place) or (None if scheme in _SCHEMES_WITH_NAMES else _USER.match(place))
+
+
+def command_line(*words: str) -> str:
+    """Return a command as somebody may type it: each word quoted where a shell needs it, without secrets."""
+    return shlex.join(map(redact, words))

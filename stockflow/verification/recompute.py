@@ -31,7 +31,7 @@ NUM_AHEAD = 4
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Records:
     """What an output says of itself, as far as it was found to be sound."""
 
     output: Output
@@ -56,7 +56,7 @@ class Target:
 
 
 def recompute(
-    evidence: Evidence,
+    evidence: Records,
     chosen: Collection[str],
     options: SampleOptions,
     config: StorageConfig,
@@ -81,7 +81,7 @@ def recompute(
 class _Recomputation:
     """One sample on its way."""
 
-    def __init__(self, evidence: Evidence, options: SampleOptions, config: StorageConfig, on_event: OnEvent) -> None:
+    def __init__(self, evidence: Records, options: SampleOptions, config: StorageConfig, on_event: OnEvent) -> None:
         self._evidence = evidence
         self._options = options
         self._config = config

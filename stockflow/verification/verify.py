@@ -11,10 +11,11 @@ from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
 from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import MANIFEST_FILE, plan_key, tensors_key
 from stockflow.output.manifest import Manifest
-from stockflow.planning.budget import gb
 from stockflow.planning.file import RecordedPlan
 from stockflow.storage import Stamp, StorageConfig, open_store, redact
 from stockflow.text import notebook
+from stockflow.text.redaction import command_line
+from stockflow.text.sizes import counted, gb
 from stockflow.verification import contents, records
 from stockflow.verification.files import NUM_LOCAL_READERS, NUM_OBJECT_READERS, Output
 from stockflow.verification.findings import Finding, Findings
@@ -261,9 +262,9 @@ class _Verifier:
         sample: SampleOptions,
         on_event: OnEvent,
     ) -> Sampled:
-        from stockflow.verification.recompute import Evidence, recompute
+        from stockflow.verification.recompute import Records, recompute
 
-        evidence = Evidence(self._output, self._manifest, recorded, table, self.placed, self._stamps, coefficients)
+        evidence = Records(self._output, self._manifest, recorded, table, self.placed, self._stamps, coefficients)
         sampled, findings = recompute(evidence, chosen, sample, self._config, on_event)
         self.findings.add(findings)
         return sampled
@@ -273,15 +274,15 @@ def summary_lines(result: Verification) -> Sequence[str]:
     """Return the result for people, one line per finding."""
     sampled = [sampled_line(result.sampled)] if result.sampled else []
     if result.findings:
-        count = "1 finding" if len(result.findings) == 1 else f"{len(result.findings)} findings"
         return [
             *map(str, result.findings),
             *sampled,
-            f"{count} in {redact(result.output_url)}",
+            f"{counted(len(result.findings), 'finding')} in {redact(result.output_url)}",
             "next: restore what is named above from a copy, or merge again with --overwrite; then verify again",
         ]
+    again = command_line("stockflow", "verify", result.output_url, "--sample", "5%")
     return [
-        f"verified {redact(result.output_url)}: {result.num_files} files, {result.num_tensors} tensors, "
-        f"{gb(result.num_bytes)}, all as the manifest says",
-        *(sampled or [f"next: stockflow verify {redact(result.output_url)} --sample 5% merges a share again"]),
+        f"verified {redact(result.output_url)}: {counted(result.num_files, 'file')}, "
+        f"{counted(result.num_tensors, 'tensor')}, {gb(result.num_bytes)}, all as the manifest says",
+        *(sampled or [f"next: {again} merges a share again"]),
     ]

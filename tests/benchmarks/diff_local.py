@@ -28,7 +28,7 @@ from statistics import median
 import torch
 
 from stockflow.insight.comparison import compare_checkpoints
-from stockflow.insight.inspection import SurveyOptions
+from stockflow.insight.surveys import SurveyOptions
 from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig
 from tests.checkpoints import write_checkpoint

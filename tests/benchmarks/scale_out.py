@@ -27,7 +27,7 @@ from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.events import Done, Event, Note
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
 from stockflow.run.executors.ray import RayOptions, connected
 from tests import ray_items
 from tests.benchmarks.processes import machine_cpu_seconds
@@ -120,9 +120,7 @@ class ThroughOwnProxy:
         return self.start()
 
 
-def merge_through(
-    ports: Sequence[int], recipe: Path, folder: Path, options: RayOptions, watcher: Watcher
-) -> MergeResult:
+def merge_through(ports: Sequence[int], recipe: Path, folder: Path, options: RayOptions, watcher: Watcher) -> Merged:
     """Merge on the connected cluster, each worker through its proxy."""
     start = places.StartWorker
     how = MergeOptions(1024 * MIB, num_threads=1, device="cpu", shard_size=SHARD_BYTES)

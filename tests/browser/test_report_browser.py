@@ -10,7 +10,6 @@ import pytest
 
 import stockflow
 from stockflow.reports import palette
-from stockflow.reports.html import render
 from stockflow.reports.report import Report
 from tests import runs
 from tests.report_outputs import write_varied_recipe
@@ -238,4 +237,4 @@ def test_it_is_read_without_scripts(browser: "Browser", place: str, report: Repo
 
 
 def test_the_same_records_give_the_same_page(report: Report) -> None:
-    assert render(report) == render(Report(report.evidence, report.storage))
+    assert report.html() == Report(report.evidence, report.storage).html()

@@ -15,9 +15,9 @@ import torch
 import stockflow
 from stockflow.errors import InputChangedError, NotFoundError, PlanError, RecipeError
 from stockflow.events import Done, Event, Moved, Stage
-from stockflow.insight.audit import Audit, audit, judge, open_output, open_recipe
-from stockflow.insight.audit_lines import audit_lines
-from stockflow.insight.inspection import SurveyOptions
+from stockflow.insight.audit import audit, open_output, open_recipe
+from stockflow.insight.surveys import SurveyOptions
+from stockflow.insight.verdict import Audit, audit_lines, judge
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs
 from stockflow.run.places import survey_in_this_process
@@ -463,7 +463,7 @@ def test_another_vocabulary_leaves_out_what_does_not_fit(
         "model.embed_tokens.weight": "of shape [608, 500] in the merged checkpoint, expected [600, 500]"
     }
     assert labels(found) == {"exact"}
-    assert "left out: 1 tensors, of shape [608, 500]" in "\n".join(audit_lines(found))
+    assert "left out: 1 tensor, of shape [608, 500]" in "\n".join(audit_lines(found))
     assert "every tensor that was compared is the correct merge" in "\n".join(audit_lines(found))
 
 

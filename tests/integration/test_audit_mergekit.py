@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stockflow.insight.audit import Audit, judge
+from stockflow.insight.verdict import Audit, judge
 from tests.benchmarks.peers import ENVIRONMENT, OFFLINE, installed
 from tests.benchmarks.processes import run
 from tests.checkpoints import LLAMA_CONFIG, Family, llama_shapes, make_family, write_recipe

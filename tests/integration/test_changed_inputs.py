@@ -17,7 +17,7 @@ from stockflow.events import Event, Moved, OnEvent, all_of
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
 from stockflow.run.places import in_this_process
 from stockflow.storage import Stamp, StorageConfig, StoreOptions, local, open_store
 from tests.checkpoints import Family, make_family
@@ -141,7 +141,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, s3_endpoint: str) -> I
 Execute = Callable[[WorkerSpec, Sequence[ShardPlan], OnEvent], Iterator[Receipt]]
 
 
-def merge_at(place: Place, execute: Execute = in_this_process) -> MergeResult:
+def merge_at(place: Place, execute: Execute = in_this_process) -> Merged:
     options = MergeOptions(1024 * MIB + grown_bytes(), 2, "cpu", SHARD_SIZE)
     return merge(Inputs.open(load_recipe(str(place.recipe))), place.output, options, execute)
 

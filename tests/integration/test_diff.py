@@ -20,7 +20,7 @@ from stockflow.errors import BudgetError
 from stockflow.events import Done, Event, Moved, Stage
 from stockflow.insight.comparison import compare_checkpoints
 from stockflow.insight.difference import CheckpointDifference
-from stockflow.insight.inspection import SurveyOptions
+from stockflow.insight.surveys import SurveyOptions
 from stockflow.planning.budget import LEAST_MEMORY_BYTES
 from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig

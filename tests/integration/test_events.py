@@ -15,7 +15,7 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.run import driver
-from stockflow.run.driver import Execute, Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.driver import Execute, Inputs, Merged, MergeOptions, merge
 from stockflow.run.places import in_this_process
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
@@ -33,7 +33,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merged(
     recipe: Path, output: Path, on_event: OnEvent, execute: Execute = in_this_process, num_workers: int | None = None
-) -> MergeResult:
+) -> Merged:
     options = MergeOptions(1024 * runs.MIB + runs.grown_bytes(), 1, "cpu", SHARD_SIZE, num_workers=num_workers)
     return merge(Inputs.open(load_recipe(str(recipe))), str(output), options, execute, on_event)
 

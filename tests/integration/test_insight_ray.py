@@ -9,11 +9,13 @@ import pytest
 
 from stockflow.events import Done, Event, Moved, Stage
 from stockflow.insight.audit import audit, open_recipe
-from stockflow.insight.inspection import Survey, find_subjects, inspect
+from stockflow.insight.comparison import compare_checkpoints
+from stockflow.insight.surveys import Survey, find_subjects, inspect
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs
 from stockflow.run.executors.ray import RayOptions, connected
 from stockflow.run.places import MAX_BATCH_TENSORS, batches, survey_in_this_process, survey_on_ray
+from stockflow.storage import StorageConfig
 from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.integration.test_audit import options
@@ -76,3 +78,14 @@ def test_an_audit_on_ray_is_that_of_one_process(recipe: Path, on_ray: Survey, tm
 
     assert here.rows == there.rows
     assert {row["match"] for row in there.rows} == {"exact"}
+
+
+@pytest.mark.cluster
+def test_a_comparison_on_ray_is_that_of_one_process(family: Family, on_ray: Survey) -> None:
+    here, there = (
+        compare_checkpoints(str(family.base), str(family.tuned[0]), StorageConfig(), options(), survey)
+        for survey in (survey_in_this_process, on_ray)
+    )
+
+    assert {**here.facts(), "seconds": 0} == {**there.facts(), "seconds": 0}
+    assert len(there.differing) == len(SHAPES)

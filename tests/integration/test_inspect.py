@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from stockflow.errors import PlanError, RecipeError
-from stockflow.insight.inspection import Inspection, SurveyOptions, inspect
+from stockflow.insight.inspection import Inspection
+from stockflow.insight.surveys import SurveyOptions, inspect
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs
 from stockflow.run.places import survey_in_this_process
@@ -211,8 +212,8 @@ def test_a_place_is_tried_and_nothing_is_left_of_it(tmp_path: Path) -> None:
 def test_a_signal_while_rows_are_written_ends_it_as_at_any_other_time(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", make_family(tmp_path, 2, {"w": (8, 4)}))
     code = (
-        "import os, signal, sys; from stockflow.cli import app, insight; "
-        "insight.publish = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), signal.pause()); "
+        "import os, signal, sys; from stockflow.cli import app, looking; "
+        "looking.publish = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), signal.pause()); "
         "app(sys.argv[1:])"
     )
     arguments = ["inspect", str(recipe), "--out", str(tmp_path / "found"), "--device", "cpu"]

@@ -37,7 +37,7 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
 from stockflow.run.executors import scheduling
 from stockflow.run.executors.ray import RayOptions, actor, connected, loop
 from stockflow.run.executors.ray import cluster as cluster_module
@@ -128,7 +128,7 @@ class ClockOfHangs(Clock):
         return super().monotonic()
 
 
-def merge_on_ray(recipe: Path, output: str, options: RayOptions, on_event: OnEvent = ignore) -> MergeResult:
+def merge_on_ray(recipe: Path, output: str, options: RayOptions, on_event: OnEvent = ignore) -> Merged:
     def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], told: Any) -> Iterator[Receipt]:
         return places.on_ray(spec, shards, told, options)
 

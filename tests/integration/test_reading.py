@@ -12,7 +12,7 @@ from stockflow.planning.budget import Workspace, divide
 from stockflow.planning.job import Work
 from stockflow.planning.reads import Load, schedule
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, MergeResult, plan_merge
+from stockflow.run.driver import Inputs, Merged, MergeOptions, plan_merge
 from stockflow.storage import StorageConfig, open_store
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import MIB, merge_here, shard_digests
@@ -66,7 +66,7 @@ def test_direct_held_and_repeated_reading_give_the_same_bytes(
         return divided[-1]
 
     monkeypatch.setattr("stockflow.engine.session.divide", divide_little)
-    merged: dict[str, MergeResult] = {}
+    merged: dict[str, Merged] = {}
     spare_bytes = 1024 * MIB
     merged["direct"] = merge_here(local, tmp_path / "direct", memory_bytes=2048 * MIB)
     merged["held"] = merge_here(elsewhere, tmp_path / "held", memory_bytes=2048 * MIB)

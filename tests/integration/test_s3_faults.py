@@ -15,7 +15,7 @@ from stockflow.errors import AccessDeniedError, StorageError
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
 from stockflow.storage import StorageConfig, Store, fs, objects, open_store, parts
 from stockflow.storage.retry import RetryPolicy
 from stockflow.verification.verify import verify
@@ -78,7 +78,7 @@ class Place:
         """The output, past the proxy."""
         return open_store(self.output, self.behind)
 
-    def merge(self) -> MergeResult:
+    def merge(self) -> Merged:
         return merged(self.recipe, self.output)
 
 
@@ -97,12 +97,12 @@ def recipe_at(folder: Path, models: list[str], storage: object = None) -> Path:
     return path
 
 
-def merged(recipe: Path, output: str) -> MergeResult:
+def merged(recipe: Path, output: str) -> Merged:
     options = MergeOptions(1024 * MIB + grown_bytes(), 2, "cpu", SHARD_SIZE)
     return merge(Inputs.open(load_recipe(str(recipe))), output, options, places.in_this_process)
 
 
-def shards(result: MergeResult) -> dict[str, str]:
+def shards(result: Merged) -> dict[str, str]:
     return {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards}
 
 

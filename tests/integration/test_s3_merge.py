@@ -19,7 +19,7 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.budget import client_bytes
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Execute, Inputs, MergeOptions, MergeResult, merge, plan_merge
+from stockflow.run.driver import Execute, Inputs, Merged, MergeOptions, merge, plan_merge
 from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.parts import upload_bytes
 from stockflow.verification.verify import verify
@@ -118,13 +118,13 @@ def merge_at(
     output: str,
     on_event: OnEvent = ignore,
     execute: Execute = places.in_this_process,
-) -> MergeResult:
+) -> Merged:
     """Merge in this process."""
     options = MergeOptions(MEMORY_BYTES + grown_bytes(), 2, "cpu", SHARD_SIZE)
     return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute, on_event)
 
 
-def shards(result: MergeResult) -> dict[str, str]:
+def shards(result: Merged) -> dict[str, str]:
     return {shard.file: result.manifest.files[shard.file].sha256 for shard in result.plan.shards}
 
 

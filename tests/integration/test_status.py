@@ -32,7 +32,7 @@ from stockflow.planning.plan import ShardPlan
 from stockflow.progress.status import Status, exit_code, read_status, status_line, status_lines
 from stockflow.recipe import load_recipe
 from stockflow.run import shard_events
-from stockflow.run.driver import Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
 from stockflow.text.records import Place
@@ -60,7 +60,7 @@ def output_of(url: str, endpoint: str | None = None) -> Store:
     return open_store(url, StorageConfig(options))
 
 
-def merge_with(recipe: Path, output: str, execute: Any) -> MergeResult:
+def merge_with(recipe: Path, output: str, execute: Any) -> Merged:
     options = MergeOptions(1024 * runs.MIB + runs.grown_bytes(), 1, "cpu", SHARD_SIZE)
     return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute)
 

@@ -23,7 +23,7 @@ from stockflow.output.keys import CLAIM_FILE
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Execute, Inputs, MergeOptions, MergeResult, merge
+from stockflow.run.driver import Execute, Inputs, Merged, MergeOptions, merge
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, open_store
 from stockflow.verification.verify import verify
@@ -299,7 +299,7 @@ def test_a_run_whose_prefix_was_taken_writes_no_more_shards(
 # Uploads of a run that took the prefix
 
 
-def merge_by(execute: Execute, recipe: Path, output: str, *, overwrite: bool = False) -> MergeResult:
+def merge_by(execute: Execute, recipe: Path, output: str, *, overwrite: bool = False) -> Merged:
     options = MergeOptions(1024 * runs.MIB + runs.grown_bytes(), 1, "cpu", 800_000, overwrite)
     return merge(Inputs.open(load_recipe(str(recipe))), output, options, execute)
 

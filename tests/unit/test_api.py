@@ -15,10 +15,10 @@ import yaml
 from typer.testing import CliRunner
 
 import stockflow
-from stockflow.api import merge_options
 from stockflow.cli import app
 from stockflow.recipe import Recipe, load_recipe
 from stockflow.text import notebook
+from stockflow.wiring import merge_options
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
 from tests.runs import REPOSITORY
 
@@ -219,9 +219,9 @@ def test_by_default_a_ray_worker_shares_this_machine_with_as_many_as_it_has_core
 ) -> None:
     """Sixty-four workers are on many nodes: a 64th of the head's memory would be too little for any of them."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
-    monkeypatch.setattr("stockflow.api.default_memory", lambda num_slots: 24 * 2**30 // num_slots)
+    monkeypatch.setattr("stockflow.wiring.default_memory", lambda num_slots: 24 * 2**30 // num_slots)
 
-    options = merge_options(None, None, workers, "auto", False, on_ray=True)
+    options = merge_options(workers=workers, on_ray=True)
 
     assert (options.memory_bytes, options.num_threads) == (24 * 2**30 // share, 1)
 

@@ -240,7 +240,7 @@ def test_a_folder_with_weights_in_another_format(tmp_path: Path) -> None:
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
 
-    with pytest.raises(NotFoundError, match=r"expected model.safetensors or .*; it has 1 files but no weights"):
+    with pytest.raises(NotFoundError, match=r"expected model.safetensors or .*; it has 1 file but no weights"):
         opened(tmp_path)
 
 
@@ -314,7 +314,7 @@ def test_index_and_headers_that_disagree(tmp_path: Path, shard_of: dict[str, int
     with pytest.raises(CheckpointError, match=message) as caught:
         opened(folder)
 
-    assert "disagree on 1 tensors" in str(caught.value)
+    assert "disagree on 1 tensor:" in str(caught.value)
 
 
 def test_disagreements_are_reported_together_first_twenty_then_the_count(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_plan_prints_what_will_happen_and_writes_nothing(world: World) -> None:
 
     lines = cli("plan", world.recipe, world.output).stdout
 
-    assert f"input   {world.base}: 1 files" in lines
+    assert f"input   {world.base}: 1 file," in lines
     assert "tensors 3: 3 by model_stock; 0 skipped" in lines
     for word in ("output", "read", "requests", "passes", "memory"):
         assert word in lines
@@ -162,10 +162,8 @@ def test_plan_says_when_workers_would_idle(world: World) -> None:
     one = cli("plan", world.recipe, world.output, *on_ray, "--workers", 1).stdout
     enough = cli("plan", world.recipe, world.output, *on_ray, "--workers", 1, "--shard-size", "10").stdout
 
-    assert (
-        "1 shards for 1 workers: with fewer than 4 each, some idle at the end, and the largest tensor has 1.2KB" in one
-    )
-    assert "3 shards for 1 workers" in enough
+    assert "1 shard for 1 worker: with fewer than 4 each, some idle at the end, and the largest tensor has 1.2KB" in one
+    assert "3 shards for 1 worker" in enough
     assert "some idle at the end" not in cli("plan", world.recipe, world.output, "--workers", 1).stdout
 
 
@@ -202,7 +200,7 @@ def test_merge_as_json_agrees_with_plan_and_verify(world: World) -> None:
         "seconds": 0, "outcome": "already_finished",
     }  # fmt: skip
     assert json.loads(verified.stdout) == {"output": str(world.output), "plan_id": plan["plan_id"], "findings": []}
-    assert "merging 1 shards" in first.stderr
+    assert "merging 1 shard" in first.stderr
 
 
 def test_merge_prints_a_summary_and_where_to_go_next(world: World) -> None:

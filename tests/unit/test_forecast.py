@@ -118,7 +118,7 @@ def test_the_cores_of_a_calibration_that_is_given_count(recipe: Path, tmp_path: 
         (["--read-rate", "fast"], "--read-rate: expected a rate"),
         (["--write-rate", "10 miles/s"], "--write-rate: expected a rate"),
         (["--latency", "30"], "--latency: expected a time"),
-        (["--machine-price", "inf"], "machine_price: expected a price per hour, found inf"),
+        (["--machine-price", "inf"], "--machine-price: expected a price per hour, found inf"),
         (["--machine-price", "c7i.4xlarge"], "--machine-price"),
         (["--calibration", "/nowhere"], "cannot read the calibration /nowhere"),
     ],

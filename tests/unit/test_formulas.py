@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stockflow.insight.formulas import FORMULAS, Evidence, decide, ratios_of
+from stockflow.insight.formulas import FORMULAS, TensorEvidence, decide, ratios_of
 from stockflow.kernels.roundings import count_roundings, fraction_bits, squared_steps, sum_of_steps
 from stockflow.methods.gram import Gram
 from stockflow.methods.ratios import Geometry
@@ -51,13 +51,13 @@ def test_roundings_between_results_are_those_of_the_oracle(dtype: str) -> None:
 
 def evidence(
     contenders: tuple[int, ...], *, equal: dict[int, int], nearer: dict[tuple[int, int], int], same: bool = False
-) -> Evidence:
+) -> TensorEvidence:
     ratios = ratios_of(Geometry(Gram(np.array([[[1.0, 0, 0, 0], [0, 2, 1, 1], [0, 1, 2, 1], [0, 1, 1, 2]]]))))[:, 0]
     size = len(FORMULAS)
     wins = np.zeros((size, size), np.int64)
     for (row, column), count in nearer.items():
         wins[row, column] = count
-    return Evidence(
+    return TensorEvidence(
         num_elems=1000,
         num_tuned=3,
         is_contender=[k in contenders for k in range(size)],
@@ -85,7 +85,7 @@ def test_elements_decide_between_contenders() -> None:
 def test_a_tool_that_rounds_more_than_once_is_allowed_an_error_of_its_own_ratio() -> None:
     """t = 0.75 against 0.6667 is beyond what BF16 can do to it; against 1 - 2**-8 of itself it would not be."""
     far = evidence((EXACT, TWO_MODEL), equal={EXACT: 600, TWO_MODEL: 400}, nearer={(EXACT, TWO_MODEL): 200})
-    near = Evidence(**{**vars(far), "ratios": [0.75, 0.7476, *far.ratios[2:]]})
+    near = TensorEvidence(**{**vars(far), "ratios": [0.75, 0.7476, *far.ratios[2:]]})
 
     assert decide(far, "BF16") == ("exact", ("exact",))
     assert decide(near, "BF16") == ("indistinguishable", ("exact", "two_model"))

@@ -21,11 +21,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__main__",
         "cli",
         "api demo",
+        "results wiring",
         "insight reports forecast",
         "run verification",
         "engine progress",
         "output",
         "planning",
+        "settings",
         "recipe checkpoints",
         "storage",
         "methods",
@@ -58,6 +60,10 @@ HOMES = {
 }
 
 
+MAX_LINES, MAX_LONG_MODULES, MAX_NAMES = 75, 2, 30
+"""Of a function; modules above 400 lines; names at the top of the package."""
+
+
 def modules() -> Iterator[tuple[str, Path]]:
     """Yield every module of the product: its name below ``stockflow``, and its file."""
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -73,23 +79,38 @@ def unit(module: str) -> str:
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path) -> Sequence[tuple[int, str]]:
     """Return line and dotted name of everything a file imports at run time, in functions too."""
-    return list(_imports(path))
-
-
-def _imports(path: Path) -> Iterator[tuple[int, str]]:
-    tree = ast.parse(path.read_text())
     only_for_types = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for statement in node.body
         for inner in ast.walk(statement)
     }
-    for node in ast.walk(tree):
-        if id(node) in only_for_types:
-            continue
+    return list(_imports(path, [node for node in ast.walk(parsed(path)) if id(node) not in only_for_types]))
+
+
+@cache
+def imported_modules(path: Path) -> frozenset[str]:
+    """Return the modules of ours that a file imports, in functions and for types too."""
+    known = {name for name, _ in modules()}
+    found = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stockflow":
+            home = node.module.removeprefix("stockflow").removeprefix(".")
+            names = (f"{home}.{alias.name}".removeprefix(".") for alias in node.names)
+            found |= {name if name in known else home for name in names}
+    return frozenset(found)
+
+
+def _imports(path: Path, nodes: Sequence[ast.AST]) -> Iterator[tuple[int, str]]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -118,6 +139,42 @@ def test_modules_import_only_downwards() -> None:
                 upward.append(f"{path}:{line}: {importer} imports {imported}, which is not below it")
 
     assert upward == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Types and imports in functions count too; what imports nothing that is left is taken away until nothing goes."""
+    left = {module: imported_modules(path) for module, path in modules()}
+    assert sum(map(len, left.values())) > 500, "the imports were read"
+
+    while leaves := {module for module, found in left.items() if not found & left.keys()}:
+        left = {module: found for module, found in left.items() if module not in leaves}
+
+    assert {module: sorted(found & left.keys()) for module, found in left.items()} == {}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for module, path in modules():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module)
+
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_functions_and_modules_are_short() -> None:
+    long_modules = [module for module, path in modules() if path.read_text().count("\n") > 400]
+    long_functions = [
+        f"{module}.{node.name}"
+        for module, path in modules()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+        if node.end_lineno - node.lineno >= MAX_LINES
+    ]
+
+    assert long_functions == []
+    assert len(long_modules) <= MAX_LONG_MODULES, long_modules
+    assert len(list(PACKAGE.glob("[!_.]*"))) <= MAX_NAMES
 
 
 @pytest.mark.parametrize("library", HOMES)

@@ -41,6 +41,7 @@ from stockflow.planning.reads import ALIGNMENT, Load, LoadPiece, Request, Step, 
 from stockflow.planning.spans import SPAN_ELEMS, span_bounds
 from stockflow.recipe import parse_recipe, parse_size
 from stockflow.storage import open_store
+from stockflow.text.sizes import counted
 from tests.checkpoints import write_checkpoint
 
 NAMES = ("embed.weight", "layers.0.norm.weight", "layers.1.norm.weight", "position_ids", "scalar", "empty")
@@ -911,7 +912,7 @@ def test_few_shards_for_many_workers_are_noted_with_a_size_that_gives_enough(tmp
     (note,) = few_shards_note(merge.plan(), num_workers)
 
     assert note.startswith(
-        f"1 shards for {num_workers} workers: with fewer than 4 each, some idle at the end; --shard-size "
+        f"1 shard for {counted(num_workers, 'worker')}: with fewer than 4 each, some idle at the end; --shard-size "
     )
     size = note.split("--shard-size ")[1].split(" ")[0]
     assert few_shards_note(merge.plan(parse_size(size)), num_workers) == []

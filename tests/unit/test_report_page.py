@@ -13,8 +13,9 @@ from stockflow.reports.course import course_of
 from stockflow.reports.evidence import Evidence, Model
 from stockflow.reports.html import Scale, rising_axis, time_unit
 from stockflow.reports.report import Report
-from stockflow.reports.words import number, printable, seconds, share
+from stockflow.reports.words import number, printable, share
 from stockflow.storage import Stamp, StorageConfig
+from stockflow.text.sizes import elapsed
 
 MB = 10**6
 START = 1.7e9
@@ -144,7 +145,7 @@ def test_an_axis_ends_above_the_largest(largest: float) -> None:
 def test_words_for_numbers() -> None:
     assert [number(value) for value in (None, 0.5, -1.23456, 1e7)] == ["-", "0.500", "-1.235", "1.00e+07"]
     assert [share(value) for value in (None, 0.0843, 12.0)] == ["-", "8.43 %", "1.2e+03 %"]
-    assert [seconds(value) for value in (0.5, 59, 600, 3 * 3600, 72 * 3600)] == [
+    assert [elapsed(value) for value in (0.5, 59, 600, 3 * 3600, 72 * 3600)] == [
         "0.5 s", "59 s", "10 min", "3.0 h", "3.0 days",
     ]  # fmt: skip
     assert printable("a\x1b[0m\u202eb\n") == "a\\x1b[0m\\u202eb\\n"
@@ -185,6 +186,7 @@ def large_report(num_models: int, num_layers: int, num_experts: int) -> Report:
     models = tuple(
         Model(letter, f"model-{letter}", ref.url, "base" if letter == "0" else "model", "etag", 163, 10**12, "0" * 12)
         for letter, ref in zip(letters, refs, strict=True)
+        for role in ("base" if letter == "0" else "model",)
     )
     evidence = Evidence("s3://bucket/out", manifest, rows, receipts, 4000, None, models, (), (), ())
     return Report(evidence, StorageConfig())

@@ -21,7 +21,7 @@ from stockflow.cli import app
 from stockflow.errors import AccessDeniedError, ComputeLostError, NotFoundError, RecipeError
 from stockflow.run import submission
 from stockflow.run.executors.ray.jobs import Job, LogStream
-from stockflow.run.submission import Request, exit_code, follow, how_it_ended, make_request
+from stockflow.run.submission import Submission, exit_code, follow, how_it_ended, make_request
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.pages import section
 from tests.s3_server import free_port
@@ -58,7 +58,7 @@ def refused(recipe: object, output: object, *options: object) -> tuple[int, str]
 # ------------------------------------------------------------------------------------------ what the job runs
 
 
-def run_entrypoint(request: Request, program: str | None, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def run_entrypoint(request: Submission, program: str | None, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Run what a job would, where ``stockflow`` is a script, or missing."""
     path = tmp_path / "bin"
     path.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def test_the_job_becomes_the_merge_and_hands_it_the_recipe(recipe: Path, tmp_pat
 
 def test_a_recipe_may_hold_the_word_that_ends_it(tmp_path: Path) -> None:
     text = "a\nRECIPE\nRECIPE_\nb\n"
-    request = Request("", submission._script(["stockflow", "merge"], text), ())
+    request = Submission("", submission._script(["stockflow", "merge"], text), ())
 
     assert run_entrypoint(request, THIS + "cat", tmp_path).stdout == text
 
@@ -296,9 +296,9 @@ def test_folders_are_named_whatever_the_address(url: str, is_said: str, recipe: 
 def test_folders_that_links_may_lead_into_are_sent_along_and_named(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Request] = []
+    made: list[Submission] = []
 
-    def make(*given: Any) -> Request:
+    def make(*given: Any) -> Submission:
         made.append(make_request(*given))
         return made[-1]
 
@@ -320,7 +320,7 @@ def test_folders_that_links_may_lead_into_are_sent_along_and_named(
 def test_options_of_logs_are_the_jobs(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Sequence[str]] = []
 
-    def make(recipe: str, output: str, options: Sequence[str], folders: Sequence[str]) -> Request:
+    def make(recipe: str, output: str, options: Sequence[str], folders: Sequence[str]) -> Submission:
         asked.append(options)
         raise RecipeError("enough")
 

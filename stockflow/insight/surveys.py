@@ -1,0 +1,161 @@
+"""Surveys: what looks at tensors of checkpoints without merging them, and the one that takes their Grams."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stockflow.engine.procedures.linear import GramSweep
+from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
+from stockflow.engine.survey import Look, SurveySpec
+from stockflow.engine.units import Unit
+from stockflow.errors import RecipeError
+from stockflow.events import Done, Event, Moved, OnEvent, Stage
+from stockflow.insight.inspection import Inspection, Subject
+from stockflow.kernels.arrays import Floats
+from stockflow.methods.gram import Gram
+from stockflow.methods.protocol import FLOAT_BYTES
+from stockflow.methods.ratios import packed
+from stockflow.planning.job import Reading, TensorJob, stored
+from stockflow.planning.make import make_plan
+from stockflow.planning.plan import CheckpointRef
+from stockflow.planning.spans import SPAN_ELEMS
+from stockflow.run.driver import Inputs, collector_paused
+
+Survey = Callable[[SurveySpec, Sequence[Look], OnEvent], Iterator[tuple[int, Any]]]
+"""Looks at tensors somewhere; tells what it reads, and yields their numbers and rows, in any order."""
+
+
+@dataclass(frozen=True)
+class SurveyOptions:
+    """What a survey may use."""
+
+    memory_bytes: int
+    num_threads: int
+    device: Any = "auto"
+
+
+class Following:
+    """Tells of a survey what is read and which tensors are done, and counts the bytes; from several threads."""
+
+    def __init__(self, spec: SurveySpec, looks: Sequence[Look], on_event: OnEvent) -> None:
+        """Tell that reading begins."""
+        self.num_read = 0
+        self._looks = looks
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        num_bytes = bytes_to_read(spec, looks)
+        on_event(Stage("reading the inputs", total_bytes=num_bytes, num_items=len(looks), unit="tensors"))
+
+    def __call__(self, event: Event) -> None:
+        """Count bytes, and pass it on."""
+        if isinstance(event, Moved):
+            with self._lock:
+                self.num_read += event.num_read
+        self._on_event(event)
+
+    def rows(self, found: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """Yield numbers and rows as they come."""
+        for number, row in found:
+            self._on_event(Done(self._looks[number].reading.name))
+            yield number, row
+
+
+def bytes_to_read(spec: SurveySpec, looks: Sequence[Look]) -> int:
+    """Return what a survey will read: on the first sweep everything, on a second one large tensors of local files.
+
+    Those from elsewhere are held meanwhile where the memory allows it, which only the worker knows.
+    """
+    is_local = not any("://" in ref.url for ref in spec.checkpoints)
+
+    def num_reads(look: Look) -> int:
+        return look.num_sweeps if is_local and look.reading.num_elems > SPAN_ELEMS else 1
+
+    return sum(num_reads(look) * look.reading.num_bytes for look in looks)
+
+
+class GramExaminer:
+    """Takes the Gram of whole tensors."""
+
+    @property
+    def num_sweeps(self) -> int:
+        """Once."""
+        return 1
+
+    def span_bytes(self, look: Look, num_elems: int) -> int:
+        """Return 0: a Gram is taken in the caches."""
+        del look, num_elems
+        return 0
+
+    def state_bytes(self, look: Look, num_groups: int) -> int:
+        """Return the size of the products."""
+        return num_groups * len(look.reading.operands) ** 2 * FLOAT_BYTES
+
+    def examine(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> Floats:
+        """Return the Gram of a tensor as one packed row."""
+        bits = look.planned.result.working_bits if look.planned else 64
+        (total_GMM,) = swept(unit, [GramSweep(unit, tools, refuses=False, float_bits=bits)], map_spans, last=True)
+        row_Q: Floats = packed(Gram(total_GMM))[0]
+        return row_Q
+
+    def conclude(self, look: Look, parts: Sequence[Floats]) -> Floats:
+        """Return the row of the only unit."""
+        del look
+        (row_Q,) = parts
+        return row_Q
+
+
+def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_event: OnEvent) -> Inspection:
+    """Take the statistics of a recipe's checkpoints.
+
+    Raises:
+        RecipeError: the recipe names no base.
+        PlanError: the checkpoints do not fit together.
+        UserError: an input changed, or the budget is too small.
+        StorageError: reading failed after retries.
+    """
+    started = time.perf_counter()
+    on_event(Stage("planning"))
+    subjects, checkpoints = find_subjects(inputs)
+    numbers = [number for number, subject in enumerate(subjects) if subject.look]
+    looks = [subject.look for subject in subjects if subject.look]
+    num_tuned = len(checkpoints) - 1
+    packed_TQ = np.full((len(subjects), 1 + num_tuned * (num_tuned + 1) // 2), np.nan)
+    spec = SurveySpec(checkpoints, inputs.storage, options.memory_bytes, options.num_threads, options.device)
+    following = Following(spec, looks, on_event)
+    for number, row_Q in following.rows(survey(spec, looks, following)) if looks else ():
+        packed_TQ[numbers[number]] = row_Q
+    return Inspection(checkpoints, subjects, packed_TQ, following.num_read, time.perf_counter() - started)
+
+
+def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, ...]]:
+    """Return the tensors of a recipe with what is to be read of each, and the checkpoints, base first."""
+    recipe = inputs.recipe
+    if recipe.base_model is None:
+        raise RecipeError(
+            "statistics are taken of the changes against a base, and this recipe names none; "
+            "add `base_model: ...`, the model the others were tuned from"
+        )
+    if len(recipe.checkpoints) < 2:
+        raise RecipeError("this recipe lists no model besides its base; there is nothing to compare")
+    with collector_paused():
+        plan = make_plan(recipe, inputs.checkpoints)
+        subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
+    return subjects, plan.checkpoints
+
+
+def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:
+    """The base's tensor and those of all other models, whatever the method reads of them."""
+    name = planned.output.name
+    shape = inputs.checkpoints[0].specs[name].shape
+    if planned.is_copy or not planned.reading.num_elems:
+        return None
+    checkpoints = inputs.checkpoints
+    if any(name not in each.specs or each.specs[name].shape != shape for each in checkpoints):
+        return None
+    operands = tuple(stored(number, each.specs[name], each.extents[name]) for number, each in enumerate(checkpoints))
+    bits = planned.reading.float_bits
+    return Look(Reading(name, shape, operands, float_bits=bits), GramExaminer(), planned)
