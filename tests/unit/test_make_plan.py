@@ -1,0 +1,359 @@
+"""What planning makes of checkpoints and a recipe, what it refuses, and how it lays the output out."""
+
+import json
+import struct
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stockflow.checkpoints.header import header_bytes, parse_header
+from stockflow.planning.job import COPY, COPY_EQUAL
+from stockflow.planning.make import default_shard_size, few_shards_note
+from stockflow.recipe import parse_size
+from stockflow.text.sizes import counted
+from tests.plans import NAMES, Merge, job, jobs_of, model, rule
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Merge:
+    return Merge(tmp_path)
+
+
+def test_floats_are_merged_integers_compared_and_empty_tensors_copied(merge: Merge) -> None:
+    jobs = jobs_of(merge.write().plan())
+
+    assert {name: job.result.method for name, job in jobs.items()} == {
+        "embed.weight": "model_stock",
+        "layers.0.norm.weight": "model_stock",
+        "layers.1.norm.weight": "model_stock",
+        "scalar": "model_stock",
+        "position_ids": COPY_EQUAL,
+        "empty": COPY,
+    }
+    assert [operand.checkpoint for operand in jobs["embed.weight"].reading.operands] == [0, 1, 2]
+    assert [operand.checkpoint for operand in jobs["position_ids"].reading.operands] == [0, 1, 2]
+    assert jobs["position_ids"].reading.num_elems == 72
+
+
+def test_the_output_follows_the_donors_order(tmp_path: Path) -> None:
+    merge = Merge(tmp_path, (3, 1, 2)).write()
+    files = sorted(merge.folders[0].glob("*.safetensors"))
+    expected = []
+    for path in files:
+        payload = path.read_bytes()
+        head = payload[: header_bytes(payload[:8], len(payload), "")]
+        expected += [placed.spec.name for placed in parse_header(head, len(payload), "")]
+
+    assert len(NAMES) == len(expected)
+    assert expected == [job.output.name for job in merge.plan().jobs]
+
+
+def test_without_a_base_the_first_model_is_the_donor(merge: Merge) -> None:
+    merge.models[1] = {name: merge.models[1][name] for name in reversed(NAMES)}
+    merge.write()
+    recipe: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 1.0}, "base_model": None}
+
+    plan = merge.plan(**recipe)
+
+    assert [str(folder) for folder in merge.folders[1:]] == [checkpoint.url for checkpoint in plan.checkpoints]
+    assert plan.donor == 0
+    assert all(job.output.dtype == job.reading.dtypes[0] for job in plan.jobs)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "written"),
+    [
+        (("BF16", "BF16", "BF16"), "BF16"),
+        (("F16", "F16", "F16"), "F16"),
+        (("BF16", "F16", "BF16"), "F32"),
+        (("BF16", "F32", "BF16"), "F32"),
+        (("F16", "F16", "F32"), "F32"),
+        (("F32", "BF16", "F16"), "F32"),
+        (("BF16", "F32", "F64"), "F64"),
+    ],
+)
+def test_what_is_written_holds_every_source(merge: Merge, dtypes: tuple[str, ...], written: str) -> None:
+    """As the usual tool promotes them; the donor's own would round the other models first."""
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    for number, dtype in enumerate(dtypes):
+        merge.models[number] = model(number, kinds[dtype])
+
+    plan = merge.write().plan()
+
+    assert {job.output.dtype for job in plan.jobs if not job.is_copy} == {written}
+    said = [note for note in plan.notes if f"written as {written}" in note]
+    assert len(said) == (len(set(dtypes)) > 1)
+    assert all(f"are of {' and '.join(sorted(set(dtypes)))} and" in note for note in said)
+    named = merge.plan(dtype="bfloat16")
+    assert {job.output.dtype for job in named.jobs if not job.is_copy} == {"BF16"}
+    assert not any("written as" in note for note in named.notes)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("weights", ["of the recipe", "of each model", "both"])
+def test_a_base_counts_for_linear_if_the_recipe_gives_it_a_weight(merge: Merge, weights: str, listed: bool) -> None:
+    merge.write()
+    base, *tuned = map(str, merge.folders)
+    models = [{"model": folder} for folder in ([base, *tuned] if listed else tuned)]
+    if weights != "of the recipe":
+        models = [{**entry, "parameters": {"weight": 0.7}} for entry in models]
+    shared = {} if weights == "of each model" else {"parameters": {"weight": 0.4}}
+
+    plan = merge.plan(merge_method="linear", models=models, **shared)
+
+    job = jobs_of(plan)["embed.weight"]
+    said = [note for note in plan.notes if "is not among the models" in note]
+    own = 0.4 if weights == "of the recipe" else 0.7
+    if listed:
+        assert [operand.checkpoint for operand in job.reading.operands] == [0, 1, 2]
+        assert said == []
+    elif weights == "of each model":
+        assert [operand.checkpoint for operand in job.reading.operands] == [1, 2]
+        assert job.result.parameters.each("weight") == (0.7, 0.7)
+        assert "does not merge it in; it gives names" in said[0]
+    else:
+        assert [operand.checkpoint for operand in job.reading.operands] == [1, 2, 0]
+        assert job.result.parameters.each("weight") == (own, own, 0.4)
+        assert "merges it in like them" in said[0]
+        assert base in said[0]
+    assert plan.donor == 0
+
+
+def test_mixed_float_dtypes_are_fine(merge: Merge) -> None:
+    merge.models[0] = model(0, torch.float32)
+    merge.models[2] = model(2, torch.float16)
+    merge.write()
+
+    job = jobs_of(merge.plan())["embed.weight"]
+    cast = jobs_of(merge.plan(dtype="float32", out_dtype="float16"))["embed.weight"]
+
+    assert list(job.reading.dtypes) == ["F32", "BF16", "F16"]
+    assert (job.output.dtype, job.reading.bytes_per_elem, job.output_width, job.result.float_bits) == ("F32", 8, 4, 32)
+    assert cast.output.dtype == "F16"
+
+
+def test_a_float64_source_is_merged_in_float64(merge: Merge) -> None:
+    merge.models[1] = model(1, torch.float64)
+
+    assert jobs_of(merge.write().plan())["embed.weight"].reading.float_bits == 64
+
+
+def test_rules_copy_skip_and_choose_another_method(merge: Merge) -> None:
+    merge.write()
+    rules = [
+        {"filter": "embed", "action": "copy"},
+        {"filter": "layers.0", "action": "skip"},
+        {"filter": "layers.1", "merge_method": "linear", "parameters": {"weight": 0.5}},
+        {"filter": "layers", "action": "skip"},
+    ]
+
+    plan = merge.plan(dtype="float32", stockflow={"rules": rules})
+
+    jobs = jobs_of(plan)
+    assert (jobs["embed.weight"].result.method, jobs["embed.weight"].output.dtype) == (COPY, "BF16")
+    assert [operand.checkpoint for operand in jobs["embed.weight"].reading.operands] == [0]
+    assert plan.skipped == ("layers.0.norm.weight",)
+    assert "layers.0.norm.weight" not in jobs
+    assert jobs["layers.1.norm.weight"].result.method == "linear"
+    assert [operand.checkpoint for operand in jobs["layers.1.norm.weight"].reading.operands] == [1, 2]
+    assert any("layers.0.norm.weight" in note for note in plan.notes)
+
+
+def test_skipping_everything_is_refused(merge: Merge) -> None:
+    assert "the rules skip every tensor" in merge.write().refusal(stockflow=rule(filter="*", action="skip"))
+
+
+def test_checkpoints_without_tensors_are_refused(merge: Merge) -> None:
+    merge.models = [{}, {}, {}]
+    merge._num_shards = (1, 1, 1)
+
+    assert f"{merge.folders[0]} holds no tensors" in merge.write().refusal()
+
+
+def test_a_missing_tensor_is_refused_unless_a_rule_names_it(merge: Merge) -> None:
+    del merge.models[1]["embed.weight"], merge.models[2]["embed.weight"]
+    merge.write()
+
+    found = merge.refusal()
+
+    assert f"'embed.weight' is missing in {merge.folders[1]}, {merge.folders[2]}" in found
+    assert "one problem" in found
+    assert jobs_of(merge.plan(stockflow=rule(filter="embed", action="copy")))["embed.weight"].result.method == COPY
+    assert "embed.weight" not in jobs_of(merge.plan(stockflow=rule(filter="embed", action="skip")))
+
+
+def test_an_extra_tensor_is_refused_unless_a_rule_skips_it(merge: Merge) -> None:
+    merge.models[2]["vision.weight"] = torch.ones(3)
+    merge.write()
+
+    found = merge.refusal()
+
+    assert f"'vision.weight' is in {merge.folders[2]} but not in {merge.folders[0]}" in found
+    assert "action: skip" in found
+    assert "vision" in merge.refusal(stockflow=rule(filter="vision", action="copy"))
+    assert "vision.weight" not in jobs_of(merge.plan(stockflow=rule(filter="vision", action="skip")))
+
+
+def test_shapes_that_differ(merge: Merge) -> None:
+    merge.models[1]["embed.weight"] = torch.ones(21, 7, dtype=torch.bfloat16)
+    merge.write()
+
+    assert (
+        f"'embed.weight' is [21, 7] in {merge.folders[1]}, expected [20, 7] as in {merge.folders[0]}" in merge.refusal()
+    )
+
+
+def test_integers_of_another_width_and_integers_for_floats(merge: Merge) -> None:
+    merge.models[1]["position_ids"] = torch.arange(9, dtype=torch.int32)
+    merge.models[2]["embed.weight"] = torch.ones(20, 7, dtype=torch.int16)
+    merge.write()
+
+    found = merge.refusal()
+
+    assert f"'position_ids' is I32 in {merge.folders[1]}, expected I64 as in {merge.folders[0]}" in found
+    assert f"'embed.weight' is I16 in {merge.folders[2]}, expected BF16 as in {merge.folders[0]}" in found
+    assert "2 problems" in found
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_fp8_is_refused_by_name_and_copied_by_rule(merge: Merge, where: int) -> None:
+    merge.models[where]["embed.weight"] = torch.ones(20, 7).to(torch.float8_e4m3fn)
+    merge.write()
+
+    found = merge.refusal()
+
+    assert f"'embed.weight' is F8_E4M3 in {merge.folders[where]}; FP8 and packed formats are not merged yet" in found
+    assert "action: copy" in found
+    job = jobs_of(merge.plan(dtype="float32", stockflow=rule(filter="embed", action="copy")))["embed.weight"]
+    assert job.output.dtype == ("F8_E4M3" if where == 0 else "BF16")
+    assert job.output.num_bytes == job.reading.num_elems
+
+
+def test_complex_tensors_are_compared_not_merged(merge: Merge) -> None:
+    for tensors in merge.models:
+        tensors["rotary"] = torch.ones(3, dtype=torch.complex64)
+
+    assert jobs_of(merge.write().plan())["rotary"].result.method == COPY_EQUAL
+
+
+def test_all_differences_are_reported_together(merge: Merge) -> None:
+    for number in range(10):
+        merge.models[1][f"extra.{number}"] = torch.ones(1)
+        merge.models[0][f"missing.{number}"] = torch.ones(1)
+    merge.models[2]["embed.weight"] = torch.ones(1, 7, dtype=torch.bfloat16)
+    for tensors in (merge.models[1], merge.models[2]):
+        tensors["scalar"] = torch.tensor(1)
+    merge.write()
+
+    lines = merge.refusal().splitlines()
+
+    assert "23 problems" in lines[0]
+    assert len(lines) == 22
+    assert lines[-1].strip() == "... and 3 more"
+    assert all(line.startswith("  '") for line in lines[1:-1])
+
+
+def test_a_parameter_that_no_filter_gives_is_refused_by_tensor(merge: Merge) -> None:
+    merge.write()
+    weights: dict[str, Any] = {"parameters": {"weight": [{"filter": "layers", "value": 0.5}]}}
+
+    with pytest.raises(ValueError, match=r"`linear` needs the parameter `weight` .* 'embed.weight'|'embed.weight'"):
+        merge.plan(merge_method="linear", **weights)
+
+
+@pytest.mark.parametrize(
+    ("num_elems", "expected"),
+    [
+        (1, 256_000_000),
+        (32_768_000_000, 256_000_000),
+        (64_000_000_000, 500_000_000),
+        (640_000_000_000, 5_000_000_000),
+        (10**13, 5_000_000_000),
+    ],
+)
+def test_the_default_shard_size_follows_from_the_output_alone(num_elems: int, expected: int) -> None:
+    assert expected == default_shard_size([job("a", (num_elems,), output="BF16")])
+
+
+def test_one_shard_is_a_plain_file_and_several_are_numbered(merge: Merge) -> None:
+    merge.write()
+
+    assert [shard.file for shard in merge.plan().shards] == ["model.safetensors"]
+    assert [shard.file for shard in merge.plan(shard_size=1).shards][:2] == [
+        "model-00001-of-00005.safetensors",
+        "model-00002-of-00005.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("shard_size", [1, 13, 14, 15, 28, 72, 100, 280, 281, 352, 10_000])
+def test_shards_are_filled_in_order_up_to_the_size(merge: Merge, shard_size: int) -> None:
+    merge.write()
+    whole = [job.output.name for job in merge.plan().jobs]
+
+    shards = merge.plan(shard_size=shard_size).shards
+
+    assert whole == [job.output.name for shard in shards for job in shard.jobs]
+    for shard in shards:
+        num_bytes = [job.output.num_bytes for job in shard.jobs]
+        assert sum(num_bytes) <= shard_size or sum(map(bool, num_bytes)) == 1
+        assert shard.num_bytes == len(shard.header) + sum(num_bytes)
+        placed = parse_header(shard.header, shard.num_bytes, shard.file)
+        assert {job.output for job in shard.jobs} == {entry.spec for entry in placed}
+    for before, after in pairwise(shards):
+        assert sum(job.output.num_bytes for job in (*before.jobs, after.jobs[0])) > shard_size
+
+
+def test_the_recipes_shard_size_yields_to_the_command_lines(merge: Merge) -> None:
+    merge.write()
+    options = {"shard_size": 100}
+
+    assert len(merge.plan(stockflow=options).shards) == len(merge.plan(shard_size=100).shards) > 1
+    assert len(merge.plan(shard_size=10_000, stockflow=options).shards) == 1
+
+
+def test_large_shards_are_noted_with_a_size_that_gives_sixteen_per_worker(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for folder in merge.folders:
+        write_holes(folder, num_tensors=400, tensor_bytes=10**9)
+
+    (note,) = few_shards_note(merge.plan(200 * 10**9), 8)
+
+    assert (
+        note == "2 shards for 8 workers: with fewer than 4 each, some idle at the end; --shard-size 3.1GB gives enough"
+    )
+
+
+def write_holes(folder: Path, *, num_tensors: int, tensor_bytes: int) -> None:
+    """Write a checkpoint whose header is real, and whose weights are one hole in a sparse file."""
+    header = {
+        f"layers.{index}.weight": {
+            "dtype": "BF16",
+            "shape": [tensor_bytes // 2],
+            "data_offsets": [index * tensor_bytes, (index + 1) * tensor_bytes],
+        }
+        for index in range(num_tensors)
+    }
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + num_tensors * tensor_bytes)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_few_shards_for_many_workers_are_noted_with_a_size_that_gives_enough(tmp_path: Path, num_workers: int) -> None:
+    merge = Merge(tmp_path, (1, 1, 1))
+    merge.models = [{f"layers.{index}.weight": torch.ones(10 + index % 5, 40) for index in range(20)}] * 3
+    merge.write()
+
+    (note,) = few_shards_note(merge.plan(), num_workers)
+
+    assert note.startswith(
+        f"1 shard for {counted(num_workers, 'worker')}: with fewer than 4 each, some idle at the end; --shard-size "
+    )
+    size = note.split("--shard-size ")[1].split(" ")[0]
+    assert few_shards_note(merge.plan(parse_size(size)), num_workers) == []
+    assert few_shards_note(merge.plan(), None) == []
