@@ -24,7 +24,7 @@ class Doing:
     folder: Path
 
     def __call__(self) -> Callable[[Any, Count, int], Any]:
-        return lambda item, count, frugality: self.work(self.folder, item, count)
+        return lambda item, count, memory_halvings: self.work(self.folder, item, count)
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class FailingStart:
     def __call__(self) -> Callable[[Any, Count, int], Any]:
         if note(self.folder, "start") <= self.times:
             raise StorageError("the claim cannot be read")
-        return lambda item, count, frugality: item
+        return lambda item, count, memory_halvings: item
 
 
 @dataclass(frozen=True)
 class Starving:
-    """A start whose items may take four times what is there; they give their frugality and their process."""
+    """A start whose items may take four times what is there; they give their memory_halvings and their process."""
 
     kind: str
     """of what: ``numpy``, ``mmap`` or ``torch``, or the start itself by ``start``"""
@@ -52,18 +52,18 @@ class Starving:
             raise MemoryError
         return self._starve
 
-    def _starve(self, item: Any, count: Count, frugality: int) -> tuple[Any, int, int]:
-        if frugality < 2 and self.kind == "torch":
+    def _starve(self, item: Any, count: Count, memory_halvings: int) -> tuple[Any, int, int]:
+        if memory_halvings < 2 and self.kind == "torch":
             import torch
 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        if frugality < 2 and self.kind == "mmap":
+        if memory_halvings < 2 and self.kind == "mmap":
             mmap.mmap(-1, 1 << 62)
-        if frugality < 2:
+        if memory_halvings < 2:
             import numpy as np
 
             np.empty(1 << 62, np.uint8)
-        return item, frugality, os.getpid()
+        return item, memory_halvings, os.getpid()
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class RefusedLater:
             raise PlanError("this node is not like the others")
         return self._work
 
-    def _work(self, item: Any, count: Count, frugality: int) -> Any:
+    def _work(self, item: Any, count: Count, memory_halvings: int) -> Any:
         if note(self.folder, "worked") > 1:
             await_note(self.folder, "told")
         return item
@@ -104,14 +104,14 @@ class HangingOnce:
     def __call__(self) -> Callable[[Any, Count, int], Any]:
         work = self.start()
 
-        def hanging(item: Any, count: Count, frugality: int) -> Any:
+        def hanging(item: Any, count: Count, memory_halvings: int) -> Any:
             def hang_once(num_read: int, num_written: int) -> None:
                 count(num_read, num_written)
                 if num_written and note(self.folder, "hanging") == 1:
                     time.sleep(WAIT_S)
 
             note(self.folder, "begun")
-            return work(item, hang_once, frugality)
+            return work(item, hang_once, memory_halvings)
 
         return hanging
 
@@ -126,7 +126,7 @@ class Slowly:
     stuck: int = 0
     """the number of the item that never ends; 0: all do"""
     hungry_bytes: int = 0
-    """what the first item takes of memory, unless it is told to be frugal"""
+    """what the first item takes of memory, unless it is told to halve its memory"""
 
     def __call__(self) -> Callable[[Any, Count, int], Any]:
         import ray
@@ -134,26 +134,26 @@ class Slowly:
         work = self.start()
         node = str(ray.get_runtime_context().get_node_id())
 
-        def slowly(item: Any, count: Count, frugality: int) -> Any:
-            self._note("begun", item.file, node, frugality)
+        def slowly(item: Any, count: Count, memory_halvings: int) -> Any:
+            self._note("begun", item.file, node, memory_halvings)
             if note(self.folder, "item") == self.stuck:
                 note(self.folder, "stuck")
                 time.sleep(WAIT_S)
             eaten = []
-            if self.hungry_bytes and not frugality and note(self.folder, "hungry") == 1:
+            if self.hungry_bytes and not memory_halvings and note(self.folder, "hungry") == 1:
                 for _ in range(self.hungry_bytes >> 26):
                     eaten.append(b"x" * (1 << 26))
                     time.sleep(0.02)
                 time.sleep(WAIT_S)
             time.sleep(self.seconds)
-            result = work(item, count, frugality)
-            self._note("ended", item.file, node, frugality)
+            result = work(item, count, memory_halvings)
+            self._note("ended", item.file, node, memory_halvings)
             return result
 
         return slowly
 
-    def _note(self, event: str, file: str, node: str, frugality: int) -> None:
-        line = {"event": event, "file": file, "node": node, "frugality": frugality, "when": time.time()}
+    def _note(self, event: str, file: str, node: str, memory_halvings: int) -> None:
+        line = {"event": event, "file": file, "node": node, "memory_halvings": memory_halvings, "when": time.time()}
         with open(self.folder / "events.jsonl", "a") as opened:
             opened.write(json.dumps(line) + "\n")
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from stockflow.methods.protocol import Linear
 from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
-from stockflow.planning.budget import OPTIMAL_READ_BYTES, Workspace
+from stockflow.planning.budget import Workspace
 from stockflow.planning.job import TensorJob
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
 from stockflow.planning.spans import SPAN_ELEMS
-from stockflow.storage.parts import part_bytes
+from stockflow.storage.parts import RANGE_BYTES, part_bytes
 
 
 class Kernel(NamedTuple):
@@ -221,12 +221,12 @@ def _requests(load: Load, step: Step) -> Iterator[tuple[int, int, int]]:
     if len(load.pieces) > 1:
         for request in load.requests:
             size = request.stop - request.start
-            yield request.checkpoint, size, -(-size // OPTIMAL_READ_BYTES)
+            yield request.checkpoint, size, -(-size // RANGE_BYTES)
         return
     ((job, start, stop),) = load.pieces
     for slot in job.reading.slots(start, stop):
         size = slot.num_bytes
-        num_requests = -(-(stop - start) // SPAN_ELEMS) if step.direct else -(-size // OPTIMAL_READ_BYTES)
+        num_requests = -(-(stop - start) // SPAN_ELEMS) if step.direct else -(-size // RANGE_BYTES)
         if size:
             yield slot.checkpoint, size, num_requests
 

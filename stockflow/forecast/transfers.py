@@ -18,8 +18,8 @@ import numpy as np
 
 from stockflow.forecast.constants import PlaceCosts
 from stockflow.forecast.seconds import RANGES_IN_FLIGHT
-from stockflow.planning.budget import OPTIMAL_READ_BYTES
 from stockflow.storage import Store
+from stockflow.storage.parts import RANGE_BYTES
 
 SEED = 5
 ROUNDS = 2
@@ -93,10 +93,10 @@ def _latency_s(store: Store) -> float:
 
 def _write(store: Store) -> int:
     """Hash and write as a worker does, from a buffer that it uses again."""
-    piece = np.random.default_rng(SEED).bytes(OPTIMAL_READ_BYTES)
+    piece = np.random.default_rng(SEED).bytes(RANGE_BYTES)
     digest = hashlib.sha256()
     with store.create("large", size=NUM_BYTES) as sink:
-        for _ in range(NUM_BYTES // OPTIMAL_READ_BYTES):
+        for _ in range(NUM_BYTES // RANGE_BYTES):
             digest.update(piece)
             sink.write(piece)
         sink.sync()
@@ -110,12 +110,12 @@ def _read(store: Store, num_bytes: int, num_readers: int) -> int:
 
     def read(number: int) -> int:
         if not hasattr(threads, "buffer"):
-            threads.buffer = memoryview(bytearray(OPTIMAL_READ_BYTES))
-        store.read_into("large", number * OPTIMAL_READ_BYTES % NUM_BYTES, threads.buffer, stamp)
-        return OPTIMAL_READ_BYTES
+            threads.buffer = memoryview(bytearray(RANGE_BYTES))
+        store.read_into("large", number * RANGE_BYTES % NUM_BYTES, threads.buffer, stamp)
+        return RANGE_BYTES
 
     with ThreadPoolExecutor(num_readers) as pool:
-        return sum(pool.map(read, range(num_bytes // OPTIMAL_READ_BYTES)))
+        return sum(pool.map(read, range(num_bytes // RANGE_BYTES)))
 
 
 def machine_cpu_s() -> float:

@@ -11,6 +11,7 @@ from stockflow.output.keys import receipt_folder, receipt_key
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.storage import Stamp, Store
+from stockflow.storage.parts import RANGE_BYTES
 
 NUM_READERS = 16
 """Receipts that are read at the same time: on object storage each takes a round trip."""
@@ -67,7 +68,7 @@ def is_intact(store: Store, receipt: Receipt, found: Stamp) -> bool:
         return is_intact(store, receipt, store.stamp(receipt.file))
 
 
-def sha256_of(store: Store, key: str, stamp: Stamp, chunk_bytes: int = 8 * 2**20) -> str:
+def sha256_of(store: Store, key: str, stamp: Stamp, chunk_bytes: int = RANGE_BYTES) -> str:
     """Return the sha256 of an object's bytes, in hex."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(chunk_bytes, stamp.size)))

@@ -24,8 +24,6 @@ RANGES_IN_FLIGHT_BYTES = 192 * MIB
 """16 ranges of 8 MiB and their copies: obstore took 176 MiB, s3fs 170; with an upload beside them 296 and 247."""
 PLANNED_TENSOR_BYTES, PLANNED_SOURCE_BYTES = 5 * 2**10, 2**9
 """Header entries, plan, facts and receipt of one tensor, and of each of its sources: 11,610 x 3 and x 5 measured."""
-OPTIMAL_READ_BYTES = 8 * MIB
-"""Range size at which object storage clients are cheapest; larger ones pay for fresh pages."""
 MAX_CHUNK_SPANS = 16
 """At most this many spans of each source are read at a time: 4 Mi elements, 8 MiB of BF16."""
 CHUNK_SPANS = tuple(MAX_CHUNK_SPANS >> halved for halved in range(MAX_CHUNK_SPANS.bit_length()))

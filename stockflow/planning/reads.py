@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from stockflow.planning.budget import OPTIMAL_READ_BYTES, PIECE_OVERHEAD, Workspace
+from stockflow.planning.budget import PIECE_OVERHEAD, Workspace
 from stockflow.planning.job import ExtentRanges, Work
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
+from stockflow.storage.parts import RANGE_BYTES
 
 ALIGNMENT = 64
 
@@ -203,6 +204,6 @@ def _continues(previous: Request, checkpoint: int, file: str, start: int, width:
 
 def split_request(request: Request) -> Iterator[Request]:
     """Yield a range in portions of the size that object storage serves best."""
-    for start in range(request.start, request.stop, OPTIMAL_READ_BYTES):
-        stop = min(start + OPTIMAL_READ_BYTES, request.stop)
+    for start in range(request.start, request.stop, RANGE_BYTES):
+        stop = min(start + RANGE_BYTES, request.stop)
         yield Request(request.checkpoint, request.file, start, stop, request.offset + start - request.start)

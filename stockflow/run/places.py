@@ -88,10 +88,10 @@ class ShardWork:
         """Open a worker with the whole budget."""
         self._spec = spec
         self._output = open_store(spec.output_url, spec.storage)
-        self._frugality = 0
+        self._memory_halvings = 0
         self.worker = Worker(spec)
 
-    def __call__(self, shard: ShardPlan, on_bytes: OnBytes, frugality: int) -> Answer:
+    def __call__(self, shard: ShardPlan, on_bytes: OnBytes, memory_halvings: int) -> Answer:
         """Merge a shard; smaller buffers mean more passes and the same bytes.
 
         Raises:
@@ -99,7 +99,7 @@ class ShardWork:
         """
         if is_finished(self._output, self._spec.plan_id, shard, self.worker.numerics_class):
             return shard.file
-        for halvings in range(frugality, -1, -1):
+        for halvings in range(memory_halvings, -1, -1):
             self._reopen(halvings)
             try:
                 receipt = receipts.encode(self.worker.merge(shard, on_bytes))
@@ -110,10 +110,10 @@ class ShardWork:
         raise AssertionError("not reached")
 
     def _reopen(self, halvings: int) -> None:
-        if halvings != self._frugality:
+        if halvings != self._memory_halvings:
             self.worker.close()
             self.worker = Worker(replace(self._spec, memory_bytes=self._spec.memory_bytes >> halvings))
-            self._frugality = halvings
+            self._memory_halvings = halvings
 
 
 def _agree(spec: WorkerSpec, worker: Worker) -> None:
@@ -223,8 +223,8 @@ class StartSurveyor:
         check_gpu_is_seen(self.spec.device)
         surveyor = Surveyor(self.spec)
 
-        def survey(batch: Batch, on_bytes: OnBytes, frugality: int) -> tuple[int, list[Any]]:
-            del frugality  # its buffers are small already
+        def survey(batch: Batch, on_bytes: OnBytes, memory_halvings: int) -> tuple[int, list[Any]]:
+            del memory_halvings  # its buffers are small already
             return batch.first, list(surveyor.survey(batch.looks, lambda num_bytes: on_bytes(num_bytes, 0)))
 
         return survey

@@ -1,10 +1,12 @@
-"""How an upload is cut into parts. Parts have one constant size, which some stores insist on (R2)."""
+"""How objects are cut: uploads into parts of one constant size, which some stores insist on (R2), reads into ranges."""
 
 MAX_PARTS = 10_000
 """limit of S3 and of what imitates it"""
 DEFAULT_PART_BYTES = 16 << 20
 """large enough to hide a request's latency, small enough to keep a few in flight; holds to 156 GiB"""
 PARTS_IN_FLIGHT = 6
+RANGE_BYTES = 8 << 20
+"""Largest range request, cheapest for clients: with 32 MiB obstore takes 1.6 times the CPU, for fresh pages."""
 _MIB = 1 << 20
 
 

@@ -16,9 +16,9 @@ from threading import local
 from typing import Any
 
 from stockflow.engine.inputs import NUM_OBJECT_READERS
-from stockflow.planning.budget import OPTIMAL_READ_BYTES
 from stockflow.recipe import Recipe, load_recipe
 from stockflow.storage import Stamp, Store, open_store
+from stockflow.storage.parts import RANGE_BYTES
 from tests.benchmarks.preloaded import NEEDED, NEEDED_ON_OBJECT_STORAGE, clocked, load, stockflow
 
 PIECE_BYTES = 1 << 20
@@ -86,8 +86,8 @@ def ranges(recipe: Recipe, files: Path) -> Iterator[Range]:
         store = open_store(location, recipe.storage)
         for file in names:
             stamp = store.stamp(file)
-            for start in range(0, stamp.size, OPTIMAL_READ_BYTES):
-                yield Range(store, file, stamp, start, min(start + OPTIMAL_READ_BYTES, stamp.size))
+            for start in range(0, stamp.size, RANGE_BYTES):
+                yield Range(store, file, stamp, start, min(start + RANGE_BYTES, stamp.size))
 
 
 class Reader:
@@ -100,7 +100,7 @@ class Reader:
     def __call__(self, span: Range) -> int:
         """Read a range; return its size."""
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(bytearray(OPTIMAL_READ_BYTES))
+            self._own.buffer = memoryview(bytearray(RANGE_BYTES))
         span.store.read_into(span.file, span.start, self._own.buffer[: span.stop - span.start], span.stamp)
         return span.stop - span.start
 

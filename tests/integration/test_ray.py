@@ -348,7 +348,7 @@ def test_an_item_whose_memory_is_refused_is_done_with_less_of_it(cluster: str, k
 
     results = run_on_ray(ray_items.Starving(kind), ["big"], size=len, options=QUICKLY, on_event=listener)
 
-    assert [(item, frugality) for item, frugality, _ in results] == [("big", 2)]
+    assert [(item, memory_halvings) for item, memory_halvings, _ in results] == [("big", 2)]
     assert listener.of(Retry) == [Retry("out of memory", "big")] * 2
 
 

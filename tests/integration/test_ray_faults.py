@@ -276,7 +276,7 @@ def test_a_worker_that_ran_out_of_memory(
         assert expected == merging.digests()
 
         (first, again) = [event for event in merging.events("begun") if event["file"] == _twice(merging)]
-        assert (first["frugality"], again["frugality"]) == (0, 1)
+        assert (first["memory_halvings"], again["memory_halvings"]) == (0, 1)
         assert f"another does {first['file']} again, with half the memory" in merging.listener.notes[0]
         say("out of memory", "its shard began again, with half the budget,", again["when"] - first["when"])
     finally:

@@ -26,7 +26,7 @@ class Cluster:
         """the workers that are up, and their items"""
         self.starting: set[int] = set()
         self._ever: set[int] = set()
-        self._frugality: dict[int, int] = {}
+        self._memory_halvings: dict[int, int] = {}
         self._num_items, self._num_workers, self._random = num_items, num_workers, random
 
     def act(self, actions: Iterable[Action[int]]) -> None:
@@ -38,8 +38,8 @@ class Cluster:
             elif isinstance(action, Give):
                 assert self.at[action.worker] is None
                 assert not self.finished[action.item]
-                assert action.frugality >= self._frugality.get(action.item, 0)
-                self._frugality[action.item] = action.frugality
+                assert action.memory_halvings >= self._memory_halvings.get(action.item, 0)
+                self._memory_halvings[action.item] = action.memory_halvings
                 self.at[action.worker] = action.item
             else:
                 self.forget(action.worker)

@@ -13,13 +13,13 @@ from stockflow.methods.protocol import Scope
 from stockflow.planning.budget import (
     MIB,
     MIN_SLABS,
-    OPTIMAL_READ_BYTES,
     Workspace,
     divide,
 )
 from stockflow.planning.job import COPY, COPY_EQUAL, TensorJob
 from stockflow.planning.reads import ALIGNMENT, Load, LoadPiece, Request, Step, schedule, split_request
 from stockflow.planning.spans import SPAN_ELEMS, span_bounds
+from stockflow.storage.parts import RANGE_BYTES
 from tests.plans import job
 
 
@@ -258,13 +258,13 @@ def test_rows_that_fit_are_units_of_their_own_in_one_pass() -> None:
     assert all(piece.start % 4096 == piece.stop % 4096 == 0 for piece in pieces_of(steps))
 
 
-@given(start=st.integers(0, 10**12), size=st.integers(1, 5 * OPTIMAL_READ_BYTES))
+@given(start=st.integers(0, 10**12), size=st.integers(1, 5 * RANGE_BYTES))
 def test_a_range_is_split_into_the_size_that_storage_serves_best(start: int, size: int) -> None:
     request = Request(0, "model.safetensors", start, start + size, offset=ALIGNMENT)
 
     parts = list(split_request(request))
 
     assert [start, *(part.stop for part in parts)] == [*(part.start for part in parts), start + size]
-    assert all(part.stop - part.start == OPTIMAL_READ_BYTES for part in parts[:-1])
+    assert all(part.stop - part.start == RANGE_BYTES for part in parts[:-1])
     assert all(part.offset - request.offset == part.start - start for part in parts)
-    assert len(parts) == math.ceil(size / OPTIMAL_READ_BYTES)
+    assert len(parts) == math.ceil(size / RANGE_BYTES)

@@ -458,12 +458,12 @@ def test_workers_are_added_while_the_cluster_grows_and_kept_when_it_shrinks() ->
 def test_an_item_that_ran_out_of_memory_is_done_with_less_of_it_by_whoever_does_it_next() -> None:
     notes: list[str] = []
     run = with_workers_up(["a", "b"], 2, notes)
-    assert run.decide(0.0) == [Give(0, "a", frugality=0), Give(1, "b", frugality=0)]
+    assert run.decide(0.0) == [Give(0, "a", memory_halvings=0), Give(1, "b", memory_halvings=0)]
 
     run.lost(0, Cause.out_of_memory, "killed", 1.0)
     run.finished(1, 1.0)
 
-    assert Give(1, "a", frugality=1) in run.decide(1.0)
+    assert Give(1, "a", memory_halvings=1) in run.decide(1.0)
     assert notes == ["w0 was lost, another does a again, with half the memory: killed"]
 
 
@@ -480,7 +480,7 @@ def test_if_one_item_after_the_other_runs_out_of_memory_all_are_done_with_less_o
     assert started(run, 3.0) == [6, 7, 8]
 
     run.finished(6, 4.0)
-    assert run.decide(4.0) == [Give(6, "f", frugality=1)]
+    assert run.decide(4.0) == [Give(6, "f", memory_halvings=1)]
     assert any("3 items in a row ran out of memory: from now on each has 1/2 of --memory" in note for note in notes)
 
 

@@ -92,7 +92,7 @@ class Give(Generic[T]):
 
     worker: int
     item: T
-    frugality: int = 0
+    memory_halvings: int = 0
     """how often the item ran out of memory: it should be done with half as much, a quarter, ..."""
 
 
@@ -114,7 +114,7 @@ class _Task(Generic[T]):
 
     item: T
     failures: Counter[Cause] = field(default_factory=Counter)
-    frugality: int = 0
+    memory_halvings: int = 0
     not_before: float = -math.inf
     was_copied: bool = False
     failed_by: int | None = None
@@ -138,7 +138,7 @@ class _Worker(Generic[T]):
     """when it was given its task"""
     moved: float = 0.0
     """when it was given its task, or last counted something"""
-    frugality: int = 0
+    memory_halvings: int = 0
     """with which it does its task"""
     failed: list[_Task[T]] = field(default_factory=list)
     """what storage failed since it last finished an item"""
@@ -196,10 +196,10 @@ class Scheduler(Generic[T]):
         self._had_worker = self._said_waiting = now
         self._succeeded = -math.inf
         self._durations: list[float] = []
-        self._frugality = 0
+        self._memory_halvings = 0
         """of every item"""
         self._num_starved = 0
-        """items that ran out of memory with that frugality, since one did not"""
+        """items that ran out of memory with that memory_halvings, since one did not"""
 
     @property
     def is_done(self) -> bool:
@@ -306,7 +306,7 @@ class Scheduler(Generic[T]):
         self._durations.append(now - worker.given)
         worker.num_done += 1
         worker.worked_s += now - worker.given
-        if worker.frugality == self._frugality:
+        if worker.memory_halvings == self._memory_halvings:
             self._num_starved = 0
         return [self._end(other.number, may_clean_up=True) for other in self._at(task)]
 
@@ -386,7 +386,7 @@ class Scheduler(Generic[T]):
         again = ""
         if cause is Cause.out_of_memory:
             again = ", with half the memory"
-            self._starved(task, worker.frugality)
+            self._starved(task, worker.memory_halvings)
         self._on_failure(cause, task.item)
         self._on_note(f"{worker.name} was lost, another does {self._name(task.item)} again{again}: {text}")
         self._put_back(task, now)
@@ -425,8 +425,8 @@ class Scheduler(Generic[T]):
     def _give(self, worker: _Worker[T], task: _Task[T], now: float) -> Give[T]:
         worker.task = task
         worker.given = worker.moved = now
-        worker.frugality = max(task.frugality, self._frugality)
-        return Give(worker.number, task.item, worker.frugality)
+        worker.memory_halvings = max(task.memory_halvings, self._memory_halvings)
+        return Give(worker.number, task.item, worker.memory_halvings)
 
     def _slow(self, now: float) -> list[_Task[T]]:
         """Tasks that an idle worker would most likely be done with earlier, the oldest first; each is copied once."""
@@ -475,16 +475,16 @@ class Scheduler(Generic[T]):
         self._starts.pause(now)
         self._on_note(f"{worker.name} is ended: storage fails it, and does not fail others")
 
-    def _starved(self, task: _Task[T], frugality: int) -> None:
+    def _starved(self, task: _Task[T], memory_halvings: int) -> None:
         """Do an item with less memory; do all of them with less if that happens to one after the other."""
-        task.frugality = max(task.frugality, frugality + 1)
-        if frugality == self._frugality:
+        task.memory_halvings = max(task.memory_halvings, memory_halvings + 1)
+        if memory_halvings == self._memory_halvings:
             self._num_starved += 1
         if self._num_starved == self._limits.out_of_memory:
-            self._frugality, self._num_starved = self._frugality + 1, 0
+            self._memory_halvings, self._num_starved = self._memory_halvings + 1, 0
             self._on_note(
                 f"{self._limits.out_of_memory} items in a row ran out of memory: from now on each has "
-                f"1/{2**self._frugality} of --memory; lower it, or put fewer workers on a node"
+                f"1/{2**self._memory_halvings} of --memory; lower it, or put fewer workers on a node"
             )
 
     def _give_up_if_hopeless(self, task: _Task[T], text: str, error: Exception | None) -> None:

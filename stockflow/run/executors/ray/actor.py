@@ -52,10 +52,10 @@ class Actor:
         name = f"{os.uname().nodename}:{os.getpid()}"
         return str(ray.get_runtime_context().get_node_id()), name
 
-    def work(self, item: Any, frugality: int) -> tuple[Any, Counters]:
+    def work(self, item: Any, memory_halvings: int) -> tuple[Any, Counters]:
         """Do one item; return its result and what has been counted so far."""
         assert self._work is not None
-        return self._work(item, self._count, frugality), self.counters()
+        return self._work(item, self._count, memory_halvings), self.counters()
 
     def counters(self) -> Counters:
         """Return what has been counted so far."""

@@ -191,7 +191,7 @@ class _Loop(Generic[T, R]):
                 self._handles[action.worker] = self._started()
             elif isinstance(action, Give):
                 handle = self._handles[action.worker]
-                handle.call = handle.actor.work.remote(action.item, action.frugality)
+                handle.call = handle.actor.work.remote(action.item, action.memory_halvings)
                 if self._begun:
                     self._on_event(self._begun(action.item, handle.name))
             else:

@@ -30,13 +30,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(folder / "recipe.yaml", "model_stock", family)
 
 
-def merged(recipe: Path, output: Path, frugality: int, memory_bytes: int) -> dict[str, str]:
+def merged(recipe: Path, output: Path, memory_halvings: int, memory_bytes: int) -> dict[str, str]:
     """Merge as a worker on Ray does, as if each shard had run out of memory before; return the digests."""
 
     def execute(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
         work = StartWorker(spec)()
         for shard in shards:
-            answer = work(shard, lambda num_read, num_written: on_event(Moved(num_read, num_written)), frugality)
+            answer = work(shard, lambda num_read, num_written: on_event(Moved(num_read, num_written)), memory_halvings)
             yield receipt_of(answer, open_store(str(output), spec.storage), spec.plan_id)
 
     merge(Inputs.open(load_recipe(str(recipe))), str(output), MergeOptions(memory_bytes, 1, "cpu"), execute)
@@ -58,7 +58,7 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_each_time_with_half_the_memory_and_the_same_bytes(recipe: Path, tmp_path: Path, budgets: list[int]) -> None:
     memory = 4 * (1024 * runs.MIB + runs.grown_bytes())  # a quarter must be enough in a process that has grown
-    digests = [merged(recipe, tmp_path / f"out-{frugality}", frugality, memory) for frugality in range(3)]
+    digests = [merged(recipe, tmp_path / f"out-{number}", number, memory) for number in range(3)]
 
     assert [memory, memory // 2, memory // 4] == budgets
     assert digests == [digests[0]] * 3
@@ -68,7 +68,7 @@ def test_never_with_less_than_a_shard_needs(recipe: Path, tmp_path: Path, budget
     memory = 512 * runs.MIB + runs.grown_bytes()
     expected = merged(recipe, tmp_path / "whole", 0, memory)
 
-    assert expected == merged(recipe, tmp_path / "frugal", 3, memory)
+    assert expected == merged(recipe, tmp_path / "halved", 3, memory)
     assert budgets[1] < budgets[-1] <= memory
 
 
