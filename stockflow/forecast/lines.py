@@ -51,6 +51,13 @@ def project(
     }
 
 
+def _shards_in_words(plan: MergePlan) -> str:
+    sizes = [shard.num_bytes for shard in plan.shards]
+    if len(sizes) == 1:
+        return f"1 shard of {gb(sizes[0])}"
+    return f"{counted(len(sizes), 'shard')} of {gb(min(sizes))} to {gb(max(sizes))}, {gb(sum(sizes))} in all"
+
+
 def plan_lines(
     plan: MergePlan, workspace: Workspace, work: Workload, least_bytes: int, notes: Sequence[str] = ()
 ) -> Iterator[str]:
@@ -60,9 +67,7 @@ def plan_lines(
     methods = Counter(job.result.method for job in plan.jobs)
     how = ", ".join(f"{count} by {name}" for name, count in sorted(methods.items()))
     yield f"  tensors {methods.total()}: {how}; {len(plan.skipped)} skipped"
-    smallest, largest = (pick(shard.num_bytes for shard in plan.shards) for pick in (min, max))
-    shards = f"{counted(len(plan.shards), 'shard')} of {gb(smallest)} to {gb(largest)}"
-    yield f"  output  {shards}, {gb(plan.num_output_bytes)} in all"
+    yield f"  output  {_shards_in_words(plan)}"
     yield from _copied_lines(plan)
     yield f"  read    {gb(work.num_bytes_read)} in {counted(work.num_reads, 'request')}"
     passes = (f"{counted(count, 'tensor')} read {times(number)}" for number, count in work.passes.items())

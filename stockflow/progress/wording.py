@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from stockflow.events import Begun, Done, Dropped, Event, Note, Retry, Run, Stage
 from stockflow.progress.state import Snapshot
-from stockflow.text.sizes import duration, gb
+from stockflow.text.sizes import counted, duration, gb
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 _ORDER = get_args(LogLevel)
@@ -45,7 +45,7 @@ def in_a_line(event: Event) -> str:
 
 def heading(stage: Stage) -> str:
     """Name a stage and what it will go through."""
-    size = "" if stage.num_items is None else f" {stage.num_items:,} {stage.unit}"
+    size = "" if stage.num_items is None else f" {counted(stage.num_items, stage.unit.removesuffix('s'))}"
     size += "" if stage.total_bytes is None else f", {gb(stage.total_bytes)}"
     resumed = f"; {stage.num_done:,} are there already" if stage.num_done else ""
     return f"{stage.name}{size}{resumed}"
