@@ -207,7 +207,9 @@ def result_lines(result: Merged) -> Iterator[str]:
     read, written = facts["bytes_read"], facts["bytes_written"]
     what = f"{counted(facts['tensors'], 'tensor')} ({counted(facts['parameters'], 'parameter', cut=True)})"
     yield f"merged {what} in {result.seconds:.1f} s"
-    yield f"  read {gb(read)}, wrote {gb(written)}: {gb((read + written) / max(result.seconds, 1e-9))}/s"
+    # A resumed merge's bytes are all its runs'; its seconds, this run's.
+    pace = "all runs together" if result.num_resumed else f"{gb((read + written) / max(result.seconds, 1e-9))}/s"
+    yield f"  read {gb(read)}, wrote {gb(written)}: {pace}"
     stages = {name.removeprefix("seconds_"): value for name, value in facts.items() if name.startswith("seconds_")}
     yield "  seconds by stage, summed over threads: " + ", ".join(
         f"{name} {value:.1f}" for name, value in stages.items() if name != "total"

@@ -17,6 +17,7 @@ import torch
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError
 from stockflow.events import OnEvent
+from stockflow.forecast.lines import result_lines
 from stockflow.output import claims
 from stockflow.output.claims import Claim
 from stockflow.output.keys import CLAIM_FILE
@@ -123,6 +124,19 @@ def test_a_shard_that_changed_after_its_receipt_is_made_again(recipe: Path, tmp_
 
     assert resumed.num_resumed == len(digests) - 2
     assert digests == runs.shard_digests(output)
+
+
+def test_only_a_merge_of_one_run_says_a_rate(recipe: Path, tmp_path: Path) -> None:
+    """What earlier runs read and wrote counts in the summary; their seconds do not."""
+    output = tmp_path / "out"
+    undisturbed = runs.merge_here(recipe, output, shard_size=5_000)
+    (output / "manifest.json").unlink()
+    min(output.glob("model-*.safetensors")).unlink()
+
+    resumed = runs.merge_here(recipe, output, shard_size=5_000)
+
+    assert sum("B/s" in line for line in result_lines(undisturbed)) == 1
+    assert not any("B/s" in line for line in result_lines(resumed))
 
 
 def test_receipts_are_read_side_by_side_and_come_in_order(recipe: Path, tmp_path: Path) -> None:
