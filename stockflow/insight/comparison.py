@@ -15,7 +15,7 @@ from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
-from stockflow.engine.survey import Look, SurveySpec
+from stockflow.engine.survey import Examiner, Look, SurveySpec
 from stockflow.engine.units import Unit
 from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.insight.difference import CheckpointDifference, TensorDifference, Unmatched
@@ -138,18 +138,8 @@ def compared_in(dtype_a: str, dtype_b: str) -> str:
     return "F64" if "F64" in (dtype_a, dtype_b) else "F32"
 
 
-class DifferenceExaminer:
+class DifferenceExaminer(Examiner):
     """Holds two operands against each other."""
-
-    @property
-    def num_sweeps(self) -> int:
-        """Once."""
-        return 1
-
-    def span_bytes(self, look: Look, num_elems: int) -> int:
-        """Return 0: tiles are compared in the caches."""
-        del look, num_elems
-        return 0
 
     def state_bytes(self, look: Look, num_groups: int) -> int:
         """Return the size of sums and counts."""

@@ -16,7 +16,7 @@ from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures.linear import GramSweep
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
-from stockflow.engine.survey import Look
+from stockflow.engine.survey import Examiner, Look
 from stockflow.engine.units import Unit, spans_of
 from stockflow.insight.formulas import (
     FORMULAS,
@@ -130,7 +130,7 @@ class StepsSweep:
 
 
 @dataclass(frozen=True)
-class AuditExaminer:
+class AuditExaminer(Examiner):
     """Holds tensors against the formulas; with ``has_merged`` the last source is the merged tensor."""
 
     has_merged: bool

@@ -10,7 +10,7 @@ import numpy as np
 
 from stockflow.engine.procedures.linear import GramSweep
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
-from stockflow.engine.survey import Look, SurveySpec
+from stockflow.engine.survey import Examiner, Look, SurveySpec
 from stockflow.engine.units import Unit
 from stockflow.errors import RecipeError
 from stockflow.events import Done, Event, Moved, OnEvent, Stage
@@ -77,18 +77,8 @@ def bytes_to_read(spec: SurveySpec, looks: Sequence[Look]) -> int:
     return sum(num_reads(look) * look.reading.num_bytes for look in looks)
 
 
-class GramExaminer:
+class GramExaminer(Examiner):
     """Takes the Gram of whole tensors."""
-
-    @property
-    def num_sweeps(self) -> int:
-        """Once."""
-        return 1
-
-    def span_bytes(self, look: Look, num_elems: int) -> int:
-        """Return 0: a Gram is taken in the caches."""
-        del look, num_elems
-        return 0
 
     def state_bytes(self, look: Look, num_groups: int) -> int:
         """Return the size of the products."""

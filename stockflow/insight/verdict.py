@@ -184,16 +184,20 @@ def audit_lines(found: Audit) -> Iterator[str]:
         yield f"note: {note}"
 
 
-def _of_merge(found: Audit, decided: Verdict) -> Iterator[str]:
-    num_elems = sum(row["num_elems"] for row in found.rows)
-    yield (
-        f"audited {redact(found.merge.merged_url or '')}: {counted(len(found.rows), 'tensor')}, "
-        f"{counted(num_elems, 'parameter', cut=True)}, {found.num_tuned} models and their base; "
-        f"{found.seconds:.1f} s, read {gb(found.num_bytes_read)}"
+def _extent(found: Audit) -> str:
+    """What was looked at, and what that took."""
+    return (
+        f"{counted(len(found.rows), 'tensor')}, {counted(_num_elems(found.rows), 'parameter', cut=True)}, "
+        f"{found.num_tuned} models and their base; {found.seconds:.1f} s, read {gb(found.num_bytes_read)}"
     )
+
+
+def _of_merge(found: Audit, decided: Verdict) -> Iterator[str]:
+    yield f"audited {redact(found.merge.merged_url or '')}: {_extent(found)}"
     yield ""
     yield _merge_verdict(found, decided)
     yield ""
+    num_elems = _num_elems(found.rows)
     table = [["tensors", "parameters", "made by"]]
     for label, counts in shares(found).items():
         part = share(counts["num_elems"] / num_elems) if num_elems else ""
@@ -271,12 +275,7 @@ def _implied(found: Audit) -> str:
 
 
 def _of_recipe(found: Audit, decided: Verdict) -> Iterator[str]:
-    num_elems = sum(row["num_elems"] for row in found.rows)
-    yield (
-        f"compared formulas for {counted(len(found.rows), 'tensor')}, {counted(num_elems, 'parameter', cut=True)}, "
-        f"{found.num_tuned} models and their base; "
-        f"{found.seconds:.1f} s, read {gb(found.num_bytes_read)}"
-    )
+    yield f"compared formulas for {_extent(found)}"
     yield ""
     yield from _nonfinite(found)
     if decided.answer == "undecided":
