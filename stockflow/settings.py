@@ -153,6 +153,7 @@ class _Writing(TypedDict, total=False):
         "Largest output shard, such as 5GB. Default: a 256th of the output, from 256 MB to 5 GB.", parse=num_bytes
     )]  # fmt: skip
     overwrite: Annotated[bool, Setting("Replace what the output prefix holds.", False)]
+    strict: Annotated[bool, Setting("Refuse what is otherwise only warned of.", False)]
 
 
 class MergeSettings(SurveySettings, _Writing, total=False):

@@ -100,6 +100,7 @@ def merge_options(
     workers: int | None = None,
     device: DeviceName = "auto",
     overwrite: bool = False,
+    strict: bool = False,
     on_ray: bool = False,
 ) -> MergeOptions:
     """Return the options of a merge as the driver takes them."""
@@ -112,6 +113,7 @@ def merge_options(
         device=device,
         shard_size=shard_size,
         overwrite=overwrite,
+        strict=strict,
         num_workers=workers if on_ray else None,
         holds_plan=not on_ray,
     )
@@ -125,6 +127,7 @@ def options_of(chosen: SimpleNamespace, workers: int | None) -> MergeOptions:
         workers=workers,
         device=chosen.device,
         overwrite=chosen.overwrite,
+        strict=chosen.strict,
         on_ray=is_on_ray(chosen.executor),
     )
 

@@ -16,6 +16,7 @@ from stockflow.checkpoints.side_files import code_files, is_known
 from stockflow.errors import CheckpointError, NotFoundError, RecipeError
 from stockflow.storage import LocalStore, Stamp, Store, check_key, read_small, redact
 from stockflow.text.escaping import in_a_line
+from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import parse_text_json, shown
 
@@ -63,6 +64,8 @@ class Checkpoint:
     """the files that a loader needs besides the weights: tokenizer, templates, code that configs name"""
     omitted_side_files: tuple[str, ...]
     """the ones that are too large to be copied, or whose names not every store takes"""
+    remarks: tuple[Remark, ...] = ()
+    """what was found of it alone"""
     other_files: tuple[str, ...] = ()
     """what else lies there, and no loader needs; hidden files, weights and what an output has of its own left out"""
 

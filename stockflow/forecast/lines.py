@@ -9,6 +9,7 @@ from stockflow.planning.budget import LEAST_MEMORY_BYTES, Workspace
 from stockflow.planning.plan import MergePlan
 from stockflow.run.driver import Merged
 from stockflow.storage import redact, scheme_of
+from stockflow.text.records import as_plain
 from stockflow.text.redaction import command_line
 from stockflow.text.sizes import counted, estimate, gb, mib, times
 
@@ -48,6 +49,7 @@ def project(
         "least_memory_bytes": least_bytes,
         "worst_tensor": worst.output.name if worst else None,
         "notes": [*plan.notes, *notes],
+        "remarks": [as_plain(remark) for remark in plan.remarks],
     }
 
 
@@ -83,7 +85,9 @@ def plan_lines(
         )
     projected, least = mib(workspace.projected_bytes), mib(least_bytes)
     yield f"  memory  {projected} per worker projected; the least --memory is {least}{because}"
-    for note in (*plan.notes, *notes):
+    for remark in plan.remarks:
+        yield f"  {'note' if remark.severity == 'note' else 'warning':<7} {remark} [{remark.code}]"
+    for note in notes:
         yield f"  note    {note}"
 
 

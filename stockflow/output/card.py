@@ -38,7 +38,7 @@ This checkpoint was made by stockflow {__version__}.
 
 {code_block(recipe.text.strip(), "yaml")}
 
-## Summary
+{_said(plan)}## Summary
 
 t is the share of the models' average change that was kept, cosine the mean over pairs of models.
 
@@ -99,6 +99,11 @@ def largest(values: Sequence[float | None]) -> float | None:
 def shown(value: float | None) -> str:
     """Return a fact for people."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def _said(plan: MergePlan) -> str:
+    lines = [f"- {code_cell(remark)}" for remark in plan.remarks if remark.severity != "note"]
+    return "\n".join(("## Known of these inputs", "", *lines, "", "")) if lines else ""
 
 
 def _role(recipe: Recipe, index: int) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.planning.plan import CheckpointRef
 from stockflow.text.records import Place, RecordKind, parse_record
+from stockflow.text.remarks import Remark
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Manifest:
     summary: Mapping[str, float]
     gram: tuple[tuple[float, ...], ...]
     """products of [w_0, d_1 .. d_N] over all tensors whose method needs them; () if there is no such tensor"""
+    remarks: tuple[Remark, ...] = ()
+    """what its plan said of recipe and inputs"""
 
 
 KIND = RecordKind(

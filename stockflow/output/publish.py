@@ -75,6 +75,7 @@ def commit(
         versions=versions(),
         summary=summarize(receipts),
         gram=total_gram(receipts),
+        remarks=plan.remarks,
     )
     check_still_ours(output, plan, receipts)
     try:

@@ -14,10 +14,11 @@ from stockflow.methods.protocol import Parameter, Parameters
 from stockflow.planning.job import COPIES, COPY, Operand, TensorJob, copying, merging, stored
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, canonical_digest
 from stockflow.storage import Stamp
-from stockflow.text.records import MAX_COUNT, Place, RecordKind, count, text
+from stockflow.text.records import MAX_COUNT, Place, RecordKind, count, parse_record, text
+from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
-UNDIGESTED = ("plan_id", "merge_id", "donor", "skipped", "notes")
+UNDIGESTED = ("plan_id", "merge_id", "donor", "skipped", "notes", "remarks")
 """Fields of plan.json that do not enter ``plan_id``: they decide no byte."""
 MAX_DIMENSIONS = 64
 
@@ -157,7 +158,7 @@ def _plan(fields: Mapping[str, Any]) -> MergePlan:
         config=fields["config"],
         on_nonfinite=fields["on_nonfinite"],
         skipped=tuple(map(text, fields["skipped"])),
-        notes=tuple(map(text, fields["notes"])),
+        remarks=tuple(parse_record(Remark, each) for each in fields.get("remarks", ())),
     )
 
 

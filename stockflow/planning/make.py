@@ -1,17 +1,18 @@
 """Planning: from a recipe and what the checkpoints' headers say to a plan. Pure; refuses what does not fit together."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.errors import PlanError
 from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying, merging, stored
+from stockflow.planning.looks import remarks_on
+from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
-from stockflow.text.escaping import in_a_line
-from stockflow.text.sizes import are, counted
-from stockflow.text.strictjson import shown
+from stockflow.text.remarks import objections
+from stockflow.text.sizes import counted
 
 NUM_PROBLEMS_SHOWN = 20
 SHARDS_PER_WORKER = 4
@@ -20,16 +21,19 @@ GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
 """With so many the last, half-empty round weighs little (docs/clusters.md#measured) if one takes well over a second."""
 
 
-def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: int | None = None) -> MergePlan:
+def make_plan(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: int | None = None, strict: bool = False
+) -> MergePlan:
     """Return the plan for a recipe and its opened checkpoints, in the order of ``recipe.checkpoints``.
 
     Args:
         recipe: what to merge how.
         checkpoints: what their headers say.
         shard_size: largest shard in bytes; default from the recipe, else from the output's size.
+        strict: whether warnings are refused, too.
 
     Raises:
-        PlanError: names, shapes or dtypes do not fit together; all differences are listed.
+        PlanError: names, shapes or dtypes do not fit together, or a remark stands against it; all are listed.
     """
     donor = checkpoints[recipe.donor]
     problems = _unplanned_tensors(recipe, checkpoints)
@@ -41,6 +45,8 @@ def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: 
                 jobs.append(planned)
             else:
                 problems.extend(planned)
+    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped))
+    problems = objections(remarks, recipe.stockflow.accept, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))
     if not jobs:
@@ -56,7 +62,7 @@ def make_plan(recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: 
         config=donor.config,
         on_nonfinite=recipe.stockflow.on_nonfinite,
         skipped=tuple(skipped),
-        notes=(*_notes(donor, side_donor, skipped), *_base_note(recipe), *_dtype_notes(recipe, jobs)),
+        remarks=remarks,
     )
 
 
@@ -190,51 +196,6 @@ def _all_problems(problems: Sequence[str]) -> str:
     more = f"\n  ... and {hidden} more" if hidden > 0 else ""
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"these checkpoints cannot be merged as they are, {count}:\n  {shown}{more}"
-
-
-def _notes(donor: Checkpoint, side_donor: Checkpoint, skipped: Sequence[str]) -> tuple[str, ...]:
-    notes = []
-    if skipped:
-        which = f"{counted(len(skipped), 'tensor')} {are(len(skipped))}"
-        notes.append(f"{which} left out by rules: {', '.join(map(in_a_line, skipped[:3]))} ...")
-    if donor.config is None:
-        notes.append(f"{redact(donor.url)} has no config.json, so the output will have none")
-    for key in side_donor.omitted_side_files:
-        notes.append(f"{shown(key)} will not be copied: it is larger than 64 MB, or not every store takes its name")
-    return tuple(notes)
-
-
-def _base_note(recipe: Recipe) -> Iterator[str]:
-    """What becomes of a base that is not among the models of a method which needs none."""
-    method = recipe.method_for(None)
-    if method.base != "optional" or not recipe.base_model or recipe.lists_base:
-        return
-    base = redact(recipe.base_model)
-    if recipe.base_counts(method):
-        yield (
-            f"the base {base} is not among the models, and `{method.name}` merges it in like them, with the "
-            "recipe's own `weight`, as mergekit does; to leave it out, remove base_model or give each model its weight"
-        )
-    else:
-        yield (
-            f"the base {base} is not among the models, so `{method.name}` does not merge it in; it gives names, "
-            "config and tokenizer"
-        )
-
-
-def _dtype_notes(recipe: Recipe, jobs: Iterable[TensorJob]) -> Iterator[str]:
-    """Which tensors are written in another dtype than some of their sources, because these differ."""
-    if recipe.output_dtype:
-        return
-    counts: dict[tuple[str, str], int] = {}
-    for job in jobs:
-        dtypes = job.reading.dtypes
-        if dtypes.count(dtypes[0]) < len(dtypes) and not job.is_copy:
-            key = " and ".join(sorted(set(dtypes))), job.output.dtype
-            counts[key] = counts.get(key, 0) + 1
-    for (dtypes_found, written), count in counts.items():
-        which = f"{counted(count, 'tensor')} {are(count)}"
-        yield f"{which} of {dtypes_found} and written as {written}, which holds them all; `dtype` names another"
 
 
 def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, ...]:

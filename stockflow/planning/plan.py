@@ -14,6 +14,8 @@ from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.methods.protocol import Scope
 from stockflow.planning.job import TensorJob
 from stockflow.storage import Stamp, redact
+from stockflow.text.records import as_plain
+from stockflow.text.remarks import Remark
 
 NUMERICS = 3
 """Bumped with any change of a golden digest."""
@@ -80,8 +82,13 @@ class MergePlan:
     on_nonfinite: OnNonfinite
     skipped: tuple[str, ...]
     """tensors left out because a rule says so"""
-    notes: tuple[str, ...]
+    remarks: tuple[Remark, ...] = ()
     """what the user should know before starting"""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The remarks in words."""
+        return tuple(map(str, self.remarks))
 
     @cached_property
     def plan_id(self) -> str:
@@ -119,6 +126,7 @@ class MergePlan:
             "donor": self.donor,
             "skipped": list(self.skipped),
             "notes": list(self.notes),
+            "remarks": [as_plain(remark) for remark in self.remarks],
             **self._canonical(with_inputs=True),
         }
 

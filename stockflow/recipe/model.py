@@ -10,9 +10,10 @@ from stockflow.methods.protocol import Method, Parameters, Scope
 from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
 from stockflow.recipe.resolve import Resolver, Slot, find_slots
 from stockflow.recipe.settings import Part, Settings, matches
-from stockflow.recipe.values import OUTPUT_DTYPES, DType, MethodName, Size, TokenizerSource
+from stockflow.recipe.values import OUTPUT_DTYPES, DType, MethodName, RemarkCode, Size, TokenizerSource
 from stockflow.storage import StorageConfig, StoreOptions
 from stockflow.text.redaction import redact_urls
+from stockflow.text.remarks import Remark
 
 
 class ModelEntry(Part):
@@ -61,6 +62,7 @@ class Options(Part):
         default={}, description="options by URL prefix; the longest matching prefix wins"
     )
     side_files_from: Location | None = Field(default=None, description="the model whose side files are taken")
+    accept: tuple[RemarkCode, ...] = Field(default=(), description="codes of refusals that are only warnings here")
     rules: tuple[Rule, ...] = Field(
         default=(), max_length=2000, description="exceptions by tensor name; the first match wins"
     )
@@ -79,6 +81,7 @@ class Recipe(Part):
     stockflow: Options = Field(default=Options(), description="what mergekit has no word for")
 
     _text: str = PrivateAttr("")
+    _remarks: tuple[Remark, ...] = PrivateAttr(())
 
     def model_post_init(self, context: object, /) -> None:
         """Keep the text the recipe was made from, which comes as the context of the validation.
@@ -92,6 +95,11 @@ class Recipe(Part):
     def text(self) -> str:
         """The recipe as it was written, URLs without credentials and queries."""
         return self._text
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What has no effect, or another than it seems, each with its place."""
+        return self._remarks
 
     def canonical(self) -> dict[str, object]:
         """Return the recipe as plain JSON values, locations resolved and defaults filled in."""

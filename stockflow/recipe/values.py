@@ -9,6 +9,7 @@ from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
 from stockflow.recipe.wording import NOT_YET, nearest, shown
+from stockflow.text.remarks import CODES
 
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 """Names of dtypes in a recipe, and in a safetensors header."""
@@ -68,7 +69,14 @@ def _method_name(given: str) -> str:
     raise RecipeError(f"unknown method {shown(given)}; {nearest(given, METHODS)}")
 
 
+def _remark_code(given: str) -> str:
+    if given not in CODES:
+        raise RecipeError(f"unknown code {shown(given)}; {nearest(given, CODES)}")
+    return given
+
+
 MethodName = Annotated[str, AfterValidator(_method_name)]
+RemarkCode = Annotated[str, AfterValidator(_remark_code)]
 Size = Annotated[int | None, PlainValidator(_size), WithJsonSchema({"type": ["integer", "string"]})]
 TokenizerSource = Annotated[str, PlainValidator(_tokenizer_source), WithJsonSchema({"const": "base"})]
 DType = Annotated[

@@ -52,6 +52,8 @@ class MergeOptions:
     device: "Device" = "auto"
     shard_size: int | None = None
     overwrite: bool = False
+    strict: bool = False
+    """whether what is otherwise warned of is refused"""
     num_workers: int | None = None
     """processes that share the shards, if a number was asked for; None: one, or as many as there is room for"""
     holds_plan: bool = True
@@ -132,7 +134,7 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
         if is_within(where, store.url):
             raise PlanError(f"the output {redact(where)} is, or lies in, the input {redact(store.url)}; move it")
     with collector_paused():
-        plan = make_plan(inputs.recipe, inputs.checkpoints, shard_size=options.shard_size)
+        plan = make_plan(inputs.recipe, inputs.checkpoints, shard_size=options.shard_size, strict=options.strict)
     workspace = divide(
         plan.jobs,
         options.memory_bytes,
@@ -224,7 +226,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         is_exclusive = heartbeat.is_exclusive()
         take(store, plan, run, found, is_exclusive=is_exclusive)
         weak = store_warnings(store, inputs.stores, plan, is_exclusive=is_exclusive)
-        for note in chain(side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
+        for note in chain(plan.notes, side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
             tell(Note(note))
         store.put(plan_key(plan.plan_id), plan_file.encode(plan))
         tell(Stage("looking for finished shards"))

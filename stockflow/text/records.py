@@ -3,11 +3,11 @@
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import NoneType
-from typing import Any, Generic, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from stockflow.errors import CheckpointError
 from stockflow.text.redaction import redact
@@ -136,6 +136,12 @@ def text(plain: object) -> str:
     return plain
 
 
+def _word(known: Sequence[object], plain: object) -> object:
+    if plain not in known:
+        raise ValueError(f"expected one of {', '.join(map(str, known))}, found {shown(plain)}")
+    return plain
+
+
 def count(plain: object) -> int:
     """Return a whole number of 63 bits, or raise ValueError."""
     if type(plain) is not int or not 0 <= plain <= MAX_COUNT:
@@ -151,6 +157,8 @@ def _reader(hint: Any) -> Reader:
     if is_dataclass(hint):
         return _fields_reader(hint)
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return partial(_word, arguments)
     if origin is tuple and arguments[1:] == (...,):
         return _sequence_reader(_reader(arguments[0]))
     if origin is Mapping and arguments[0] is str:

@@ -24,6 +24,7 @@ from stockflow.planning.job import copying, merging, stored
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
 from stockflow.recipe import parse_recipe
 from stockflow.storage import Stamp, StorageConfig, open_store
+from stockflow.text.remarks import Remark
 from stockflow.verification.records import planned_files
 from tests.fuzz import headers
 
@@ -77,7 +78,8 @@ PLAN = MergePlan(
             ),
         )),
     ),
-    (SideFile(0, "tokenizer.json", STAMP),), {"model_type": "llama"}, "error", ("a",), ("one note",),
+    (SideFile(0, "tokenizer.json", STAMP),), {"model_type": "llama"}, "error", ("a",),
+    (Remark("skipped", "one note", "note", (), ("a",)),),
 )  # fmt: skip
 RECIPE = """\
 merge_method: model_stock

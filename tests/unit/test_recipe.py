@@ -256,7 +256,7 @@ def test_all_problems_are_reported_together_in_file_order() -> None:
         ),
         (
             "  r.yaml:7:3: stockflow.scop: unknown key; did you mean `scope`? Known here: "
-            "on_negative, on_nonfinite, scope, seed, shard_size, storage, side_files_from, rules"
+            "on_negative, on_nonfinite, scope, seed, shard_size, storage, side_files_from, accept, rules"
         ),
     ]
     assert message.split("\n") == expected

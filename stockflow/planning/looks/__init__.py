@@ -1,0 +1,25 @@
+"""Looks: what is remarked on recipe, checkpoints and jobs before anything is merged, a module per subject.
+
+A look is a pure function that yields remarks; it sees headers, configs and what else was read of each model.
+"""
+
+from collections.abc import Callable, Iterable
+
+from stockflow.planning.looks import asked
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.text.remarks import Remark
+
+LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
+    asked.skipped_tensors,
+    asked.missing_config,
+    asked.omitted_files,
+    asked.unlisted_base,
+    asked.promoted_dtypes,
+)
+"""In the order in which their remarks are shown."""
+
+
+def remarks_on(proposal: Proposal) -> tuple[Remark, ...]:
+    """Return all remarks: those of the recipe, those of each checkpoint, and what the looks find."""
+    own = (*proposal.recipe.remarks, *(remark for each in proposal.checkpoints for remark in each.remarks))
+    return (*own, *(remark for look in LOOKS for remark in look(proposal)))

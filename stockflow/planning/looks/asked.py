@@ -1,0 +1,72 @@
+"""What the recipe asks for, perhaps unaware: left out tensors and files, an unlisted base, promoted dtypes."""
+
+from collections.abc import Iterator
+
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.storage import redact
+from stockflow.text.escaping import in_a_line
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import are, counted
+from stockflow.text.strictjson import shown
+
+
+def skipped_tensors(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which tensors rules leave out."""
+    names = proposal.skipped
+    if names:
+        which = f"{counted(len(names), 'tensor')} {are(len(names))}"
+        text = f"{which} left out by rules: {', '.join(map(in_a_line, names[:3]))} ..."
+        yield Remark("skipped", text, "note", tensors=tuple(names))
+
+
+def missing_config(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that there is no config to publish."""
+    if proposal.donor.config is None:
+        url = redact(proposal.donor.url)
+        yield Remark("no-config", f"{url} has no config.json, so the output will have none", models=(url,))
+
+
+def omitted_files(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which side files cannot be copied."""
+    donor = proposal.side_files_donor
+    for key in donor.omitted_side_files:
+        text = f"{shown(key)} will not be copied: it is larger than 64 MB, or not every store takes its name"
+        yield Remark("not-copied", text, models=(redact(donor.url),))
+
+
+def unlisted_base(proposal: Proposal) -> Iterator[Remark]:
+    """Yield what becomes of a base that is not among the models of a method which needs none."""
+    recipe = proposal.recipe
+    method = recipe.method_for(None)
+    if method.base != "optional" or not recipe.base_model or recipe.lists_base:
+        return
+    base = redact(recipe.base_model)
+    if recipe.base_counts(method):
+        text = (
+            f"the base {base} is not among the models, and `{method.name}` merges it in like them, with the "
+            "recipe's own `weight`, as mergekit does; to leave it out, remove base_model or give each model its weight"
+        )
+    else:
+        text = (
+            f"the base {base} is not among the models, so `{method.name}` does not merge it in; it gives names, "
+            "config and tokenizer"
+        )
+    yield Remark("base-not-listed", text, models=(base,))
+
+
+def promoted_dtypes(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which tensors are written in another dtype than some of their sources, because these differ."""
+    if proposal.recipe.output_dtype:
+        return
+    names: dict[tuple[str, str], list[str]] = {}
+    for job in proposal.jobs:
+        dtypes = job.reading.dtypes
+        if dtypes.count(dtypes[0]) < len(dtypes) and not job.is_copy:
+            key = " and ".join(sorted(set(dtypes))), job.output.dtype
+            names.setdefault(key, []).append(job.output.name)
+    for (found, written), tensors in names.items():
+        which = f"{counted(len(tensors), 'tensor')} {are(len(tensors))}"
+        text = f"{which} of {found} and written as {written}, which holds them all; `dtype` names another"
+        yield Remark(
+            "dtypes-differ", text, "note", tensors=tuple(tensors), values={"sources": found, "output": written}
+        )

@@ -1,0 +1,31 @@
+"""A merge as it is proposed: a recipe, its opened checkpoints and the jobs that were planned from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.planning.job import TensorJob
+from stockflow.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What is looked at."""
+
+    recipe: Recipe
+    checkpoints: Sequence[Checkpoint]
+    """in the order of ``recipe.checkpoints``"""
+    jobs: Sequence[TensorJob]
+    """of the tensors that could be planned"""
+    skipped: Sequence[str]
+    """names of the tensors that rules leave out"""
+
+    @property
+    def donor(self) -> Checkpoint:
+        """Gives names, order and config."""
+        return self.checkpoints[self.recipe.donor]
+
+    @property
+    def side_files_donor(self) -> Checkpoint:
+        """Gives tokenizer and other small files."""
+        return self.checkpoints[self.recipe.side_files_donor]

@@ -1,0 +1,55 @@
+"""Remarks: what the reader of a plan should know of its recipe and inputs, or must accept before anything is merged."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Severity = Literal["note", "warning", "refusal"]
+"""``note``: a fact of what was asked; ``warning``: an error under ``--strict``; ``refusal``: one until accepted."""
+
+CODES: Mapping[str, str] = {
+    "base-not-listed": "a base that no model of the recipe is, with a method that needs none",
+    "dtypes-differ": "tensors whose sources have several dtypes",
+    "no-config": "the model that gives the config has none",
+    "not-copied": "files of the model that gives the side files which stay behind",
+    "skipped": "tensors that rules leave out",
+}
+"""What each code is about; `stockflow: {accept: [CODE]}` takes those of refusals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One thing to know, in a sentence that says what to do, and for programs by its code and what it is about."""
+
+    code: str
+    text: str
+    severity: Severity = "warning"
+    models: tuple[str, ...] = ()
+    """locations, without secrets"""
+    tensors: tuple[str, ...] = ()
+    values: Mapping[str, str] = field(default_factory=dict)
+    """what was found, by model or by key"""
+    place: str = ""
+    """in the recipe, as ``recipe.yaml:7:3``"""
+
+    def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise ValueError(f"{self.code!r} is no code of a remark")
+        if self.severity not in get_args(Severity):
+            raise ValueError(f"{self.severity!r} is no severity of a remark")
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.text}" if self.place else self.text
+
+
+def objections(remarks: Iterable[Remark], accepted: Collection[str], *, strict: bool) -> list[str]:
+    """Return what stands against a merge: refusals that are not accepted and, if ``strict``, warnings."""
+    against = []
+    for remark in remarks:
+        if remark.code in accepted:
+            continue
+        if remark.severity == "refusal":
+            against.append(f"{remark}; or accept it: `stockflow: {{accept: [{remark.code}]}}`")
+        elif remark.severity == "warning" and strict:
+            against.append(f"{remark} [{remark.code}, refused by --strict]")
+    return against

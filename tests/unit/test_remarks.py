@@ -1,0 +1,83 @@
+"""Remarks: what a plan says of its inputs, what stands against a merge, and how one of them is accepted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stockflow.checkpoints.opening import open_checkpoints
+from stockflow.errors import PlanError, RecipeError
+from stockflow.planning import file as plan_file
+from stockflow.planning.make import make_plan
+from stockflow.recipe import parse_recipe
+from stockflow.storage import open_store
+from stockflow.text.remarks import CODES, Remark, objections
+from tests import runs
+from tests.checkpoints import make_family, write_recipe
+from tests.plans import Merge
+
+NOTE, WARNING, REFUSAL = (
+    Remark("skipped", "one", "note"),
+    Remark("no-config", "two", "warning", place="r.yaml:7:3"),
+    Remark("not-copied", "three", "refusal"),
+)
+
+
+def test_refusals_stand_against_a_merge_until_they_are_accepted() -> None:
+    assert objections([NOTE, WARNING, REFUSAL], (), strict=False) == [
+        "three; or accept it: `stockflow: {accept: [not-copied]}`"
+    ]
+    assert objections([NOTE, WARNING, REFUSAL], ["not-copied"], strict=False) == []
+
+
+def test_strict_refuses_warnings_and_no_notes() -> None:
+    assert objections([NOTE, WARNING], (), strict=True) == ["r.yaml:7:3: two [no-config, refused by --strict]"]
+    assert objections([NOTE, WARNING], ["no-config"], strict=True) == []
+
+
+@pytest.mark.parametrize("wrong", [{"code": "nonsense"}, {"severity": "loud"}], ids=str)
+def test_a_remark_has_a_code_and_a_severity_that_are_known(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="is no"):
+        Remark(**({"code": "skipped", "text": "x"} | wrong))  # type: ignore[arg-type]
+
+
+def test_a_recipe_accepts_only_known_codes(tmp_path: Path) -> None:
+    merge = Merge(tmp_path).write()
+    with pytest.raises(RecipeError, match="unknown code 'no-confg'; did you mean `no-config`"):
+        merge.plan(stockflow={"accept": ["no-confg"]})
+
+
+def test_a_strict_plan_refuses_what_it_is_warned_of(tmp_path: Path) -> None:
+    merge = Merge(tmp_path).write()
+    (merge.folders[0] / "config.json").unlink()
+    recipe = parse_recipe(json.dumps(merge.recipe), "recipe.yaml")
+    checkpoints = open_checkpoints([open_store(location, recipe.storage) for location in recipe.checkpoints])
+    plan = make_plan(recipe, checkpoints)
+    assert [remark.code for remark in plan.remarks] == ["no-config"]
+
+    with pytest.raises(PlanError, match=r"one problem:\n  \S+/base has no config.json.* \[no-config, refused by"):
+        make_plan(recipe, checkpoints, strict=True)
+
+    accepting = parse_recipe(json.dumps(merge.recipe | {"stockflow": {"accept": ["no-config"]}}), "recipe.yaml")
+    assert make_plan(accepting, checkpoints, strict=True).plan_id == plan.plan_id
+
+
+def test_remarks_are_in_the_plan_its_file_the_manifest_and_the_card(tmp_path: Path) -> None:
+    merge = Merge(tmp_path).write()
+    plan = merge.plan(stockflow={"rules": [{"filter": "scalar", "action": "skip"}]})
+    assert plan_file.parse(plan_file.encode(plan), "plan.json").plan.remarks == plan.remarks
+    assert {remark.code: remark.tensors for remark in plan.remarks}["skipped"] == ("scalar",)
+
+    family = make_family(tmp_path / "family", 2)
+    (family.base / "config.json").unlink()
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+    runs.merge_here(recipe, tmp_path / "out")
+
+    (said,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["remarks"]
+    assert (said["code"], said["severity"], said["models"]) == ("no-config", "warning", [str(family.base)])
+    assert said["text"] in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_every_code_is_explained_in_the_documentation() -> None:
+    page = (runs.REPOSITORY / "docs" / "recipes.md").read_text()
+    assert [code for code, about in CODES.items() if f"| `{code}` | {about} |" not in page] == []
