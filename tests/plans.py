@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.opening import Extent, open_checkpoints
+from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.errors import PlanError
 from stockflow.methods.protocol import Parameters, Scope
 from stockflow.planning.job import COPIES, TensorJob, copying, merging, stored

@@ -9,7 +9,8 @@ from functools import partial
 from importlib import metadata
 
 from stockflow.checkpoints.header import DTYPES
-from stockflow.checkpoints.opening import CONFIG_FILE, INDEX_FILE
+from stockflow.checkpoints.index import INDEX_FILE
+from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError
 from stockflow.output import manifest as manifest_file
 from stockflow.output.card import model_card

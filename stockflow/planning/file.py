@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stockflow.checkpoints.header import DTYPES, TensorSpec
-from stockflow.checkpoints.opening import Extent
+from stockflow.checkpoints.layout import Extent
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters

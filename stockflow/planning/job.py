@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.opening import Extent
+from stockflow.checkpoints.layout import Extent
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import Copy, Method, Parameters, Scope
 from stockflow.planning.decodes import ByteRange, Decode, RowRuns, Verbatim, plain, row_elems, verbatim

@@ -9,7 +9,8 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
-from stockflow.checkpoints.opening import Checkpoint, OnFile, open_checkpoints, unheard
+from stockflow.checkpoints.layout import OnFile, unheard
+from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import PlanError, StockflowError
 from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
 from stockflow.interruption import finishing, last_act

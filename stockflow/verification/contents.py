@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from stockflow.ahead import map_ahead
 from stockflow.checkpoints.header import PlacedTensor, header_bytes, parse_header
-from stockflow.checkpoints.opening import FIRST_READ_BYTES, INDEX_FILE, MAX_INDEX_BYTES
+from stockflow.checkpoints.index import INDEX_FILE, MAX_INDEX_BYTES
+from stockflow.checkpoints.layout import FIRST_READ_BYTES
 from stockflow.errors import UserError
 from stockflow.planning.plan import MergePlan
 from stockflow.text.strictjson import check_num_values

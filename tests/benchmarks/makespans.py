@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.opening import Checkpoint, Extent
+from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.make import SHARDS_PER_WORKER, make_plan
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import parse_recipe

@@ -263,7 +263,7 @@ def test_several_results_come_from_one_read_and_are_what_each_would_be_alone(fp8
 
 
 def _extent() -> Any:
-    from stockflow.checkpoints.opening import Extent
+    from stockflow.checkpoints.layout import Extent
 
     return Extent("model.safetensors", 8)
 

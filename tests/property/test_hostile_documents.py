@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.opening import Extent
+from stockflow.checkpoints.layout import Extent
 from stockflow.errors import CheckpointError, RecipeError
 from stockflow.output import manifest
 from stockflow.output.keys import plan_key

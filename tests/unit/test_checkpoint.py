@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stockflow.checkpoints.opening import FIRST_READ_BYTES, MAX_SIDE_FILE_BYTES, Checkpoint, open_checkpoints
+from stockflow.checkpoints.layout import FIRST_READ_BYTES
+from stockflow.checkpoints.opening import MAX_SIDE_FILE_BYTES, Checkpoint, open_checkpoints
 from stockflow.errors import CheckpointError, HeaderError, NotFoundError
 from stockflow.storage import StorageConfig, open_store
 from tests.checkpoints import BUFFERS, SIDE_FILES, ZOO, make_tensors, write_checkpoint
