@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.errors import PlanError
+from stockflow.planning.config import output_config
 from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying, merging, stored
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
@@ -36,6 +38,9 @@ def make_plan(
         PlanError: names, shapes or dtypes do not fit together, or a remark stands against it; all are listed.
     """
     donor = checkpoints[recipe.donor]
+    unread = unread_models(recipe, checkpoints)
+    if unread:
+        raise PlanError(_all_problems(unread))
     problems = _unplanned_tensors(recipe, checkpoints)
     jobs, skipped = [], [name for name in donor.specs if _action(recipe, name) == "skip"]
     for spec in donor.specs.values():
@@ -59,7 +64,7 @@ def make_plan(
         donor=recipe.donor,
         shards=_cut_shards(jobs, size),
         side_files=tuple(SideFile(recipe.side_files_donor, *item) for item in side_donor.side_files.items()),
-        config=donor.config,
+        config=output_config(recipe, checkpoints, jobs),
         on_nonfinite=recipe.stockflow.on_nonfinite,
         skipped=tuple(skipped),
         remarks=remarks,

@@ -10,8 +10,10 @@ Severity = Literal["note", "warning", "refusal"]
 CODES: Mapping[str, str] = {
     "base-not-listed": "a base that no model of the recipe is, with a method that needs none",
     "dtypes-differ": "tensors whose sources have several dtypes",
+    "leftover-scales": "scales beside weights of plain numbers",
     "no-config": "the model that gives the config has none",
     "not-copied": "files of the model that gives the side files which stay behind",
+    "quantization-removed": "what speaks of quantised weights where the output's are plain numbers",
     "skipped": "tensors that rules leave out",
 }
 """What each code is about; `stockflow: {accept: [CODE]}` takes those of refusals."""

@@ -5,7 +5,7 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 
 from collections.abc import Callable, Iterable
 
-from stockflow.planning.looks import asked
+from stockflow.planning.looks import asked, quantised
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
@@ -15,6 +15,8 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     asked.omitted_files,
     asked.unlisted_base,
     asked.promoted_dtypes,
+    quantised.removed_quantization,
+    quantised.leftover_scales,
 )
 """In the order in which their remarks are shown."""
 

@@ -29,3 +29,8 @@ class Proposal:
     def side_files_donor(self) -> Checkpoint:
         """Gives tokenizer and other small files."""
         return self.checkpoints[self.recipe.side_files_donor]
+
+    def is_skipped(self, name: str) -> bool:
+        """Return whether a rule leaves a tensor out, in whichever model it is."""
+        rule = self.recipe.rule_for(name)
+        return rule is not None and rule.action == "skip"

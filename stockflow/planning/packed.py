@@ -1,0 +1,45 @@
+"""Packed weights in a recipe's models: carried over whole by a rule, left out, or refused; never merged as numbers."""
+
+from collections.abc import Iterator, Sequence
+
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.packed import PackedWeights, packed_weights
+from stockflow.recipe import Recipe
+from stockflow.storage import redact
+from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import counted
+
+
+def unread_models(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Return a sentence for each model with packed weights, or their scales, that rules neither copy nor leave out."""
+    found: dict[int, tuple[PackedWeights, ...]] = {}
+    return [
+        _sentence(checkpoint, packed)
+        for checkpoint in checkpoints
+        if (packed := list(_merged(recipe, _packed(checkpoint, found))))
+    ]
+
+
+def _packed(checkpoint: Checkpoint, found: dict[int, tuple[PackedWeights, ...]]) -> tuple[PackedWeights, ...]:
+    """Checkpoints of equal headers share their specs."""
+    key = id(checkpoint.specs)
+    if key not in found:
+        found[key] = packed_weights(checkpoint.specs)
+    return found[key]
+
+
+def _merged(recipe: Recipe, packed: Sequence[PackedWeights]) -> Iterator[PackedWeights]:
+    for weights in packed:
+        rules = map(recipe.rule_for, weights.parts)
+        if not all(rule is not None and rule.action for rule in rules):
+            yield weights
+
+
+def _sentence(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> str:
+    formats = " and ".join(each.format for each in packed)
+    num_codes = sum(len(each.codes) for each in packed)
+    return (
+        f"{redact(checkpoint.url)} holds {formats} weights ({counted(num_codes, 'tensor')}, such as "
+        f"{in_a_line(packed[0].codes[0])}), whose codes are numbers only with their scales; they are not read. Give "
+        "the 16-bit model it was made from, or a copy of it that was dequantised to bfloat16"
+    )
