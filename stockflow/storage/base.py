@@ -31,6 +31,16 @@ class Stamp:
 
 
 @dataclass(frozen=True, slots=True)
+class Listing:
+    """What lies directly under a prefix."""
+
+    files: dict[str, Stamp]
+    """by name"""
+    folders: tuple[str, ...]
+    """names, sorted; a link to a folder is none"""
+
+
+@dataclass(frozen=True, slots=True)
 class HalfWritten:
     """What an object that has not appeared yet is made of."""
 
@@ -117,11 +127,14 @@ class Store(Protocol):
             InputChangedError: the object is no longer the one ``stamp`` describes.
         """
 
-    def list(self, prefix: str = "") -> dict[str, Stamp]:
+    def list(self, prefix: str = "", *, at_most: int | None = None) -> dict[str, Stamp]:
         """Return every object whose key starts with ``prefix`` (a folder ending in ``/``, or empty), recursively.
 
-        A prefix under which nothing exists lists as empty.
+        A prefix under which nothing exists lists as empty; with ``at_most``, as soon as so many are found that is all.
         """
+
+    def listing(self) -> Listing:
+        """Return the objects and the folders directly under the prefix, in as many requests as ``list_top`` takes."""
 
     def list_top(self) -> dict[str, Stamp]:
         """Return the objects directly under the prefix, subfolders left out."""

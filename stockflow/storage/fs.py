@@ -4,13 +4,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 import fsspec
 from fsspec.asyn import sync
 
 from stockflow.errors import RecipeError
-from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
 from stockflow.storage.remote import Client, RemoteStore
@@ -22,6 +23,8 @@ _VERSION_KEYS = (
     *("mtime", "LastModified", "Last-Modified", "created"),
 )
 """what a file system may tell of an object's version, best first"""
+MAX_DEPTH = 4
+"""Levels of folders that a bounded listing goes down: a web server's pages may lead anywhere."""
 _MEMORY_LOCK = threading.Lock()
 """memory:// hands every reader the same file with the same position, and checks before it creates"""
 
@@ -90,17 +93,20 @@ class FsspecClient:
         payload = bytes(self.read(key, 0, wanted, None)[0]) if wanted else b""
         return payload[:wanted], stamp
 
-    def list(self, folder: str) -> Mapping[str, Stamp]:
-        """Return all files below ``folder``."""
+    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
+        """Return all files below ``folder``; the first ones only as deep as a model's folders are."""
+        deepest = None if at_most is None else MAX_DEPTH
         with suppress(FileNotFoundError):
-            return self._by_key(self._fs.find(self._path(folder), detail=True).values())
+            found = self._fs.find(self._path(folder), maxdepth=deepest, detail=True)
+            return self._by_key(islice(found.values(), at_most))
         return {}
 
-    def list_top(self) -> Mapping[str, Stamp]:
-        """Return the files directly under the URL."""
+    def listing(self) -> Listing:
+        """Return the files and the folders directly under the URL."""
         with suppress(FileNotFoundError):
-            return self._by_key(self._fs.ls(self._root, detail=True))
-        return {}
+            found = self._fs.ls(self._root, detail=True)
+            return Listing(self._by_key(found), tuple(self._folders(found)))
+        return Listing({}, ())
 
     @contextmanager
     def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
@@ -155,6 +161,12 @@ class FsspecClient:
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")
+
+    def _folders(self, found: Any) -> Iterator[str]:
+        for details in found:
+            folder = str(details["name"]).rstrip("/").removeprefix(f"{self._root}/")
+            if details["type"] == "directory" and folder and "/" not in folder:
+                yield folder
 
     def _by_key(self, found: Any) -> dict[str, Stamp]:
         top = f"{self._root}/"

@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +21,7 @@ from stockflow.errors import (
     StockflowError,
     StorageError,
 )
-from stockflow.storage.base import HalfWritten, NewObject, Pin, Stamp, check_key
+from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, check_key
 from stockflow.storage.links import Links
 
 PARTIAL_SUFFIX = ".stockflow-partial"
@@ -86,31 +87,36 @@ class LocalStore:
             with _named(self._path(key), "stat"), suppress(FileNotFoundError):  # removed by a neighbour meanwhile
                 self.links.stat(key)
 
-    def list(self, prefix: str = "") -> dict[str, Stamp]:
-        """Return all files below ``prefix``, files being written left out."""
+    def list(self, prefix: str = "", *, at_most: int | None = None) -> dict[str, Stamp]:
+        """Return all files below ``prefix``, or the first ones found; files being written left out."""
         top = self._path(check_key(prefix.rstrip("/"))) if prefix else self.url
         found: dict[str, Stamp] = {}
         with _named(top, "list"):
             self.links.check_folder(prefix)
-            for folder, _, names in os.walk(top):
-                for name in names:
-                    if not name.endswith(PARTIAL_SUFFIX):
-                        key = os.path.relpath(os.path.join(folder, name), self.url)
-                        with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
-                            found[key] = _stamp_of(self._listed(key))
+            for path in islice(_files_below(top), at_most):
+                key = os.path.relpath(path, self.url)
+                with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
+                    found[key] = _stamp_of(self._listed(key))
         return dict(sorted(found.items()))
 
     def list_top(self) -> dict[str, Stamp]:
         """Return the files directly in the folder."""
-        found: dict[str, Stamp] = {}
+        return self.listing().files
+
+    def listing(self) -> Listing:
+        """Return the files and the folders directly in the folder."""
+        files: dict[str, Stamp] = {}
+        folders: list[str] = []
         with _named(self.url, "list"):
-            for name in os.listdir(self.url) if os.path.exists(self.url) else ():
+            for name in sorted(os.listdir(self.url)) if os.path.exists(self.url) else ():
                 with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
-                    listed = self._listed(name)
-                    is_file = stat.S_ISREG(listed.st_mode) or _leads_to_no_folder(f"{self.url}/{name}", listed)
+                    path, listed = f"{self.url}/{name}", self._listed(name)
+                    is_file = stat.S_ISREG(listed.st_mode) or _leads_to_no_folder(path, listed)
                     if is_file and not name.endswith(PARTIAL_SUFFIX):
-                        found[name] = _stamp_of(listed)
-        return dict(sorted(found.items()))
+                        files[name] = _stamp_of(listed)
+                    elif stat.S_ISDIR(listed.st_mode) and not os.path.islink(path):
+                        folders.append(name)
+        return Listing(files, tuple(folders))
 
     def _listed(self, key: str) -> os.stat_result:
         """Return what the system tells of a file, or of a link that is not followed: it is there all the same."""
@@ -280,6 +286,13 @@ class _NewFile:
 
 def _stamp_of(stat: os.stat_result) -> Stamp:
     return Stamp(size=stat.st_size, version=f"mtime_ns={stat.st_mtime_ns}")
+
+
+def _files_below(top: str) -> Iterator[str]:
+    for folder, _, names in os.walk(top):
+        for name in names:
+            if not name.endswith(PARTIAL_SUFFIX):
+                yield os.path.join(folder, name)
 
 
 def _leads_to_no_folder(path: str, listed: os.stat_result) -> bool:

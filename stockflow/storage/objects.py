@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from obstore import exceptions
 
 from stockflow.errors import AccessDeniedError, RecipeError
 from stockflow.interruption import pause
-from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.parts import PARTS_IN_FLIGHT
 from stockflow.storage.remote import RemoteStore
@@ -136,13 +136,19 @@ class ObstoreClient:
             raise
         return bytes(payload[:num_bytes]), stamp
 
-    def list(self, folder: str) -> Mapping[str, Stamp]:
-        """Return all objects below ``folder``."""
-        return self._by_key(obstore.list(self._reader, self._path(folder) or None, chunk_size=1000).collect())
+    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
+        """Return all objects below ``folder``, or the first ones by name."""
+        pages = obstore.list(self._reader, self._path(folder) or None, chunk_size=1000)
+        return self._by_key(list(islice(chain.from_iterable(pages), at_most)))
 
-    def list_top(self) -> Mapping[str, Stamp]:
-        """Return the objects directly under the URL."""
-        return self._by_key(obstore.list_with_delimiter(self._reader, self._root or None)["objects"])
+    def listing(self) -> Listing:
+        """Return the objects and the folders directly under the URL."""
+        found = obstore.list_with_delimiter(self._reader, self._root or None)
+        folders = tuple(prefix.rpartition("/")[2] for prefix in found["common_prefixes"])
+        files = {
+            key: stamp for key, stamp in self._by_key(found["objects"]).items() if stamp.size or key not in folders
+        }
+        return Listing(files, folders)
 
     @contextmanager
     def create(self, key: str, part_bytes: int) -> Iterator[Sink]:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
+from itertools import islice
 from typing import Protocol, TypeVar
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, StockflowError, StorageError
-from stockflow.storage.base import HalfWritten, NewObject, Pin, Sink, Stamp, check_key
+from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Sink, Stamp, check_key
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.faults import Failure, Operation, WrongAnswerError, storage_error, user_error
 from stockflow.storage.parts import RANGE_BYTES, part_bytes
@@ -39,11 +40,11 @@ class Client(Protocol):
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes and the stamp."""
 
-    def list(self, folder: str) -> Mapping[str, Stamp]:
-        """Return all objects below ``folder`` (empty: the URL itself), by key."""
+    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
+        """Return all objects below ``folder`` (empty: the URL itself), by key; not many more than ``at_most``."""
 
-    def list_top(self) -> Mapping[str, Stamp]:
-        """Return the objects directly under the URL, by key."""
+    def listing(self) -> Listing:
+        """Return the objects directly under the URL, by key, and the folders beside them."""
 
     def create(self, key: str, part_bytes: int) -> AbstractContextManager[Sink]:
         """Write one object in parts, all or nothing."""
@@ -110,14 +111,20 @@ class RemoteStore:
         for done in range(0, target.nbytes, RANGE_BYTES):
             self._read_range(key, start + done, target[done : done + RANGE_BYTES], stamp)
 
-    def list(self, prefix: str = "") -> dict[str, Stamp]:
-        """Return every object below ``prefix``, recursively."""
+    def list(self, prefix: str = "", *, at_most: int | None = None) -> dict[str, Stamp]:
+        """Return every object below ``prefix``, recursively, or the first ones found."""
         folder = check_key(prefix.rstrip("/")) if prefix else ""
-        return dict(sorted(self._run("list", folder, partial(self._client.list, folder)).items()))
+        found = self._run("list", folder, partial(self._client.list, folder, at_most))
+        return dict(sorted(islice(found.items(), at_most)))
 
     def list_top(self) -> dict[str, Stamp]:
         """Return the objects directly under the URL."""
-        return dict(sorted(self._run("list", "", self._client.list_top).items()))
+        return self.listing().files
+
+    def listing(self) -> Listing:
+        """Return the objects and the folders directly under the URL."""
+        found = self._run("list", "", self._client.listing)
+        return Listing(dict(sorted(found.files.items())), tuple(sorted(found.folders)))
 
     def check_links(self, keys: Iterable[str]) -> None:
         """Refuse nothing: objects are no links."""

@@ -3,11 +3,12 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 from fsspec.asyn import sync
 
-from stockflow.storage.base import HalfWritten, Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, WrongAnswerError
 from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
 from stockflow.storage.retry import RetryPolicy
@@ -76,13 +77,19 @@ class S3fsClient:
             raise
         return bytes(payload[:num_bytes]), stamp
 
-    def list(self, folder: str) -> Mapping[str, Stamp]:
-        """Return all objects below ``folder``."""
-        return dict(self._pages(self._path(folder), delimiter=""))
+    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
+        """Return all objects below ``folder``, or the first ones by name."""
+        found = chain.from_iterable(map(self._files, self._pages(self._path(folder), delimiter="")))
+        return dict(islice(found, at_most))
 
-    def list_top(self) -> Mapping[str, Stamp]:
-        """Return the objects directly under the URL."""
-        return dict(self._pages(self._root, delimiter="/"))
+    def listing(self) -> Listing:
+        """Return the objects and the folders directly under the URL."""
+        pages = list(self._pages(self._root, delimiter="/"))
+        folders = (entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", ()))
+        return Listing(
+            dict(chain.from_iterable(map(self._files, pages))),
+            tuple(folder.rstrip("/").rpartition("/")[2] for folder in folders),
+        )
 
     @contextmanager
     def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
@@ -143,18 +150,21 @@ class S3fsClient:
         async with reply["Body"] as body:
             return await body.read(), reply
 
-    def _pages(self, folder: str, *, delimiter: str) -> Iterator[tuple[str, Stamp]]:
-        top = f"{self._root}/" if self._root else ""
+    def _pages(self, folder: str, *, delimiter: str) -> Iterator[Mapping[str, Any]]:
         more: dict[str, str] = {}
         while True:
             prefix = f"{folder}/" if folder else ""
             page = self._call("list_objects_v2", Prefix=prefix, Delimiter=delimiter, **more)
-            for entry in page.get("Contents", ()):
-                if not entry["Key"].endswith("/"):  # the empty marker of a folder
-                    yield entry["Key"].removeprefix(top), Stamp(entry["Size"], entry.get("ETag", ""))
+            yield page
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _files(self, page: Mapping[str, Any]) -> Iterator[tuple[str, Stamp]]:
+        top = f"{self._root}/" if self._root else ""
+        for entry in page.get("Contents", ()):
+            if not entry["Key"].endswith("/"):  # the empty marker of a folder
+                yield entry["Key"].removeprefix(top), Stamp(entry["Size"], entry.get("ETag", ""))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")

@@ -190,6 +190,22 @@ def test_listings_are_sorted_relative_and_stay_under_the_prefix(store: Store, si
     assert list(sibling.list()) == ["other.bin"]
 
 
+def test_a_listing_has_the_folders_too_and_a_bounded_one_ends(store: Store, sibling: Store) -> None:
+    for key in ("b.bin", "sub/c.bin", "sub/deep/d.bin", "sub/deep/e.bin", "subway/e.bin"):
+        store.put(key, key.encode())
+    sibling.put("elsewhere/other.bin", b"1")
+
+    found = store.listing()
+
+    assert (list(found.files), found.folders) == (["b.bin"], ("sub", "subway"))
+    assert found.files == store.list_top()
+    assert len(store.list(at_most=3)) == 3
+    assert len(store.list("sub/", at_most=2)) == 2
+    assert store.list("sub/", at_most=2).keys() <= store.list("sub/").keys()
+    assert list(store.list("sub/", at_most=99)) == ["sub/c.bin", "sub/deep/d.bin", "sub/deep/e.bin"]
+    assert store.list("sub/", at_most=0) == {}
+
+
 def test_odd_names_survive(store: Store) -> None:
     name = "tokenizer é +&=%20 (1).json"
     store.put(name, b"1")

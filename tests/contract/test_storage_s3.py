@@ -383,6 +383,7 @@ def test_folder_markers_are_not_objects(opener: Opener, s3_endpoint: str, s3_buc
 
     assert list(store.list()) == ["empty", "sub/a.bin"]
     assert list(store.list_top()) == ["empty"]
+    assert store.listing().folders == ("sub",)
 
 
 def test_listings_go_on_past_one_page(opener: Opener, s3_endpoint: str, s3_bucket: str) -> None:
