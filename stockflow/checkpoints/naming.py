@@ -15,6 +15,7 @@ A name is split at its dots; upper and lower case are the same. The first rule t
 """
 
 import re
+from typing import NamedTuple
 
 KINDS = ("embedding", "attention", "mlp", "experts", "router", "norm", "head", "other")
 """Every kind there is, in the order in which reports show them."""
@@ -47,6 +48,30 @@ def kind_of(name: str) -> str:
     """Return the kind of module that a tensor belongs to, one of ``KINDS``."""
     lowered = name.lower()
     return next((kind for kind, pattern in _RULES if pattern.search(lowered)), "other")
+
+
+class LayerPlace(NamedTuple):
+    """A layer among its like: where the tensors of a tower's layers have the same text before the number."""
+
+    stack: str
+    """what stands before the number"""
+    number: int
+    rest: str
+    """what stands behind it"""
+
+
+class LayerNames:
+    """How the names of tensors tell their layers."""
+
+    def __init__(self, around: tuple[str, str] | None = None) -> None:
+        """Take the texts before and behind the number with which names in layers begin; None for the common ones."""
+        own = around and re.compile(rf"{re.escape(around[0])}(\d{{1,9}}){re.escape(around[1])}")
+        self._find = own.match if own else _LAYER.search
+
+    def place(self, name: str) -> LayerPlace | None:
+        """Return where a tensor lies, None if it is in no layer."""
+        found = self._find(name)
+        return LayerPlace(name[: found.start(1)], int(found[1]), name[found.end(1) :]) if found else None
 
 
 def layer_of(name: str) -> int | None:

@@ -6,6 +6,7 @@ from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
+from stockflow.planning.depths import depths_of
 from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying, merging, stored
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
@@ -41,11 +42,12 @@ def make_plan(
     unread = unread_models(recipe, checkpoints)
     if unread:
         raise PlanError(_all_problems(unread))
+    depths = depths_of(recipe, donor)
     problems = _unplanned_tensors(recipe, checkpoints)
     jobs, skipped = [], [name for name in donor.specs if _action(recipe, name) == "skip"]
     for spec in donor.specs.values():
         if _action(recipe, spec.name) != "skip":
-            planned = _plan_tensor(recipe, checkpoints, spec)
+            planned = _plan_tensor(recipe, checkpoints, spec, depths.get(spec.name, 0.0))
             if isinstance(planned, TensorJob):
                 jobs.append(planned)
             else:
@@ -122,7 +124,9 @@ def _unplanned_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> lis
     ]
 
 
-def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: TensorSpec) -> TensorJob | list[str]:
+def _plan_tensor(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: TensorSpec, depth: float
+) -> TensorJob | list[str]:
     """The job for one tensor of the donor, or what stands against it."""
     name, rule = spec.name, recipe.rule_for(spec.name)
 
@@ -153,8 +157,8 @@ def _plan_tensor(recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: Tensor
         output,
         _operands(checkpoints, name, indices),
         method.name,
-        recipe.parameters_for(method, name, rule),
-        recipe.scope_for(method, name, rule),
+        recipe.parameters_for(method, name, rule, depth),
+        recipe.scope_for(method, name, rule, depth),
     )
 
 

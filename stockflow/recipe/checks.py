@@ -104,7 +104,7 @@ def _scope_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
         )
     settings = (use.rule.parameters if use.rule else {}, recipe.parameters)
     row_wise = use.declared("filter_wise") and any(
-        item.value is True for level in settings for item in level.get("filter_wise", ())
+        True in item.value for level in settings for item in level.get("filter_wise", ())
     )
     if row_wise and scope not in (None, "row"):
         yield path, f"`filter_wise: true` means the scope row, found `scope: {scope}`; keep one of them"
@@ -146,8 +146,9 @@ def _setting_problems(settings: Settings, uses: list[_Use], path: Path) -> Itera
             yield (*path, name), f"{methods} has no such parameter; {nearest(name, known)}"
         for index, item in enumerate(items):
             kinds = [parameter for use in uses if (parameter := use.declared(name))]
-            wrong = {_value_problem(parameter, item.value) for parameter in kinds}
-            yield from (((*path, name, index, "value"), text) for text in wrong if text)
+            for number, value in enumerate(item.value):
+                wrong = {_value_problem(parameter, value) for parameter in kinds}
+                yield from (((*path, name, index, "value", number), text) for text in wrong if text)
 
 
 def _value_problem(parameter: Parameter, value: Scalar) -> str | None:

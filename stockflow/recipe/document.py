@@ -89,14 +89,25 @@ class Document:
     def _locate(self, path: Path) -> tuple[Mark, str]:
         """Return the place and the name of the nearest value that exists on the way to ``path``."""
         mark, node, name = (1, 1), self.root, ""
-        for step in path:
-            if isinstance(step, int) and not node.is_list:
-                continue  # a lone {filter, value} is read as a list of one
+        for index, step in enumerate(path):
+            if _is_left_out(node, path[index:]):
+                continue
             if step not in node.children:
                 break
             mark, node = node.children[step]
             name += f"[{step}]" if isinstance(step, int) else f".{named(step)}"
         return mark, name.removeprefix(".")
+
+
+def _is_left_out(node: Node, path: Path) -> bool:
+    """Return whether the first step is one that short forms do without.
+
+    A lone {filter, value} is read as a list of one, a value as one over the layers, and both as both.
+    """
+    step = path[0]
+    if isinstance(step, int) and node.is_list:
+        return path[1:2] == ("value",) and not any(child.is_mapping for _, child in node.children.values())
+    return isinstance(step, int) or (step == "value" and not node.is_mapping)
 
 
 def read_yaml(text: str, source: str) -> Document:

@@ -10,7 +10,16 @@ from stockflow.methods.protocol import Method, Parameters, Scope
 from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
 from stockflow.recipe.resolve import Resolver, Slot, find_slots
 from stockflow.recipe.settings import Part, Settings, matches
-from stockflow.recipe.values import OUTPUT_DTYPES, DType, MethodName, RemarkCode, Size, TokenizerSource
+from stockflow.recipe.values import (
+    OUTPUT_DTYPES,
+    DType,
+    LayerPattern,
+    MethodName,
+    RemarkCode,
+    Size,
+    TokenizerSource,
+    text_around_layer,
+)
 from stockflow.storage import StorageConfig, StoreOptions
 from stockflow.text.redaction import redact_urls
 from stockflow.text.remarks import Remark
@@ -58,6 +67,9 @@ class Options(Part):
         default=0, ge=0, lt=2**63, description="what random methods draw by; part of their plan, and of no other"
     )
     shard_size: Size = Field(default=None, description="largest shard, as 5GB, 256MiB or bytes")
+    layers: LayerPattern | None = Field(
+        default=None, description="how names in layers begin, as `backbone.stage_{layer}.`; else the common ones"
+    )
     storage: dict[UrlPrefix, StorageEntry] = Field(
         default={}, description="options by URL prefix; the longest matching prefix wins"
     )
@@ -124,6 +136,11 @@ class Recipe(Part):
         return tuple(dict.fromkeys([self.base_model, *listed] if self.base_model else listed))
 
     @property
+    def around_layers(self) -> tuple[str, str] | None:
+        """What stands before and behind the number of a layer in names; None for the common patterns."""
+        return text_around_layer(self.stockflow.layers) if self.stockflow.layers else None
+
+    @property
     def donor(self) -> int:
         """Which checkpoint gives names and order: the base, else the first model."""
         return 0
@@ -156,10 +173,17 @@ class Recipe(Part):
         """Answers of ``parameters_for`` so far, by method and position of the rule."""
         return {}
 
-    def parameters_for(self, method: Method, tensor_name: str, rule: Rule | None) -> Parameters:
+    @cached_property
+    def has_gradients(self) -> bool:
+        """Whether a value depends on the layer."""
+        levels = [self.parameters, *(each.parameters for each in self.models)]
+        levels += [each.parameters for each in self.stockflow.rules]
+        return any(len(item.value) > 1 for level in levels for items in level.values() for item in items)
+
+    def parameters_for(self, method: Method, tensor_name: str, rule: Rule | None, depth: float = 0.0) -> Parameters:
         """Return a method's parameters for a tensor: of the rule, else model, else recipe, else the defaults.
 
-        Equal results are one object, except across methods and rules.
+        Equal results are one object, except across methods and rules. The depth is 0 in the first layer, 1 in the last.
 
         Raises:
             RecipeError: a required value is missing for this tensor.
@@ -169,11 +193,11 @@ class Recipe(Part):
         resolver = self.resolvers.get(key)
         if resolver is None:
             resolver = self.resolvers[key] = Resolver(method.name, self.slots(method, rule))
-        return resolver.resolve(tensor_name)
+        return resolver.resolve(tensor_name, depth)
 
-    def scope_for(self, method: Method, tensor_name: str, rule: Rule | None) -> Scope:
+    def scope_for(self, method: Method, tensor_name: str, rule: Rule | None, depth: float = 0.0) -> Scope:
         """Return what gets its own coefficients in a tensor; a whole tensor where the method lacks the asked scope."""
-        if self.parameters_for(method, tensor_name, rule).shared.get("filter_wise"):
+        if self.parameters_for(method, tensor_name, rule, depth).shared.get("filter_wise"):
             return "row"
         asked = self.stockflow.scope
         return asked if asked is not None and asked in method.scopes else "tensor"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stockflow.errors import RecipeError
-from stockflow.methods.protocol import Method, Parameter, Parameters, Scalar
+from stockflow.methods.protocol import Kind, Method, Parameter, Parameters, Scalar
 from stockflow.recipe.settings import Settings, matches
 from stockflow.storage import redact
 
@@ -15,8 +15,28 @@ class Slot:
 
     parameter: Parameter
     model: str | None
-    candidates: tuple[tuple[str | None, Scalar], ...]
-    """filter and value, best first"""
+    candidates: tuple[tuple[str | None, tuple[Scalar, ...]], ...]
+    """filter and values over the layers, best first"""
+
+    def value(self, tensor_name: str, depth: float) -> Scalar | None:
+        """Return the value for a tensor, None if no filter matches its name."""
+        found = next((values for text, values in self.candidates if matches(text, tensor_name)), None)
+        return None if found is None else value_at(depth, found, self.parameter.kind)
+
+
+def value_at(depth: float, values: Sequence[Scalar], kind: Kind) -> Scalar:
+    """Return what values that are evenly spaced from depth 0 to 1 are in between, as mergekit does.
+
+    Numbers are interpolated linearly; flags and words are those of the last place that is not deeper.
+    """
+    place = depth * (len(values) - 1)
+    before = int(place)
+    if kind in ("flag", "word") or len(values) == 1:
+        return values[before]
+    share = place - before
+    after = min(before + 1, len(values) - 1)
+    between = (1.0 - share) * float(values[before]) + share * float(values[after])
+    return float(round(between)) if kind == "integer" else between
 
 
 def find_slots(
@@ -39,7 +59,7 @@ def find_slots(
     slots: list[Slot] = []
     for parameter in method.parameters:
         if parameter.name in fixed:
-            slots.append(Slot(parameter, None, ((None, fixed[parameter.name]),)))
+            slots.append(Slot(parameter, None, ((None, (fixed[parameter.name],)),)))
         elif parameter.per_model:
             slots += [Slot(parameter, model, _candidates(parameter, (rule, own, recipe))) for model, own in models]
         else:
@@ -47,42 +67,47 @@ def find_slots(
     return tuple(slots)
 
 
-def _candidates(parameter: Parameter, levels: tuple[Settings, ...]) -> tuple[tuple[str | None, Scalar], ...]:
+def _candidates(
+    parameter: Parameter, levels: tuple[Settings, ...]
+) -> tuple[tuple[str | None, tuple[Scalar, ...]], ...]:
     given = [item for level in levels for item in level.get(parameter.name, ())]
     found = [(None if item.filter in ("", "*") else item.filter, item.value) for item in given]
-    default = [] if parameter.default is None else [(None, parameter.default)]
+    default = [] if parameter.default is None else [(None, (parameter.default,))]
     return (*found, *default)
 
 
 class Resolver:
-    """Parameters of one method under one rule; tensors that match the same filters share one answer."""
+    """Parameters of one method under one rule; tensors of one depth that match the same filters share one answer."""
 
     def __init__(self, method_name: str, slots: tuple[Slot, ...]) -> None:
         self._method_name = method_name
         self._slots = slots
         filters = dict.fromkeys(text for slot in slots for text, _ in slot.candidates)
         self._filters = tuple(text for text in filters if text is not None)
-        self._by_matches: dict[tuple[bool, ...], Parameters] = {}
+        self._has_gradient = any(len(values) > 1 for slot in slots for _, values in slot.candidates)
+        self._by_matches: dict[tuple[float, ...], Parameters] = {}
         self._by_values: dict[tuple[Scalar, ...], Parameters] = {}
 
-    def resolve(self, tensor_name: str) -> Parameters:
-        """Return the parameters of a tensor.
+    def resolve(self, tensor_name: str, depth: float = 0.0) -> Parameters:
+        """Return the parameters of a tensor; its depth is from 0, of the first layer, to 1.
 
         Raises:
             RecipeError: a required value is missing for it.
         """
-        matching = tuple([text in tensor_name for text in self._filters])
+        matching: tuple[float, ...] = tuple([text in tensor_name for text in self._filters])
+        if self._has_gradient:
+            matching = (depth, *matching)
         found = self._by_matches.get(matching)
         if found is None:
-            values = tuple(self._value(slot, tensor_name) for slot in self._slots)
+            values = tuple(self._value(slot, tensor_name, depth) for slot in self._slots)
             found = self._by_values.setdefault(values, self._parameters(values))
             self._by_matches[matching] = found
         return found
 
-    def _value(self, slot: Slot, tensor_name: str) -> Scalar:
-        for text, value in slot.candidates:
-            if matches(text, tensor_name):
-                return value
+    def _value(self, slot: Slot, tensor_name: str, depth: float) -> Scalar:
+        value = slot.value(tensor_name, depth)
+        if value is not None:
+            return value
         model = f" of the model {redact(slot.model)}" if slot.model else ""
         raise RecipeError(
             f"`{self._method_name}` needs the parameter `{slot.parameter.name}`{model} for the tensor "

@@ -1,4 +1,4 @@
-"""Values of parameters as a recipe gives them: one value, or a list of values with filters."""
+"""Values of parameters as a recipe gives them: one, or one after the other over the layers, or several with filters."""
 
 import math
 import re
@@ -8,10 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from stockflow.errors import RecipeError
 from stockflow.methods.protocol import Scalar
-from stockflow.recipe.wording import NOT_YET, shown
+from stockflow.recipe.wording import shown
 
-_LISTS = "give one value, or a list of {filter, value}"
-_GRADIENT = f"mergekit's gradients (a list of values over the layers): this {NOT_YET}; {_LISTS}"
+_LISTS = "give one value, a list of values over the layers, or a list of {filter, value}"
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
@@ -19,10 +18,8 @@ def _scalar(given: object) -> Scalar:
     """Return a bool, a finite float or a text; YAML reads ``1e-5`` as text, here it is a number."""
     if isinstance(given, bool):
         return given
-    if isinstance(given, list):
-        raise RecipeError(_GRADIENT)
-    if isinstance(given, dict):
-        raise RecipeError(f"expected a number, true/false or a word, found a mapping; {_LISTS}")
+    if given is None or isinstance(given, dict | list | tuple):
+        raise RecipeError(f"expected a number, true/false or a word, found {shown(given)}; {_LISTS}")
     if isinstance(given, str) and not _NUMBER.fullmatch(given):
         return given
     try:
@@ -34,14 +31,21 @@ def _scalar(given: object) -> Scalar:
     return number
 
 
+def _over_layers(given: object) -> object:
+    if given == []:
+        raise RecipeError("expected at least one value over the layers, found none; give one")
+    return given if isinstance(given, list | tuple) else [given]
+
+
 def _conditionals(given: object) -> object:
-    if given is None or given == []:
+    if given is None:
         raise RecipeError(f"expected a value, found nothing; {_LISTS}")
-    if isinstance(given, list) and not all(isinstance(item, dict) for item in given):
-        raise RecipeError(_GRADIENT)
-    if isinstance(given, list | tuple):
-        return given
-    return [given if isinstance(given, dict) else {"value": given}]
+    if not isinstance(given, list | tuple):
+        return [given if isinstance(given, dict) else {"value": given}]
+    mappings = [isinstance(item, dict | BaseModel) for item in given]
+    if any(mappings) and not all(mappings):
+        raise RecipeError(f"expected either values or mappings, found both in one list; {_LISTS}")
+    return given if all(mappings) else [{"value": given}]
 
 
 class Part(BaseModel):
@@ -58,13 +62,18 @@ class Part(BaseModel):
         return {key: value for key, value in given.items() if value is not None or key not in known}
 
 
+_Value = Annotated[Scalar, PlainValidator(_scalar, json_schema_input_type=Scalar)]
+Gradient = Annotated[
+    tuple[_Value, ...], BeforeValidator(_over_layers, json_schema_input_type=Scalar | tuple[Scalar, ...])
+]
+"""Values from the first layer to the last, evenly spaced; one value is the same everywhere."""
+
+
 class Conditional(Part):
-    """One value of a parameter and the tensors it is for."""
+    """The values of a parameter and the tensors they are for."""
 
     filter: str | None = Field(default=None, description="part of the tensor's name; `*` or nothing matches all")
-    value: Annotated[Scalar, PlainValidator(_scalar, json_schema_input_type=Scalar)] = Field(
-        description="number, true/false or word"
-    )
+    value: Gradient = Field(description="number, true/false or word; a list goes from the first layer to the last")
 
 
 def matches(text: str | None, tensor_name: str) -> bool:
@@ -72,6 +81,6 @@ def matches(text: str | None, tensor_name: str) -> bool:
     return text is None or text == "*" or text in tensor_name
 
 
-_SettingInput = Scalar | Conditional | tuple[Conditional, ...]
+_SettingInput = Scalar | tuple[Scalar, ...] | Conditional | tuple[Conditional, ...]
 Setting = Annotated[tuple[Conditional, ...], BeforeValidator(_conditionals, json_schema_input_type=_SettingInput)]
 Settings = dict[str, Setting]

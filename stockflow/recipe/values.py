@@ -19,6 +19,7 @@ _MERGEKIT_METHODS = frozenset({
     "nearswap", "sce", "ram", "ramplus_tl", "task_arithmetic", "ties", "dare_linear", "dare_ties",
     "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
 })  # fmt: skip
+_LAYER = "{layer}"
 _UNITS = {"": 1} | {
     unit: base**power
     for base, units in ((1000, ("kb", "mb", "gb", "tb")), (1024, ("kib", "mib", "gib", "tib")))
@@ -69,12 +70,25 @@ def _method_name(given: str) -> str:
     raise RecipeError(f"unknown method {shown(given)}; {nearest(given, METHODS)}")
 
 
+def text_around_layer(pattern: str) -> tuple[str, str]:
+    """Return what stands before and behind the number of a layer."""
+    before, _, behind = pattern.partition(_LAYER)
+    return before, behind
+
+
+def _layer_pattern(given: str) -> str:
+    if given.count(_LAYER) != 1:
+        raise RecipeError(f"expected a text with {_LAYER} where the number stands, found {shown(given)}; correct it")
+    return given
+
+
 def _remark_code(given: str) -> str:
     if given not in CODES:
         raise RecipeError(f"unknown code {shown(given)}; {nearest(given, CODES)}")
     return given
 
 
+LayerPattern = Annotated[str, AfterValidator(_layer_pattern)]
 MethodName = Annotated[str, AfterValidator(_method_name)]
 RemarkCode = Annotated[str, AfterValidator(_remark_code)]
 Size = Annotated[int | None, PlainValidator(_size), WithJsonSchema({"type": ["integer", "string"]})]

@@ -256,7 +256,7 @@ def test_all_problems_are_reported_together_in_file_order() -> None:
         ),
         (
             "  r.yaml:7:3: stockflow.scop: unknown key; did you mean `scope`? Known here: "
-            "on_negative, on_nonfinite, scope, seed, shard_size, storage, side_files_from, accept, rules"
+            "on_negative, on_nonfinite, scope, seed, shard_size, layers, storage, side_files_from, accept, rules"
         ),
     ]
     assert message.split("\n") == expected
@@ -312,14 +312,46 @@ def test_unknown_methods_get_the_nearest_name_and_the_list() -> None:
     assert "`linear`?" in refusal(STOCK + "stockflow: {rules: [{filter: a, merge_method: liner}]}")
 
 
-def test_gradients_are_refused_by_name() -> None:
-    for value in (
-        "[0, 0.5, 1]",
-        "{filter: a, value: [0, 1]}",
-        "[{filter: a, value: [0, 1]}]",
-        "[true, false]",
-    ):
-        assert "mergekit's gradients" in refusal(LINEAR + f"parameters: {{weight: {value}}}")
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("[0, x, 1]", "r.yaml:5:26: parameters.weight[1]: expected a number, found 'x'"),
+        ("{filter: a, value: [0, .nan]}", "r.yaml:5:45: parameters.weight.value[1]: expected a finite number"),
+        (
+            "[{filter: a, value: [0, true]}]",
+            "r.yaml:5:46: parameters.weight[0].value[1]: expected a number, found true",
+        ),
+        ("[1, {value: 2}]", "parameters.weight: expected either values or mappings, found both in one list"),
+        ("[[1]]", "parameters.weight[0]: expected a number, true/false or a word, found a list"),
+        ("[1, null]", "r.yaml:5:26: parameters.weight[1]: expected a number, true/false or a word, found nothing"),
+        ("{value: []}", "parameters.weight.value: expected at least one value over the layers, found none"),
+    ],
+)
+def test_every_value_over_the_layers_is_checked_in_its_place(value: str, expected: str) -> None:
+    assert expected in refusal(LINEAR + f"parameters: {{weight: {value}}}")
+
+
+def test_an_empty_list_gives_no_value() -> None:
+    assert weights(parse(LINEAR.replace("weight: 1", "weight: []") + "parameters: {weight: 7}"), "x") == (7.0, 2.0)
+
+
+def test_values_over_the_layers_fall_through_like_others() -> None:
+    own = "weight: [{filter: mlp, value: [1, 2]}, {filter: attn, value: 4}]"
+    recipe = parse(LINEAR.replace("weight: 1", own) + "parameters: {weight: [10, 20], normalize: [true, false]}")
+    method = METHODS["linear"]
+
+    found = {
+        (name, depth): recipe.parameters_for(method, name, None, depth)
+        for name in ("mlp", "attn", "norm")
+        for depth in (0.0, 0.5, 1.0)
+    }
+
+    assert {place: each.each("weight")[0] for place, each in found.items()} == {
+        ("mlp", 0.0): 1.0, ("mlp", 0.5): 1.5, ("mlp", 1.0): 2.0,
+        ("attn", 0.0): 4.0, ("attn", 0.5): 4.0, ("attn", 1.0): 4.0,
+        ("norm", 0.0): 10.0, ("norm", 0.5): 15.0, ("norm", 1.0): 20.0,
+    }  # fmt: skip
+    assert [found["mlp", depth].flag("normalize") for depth in (0.0, 0.5, 1.0)] == [True, True, False]
 
 
 def test_a_model_given_as_a_mapping_is_refused_by_name() -> None:
@@ -652,7 +684,7 @@ def test_a_seed_reaches_methods_that_draw_and_no_others() -> None:
     recipe = parse(STOCK + "stockflow: {seed: 7}\nparameters: {filter_wise: false}")
     slots = recipe.slots(DRAWN, None)
 
-    assert slots[0].candidates == ((None, 7),)
+    assert slots[0].candidates == ((None, (7,)),)
     assert Resolver("drawn", slots[:1]).resolve("x").integer("seed") == 7
     assert "seed" not in recipe.parameters_for(METHODS["model_stock"], "x", None).shared
 
@@ -853,14 +885,14 @@ def test_the_schema_describes_every_key_and_accepts_every_form() -> None:
 
     assert set(Recipe.model_fields) == set(schema["properties"])  # type: ignore[call-overload]
     assert json.dumps(list(METHODS)) in text
-    for part in ("gradient", "_text", "_resolvers"):
+    for part in ("_text", "_resolvers"):
         assert part not in text
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(schema)
     accepted = {
         "merge_method": "linear",
         "models": [{"model": "a/b", "parameters": {"weight": [{"filter": "x", "value": 1}, {"value": "1e-5"}]}}],
-        "parameters": {"normalize": {"value": True}},
+        "parameters": {"normalize": {"value": [True, False]}, "weight": [0, "1e-1", 1]},
         "dtype": "torch.float32",
         "stockflow": {"shard_size": "5GB", "scope": None},
     }
