@@ -153,6 +153,9 @@ class _Writing(TypedDict, total=False):
         "Largest output shard, such as 5GB. Default: a 256th of the output, from 256 MB to 5 GB.", parse=num_bytes
     )]  # fmt: skip
     overwrite: Annotated[bool, Setting("Replace what the output prefix holds.", False)]
+    allow_unmerged: Annotated[bool, Setting(
+        "Obey rules by which every tensor comes from one model: the output is no merge.", False
+    )]  # fmt: skip
     strict: Annotated[bool, Setting("Refuse what is otherwise only warned of.", False)]
 
 

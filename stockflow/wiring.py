@@ -101,6 +101,7 @@ def merge_options(
     device: DeviceName = "auto",
     overwrite: bool = False,
     strict: bool = False,
+    accepted: tuple[str, ...] = (),
     on_ray: bool = False,
 ) -> MergeOptions:
     """Return the options of a merge as the driver takes them."""
@@ -114,6 +115,7 @@ def merge_options(
         shard_size=shard_size,
         overwrite=overwrite,
         strict=strict,
+        accepted=accepted,
         num_workers=workers if on_ray else None,
         holds_plan=not on_ray,
     )
@@ -128,6 +130,7 @@ def options_of(chosen: SimpleNamespace, workers: int | None) -> MergeOptions:
         device=chosen.device,
         overwrite=chosen.overwrite,
         strict=chosen.strict,
+        accepted=("unmerged",) if chosen.allow_unmerged else (),
         on_ray=is_on_ray(chosen.executor),
     )
 

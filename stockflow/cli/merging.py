@@ -35,7 +35,15 @@ def merge(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings
 
 @command(
     MergeSettings,
-    without=("follow_links", "strict", "gpus_per_worker", "labels", "worker_timeout", "shard_timeout"),
+    without=(
+        "follow_links",
+        "strict",
+        "allow_unmerged",
+        "gpus_per_worker",
+        "labels",
+        "worker_timeout",
+        "shard_timeout",
+    ),
     defaults={"shard_size": "2MB"},
     delays=False,
     tells_itself=True,

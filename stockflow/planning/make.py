@@ -1,6 +1,6 @@
 """Planning: from a recipe and what the checkpoints' headers say to a plan. Pure; refuses what does not fit together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
@@ -10,8 +10,10 @@ from stockflow.planning.depths import depths_of
 from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying, merging, stored
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.misfits import THEM, Misfit, told
 from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
+from stockflow.planning.views import other_layout, under_names_of
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
 from stockflow.text.remarks import objections
@@ -23,9 +25,18 @@ SHARDS_PER_WORKER = 4
 GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
 """With so many the last, half-empty round weighs little (docs/clusters.md#measured) if one takes well over a second."""
 
+PACKED_REMEDY = (
+    f"FP8 and packed formats are not merged yet; convert the checkpoint, or name {THEM} in a rule with `action: copy`"
+)
+
 
 def make_plan(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], *, shard_size: int | None = None, strict: bool = False
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    shard_size: int | None = None,
+    strict: bool = False,
+    accepted: Collection[str] = (),
 ) -> MergePlan:
     """Return the plan for a recipe and its opened checkpoints, in the order of ``recipe.checkpoints``.
 
@@ -34,28 +45,22 @@ def make_plan(
         checkpoints: what their headers say.
         shard_size: largest shard in bytes; default from the recipe, else from the output's size.
         strict: whether warnings are refused, too.
+        accepted: codes of refusals that are accepted, beside those of the recipe.
 
     Raises:
         PlanError: names, shapes or dtypes do not fit together, or a remark stands against it; all are listed.
     """
-    donor = checkpoints[recipe.donor]
     unread = unread_models(recipe, checkpoints)
     if unread:
         raise PlanError(_all_problems(unread))
-    depths = depths_of(recipe, donor)
-    problems = _unplanned_tensors(recipe, checkpoints)
-    jobs, skipped = [], [name for name in donor.specs if _action(recipe, name) == "skip"]
-    for spec in donor.specs.values():
-        if _action(recipe, spec.name) != "skip":
-            planned = _plan_tensor(recipe, checkpoints, spec, depths.get(spec.name, 0.0))
-            if isinstance(planned, TensorJob):
-                jobs.append(planned)
-            else:
-                problems.extend(planned)
+    accepted = {*recipe.stockflow.accept, *accepted}
+    checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
+    jobs, skipped, problems = _planned(recipe, checkpoints)
     remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped))
-    problems = objections(remarks, recipe.stockflow.accept, strict=strict) + problems
+    problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))
+    donor = checkpoints[recipe.donor]
     if not jobs:
         reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"
         raise PlanError(f"nothing is left to write: {reason}")
@@ -71,6 +76,26 @@ def make_plan(
         skipped=tuple(skipped),
         remarks=remarks,
     )
+
+
+def _planned(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[list[TensorJob], list[str], list[str]]:
+    """Return the jobs in the donor's order, the names that rules skip, and what stands against the rest."""
+    donor = checkpoints[recipe.donor]
+    depths = depths_of(recipe, donor)
+    layouts = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
+    jobs, misfits = [], list(_unplanned_tensors(recipe, checkpoints, layouts))
+    skipped = [name for name in donor.specs if _action(recipe, name) == "skip"]
+    for spec in donor.specs.values():
+        if _action(recipe, spec.name) != "skip":
+            planned = _plan_tensor(recipe, checkpoints, spec, depths.get(spec.name, 0.0), layouts)
+            if isinstance(planned, TensorJob):
+                jobs.append(planned)
+            else:
+                misfits.extend(planned)
+    problems = list(layouts.values())
+    if misfits:
+        problems += told(misfits, {name: spec for each in checkpoints for name, spec in each.specs.items()})
+    return jobs, skipped, problems
 
 
 def default_shard_size(jobs: Iterable[TensorJob]) -> int:
@@ -109,25 +134,26 @@ def _action(recipe: Recipe, name: str) -> str | None:
     return rule.action if rule else None
 
 
-def _unplanned_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Tensors that some checkpoint has and the donor lacks, unless a rule skips them."""
+def _unplanned_tensors(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], explained: Collection[int]
+) -> Iterator[Misfit]:
+    """Yield tensors that some checkpoint has and the donor lacks, unless a rule skips them or that is said already."""
     donor = checkpoints[recipe.donor]
+    lacking = f"but not in {redact(donor.url)}, which gives the output its names"
+    remedy = f"a rule with `action: skip` leaves {THEM} out"
     holders: dict[str, list[int]] = {}
     for index, checkpoint in enumerate(checkpoints):
-        for name in checkpoint.specs.keys() - donor.specs.keys():
+        for name in checkpoint.specs.keys() - donor.specs.keys() if index not in explained else ():
             holders.setdefault(name, []).append(index)
-    return [
-        f"{name!r} is in {_names(checkpoints, holders[name])} but not in {redact(donor.url)}, which gives the "
-        "output its names; a rule with `action: skip` leaves it out"
-        for name in sorted(holders)
-        if _action(recipe, name) != "skip"
-    ]
+    for name in sorted(holders):
+        if _action(recipe, name) != "skip":
+            yield Misfit(name, f"in {_names(checkpoints, holders[name])} {lacking}", remedy, "skip")
 
 
 def _plan_tensor(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: TensorSpec, depth: float
-) -> TensorJob | list[str]:
-    """The job for one tensor of the donor, or what stands against it."""
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: TensorSpec, depth: float, explained: Collection[int]
+) -> TensorJob | list[Misfit]:
+    """The job for one tensor of the donor, or what stands against it and is not explained by a checkpoint's layout."""
     name, rule = spec.name, recipe.rule_for(spec.name)
 
     if rule is not None and rule.action == "copy":
@@ -136,10 +162,10 @@ def _plan_tensor(
     indices = recipe.sources(method)
     absent = [index for index in range(len(checkpoints)) if name not in checkpoints[index].specs]
     if absent:
-        return [
-            f"{name!r} is missing in {_names(checkpoints, absent)}; a rule with `action: copy` takes it from "
-            f"{redact(checkpoints[recipe.donor].url)}, `action: skip` leaves it out"
-        ]
+        donor = redact(checkpoints[recipe.donor].url)
+        remedy = f"a rule with `action: copy` takes {THEM} from {donor}, `action: skip` leaves {THEM} out"
+        told_of = [index for index in absent if index not in explained]
+        return [Misfit(name, f"missing in {_names(checkpoints, told_of)}", remedy, "copy")] if told_of else []
     alike = spec.kind != "packed" and all(checkpoints[index].specs[name] == spec for index in indices)
     problems = [] if alike else _mismatches(checkpoints, spec, (recipe.donor, *indices))
     if problems:
@@ -175,24 +201,22 @@ def promoted(dtypes: Iterable[str]) -> str:
     return "F64" if "F64" in distinct else "F32"
 
 
-def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, indices: Sequence[int]) -> list[str]:
-    def differs(where: str, found: object, expected: object) -> str:
-        return f"{spec.name!r} is {found} in {where}, expected {expected} as in {donor_url}"
-
+def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, indices: Sequence[int]) -> list[Misfit]:
     donor_url = redact(checkpoints[indices[0]].url)
-    problems = []
+
+    def unlike(where: str, found: object, expected: object) -> Misfit:
+        return Misfit(spec.name, f"{found} in {where}, expected {expected} as in {donor_url}")
+
+    misfits = []
     for index in indices:
         found, where = checkpoints[index].specs[spec.name], redact(checkpoints[index].url)
         if found.kind == "packed":
-            problems.append(
-                f"{spec.name!r} is {found.dtype} in {where}; FP8 and packed formats are not merged yet; "
-                "convert the checkpoint, or name the tensor in a rule with `action: copy`"
-            )
+            misfits.append(Misfit(spec.name, f"{found.dtype} in {where}", PACKED_REMEDY))
         elif found.shape != spec.shape:
-            problems.append(differs(where, list(found.shape), list(spec.shape)))
+            misfits.append(unlike(where, list(found.shape), list(spec.shape)))
         elif found.kind != spec.kind or (spec.kind != "float" and found.dtype != spec.dtype):
-            problems.append(differs(where, found.dtype, spec.dtype))
-    return list(dict.fromkeys(problems))
+            misfits.append(unlike(where, found.dtype, spec.dtype))
+    return list(dict.fromkeys(misfits))
 
 
 def _names(checkpoints: Sequence[Checkpoint], indices: Sequence[int]) -> str:

@@ -55,6 +55,8 @@ class MergeOptions:
     overwrite: bool = False
     strict: bool = False
     """whether what is otherwise warned of is refused"""
+    accepted: tuple[str, ...] = ()
+    """codes of refusals that are accepted, beside those of the recipe"""
     num_workers: int | None = None
     """processes that share the shards, if a number was asked for; None: one, or as many as there is room for"""
     holds_plan: bool = True

@@ -14,7 +14,9 @@ CODES: Mapping[str, str] = {
     "no-config": "the model that gives the config has none",
     "not-copied": "files of the model that gives the side files which stay behind",
     "quantization-removed": "what speaks of quantised weights where the output's are plain numbers",
+    "other-names": "a model whose tensors are the base's under other names",
     "skipped": "tensors that rules leave out",
+    "unmerged": "a merge in which every tensor comes from one model",
 }
 """What each code is about; `stockflow: {accept: [CODE]}` takes those of refusals."""
 

@@ -241,8 +241,8 @@ def test_complex_tensors_are_compared_not_merged(merge: Merge) -> None:
 
 def test_all_differences_are_reported_together(merge: Merge) -> None:
     for number in range(10):
-        merge.models[1][f"extra.{number}"] = torch.ones(1)
-        merge.models[0][f"missing.{number}"] = torch.ones(1)
+        merge.models[1][f"extra{number}"] = torch.ones(1)
+        merge.models[0][f"missing{number}"] = torch.ones(1)
     merge.models[2]["embed.weight"] = torch.ones(1, 7, dtype=torch.bfloat16)
     for tensors in (merge.models[1], merge.models[2]):
         tensors["scalar"] = torch.tensor(1)

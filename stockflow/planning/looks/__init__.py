@@ -10,6 +10,7 @@ from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
 LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
+    asked.unmerged,
     asked.skipped_tensors,
     asked.missing_config,
     asked.omitted_files,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
@@ -70,3 +71,18 @@ def promoted_dtypes(proposal: Proposal) -> Iterator[Remark]:
         yield Remark(
             "dtypes-differ", text, "note", tensors=tuple(tensors), values={"sources": found, "output": written}
         )
+
+
+def unmerged(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that a merge of several models would take every tensor from one, by rules or for want of others."""
+    recipe = proposal.recipe
+    method = recipe.method_for(None)
+    num_sources = len(set(recipe.sources(method)))
+    if num_sources < 2 or not proposal.jobs or any(_reads_several(job) for job in proposal.jobs):
+        return
+    text = f"nothing is merged: every tensor comes from one model, though `{method.name}` is to merge {num_sources}"
+    yield Remark("unmerged", f"{text}; change the rules or the models (--allow-unmerged obeys them)", "refusal")
+
+
+def _reads_several(job: TensorJob) -> bool:
+    return len({operand.checkpoint for operand in job.reading.operands}) > 1

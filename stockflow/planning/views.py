@@ -1,0 +1,162 @@
+"""Views: a checkpoint under the names of another, where both name the same tensors in two ways, or in two layouts."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import are, counted
+from stockflow.text.strictjson import shown
+
+WRAPPERS = frozenset({
+    "model", "module", "language_model", "base_model", "transformer", "backbone",
+    "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+})  # fmt: skip
+"""Parts of names that say what held a model as it was saved, and nothing of the tensor."""
+_TRANSPARENT = frozenset(part for part in WRAPPERS if part.startswith("_"))
+"""Those that stand anywhere in a name."""
+NUM_VOTES = 100
+MAX_RENAMINGS = 8
+LEAST_SHARE = 0.9
+"""Of the tensors that a checkpoint has besides, so many are the donor's under other names, or none is."""
+LEAST_LAYOUT = 0.1
+"""Share of the donor's elements that another layout holds in other tensors, at least."""
+SAME_SIZE = 0.01
+"""How far apart two layouts of the same weights may be, in elements: buffers differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Renaming:
+    """What stands for what at the begin of names."""
+
+    donors: str
+    others: str
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the two differ in wrappers alone."""
+        left, right = (Counter(prefix.split(".")) for prefix in (self.donors, self.others))
+        return set((left - right) + (right - left)) <= WRAPPERS | {""}
+
+    def of(self, name: str) -> str:
+        """Return the other's name of a tensor of the donor's, if that has what stands for it."""
+        return self.others + name[len(self.donors) :] if name.startswith(self.donors) else ""
+
+
+def under_names_of(donor: Checkpoint, other: Checkpoint, accepted: Collection[str]) -> Checkpoint:
+    """Return a checkpoint as it is to be read, with what is to be said of that among its remarks.
+
+    Tensors that are the donor's but for what wraps their names get its names; where more than a wrapper differs,
+    only if that is accepted.
+    """
+    if other.specs.keys() == donor.specs.keys():
+        return other
+    names, renamings = _pairs(donor, other)
+    if not names:
+        return other
+    remark = _said(donor, other, renamings, len(names))
+    seen = _view(other, names) if remark.severity == "note" or remark.code in accepted else other
+    return replace(seen, remarks=(*other.remarks, remark))
+
+
+def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
+    """Return that a checkpoint holds the donor's weights in other tensors, None if it does not seem so."""
+    lacking, besides = _apart(donor, other)
+    if not lacking or not besides:
+        return None
+    held, expected = (
+        sum(each.specs[name].num_elems for name in names) for each, names in ((other, besides), (donor, lacking))
+    )
+    is_large = expected >= LEAST_LAYOUT * sum(spec.num_elems for spec in donor.specs.values())
+    if min(len(lacking), len(besides)) < 2 or not is_large or abs(held - expected) > SAME_SIZE * expected:
+        return None
+    return (
+        f"{redact(other.url)} has {counted(len(besides), 'tensor')} such as {shown(besides[0])} where "
+        f"{redact(donor.url)} has {len(lacking):,} such as {shown(lacking[0])}, with as many elements: the same "
+        "weights in another layout; save both with one version of one library"
+    )
+
+
+def _apart(donor: Checkpoint, other: Checkpoint) -> tuple[list[str], list[str]]:
+    """Return what one lacks and what it has besides, in the order of each."""
+    lacking = [name for name in donor.specs if name not in other.specs]
+    return lacking, [name for name in other.specs if name not in donor.specs]
+
+
+def _pairs(donor: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[_Renaming]]:
+    """Return the other's names by the donor's, and in what they differ, if nearly all that are besides are so found."""
+    lacking, besides = _apart(donor, other)
+    bare = {_unwrapped(name): name for name in besides}
+    found = {name: theirs for name in lacking if (theirs := bare.get(_unwrapped(name)))}
+    renamings = [_Renaming("", f"{min(_TRANSPARENT)}.")] if found else []
+    left, held = [name for name in lacking if name not in found], set(besides) - set(found.values())
+    while held and (renaming := _likeliest(left, sorted(held))) and len(renamings) < MAX_RENAMINGS:
+        names = {name: theirs for name in left if (theirs := renaming.of(name)) in held}
+        if any(donor.specs[name].shape != other.specs[theirs].shape for name, theirs in names.items()):
+            return {}, []
+        found |= names
+        held -= set(names.values())
+        left = [name for name in left if name not in names]
+        renamings.append(renaming)
+    return (found, renamings) if len(found) >= LEAST_SHARE * len(besides) else ({}, [])
+
+
+def _likeliest(lacking: Sequence[str], besides: Sequence[str]) -> _Renaming | None:
+    """Return in what names differ that have most of their parts in common, by vote."""
+    by_end: dict[str, list[list[str]]] = {}
+    for name in lacking:
+        by_end.setdefault(_end(name), []).append(name.split("."))
+    votes: Counter[_Renaming] = Counter()
+    for name in besides[:: max(len(besides) // NUM_VOTES, 1)]:
+        theirs = name.split(".")
+        ours = max(by_end.get(_end(name), ()), key=lambda each: _common_end(each, theirs), default=None)
+        if ours:
+            shared = _common_end(ours, theirs)
+            votes[_Renaming(_prefix(ours, shared), _prefix(theirs, shared))] += 1
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without what wraps single modules."""
+    return ".".join(part for part in name.split(".") if part not in _TRANSPARENT) if "._" in f".{name}" else name
+
+
+def _end(name: str) -> str:
+    """Return the last two parts of a name."""
+    return ".".join(name.rsplit(".", 2)[-2:])
+
+
+def _prefix(parts: Sequence[str], num_shared: int) -> str:
+    return "".join(f"{part}." for part in parts[: len(parts) - num_shared])
+
+
+def _common_end(left: Sequence[str], right: Sequence[str]) -> int:
+    """Return how many last parts two names have in common."""
+    pairs = zip(reversed(left), reversed(right), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _view(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
+    """Return a checkpoint with new names for some of its tensors, by what they are called there."""
+    new_names = {old: new for new, old in names.items()}
+    specs = {new_names.get(name, name): spec for name, spec in checkpoint.specs.items()}
+    return replace(
+        checkpoint,
+        specs={name: spec if spec.name == name else spec._replace(name=name) for name, spec in specs.items()},
+        extents={new_names.get(name, name): extent for name, extent in checkpoint.extents.items()},
+    )
+
+
+def _said(donor: Checkpoint, other: Checkpoint, renamings: Sequence[_Renaming], count: int) -> Remark:
+    ours, theirs = redact(donor.url), redact(other.url)
+    instead = ", ".join(f"{shown(each.others)} for {shown(each.donors)}" for each in renamings)
+    text = f"{counted(count, 'tensor')} of {theirs} {are(count)} those of {ours} with {instead}"
+    values = {each.donors: each.others for each in renamings}
+    if all(renaming.is_wrapper for renaming in renamings):
+        return Remark("other-names", f"{text}, and read as such", "note", (theirs,), values=values)
+    return Remark(
+        "other-names", f"{text}; they can be read as such if they mean the same", "refusal", (theirs,), values=values
+    )

@@ -1,0 +1,202 @@
+"""Names that do not fit together: told in groups with rules that do what they say, read as views, never merged away."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from stockflow.planning.plan import MergePlan
+from tests.plans import Merge, jobs_of, rule
+
+HIDDEN, NUM_LAYERS = 4, 6
+
+
+def llama(*, prefix: str = "model.", head: bool = True, layers: int = NUM_LAYERS) -> dict[str, torch.Tensor]:
+    shapes = {f"{prefix}embed_tokens.weight": (16, HIDDEN), f"{prefix}norm.weight": (HIDDEN,)}
+    for layer in range(layers):
+        shapes[f"{prefix}layers.{layer}.self_attn.q_proj.weight"] = (HIDDEN, HIDDEN)
+        shapes[f"{prefix}layers.{layer}.mlp.up_proj.weight"] = (2 * HIDDEN, HIDDEN)
+    if head:
+        shapes["lm_head.weight"] = (16, HIDDEN)
+    return {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+
+def tower(*, prefix: str = "vision_tower.", blocks: int = 3) -> dict[str, torch.Tensor]:
+    names = [f"{prefix}blocks.{block}.{part}.weight" for block in range(blocks) for part in ("attn", "fc")]
+    return {name: torch.ones(2, 2, dtype=torch.bfloat16) for name in names}
+
+
+def merge_of(root: Path, *models: Mapping[str, torch.Tensor]) -> Merge:
+    merge = Merge(root, (1, 1, 1))
+    merge.models = [dict(each) for each in models]
+    return merge.write()
+
+
+def problems(merge: Merge, **top_level: Any) -> list[str]:
+    return [line.strip() for line in merge.refusal(**top_level).splitlines()[1:]]
+
+
+def pasted(sentence: str) -> dict[str, Any]:
+    """Return the rule block that a message offers."""
+    (block,) = re.findall(r"`(stockflow: \{rules: .*?\})`", sentence)
+    parsed: dict[str, Any] = yaml.safe_load(block)
+    return parsed
+
+
+def test_a_tower_that_others_lack_is_one_problem_with_rules_to_paste(tmp_path: Path) -> None:
+    merge = merge_of(tmp_path, llama() | tower(), llama(), llama())
+
+    (said,) = problems(merge)
+
+    assert said.startswith(f"6 tensors of 'vision_tower.' are missing in {merge.folders[1]}, {merge.folders[2]}; ")
+    plan = merge.plan(**pasted(said))
+    assert {name for name, job in jobs_of(plan).items() if job.is_copy} == set(tower())
+
+
+def test_a_tower_that_only_a_tune_has_is_one_problem_with_rules_to_paste(tmp_path: Path) -> None:
+    merge = merge_of(tmp_path, llama(), llama() | tower(), llama())
+
+    (said,) = problems(merge)
+
+    assert said.startswith(f"6 tensors of 'vision_tower.' are in {merge.folders[1]} but not in {merge.folders[0]}")
+    assert jobs_of(merge.plan(**pasted(said))).keys() == llama().keys()
+
+
+def test_layers_that_others_lack_are_told_by_their_numbers(tmp_path: Path) -> None:
+    merge = merge_of(tmp_path, llama(), llama(layers=4), llama(layers=4))
+
+    (said,) = problems(merge)
+
+    assert said.startswith("4 tensors of 'model.layers.*.' (4 to 5) are missing in ")
+    assert {name for name, job in jobs_of(merge.plan(**pasted(said))).items() if job.is_copy} == {
+        name for name in llama() if ".4." in name or ".5." in name
+    }
+
+
+def test_a_bias_in_every_layer_is_one_problem(tmp_path: Path) -> None:
+    biases = {f"model.layers.{n}.self_attn.q_proj.bias": torch.ones(HIDDEN).bfloat16() for n in range(NUM_LAYERS)}
+    merge = merge_of(tmp_path, llama() | biases, llama(), llama())
+
+    (said,) = problems(merge)
+
+    assert said.startswith("6 tensors like 'model.layers.0.self_attn.q_proj.bias' are missing in ")
+    assert {name for name, job in jobs_of(merge.plan(**pasted(said))).items() if job.is_copy} == set(biases)
+
+
+def test_shapes_that_differ_alike_are_one_problem(tmp_path: Path) -> None:
+    other = {name: value.repeat(2, 1) if "up_proj" in name else value for name, value in llama().items()}
+    merge = merge_of(tmp_path, llama(), other, llama())
+
+    (said,) = problems(merge)
+
+    assert said == (
+        f"6 tensors like 'model.layers.0.mlp.up_proj.weight' are [16, 4] in {merge.folders[1]}, "
+        f"expected [8, 4] as in {merge.folders[0]}"
+    )
+
+
+def test_rules_are_not_proposed_for_most_of_a_model(tmp_path: Path) -> None:
+    merge = merge_of(tmp_path, llama(), {"lm_head.weight": llama()["lm_head.weight"]}, llama())
+
+    assert all("to paste" not in said and "action" not in said for said in problems(merge))
+    assert any("are these the models you mean?" in said for said in problems(merge))
+
+
+@pytest.mark.parametrize("merged", [0, 1], ids=["the base has it", "a tune has it"])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("model.", "model.language_model."), ("model.", "language_model.model."), ("model.", "module.model."),
+     ("model.", "_orig_mod.model."), ("model.", ""), ("model.", "base_model.model.model.")],
+)  # fmt: skip
+def test_a_wrapper_in_the_names_is_read_through(tmp_path: Path, ours: str, theirs: str, merged: int) -> None:
+    models = [llama(prefix=ours), llama(prefix=ours), llama(prefix=ours)]
+    models[merged] = llama(prefix=theirs)
+    merge = merge_of(tmp_path, *models)
+
+    plan = merge.plan()
+
+    assert jobs_of(plan).keys() == models[0].keys()
+    assert all(len(job.reading.operands) == 3 for job in plan.jobs)
+    assert {remark.severity for remark in plan.remarks if remark.code == "other-names"} == {"note"}
+
+
+def test_wrappers_of_single_modules_are_read_through(tmp_path: Path) -> None:
+    compiled = {re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name): value for name, value in llama().items()}
+
+    plan = merge_of(tmp_path, llama(), compiled, llama()).plan()
+
+    assert jobs_of(plan).keys() == llama().keys()
+
+
+def test_several_towers_under_other_names_are_read_together(tmp_path: Path) -> None:
+    old = llama(prefix="language_model.model.", head=False) | tower()
+    new = llama(prefix="model.language_model.", head=False) | tower(prefix="model.vision_tower.")
+
+    plan = merge_of(tmp_path, old, new, old).plan()
+
+    assert jobs_of(plan).keys() == old.keys()
+    (remark,) = [each for each in plan.remarks if each.code == "other-names"]
+    assert remark.severity == "note"
+    assert dict(remark.values) == {"language_model.model.": "model.language_model.", "": "model."}
+
+
+def test_a_view_reads_the_tensor_that_bears_the_name(tmp_path: Path) -> None:
+    def named(prefix: str) -> dict[str, torch.Tensor]:
+        return {name: torch.full_like(value, index) for index, (name, value) in enumerate(llama(prefix=prefix).items())}
+
+    merge = merge_of(tmp_path, named("model."), named("model.language_model."), named("model."))
+    plan = merge.plan()
+
+    from safetensors.torch import load_file
+
+    for job in plan.jobs:
+        operand = job.reading.operands[1]
+        payload = (merge.folders[1] / operand.extents[0].file).read_bytes()
+        start = operand.extents[0].start
+        value = torch.frombuffer(bytearray(payload[start : start + 2]), dtype=torch.bfloat16)
+        assert value == load_file(merge.folders[0] / "model.safetensors")[job.output.name].flatten()[0]
+
+
+def test_more_than_a_wrapper_is_read_through_only_where_that_is_accepted(tmp_path: Path) -> None:
+    encoder, decoder = llama(prefix="encoder.", head=False), llama(prefix="decoder.", head=False)
+    merge = merge_of(tmp_path, encoder, decoder, encoder)
+
+    first = problems(merge)[0]
+
+    assert "with 'decoder.' for 'encoder.'; they can be read as such if they mean the same; or accept it" in first
+    plan: MergePlan = merge.plan(stockflow={"accept": ["other-names"]})
+    assert jobs_of(plan).keys() == encoder.keys()
+
+
+def test_other_shapes_under_other_names_are_no_view(tmp_path: Path) -> None:
+    other = {name: value.repeat(2, 1) if value.dim() == 2 else value for name, value in llama(prefix="").items()}
+
+    assert all("other-names" not in said for said in problems(merge_of(tmp_path, llama(), other, llama())))
+
+
+def test_another_layout_is_one_problem(tmp_path: Path) -> None:
+    experts = {f"model.layers.{n}.experts.{e}.w": torch.ones(2, 2).bfloat16() for n in range(3) for e in range(4)}
+    fused = {f"model.layers.{n}.experts.fused": torch.ones(4, 2, 2).bfloat16() for n in range(3)}
+    merge = merge_of(tmp_path, llama() | experts, llama() | fused, llama() | experts)
+
+    (said,) = problems(merge)
+
+    assert said.startswith(f"{merge.folders[1]} has 3 tensors such as 'model.layers.0.experts.fused' where ")
+    assert "has 12 such as 'model.layers.0.experts.0.w', with as many elements" in said
+
+
+@pytest.mark.parametrize("action", ["copy", "skip"])
+def test_a_merge_in_which_nothing_is_merged_is_refused(tmp_path: Path, action: str) -> None:
+    rules = {"rules": [{"filter": "lm_head", "action": "copy"}, {"filter": "*", "action": "copy"}]}
+    merge = merge_of(tmp_path, llama(), llama(), llama())
+
+    (said,) = problems(merge, stockflow=rules)
+
+    assert said.startswith("nothing is merged: every tensor comes from one model, though `model_stock` is to merge 3")
+    plan = merge.plan(stockflow=rules | {"accept": ["unmerged"]})
+    assert all(job.is_copy for job in plan.jobs)
+    merge.plan(stockflow=rule(filter="lm_head", action=action))
