@@ -260,43 +260,71 @@ def slerp(base: Floats, tuned: Floats, t: float) -> OracleResult:
     return OracleResult(out, {"dot": np.array([dot]), "coefficients": np.array([coefficients])})
 
 
+def sparse(
+    base: Floats,
+    tuned: Sequence[Floats],
+    weights: Sequence[float],
+    kept: Sequence[npt.NDArray[np.bool_]],
+    *,
+    elect: bool,
+    normalize: bool,
+    lam: float = 1.0,
+    rescale: bool = False,
+    factors: Sequence[Array | float] | None = None,
+) -> OracleResult:
+    """Return ``w_0 + lam * sum_i m_i a_i f_i s(d_i) / Z``: what is kept, rescaled, with signs elected, added up.
+
+    ``s`` is 0 where an element is not kept; ``f_i`` gives what is kept the L1 norm of what was there with ``rescale``
+    (unless all is kept, or either norm is below 1e-7), else it is ``factors``; ``m_i`` is true, or with ``elect``
+    where ``a_i f_i s(d_i)`` has the sign of the sum over models (zero counts as +, a zero element never agrees);
+    ``Z`` is 1, or with ``normalize`` ``sum_i m_i a_i``, or 1 where that is zero (below 1e-8 in size without
+    ``elect``). All in extended precision.
+
+    Facts: ``kept_shares`` and ``rescales`` [1, N], and ``margin`` (shape of the tensor), the size of the vote relative
+    to the sum of its parts: where it is near 0 but not 0, rounding in the product may elect the other sign.
+    """
+    votes, rescales, shares = [], [], []
+    for number, (tensor, weight, mask) in enumerate(zip(tuned, weights, kept, strict=True)):
+        delta = tensor.astype(np.longdouble) - base
+        left = np.where(mask, delta, 0.0)
+        before, after = float(np.abs(delta).sum()), float(np.abs(left).sum())
+        is_rescaled = rescale and not mask.all() and before >= 1e-7 and after >= 1e-7
+        factor = np.abs(delta).sum() / np.abs(left).sum() if is_rescaled else factors[number] if factors else 1.0
+        votes.append(weight * factor * left)
+        rescales.append(float(np.mean(factor)))
+        shares.append(float(mask.mean()) if mask.size else 0.0)
+    equal = [1.0] * len(votes)
+    vote, size = _combine(votes, equal), _combine([np.abs(weighted) for weighted in votes], equal)
+    elected = np.where(vote >= 0, 1.0, -1.0)
+    agreeing = [np.sign(weighted) == elected if elect else np.ones(base.shape, np.bool_) for weighted in votes]
+    total = _combine([weighted * agrees for weighted, agrees in zip(votes, agreeing, strict=True)], equal)
+    divisor: Any = _combine([agrees.astype(np.float64) for agrees in agreeing], weights) if normalize else 1.0
+    divisor = np.where(divisor == 0 if elect else np.abs(divisor) < 1e-8, 1.0, divisor)
+    margin = np.abs(vote) / np.where(size > 0, size, 1.0)
+    facts = {"kept_shares": np.array([shares]), "rescales": np.array([rescales]), "margin": margin}
+    return OracleResult(np.asarray(base + lam * total / divisor), facts)
+
+
 def ties(
     base: Floats,
     tuned: Sequence[Floats],
     weights: Sequence[float],
     densities: Sequence[float],
     *,
-    lam: float = 1.0,
     normalize: bool = True,
     float_bits: Literal[32, 64] = 32,
+    **more: Any,
 ) -> OracleResult:
-    """Return ``w_0 + lam * sum_i m_i a_i s(d_i) / Z``: trimmed, signs elected, averaged where they agree.
+    """Return ``sparse`` of exactly the k largest elements of each task vector, ``k = max(1, int(density * n))``.
 
-    ``s`` keeps every element at least as large as the k-th largest, ``k = max(1, int(density * n))``; ``m_i``
-    is true where ``a_i s(d_i)`` has the sign of the sum over models (zero counts as +, a zero element never
-    agrees); ``Z = sum_i m_i a_i``, or 1 where that is zero or without ``normalize``. Magnitudes are ranked as
-    rounded to ``float_bits``, because which elements are kept depends on it; everything else is extended precision.
-
-    Facts: ``kept_shares`` [1, N], and ``margin`` (shape of the tensor), the size of the vote relative to the
-    sum of its parts: where it is near 0 but not 0, rounding in the product may elect the other sign.
+    The lower index comes first among equal magnitudes. They are ranked as rounded to ``float_bits``, because which
+    elements are kept depends on it; everything else is extended precision.
     """
-    working = np.float32 if float_bits == 32 else np.float64
-    trimmed, shares = [], []
+    kept = []
     for tensor, density in zip(tuned, densities, strict=True):
-        delta = tensor.astype(np.longdouble) - base
-        kept = _largest(np.abs((tensor - base).astype(working)).astype(np.float64), density)
-        trimmed.append(np.where(kept, delta, 0.0))
-        shares.append(float(kept.mean()) if kept.size else 0.0)
-    votes = [weight * delta for weight, delta in zip(weights, trimmed, strict=True)]
-    equal = [1.0] * len(votes)
-    vote, size = _combine(votes, equal), _combine([np.abs(weighted) for weighted in votes], equal)
-    elected = np.where(vote >= 0, 1.0, -1.0)
-    agreeing = [np.sign(weighted) == elected for weighted in votes]
-    total = _combine([weighted * agrees for weighted, agrees in zip(votes, agreeing, strict=True)], equal)
-    divisor = _combine([agrees.astype(np.float64) for agrees in agreeing], weights) if normalize else 1.0
-    out = base + lam * total / np.where(divisor == 0, 1.0, divisor)
-    margin = np.abs(vote) / np.where(size > 0, size, 1.0)
-    return OracleResult(np.asarray(out), {"kept_shares": np.array([shares]), "margin": margin})
+        k = 0 if density <= 0.0 else max(1, int(density * base.size)) if density < 1.0 else base.size
+        kept.append(largest(_magnitudes(base, tensor, float_bits), k))
+    return sparse(base, tuned, weights, kept, elect=True, normalize=normalize, **more)
 
 
 def _stock_ratio(cosine: float, num_tuned: int, on_negative: str) -> float:
@@ -308,13 +336,16 @@ def _stock_ratio(cosine: float, num_tuned: int, on_negative: str) -> float:
     return num_tuned * cosine / denominator
 
 
-def _largest(magnitudes: Floats, density: float) -> npt.NDArray[np.bool_]:
-    if density >= 1.0 or magnitudes.size == 0:
-        return np.ones(magnitudes.shape, dtype=np.bool_)
-    if density <= 0.0:
-        return np.zeros(magnitudes.shape, dtype=np.bool_)
-    k = max(1, int(density * magnitudes.size))
-    return np.asarray(magnitudes >= np.sort(magnitudes, axis=None)[-k])
+def largest(magnitudes: Floats, k: int) -> npt.NDArray[np.bool_]:
+    """Return which elements are the k largest, the lower index first among equal ones."""
+    kept = np.zeros(magnitudes.size, dtype=np.bool_)
+    kept[np.argsort(-magnitudes.ravel(), kind="stable")[:k]] = True
+    return kept.reshape(magnitudes.shape)
+
+
+def _magnitudes(base: Floats, tensor: Floats, float_bits: int) -> Floats:
+    working = np.float32 if float_bits == 32 else np.float64
+    return np.asarray(np.abs((tensor - base).astype(working)).astype(np.float64))
 
 
 def _grouped(tensor: Floats, scope: Scope) -> Floats:
@@ -396,7 +427,7 @@ def merge_folder(
         if any(source.array.shape != array.shape for source in sources):
             raise ValueError(f"{name!r} has different shapes")
         if dtype in FORMATS:
-            merged = METHODS[method](sources[0], sources[-len(tuned) :], parameters)
+            merged = _merge_stored(method, name, sources[0], sources[-len(tuned) :], parameters)
             counted = sources[-len(tuned) :] if method == "linear" else sources
             results[name] = OracleResult(merged.out, merged.facts, out_dtype or _promoted(counted))
         elif all(source.dtype == dtype and np.array_equal(source.array, array) for source in sources):
@@ -419,9 +450,33 @@ def _slerp_of_stored(base: Stored, tuned: Sequence[Stored], parameters: Mapping[
     return slerp(base.array, other.array, **parameters)
 
 
-def _ties_of_stored(base: Stored, tuned: Sequence[Stored], parameters: Mapping[str, Any]) -> OracleResult:
-    float_bits: Literal[32, 64] = 64 if any(source.dtype == "F64" for source in (base, *tuned)) else 32
-    return ties(base.array, _arrays(tuned), float_bits=float_bits, **parameters)
+def _merge_stored(
+    method: str, name: str, base: Stored, tuned: Sequence[Stored], parameters: Mapping[str, Any]
+) -> OracleResult:
+    """Merge one tensor. Experts that are fused into one are merged one by one, unless ``scope`` says otherwise."""
+    given = dict(parameters)
+    if method in ("model_stock", *ELEMENTWISE):
+        is_fused = "experts" in name and base.array.ndim >= 3
+        given.setdefault("scope", "leading" if is_fused else "tensor")
+    if method not in ELEMENTWISE:
+        return METHODS[method](base, tuned, given)
+    scope = given.pop("scope")
+    groups = [_grouped(stored.array, scope) for stored in (base, *tuned)]
+    found = []
+    for each in zip(*groups, strict=True):
+        parts = [Stored(stored.dtype, group) for stored, group in zip((base, *tuned), each, strict=True)]
+        found.append(METHODS[method](parts[0], parts[1:], given))
+    facts = {
+        key: np.concatenate([result.facts[key] for result in found]) if found else np.empty(0)
+        for key in (found[0].facts if found else ())
+    }
+    out = np.concatenate([result.out for result in found]) if found else base.array
+    return OracleResult(out.reshape(base.array.shape), facts)
+
+
+def _float_bits(*stored: Stored) -> Literal[32, 64]:
+    """Width that magnitudes are ranked in."""
+    return 64 if any(each.dtype == "F64" for each in stored) else 32
 
 
 def _arrays(stored: Sequence[Stored]) -> list[Floats]:
@@ -433,5 +488,7 @@ METHODS: dict[str, Rule] = {
     "linear": lambda _, tuned, kw: linear(_arrays(tuned), **kw),
     "task_arithmetic": lambda base, tuned, kw: task_arithmetic(base.array, _arrays(tuned), **kw),
     "slerp": _slerp_of_stored,
-    "ties": _ties_of_stored,
+    "ties": lambda base, tuned, kw: ties(base.array, _arrays(tuned), float_bits=_float_bits(base, *tuned), **kw),
 }
+ELEMENTWISE = ("ties",)
+"""Those that decide on flat groups."""

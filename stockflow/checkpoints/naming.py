@@ -41,6 +41,7 @@ _RULES = tuple(
         ),
     )
 )
+_FUSED = re.compile(r"expert|(^|\.)\w*moe(\.|$)|(^|\.)(input|output)_linear\.", re.I)
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d{1,9})(?:\.|$)", re.I)
 
 
@@ -82,3 +83,12 @@ def layer_of(name: str) -> int | None:
     """
     found = _LAYER.search(name)
     return int(found.group(1)) if found else None
+
+
+def holds_fused_experts(name: str, num_dimensions: int) -> bool:
+    """Return whether a tensor is a projection of all experts of a layer, along its first dimension.
+
+    It has three dimensions or more, and its name speaks of experts or a mixture of them: ``experts.gate_up_proj``,
+    ``block_sparse_moe.input_linear.weight``.
+    """
+    return num_dimensions >= 3 and _FUSED.search(name) is not None

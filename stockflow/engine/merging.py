@@ -9,7 +9,7 @@ from stockflow.engine.pieces import Piece
 from stockflow.engine.procedures import PROCEDURES
 from stockflow.engine.procedures.proceeding import MapSpans, Proceeding, Tools, swept
 from stockflow.engine.units import GroupUnit, Unit, spans_of
-from stockflow.engine.warm import one_of_each
+from stockflow.engine.warm import small_units
 from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes
 from stockflow.methods.protocol import Elementwise
@@ -28,7 +28,7 @@ class UnitMerger:
 
     def prepare(self, jobs: Sequence[TensorJob]) -> None:
         """Compile, or load, every kernel that these tensors will call."""
-        for unit in one_of_each(jobs):
+        for unit in small_units(jobs):
             job = unit.work
             assert isinstance(job, TensorJob)
             outs = [_discard(result.encode.width) for result in job.results]

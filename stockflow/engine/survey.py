@@ -14,7 +14,7 @@ from stockflow.engine.inputs import OnRead
 from stockflow.engine.procedures.proceeding import MapSpans, StageClock, Tools
 from stockflow.engine.session import Session
 from stockflow.engine.units import Unit
-from stockflow.engine.warm import one_of_each
+from stockflow.engine.warm import small_units
 from stockflow.planning.budget import LOOKAHEAD_BYTES, Workspace
 from stockflow.planning.job import Reading, TensorJob
 from stockflow.planning.plan import CheckpointRef
@@ -139,7 +139,7 @@ class Surveyor:
         self._session.sources.check(looks)
 
     def _load_kernels(self, looks: Sequence[Look]) -> None:
-        for unit in one_of_each(looks):
+        for unit in small_units(looks):
             self._examine(unit, map)
 
     def _examine_all(self, units: Sequence[Unit]) -> Iterable[Any]:

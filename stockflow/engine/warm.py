@@ -1,4 +1,4 @@
-"""Units of one element: whoever goes through one has compiled, or loaded, every kernel that larger ones will call.
+"""Units of two elements: whoever goes through one has compiled, or loaded, every kernel that larger ones will call.
 
 Kernels are compiled once per machine, which takes memory that buffers would not leave; so this comes before them.
 """
@@ -14,37 +14,39 @@ from stockflow.engine.stage import DecodingStage
 from stockflow.kernels.floats import slab_of
 from stockflow.planning.job import Reading, Work
 
-LONGEST_ELEMENT = 64
-"""Bytes that are more than any slot takes of a single element."""
+NUM_ELEMS = 2
+"""Of one, all may be kept, or none: nothing is then counted."""
+LONGEST_SLOT = 128
+"""Bytes that are more than any slot takes of two elements."""
 
 
 @dataclass(frozen=True)
-class OneElement:
+class SmallUnit:
     """A unit whose operands are all zero."""
 
     work: Work
     start: int = 0
-    stop: int = 1
+    stop: int = NUM_ELEMS
 
     def sweep(self, *, last: bool) -> Iterator[Piece]:
         """Yield the only piece."""
         del last
         reading = self.work.reading
-        memory = np.zeros(LONGEST_ELEMENT * reading.num_slots, np.uint8)
-        offsets = tuple(range(0, memory.nbytes, LONGEST_ELEMENT))
-        yield DecodingStage().piece(reading, 0, 1, slab_of(memory), memory, offsets)
+        memory = np.zeros(LONGEST_SLOT * reading.num_slots, np.uint8)
+        offsets = tuple(range(0, memory.nbytes, LONGEST_SLOT))
+        yield DecodingStage().piece(reading, 0, NUM_ELEMS, slab_of(memory), memory, offsets)
 
 
-def one_of_each(works: Iterable[Any]) -> Iterator[OneElement]:
+def small_units(works: Iterable[Any]) -> Iterator[SmallUnit]:
     """Yield a unit for every kind of tensor that needs kernels of its own."""
     distinct: dict[Hashable, Any] = {}
     for work in works:
         if work.reading.num_elems and not work.reading.is_verbatim:  # bytes are carried over without kernels
             distinct.setdefault(work.kind, work)
     for work in distinct.values():
-        yield OneElement(replace(work, reading=_of_one_element(work.reading)))
+        yield SmallUnit(replace(work, reading=_of_two_elements(work.reading)))
 
 
-def _of_one_element(reading: Reading) -> Reading:
+def _of_two_elements(reading: Reading) -> Reading:
     operands = tuple(operand._replace(rows=None) for operand in reading.operands)
-    return replace(reading, shape=(1,) * len(reading.shape), scope="tensor", operands=operands)
+    return replace(reading, shape=(1,) * (len(reading.shape) - 1) + (NUM_ELEMS,), scope="tensor", operands=operands)

@@ -148,33 +148,36 @@ def load_task_vectors(
 def consensus_exactly(
     deltas_NE: Floats,
     lows_NE: Floats,
+    ballots_N: Floats,
     weights_N: Floats,
+    counted_N: Floats,
     elect: bool,
     divisor: Floats,
     factor: Floats,
     update_2E: Floats,
 ) -> None:
     """Fill ``update_2E`` with the high and low parts of what ``consensus`` computes."""
-    consensus(deltas_NE, weights_N, elect, divisor, factor, update_2E[0])
+    consensus(deltas_NE, ballots_N, weights_N, counted_N, elect, divisor, factor, update_2E[0])
     update_2E[1] = 0.0
     for k in range(np.uint64(deltas_NE.shape[1])):
-        total, total_low = 0.0, 0.0
-        for n in range(len(deltas_NE)):
-            if deltas_NE[n, k] != 0.0:
-                weighted, low = _scaled(deltas_NE[n, k], lows_NE[n, k], weights_N[n])
-                total, total_low = _added(total, total_low, weighted, low)
-        agreed, agreed_low = divisor[0], 0.0
+        sign = 0.0
         if elect:
-            sign = 1.0 if total >= 0.0 else -1.0
-            total, total_low, agreed, agreed_low = 0.0, 0.0, 0.0, 0.0
+            vote, vote_low = 0.0, 0.0
             for n in range(len(deltas_NE)):
                 if deltas_NE[n, k] != 0.0:
-                    weighted, low = _scaled(deltas_NE[n, k], lows_NE[n, k], weights_N[n])
-                    if sign * weighted > 0.0:
-                        total, total_low = _added(total, total_low, weighted, low)
-                        agreed, agreed_low = _added(agreed, agreed_low, weights_N[n], 0.0)
-            if divisor[0] != 0.0:
-                agreed, agreed_low = divisor[0], 0.0
+                    weighted, low = _scaled(deltas_NE[n, k], lows_NE[n, k], ballots_N[n])
+                    vote, vote_low = _added(vote, vote_low, weighted, low)
+            sign = 1.0 if vote >= 0.0 else -1.0
+        total, total_low, agreed, agreed_low = 0.0, 0.0, 0.0, 0.0
+        for n in range(len(deltas_NE)):
+            if deltas_NE[n, k] != 0.0 and (not elect or sign * (deltas_NE[n, k] * ballots_N[n]) > 0.0):
+                weighted, low = _scaled(deltas_NE[n, k], lows_NE[n, k], weights_N[n])
+                total, total_low = _added(total, total_low, weighted, low)
+                agreed, agreed_low = _added(agreed, agreed_low, counted_N[n], 0.0)
+        if divisor[0] != 0.0:
+            agreed, agreed_low = divisor[0], 0.0
+        elif divisor[1] != 0.0 and agreed < divisor[1]:
+            agreed, agreed_low = divisor[1], 0.0
         if agreed not in (0.0, 1.0) or agreed_low != 0.0:
             total, total_low = _quotient(total, total_low, agreed, agreed_low)
         total, total_low = _scaled(total, total_low, factor[0])

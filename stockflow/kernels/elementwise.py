@@ -1,12 +1,12 @@
-"""What elementwise methods need: task vectors of a span at full length, digits of magnitudes, votes, the update.
+"""What elementwise methods need: task vectors of a block at full length, votes, the update.
 
-Shape suffixes: M sources (anchor first), N = M - 1, E elements of a span, D digits.
+Shape suffixes: M sources (anchor first), N = M - 1, E elements of a block.
 """
 
 import numpy as np
 
-from stockflow.kernels.arrays import Counts, Patterns, Unsigned, Values
-from stockflow.kernels.floats import TILE, Index, Slab, narrow, widen
+from stockflow.kernels.arrays import Unsigned, Values
+from stockflow.kernels.floats import TILE, Slab, narrow, widen
 from stockflow.kernels.jit import jit
 
 
@@ -29,110 +29,69 @@ def load_task_vectors(slab: Slab, firsts_M: Unsigned, formats_M: Unsigned, base_
         start += count
 
 
-def patterns(values: Values) -> Patterns:
-    """Return the bits of floats as integers; without its sign bit a pattern sorts like the magnitude."""
-    return values.view(np.uint32 if values.itemsize == 4 else np.uint64)
-
-
-@jit
-def count_digits(
-    patterns_NE: Patterns, prefixes_N: Unsigned, shift: Index, digit_bits: Index, counts_ND: Counts
-) -> None:
-    """Count how often each digit occurs among the magnitudes that begin with a prefix.
-
-    Args:
-        patterns_NE: the bits of the task vectors.
-        prefixes_N: per model, the digits above the one counted.
-        shift: position of the digit, in bits.
-        digit_bits: its width.
-        counts_ND: the counts so far; grows.
-    """
-    sign = np.uint64(8 * patterns_NE.itemsize - 1)
-    magnitude_mask = (np.uint64(1) << sign) - np.uint64(1)
-    digit_mask = (np.uint64(1) << digit_bits) - np.uint64(1)
-    for n in range(len(patterns_NE)):
-        counts, prefix = counts_ND[n], prefixes_N[n]
-        for k in range(np.uint64(patterns_NE.shape[1])):
-            digits = (np.uint64(patterns_NE[n, k]) & magnitude_mask) >> shift
-            if digits >> digit_bits == prefix:
-                counts[digits & digit_mask] += 1
-
-
-@jit
-def keep_at_least(deltas_NE: Values, thresholds_N: Values) -> None:
-    """Multiply what is smaller than the least magnitude that is kept by zero, so that NaN stays NaN.
-
-    Args:
-        deltas_NE: the task vectors; changed.
-        thresholds_N: per model the least magnitude that is kept, NaN to keep none; magnitudes are rounded to the
-            precision that they were ranked in, which is that of the thresholds.
-    """
-    zero, one = deltas_NE.dtype.type(0.0), deltas_NE.dtype.type(1.0)
-    for n in range(len(deltas_NE)):
-        delta, least = deltas_NE[n], thresholds_N[n]
-        if least == 0:
-            continue
-        for k in range(np.uint64(len(delta))):
-            delta[k] *= one if abs(thresholds_N.dtype.type(delta[k])) >= least else zero
-
-
-@jit
-def rescale(deltas_NE: Values, factors_N: Values) -> None:
-    """Multiply each task vector by a factor of its own."""
-    for n in range(len(deltas_NE)):
-        delta, factor = deltas_NE[n], factors_N[n]
-        for k in range(np.uint64(len(delta))):
-            delta[k] *= factor
-
-
 @jit
 def consensus(
-    deltas_NE: Values, weights_N: Values, elect: bool, divisor: Values, factor: Values, update_E: Values
+    deltas_NE: Values,
+    ballots_N: Values,
+    weights_N: Values,
+    counted_N: Values,
+    elect: bool,
+    divisor: Values,
+    factor: Values,
+    update_E: Values,
 ) -> None:
-    """Fill ``update_E`` with ``factor * sum_i m_i a_i d_i / Z``.
+    """Fill ``update_E`` with ``factor * sum_i m_i b_i d_i / Z``.
 
     Args:
         deltas_NE: the task vectors, what is dropped of them being zero.
-        weights_N: in working precision.
-        elect: whether only elements count (``m_i``) that have the elected sign, that of ``sum_i a_i d_i``: a sum of
-            zero elects positive, zeros never agree.
-        divisor: one number, Z; 0 for ``sum_i m_i a_i``, element by element, and 1 where that is 0.
+        ballots_N: ``v_i``, in working precision like all numbers here.
+        weights_N: ``b_i``.
+        counted_N: ``a_i``, what a task vector adds to Z where it counts.
+        elect: whether only elements count (``m_i``) for which ``v_i d_i`` has the elected sign, that of
+            ``sum_i v_i d_i``: a sum of zero elects positive, zeros never agree.
+        divisor: two numbers. Z is the first; where that is 0, it is ``sum_i m_i a_i``, element by element: at
+            least the second, or 1 for 0 where that is 0.
         factor: one number.
         update_E: receives the result.
     """
     zero, one = deltas_NE.dtype.type(0.0), deltas_NE.dtype.type(1.0)
     num_elems = np.uint64(len(update_E))
-    weighted_NT = np.empty((len(deltas_NE), TILE), deltas_NE.dtype)
     votes, agreed = np.empty(TILE, deltas_NE.dtype), np.empty(TILE, deltas_NE.dtype)
     start = np.uint64(0)
     while start < num_elems:
         count = min(np.uint64(TILE), num_elems - start)
-        votes[:] = zero
-        for n in range(len(deltas_NE)):
-            weighted, weight = weighted_NT[n], weights_N[n]
-            for k in range(count):
-                weighted[k] = deltas_NE[n, start + k] * weight
-                votes[k] += weighted[k]
         totals = update_E[start : start + count]
+        totals[:] = zero
         if elect:
-            totals[:] = zero
+            votes[:] = zero
             agreed[:] = zero
             for n in range(len(deltas_NE)):
-                weighted, weight = weighted_NT[n], weights_N[n]
+                delta, ballot = deltas_NE[n, start : start + count], ballots_N[n]
                 for k in range(count):
-                    is_positive = votes[k] >= zero
-                    agrees = weighted[k] > zero if is_positive else weighted[k] < zero
-                    totals[k] += weighted[k] * (one if agrees else zero)  # NaN times zero is NaN: it must not get lost
-                    agreed[k] += weight if agrees else zero
-        else:
+                    votes[k] += delta[k] * ballot
             for k in range(count):
-                totals[k] = votes[k]
-        if divisor[0] == zero:
-            for k in range(count):
-                totals[k] /= one if agreed[k] == zero else agreed[k]
+                votes[k] = one if votes[k] >= zero else -one
+            for n in range(len(deltas_NE)):
+                delta = deltas_NE[n, start : start + count]
+                ballot, weight, counted = ballots_N[n], weights_N[n], counted_N[n]
+                for k in range(count):
+                    agrees = one if votes[k] * (delta[k] * ballot) > zero else zero
+                    totals[k] += delta[k] * weight * agrees  # NaN times zero is NaN: it must not get lost
+                    agreed[k] += counted * agrees
         else:
+            for n in range(len(deltas_NE)):
+                delta, weight = deltas_NE[n, start : start + count], weights_N[n]
+                for k in range(count):
+                    totals[k] += delta[k] * weight
+        if divisor[0] != zero:
             for k in range(count):
                 totals[k] /= divisor[0]
+        elif divisor[1] != zero:
+            for k in range(count):
+                totals[k] /= max(agreed[k], divisor[1])
+        else:
+            for k in range(count):
+                totals[k] /= one if agreed[k] == zero else agreed[k]
         for k in range(count):
             totals[k] *= factor[0]
         start += count

@@ -37,7 +37,7 @@ class Parameter:
     default: Scalar | None = None
     """None: the recipe must give a value"""
     choices: tuple[str, ...] = ()
-    """allowed values of a ``word``"""
+    """allowed values of a ``word``; of a ``flag`` beside true and false"""
     minimum: float | None = None
     maximum: float | None = None
 
@@ -90,7 +90,7 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A run of elements of one tensor, widened: to ``float_bits`` in statistics, to working precision in the update."""
+    """A short run of elements of one tensor, widened: as a statistic wants it, to working precision in the update."""
 
     name: str
     start: int
@@ -107,8 +107,13 @@ class Block:
 class Statistic(Protocol):
     """A monoid over blocks: combining the updates of any split gives the same result.
 
-    The engine updates a fresh zero per block, on any thread, and combines the results in block order.
+    The engine updates a fresh zero with the blocks of a span, on any thread, and combines spans in their order; both
+    states are then the statistic's own to change. Spans and blocks of a unit begin at the same elements every time.
     """
+
+    @property
+    def float_bits(self) -> Literal[32, 64]:
+        """Width of the blocks it wants: that magnitudes are ranked in, or that of the working precision."""
 
     def zero(self) -> Any:
         """Return the empty state."""
@@ -142,10 +147,14 @@ Rounds = Generator[Statistic, Any, Update]
 class UnitContext:
     """What an elementwise method knows of what it decides on, a tensor or a group of one, before the first round."""
 
+    name: str
+    """of the output tensor"""
     num_tuned: int
     num_elems: int
     float_bits: Literal[32, 64]
     """width of the precision that magnitudes are ranked in"""
+    working_bits: Literal[32, 64]
+    """width of the precision that results are computed in"""
 
 
 BaseUse = Literal["required", "optional"]
@@ -155,8 +164,8 @@ BaseUse = Literal["required", "optional"]
 class MethodRule(Protocol):
     """How a method gets from elements to a result, as far as reading them and memory go. All sizes in bytes."""
 
-    def num_statistic_passes(self, float_bits: int) -> int:
-        """Return how often the sources go by before they are combined, in a working precision of so many bits."""
+    def num_statistic_passes(self, float_bits: int, given: Parameters) -> int:
+        """Return how often the sources go by before they are combined, magnitudes being ranked in so many bits."""
 
     def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
         """Return what one thread needs, beside the sources, for a span of so many elements."""
@@ -165,6 +174,8 @@ class MethodRule(Protocol):
         """Return what one statistics pass over a span of so many groups leaves behind."""
 
 
+BLOCK_ELEMS = 2**15
+"""Most elements of a block: task vectors of that length stay in the second-level cache."""
 FLOAT_BYTES = 8
 """Of the products and sums that lead to a decision."""
 
@@ -179,9 +190,9 @@ class Linear:
     needs_anchor: bool = False
     """whether it uses the Gram's products of w_0 with the task vectors; |w_0|^2 is there in any case"""
 
-    def num_statistic_passes(self, float_bits: int) -> int:
+    def num_statistic_passes(self, float_bits: int, given: Parameters) -> int:
         """Return one for the Gram, if it takes one."""
-        del float_bits
+        del float_bits, given
         return int(self.needs_gram)
 
     def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
@@ -200,20 +211,20 @@ class Elementwise:
 
     decide: Callable[[UnitContext, Parameters], Rounds | Update]
     """a generator of statistics, or an ordinary function where none is needed"""
-    num_rounds: Callable[[int], int] = field(default=lambda float_bits: 0)
-    """by the width of the working precision in bits"""
+    num_rounds: Callable[[int, Parameters], int] = field(default=lambda float_bits, given: 0)
+    """at most, by the width that magnitudes are ranked in, and the parameters"""
     state_bytes: int = 0
     """of the state of one statistic, per source"""
     temporaries: int = 2
     """rows of working precision it needs beside those of the sources, per source"""
 
-    def num_statistic_passes(self, float_bits: int) -> int:
+    def num_statistic_passes(self, float_bits: int, given: Parameters) -> int:
         """Return its number of rounds."""
-        return self.num_rounds(float_bits)
+        return self.num_rounds(float_bits, given)
 
     def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
         """Return the size of the task vectors and of its temporaries."""
-        return num_sources * (1 + self.temporaries) * num_elems * float_bits // 8
+        return num_sources * (1 + self.temporaries) * min(num_elems, BLOCK_ELEMS) * float_bits // 8
 
     def span_state_bytes(self, num_sources: int, num_groups: int) -> int:
         """Return the size of a statistic's state per group."""
@@ -227,9 +238,9 @@ class Copy:
     must_agree: bool = False
     """whether all sources must hold the same bytes"""
 
-    def num_statistic_passes(self, float_bits: int) -> int:
+    def num_statistic_passes(self, float_bits: int, given: Parameters) -> int:
         """Return 0."""
-        del float_bits
+        del float_bits, given
         return 0
 
     def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
@@ -312,7 +323,7 @@ def elementwise_method(
     *,
     source: str,
     min_tuned: int,
-    num_rounds: Callable[[int], int] = lambda float_bits: 0,
+    num_rounds: Callable[[int, Parameters], int] = lambda float_bits, given: 0,
     state_bytes: int = 0,
     temporaries: int = 2,
     max_tuned: int | None = None,

@@ -134,7 +134,7 @@ def _wrong_parameter(method: Method, given: Parameters, num_tuned: int) -> str |
 
 def _fits(parameter: Parameter, value: object) -> bool:
     if parameter.kind == "flag":
-        return isinstance(value, bool)
+        return isinstance(value, bool) or value in parameter.choices
     if parameter.kind == "word":
         return value in parameter.choices
     if parameter.kind == "integer":

@@ -247,7 +247,9 @@ class TensorJob:
     @property
     def num_statistic_passes(self) -> int:
         """How often the operands go by before they are combined."""
-        return max([result.declared.rule.num_statistic_passes(result.float_bits) for result in self.results])
+        return max(
+            [result.declared.rule.num_statistic_passes(result.float_bits, result.parameters) for result in self.results]
+        )
 
     @property
     def num_sweeps(self) -> int:
@@ -258,7 +260,7 @@ class TensorJob:
     def kind(self) -> Hashable:
         """Equal for jobs that need the same kernels."""
         decodes = frozenset(operand.decode for operand in self.reading.operands)
-        made = tuple((result.method, result.encode) for result in self.results)
+        made = tuple((result.method, id(result.parameters), result.encode) for result in self.results)
         return made, decodes, tuple(result.working_bits for result in self.results)
 
     @property

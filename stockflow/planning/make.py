@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.naming import holds_fused_experts
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
@@ -177,6 +178,7 @@ def _plan_tensor(
         spec.dtype if alike else promoted(checkpoints[index].specs[name].dtype for index in indices)
     )
     output = TensorSpec(name, dtype, spec.shape)
+    is_fused = holds_fused_experts(name, len(spec.shape))
     if not output.num_elems:
         return copying(output, _operands(checkpoints, name, (recipe.donor,)), COPY)
     return merging(
@@ -184,7 +186,7 @@ def _plan_tensor(
         _operands(checkpoints, name, indices),
         method.name,
         recipe.parameters_for(method, name, rule, depth),
-        recipe.scope_for(method, name, rule, depth),
+        recipe.scope_for(method, name, rule, depth, default="leading" if is_fused else "tensor"),
     )
 
 

@@ -155,7 +155,10 @@ def _value_problem(parameter: Parameter, value: Scalar) -> str | None:
     low, high = parameter.minimum, parameter.maximum
     found = f"found {shown(value)}; correct it"
     if parameter.kind == "flag":
-        return None if isinstance(value, bool) else f"expected true or false, {found}"
+        words = "".join(f" or {word}" for word in parameter.choices)
+        return (
+            None if isinstance(value, bool) or value in parameter.choices else f"expected true or false{words}, {found}"
+        )
     if parameter.kind == "word":
         allowed = parameter.choices
         return None if value in allowed else f"expected one of {', '.join(allowed)}, {found}"

@@ -62,7 +62,10 @@ class Options(Part):
         description="Model Stock with a negative mean cosine: keep the base, extrapolate, or stop",
     )
     on_nonfinite: Literal["error", "propagate"] = Field(default="error", description="what NaN and infinity do")
-    scope: Scope | None = Field(default=None, description="what gets its own ratio: a tensor, a row, a leading index")
+    scope: Scope | None = Field(
+        default=None,
+        description="what is decided as one: a tensor, a row, a leading index (an expert)",
+    )
     seed: StrictInt = Field(
         default=0, ge=0, lt=2**63, description="what random methods draw by; part of their plan, and of no other"
     )
@@ -195,12 +198,22 @@ class Recipe(Part):
             resolver = self.resolvers[key] = Resolver(method.name, self.slots(method, rule))
         return resolver.resolve(tensor_name, depth)
 
-    def scope_for(self, method: Method, tensor_name: str, rule: Rule | None, depth: float = 0.0) -> Scope:
-        """Return what gets its own coefficients in a tensor; a whole tensor where the method lacks the asked scope."""
+    def scope_for(
+        self, method: Method, tensor_name: str, rule: Rule | None, depth: float = 0.0, *, default: Scope = "tensor"
+    ) -> Scope:
+        """Return what gets its own decision in a tensor; a whole tensor where the method lacks the scope.
+
+        Args:
+            method: what merges it.
+            tensor_name: as filters see it.
+            rule: that it falls under.
+            depth: as for ``parameters_for``.
+            default: what the recipe need not ask for.
+        """
         if self.parameters_for(method, tensor_name, rule, depth).shared.get("filter_wise"):
             return "row"
-        asked = self.stockflow.scope
-        return asked if asked is not None and asked in method.scopes else "tensor"
+        asked = self.stockflow.scope or default
+        return asked if asked in method.scopes else "tensor"
 
     def slots(self, method: Method, rule: Rule | None) -> tuple[Slot, ...]:
         """Return the values a method needs under a rule, each with what the recipe offers for it."""

@@ -13,7 +13,10 @@ from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Elementwise, Linear
 from tests import checkpoints, runs
 
-SHAPES = {"matrix": (37, 41), "long": (150_001,), "scalar": (), "empty": (0, 3)}
+SHAPES = {
+    "matrix": (37, 41), "long": (600_001,), "layers.0.experts": (3, 5, 40_000), "scalar": (), "empty": (0, 3)
+}  # fmt: skip
+"""Tensors of several spans and of less than one, in groups and not."""
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)

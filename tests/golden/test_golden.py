@@ -44,9 +44,14 @@ class Golden:
 
 F32 = torch.float32
 GOLDEN = {
-    "model_stock": Golden("model_stock", "2f0431213dae951395e4a2c762a36136e1ec2fd7193137c8e5652504889d5d04"),
-    "model_stock, two": Golden("model_stock", "1e5fd1df042bd6b3b35ac030d00e156695d073296ad01adda68f756cfcab6191", 2),
-    "model_stock, six": Golden("model_stock", "03d29454918e924450619d4f9115d88e57330089c1e6821e57550496388859b1", 6),
+    "model_stock": Golden("model_stock", "9a821b06403ee7d993e4cf7f042df0b3a3d9d19fdd79dc503439fdd1505b04fd"),
+    "model_stock, two": Golden("model_stock", "38533add52bc7a03b6b3927d9e23999cd822bf40ccc8cbef83f6fd600b1c7b67", 2),
+    "model_stock, six": Golden("model_stock", "084707a179a7850131129b0cc5a8373413b16173e4b043ae15c4e275483542e8", 6),
+    "model_stock by tensor": Golden(
+        "model_stock",
+        "2f0431213dae951395e4a2c762a36136e1ec2fd7193137c8e5652504889d5d04",
+        asked={"stockflow": {"scope": "tensor"}},
+    ),
     "model_stock by row": Golden(
         "model_stock",
         "c33fcc554ed31ccf5e62349fc8d31bc4e46e1860ad5b3f81559bed87b46ccc2a",
@@ -58,28 +63,28 @@ GOLDEN = {
         asked={"stockflow": {"scope": "leading"}},
     ),
     "model_stock in F16": Golden(
-        "model_stock", "a5f75866dd526af3da1c997e76d15c07f7d62a7ff5ce736404b53e750b1ebb0e", dtype=torch.float16
+        "model_stock", "6dee03d268bff489c5666e4016bb517a19bfcd3ebd81a874613d78e6241602a5", dtype=torch.float16
     ),
     "model_stock, F32 base, BF16 out": Golden(
         "model_stock",
-        "3f66ce59aa7f756965046803c0dac19f92a9d4fd142e3022613c852de98cc782",
+        "b6675c046ce0289e31cc572784d9d6d523c87c7f45f67f618c9331a968c52548",
         drawn={"base_dtype": F32},
         asked={"out_dtype": "bfloat16"},
     ),
     "model_stock, F64 to BF16": Golden(
         "model_stock",
-        "8895d63db44a7226f1283c6b5b1629560384a3fb3247c2c6713d004883bcf4fe",
+        "75c47b63f881a643bb0cdc2540b650f297e186af3d8ae4975c65f4dcd36496b6",
         dtype=torch.float64,
         asked={"dtype": "bfloat16"},
     ),
     "model_stock, 1e-13": Golden(
         "model_stock",
-        "4fe84acaf24c38f9f880b8a95a043a01148c2d60a4c2dcddf3ce467338f8bcb6",
+        "9665d5f1a34e4816841934b5986e3624fef1f40f0de3175c4eee4295f212d248",
         drawn={"base_scale": 0.0, "delta_scale": 1e-13},
     ),
     "model_stock, extrapolated": Golden(
         "model_stock",
-        "2accca4a2400117af9827e913daa474d49b39276936898a8105ddf8e8ab8d74d",
+        "07a45daadc7419f8fbd2cc0492334bfc4714d85bdc2dec2aaa456e385f2646e6",
         5,
         drawn={"cosine": -0.15},
         asked={"stockflow": {"on_negative": "extrapolate"}},
@@ -116,34 +121,42 @@ GOLDEN = {
     ),
     "model_stock in F32": Golden(
         "model_stock",
-        "46f414ddbda8070de386dedcdf2832f2c3a873e26de2e46f55c0358a520a1274",
+        "fa41397643601fa34c7b41aa833bd8d3cc70bcfd5a0a089430a4a61cebb0c422",
         dtype=F32,
     ),
     "model_stock in F64": Golden(
         "model_stock",
-        "9eeac12c940e65ce87809d0a51f1e061d27b80fd5013607651f1e6b0e6181fdf",
+        "278df0892cfc7fd5b029298bccea5d2bcffded29872a78a62446f59a3356b3e4",
         dtype=torch.float64,
     ),
     "model_stock, F32 to F16": Golden(
         "model_stock",
-        "4764d53765c41977b99b11893c37c53b8b2bde6faeded12ee61519ded5136247",
+        "37c28ed0627a0fc01fa63e72b089734b824269280b52b66a1009a78461759195",
         dtype=F32,
         asked={"dtype": "float16"},
     ),
     "ties": Golden(
         "ties",
-        "69bac2d9ecf5ce8d893d42f97f4e44eea4d85fd1c6cb34dc5b3ae764e350ae4f",
+        "c32aea4b0d66a2bde227c30caf378bf36154e728e7abf90abe8317c8d3e1599d",
         asked={"per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]}},
     ),
     "ties in F32": Golden(
         "ties",
-        "f5896dc99d31c223deb7e70b450b144a0d1c3bef729ef85f5b7a155084c000d0",
+        "a1d87c93cddb0b3c825f1afaa424863d20714c6e9c986974478a711bbcbc82b3",
         dtype=F32,
         asked={"per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]}},
     ),
+    "ties by tensor": Golden(
+        "ties",
+        "3c9794cee46bb5b3c84702303317b987b406a40f4c1f5aac3efdef26c54c7aa9",
+        asked={
+            "per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]},
+            "stockflow": {"scope": "tensor"},
+        },
+    ),
     "ties in F64": Golden(
         "ties",
-        "bf84b94e7834f236bbc3b20dfbc036f1c73f67c8b122e6b70bc2db2212e1eeca",
+        "518d98170537265cf663f599085c5646d3e6967539137fcb971ac642428a0282",
         dtype=torch.float64,
         asked={"per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]}},
     ),
@@ -164,7 +177,7 @@ def merge_one(name: str, folder: Path) -> tuple[str, str]:
 def test_the_bytes_of_a_merge_do_not_change(name: str, tmp_path: Path) -> None:
     numerics_class, digest = merge_one(name, tmp_path)
 
-    assert (numerics_class, NUMERICS, digest) == ("cpu", 3, GOLDEN[name].sha256)
+    assert (numerics_class, NUMERICS, digest) == ("cpu", 4, GOLDEN[name].sha256)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ class Case:
 
 
 def stock(name: str, drawn: Drawn, scope: str = "tensor", **more: Any) -> Case:
-    asked = {"stockflow": {"scope": scope}} if scope != "tensor" else {}
+    asked = {"stockflow": {"scope": scope}}
     return Case(f"model_stock {name}", "model_stock", drawn, asked, {"scope": scope}, **more)
 
 

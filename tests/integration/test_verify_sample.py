@@ -119,7 +119,7 @@ def test_without_receipts_the_table_has_the_ratio_and_the_rest_is_decided_again(
     assert result.findings == ()
     assert result.sampled is not None
     scope = case.asked.get("stockflow", {}).get("scope", "tensor")
-    on_table = {"model_stock": {"tensor": 6, "row": 3, "leading": 5}[scope], "slerp": 0, "ties": 0}.get(case.method, 6)
+    on_table = {"model_stock": {"tensor": 5, "row": 3, "leading": 5}[scope], "slerp": 0, "ties": 0}.get(case.method, 6)
     assert (result.sampled.num_recorded, result.sampled.num_decided) == (on_table, 6 - on_table)
 
 
@@ -313,7 +313,7 @@ def test_a_budget_too_small_and_numerics_of_another_version_are_refused(
     with pytest.raises(BudgetError, match="Raise --memory"):
         sampled(root / "out", memory_bytes=20 * MIB)
     monkeypatch.setattr(recompute, "NUMERICS", 99)
-    with pytest.raises(PlanError, match="made with numerics 3, this version of stockflow has 99"):
+    with pytest.raises(PlanError, match="made with numerics 4, this version of stockflow has 99"):
         sampled(root / "out")
 
 

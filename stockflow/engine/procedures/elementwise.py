@@ -1,7 +1,7 @@
 """Functions of task vectors, element by element, after as many sweeps of statistics as the method asks for."""
 
 import time
-from collections.abc import Generator, Hashable
+from collections.abc import Generator, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from stockflow.engine.units import Unit
 from stockflow.kernels import doubled, elementwise
 from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import FORMATS, results_in
-from stockflow.methods.protocol import Block, Elementwise, Rounds, Statistic, UnitContext, Update
+from stockflow.methods.protocol import BLOCK_ELEMS, Block, Elementwise, Rounds, Statistic, UnitContext, Update
 from stockflow.planning.job import FloatBits, Result
 
 
@@ -24,8 +24,6 @@ class StatisticSweep:
 
     statistic: Statistic
     tools: Tools
-    float_bits: FloatBits
-    """width of the blocks it is taken of"""
 
     @property
     def key(self) -> Hashable:
@@ -39,7 +37,9 @@ class StatisticSweep:
     def look(self, span: LoadedPiece) -> Any:
         """Return the state of a span by itself."""
         started = time.perf_counter()
-        state = self.statistic.update(self.statistic.zero(), block_of(span, self.tools, self.float_bits))
+        state = self.statistic.zero()
+        for part in parts_of(span):
+            state = self.statistic.update(state, block_of(part, self.tools, self.statistic.float_bits))
         self.tools.clock.add("statistics", started)
         return state
 
@@ -54,7 +54,8 @@ def decide(unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps | 
     rule, reading = result.declared.rule, unit.work.reading
     assert isinstance(rule, Elementwise)
     num_elems = unit.stop - unit.start
-    context = UnitContext(len(reading.operands) - 1, num_elems, result.float_bits)
+    name, num_tuned = result.outputs[0].name, len(reading.operands) - 1
+    context = UnitContext(name, num_tuned, num_elems, result.float_bits, result.working_bits)
     decided = rule.decide(context, result.parameters)
     if isinstance(decided, Generator):
         return _after_rounds(decided, unit, result, ledger, tools)
@@ -68,12 +69,12 @@ def _after_rounds(rounds: Rounds, unit: Unit, result: Result, ledger: Ledger, to
             statistic = rounds.send(found)
         except StopIteration as stop:
             return _filler(stop.value, unit.stop - unit.start, result, ledger, tools)
-        found = statistic.finish((yield StatisticSweep(statistic, tools, result.float_bits)))
+        found = statistic.finish((yield StatisticSweep(statistic, tools)))
 
 
 def _filler(decided: Update, num_elems: int, result: Result, ledger: Ledger, tools: Tools) -> Fill:
     ledger.record_means(decided.facts, num_elems)
-    dtype = result.outputs[0].dtype
+    dtype, width = result.outputs[0].dtype, result.encode.width
     is_doubled = dtype == "F64"
 
     def added(block: Block, target: Bytes) -> bool:
@@ -84,15 +85,25 @@ def _filler(decided: Update, num_elems: int, result: Result, ledger: Ledger, too
 
     def fill(span: LoadedPiece, target: Bytes) -> None:
         started = time.perf_counter()
-        if not added(block_of(span, tools, result.working_bits, with_lows=is_doubled), target):
+        is_finite = True
+        for part in parts_of(span):
+            block = block_of(part, tools, result.working_bits, with_lows=is_doubled)
+            is_finite &= added(block, target[width * (part.start - span.start) : width * (part.stop - span.start)])
+        if not is_finite:
             tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
         tools.clock.add("combine", started)
 
     return fill
 
 
+def parts_of(span: LoadedPiece) -> Iterator[LoadedPiece]:
+    """Yield a span block by block."""
+    for start in range(span.start, span.stop, BLOCK_ELEMS):
+        yield span.narrow(start, min(start + BLOCK_ELEMS, span.stop))
+
+
 def block_of(span: LoadedPiece, tools: Tools, float_bits: FloatBits, *, with_lows: bool = False) -> Block:
-    """Return the operands of a span in a precision, as base and task vectors, in this thread's scratch."""
+    """Return the operands of a block in a precision, as base and task vectors, in this thread's scratch."""
     reading, num_elems = span.reading, span.stop - span.start
     num_operands = len(reading.operands)
     num_rows = num_operands + (num_operands - 1 if with_lows else 0)

@@ -1,0 +1,213 @@
+"""Selection: the k largest magnitudes of rows of any length, exactly k, in a few rounds of counting.
+
+A magnitude is taken as the integer of its bits and found digit by digit: 2 rounds for a float32, 4 for a float64. Among
+equal magnitudes the lower flat index comes first; where more equal the k-th than are wanted, one more round counts them
+block by block, so that the update, which sees the same blocks, knows how many to take of each.
+
+Kernels are imported when they are called, so that planning needs no compiler.
+
+Shape suffixes: R rows, P picks, D digits, E elements of a block, B blocks.
+"""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from stockflow.kernels.arrays import Counts
+from stockflow.methods.protocol import Block, Statistic, UnitContext
+
+if TYPE_CHECKING:
+    from stockflow.kernels.arrays import Values
+
+DIGIT_BITS = 16
+"""The first digit has one less, as magnitudes have no sign."""
+STATE_BYTES = 8 << DIGIT_BITS
+"""Of the counts of one pick, at most."""
+EVERYTHING = 2**62
+
+
+def num_rounds(float_bits: int) -> int:
+    """Return how many rounds it takes: one for every digit, and one for the equals."""
+    return float_bits // DIGIT_BITS + 1
+
+
+class Pick(NamedTuple):
+    """How many of the largest of a row are wanted."""
+
+    row: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """What is among the largest: every magnitude above ``least``, and the first of those that equal it."""
+
+    least: float
+    """NaN if nothing is"""
+    num_wanted: int = EVERYTHING
+    """of those that equal it"""
+    starts_B: Counts | None = None
+    """first element of every block; None where all that equal it are wanted"""
+    before_B: Counts | None = None
+    """how many equal it before that block"""
+
+    def quota(self, start: int) -> int:
+        """Return how many elements that equal it are wanted of the block from ``start`` on."""
+        if self.starts_B is None or self.before_B is None:
+            return self.num_wanted
+        before = int(self.before_B[np.searchsorted(self.starts_B, start)])
+        return max(self.num_wanted - before, 0)
+
+
+NOTHING, ALL = Threshold(math.nan), Threshold(0.0)
+
+Rows = Callable[[Block], "Values"]
+"""What is ranked of a block, shape (R, E)."""
+
+
+def task_vectors(block: Block) -> "Values":
+    """Return the task vectors of a block, a row each."""
+    return block.deltas_NE
+
+
+def largest(
+    context: UnitContext,
+    picks: Sequence[Pick],
+    rows: Rows = task_vectors,
+    float_bits: Literal[32, 64] | None = None,
+    num_elems: int | None = None,
+) -> Generator[Statistic, Any, list[Threshold]]:
+    """Ask for what tells the ``rank`` largest elements of rows; return a threshold per pick.
+
+    Args:
+        context: the unit.
+        picks: a rank of 0 or less is for nothing, one of ``num_elems`` or more for all.
+        rows: what is ranked.
+        float_bits: width of the rows; the one magnitudes are ranked in if None.
+        num_elems: elements of a row; those of the unit if None.
+    """
+    bits, most = float_bits or context.float_bits, context.num_elems if num_elems is None else num_elems
+    found = [NOTHING if pick.rank <= 0 else ALL for pick in picks]
+    open_picks = [number for number, pick in enumerate(picks) if 0 < pick.rank < most]
+    if not open_picks:
+        return found
+    chosen = tuple(picks[number].row for number in open_picks)
+    prefixes, ranks = [0] * len(chosen), [picks[number].rank for number in open_picks]
+    num_equal: list[int] = []
+    for shift in reversed(range(0, bits, DIGIT_BITS)):
+        counts_PD = yield DigitCounts(chosen, tuple(prefixes), shift, bits, context.float_bits, rows)
+        num_equal = []
+        for number, digits in enumerate(counts_PD):
+            at_least = np.cumsum(digits[::-1])[::-1]
+            digit = int(np.nonzero(at_least >= ranks[number])[0][-1])
+            num_equal.append(int(digits[digit]))
+            ranks[number] -= int(at_least[digit]) - num_equal[-1]
+            prefixes[number] = prefixes[number] << DIGIT_BITS | digit
+    least_P = np.array(prefixes, np.uint32 if bits == 32 else np.uint64).view(f"f{bits // 8}")
+    thresholds = [Threshold(float(least), rank) for least, rank in zip(least_P, ranks, strict=True)]
+    if ranks != num_equal:
+        starts_B, equals_BP = yield EqualCounts(chosen, least_P, context.float_bits, rows)
+        before_BP = np.cumsum(equals_BP, axis=0) - equals_BP
+        thresholds = [
+            replace(threshold, starts_B=starts_B, before_B=before_BP[:, number])
+            for number, threshold in enumerate(thresholds)
+        ]
+    for number, threshold in zip(open_picks, thresholds, strict=True):
+        found[number] = threshold
+    return found
+
+
+def multiply_largest(rows_RE: "Values", thresholds: Sequence[Threshold], start: int, bits: int, *, by: int) -> None:
+    """Multiply the largest of each row of a block by ``by``, 0 or 1, and the others by the other of these.
+
+    Args:
+        rows_RE: changed.
+        thresholds: what is among the largest, per row.
+        start: flat index of the block's first element.
+        bits: width that magnitudes were ranked in.
+        by: as it says.
+    """
+    from stockflow.kernels.selection import multiply_largest
+
+    least_R = np.array([threshold.least for threshold in thresholds], f"f{bits // 8}")
+    quotas_R = np.array([threshold.quota(start) for threshold in thresholds], np.int64)
+    multiply_largest(rows_RE, least_R, quotas_R, np.uint64(by), np.uint64(1 - by))
+
+
+@dataclass(frozen=True)
+class DigitCounts:
+    """How often each value of one digit occurs among the magnitudes that begin with a prefix. Shape (P, D)."""
+
+    rows_P: tuple[int, ...]
+    prefixes: tuple[int, ...]
+    """per pick, the digits above this one"""
+    shift: int
+    """position of the digit, in bits"""
+    bits: int
+    """width of the rows"""
+    float_bits: Literal[32, 64]
+    rows: Rows
+
+    @property
+    def _is_first(self) -> bool:
+        return self.shift + DIGIT_BITS == self.bits
+
+    def zero(self) -> Any:
+        """Return no counts: those of a span fit 32 bits."""
+        return np.zeros((len(self.rows_P), 1 << (DIGIT_BITS - self._is_first)), np.uint32)
+
+    def update(self, state: Any, block: Block) -> Any:
+        """Count the digits of a block."""
+        from stockflow.kernels.selection import count_digits, count_first_digits, patterns
+
+        found, rows_P, shift = patterns(self.rows(block)), np.array(self.rows_P, np.uint64), np.uint64(self.shift)
+        if self._is_first:
+            count_first_digits(found, rows_P, shift, state)
+        else:
+            count_digits(found, rows_P, np.array(self.prefixes, np.uint64), shift, np.uint64(DIGIT_BITS), state)
+        return state
+
+    def combine(self, left: Any, right: Any) -> Counts:
+        """Add counts, which may then need more than 32 bits."""
+        total: Counts = left if left.dtype == np.int64 else left.astype(np.int64)
+        total += right
+        return total
+
+    def finish(self, state: Counts) -> Counts:
+        """Return the counts."""
+        return state
+
+
+@dataclass(frozen=True)
+class EqualCounts:
+    """How many magnitudes equal the least that is wanted, block by block: starts (B) and counts (B, P)."""
+
+    rows_P: tuple[int, ...]
+    least_P: "Values"
+    float_bits: Literal[32, 64]
+    rows: Rows
+
+    def zero(self) -> Any:
+        """Return no blocks."""
+        return []
+
+    def update(self, state: Any, block: Block) -> Any:
+        """Count a block."""
+        from stockflow.kernels.selection import count_equals
+
+        equals_P = np.empty(len(self.rows_P), np.int64)
+        count_equals(self.rows(block), np.array(self.rows_P, np.uint64), self.least_P, equals_P)
+        return [*state, (block.start, equals_P)]
+
+    def combine(self, left: Any, right: Any) -> Any:
+        """Put the blocks of two runs one after the other."""
+        left.extend(right)
+        return left
+
+    def finish(self, state: Any) -> tuple[Counts, Counts]:
+        """Return starts and counts as arrays."""
+        starts, equals = zip(*state, strict=True)
+        return np.array(starts, np.int64), np.stack(equals)
