@@ -1,7 +1,8 @@
 """The user's YAML, in mergekit's words, as a Recipe: read strictly, refused with every problem at once.
 
-What mergekit has and stockflow lacks is refused by name; only ``int8_mask`` is ignored.
-Imports go one way: wording, document, values and locations, settings, resolve, model, checks and structure, reading.
+What mergekit has and stockflow lacks is refused by name. Keys that it passes over are remarked on.
+Imports go one way: wording, document, values and locations, settings, resolve, model, checks and structure, dead_keys
+and repeats, reading.
 """
 
 from stockflow.recipe.locations import resolve_location

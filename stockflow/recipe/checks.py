@@ -1,18 +1,14 @@
 """What must hold of a recipe beyond the types of its values; every problem, not the first."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from stockflow.methods.protocol import Method, Parameter, Scalar
 from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.model import Recipe, Rule
-from stockflow.recipe.settings import Settings
+from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, as_kind, parameters_of
 from stockflow.recipe.wording import nearest, shown
 from stockflow.storage import redact
-
-_WITHOUT_EFFECT = "int8_mask"
-UNDER_STOCKFLOW = ("on_negative", "seed")
-"""Parameters of methods that a recipe gives under `stockflow:`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +25,13 @@ class _Use:
         return found[0] if found else None
 
 
-def find_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what is wrong with a recipe whose types are right, each with its path in the recipe."""
+def find_problems(recipe: Recipe, unread: Collection[str] = ()) -> Iterator[Problem]:
+    """Yield what is wrong with a recipe whose types are right, each with its path in the recipe.
+
+    Args:
+        recipe: to check.
+        unread: names of parameters that are given where they could not be read.
+    """
     yield from _location_problems(recipe)
     yield from _rule_problems(recipe)
     uses = [_Use(recipe.method_for(None), None, ("merge_method",))]
@@ -41,18 +42,10 @@ def find_problems(recipe: Recipe) -> Iterator[Problem]:
     for use in uses:
         yield from _count_problems(recipe, use)
         yield from _scope_problems(recipe, use)
-    yield from _parameter_problems(recipe, uses)
+    yield from _parameter_problems(recipe, uses, unread)
 
 
 def _location_problems(recipe: Recipe) -> Iterator[Problem]:
-    first: dict[str, int] = {}
-    for index, entry in enumerate(recipe.models):
-        if entry.model in first:
-            yield (
-                ("models", index, "model"),
-                f"the same model as models[{first[entry.model]}]: {redact(entry.model)}; list each once",
-            )
-        first.setdefault(entry.model, index)
     chosen = recipe.stockflow.side_files_from
     if chosen and chosen not in recipe.checkpoints:
         yield (
@@ -103,51 +96,50 @@ def _scope_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
             f"`{use.method.name}` knows the scope {' | '.join(use.method.scopes)}, found {scope}; change one",
         )
     settings = (use.rule.parameters if use.rule else {}, recipe.parameters)
-    row_wise = use.declared("filter_wise") and any(
-        True in item.value for level in settings for item in level.get("filter_wise", ())
+    flag = use.declared("filter_wise")
+    row_wise = flag and any(
+        as_kind(flag, value) is True for level in settings for item in level.get(flag.name, ()) for value in item.value
     )
     if row_wise and scope not in (None, "row"):
         yield path, f"`filter_wise: true` means the scope row, found `scope: {scope}`; keep one of them"
 
 
-def _parameter_problems(recipe: Recipe, uses: list[_Use]) -> Iterator[Problem]:
+def _parameter_problems(recipe: Recipe, uses: list[_Use], unread: Collection[str]) -> Iterator[Problem]:
+    """Check what some method in use hears; of the rest `dead_keys` tells."""
     by_method = list({use.method.name: use for use in reversed(uses)}.values())[::-1]  # of many rules, a few methods
     counted = {use.method.name: {id(entry) for entry in recipe.counted(use.method)} for use in by_method}
     yield from _setting_problems(recipe.parameters, by_method, ("parameters",))
     for index, entry in enumerate(recipe.models):
-        path: Path = ("models", index, "parameters")
         hearing = [use for use in by_method if id(entry) in counted[use.method.name]]
-        for name in entry.parameters.keys() - {_WITHOUT_EFFECT}:
-            kinds = [parameter for use in by_method if (parameter := use.declared(name))]
-            per_model = any(parameter.per_model for parameter in kinds)
-            if not hearing or (per_model and not any(use.declared(name) for use in hearing)):
-                yield (*path, name), "has no effect, because this model is the base; remove it"
-            elif kinds and not per_model:
-                yield (*path, name), "shared by all models; move it to the recipe's own `parameters`"
-        if hearing:
-            yield from _setting_problems(entry.parameters, by_method, path)
+        own = {name: given for name, given in entry.parameters.items() if _is_own(name, hearing)}
+        yield from _setting_problems(own, hearing, ("models", index, "parameters"))
     for use in uses:
         if use.rule:
-            yield from _setting_problems(use.rule.parameters, [use], (*use.path[:-1], "parameters"))
-        yield from _missing_problems(recipe, use)
+            path: Path = (*use.path[:-1], "parameters")
+            yield from _unknown_problems(use.rule.parameters, use, path)
+            yield from _setting_problems(use.rule.parameters, [use], path)
+        yield from _missing_problems(recipe, use, unread)
+
+
+def _is_own(name: str, uses: list[_Use]) -> bool:
+    return any(parameter.per_model for use in uses if (parameter := use.declared(name)))
+
+
+def _unknown_problems(settings: Settings, use: _Use, path: Path) -> Iterator[Problem]:
+    known = parameters_of(use.method)
+    for name in settings.keys() - known.keys():
+        if name in UNDER_STOCKFLOW:
+            yield (*path, name), "not a parameter in a recipe; write it under `stockflow:`"
+        else:
+            yield (*path, name), f"`{use.method.name}` has no such parameter; {nearest(name, known)}"
 
 
 def _setting_problems(settings: Settings, uses: list[_Use], path: Path) -> Iterator[Problem]:
-    known = {parameter.name: None for use in uses for parameter in use.method.parameters}
-    methods = ", ".join(dict.fromkeys(f"`{use.method.name}`" for use in uses))
-    for fixed in UNDER_STOCKFLOW:
-        known.pop(fixed, None)
     for name, items in settings.items():
-        if name == _WITHOUT_EFFECT:
-            continue
-        if name in UNDER_STOCKFLOW:
-            yield (*path, name), "not a parameter in a recipe; write it under `stockflow:`"
-        elif name not in known:
-            yield (*path, name), f"{methods} has no such parameter; {nearest(name, known)}"
+        kinds = [parameters_of(use.method)[name] for use in uses if name in parameters_of(use.method)]
         for index, item in enumerate(items):
-            kinds = [parameter for use in uses if (parameter := use.declared(name))]
             for number, value in enumerate(item.value):
-                wrong = {_value_problem(parameter, value) for parameter in kinds}
+                wrong = {_value_problem(parameter, as_kind(parameter, value)) for parameter in kinds}
                 yield from (((*path, name, index, "value", number), text) for text in wrong if text)
 
 
@@ -173,12 +165,12 @@ def _value_problem(parameter: Parameter, value: Scalar) -> str | None:
     return None
 
 
-def _missing_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
+def _missing_problems(recipe: Recipe, use: _Use, unread: Collection[str]) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for index, entry in enumerate(recipe.models):
         first.setdefault(entry.model, index)
     for slot in recipe.slots(use.method, use.rule):
-        if not slot.candidates:
+        if not slot.candidates and slot.parameter.name not in unread:
             path: Path = ("models", first[slot.model]) if slot.model else use.path
             yield (
                 path,

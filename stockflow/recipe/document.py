@@ -1,16 +1,18 @@
-"""YAML read strictly and within bounds: plain values, and the place in the file of every one of them.
+"""Documents: YAML read strictly and within bounds, plain values and the place in the file of every one of them.
 
 Works on parser events, so that nothing is expanded, nested or built before its bound is checked.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import yaml
 
 from stockflow.errors import RecipeError
-from stockflow.recipe.wording import each_hint_once, named, shown
+from stockflow.recipe.wording import NOT_YET, each_hint_once, listed, named, shown
+from stockflow.text.remarks import Remark
 
 MAX_NODES = 20_000
 """Values in one document, aliases counted as often as they are used; some checks compare all with all."""
@@ -27,9 +29,13 @@ Scalar = bool | int | float | str | None
 Path = tuple[str | int, ...]
 """Keys and list indices from the top of the document."""
 Problem = tuple[Path, str]
+"""What makes a recipe unusable."""
 Mark = tuple[int, int]
 """Line and column, from 1."""
 
+_MERGE = "<<"
+_TAB = r"'\t'"
+_QUOTED_OR_TAB = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|\t""")
 _TAG_PREFIX = "tag:yaml.org,2002:"
 
 
@@ -62,29 +68,69 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """Something in a recipe that has no effect, or another than it seems."""
+
+    path: Path
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """A key that a mapping has twice."""
+
+    name: str
+    first: Mark
+    again: Mark
+    is_equal: bool
+    """whether it has the same value both times"""
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """A mapping read from YAML, with places."""
 
     source: str
     root: Node
+    repetitions: Sequence[Repetition] = ()
 
     def plain(self) -> dict[str, object]:
         """Return the document as plain values."""
         return {str(key): child.plain() for key, (_, child) in self.root.children.items()}
 
-    def error(self, problems: Iterable[Problem]) -> RecipeError:
-        """Return one error for all problems, in file order: the first 20 and the count of the rest."""
-        located = sorted({(*self._locate(path), text) for path, text in problems})
-        texts = each_hint_once(text for _, _, text in located)
-        lines = [
-            f"{self.source}:{line}:{column}: {name + ': ' if name else ''}{text}"
-            for ((line, column), name, _), text in zip(located, texts, strict=True)
+    def remarks(self, notices: Iterable[Notice]) -> tuple[Remark, ...]:
+        """Return notices as plans tell them, in file order, with those of keys that are there twice with one value."""
+        found = {(*self._locate(each.path), each.code, each.text) for each in notices}
+        for key in self.repetitions:
+            if key.is_equal:
+                text = f"`{named(key.name)}` is here again, with the value it has on line {key.first[0]}; keep one"
+                found.add((key.again, named(key.name), "repeated-key", text))
+        return tuple(
+            Remark(code, text, values={"key": name}, place=self._place(mark))
+            for mark, name, code, text in sorted(found)
+        )
+
+    def problems(self, found: Iterable[Problem]) -> list[tuple[str, str]]:
+        """Return problems as place and text, in file order, with those of keys that are there with two values."""
+        located = {(*self._locate(path), text) for path, text in found}
+        for key in self.repetitions:
+            if not key.is_equal:
+                text = f"the key `{named(key.name)}` is here again, with another value than on line {key.first[0]}"
+                located.add((key.again, "", f"{text}; keep one"))
+        ordered = sorted(located)
+        texts = each_hint_once(text for _, _, text in ordered)
+        return [
+            (self._place(mark), f"{name + ': ' if name else ''}{text}")
+            for (mark, name, _), text in zip(ordered, texts, strict=True)
         ]
-        if len(lines) == 1:
-            return RecipeError(lines[0])
-        hidden = [f"... and {len(lines) - MAX_REPORTED} more"] if len(lines) > MAX_REPORTED else []
-        listed = "\n  ".join([*lines[:MAX_REPORTED], *hidden])
-        return RecipeError(f"{self.source}: {len(lines)} problems in this recipe\n  {listed}")
+
+    def line(self, path: Path) -> int:
+        """Return the line of the nearest value that exists on the way to ``path``."""
+        return self._locate(path)[0][0]
+
+    def _place(self, mark: Mark) -> str:
+        return f"{self.source}:{mark[0]}:{mark[1]}"
 
     def _locate(self, path: Path) -> tuple[Mark, str]:
         """Return the place and the name of the nearest value that exists on the way to ``path``."""
@@ -114,12 +160,13 @@ def read_yaml(text: str, source: str) -> Document:
     """Return the single mapping that ``text`` holds.
 
     Raises:
-        RecipeError: not YAML, not one mapping, a duplicate or non-text key, a tag, too deep or too large.
+        RecipeError: not YAML, not one mapping, a non-text key, a tag, too deep or too large.
     """
     loader: yaml.SafeLoader | None = None
     try:
         loader = yaml.SafeLoader(text)
-        root = _Composer(loader, source).document()
+        composer = _Composer(loader, source)
+        root = composer.document()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
@@ -127,6 +174,8 @@ def read_yaml(text: str, source: str) -> Document:
             f"{source}:{line}:{column}: {chr(error.character)!r} is not allowed in YAML; remove it"
         ) from None
     except yaml.MarkedYAMLError as error:
+        if _TAB in (error.problem or "") and (spaced := _with_spaces(text)) != text:
+            return read_yaml(spaced, source)
         mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
         raise RecipeError(f"{_place(source, mark)}: not valid YAML: {_brief(error.problem)}{_brief(context)}") from None
@@ -142,7 +191,7 @@ def read_yaml(text: str, source: str) -> Document:
             f"{source}:1:1: expected a mapping with `merge_method` and `models`, found {found}; "
             "write `key: value` lines"
         )
-    return Document(source, root)
+    return Document(source, root, tuple(composer.repetitions))
 
 
 class _Composer:
@@ -151,17 +200,21 @@ class _Composer:
         self._source = source
         self._anchors: dict[str, Node] = {}
         self._num_nodes = 0
+        self.repetitions: list[Repetition] = []
 
     def document(self) -> Node:
+        """Return the only document; empty ones beside it mean nothing."""
         self._next()
-        if self._loader.check_event(yaml.StreamEndEvent):
-            return Node()
-        self._next()
-        root = self._node(self._next(), depth=1)
-        self._next()
-        if not self._loader.check_event(yaml.StreamEndEvent):
-            raise self._error(self._next(), "a second document starts here, expected one; split the file")
-        return root
+        found: list[tuple[_Event, Node]] = []
+        while not self._loader.check_event(yaml.StreamEndEvent):
+            start = self._next()
+            self._anchors.clear()
+            found.append((start, self._node(self._next(), depth=1)))
+            self._next()
+        full = [(start, node) for start, node in found if node != Node()]
+        if len(full) > 1:
+            raise self._error(full[1][0], _stages([node for _, node in full]))
+        return full[0][1] if full else Node()
 
     def _next(self) -> _Event:
         return cast(_Event, self._loader.get_event())  # type: ignore[no-untyped-call]
@@ -190,8 +243,14 @@ class _Composer:
         elif isinstance(event, yaml.MappingStartEvent):
             while not self._loader.check_event(yaml.MappingEndEvent):
                 start = self._next()
-                key = self._key(start, children, depth)
-                children[key] = (_mark(start), self._node(self._next(), depth + 1))
+                key = self._key(start, depth)
+                value = self._node(self._next(), depth + 1)
+                if key in children:
+                    first, given = children[key]
+                    self.repetitions.append(Repetition(key, first, _mark(start), value.plain() == given.plain()))
+                else:
+                    children[key] = (_mark(start), value)
+            self._merge(event, children)
         elif isinstance(event, yaml.ScalarEvent):
             return Node(self._scalar(event))
         self._next()
@@ -204,17 +263,23 @@ class _Composer:
             depth=1 + max((node.depth for node in nodes), default=0),
         )
 
-    def _key(self, event: _Event, earlier: Mapping[str | int, tuple[Mark, Node]], depth: int) -> str:
+    def _key(self, event: _Event, depth: int) -> str:
         node = self._node(event, depth + 1)
         if not isinstance(node.scalar, str):
             found = shown(node.plain())
             raise self._error(event, f"expected a text as key, found {found}; put it in quotes")
-        if node.scalar in earlier:
-            line, _ = earlier[node.scalar][0]
-            raise self._error(
-                event, f"the key `{named(node.scalar)}` is here again, it was first on line {line}; keep one"
-            )
         return node.scalar
+
+    def _merge(self, event: _Event, children: dict[str | int, tuple[Mark, Node]]) -> None:
+        """Replace ``<<`` by the keys of its mapping, or of each in its list, that are not there already."""
+        if _MERGE not in children:
+            return
+        _, given = children.pop(_MERGE)
+        for node in [child for _, child in given.children.values()] if given.is_list else [given]:
+            if not node.is_mapping:
+                raise self._error(event, f"expected a mapping after `{_MERGE}`, found {shown(node.plain())}")
+            for key, child in node.children.items():
+                children.setdefault(key, child)
 
     def _scalar(self, event: yaml.ScalarEvent) -> Scalar:
         text: str = event.value
@@ -247,6 +312,34 @@ class _Composer:
 
     def _error(self, event: _Event, text: str) -> RecipeError:
         return RecipeError(f"{_place(self._source, event.start_mark)}: {text}")
+
+
+def _with_spaces(text: str) -> str:
+    """Replace each tab that only separates by a space, so that places stay; one that indents or is quoted is kept."""
+    return "\n".join(map(_spaced, text.split("\n")))
+
+
+def _spaced(line: str) -> str:
+    content = line.lstrip()
+    indent = line[: len(line) - len(content)]
+    if not content or content.startswith("#"):
+        indent = indent.replace("\t", " ")
+    return indent + _QUOTED_OR_TAB.sub(lambda found: " " if found[0] == "\t" else found[0], content)
+
+
+def _stages(documents: Sequence[Node]) -> str:
+    """Say what a file of several documents is; a name is the key by which mergekit-multi lets others use a result."""
+    names = [node.children["name"][1].scalar for node in documents if "name" in node.children]
+    stages = listed([f"`{named(str(name))}`" for name in names])
+    nameless = len(documents) - len(names)
+    what = f"the stages {stages}" if names else "none with a name"
+    if names and nameless:
+        what += f" and {nameless} without a name"
+    return (
+        f"a second document starts here: {len(documents)} documents, {what}; merges in stages are mergekit-multi's, "
+        f"and this {NOT_YET}; write each into a file of its own, merge those first whose names others use as models, "
+        "and name their outputs there"
+    )
 
 
 def _brief(words: object) -> str:

@@ -12,26 +12,51 @@ from stockflow.storage import normalize_url
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
+_ADAPTER = re.compile(r"[^+]\+(/|\.{1,2}/|~|[a-z0-9]+://)", re.ASCII)
+"""Where the adapter of ``model+adapter`` begins; a folder's name may hold a plus, too."""
+_PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt)", re.IGNORECASE)
 
 
 def resolve_location(text: str) -> str:
     """Return the normalized path or URL of a model as the recipe names it; a bare ``org/name`` is on the hub.
 
+    A folder on disk has no revisions: what stands behind its ``@`` is left out.
+
     Raises:
-        RecipeError: empty, a LoRA reference, or a URL with credentials or a query.
+        RecipeError: empty, an adapter, a file of pickled weights, or a URL with credentials or a query.
     """
-    if "://" in text:
-        return _resolve_url(text)
     if not text:
         raise RecipeError("expected a folder, a URL or org/name, found an empty text; name the model")
     path = os.path.expanduser(text)
     explicit = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
-    names_folder = os.path.isdir(path) or (explicit and not os.path.isdir(path.partition("+")[0]))
-    if "+" in text and not names_folder:
-        raise RecipeError(f"mergekit's LoRA reference {shown(text)} {NOT_YET}; merge the adapter first")
+    names_folder = "://" not in text and os.path.isdir(path)
+    if not names_folder:
+        _check_kind(text, is_adapter=not explicit and "://" not in text and "+" in text)
+    if "://" in text:
+        return _resolve_url(text)
+    if folder := ignored_revision(text):
+        return normalized(folder)
     if not names_folder and not explicit and _HUB_NAME.fullmatch(text):
         return f"hf://{text}"
     return normalized(text)
+
+
+def ignored_revision(text: str) -> str | None:
+    """Return the local folder of a ``folder@revision``, None if it is none."""
+    folder, _, revision = text.rpartition("@")
+    is_one = folder and revision and "://" not in text and not os.path.isdir(os.path.expanduser(text))
+    return folder if is_one and os.path.isdir(os.path.expanduser(folder)) else None
+
+
+def _check_kind(text: str, *, is_adapter: bool) -> None:
+    base = text.partition("+")[0]
+    if is_adapter or _ADAPTER.search(text) or ("+" in text and os.path.isdir(os.path.expanduser(base))):
+        raise RecipeError(
+            f"mergekit's LoRA reference {shown(text)}, a model and an adapter, {NOT_YET}; merge the adapter into its "
+            "model first (peft: merge_and_unload) and name the folder of the result"
+        )
+    if _PICKLED.fullmatch(text):
+        raise RecipeError(f"{shown(text)} is a file of pickled weights, which {NOT_YET}; save them as safetensors")
 
 
 def normalized(location: str) -> str:
@@ -60,11 +85,32 @@ def _resolve_url(text: str) -> str:
 
 
 def _location(given: object) -> str:
-    if isinstance(given, dict):
-        raise RecipeError(f"mergekit's model given as a mapping {NOT_YET}; write its path or URL as a text")
-    if not isinstance(given, str):
-        raise RecipeError(f"expected a folder, a URL or org/name, found {shown(given)}; put it in quotes")
-    return resolve_location(given)
+    text = written(given)
+    if not isinstance(text, str):
+        raise RecipeError(f"expected a folder, a URL or org/name, found {shown(text)}; put it in quotes")
+    return resolve_location(text)
+
+
+_PARTS = frozenset({"path", "revision", "model", "lora", "override_architecture"})
+
+
+def written(given: object) -> object:
+    """Return a model that is given as a mapping as the text that names it, ``path[@revision][+lora]``.
+
+    Raises:
+        RecipeError: the mapping has other keys than mergekit's.
+    """
+    if not isinstance(given, dict):
+        return given
+    if unknown := given.keys() - _PARTS:
+        raise RecipeError(f"expected a model as {{path, revision}}, found the key {shown(min(unknown, key=str))}")
+    if given.get("override_architecture") is not None:
+        raise RecipeError("`override_architecture` is not needed, as names come from the files; remove it")
+    model, revision, adapter = written(given.get("model", given.get("path"))), given.get("revision"), given.get("lora")
+    if not isinstance(model, str):
+        raise RecipeError("expected a model as {path, revision}, found no path; add it")
+    text = model if revision is None else f"{model}@{revision}"
+    return text if adapter is None else f"{text}+{written(adapter)}"
 
 
 def _prefix(given: str) -> str:
@@ -77,6 +123,6 @@ def _no_credentials(given: str) -> str:
     return given
 
 
-Location = Annotated[str, PlainValidator(_location), WithJsonSchema({"type": "string"})]
+Location = Annotated[str, PlainValidator(_location), WithJsonSchema({"type": ["string", "object"]})]
 UrlPrefix = Annotated[str, AfterValidator(_prefix)]
 Endpoint = Annotated[str, AfterValidator(_no_credentials)]

@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import Literal
 
-from pydantic import Field, PrivateAttr, StrictBool, StrictInt
+from pydantic import Field, PrivateAttr, StrictBool, StrictInt, model_validator
 
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import Method, Parameters, Scope
@@ -30,6 +30,11 @@ class ModelEntry(Part):
 
     model: Location = Field(description="local folder, URL, or org/name[@revision] on the Hugging Face hub")
     parameters: Settings = Field(default={}, description="values of this model only, such as `weight`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: object) -> object:
+        return {"model": given} if isinstance(given, str) else given
 
 
 class Rule(Part):
@@ -116,6 +121,11 @@ class Recipe(Part):
         """What has no effect, or another than it seems, each with its place."""
         return self._remarks
 
+    def with_remarks(self, remarks: tuple[Remark, ...]) -> "Recipe":
+        """Return the recipe with what is to be said of it."""
+        self._remarks = remarks
+        return self
+
     def canonical(self) -> dict[str, object]:
         """Return the recipe as plain JSON values, locations resolved and defaults filled in."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -142,6 +152,20 @@ class Recipe(Part):
     def around_layers(self) -> tuple[str, str] | None:
         """What stands before and behind the number of a layer in names; None for the common patterns."""
         return text_around_layer(self.stockflow.layers) if self.stockflow.layers else None
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods in use, the recipe's own first."""
+        used = (self.method_for(rule) for rule in (None, *self.stockflow.rules))
+        return tuple({method.name: method for method in used}.values())
+
+    @cached_property
+    def listed(self) -> tuple[ModelEntry, ...]:
+        """The models, each once."""
+        first: dict[str, ModelEntry] = {}
+        for entry in self.models:
+            first.setdefault(entry.model, entry)
+        return tuple(first.values())
 
     @property
     def donor(self) -> int:
@@ -228,8 +252,8 @@ class Recipe(Part):
     def counted(self, method: Method) -> list[ModelEntry]:
         """Return the models a method counts: all of them, or those besides the base."""
         if method.base == "required":
-            return [entry for entry in self.models if entry.model != self.base_model]
-        return [*self.models, *([self._base_entry] if self.base_counts(method) else [])]
+            return [entry for entry in self.listed if entry.model != self.base_model]
+        return [*self.listed, *([self._base_entry] if self.base_counts(method) else [])]
 
     @property
     def lists_base(self) -> bool:

@@ -3,21 +3,76 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
 from stockflow.recipe.checks import find_problems
-from stockflow.recipe.document import read_yaml
+from stockflow.recipe.dead_keys import dead_parameters, unknown_keys
+from stockflow.recipe.document import MAX_REPORTED, Notice, read_yaml
 from stockflow.recipe.locations import normalized
 from stockflow.recipe.model import Recipe
+from stockflow.recipe.repeats import local_revisions, repeated_models
 from stockflow.recipe.structure import parse_structure
 from stockflow.storage import StorageConfig, open_store, read_small, redact
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import counted
 
 MAX_RECIPE_BYTES = 1 << 20
 
 RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, object]
 """A recipe, its location, its YAML, or what its YAML says as plain Python."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What reading a recipe gave: what stands against it, or the recipe, and in any case what else is to be said."""
+
+    source: str
+    recipe: Recipe | None
+    problems: Sequence[tuple[str, str]]
+    """place and text"""
+    remarks: tuple[Remark, ...]
+
+    def result(self) -> Recipe:
+        """Return the recipe.
+
+        Raises:
+            RecipeError: with every problem (the first 20, then the count), and then what has no effect.
+        """
+        if self.recipe is not None and not self.problems:
+            return self.recipe
+        lines = [f"{place}: {text}" for place, text in self.problems]
+        if len(lines) == 1 and not self.remarks:
+            raise RecipeError(lines[0])
+        shown = [*lines, *(f"{remark.place}: warning: {remark.text}" for remark in self.remarks)]
+        hidden = [f"... and {len(shown) - MAX_REPORTED} more"] if len(shown) > MAX_REPORTED else []
+        listed = "\n  ".join([*shown[:MAX_REPORTED], *hidden])
+        warned = f" and {counted(len(self.remarks), 'warning')}" if self.remarks else ""
+        raise RecipeError(f"{self.source}: {counted(len(lines), 'problem')}{warned} in this recipe\n  {listed}")
+
+
+def examine(text: str, source: str) -> Examination:
+    """Return what a YAML text holds; ``source`` names it in messages.
+
+    Raises:
+        RecipeError: it is not the YAML of one mapping.
+    """
+    document = read_yaml(text, source)
+    plain = document.plain()
+    found = parse_structure(plain, text)
+    recipe, problems = found.recipe, list(found.problems)
+    named = METHODS.get(str(plain.get("merge_method")))
+    methods = recipe.methods if recipe else (named,) if named else ()
+    notices = list(unknown_keys(found.unknown, methods, recipe.parameters if recipe else {}))
+    if recipe is not None:
+        problems += find_problems(recipe, found.unread)
+        notices += [*dead_parameters(recipe), *local_revisions(plain)]
+        for repeat in repeated_models(recipe, document):
+            (notices if isinstance(repeat, Notice) else problems).append(repeat)  # type: ignore[arg-type]
+    remarks = document.remarks(notices)
+    return Examination(source, recipe and recipe.with_remarks(remarks), document.problems(problems), remarks)
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
@@ -26,13 +81,7 @@ def parse_recipe(text: str, source: str) -> Recipe:
     Raises:
         RecipeError: with every problem found (the first 20, then the count), each with its line and column.
     """
-    document = read_yaml(text, source)
-    recipe, problems = parse_structure(document.plain(), text)
-    if recipe is not None:
-        problems += find_problems(recipe)
-    if problems or recipe is None:
-        raise document.error(problems)
-    return recipe
+    return examine(text, source).result()
 
 
 def load_recipe(location: str) -> Recipe:
@@ -42,9 +91,19 @@ def load_recipe(location: str) -> Recipe:
         RecipeError: as for ``parse_recipe``; a folder, larger than 1 MiB or not UTF-8.
         NotFoundError: there is no such file.
     """
-    source = redact(location)
+    return parse_recipe(read_text(location), _source(location))
+
+
+def read_text(location: str) -> str:
+    """Return the text of a recipe in a file, at a URL, or on standard input (``-``).
+
+    Raises:
+        RecipeError: a folder, larger than 1 MiB or not UTF-8.
+        NotFoundError: there is no such file.
+    """
+    source = _source(location)
     if location == "-":
-        source, payload = "<stdin>", sys.stdin.buffer.read(MAX_RECIPE_BYTES + 1)
+        payload = sys.stdin.buffer.read(MAX_RECIPE_BYTES + 1)
     elif "://" not in location and os.path.isdir(os.path.expanduser(location)):
         raise RecipeError(f"{source} is a folder; expected a YAML file, its URL, or `-` for stdin")
     else:
@@ -53,12 +112,16 @@ def load_recipe(location: str) -> Recipe:
     if len(payload) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{source} is larger than 1 MiB; expected a recipe, give its YAML file")
     try:
-        return parse_recipe(payload.decode("utf-8-sig"), source)
+        return payload.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = payload.count(b"\n", 0, error.start) + 1
         column = error.start - payload.rfind(b"\n", 0, error.start)
         place = f"{source}:{line}:{column}"
         raise RecipeError(f"{place}: expected UTF-8, found an {error.reason}; save it as UTF-8") from None
+
+
+def _source(location: str) -> str:
+    return "<stdin>" if location == "-" else redact(location)
 
 
 def recipe_of(given: RecipeLike) -> Recipe:

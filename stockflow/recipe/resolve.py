@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from stockflow.errors import RecipeError
 from stockflow.methods.protocol import Kind, Method, Parameter, Parameters, Scalar
-from stockflow.recipe.settings import Settings, matches
+from stockflow.recipe.settings import Settings, as_kind, matches
 from stockflow.storage import redact
 
 
@@ -71,7 +71,10 @@ def _candidates(
     parameter: Parameter, levels: tuple[Settings, ...]
 ) -> tuple[tuple[str | None, tuple[Scalar, ...]], ...]:
     given = [item for level in levels for item in level.get(parameter.name, ())]
-    found = [(None if item.filter in ("", "*") else item.filter, item.value) for item in given]
+    found = [
+        (None if item.filter in ("", "*") else item.filter, tuple(as_kind(parameter, value) for value in item.value))
+        for item in given
+    ]
     default = [] if parameter.default is None else [(None, (parameter.default,))]
     return (*found, *default)
 

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from stockflow.errors import RecipeError
-from stockflow.methods.protocol import Scalar
+from stockflow.methods.protocol import Method, Parameter, Scalar
 from stockflow.recipe.wording import shown
 
 _LISTS = "give one value, a list of values over the layers, or a list of {filter, value}"
@@ -20,7 +20,7 @@ def _scalar(given: object) -> Scalar:
         return given
     if given is None or isinstance(given, dict | list | tuple):
         raise RecipeError(f"expected a number, true/false or a word, found {shown(given)}; {_LISTS}")
-    if isinstance(given, str) and not _NUMBER.fullmatch(given):
+    if isinstance(given, str) and not _NUMBER.fullmatch(given.strip()):
         return given
     try:
         number = float(cast(float | str, given)) + 0.0
@@ -35,6 +35,28 @@ def _over_layers(given: object) -> object:
     if given == []:
         raise RecipeError("expected at least one value over the layers, found none; give one")
     return given if isinstance(given, list | tuple) else [given]
+
+
+UNDER_STOCKFLOW = ("on_negative", "seed")
+"""Parameters of methods that a recipe gives under `stockflow:`."""
+
+
+def parameters_of(method: Method) -> dict[str, Parameter]:
+    """Return the parameters that recipes give under `parameters`, by name."""
+    return {each.name: each for each in method.parameters if each.name not in UNDER_STOCKFLOW}
+
+
+_FLAGS = dict.fromkeys(("true", "yes", "on", "t", "y"), True) | dict.fromkeys(("false", "no", "off", "f", "n"), False)
+"""Words that stand for a flag, in capitals or not; YAML itself reads some of them so, if they are not quoted."""
+
+
+def as_kind(parameter: Parameter, value: Scalar) -> Scalar:
+    """Return a value as its parameter takes it: of a flag also 1, 0 and words such as `yes`; others as they are."""
+    if parameter.kind != "flag" or value in parameter.choices:
+        return value
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().lower(), value)
+    return bool(value) if value in (0, 1) else value
 
 
 def _conditionals(given: object) -> object:

@@ -1,6 +1,9 @@
-"""What pydantic refuses in a recipe, as problems in the recipe's own words."""
+"""The structure of a recipe: what pydantic refuses, as problems in the recipe's own words, and unknown keys."""
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import cast
 
 from pydantic import BaseModel, ValidationError
@@ -12,35 +15,124 @@ from stockflow.recipe.settings import Conditional
 from stockflow.recipe.wording import NOT_YET, nearest, shown
 from stockflow.text.redaction import FROM_ENVIRONMENT
 
-_MERGEKIT_KEYS = frozenset({"slices", "modules", "tokenizer", "chat_template", "name"})
+_MERGEKIT_KEYS = frozenset({"slices", "modules", "tokenizer", "chat_template"})
+_OTHER_FILES = {"experts": "mergekit-moe", "genome": "mergekit-evolve", "layer_slices": "bakllama"}
+"""Tools by a key that only their files have."""
+_BUILDS = {"mergekit-moe": "builds a mixture of experts", "mergekit-evolve": "searches for a recipe"}
 _SECRET_WORD = re.compile(r"key|secret|token|passw|credential|signature|account|sas|user", re.IGNORECASE)
+_MOST_MENDS = 4
+_ANY_RULE = {"filter": "*", "action": "skip"}
+"""Stands for one that could not be read."""
+_LOCATIONS = ("model", "base_model", "side_files_from")
 
 
-def parse_structure(plain: dict[str, object], text: str) -> tuple[Recipe | None, list[Problem]]:
-    """Return the recipe and no problems, or all problems and the recipe without its unknown keys, if it is one.
+@dataclass(slots=True)
+class Structure:
+    """What of a document is a recipe."""
+
+    recipe: Recipe | None = None
+    """without the keys and values that could not be read; None where too little is left"""
+    problems: list[Problem] = field(default_factory=list)
+    unknown: list[Path] = field(default_factory=list)
+    """keys that no part of a recipe has, outside of `stockflow:`"""
+    unread: set[str] = field(default_factory=set)
+    """names of parameters some value of which could not be read"""
+
+
+def parse_structure(plain: dict[str, object], text: str) -> Structure:
+    """Return the recipe in a document, and all that stands against it or is unknown.
 
     Args:
-        plain: the document; unknown keys are removed from it.
+        plain: the document; what cannot be read is taken out of it.
         text: what the recipe was read from, which it keeps.
     """
-    try:
-        return Recipe.model_validate(plain, context=text), []
-    except ValidationError as error:
-        found = error.errors()
-    problems = [_problem(detail) for detail in found]
-    if any(detail["type"] != "extra_forbidden" for detail in found):
-        return None, problems
-    for detail in found:
-        _remove(plain, detail["loc"])
-    return Recipe.model_validate(plain, context=text), problems
+    found = Structure()
+    if tool := next((tool for key, tool in _OTHER_FILES.items() if key in plain and "merge_method" not in plain), None):
+        found.problems.append(((), f"a file of {tool}, which {_BUILDS.get(tool, 'stacks layers')}: that is no merge"))
+        return found
+    elsewhere = {"models"} if plain.keys() & {"slices", "modules"} else set()
+    for _ in range(_MOST_MENDS):
+        try:
+            found.recipe = Recipe.model_validate(plain, context=text)
+        except ValidationError as error:
+            mended = [_take(found, plain, detail) for detail in _relevant(error.errors(), elsewhere)]
+            if not all(mended):
+                break
+        else:
+            break
+    return found
 
 
-def _remove(plain: object, path: Path) -> None:
+def _relevant(details: Sequence[ErrorDetails], elsewhere: set[str]) -> list[ErrorDetails]:
+    """Leave out what another detail says better: that no model is left where each is wrong, or a key that is meant."""
+    meant = {(*each["loc"][:-1], _misspelt(each)) for each in details if each["type"] == "missing"}
+    return [
+        each
+        for each in details
+        if not (each["type"] == "missing" and each["loc"][-1] in elsewhere)
+        if not (each["type"] == "too_short" and cast(Sequence[object], each["input"]))
+        if not (each["type"] == "extra_forbidden" and each["loc"] in meant)
+    ]
+
+
+def _misspelt(detail: ErrorDetails) -> str | None:
+    """Return the key that is there for one that is missing."""
+    given = cast(Mapping[str, object], detail["input"])
+    close = get_close_matches(str(detail["loc"][-1]), given, n=1, cutoff=0.75)
+    return close[0] if close else None
+
+
+def _take(found: Structure, plain: dict[str, object], detail: ErrorDetails) -> bool:
+    """Note what is wrong and take it out of the document; return whether a recipe can be made of the rest."""
+    path, is_missing = detail["loc"], detail["type"] == "missing"
+    if detail["type"] == "extra_forbidden" and _is_passed_over(path):
+        found.unknown.append(path)
+        return _remove(plain, path)
+    found.problems.append(_problem(detail))
+    if is_missing and (key := _misspelt(detail)):
+        return _put(plain, path, cast(dict[str, object], _parent(plain, path)).pop(key))
+    if path[0] == "stockflow":
+        return _put(plain, path[:3], _ANY_RULE) if path[1:2] == ("rules",) and path[2:] else _remove(plain, path[:2])
+    if path[-1] in _LOCATIONS:
+        return _put(plain, path, f"/{len(found.problems)}")
+    if "parameters" in path[:-1]:
+        setting = path[: path.index("parameters") + 2]
+        found.unread.add(str(setting[-1]))
+        return _remove(plain, setting)
+    return not is_missing and path not in (("models",), ("merge_method",)) and _remove(plain, path)
+
+
+def _is_passed_over(path: Path) -> bool:
+    """Return whether the usual tool reads past an unknown key; who writes `stockflow`, or nearly so, means us."""
+    return path[0] != "stockflow" and not (len(path) == 1 and _is_refused(str(path[0])))
+
+
+def _is_refused(name: str) -> bool:
+    return name in _MERGEKIT_KEYS or nearest(name, ["stockflow"]).startswith("did you mean")
+
+
+def _remove(plain: object, path: Path) -> bool:
+    parent = _parent(plain, path)
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
+    return _put(plain, path, {"model": f"/{path[-1]}"}) if isinstance(parent, list) else True
+
+
+def _put(plain: object, path: Path, value: object) -> bool:
+    parent, last = _parent(plain, path), path[-1]
+    if isinstance(parent, dict) or (isinstance(parent, list) and isinstance(last, int)):
+        cast(dict[str | int, object], parent)[last] = value
+    return True
+
+
+def _parent(plain: object, path: Path) -> object:
+    """Return what holds the end of a path, None where it is gone with something else."""
     for step in path[:-1]:
-        if isinstance(step, int) and not isinstance(plain, list):
-            continue
-        plain = cast(dict[str | int, object], plain)[step]
-    del cast(dict[str | int, object], plain)[path[-1]]
+        if isinstance(plain, dict) and not isinstance(step, int):
+            plain = plain.get(step)
+        elif isinstance(plain, list) and isinstance(step, int):
+            plain = plain[step]
+    return plain
 
 
 def _problem(detail: ErrorDetails) -> Problem:
@@ -49,7 +141,9 @@ def _problem(detail: ErrorDetails) -> Problem:
         case "extra_forbidden":
             return path, _unknown_key(path)
         case "missing":
-            return path[:-1], f"the required key `{path[-1]}` is missing; add it"
+            key = _misspelt(detail)
+            text = f"the required key `{path[-1]}` is missing"
+            return ((*path[:-1], key), f"{text}, is this it? rename it") if key else (path[:-1], f"{text}; add it")
         case "value_error":
             return path, str(detail["ctx"]["error"])
         case "literal_error":
@@ -64,6 +158,8 @@ def _problem(detail: ErrorDetails) -> Problem:
             return path, f"expected at most {detail['ctx']['max_length']:,} of them, found more; shorten the list"
         case "string_type":
             return path, f"expected a text, found {found}; put it in quotes if it is meant"
+        case "int_type" | "greater_than_equal" | "less_than":
+            return path, f"expected an integer from 0 to 2^63 - 1, found {found}; correct it"
         case "bool_type":
             return path, f"expected true or false, found {found}; choose one"
     return path, f"{detail['msg']}, found {found}; correct it"
@@ -73,6 +169,13 @@ def _unknown_key(path: Path) -> str:
     name = str(path[-1])
     if len(path) == 1 and name in _MERGEKIT_KEYS:
         return f"mergekit's `{name}` {NOT_YET}; remove it"
+    if "storage" in path and _SECRET_WORD.search(name):
+        return f"a recipe never holds secrets; {FROM_ENVIRONMENT}"
+    return f"unknown key; {nearest(name, keys_at(path))}"
+
+
+def keys_at(path: Path) -> list[str]:
+    """Return the keys that are known where a path leads."""
     part: type[BaseModel] = Options
     if "parameters" in path:
         part = Conditional
@@ -80,10 +183,8 @@ def _unknown_key(path: Path) -> str:
         part = Rule
     elif "storage" in path:
         part = StorageEntry
-        if _SECRET_WORD.search(name):
-            return f"a recipe never holds secrets; {FROM_ENVIRONMENT}"
     elif "models" in path:
         part = ModelEntry
     elif len(path) == 1:
         part = Recipe
-    return f"unknown key; {nearest(name, part.model_fields)}"
+    return list(part.model_fields)

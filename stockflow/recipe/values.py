@@ -13,6 +13,7 @@ from stockflow.text.remarks import CODES
 
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 """Names of dtypes in a recipe, and in a safetensors header."""
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 _MERGEKIT_METHODS = frozenset({
     "linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "model_stock", "arcee_fusion",
@@ -48,7 +49,8 @@ def parse_size(text: str) -> int:
 def _dtype(given: object) -> str:
     name = given.removeprefix("torch.") if isinstance(given, str) else ""
     if name not in OUTPUT_DTYPES:
-        raise RecipeError(f"expected one of {', '.join(OUTPUT_DTYPES)}, found {shown(given)}; choose one")
+        hint = f"did you mean `{_SHORT_DTYPES[name]}`?" if name in _SHORT_DTYPES else "choose one"
+        raise RecipeError(f"expected one of {', '.join(OUTPUT_DTYPES)}, found {shown(given)}; {hint}")
     return name
 
 

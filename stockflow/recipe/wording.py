@@ -1,6 +1,6 @@
 """How messages about a recipe are worded: values without secrets, the nearest name, phrases used twice."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 from stockflow.text.redaction import redact_urls
@@ -37,6 +37,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1)
     hint = f"did you mean `{close[0]}`? " if close else ""
     return f"{hint}{_KNOWN}{', '.join(names) or 'nothing'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def each_hint_once(messages: Iterable[str]) -> Iterator[str]:

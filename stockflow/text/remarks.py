@@ -11,12 +11,17 @@ CODES: Mapping[str, str] = {
     "base-not-listed": "a base that no model of the recipe is, with a method that needs none",
     "dtypes-differ": "tensors whose sources have several dtypes",
     "leftover-scales": "scales beside weights of plain numbers",
+    "local-revision": "the revision of a model that is a folder, which has none",
     "no-config": "the model that gives the config has none",
+    "no-effect": "a parameter that no method in use reads where it stands",
     "not-copied": "files of the model that gives the side files which stay behind",
     "quantization-removed": "what speaks of quantised weights where the output's are plain numbers",
     "other-names": "a model whose tensors are the base's under other names",
-    "skipped": "tensors that rules leave out",
     "unmerged": "a merge in which every tensor comes from one model",
+    "repeated-key": "a key that is there twice with one value",
+    "repeated-model": "a model that is listed twice",
+    "skipped": "tensors that rules leave out",
+    "unknown-key": "a key that no part of a recipe has where it stands",
 }
 """What each code is about; `stockflow: {accept: [CODE]}` takes those of refusals."""
 

@@ -306,8 +306,8 @@ MISTAKES: dict[str, tuple[Callable[[World], object], str]] = {
     "no YAML": (lambda world: world.with_recipe("a: [1\n"), "recipe.yaml:2:1: not valid YAML"),
     "no UTF-8": (lambda world: world.recipe.write_bytes(b"a: \xff\n"), "recipe.yaml:1:4: expected UTF-8"),
     "an unknown key": (
-        lambda world: world.with_recipe(world.recipe.read_text() + "dtypes: float32\n"),
-        "unknown key; did you mean `dtype`",
+        lambda world: world.with_recipe(world.recipe.read_text() + "stockflow: {scpoe: row}\n"),
+        "unknown key; did you mean `scope`",
     ),
     "a typo in the method": (
         lambda world: world.with_recipe(world.recipe.read_text().replace("model_stock", "model_stonk")),

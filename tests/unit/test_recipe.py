@@ -140,8 +140,7 @@ def test_empty_sections_are_absent() -> None:
 @pytest.mark.parametrize(
     ("text", "place", "reason"),
     [
-        ("a: 1\nb: 2\na: 3", "3:1", "the key `a` is here again, it was first on line 1"),
-        ("a: 1\n---\nb: 2", "2:1", "a second document"),
+        ("a: 1\n---\nb: 2", "2:1", "a second document starts here: 2 documents, none with a name"),
         ("a: !!python/object:os.system x", "1:4", "the tag 'tag:yaml.org,2002:python/object:os.system'"),
         ("a: !!str x", "1:4", "the tag"),
         ("- a", "1:1", "expected a mapping with `merge_method` and `models`, found a list"),
@@ -161,7 +160,6 @@ def test_empty_sections_are_absent() -> None:
         ("a: *" + "b" * 3000, "1:4", "the alias *bbbb"),
         ("a: !" + "b" * 3000 + " 1", "1:4", "the tag '!bbb"),
         ("%TAG !" + "b" * 3000 + "! x", "1:3010", "not valid YAML"),
-        ("? " + "a" * 3000 + "\n: 1\n? " + "a" * 3000 + "\n: 1", "3:3", "the key `aaa"),
         ('a: "\\ud800"', "1:4", "not valid Unicode"),
         ('a: "\\UFFFFFFFF"', "1:7", "not valid YAML"),
         ("[" * 1000, "1:65", "nested deeper than 64 levels"),
@@ -237,33 +235,28 @@ def test_arbitrary_yaml_raises_nothing_but_recipe_errors(tree: dict[str, object]
 # --- structure
 
 
-def test_all_problems_are_reported_together_in_file_order() -> None:
+def test_all_problems_are_reported_together_in_file_order_and_warnings_after_them() -> None:
     message = refusal(
         "merge_method: linear\nmodls: 1\nmodels:\n  - model: org/a\n    parameters: {wieght: 1}\n"
         "stockflow:\n  scop: row\n"
     )
 
     expected = [
-        "r.yaml: 4 problems in this recipe",
-        (
-            "  r.yaml:2:1: modls: unknown key; did you mean `models`? Known here: merge_method, base_model, "
-            "models, parameters, dtype, out_dtype, tokenizer_source, stockflow"
-        ),
+        "r.yaml: 2 problems and 2 warnings in this recipe",
         "  r.yaml:4:5: models[0]: `linear` needs the parameter `weight`; add it",
-        (
-            "  r.yaml:5:18: models[0].parameters.wieght: `linear` has no such parameter; did you mean "
-            "`weight`? Known here: weight, normalize"
-        ),
         (
             "  r.yaml:7:3: stockflow.scop: unknown key; did you mean `scope`? Known here: "
             "on_negative, on_nonfinite, scope, seed, shard_size, layers, storage, side_files_from, accept, rules"
         ),
+        "  r.yaml:2:1: warning: `modls` has no effect here; did you mean `models`?",
+        "  r.yaml:5:18: warning: `linear` has no parameter `wieght`, so it has no effect; did you mean `weight`?",
     ]
     assert message.split("\n") == expected
 
 
 def test_after_twenty_problems_only_the_count_is_reported() -> None:
-    lines = refusal(STOCK + "".join(f"unknown_{n}: 1\n" for n in range(25))).split("\n")
+    options = ", ".join(f"unknown_{n}: 1" for n in range(25))
+    lines = refusal(STOCK + f"stockflow: {{{options}}}").split("\n")
 
     assert lines[0] == "r.yaml: 25 problems in this recipe"
     assert len(lines) == 1 + 20 + 1
@@ -274,23 +267,33 @@ def test_after_twenty_problems_only_the_count_is_reported() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (STOCK.replace("merge_method", "merge_metod"), "did you mean `merge_method`?"),
-        (
-            STOCK.replace("- model: org/a", "- modle: org/a"),
-            "models[0].modle: unknown key; did you mean `model`?",
-        ),
-        (LINEAR.replace("weight: 1", "weight: {filtr: a, value: 1}"), "did you mean `filter`?"),
         (STOCK + "stockflow: {rules: [{filter: a, acton: copy}]}", "did you mean `action`?"),
         (STOCK + "stockflow: {storage: {'s3://b': {regoin: x}}}", "did you mean `region`?"),
-        (STOCK + "<<: {dtype: float32}", "unknown key"),
-        (STOCK + "zzz:", "zzz: unknown key"),
+        (STOCK + "stokflow: {scope: row}", "r.yaml:6:1: stokflow: unknown key; did you mean `stockflow`?"),
     ],
 )
-def test_unknown_keys_are_refused_with_the_nearest_known_name(text: str, expected: str) -> None:
+def test_unknown_keys_of_ours_are_refused_with_the_nearest_known_name(text: str, expected: str) -> None:
     assert expected in refusal(text)
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template", "name"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            STOCK.replace("merge_method", "merge_metod"),
+            "r.yaml:1:1: merge_metod: the required key `merge_method` is missing, is this it? rename it",
+        ),
+        (
+            STOCK.replace("- model: org/a", "- modle: org/a"),
+            "r.yaml:4:5: models[0].modle: the required key `model` is missing, is this it? rename it",
+        ),
+    ],
+)
+def test_a_required_key_that_is_misspelt_is_one_problem(text: str, expected: str) -> None:
+    assert refusal(text) == expected
+
+
+@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template"])
 def test_keys_that_only_mergekit_has_are_refused_by_name(key: str) -> None:
     assert f"mergekit's `{key}` is not supported by stockflow yet" in refusal(STOCK + f"{key}: [1]")
 
@@ -354,10 +357,6 @@ def test_values_over_the_layers_fall_through_like_others() -> None:
     assert [found["mlp", depth].flag("normalize") for depth in (0.0, 0.5, 1.0)] == [True, True, False]
 
 
-def test_a_model_given_as_a_mapping_is_refused_by_name() -> None:
-    assert "mergekit's model given as a mapping" in refusal(STOCK.replace("- model: org/a", "- model: {path: x}"))
-
-
 def test_other_tokenizer_sources_are_refused_by_name() -> None:
     assert parse(STOCK + "tokenizer_source: base").tokenizer_source == "base"
     assert "mergekit's tokenizer_source 'union' is not supported" in refusal(STOCK + "tokenizer_source: union")
@@ -369,7 +368,7 @@ def test_other_tokenizer_sources_are_refused_by_name() -> None:
         ("merge_method: linear", "the required key `models` is missing"),
         ("merge_method: linear\nmodels: []", "expected at least one model"),
         ("merge_method: linear\nmodels: org/a", "expected a list, found 'org/a'"),
-        ("merge_method: linear\nmodels: [org/a]", "expected a mapping, found 'org/a'"),
+        ("merge_method: linear\nmodels: [[org/a]]", "models[0]: expected a mapping, found a list"),
         ("merge_method: linear\nmodels: [{model: 7}]", "found 7"),
         (
             STOCK + "stockflow: {on_negative: clmp}",
@@ -500,16 +499,6 @@ def test_the_base_may_be_listed_and_is_not_counted() -> None:
     assert recipe.sources(METHODS["model_stock"]) == (0, 1, 2)
 
 
-def test_parameters_of_a_listed_base_are_refused() -> None:
-    text = (
-        "merge_method: task_arithmetic\nbase_model: org/b\nmodels:\n"
-        "- {model: org/a, parameters: {weight: 1}}\n"
-        "- {model: org/b, parameters: {weight: 1, int8_mask: true}}\n"
-    )
-
-    assert "r.yaml:5:31: models[1].parameters.weight: has no effect, because this model is the base" in refusal(text)
-
-
 def test_a_listed_base_is_an_ordinary_input_of_linear() -> None:
     recipe = parse(LINEAR + "base_model: org/b\n")
 
@@ -553,7 +542,6 @@ def test_side_files_may_come_from_any_model_of_the_recipe() -> None:
             "`slerp` needs 1 model besides the base, found 2",
         ),
         (STOCK.replace("base_model: org/base\n", ""), "`model_stock` needs a base, found no `base_model`"),
-        (STOCK + "  - model: hf://org/a/\n", "models[2].model: the same model as models[0]"),
         (
             LINEAR + "stockflow: {rules: [{filter: x, merge_method: model_stock}]}",
             "stockflow.rules[0].merge_method: `model_stock` needs a base",
@@ -636,8 +624,8 @@ def test_numbers_must_be_finite(value: str) -> None:
         (LINEAR.replace("weight: 1", "weight: true"), "weight: expected a number, found true"),
         (LINEAR.replace("weight: 1", "weight: heavy"), "expected a number, found 'heavy'"),
         (LINEAR.replace("weight: 1", "weight: nan"), "expected a number, found 'nan'"),
-        (LINEAR + "parameters: {normalize: 1}", "normalize: expected true or false, found 1"),
-        (LINEAR + "parameters: {normalize: 'yes'}", "expected true or false, found 'yes'"),
+        (LINEAR + "parameters: {normalize: 0.5}", "normalize: expected true or false, found 0.5"),
+        (LINEAR + "parameters: {normalize: 'maybe'}", "expected true or false, found 'maybe'"),
         (LINEAR.replace("weight: 1", "weight: {value: {a: 1}}"), "found a mapping"),
     ],
 )
@@ -645,16 +633,7 @@ def test_values_must_be_of_the_declared_kind(text: str, expected: str) -> None:
     assert expected in refusal(text)
 
 
-def test_shared_parameters_under_a_model_are_refused() -> None:
-    message = refusal(LINEAR.replace("weight: 1", "weight: 1, normalize: false"))
-
-    assert "r.yaml:3:44: models[0].parameters.normalize: shared by all models" in message
-
-
-def test_parameters_no_method_declares_are_refused_with_the_nearest_name() -> None:
-    assert "parameters.normalise: `linear` has no such parameter; did you mean `normalize`?" in refusal(
-        LINEAR + "parameters: {normalise: true}"
-    )
+def test_a_parameter_that_the_method_of_a_rule_lacks_is_refused() -> None:
     assert "stockflow.rules[0].parameters.t: `linear` has no such parameter" in refusal(
         LINEAR + "stockflow: {rules: [{filter: a, merge_method: linear, parameters: {t: 1}}]}"
     )
@@ -666,13 +645,6 @@ def test_a_parameter_that_only_a_rule_uses_may_be_global() -> None:
     assert weights(recipe, "a") == (2.0, 2.0)
     assert recipe.method_for(recipe.rule_for("a")).name == "linear"
     assert recipe.method_for(recipe.rule_for("b")).name == "model_stock"
-
-
-def test_int8_mask_is_accepted_without_effect() -> None:
-    text = LINEAR.replace("weight: 1", "weight: 1, int8_mask: true") + "parameters: {int8_mask: true}"
-
-    assert weights(parse(text), "x") == (1.0, 2.0)
-    assert "int8_mask" not in parse(text).parameters_for(METHODS["linear"], "x", None).shared
 
 
 DRAWN = Method(
@@ -694,15 +666,12 @@ def test_a_seed_is_an_integer_of_63_bits(seed: str) -> None:
     assert "r.yaml:6:13: stockflow.seed: " in refusal(STOCK + f"stockflow: {{seed: {seed}}}")
 
 
-def test_a_seed_among_the_parameters_is_sent_under_stockflow() -> None:
-    assert "write it under `stockflow:`" in refusal(STOCK + "parameters: {seed: 3}")
-
-
 def test_on_negative_is_written_under_stockflow_and_reaches_the_method() -> None:
     recipe = parse(STOCK + "stockflow: {on_negative: extrapolate}")
 
     assert recipe.parameters_for(METHODS["model_stock"], "x", None).word("on_negative") == "extrapolate"
-    assert "write it under `stockflow:`" in refusal(STOCK + "parameters: {on_negative: error}")
+    rule = "rules: [{filter: a, merge_method: model_stock, parameters: {on_negative: error}}]"
+    assert "write it under `stockflow:`" in refusal(STOCK + f"stockflow: {{{rule}}}")
 
 
 def test_a_required_value_nobody_gives_is_refused_at_once() -> None:

@@ -1,0 +1,54 @@
+"""Repeats: models that a recipe lists twice; and revisions of folders, which have none."""
+
+from collections.abc import Iterator
+
+from stockflow.recipe.document import Document, Notice, Path, Problem
+from stockflow.recipe.locations import ignored_revision, written
+from stockflow.recipe.model import Recipe
+from stockflow.recipe.settings import parameters_of
+from stockflow.recipe.wording import shown
+from stockflow.storage import redact
+
+_NAME_MODELS = ("model", "base_model")
+
+
+def repeated_models(recipe: Recipe, document: Document) -> Iterator[Notice | Problem]:
+    """Yield models that are listed again: a problem where each entry has parameters of its own, else a notice."""
+    weighed = {entry.model: names for entry in recipe.listed if (names := _per_model(recipe, entry.model))}
+    first: dict[str, int] = {}
+    for index, entry in enumerate(recipe.models):
+        earlier = first.setdefault(entry.model, index)
+        if earlier == index:
+            continue
+        path: Path = ("models", index, "model")
+        line = document.line(("models", earlier))
+        text = f"the same model as models[{earlier}] on line {line}: {redact(entry.model)}"
+        if own := weighed.get(entry.model):
+            added = " (add up the two weights)" if "weight" in own else ""
+            yield path, f"{text}; list it once{added}"
+        else:
+            yield Notice(path, "repeated-model", f"{text}; it counts once")
+
+
+def _per_model(recipe: Recipe, location: str) -> list[str]:
+    """Return the parameters that methods in use take of one model by itself."""
+    return [
+        name
+        for method in recipe.methods
+        if any(entry.model == location for entry in recipe.counted(method))
+        for name, parameter in parameters_of(method).items()
+        if parameter.per_model
+    ]
+
+
+def local_revisions(value: object, path: Path = ()) -> Iterator[Notice]:
+    """Yield revisions of models that are folders on this machine, at any depth of a document."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        text = written(child) if key in _NAME_MODELS else child if path == ("models",) else None
+        folder = ignored_revision(text) if isinstance(text, str) else None
+        if folder:
+            said = f"the folder {shown(folder)} is taken as it is, as folders have no revisions; leave the revision out"
+            yield Notice((*path, key), "local-revision", said)
+        else:
+            yield from local_revisions(child, (*path, key))
