@@ -57,7 +57,8 @@ def make_plan(
     accepted = {*recipe.stockflow.accept, *accepted}
     checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
     jobs, skipped, problems = _planned(recipe, checkpoints)
-    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped))
+    config = output_config(recipe, checkpoints, jobs)
+    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))
@@ -72,7 +73,7 @@ def make_plan(
         donor=recipe.donor,
         shards=_cut_shards(jobs, size),
         side_files=tuple(SideFile(recipe.side_files_donor, *item) for item in side_donor.side_files.items()),
-        config=output_config(recipe, checkpoints, jobs),
+        config=config,
         on_nonfinite=recipe.stockflow.on_nonfinite,
         skipped=tuple(skipped),
         remarks=remarks,

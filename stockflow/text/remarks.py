@@ -8,13 +8,19 @@ Severity = Literal["note", "warning", "refusal"]
 """``note``: a fact of what was asked; ``warning``: an error under ``--strict``; ``refusal``: one until accepted."""
 
 CODES: Mapping[str, str] = {
+    "architecture-differs": "models of several architectures",
     "base-not-listed": "a base that no model of the recipe is, with a method that needs none",
+    "config-differs": "other facts of configs that give equal tensors another meaning",
+    "config-keys-differ": "keys of configs that differ and are not known",
+    "context-length-differs": "models that are said to take texts of several lengths",
     "dtypes-differ": "tensors whose sources have several dtypes",
+    "heads-differ": "attention heads of several numbers or sizes over equal shapes",
     "leftover-scales": "scales beside weights of plain numbers",
     "local-revision": "the revision of a model that is a folder, which has none",
     "no-config": "the model that gives the config has none",
     "no-effect": "a parameter that no method in use reads where it stands",
     "not-copied": "files of the model that gives the side files which stay behind",
+    "promise-unkept": "what the published config promises and no tensor keeps",
     "quantization-removed": "what speaks of quantised weights where the output's are plain numbers",
     "other-names": "a model whose tensors are the base's under other names",
     "unmerged": "a merge in which every tensor comes from one model",

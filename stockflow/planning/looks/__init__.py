@@ -5,7 +5,7 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 
 from collections.abc import Callable, Iterable
 
-from stockflow.planning.looks import asked, quantised
+from stockflow.planning.looks import asked, configs, promises, quantised
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
@@ -16,6 +16,14 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     asked.omitted_files,
     asked.unlisted_base,
     asked.promoted_dtypes,
+    configs.missing_configs,
+    configs.other_architectures,
+    configs.other_heads,
+    configs.other_meanings,
+    configs.other_contexts,
+    configs.other_keys,
+    promises.missing_layers,
+    promises.missing_predictions,
     quantised.removed_quantization,
     quantised.leftover_scales,
 )

@@ -1,6 +1,6 @@
 """A merge as it is proposed: a recipe, its opened checkpoints and the jobs that were planned from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stockflow.checkpoints.opening import Checkpoint
@@ -19,6 +19,8 @@ class Proposal:
     """of the tensors that could be planned"""
     skipped: Sequence[str]
     """names of the tensors that rules leave out"""
+    config: Mapping[str, object] | None = None
+    """what is published"""
 
     @property
     def donor(self) -> Checkpoint:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from stockflow.checkpoints.configs import quantization_keys
 from stockflow.checkpoints.packed import packed_weights, scales_of_plain_weights
-from stockflow.planning.config import quantization_keys
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line

@@ -1,0 +1,206 @@
+"""config.json as models have it: its sections, one word for what families call differently, and what it promises."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+Config = Mapping[str, object]
+Read = Callable[[Config], object]
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "expert_dtype")
+"""Say how packed weights are stored: the usual one, that of older compressed-tensors, of MLX, of DeepSeek-V4."""
+TIE_KEY = "tie_word_embeddings"
+
+
+def sections(config: Config, path: str = "") -> Iterator[tuple[str, Config]]:
+    """Yield a config and those within it, such as ``text_config``, each with its path, which ends in a dot."""
+    yield path, config
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config") and key not in QUANTIZATION_KEYS:
+            yield from sections(value, f"{path}{key}.")
+
+
+def quantization_keys(config: Config) -> Iterator[str]:
+    """Yield the keys, with their paths, that say that weights are packed."""
+    for path, section in sections(config):
+        yield from (path + key for key, value in section.items() if says_packed(key, value))
+
+
+def says_packed(key: str, value: object) -> bool:
+    """Return whether a key of a config says that weights are packed."""
+    if key == "expert_dtype":
+        return str(value).startswith(("fp4", "fp8"))
+    return key in QUANTIZATION_KEYS and isinstance(value, dict) and bool(value)
+
+
+def first(*keys: str) -> Read:
+    """Return what reads the first of these keys that a section gives."""
+    return lambda section: next((section[key] for key in keys if section.get(key) is not None), None)
+
+
+class Trait(NamedTuple):
+    """Something that configs say and shapes do not."""
+
+    name: str
+    keys: tuple[str, ...]
+    read: Read
+    """of a section; None where it says nothing"""
+    default: object = None
+    """what it is if a config says nothing of it; None: that depends on the model's class"""
+
+
+def trait(name: str, *keys: str, read: Read | None = None, default: object = None) -> Trait:
+    """Return a fact that the first of these keys tells, or of its own name, or ``read`` of them."""
+    named = keys or (name,)
+    return Trait(name, named, read or first(*named), default)
+
+
+def head_size(section: Config) -> object:
+    """Return the size of an attention head: given, or what the number of heads makes of the width."""
+    given = first("head_dim", "kv_channels", "d_kv", "attention_head_dim")(section)
+    width, heads = first("hidden_size", "n_embd", "d_model", "dim")(section), first(*_NUM_HEADS_KEYS)(section)
+    if given is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        return width // heads if width % heads == 0 else None
+    return given
+
+
+def rope(section: Config) -> Config:
+    """Return base, scaling, local base and rotated share, as transformers 4 spreads and 5 gathers them."""
+    gathered = section.get("rope_parameters")
+    own = dict(gathered) if isinstance(gathered, dict) else {}
+    local = own.get("sliding_attention")
+    whole = own.get("full_attention", {} if isinstance(local, dict) else own)
+    parts = dict(whole) if isinstance(whole, dict) else {}
+    scaling = section.get("rope_scaling")
+    parts = (dict(scaling) if isinstance(scaling, dict) else {}) | parts
+    share = parts.pop("partial_rotary_factor", None) or first("partial_rotary_factor", "rotary_pct")(section)
+    base = parts.pop("rope_theta", None) or first("rope_theta", "rotary_emb_base", "rope_base")(section)
+    local_base = local.get("rope_theta") if isinstance(local, dict) else None
+    return {
+        "base": base,
+        "local": local_base or first("rope_local_base_freq", "local_rope_theta")(section),
+        "scaling": _scaling(parts),
+        "share": share,
+    }
+
+
+_NO_SCALING = ("rope_type", "type", "original_max_position_embeddings")
+
+
+def _scaling(parts: Config) -> dict[str, object]:
+    kind = parts.get("rope_type") or parts.get("type")
+    rest = {key: value for key, value in parts.items() if key not in _NO_SCALING and value is not None}
+    return rest if kind in (None, "default", "mrope") else {"rope_type": kind, **rest}
+
+
+def original_length(section: Config) -> object:
+    """Return the context length that scaling starts from, wherever it stands."""
+    parts = [section.get("rope_parameters"), section.get("rope_scaling"), section]
+    return next((found for part in parts if isinstance(part, dict) and (found := part.get(_NO_SCALING[2]))), None)
+
+
+def sliding_window(section: Config) -> object:
+    """Return the width of the attention window where one is used."""
+    return None if section.get("use_sliding_window") is False else first("sliding_window", "window_size")(section)
+
+
+_SAME_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu"}
+
+
+def activation(section: Config) -> object:
+    """Return the activation, by one name where functions are equal."""
+    found = first("hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn")(section)
+    return _SAME_ACTIVATIONS.get(found, found) if isinstance(found, str) else found
+
+
+def labels(section: Config) -> object:
+    """Return the names of a classifier's outputs; None for those that nobody named."""
+    given = section.get("id2label")
+    if not isinstance(given, dict) or all(str(value) == f"LABEL_{key}" for key, value in given.items()):
+        return None
+    return dict(sorted((str(key), value) for key, value in given.items()))
+
+
+_NUM_HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
+_ROPE = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rotary_emb_base",
+    "rope_base",
+    "rotary_pct",
+    "local_rope_theta",
+)
+
+
+def architectures(section: Config) -> object:
+    """Return the classes of a model, as they are called without what a trainer wrapped around them."""
+    given = section.get("architectures")
+    named = [str(name).lower().removeprefix("fsdp") for name in given] if isinstance(given, list) else []
+    return sorted(named) or None
+
+
+ARCHITECTURE = (trait("model_type"), trait("architectures", read=architectures))
+HEADS = (
+    trait("number of attention heads", *_NUM_HEADS_KEYS),
+    trait("number of key-value heads", "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
+    trait("size of an attention head", "head_dim", "kv_channels", "d_kv", "attention_head_dim", read=head_size),
+    *map(trait, (
+        "decoder_attention_heads", "num_decoder_attention_heads", "num_global_key_value_heads", "global_head_dim",
+        "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim", "linear_num_key_heads",
+        "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "mamba_num_heads", "mamba_head_dim",
+        "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "n_groups", "ssm_state_size", "state_size", "mamba_d_state",
+    )),
+)  # fmt: skip
+"""Decide into which parts tensors of equal shapes are cut."""
+MEANING = (
+    trait("rope_theta", *_ROPE, read=lambda section: rope(section)["base"], default=10000.0),
+    trait("rope_local_base_freq", read=lambda section: rope(section)["local"]),
+    trait("rope_scaling", read=lambda section: rope(section)["scaling"], default={}),
+    trait("partial_rotary_factor", read=lambda section: rope(section)["share"], default=1.0),
+    trait("original_max_position_embeddings", read=original_length),
+    trait("norm epsilon", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps",
+         "norm_epsilon", "rms_norm_epsilon"),
+    trait("sliding_window", "sliding_window", "use_sliding_window", read=sliding_window),
+    trait("activation", "hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn",
+         "mlp_hidden_act", read=activation),
+    trait("id2label", read=labels),
+    trait("experts per token", "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
+    *map(trait, (
+        "layer_types", "layers_block_type", "full_attention_interval", "sliding_window_pattern", "max_window_layers",
+        "no_rope_layers", "no_rope_layer_interval", "attention_chunk_size", "attn_layer_period", "attn_layer_offset",
+        "expert_layer_period", "expert_layer_offset", "first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step",
+        "mlp_only_layers", "interleave_moe_layer_step", "hybrid_override_pattern", "norm_topk_prob", "n_group",
+        "topk_group", "routed_scaling_factor", "scoring_func", "topk_method", "router_logit_softcapping", "index_topk",
+        "swiglu_limit", "swiglu_alpha", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+        "logit_scale", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
+        "lm_head_multiplier", "scale_emb", "scale_depth", "dim_model_base", "use_qk_norm", "qk_norm", "qk_layernorm",
+        "clip_qkv", "rope_interleave", "position_embedding_type", "alibi", "use_parallel_residual", "parallel_attn",
+        "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "relative_attention_num_buckets",
+        "relative_attention_max_distance", "time_step_min", "time_step_max", "time_step_limit", "time_step_floor",
+        "chunk_size", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size", "window_size",
+        "fullatt_block_indexes", "vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio",
+        "mm_tokens_per_image", "classifier_pooling", "problem_type", "feed_forward_proj", "layer_norm_type",
+        "is_decoder", "apply_residual_connection_post_layernorm", "normalize_before", "do_layer_norm_before",
+    )),
+)  # fmt: skip
+"""What gives equal tensors another meaning; the published config decides it for all."""
+CONTEXT = (
+    trait("context length", "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length",
+         "max_seq_len", "model_max_length"),
+)  # fmt: skip
+"""How far a model was trained or is let go; its tensors know nothing of it."""
+_KNOWN = frozenset(key for each in (*ARCHITECTURE, *HEADS, *MEANING, *CONTEXT) for key in each.keys)
+_QUIET = re.compile(
+    r"_.*|.*_token_ids?|.*_token_index|.*dropout.*|drop_path.*|initializer_.*|output_.*|.*_loss.*|.*_config|.*version.*"
+    r"|.*_size|n_(embd|inner|vocab|layers?|head)|d_(model|ff|inner)|num_.*layers|num_labels|label2id|use_(cache|return_dict)"
+    r"|torch_dtype|dtype|auto_map|pretraining_tp|ep_size|return_dict.*|gradient_checkpointing|unsloth.*|tie_.*|expert_dtype"
+    r"|quantization|task_specific_params|finetuning_task|.*attn_implementation|use_flash_attn.*|seq_aux|freeze.*|tune_.*"
+    r"|.*name_or_path|model_name|license|num_nextn_predict_layers|num_key_value_groups|id2label"
+)
+"""Keys that say nothing of how a model computes, or what shapes and other looks show."""
+
+
+def further_keys(section: Config) -> Config:
+    """Return what nobody knows the meaning of: no fact, and not known to mean nothing."""
+    return {key: value for key, value in section.items() if key not in _KNOWN and not _QUIET.fullmatch(key)}

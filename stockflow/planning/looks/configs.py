@@ -1,0 +1,140 @@
+"""Configs of all models held against each other: facts that shapes do not show, which the published one decides."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from stockflow.checkpoints.configs import (
+    ARCHITECTURE,
+    CONTEXT,
+    HEADS,
+    MEANING,
+    Config,
+    Trait,
+    further_keys,
+    sections,
+    trait,
+)
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
+
+MAX_ITEMS_SHOWN = 6
+"""of a list; of longer ones those that differ"""
+
+
+class Disagreement(NamedTuple):
+    """A fact of which the models say different things."""
+
+    name: str
+    values: Mapping[str, object]
+    """by location, of those that say something"""
+
+
+def missing_configs(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models besides the one that gives the config have none."""
+    urls = [redact(each.url) for each in proposal.checkpoints if each.config is None and each is not proposal.donor]
+    if urls and proposal.donor.config is not None:
+        text = f"{', '.join(urls)} {'has' if len(urls) == 1 else 'have'} no config.json to hold against the others'"
+        yield Remark("no-config", text, "note", tuple(urls))
+
+
+def other_architectures(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that models are not of one architecture."""
+    for found in _disagreements(proposal, ARCHITECTURE):
+        means = "tensors of equal names and shapes need not be used alike"
+        yield _remark(proposal, "architecture-differs", "refusal", found, means)
+
+
+def other_heads(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that models cut tensors of equal shapes into other heads."""
+    for found in _disagreements(proposal, HEADS):
+        means = "the same rows belong to other heads, and no average of them is a model"
+        yield _remark(proposal, "heads-differ", "refusal", found, means)
+
+
+def other_meanings(proposal: Proposal) -> Iterator[Remark]:
+    """Yield what else gives equal tensors another meaning."""
+    for found in _disagreements(proposal, MEANING):
+        means = "the merged weights will run with the published one, some were trained with another"
+        yield _remark(proposal, "config-differs", "warning", found, means)
+
+
+def other_contexts(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that models are said to take texts of different lengths."""
+    for found in _disagreements(proposal, CONTEXT):
+        yield _remark(proposal, "context-length-differs", "note", found, "no tensor depends on it")
+
+
+def other_keys(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which keys differ that stockflow does not know."""
+    known = {key for config in _configs(proposal).values() for each in config.values() for key in further_keys(each)}
+    found = list(_disagreements(proposal, [trait(key) for key in sorted(known)]))
+    if found:
+        said = "; ".join(f"{shown(each.name)}: {_said(proposal, each)}" for each in found)
+        text = f"configs differ in keys that are not known to give weights another meaning: {said}"
+        yield Remark("config-keys-differ", text, "note", values={each.name: _said(proposal, each) for each in found})
+
+
+def _remark(proposal: Proposal, code: str, severity: str, found: Disagreement, means: str) -> Remark:
+    values = {url: shown(value) for url, value in _telling(found.values).items()}
+    text = f"{found.name} differs: {_said(proposal, found)}; {means}"
+    return Remark(code, text, severity, tuple(found.values), values=values)  # type: ignore[arg-type]
+
+
+def _said(proposal: Proposal, found: Disagreement) -> str:
+    """Every value with the models that have it, the published one first."""
+    donor = redact(proposal.donor.url)
+    owners: dict[str, list[str]] = {}
+    for url, value in sorted(_telling(found.values).items(), key=lambda item: item[0] != donor):
+        owners.setdefault(shown(value), []).append(url)
+    said = [f"{value} in {', '.join(urls)}{' (published)' * (donor in urls)}" for value, urls in owners.items()]
+    return ", ".join(said)
+
+
+def _telling(values: Mapping[str, object]) -> Mapping[str, object]:
+    """What tells values apart: of mappings and lists the items that differ, so that none is cut away."""
+    if all(isinstance(value, list) and len(value) > MAX_ITEMS_SHOWN for value in values.values()):
+        return _telling({url: {f"[{i}]": item for i, item in enumerate(_items(v))} for url, v in values.items()})
+    if not all(isinstance(value, dict) for value in values.values()):
+        return values
+    keys = dict.fromkeys(key for value in values.values() for key in _pairs(value))
+    found: dict[str, dict[str, object]] = {url: {} for url in values}
+    for key in keys:
+        own = {url: _pairs(value).get(key) for url, value in values.items()}
+        if any(value != next(iter(own.values())) for value in own.values()):
+            for url, value in _telling(own).items():
+                found[url][key] = value
+    return found
+
+
+def _items(value: object) -> Sequence[object]:
+    return value if isinstance(value, list) else ()
+
+
+def _pairs(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _configs(proposal: Proposal) -> dict[str, dict[str, Config]]:
+    """Sections by path, by location of the models that have a config."""
+    return {redact(each.url): dict(sections(each.config)) for each in proposal.checkpoints if each.config is not None}
+
+
+def _disagreements(proposal: Proposal, traits: Iterable[Trait]) -> Iterator[Disagreement]:
+    configs = _configs(proposal)
+    paths = dict.fromkeys(path for config in configs.values() for path in config)
+    for path in paths if len(configs) > 1 else ():
+        own = {url: config[path] for url, config in configs.items() if path in config}
+        for each in traits:
+            found = _values(each, own)
+            if any(value != next(iter(found.values())) for value in found.values()):
+                yield Disagreement(path + each.name, found)
+
+
+def _values(each: Trait, own: Mapping[str, Config]) -> dict[str, object]:
+    given = {url: each.read(section) for url, section in own.items()}
+    if all(value is None for value in given.values()):
+        return {}
+    filled = {url: each.default if value is None else value for url, value in given.items()}
+    return {url: value for url, value in filled.items() if value is not None}

@@ -1,0 +1,72 @@
+"""Promises of the published config that no written tensor keeps: layers, prediction layers, a head of its own."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from stockflow.checkpoints.configs import Config, first, sections
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import counted
+
+_STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
+_NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_PREDICTED = first("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+_OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
+"""Say that layers share tensors, or are counted otherwise."""
+
+
+def stacks(names: Mapping[str, object] | Iterator[str]) -> dict[str, set[int]]:
+    """Return the numbers of layers by what stands before them: ``model.layers.`` to 0, 1, 2."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        place = _STACK.search(name)
+        if place:
+            found.setdefault(name[: place.end()], set()).add(int(place[1]))
+    return found
+
+
+def missing_layers(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which sections of the published config speak of other numbers of layers than are written."""
+    found = stacks(job.output.name for job in proposal.jobs)
+    whole = {len(numbers) for numbers in found.values() if max(numbers) + 1 == len(numbers)}
+    for path, section in sections(proposal.config or {}) if found else ():
+        for key in _NUM_LAYERS:
+            number = section.get(key)
+            is_plain = not any(each in section for each in _OTHERWISE_COUNTED)
+            if is_plain and isinstance(number, int) and not whole & {number, number + _num_predicted(section)}:
+                yield _broken(proposal, path + key, number, f"the written tensors have {_described(found)}")
+
+
+def _num_predicted(section: Config) -> int:
+    number = _PREDICTED(section)
+    return number if isinstance(number, int) else 0
+
+
+def missing_predictions(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that the config promises layers that predict further tokens, and no tensor is of one."""
+    names = None
+    for path, section in sections(proposal.config or {}):
+        number, layers = _num_predicted(section), first(*_NUM_LAYERS)(section)
+        if not number or not isinstance(layers, int):
+            continue
+        names = names or [job.output.name for job in proposal.jobs]
+        extra = re.compile(rf"(^|\.)(mtp\w*\.|layers\.{layers}\.)")
+        if not any(map(extra.search, names)):
+            key = next(key for key in section if section[key] == number and ("nextn" in key or "mtp" in key))
+            yield _broken(proposal, path + key, number, "no written tensor is of a layer that predicts further tokens")
+
+
+def _described(found: Mapping[str, set[int]]) -> str:
+    return ", ".join(
+        f"{counted(len(numbers), 'layer')} under {before}" for before, numbers in sorted(found.items())[:4]
+    )
+
+
+def _broken(proposal: Proposal, key: str, promised: object, kept: str) -> Remark:
+    url = redact(proposal.donor.url)
+    text = (
+        f"the published config says {key}: {promised}, as that of {url} does, but {kept}; correct it there if the "
+        "model is whole as it is, else a loader misses something"
+    )
+    return Remark("promise-unkept", text, "warning", (url,), values={key: str(promised)})

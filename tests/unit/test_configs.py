@@ -1,0 +1,329 @@
+"""Configs of all models held against each other, and what the published one promises: real models' keys and values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import write_checkpoint
+from tests.plans import Merge
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": None, "hidden_act": "silu",
+    "max_position_embeddings": 8192, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+}  # fmt: skip
+LLAMA_31 = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_attention_heads": 28, "hidden_size": 3584,
+    "rope_theta": 1000000.0, "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28,
+}  # fmt: skip
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "num_attention_heads": 32}
+QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1}
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 256, "query_pre_attn_scalar": 224,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh",
+}  # fmt: skip
+GEMMA3 = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+    "text_config": {
+        "model_type": "gemma3_text", "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window_pattern": 6,
+    },
+    "vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16, "hidden_size": 1152},
+}  # fmt: skip
+GEMMA3_5 = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+    "text_config": {
+        "model_type": "gemma3_text", "sliding_window": 1024,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1000000.0, "factor": 8.0, "rope_type": "linear"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+    },
+    "vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16, "hidden_size": 1152},
+}  # fmt: skip
+MISTRAL = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "sliding_window": 4096,
+    "rope_theta": 10000.0,
+}
+PHI3 = {
+    "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.02], "long_factor": [1.07, 1.12]},
+}  # fmt: skip
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "n_group": 8, "topk_group": 4,
+    "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128, "v_head_dim": 128, "num_attention_heads": 128, "hidden_size": 7168,
+    "rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "original_max_position_embeddings": 4096},
+}  # fmt: skip
+GPT_OSS = {
+    "model_type": "gpt_oss", "head_dim": 64, "num_attention_heads": 64, "swiglu_limit": 7.0, "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"], "rope_scaling": {"rope_type": "yarn", "factor": 32.0},
+}  # fmt: skip
+JAMBA = {
+    "model_type": "jamba",
+    "attn_layer_period": 8,
+    "attn_layer_offset": 4,
+    "expert_layer_period": 2,
+    "mamba_d_state": 16,
+}
+MAMBA2 = {"model_type": "mamba2", "num_heads": 80, "head_dim": 64, "n_groups": 1, "state_size": 128, "chunk_size": 256}
+T5 = {"model_type": "t5", "num_heads": 8, "d_kv": 64, "d_model": 512, "relative_attention_num_buckets": 32}
+CLIP = {
+    "model_type": "clip", "text_config": {"hidden_act": "quick_gelu", "num_attention_heads": 8, "hidden_size": 512},
+    "vision_config": {"patch_size": 32, "num_attention_heads": 12, "hidden_size": 768, "layer_norm_eps": 1e-5},
+}  # fmt: skip
+BERT = {
+    "model_type": "bert", "architectures": ["BertForSequenceClassification"], "layer_norm_eps": 1e-12,
+    "id2label": {"0": "negative", "1": "positive"}, "label2id": {"negative": 0, "positive": 1}, "hidden_act": "gelu",
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2",
+    "n_head": 12,
+    "n_embd": 768,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
+COHERE = {"model_type": "cohere", "logit_scale": 0.0625, "use_qk_norm": False}
+GRANITE = {
+    "model_type": "granite",
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 16.0,
+    "attention_multiplier": 0.0078125,
+}
+QWEN2_VL = {
+    "model_type": "qwen2_vl", "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}  # fmt: skip
+YARN = {"type": "yarn", "factor": 4.0}
+V5 = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}, "dtype": "bfloat16", "rope_theta": None}
+SEQUENCE = {"architectures": ["LlamaForSequenceClassification"]}
+
+
+def within(config: dict[str, Any], section: str, **changed: Any) -> dict[str, Any]:
+    return {**config, section: {**config[section], **changed}}
+
+
+QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nothing": (LLAMA, LLAMA),
+    "how it was saved": (
+        LLAMA, {**LLAMA, "transformers_version": "4.57.1", "torch_dtype": "float32", "use_cache": False},
+    ),
+    "where from": (LLAMA, {**LLAMA, "_name_or_path": "/x", "unsloth_version": "2025.3", "unsloth_fixed": True}),
+    "token ids": (LLAMA, {**LLAMA, "bos_token_id": 5, "eos_token_id": [1, 2], "pad_token_id": 0}),
+    "training": (LLAMA, {**LLAMA, "attention_dropout": 0.1, "initializer_range": 0.01, "router_aux_loss_coef": 0.1}),
+    "FSDP": (LLAMA, {**LLAMA, "architectures": ["FSDPLlamaForCausalLM"]}),
+    "transformers 5": (LLAMA, {**LLAMA, **V5}),
+    "head_dim that follows": (LLAMA, {**LLAMA, "head_dim": 128}),
+    "attention bias that is off": (LLAMA, {**LLAMA, "attention_bias": False, "mlp_bias": False}),
+    "a window that is not used": (QWEN2, {**QWEN2, "sliding_window": None, "max_window_layers": 28}),
+    "Gemma 3 of both": (GEMMA3, within(GEMMA3_5, "text_config", rope_local_base_freq=None)),
+    "Llama 2 without a base": ({"model_type": "llama"}, {"model_type": "llama", "rope_theta": 10000}),
+    "longrope's length": (
+        PHI3, {**PHI3, "rope_scaling": {**PHI3["rope_scaling"], "original_max_position_embeddings": 4096}},
+    ),
+    "mrope": (QWEN2_VL, {
+        "model_type": "qwen2_vl",
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [16, 24, 24]},
+    }),
+    "names nobody gave": (GPT2, {**GPT2, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}),
+    "one function": (GPT2, {**GPT2, "activation_function": "gelu_pytorch_tanh"}),
+    "leftover of a format": (LLAMA, {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}),
+    "layer types by a newer version": (QWEN2, {**QWEN2, "layer_types": ["full_attention"]}),
+}  # fmt: skip
+ARCHITECTURE, HEADS, CONFIG, LENGTH, KEYS = (
+    "architecture-differs", "heads-differ", "config-differs", "context-length-differs", "config-keys-differ",
+)  # fmt: skip
+LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "llama and mistral": (ARCHITECTURE, LLAMA, {**LLAMA, "model_type": "mistral"}, "model_type"),
+    "another head": (ARCHITECTURE, LLAMA, {**LLAMA, **SEQUENCE}, "architectures"),
+    "another text model": (
+        ARCHITECTURE, GEMMA3, within(GEMMA3, "text_config", model_type="gemma2"), "text_config.model_type",
+    ),
+    "40 heads": (HEADS, LLAMA, {**LLAMA, "num_attention_heads": 64, "head_dim": 128}, "number of attention heads"),
+    "4 groups": (HEADS, LLAMA, {**LLAMA, "num_key_value_heads": 4}, "number of key-value heads"),
+    "head_dim": (HEADS, QWEN3, {**QWEN3, "head_dim": 64}, "size of an attention head"),
+    "GPT-2's heads": (HEADS, GPT2, {**GPT2, "n_head": 16}, "number of attention heads"),
+    "T5's heads": (HEADS, T5, {**T5, "num_heads": 16, "d_kv": 32}, "number of attention heads"),
+    "the vision tower's": (
+        HEADS, CLIP, within(CLIP, "vision_config", num_attention_heads=16),
+        "vision_config.number of attention heads",
+    ),
+    "MLA": (HEADS, DEEPSEEK, {**DEEPSEEK, "qk_rope_head_dim": 32}, "qk_rope_head_dim"),
+    "Mamba-2's": (HEADS, MAMBA2, {**MAMBA2, "num_heads": 40, "head_dim": 128}, "number of attention heads"),
+    "rope base": (CONFIG, LLAMA, {**LLAMA, "rope_theta": 1e6}, "rope_theta"),
+    "Llama 2 and longer": (CONFIG, {"model_type": "llama"}, {"model_type": "llama", "rope_theta": 1e6}, "rope_theta"),
+    "rope base, by 5": (CONFIG, LLAMA, {**LLAMA, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta"),
+    "Llama 3.1": (CONFIG, LLAMA, {**LLAMA, "rope_scaling": LLAMA_31}, "rope_scaling"),
+    "YaRN switched on": (CONFIG, QWEN2, {**QWEN2, "rope_scaling": YARN}, "rope_scaling"),
+    "YaRN's factor": (CONFIG, DEEPSEEK, {**DEEPSEEK, "rope_scaling": {**YARN, "factor": 20}}, "rope_scaling"),
+    "longrope": (
+        CONFIG, PHI3, within(PHI3, "rope_scaling", long_factor=[2.0, 3.0]), "rope_scaling",
+    ),
+    "local base": (
+        CONFIG, GEMMA3, within(GEMMA3, "text_config", rope_local_base_freq=20000.0),
+        "text_config.rope_local_base_freq",
+    ),
+    "Gemma 3's scaling lost": (
+        CONFIG, GEMMA3, within(GEMMA3, "text_config", rope_scaling=None), "text_config.rope_scaling",
+    ),
+    "share": (
+        CONFIG, {"model_type": "phi"}, {"model_type": "phi", "partial_rotary_factor": 0.5}, "partial_rotary_factor",
+    ),
+    "epsilon": (CONFIG, LLAMA, {**LLAMA, "rms_norm_eps": 1e-6}, "norm epsilon"),
+    "BERT's epsilon": (CONFIG, BERT, {**BERT, "layer_norm_eps": 1e-5}, "norm epsilon"),
+    "CLIP's epsilon": (
+        CONFIG, CLIP, within(CLIP, "vision_config", layer_norm_eps=1e-6), "vision_config.norm epsilon",
+    ),
+    "window": (CONFIG, MISTRAL, {**MISTRAL, "sliding_window": 8192}, "sliding_window"),
+    "pattern": (
+        CONFIG, GEMMA3, within(GEMMA3, "text_config", sliding_window_pattern=4), "text_config.sliding_window_pattern",
+    ),
+    "order of layers": (
+        CONFIG, GPT_OSS, {**GPT_OSS, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types",
+    ),
+    "activation": (CONFIG, GEMMA2, {**GEMMA2, "hidden_activation": "gelu"}, "activation"),
+    "CLIP's activation": (CONFIG, CLIP, within(CLIP, "text_config", hidden_act="gelu"), "text_config.activation"),
+    "soft caps": (CONFIG, GEMMA2, {**GEMMA2, "attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
+    "scale of queries": (CONFIG, GEMMA2, {**GEMMA2, "query_pre_attn_scalar": 256}, "query_pre_attn_scalar"),
+    "experts per token": (CONFIG, QWEN3_MOE, {**QWEN3_MOE, "num_experts_per_tok": 4}, "experts per token"),
+    "router": (CONFIG, QWEN3_MOE, {**QWEN3_MOE, "norm_topk_prob": False}, "norm_topk_prob"),
+    "groups of experts": (CONFIG, DEEPSEEK, {**DEEPSEEK, "topk_group": 3}, "topk_group"),
+    "scaling of experts": (CONFIG, DEEPSEEK, {**DEEPSEEK, "routed_scaling_factor": 1.0}, "routed_scaling_factor"),
+    "SwiGLU's limit": (CONFIG, GPT_OSS, {**GPT_OSS, "swiglu_limit": 10.0}, "swiglu_limit"),
+    "Jamba's period": (CONFIG, JAMBA, {**JAMBA, "attn_layer_period": 4}, "attn_layer_period"),
+    "buckets": (CONFIG, T5, {**T5, "relative_attention_num_buckets": 64}, "relative_attention_num_buckets"),
+    "patches": (CONFIG, CLIP, within(CLIP, "vision_config", patch_size=16), "vision_config.patch_size"),
+    "labels": (CONFIG, BERT, {**BERT, "id2label": {"0": "positive", "1": "negative"}}, "id2label"),
+    "Cohere's scale": (CONFIG, COHERE, {**COHERE, "logit_scale": 0.25}, "logit_scale"),
+    "Granite's multiplier": (CONFIG, GRANITE, {**GRANITE, "embedding_multiplier": 1.0}, "embedding_multiplier"),
+    "sections of mrope": (
+        CONFIG, QWEN2_VL, {**QWEN2_VL, "rope_scaling": {"type": "mrope", "mrope_section": [8, 28, 28]}},
+        "rope_scaling",
+    ),
+    "length": (LENGTH, LLAMA, {**LLAMA, "max_position_embeddings": 131072}, "context length"),
+    "GPT-2's length": (LENGTH, {**GPT2, "n_positions": 1024}, {**GPT2, "n_positions": 2048}, "context length"),
+    "what nobody knows": (KEYS, {**LLAMA, "flux": 1}, {**LLAMA, "flux": 2}, "flux"),
+}  # fmt: skip
+SEVERITIES = {ARCHITECTURE: "refusal", HEADS: "refusal", CONFIG: "warning", LENGTH: "note", KEYS: "note"}
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Merge:
+    return Merge(tmp_path).write(config={})
+
+
+def give(merge: Merge, *configs: dict[str, Any]) -> None:
+    for folder, config in zip(merge.folders, configs, strict=True):
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_what_says_nothing_of_weights_and_other_spellings_are_quiet(merge: Merge, case: str) -> None:
+    first, second = QUIET[case]
+    give(merge, first, second, first)
+
+    assert merge.plan(stockflow={"accept": []}).notes == ()
+
+
+@pytest.mark.parametrize("case", LOUD)
+def test_what_gives_equal_shapes_another_meaning_is_said_with_all_values(merge: Merge, case: str) -> None:
+    code, first, second, name = LOUD[case]
+    give(merge, first, second, second)
+    accepted = ["architecture-differs", "heads-differ"]
+
+    said = [each for each in merge.plan(stockflow={"accept": accepted}).remarks if name in each.text]
+
+    (found,) = said
+    assert (found.code, found.severity) == (code, SEVERITIES[code])
+    base, one, two = map(str, merge.folders)
+    assert f"in {base} (published), " in found.text
+    assert f" in {one}, {two}" in found.text
+    if code != "config-keys-differ":
+        assert found.models == (base, one, two)
+        assert len(set(found.values.values())) == 2
+        assert found.values[one] == found.values[two]
+
+
+@pytest.mark.parametrize("case", [case for case in LOUD if SEVERITIES[LOUD[case][0]] == "refusal"])
+def test_other_heads_and_architectures_are_refused_until_accepted(merge: Merge, case: str) -> None:
+    code, first, second, name = LOUD[case]
+    give(merge, first, first, second)
+
+    assert f"{name} differs: " in merge.refusal()
+    assert f"`stockflow: {{accept: [{code}]}}`" in merge.refusal()
+
+
+def test_of_long_values_the_parts_that_differ_are_shown(merge: Merge) -> None:
+    factors = [1.0] * 47
+    give(merge, *({"rope_scaling": {"type": "longrope", "long_factor": [*factors, last]}} for last in (2.0, 3.0, 3.0)))
+
+    (said,) = merge.plan().remarks
+    assert list(said.values.values()) == ["{'long_factor': {'[47]': 2.0}}", *["{'long_factor': {'[47]': 3.0}}"] * 2]
+
+
+def test_a_model_without_config_is_named(merge: Merge) -> None:
+    (merge.folders[2] / "config.json").unlink()
+
+    (said,) = merge.plan().remarks
+    assert (said.code, said.severity, said.models) == ("no-config", "note", (str(merge.folders[2]),))
+
+
+BROKEN: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
+    "kept": ({"num_hidden_layers": 2}, ["model.layers.0.a", "model.layers.1.a"], None),
+    "too few": ({"num_hidden_layers": 3}, ["model.layers.0.a", "model.layers.1.a"], "num_hidden_layers: 3"),
+    "too many": ({"num_hidden_layers": 1}, ["model.layers.0.a", "model.layers.1.a"], "num_hidden_layers: 1"),
+    "a gap": ({"num_hidden_layers": 2}, ["model.layers.0.a", "model.layers.2.a"], "num_hidden_layers: 2"),
+    "GPT-2": ({"n_layer": 3}, ["h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight"], "n_layer: 3"),
+    "T5": (
+        {"num_layers": 1, "num_decoder_layers": 2}, ["encoder.block.0.layer.0.a", "encoder.block.0.layer.1.a"], None,
+    ),
+    "Whisper": ({"encoder_layers": 1, "decoder_layers": 2}, ["model.encoder.layers.0.a"], "decoder_layers: 2"),
+    "BERT": ({"num_hidden_layers": 1}, ["bert.encoder.layer.0.a"], None),
+    "ALBERT": (
+        {"num_hidden_layers": 12, "num_hidden_groups": 1}, ["albert.albert_layer_groups.0.albert_layers.0.a"], None,
+    ),
+    "names of another kind": ({"num_hidden_layers": 12}, ["trunk.a", "trunk.b"], None),
+    "a tower that is gone": (
+        {"text_config": {"num_hidden_layers": 1}, "vision_config": {"num_hidden_layers": 27}},
+        ["language_model.model.layers.0.a"],
+        "vision_config.num_hidden_layers: 27",
+    ),
+    "prediction layers": (
+        {"num_hidden_layers": 1, "num_nextn_predict_layers": 1},
+        ["model.layers.0.a", "model.layers.1.eh_proj.weight"],
+        None,
+    ),
+    "prediction layers that are gone": (
+        {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}, ["model.layers.0.a"], "num_nextn_predict_layers: 1",
+    ),
+    "MTP": ({"num_hidden_layers": 1, "mtp_num_hidden_layers": 1}, ["model.layers.0.a", "mtp.layers.0.a"], None),
+    "MTP that is gone": (
+        {"text_config": {"num_hidden_layers": 1, "mtp_num_hidden_layers": 1}}, ["model.language_model.layers.0.a"],
+        "text_config.mtp_num_hidden_layers: 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_promises_that_no_tensor_keeps_are_said(tmp_path: Path, case: str) -> None:
+    config, names, broken = BROKEN[case]
+    merge = Merge(tmp_path)
+    merge.models = [{name: torch.ones(3) for name in names} for _ in range(3)]
+    for folder, tensors in zip(merge.folders, merge.models, strict=True):
+        write_checkpoint(folder, tensors, config=config)
+
+    said = merge.plan().remarks
+
+    assert [remark.code for remark in said] == (["promise-unkept"] if broken else [])
+    assert not broken or f"the published config says {broken}, as that of {merge.folders[0]} does, but " in said[0].text
