@@ -1,16 +1,29 @@
 """Documents of a checkpoint, which others wrote: JSON objects, and names of files in it."""
 
 from stockflow.errors import CheckpointError, RecipeError
-from stockflow.storage import Store, check_key, redact
+from stockflow.storage import Store, check_key, read_small, redact
 from stockflow.text.strictjson import parse_text_json
+
+
+def is_key(text: str) -> bool:
+    """Return whether a text names something in the folder or below it, and every store takes it."""
+    try:
+        return bool(check_key(text))
+    except RecipeError:
+        return False
 
 
 def is_file_name(file: str) -> bool:
     """Return whether a text names a file directly in the folder, and every store takes it."""
+    return "/" not in file and is_key(file)
+
+
+def find_json(store: Store, key: str, max_bytes: int) -> object:
+    """Return what a JSON file says, None if that cannot be told: whoever copies it looks for damage."""
     try:
-        return "/" not in check_key(file)
-    except RecipeError:
-        return False
+        return parse_text_json(read_small(store, key, max_bytes=max_bytes), allows_constants=True)
+    except ValueError:
+        return None
 
 
 def read_json(store: Store, key: str, max_bytes: int) -> dict[str, object]:

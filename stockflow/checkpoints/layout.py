@@ -38,7 +38,7 @@ class HeaderCache:
     def __init__(self) -> None:
         """Begin empty."""
         self._lock = threading.Lock()
-        self._parsed: dict[tuple[bytes, int], list[PlacedTensor]] = {}
+        self._parsed: dict[tuple[bytes, int, str], list[PlacedTensor]] = {}
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
 
     def collect(self, where: str, files: Sequence[str], headers: Sequence[list[PlacedTensor]]) -> Layout:
@@ -48,13 +48,26 @@ class HeaderCache:
             self._layouts[key] = _collect(where, files, headers)
         return self._layouts[key]
 
-    def parse(self, head: bytes, file_size: int, where: str) -> list[PlacedTensor]:
-        """Return what ``parse_header`` returns."""
+    def parse(self, head: bytes, file_size: int, where: str, folder: str) -> list[PlacedTensor]:
+        """Return what ``parse_header`` returns, named as tensors of a file in that folder are."""
+        key = head, file_size, folder
         with self._lock:
-            placed = self._parsed.get((head, file_size))
+            placed = self._parsed.get(key)
             if placed is None:
-                placed = self._parsed[head, file_size] = parse_header(head, file_size, where)
+                placed = self._parsed[key] = in_folder(folder, parse_header(head, file_size, where))
             return placed
+
+
+def folder_of(key: str) -> str:
+    """Return the folder of a file, empty for those directly in the model's."""
+    return key.rpartition("/")[0]
+
+
+def in_folder(folder: str, placed: list[PlacedTensor]) -> list[PlacedTensor]:
+    """Return the tensors of a file in a subfolder, which has names of its own: ``2_Dense/linear.weight``."""
+    if not folder:
+        return placed
+    return [each._replace(spec=each.spec._replace(name=f"{folder}/{each.spec.name}")) for each in placed]
 
 
 def unheard(file: str) -> None:
@@ -77,7 +90,7 @@ def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) ->
         rest = bytearray(needed - len(head))
         store.read_into(file, len(head), memoryview(rest), stamp)
         head += bytes(rest)
-    placed = cache.parse(head[:needed], stamp.size, where)
+    placed = cache.parse(head[:needed], stamp.size, where, folder_of(file))
     on_file(where)
     return placed, stamp
 

@@ -8,13 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from stockflow.checkpoints.documents import is_file_name, read_json
+from stockflow.checkpoints.beside import look_beside
+from stockflow.checkpoints.documents import find_json, read_json
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.index import INDEX_FILE, check_coverage, read_index
-from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, read_header, unheard
-from stockflow.checkpoints.side_files import code_files, is_known
+from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, folder_of, read_header, unheard
+from stockflow.checkpoints.left_out import WEIGHT_SUFFIXES
+from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, find_modules
+from stockflow.checkpoints.tree import Tree, list_tree
 from stockflow.errors import NotFoundError
-from stockflow.storage import LocalStore, Stamp, Store, read_small, redact
+from stockflow.storage import LocalStore, Stamp, Store, redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted
@@ -26,12 +29,6 @@ MAX_CONFIG_BYTES = 16_000_000
 NUM_HEADER_READERS = 16
 
 MAX_LINKS_SAID = 20
-
-MAX_SIDE_FILE_BYTES = 64_000_000
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pkl", ".tar",
-)  # fmt: skip
-EXCLUDED_SIDE_FILES = (CONFIG_FILE, "README.md", "manifest.json", "mergekit_config.yml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +46,11 @@ class Checkpoint:
     side_files: Mapping[str, Stamp]
     """the files that a loader needs besides the weights: tokenizer, templates, code that configs name"""
     omitted_side_files: tuple[str, ...]
-    """the ones that are too large to be copied, or whose names not every store takes"""
+    """the ones that are too large to be copied, or whose names not every store takes beside the others"""
     remarks: tuple[Remark, ...] = ()
     """what was found of it alone"""
     other_files: tuple[str, ...] = ()
-    """what else lies there, and no loader needs; hidden files, weights and what an output has of its own left out"""
+    """what else lies there and is of no known kind; hidden files and what an output has of its own left out"""
 
 
 def open_checkpoint(store: Store, cache: HeaderCache, on_file: OnFile = unheard) -> Checkpoint:
@@ -63,36 +60,46 @@ def open_checkpoint(store: Store, cache: HeaderCache, on_file: OnFile = unheard)
         NotFoundError: there is no checkpoint at this location.
         CheckpointError: index, headers or config are malformed or contradict each other.
     """
-    listing = store.list_top()
+    tree = list_tree(store, store.listing())
     where = redact(store.url)
-    if SINGLE_FILE in listing:
-        weight_map, files = None, [SINGLE_FILE]
-    elif INDEX_FILE in listing:
+    modules = find_modules(tree, {key: _document(store, tree, key) for key in (MODULES_FILE, ROUTER_FILE)}, where)
+    weight_map, files = None, list(modules.weights)
+    if SINGLE_FILE in tree.files:
+        files = [SINGLE_FILE, *files]
+    elif INDEX_FILE in tree.files:
         weight_map = read_index(store)
-        files = sorted(set(weight_map.values()))
-    else:
-        raise NotFoundError(_nothing_here(where, listing))
+        files = [*sorted(set(weight_map.values())), *files]
+    elif not files:
+        raise NotFoundError(_nothing_here(where, tree.files))
     with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
         headers = list(pool.map(lambda file: read_header(store, file, cache, on_file), files))
     specs, extents = cache.collect(where, files, [placed for placed, _ in headers])
     if weight_map is not None:
-        check_coverage(where, weight_map, extents)
+        check_coverage(where, weight_map, _outside_modules(extents) if modules.weights else extents)
     stamps = {file: stamp for file, (_, stamp) in zip(files, headers, strict=True)}
     if weight_map is not None:
-        stamps[INDEX_FILE] = listing[INDEX_FILE]
-    config = read_json(store, CONFIG_FILE, MAX_CONFIG_BYTES) if CONFIG_FILE in listing else None
-    beside = {key: stamp for key, stamp in listing.items() if _is_beside(key)}
-    candidates = _side_files(store, beside, config)
+        stamps[INDEX_FILE] = tree.files[INDEX_FILE]
+    config = read_json(store, CONFIG_FILE, MAX_CONFIG_BYTES) if CONFIG_FILE in tree.files else None
+    beside = look_beside(store, tree, modules, config, specs.keys(), stamps.keys())
     return Checkpoint(
         url=store.url,
         specs=specs,
         extents=extents,
         files=stamps,
         config=config,
-        side_files={key: stamp for key, stamp in candidates.items() if _can_be_copied(key, stamp)},
-        omitted_side_files=tuple(key for key, stamp in candidates.items() if not _can_be_copied(key, stamp)),
-        other_files=tuple(key for key in beside if key not in candidates),
+        side_files=beside.copied,
+        omitted_side_files=beside.omitted,
+        remarks=beside.remarks,
+        other_files=beside.others,
     )
+
+
+def _document(store: Store, tree: Tree, key: str) -> object:
+    return find_json(store, key, MAX_CONFIG_BYTES) if key in tree.files else None
+
+
+def _outside_modules(extents: Mapping[str, Extent]) -> dict[str, Extent]:
+    return {name: extent for name, extent in extents.items() if not folder_of(extent.file)}
 
 
 def open_checkpoints(stores: Sequence[Store], on_file: OnFile = unheard) -> list[Checkpoint]:
@@ -124,35 +131,3 @@ def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
     files = f"{counted(len(listing), 'file')} but no weights"
     found = f"it has {', '.join(map(in_a_line, others[:3])) if others else files}"
     return f"there is no checkpoint at {where}: {expected}; {found}. Other formats must be converted first"
-
-
-def _side_files(store: Store, beside: Mapping[str, Stamp], config: Mapping[str, object] | None) -> dict[str, Stamp]:
-    """Return the files that a loader needs; a link among them that is not followed is refused, not left out."""
-    known = [key for key in beside if is_known(key)]
-    store.check_links(key for key in known if is_file_name(key))
-    code = code_files(
-        [key for key in beside if is_file_name(key)],
-        config,
-        lambda key: read_json(store, key, MAX_CONFIG_BYTES),
-        lambda key: _read_code(store, key),
-    )
-    return {key: stamp for key, stamp in beside.items() if key in code or key in known}
-
-
-def _read_code(store: Store, key: str) -> str:
-    """Return a Python file, for its imports alone: what is not UTF-8 is none."""
-    return read_small(store, key, max_bytes=MAX_CONFIG_BYTES).decode(errors="replace")
-
-
-def _is_beside(key: str) -> bool:
-    """Whether a file is neither weights nor what an output has of its own, nor hidden."""
-    return not (
-        key.startswith(".")
-        or key in EXCLUDED_SIDE_FILES
-        or key.endswith(WEIGHT_SUFFIXES)
-        or key.endswith(".index.json")
-    )
-
-
-def _can_be_copied(key: str, stamp: Stamp) -> bool:
-    return stamp.size <= MAX_SIDE_FILE_BYTES and is_file_name(key)

@@ -5,7 +5,7 @@ trainer that lies in the folder stays there. Code is copied where the model's ow
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "tokenizer": (
@@ -17,7 +17,9 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "template": (r".+\.jinja", r"chat_template\.json"),
     "processor": (r"(.+_)?(pre)?processor_config\.json", r"feature_extractor_config\.json"),
     "generation": (r"generation_config\.json",),
-    "sentence embeddings": (r"modules\.json", r"config_sentence_transformers\.json", r"sentence_.+_config\.json"),
+    "sentence embeddings": (
+        r"modules\.json", r"config_sentence_transformers\.json", r"sentence_.+_config\.json", r"router_config\.json",
+    ),
     "framework": (r"configuration\.json",),
     "licence": (
         r"(?i:(model[-_]|third[-_]party[-_])?(licen[cs]e|copying|notices?)"
@@ -27,50 +29,80 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Patterns of whole names by what they are for. SentencePiece's ``.model`` has a different name in every family."""
 _KNOWN = re.compile("|".join(pattern for patterns in KINDS.values() for pattern in patterns))
+_PLACES = (
+    (re.compile(""), _KNOWN),
+    (re.compile("additional_chat_templates"), re.compile(r".+\.jinja")),
+    (re.compile(r"(\w+_)?tokenizer"), re.compile("|".join(KINDS["tokenizer"]))),
+)
+"""folders, and what is known in them: templates beside the first one, the further tokenizers of a processor"""
+_IN_MODULE = re.compile(r".*config\.json|" + _KNOWN.pattern)
 _NAMES_CODE = re.compile(r"tokenizer_config\.json|(.+_)?(pre)?processor_config\.json")
 """configs beside config.json that may have an ``auto_map``"""
-_REFERENCE = re.compile(r"(\w+)\.\w+")
+_REFERENCE = re.compile(r"([\w./]+)\.\w+")
 """``modeling_x.XForCausalLM``; one with ``--`` in it names the code of another repository"""
-_FROM_MODULE = re.compile(r"^[ \t]*(?:from[ \t]+\.(\w+)\b|import[ \t]+\.(\w+)\b)", re.MULTILINE)
-_FROM_PACKAGE = re.compile(r"^[ \t]*from[ \t]+\.[ \t]+import[ \t]+(?:\(([^()]*)\)|([^\n(]*))", re.MULTILINE)
+_FROM = re.compile(r"^[ \t]*from[ \t]+(\.+)([\w.]*)[ \t]+import[ \t]+(?:\(([^()]*)\)|([^\n(]*))", re.MULTILINE)
+_IMPORT = re.compile(r"^[ \t]*import[ \t]+\.(\w+)\b", re.MULTILINE)
 
-ReadJson = Callable[[str], Mapping[str, object]]
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+
+ReadJson = Callable[[str], object]
 ReadText = Callable[[str], str]
 
 
-def is_known(name: str) -> bool:
+def is_known(key: str) -> bool:
     """Return whether a file is of a kind that every loader of such a model looks for."""
-    return bool(_KNOWN.fullmatch(name))
+    folder, _, name = key.rpartition("/")
+    return any(place.fullmatch(folder) and kind.fullmatch(name) for place, kind in _PLACES)
+
+
+def module_files(keys: Iterable[str], folders: Collection[str]) -> Iterator[str]:
+    """Yield what the modules in these folders are made of, beside weights: configs, tokenizers, licences."""
+    tops = tuple(f"{folder}/" for folder in folders)
+    for key in keys:
+        if key.startswith(tops) and _IN_MODULE.fullmatch(key.rpartition("/")[2]):
+            yield key
 
 
 def code_files(
-    names: Iterable[str], config: Mapping[str, object] | None, read_json: ReadJson, read_text: ReadText
+    keys: Iterable[str],
+    config: Mapping[str, object] | None,
+    references: Iterable[str],
+    read_json: ReadJson,
+    read_text: ReadText,
 ) -> set[str]:
     """Return the Python files that the configs name for loaders, and those that these import from beside them.
 
     Args:
-        names: the files of the folder; without a Python file among them nothing is read.
+        keys: the files of the folder and its subfolders; without a Python file among them nothing is read.
         config: what config.json says.
+        references: dotted names of classes that other documents name.
         read_json: returns what another config says.
         read_text: returns the source of a Python file.
     """
-    present = {name for name in names if name.endswith(".py")}
+    present = {key for key in keys if key.endswith(".py")}
     if not present:
         return set()
-    others = [read_json(name) for name in sorted(names) if _NAMES_CODE.fullmatch(name)]
-    waiting = {name for each in (config or {}, *others) for name in _named_code(each)} & present
+    others = [read_json(key) for key in sorted(keys) if _NAMES_CODE.fullmatch(key)]
+    named = _texts([each.get(key) for each in (config, *others) if isinstance(each, dict) for key in _CODE_KEYS])
+    waiting = {file for reference in (*named, *references) for file in _files_of(reference)} & present
     found: set[str] = set()
     while waiting:
-        name = waiting.pop()
-        found.add(name)
-        waiting |= (set(_imported(read_text(name))) & present) - found
+        key = waiting.pop()
+        found.add(key)
+        waiting |= (set(_imported(key, read_text(key))) & present) - found
     return found
 
 
-def _named_code(config: Mapping[str, object]) -> Iterator[str]:
-    for reference in _texts([config.get("auto_map"), config.get("custom_pipelines")]):
-        if match := _REFERENCE.fullmatch(reference):
-            yield f"{match[1]}.py"
+def _files_of(reference: str) -> Iterator[str]:
+    if match := _REFERENCE.fullmatch(reference):
+        yield from _module_files(match[1].replace(".", "/").split("/"))
+
+
+def _module_files(parts: Sequence[str]) -> Iterator[str]:
+    """Yield where Python looks for a module, and for the packages it is in."""
+    yield "/".join(parts) + ".py"
+    for number in range(1, len(parts) + 1):
+        yield "/".join((*parts[:number], "__init__.py"))
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -81,10 +113,17 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(child)
 
 
-def _imported(source: str) -> Iterator[str]:
-    """Yield the files that ``from .x import``, ``import .x`` and ``from . import x, y`` stand for."""
-    for match in _FROM_MODULE.finditer(source):
-        yield f"{match[1] or match[2]}.py"
-    for match in _FROM_PACKAGE.finditer(source):
-        for name in re.findall(r"(\w+)(?:[ \t]+as[ \t]+\w+)?", match[1] or match[2]):
-            yield f"{name}.py"
+def _imported(key: str, source: str) -> Iterator[str]:
+    """Yield the files that ``from .x.y import z``, ``import .x`` and ``from . import x, y`` may stand for."""
+    here = key.split("/")[:-1]
+    for match in _IMPORT.finditer(source):
+        yield from _module_files([*here, match[1]])
+    for match in _FROM.finditer(source):
+        climbed = len(match[1]) - 1
+        if climbed > len(here):
+            continue
+        base = [*here[: len(here) - climbed], *filter(None, match[2].split("."))]
+        if match[2]:
+            yield from _module_files(base)
+        for name in re.findall(r"(\w+)(?:[ \t]+as[ \t]+\w+)?", match[3] or match[4]):
+            yield from _module_files([*base, name])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import NamedTuple
 
+from stockflow.checkpoints.layout import folder_of
 from stockflow.methods.protocol import Linear
 from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.planning.budget import Workspace
@@ -91,6 +92,11 @@ class Workload:
         return total
 
     @property
+    def has_index(self) -> bool:
+        """Whether there is an index to publish: of more than one shard, those of modules not counted."""
+        return sum(not folder_of(shard.file) for shard in self.shards) > 1
+
+    @property
     def num_reads(self) -> int:
         """Requests for ranges of checkpoints, headers not counted."""
         return sum(reads.num_requests for reads in self.readings.values())
@@ -151,8 +157,8 @@ def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[
         gets = reading.num_requests + headers + work.has_config + stamps_hold
         by_input.append(StoreRequests(gets, puts=1, bytes_out=reading.num_bytes))  # a listing
         asked.add(place)
-    by_input[work.side_files_from].gets += work.num_side_files
-    num_further = work.has_config + work.num_side_files + (len(work.shards) > 1)  # the index
+    by_input[work.side_files_from].gets += 2 * work.num_side_files  # looked at, then copied
+    num_further = work.has_config + work.num_side_files + work.has_index
     output = StoreRequests(
         gets=MERGE_GETS + num_further + len(work.shards) * SHARD_GETS,
         puts=MERGE_PUTS

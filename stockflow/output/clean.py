@@ -12,6 +12,7 @@ from stockflow.output import manifest as manifest_file
 from stockflow.output.claims import ABANDONED_S, Claim, is_anyone_else_alive, last_seen
 from stockflow.output.keys import CLAIM_FILE, RECORDS, receipt_folder, receipted_file, run_folder
 from stockflow.output.manifest import Manifest
+from stockflow.output.shards import present_files
 from stockflow.storage import HalfWritten, Stamp, Store, redact
 from stockflow.text.escaping import in_a_line
 
@@ -58,8 +59,9 @@ def find_leftovers(store: Store) -> Leftovers:
         )
     # Runs are looked for after all else is listed: one says that it is alive before it writes anything.
     half_written, notes = _half_written(store)
-    present = store.list_top()
     keys = list(store.list(RECORDS))
+    receipted = [file for key in keys if (file := receipted_file(owner.plan_id, key))]
+    present = present_files(store, receipted)
     seen_s_ago = check_abandoned(store)
     records = list(_stale_records(store, keys, {o.plan_id for o in (published, claim) if o}, present))
     files = published.files.keys() if published else ()

@@ -23,7 +23,7 @@ from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, RECORDS, plan_folde
 from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
 from stockflow.output.receipts import Receipt
-from stockflow.output.shards import is_intact
+from stockflow.output.shards import is_intact, present_files
 from stockflow.planning import file as plan_file
 from stockflow.planning.file import RecordedPlan
 from stockflow.planning.plan import NUMERICS, CheckpointRef, MergePlan
@@ -224,7 +224,8 @@ def _replace(store: Store, plan: MergePlan, run: str) -> None:
 
 def _delete_others(store: Store, plan: MergePlan, published: set[str]) -> None:
     kept = {shard.file for shard in plan.shards}
-    stale = [key for key in store.list_top() if key not in kept and (key in published or key.endswith(".safetensors"))]
+    present = present_files(store, published)
+    stale = [key for key in present if key not in kept and (key in published or key.endswith(".safetensors"))]
     current = plan_folder(plan.plan_id)
     records = [key for key in store.list(RECORDS) if not key.startswith(current) and key != CLAIM_FILE]
     store.delete([*stale, *records])
@@ -259,7 +260,7 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
     """
     for numerics_class in sorted({receipt.numerics_class for receipt in receipts}):
         check_owner(store, plan.plan_id, numerics_class)
-    present = store.list_top()
+    present = present_files(store, [receipt.file for receipt in receipts])
     for receipt in receipts:
         found = present.get(receipt.file)
         if found is None or not is_intact(store, receipt, found):

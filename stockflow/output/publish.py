@@ -102,7 +102,7 @@ def _files_in_order(
         CARD_FILE: lambda: model_card(recipe, plan, rows).encode(),
         **{side.key: partial(_read_side_file, inputs[side.checkpoint], side) for side in plan.side_files},
     }
-    if len(plan.shards) > 1:
+    if plan.indexed:
         yield {INDEX_FILE: lambda: encode_index(plan)}
     config = plan.config
     if config is not None:
@@ -129,8 +129,8 @@ def _published_meanwhile(output: Store, plan: MergePlan) -> Manifest | None:
 
 def encode_index(plan: MergePlan) -> bytes:
     """Return the index of a sharded checkpoint, as the ecosystem writes it."""
-    total = sum(job.output.num_bytes for job in plan.jobs)
-    weight_map = {job.output.name: shard.file for shard in plan.shards for job in shard.jobs}
+    total = sum(job.output.num_bytes for shard in plan.indexed for job in shard.jobs)
+    weight_map = {job.output.name: shard.file for shard in plan.indexed for job in shard.jobs}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 

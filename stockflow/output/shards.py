@@ -1,10 +1,13 @@
 """Shards that are there already: which of them are still what their receipts say."""
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 
 from stockflow.ahead import map_ahead
+from stockflow.checkpoints.layout import folder_of
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError
 from stockflow.output import receipts
 from stockflow.output.keys import receipt_folder, receipt_key
@@ -21,7 +24,7 @@ def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
     """Receipts of shards that are still what they were when the receipt was written; without coefficients."""
     plan_id = plan.plan_id
     known = store.list(receipt_folder(plan_id))
-    present = store.list_top() if known else {}
+    present = present_files(store, [shard.file for shard in plan.shards]) if known else {}
     shards = [shard for shard in plan.shards if receipt_key(plan_id, shard.file) in known and shard.file in present]
     read = partial(_receipt_of, store, plan_id)
     valid = {}
@@ -30,6 +33,12 @@ def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
             if receipt and is_intact(store, receipt, present[shard.file]):
                 valid[shard.file] = receipt
     return valid
+
+
+def present_files(store: Store, files: Iterable[str]) -> dict[str, Stamp]:
+    """Return what lies directly in an output, and in the subfolders that some of its files have."""
+    folders = sorted({folder_of(file) for file in files} - {""})
+    return dict(chain(store.list_top().items(), *(store.list(f"{folder}/").items() for folder in folders)))
 
 
 def is_finished(store: Store, plan_id: str, shard: ShardPlan, numerics_class: str) -> bool:

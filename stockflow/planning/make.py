@@ -1,10 +1,12 @@
 """Planning: from a recipe and what the checkpoints' headers say to a plan. Pure; refuses what does not fit together."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.layout import Extent, folder_of
+from stockflow.checkpoints.modules import MODULE_WEIGHTS
 from stockflow.checkpoints.naming import holds_fused_experts
-from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.opening import SINGLE_FILE, Checkpoint
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
 from stockflow.planning.depths import depths_of
@@ -71,7 +73,7 @@ def make_plan(
     return MergePlan(
         checkpoints=tuple(CheckpointRef(checkpoint.url, checkpoint.files) for checkpoint in checkpoints),
         donor=recipe.donor,
-        shards=_cut_shards(jobs, size),
+        shards=_cut_shards(jobs, size, donor.extents),
         side_files=tuple(SideFile(recipe.side_files_donor, *item) for item in side_donor.side_files.items()),
         config=config,
         on_nonfinite=recipe.stockflow.on_nonfinite,
@@ -117,7 +119,7 @@ def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
     good = plan.num_output_bytes // (GOOD_SHARDS_PER_WORKER * num_workers)
     sizes = [good] if good >= LEAST_GOOD_SHARD_BYTES else []
     for size in (*sizes, plan.num_output_bytes // enough, plan.num_output_bytes // enough // 2):
-        if size and len(_cut_shards(jobs, size)) >= enough:
+        if size and _num_shards(jobs, size) >= enough:
             return [f"{said}; --shard-size {_two_digits(size)} gives enough"]
     largest = max(job.result.num_bytes for job in jobs)
     return [f"{said}, and the largest tensor has {_two_digits(largest)}; ask for fewer workers"]
@@ -234,20 +236,32 @@ def _all_problems(problems: Sequence[str]) -> str:
     return f"these checkpoints cannot be merged as they are, {count}:\n  {shown}{more}"
 
 
-def _cut_shards(jobs: Sequence[TensorJob], shard_size: int) -> tuple[ShardPlan, ...]:
-    """Fill shards in order up to ``shard_size``; a larger tensor gets a shard of its own."""
-    contents: list[list[TensorJob]] = [[]]
+def _cut_shards(jobs: Sequence[TensorJob], shard_size: int, extents: Mapping[str, Extent]) -> tuple[ShardPlan, ...]:
+    """Fill shards in order up to ``shard_size``; what lies in a folder of its own gets one file there."""
+    by_folder: dict[str, list[TensorJob]] = {"": []}
+    for job in jobs:
+        by_folder.setdefault(folder_of(extents[job.output.name].file), []).append(job)
+    contents = list(_filled(by_folder.pop(""), shard_size))
+    modules = (ShardPlan(f"{folder}/{MODULE_WEIGHTS}", tuple(each)) for folder, each in by_folder.items())
+    names = (f"model-{index:05d}-of-{len(contents):05d}.safetensors" for index in range(1, len(contents) + 1))
+    own = map(ShardPlan, [SINGLE_FILE] if len(contents) == 1 else names, map(tuple, contents))
+    return (*own, *modules)
+
+
+def _filled(jobs: Iterable[TensorJob], shard_size: int) -> Iterator[list[TensorJob]]:
+    """Yield the contents of shards; a tensor larger than ``shard_size`` is one alone."""
+    content: list[TensorJob] = []
     filled = 0
     for job in jobs:
         num_bytes = job.result.num_bytes
         if filled and filled + num_bytes > shard_size:
-            contents.append([])
-            filled = 0
-        contents[-1].append(job)
+            yield content
+            content, filled = [], 0
+        content.append(job)
         filled += num_bytes
-    if len(contents) == 1:
-        return (ShardPlan("model.safetensors", tuple(contents[0])),)
-    return tuple(
-        ShardPlan(f"model-{index:05d}-of-{len(contents):05d}.safetensors", tuple(content))
-        for index, content in enumerate(contents, start=1)
-    )
+    if content:
+        yield content
+
+
+def _num_shards(jobs: Iterable[TensorJob], shard_size: int) -> int:
+    return sum(1 for _ in _filled(jobs, shard_size))

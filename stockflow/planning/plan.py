@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.checkpoints.layout import folder_of
 from stockflow.methods.protocol import Scope
 from stockflow.planning.job import TensorJob
 from stockflow.storage import Stamp, redact
@@ -36,10 +37,16 @@ class ShardPlan:
         """The tensors of the file, in order."""
         return (output for job in self.jobs for output in job.result.outputs)
 
+    @property
+    def folder(self) -> str:
+        """Of the module whose weights these are, empty for the model's own."""
+        return folder_of(self.file)
+
     @cached_property
     def header(self) -> bytes:
-        """The first bytes of the file."""
-        return encode_header(self.outputs, SHARD_METADATA)
+        """The first bytes of the file, in which tensors of a module have the names that they have within it."""
+        start = len(self.folder) + 1 if self.folder else 0
+        return encode_header((spec._replace(name=spec.name[start:]) for spec in self.outputs), SHARD_METADATA)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -84,6 +91,12 @@ class MergePlan:
     """tensors left out because a rule says so"""
     remarks: tuple[Remark, ...] = ()
     """what the user should know before starting"""
+
+    @property
+    def indexed(self) -> tuple[ShardPlan, ...]:
+        """The shards that an index lists: none if the model is one file; those of modules are in none."""
+        own = tuple(shard for shard in self.shards if not shard.folder)
+        return own if len(own) > 1 else ()
 
     @property
     def notes(self) -> tuple[str, ...]:

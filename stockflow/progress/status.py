@@ -10,6 +10,7 @@ from stockflow.output import claims
 from stockflow.output import manifest as manifest_file
 from stockflow.output.claims import ABANDONED_S, HEARTBEAT_S, beats
 from stockflow.output.keys import RECORDS, receipted_file, run_key
+from stockflow.output.shards import present_files
 from stockflow.progress import file as progress_file
 from stockflow.progress.file import InFlight, Progress
 from stockflow.storage import Store, redact
@@ -149,14 +150,15 @@ def _finished(store: Store) -> Status | None:
 
 def _unfinished(store: Store, plan_id: str, claimed: float) -> Status:
     progress = progress_file.read(store, plan_id)
-    present = store.list_top()
     keys = store.list(RECORDS)
-    done = [file for key in keys if (file := receipted_file(plan_id, key)) in present]
+    receipted = [file for key in keys if (file := receipted_file(plan_id, key))]
+    present = present_files(store, receipted)
+    done = [file for file in receipted if file in present]
     now = time.time()
     alive = _alive(store, keys, plan_id, progress, now)
     last = max([claimed, *alive, *([progress.updated] if progress else [])])
     seen_s_ago = max(now - last, 0.0)
-    num_written = sum(present[file].size for file in done if file)
+    num_written = sum(present[file].size for file in done)
     return Status(
         output=redact(store.url),
         plan_id=plan_id,

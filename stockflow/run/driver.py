@@ -9,6 +9,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
+from stockflow.checkpoints.damage import without_damaged
 from stockflow.checkpoints.layout import OnFile, unheard
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import PlanError, StockflowError
@@ -122,6 +123,8 @@ class Inputs:
         inputs.stores = [open_store(pin_revision(location), inputs.storage) for location in recipe.checkpoints]
         with collector_paused():
             inputs.checkpoints = open_checkpoints(inputs.stores, on_file)
+        donor = recipe.side_files_donor
+        inputs.checkpoints[donor] = without_damaged(inputs.stores[donor], inputs.checkpoints[donor])
         return inputs
 
 
@@ -190,9 +193,9 @@ def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: boo
 
 
 def side_file_notes(inputs: Inputs) -> Iterator[str]:
-    """Yield what of the folder that gives the side files is not copied.
+    """Yield the names of those files of the model that gives the side files which are of no known kind, and stay.
 
-    It is said, and not recorded: who publishes a merge need not publish what else lies in that folder.
+    They are said, and only counted in the records: who publishes a merge need not publish what else lies there.
     """
     donor = inputs.checkpoints[inputs.recipe.side_files_donor]
     others = donor.other_files

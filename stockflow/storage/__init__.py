@@ -2,6 +2,7 @@
 
 from stockflow.storage.base import (
     HalfWritten,
+    Listing,
     NewObject,
     Pin,
     Sink,
@@ -20,6 +21,7 @@ from stockflow.text.redaction import redact
 
 __all__ = [
     "HalfWritten",
+    "Listing",
     "LocalStore",
     "NewObject",
     "Pin",

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from stockflow.ahead import map_ahead
 from stockflow.checkpoints.header import PlacedTensor, header_bytes, parse_header
 from stockflow.checkpoints.index import INDEX_FILE, MAX_INDEX_BYTES
-from stockflow.checkpoints.layout import FIRST_READ_BYTES
+from stockflow.checkpoints.layout import FIRST_READ_BYTES, folder_of, in_folder
 from stockflow.errors import UserError
 from stockflow.planning.plan import MergePlan
 from stockflow.text.strictjson import check_num_values
@@ -50,7 +50,7 @@ def _read_header(output: Output, key: str) -> list[PlacedTensor]:
     tensors = parse_header(head[:needed], stamp.size, key)
     if output.is_local:
         _open_with_library(output.path(key))
-    return tensors
+    return in_folder(folder_of(key), tensors)
 
 
 def _open_with_library(path: str) -> None:

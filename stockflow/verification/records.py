@@ -73,7 +73,7 @@ def planned_files(plan: MergePlan, plan_id: str) -> dict[str, int | None]:
     files: dict[str, int | None] = {shard.file: shard.num_bytes for shard in plan.shards}
     files |= {side.key: side.stamp.size for side in plan.side_files}
     files |= dict.fromkeys((CARD_FILE, plan_key(plan_id), tensors_key(plan_id)))
-    if len(plan.shards) > 1:
+    if plan.indexed:
         files[INDEX_FILE] = None
     if plan.config is not None:
         files[CONFIG_FILE] = None

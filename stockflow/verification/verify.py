@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from stockflow.ahead import map_ahead
 from stockflow.checkpoints.index import INDEX_FILE
+from stockflow.checkpoints.layout import folder_of
 from stockflow.checkpoints.opening import SINGLE_FILE, link_notes
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
@@ -238,8 +239,9 @@ class _Verifier:
         findings = self.findings
         findings.add(contents.check_doubles(self.placed))
         complete = self.placed.keys() == set(self._shards)
-        if self._shards != [SINGLE_FILE] and self._is_intact(INDEX_FILE):
-            found = contents.files_by_tensor(self.placed)
+        own = [key for key in self._shards if not folder_of(key)]
+        if own not in ([], [SINGLE_FILE]) and self._is_intact(INDEX_FILE):
+            found = contents.files_by_tensor({key: self.placed[key] for key in own if key in self.placed})
             findings.add(contents.check_index(self._output, found, complete=complete))
         key = tensors_key(self._manifest.plan_id)
         plan = recorded.plan if recorded else None

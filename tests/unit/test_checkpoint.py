@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stockflow.checkpoints.beside import MAX_SIDE_FILE_BYTES
 from stockflow.checkpoints.layout import FIRST_READ_BYTES
-from stockflow.checkpoints.opening import MAX_SIDE_FILE_BYTES, Checkpoint, open_checkpoints
+from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import CheckpointError, HeaderError, NotFoundError
 from stockflow.storage import StorageConfig, open_store
 from tests.checkpoints import BUFFERS, SIDE_FILES, ZOO, make_tensors, write_checkpoint
@@ -125,7 +126,7 @@ def test_side_files_are_what_makes_the_folder_usable(tmp_path: Path) -> None:
 
     assert checkpoint.side_files.keys() == SIDE_FILES.keys() | extra.keys()
     assert checkpoint.omitted_side_files == ()
-    assert checkpoint.other_files == ()
+    assert checkpoint.other_files == ("original/params.json",)
 
 
 PRIVATE = (
@@ -143,8 +144,18 @@ def test_nothing_is_copied_but_what_a_loader_needs(tmp_path: Path) -> None:
     checkpoint = opened(folder)
 
     assert checkpoint.side_files.keys() == SIDE_FILES.keys()
-    left_out = {name for name in PRIVATE if not name.startswith(".") and not name.endswith((".bin", ".pt"))}
-    assert set(checkpoint.other_files) == left_out
+    of_training = {
+        "trainer_state.json",
+        "training_args.bin",
+        "optimizer.pt",
+        "events.out.tfevents.1",
+        "all_results.json",
+    }
+    left_out = {name for name in PRIVATE if not name.startswith(".")}
+    assert set(checkpoint.other_files) == left_out - of_training
+    (remark,) = checkpoint.remarks
+    assert remark.values["training"] == ", ".join(sorted(of_training))
+    assert remark.values["no known kind"] == f"{len(left_out - of_training)} files", "their names are not published"
 
 
 def test_code_is_copied_where_the_configs_name_it_with_what_it_imports(tmp_path: Path) -> None:

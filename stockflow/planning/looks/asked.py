@@ -31,7 +31,8 @@ def omitted_files(proposal: Proposal) -> Iterator[Remark]:
     """Yield which side files cannot be copied."""
     donor = proposal.side_files_donor
     for key in donor.omitted_side_files:
-        text = f"{shown(key)} will not be copied: it is larger than 64 MB, or not every store takes its name"
+        why = "it is larger than 64 MB, or not every store takes its name beside the others"
+        text = f"{shown(key)} will not be copied: {why}"
         yield Remark("not-copied", text, models=(redact(donor.url),))
 
 

@@ -1,0 +1,73 @@
+"""Damage of files that are to be copied: what lies in place of one, seen from its first bytes and its last ones."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.storage import Stamp, Store, redact
+from stockflow.text.escaping import in_a_line
+from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import parse_text_json
+
+MAX_PARSED_BYTES = 2**20
+"""Of a longer JSON file, begin and end are looked at."""
+NUM_READERS = 8
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_PAGE = (b"<!doctype html", b"<html")
+_NEVER_EMPTY = (".json", ".model", ".spm", ".tiktoken")
+_BRACKETS = {b"{": b"}", b"[": b"]"}
+
+
+def without_damaged(store: Store, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that gives no damaged file to an output, and remarks on those it has.
+
+    One request for each file that would be copied, and a second one for a JSON file of more than 1 MiB.
+
+    Raises:
+        StorageError: reading failed after retries.
+    """
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="side files") as pool:
+        found = list(pool.map(lambda key: _damage_of(store, key), checkpoint.side_files))
+    damaged = {key: what for key, what in zip(checkpoint.side_files, found, strict=True) if what}
+    where = redact(checkpoint.url)
+    remarks = [
+        Remark(
+            "damaged-file",
+            f"{where}/{in_a_line(key)} {what}. Accepted, the output goes without it",
+            "refusal",
+            (where,),
+            values={key: what},
+        )
+        for key, what in damaged.items()
+    ]
+    return replace(
+        checkpoint,
+        side_files={key: stamp for key, stamp in checkpoint.side_files.items() if key not in damaged},
+        remarks=(*checkpoint.remarks, *remarks),
+    )
+
+
+def _damage_of(store: Store, key: str) -> str | None:
+    head, stamp = store.read_head(key, MAX_PARSED_BYTES if key.endswith(".json") else 512)
+    if head.startswith(_POINTER):
+        return "is a git-lfs pointer in place of the file: run `git lfs pull` in that folder, or download the file"
+    if head.lstrip()[:20].lower().startswith(_PAGE):
+        return "is a web page in place of the file: download the file itself again, with a token if it needs one"
+    if not stamp.size and key.endswith(_NEVER_EMPTY):
+        return "is empty: download it again"
+    return _json_damage(store, key, head, stamp) if key.endswith(".json") else None
+
+
+def _json_damage(store: Store, key: str, head: bytes, stamp: Stamp) -> str | None:
+    if len(head) == stamp.size:
+        try:
+            parsed = parse_text_json(head, allows_constants=True)
+        except ValueError as error:
+            return f"is not valid JSON ({error}): download it again, or mend it"
+        return None if isinstance(parsed, dict | list) else "is no JSON object: download it again, or mend it"
+    tail = bytearray(64)
+    store.read_into(key, stamp.size - len(tail), memoryview(tail), stamp)
+    opening = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if opening not in _BRACKETS or bytes(tail).rstrip()[-1:] != _BRACKETS[opening]:
+        return "is not valid JSON, or its end is missing: download it again"
+    return None
