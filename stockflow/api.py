@@ -7,6 +7,7 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Unpack
 
+from stockflow.checkpoints.samples import sampled_specs
 from stockflow.events import Moved, OnEvent, Stage, ignore
 from stockflow.forecast.amounts import survey
 from stockflow.forecast.constants import load_calibration
@@ -110,7 +111,7 @@ def _planned(
     )
     url = driver.output_url(inputs, output)
     with driver.collector_paused():
-        work = survey(merge_plan, workspace)
+        work = survey(merge_plan, workspace, len(sampled_specs(inputs.checkpoints)))
         found = forecast(work, constants, [checkpoint.url for checkpoint in merge_plan.checkpoints], url, conditions)
     return PlanResult(merge_plan, workspace, notes, url, work, least_bytes, found)
 

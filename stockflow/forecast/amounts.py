@@ -81,6 +81,8 @@ class Workload:
     """whether there is a config.json to publish; each checkpoint's is read while it is opened"""
     passes: Mapping[int, int]
     """number of tensors by how often they are read"""
+    num_looks: int = 0
+    """per checkpoint: small reads before anything is planned"""
 
     @cached_property
     def readings(self) -> Mapping[int, CheckpointReads]:
@@ -154,7 +156,7 @@ def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[
     for index, (url, num_files) in enumerate(zip(inputs, work.num_checkpoint_files, strict=True)):
         reading, place = work.readings[index], "/".join(url.split("/")[:3])
         headers, stamps_hold = num_files, place not in asked  # whether they do is asked once per store
-        gets = reading.num_requests + headers + work.has_config + stamps_hold
+        gets = reading.num_requests + headers + work.num_looks + work.has_config + stamps_hold
         by_input.append(StoreRequests(gets, puts=1, bytes_out=reading.num_bytes))  # a listing
         asked.add(place)
     by_input[work.side_files_from].gets += 2 * work.num_side_files  # looked at, then copied
@@ -177,8 +179,8 @@ def _clock_puts(seconds: float) -> int:
     return (1 + int((seconds - FIRST_BEAT_S) // HEARTBEAT_S)) * BEAT_PUTS + LAST_PROGRESS_PUTS
 
 
-def survey(plan: MergePlan, workspace: Workspace) -> Workload:
-    """Return what a plan asks for when each worker divides its memory so."""
+def survey(plan: MergePlan, workspace: Workspace, num_looks: int = 0) -> Workload:
+    """Return what a plan asks for when each worker divides its memory so, after so many small reads of each input."""
     passes: Counter[int] = Counter()
     shards = tuple(_shard_amounts(shard, workspace, passes) for shard in plan.shards)
     return Workload(
@@ -189,6 +191,7 @@ def survey(plan: MergePlan, workspace: Workspace) -> Workload:
         side_files_from=plan.side_files[0].checkpoint if plan.side_files else plan.donor,
         has_config=plan.config is not None,
         passes=dict(sorted(passes.items())),
+        num_looks=num_looks,
     )
 
 

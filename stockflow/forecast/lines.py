@@ -231,5 +231,7 @@ def result_lines(result: Merged) -> Iterator[str]:
         yield f"  unchanged in at least one model: {counted(facts['zero_delta_tensors'], 'tensor')}"
     if facts["retries"]:
         yield f"  retried: {counted(facts['retries'], 'read')}"
+    for remark in result.manifest.remarks[len(result.plan.remarks) :]:
+        yield f"  {remark} [{remark.code}]"
     yield f"output: {where}"
     yield f"next: {command_line('stockflow', 'verify', result.output_url)}"

@@ -150,7 +150,7 @@ def _bottleneck(phases: Mapping[str, float], stages: Mapping[str, float], uneven
 def _start_s(work: Workload, sources: Sequence[PlaceCosts], target: PlaceCosts) -> float:
     """A merge of nothing; headers, of the first checkpoint by itself, then of the others at once."""
     opening = [
-        math.ceil(num_files / HEADERS_IN_FLIGHT) * place.latency_s
+        (math.ceil(num_files / HEADERS_IN_FLIGHT) + (work.num_looks > 0)) * place.latency_s
         for place, num_files in zip(sources, work.num_checkpoint_files, strict=True)
     ]
     return max(place.start_s for place in (*sources, target)) + opening[0] + max(opening[1:], default=0.0)

@@ -15,6 +15,7 @@ from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictEr
 from stockflow.output import manifest as manifest_file
 from stockflow.output.card import model_card
 from stockflow.output.keys import CARD_FILE, MANIFEST_FILE, plan_key, tensors_key
+from stockflow.output.kinship import proved
 from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.ownership import check_still_ours
 from stockflow.output.receipts import Receipt, TensorFacts, total_gram
@@ -64,6 +65,7 @@ def commit(
         for files in _files_in_order(inputs, recipe, plan, rows):
             for done in [pool.submit(publish, key, encode) for key, encode in files.items()]:
                 done.result()
+    gram = total_gram(receipts)
     manifest = Manifest(
         plan_id=plan.plan_id,
         merge_id=plan.merge_id,
@@ -75,8 +77,8 @@ def commit(
         numerics_classes=tuple(sorted({receipt.numerics_class for receipt in receipts})),
         versions=versions(),
         summary=summarize(receipts),
-        gram=total_gram(receipts),
-        remarks=plan.remarks,
+        gram=gram,
+        remarks=(*plan.remarks, *proved(recipe, plan, gram)),
     )
     check_still_ours(output, plan, receipts)
     try:

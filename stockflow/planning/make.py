@@ -7,6 +7,7 @@ from stockflow.checkpoints.layout import Extent, folder_of
 from stockflow.checkpoints.modules import MODULE_WEIGHTS
 from stockflow.checkpoints.naming import holds_fused_experts
 from stockflow.checkpoints.opening import SINGLE_FILE, Checkpoint
+from stockflow.checkpoints.samples import Samples
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
 from stockflow.planning.depths import depths_of
@@ -40,6 +41,7 @@ def make_plan(
     shard_size: int | None = None,
     strict: bool = False,
     accepted: Collection[str] = (),
+    samples: Samples = (),
 ) -> MergePlan:
     """Return the plan for a recipe and its opened checkpoints, in the order of ``recipe.checkpoints``.
 
@@ -49,6 +51,7 @@ def make_plan(
         shard_size: largest shard in bytes; default from the recipe, else from the output's size.
         strict: whether warnings are refused, too.
         accepted: codes of refusals that are accepted, beside those of the recipe.
+        samples: a few numbers of each checkpoint, if they are to be looked at, too.
 
     Raises:
         PlanError: names, shapes or dtypes do not fit together, or a remark stands against it; all are listed.
@@ -60,7 +63,7 @@ def make_plan(
     checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
     jobs, skipped, problems = _planned(recipe, checkpoints)
     config = output_config(recipe, checkpoints, jobs)
-    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config))
+    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, samples))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))

@@ -126,6 +126,14 @@ class Recipe(Part):
         self._remarks = remarks
         return self
 
+    def naming(self, models: tuple[ModelEntry, ...]) -> "Recipe":
+        """Return the recipe with other entries for its models."""
+        other = self.model_copy(update={"models": models})
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                other.__dict__.pop(name, None)
+        return other
+
     def canonical(self) -> dict[str, object]:
         """Return the recipe as plain JSON values, locations resolved and defaults filled in."""
         return self.model_dump(mode="json", exclude_none=True)

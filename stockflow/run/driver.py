@@ -10,8 +10,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from stockflow.checkpoints.damage import without_damaged
+from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.layout import OnFile, unheard
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
+from stockflow.checkpoints.samples import take_samples
 from stockflow.errors import PlanError, StockflowError
 from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
 from stockflow.interruption import finishing, last_act
@@ -29,6 +31,7 @@ from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note, mak
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.progress.file import Tracker, progress_file
 from stockflow.recipe import Recipe
+from stockflow.recipe.unify import unified
 from stockflow.run import shard_events
 from stockflow.storage import LocalStore, StorageConfig, Store, is_within, open_store, pin_revision, redact
 from stockflow.text.strictjson import shown
@@ -125,7 +128,21 @@ class Inputs:
             inputs.checkpoints = open_checkpoints(inputs.stores, on_file)
         donor = recipe.side_files_donor
         inputs.checkpoints[donor] = without_damaged(inputs.stores[donor], inputs.checkpoints[donor])
-        return inputs
+        return inputs._unified()
+
+    def _unified(self) -> "Inputs":
+        """Return them with each model once, however many names the recipe has for it."""
+        same = same_models(self.recipe.checkpoints, self.checkpoints)
+        if not same:
+            return self
+        recipe = unified(self.recipe, same)
+        kept = [self.recipe.checkpoints.index(location) for location in recipe.checkpoints]
+        return replace(
+            self,
+            recipe=recipe,
+            stores=[self.stores[index] for index in kept],
+            checkpoints=[self.checkpoints[index] for index in kept],
+        )
 
 
 def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[MergePlan, Workspace]:
@@ -140,7 +157,14 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
         if is_within(where, store.url):
             raise PlanError(f"the output {redact(where)} is, or lies in, the input {redact(store.url)}; move it")
     with collector_paused():
-        plan = make_plan(inputs.recipe, inputs.checkpoints, shard_size=options.shard_size, strict=options.strict)
+        plan = make_plan(
+            inputs.recipe,
+            inputs.checkpoints,
+            shard_size=options.shard_size,
+            strict=options.strict,
+            accepted=options.accepted,
+            samples=take_samples(inputs.stores, inputs.checkpoints),
+        )
     workspace = divide(
         plan.jobs,
         options.memory_bytes,

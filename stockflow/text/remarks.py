@@ -14,6 +14,7 @@ CODES: Mapping[str, str] = {
     "config-keys-differ": "keys of configs that differ and are not known",
     "context-length-differs": "models that are said to take texts of several lengths",
     "damaged-file": "files to copy that are git-lfs pointers, web pages, empty or no JSON",
+    "copy": "a model that proved to be another one when all of it was read",
     "dtypes-differ": "tensors whose sources have several dtypes",
     "heads-differ": "attention heads of several numbers or sizes over equal shapes",
     "left-out": "files of a model that no loader of the output needs",
@@ -27,12 +28,15 @@ CODES: Mapping[str, str] = {
     "other-names": "a model whose tensors are the base's under other names",
     "promise-unkept": "what the published config promises and no tensor keeps",
     "quantization-removed": "what speaks of quantised weights where the output's are plain numbers",
+    "same-model": "a model that the recipe names in several ways",
+    "same-samples": "models that hold the same numbers wherever they were looked at",
+    "skipped": "tensors that rules leave out",
+    "stranger": "a model as far from the base as if it had nothing to do with it",
+    "unmerged": "a merge in which every tensor comes from one model",
     "repeated-key": "a key that is there twice with one value",
     "repeated-model": "a model that is listed twice",
-    "skipped": "tensors that rules leave out",
     "unknown-key": "a key that no part of a recipe has where it stands",
     "unlisted-weights": "weights in files that neither index nor modules name",
-    "unmerged": "a merge in which every tensor comes from one model",
 }
 """What each code is about; `stockflow: {accept: [CODE]}` takes those of refusals."""
 

@@ -78,6 +78,23 @@ def test_remarks_are_in_the_plan_its_file_the_manifest_and_the_card(tmp_path: Pa
     assert said["text"] in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_command_line_refuses_warnings_and_accepts_what_is_unmerged(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "family", 2)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", "model_stock", family, stockflow={"rules": [{"filter": "*", "action": "copy"}]}
+    )
+    (family.base / "config.json").unlink()
+
+    refused = runs.run("plan", recipe, tmp_path / "out")
+    assert (refused.returncode, "nothing is merged" in refused.stderr) == (2, True)
+    strict = runs.run("plan", recipe, tmp_path / "out", "--allow-unmerged", "--strict")
+    assert (strict.returncode, "[no-config, refused by --strict]" in strict.stderr) == (2, True)
+    merged = runs.run("merge", recipe, tmp_path / "out", "--allow-unmerged")
+    assert merged.returncode == 0, merged.stderr
+    said = [each["code"] for each in json.loads((tmp_path / "out" / "manifest.json").read_text())["remarks"]]
+    assert said == ["unmerged", "no-config"]
+
+
 def test_every_code_is_explained_in_the_documentation() -> None:
     page = (runs.REPOSITORY / "docs" / "recipes.md").read_text()
     assert [code for code, about in CODES.items() if f"| `{code}` | {about} |" not in page] == []

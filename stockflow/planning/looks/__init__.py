@@ -5,7 +5,7 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 
 from collections.abc import Callable, Iterable
 
-from stockflow.planning.looks import asked, configs, promises, quantised
+from stockflow.planning.looks import asked, configs, kinship, promises, quantised
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
@@ -26,6 +26,8 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     promises.missing_predictions,
     quantised.removed_quantization,
     quantised.leftover_scales,
+    kinship.copies,
+    kinship.strangers,
 )
 """In the order in which their remarks are shown."""
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.samples import Samples
 from stockflow.planning.job import TensorJob
 from stockflow.recipe import Recipe
 
@@ -21,6 +22,9 @@ class Proposal:
     """names of the tensors that rules leave out"""
     config: Mapping[str, object] | None = None
     """what is published"""
+
+    samples: Samples = ()
+    """of each checkpoint, if some were taken"""
 
     @property
     def donor(self) -> Checkpoint:

@@ -1,0 +1,44 @@
+"""Identity: which locations name one model, by what they resolve to or by the bytes of their files."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.storage import Stamp, scheme_of
+
+_SNAPSHOT = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
+_PINNED = re.compile(r"hf://([^/@]+)/([^/@]+)@([0-9a-f]{40})")
+_WITH_ETAGS = ("s3", "gs", "az")
+
+
+def same_models(locations: Sequence[str], checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+    """Return the first location of the same model, by the later ones.
+
+    Args:
+        locations: as the recipe resolves them, base first.
+        checkpoints: what was opened at each; the hub's by their commits.
+    """
+    first: dict[object, str] = {}
+    same = {}
+    for location, checkpoint in zip(locations, checkpoints, strict=True):
+        keys = [key for key in (_model_of(checkpoint.url), _contents_of(checkpoint)) if key]
+        known = next((first[key] for key in keys if key in first), None)
+        if known is not None:
+            same[location] = known
+        for key in keys:
+            first.setdefault(key, known or location)
+    return same
+
+
+def _model_of(url: str) -> tuple[str, ...]:
+    """Return what a location resolves to; names on the hub know no case, a snapshot in its cache is a commit of it."""
+    if found := _PINNED.fullmatch(url) or _SNAPSHOT.fullmatch(url):
+        return "hf", *(part.lower() for part in found.groups())
+    return (url,)
+
+
+def _contents_of(checkpoint: Checkpoint) -> tuple[tuple[str, Stamp], ...]:
+    """Return name and stamp of every file of weights where stamps follow from the bytes, () elsewhere."""
+    files: Mapping[str, Stamp] = checkpoint.files
+    is_telling = scheme_of(checkpoint.url) in _WITH_ETAGS and all(stamp.version for stamp in files.values())
+    return tuple(sorted(files.items())) if is_telling else ()

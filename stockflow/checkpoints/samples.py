@@ -1,0 +1,76 @@
+"""Samples: some numbers of the same tensors of every checkpoint, for what headers do not tell: copies and strangers."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.kernels.arrays import Floats
+from stockflow.storage import Store
+
+NUM_SAMPLES = 8
+SAMPLE_ELEMS = 2048
+NUM_READERS = 16
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sample:
+    """A run of elements from the middle of a tensor."""
+
+    name: str
+    payload: bytes
+    """as they are stored"""
+    values: Floats
+    """the same as float64"""
+
+
+Samples = Sequence[Sequence[Sample]]
+"""Of each checkpoint, of the same places."""
+
+
+def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> Samples:
+    """Return samples of matrices that all checkpoints have alike, over all their depth: one small read each.
+
+    Raises:
+        StockflowError: reading failed after retries, or an input changed.
+    """
+    specs = sampled_specs(checkpoints)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        read = [
+            [pool.submit(_sample, store, checkpoint, spec) for spec in specs]
+            for store, checkpoint in zip(stores, checkpoints, strict=True)
+        ]
+        return [[each.result() for each in samples] for samples in read]
+
+
+def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
+    """Return matrices that all checkpoints have alike, from the first to the last of them in equal steps."""
+    matrices = [spec for spec in checkpoints[0].specs.values() if spec.kind == "float" and len(spec.shape) > 1]
+    looked_at = _spread(matrices, 4 * NUM_SAMPLES)
+    alike = [spec for spec in looked_at if all(each.specs.get(spec.name) == spec for each in checkpoints)]
+    return _spread([spec for spec in alike if spec.num_elems], NUM_SAMPLES)
+
+
+def _spread(specs: list[TensorSpec], count: int) -> list[TensorSpec]:
+    """Return so many of these, the first and the last among them, in equal steps."""
+    if len(specs) <= count:
+        return specs
+    return [specs[index * (len(specs) - 1) // (count - 1)] for index in range(count)]
+
+
+def _sample(store: Store, checkpoint: Checkpoint, spec: TensorSpec) -> Sample:
+    extent, width = checkpoint.extents[spec.name], spec.num_bytes // spec.num_elems
+    count = min(SAMPLE_ELEMS, spec.num_elems)
+    buffer = bytearray(count * width)
+    start = extent.start + (spec.num_elems - count) // 2 * width
+    store.read_into(extent.file, start, memoryview(buffer), checkpoint.files[extent.file])
+    return Sample(spec.name, bytes(buffer), _as_floats(bytes(buffer), spec.dtype))
+
+
+def _as_floats(payload: bytes, dtype: str) -> Floats:
+    if dtype == "BF16":
+        return (np.frombuffer(payload, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+    return np.frombuffer(payload, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float64)

@@ -1,0 +1,51 @@
+"""Kinship: models that are copies of each other, or too far from the base to have been tuned from it, by samples."""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from stockflow.checkpoints.samples import Sample
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+
+STRANGER = 1.0
+"""Of the weights' own size: a difference that large is no tune's. Of two unrelated models it is sqrt(2)."""
+
+
+def copies(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models are the same wherever they were looked at."""
+    for (left, ours), (right, theirs) in combinations(_sampled(proposal), 2):
+        if ours and [each.payload for each in ours] == [each.payload for each in theirs]:
+            text = (
+                f"{left} and {right} hold the same numbers in all {len(ours)} places that were looked at: "
+                "one may be a copy of the other"
+            )
+            yield Remark("same-samples", text, "note", (left, right), tuple(each.name for each in ours))
+
+
+def strangers(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models are as far from the base as if they had nothing to do with it."""
+    if not proposal.recipe.base_model:
+        return
+    (base, own), *others = _sampled(proposal) or [("", ())]
+    for url, samples in others:
+        far = _relative_distance(own, samples)
+        if far is not None and far >= STRANGER:
+            text = (
+                f"{url} differs from {base} by {far:.2f} of the weights' own size, where it was looked at: "
+                "another model, or tensors stored another way round, though of equal shapes"
+            )
+            yield Remark("stranger", text, models=(url,), values={url: f"{far:.3g}"})
+
+
+def _sampled(proposal: Proposal) -> list[tuple[str, Sequence[Sample]]]:
+    return [(redact(each.url), own) for each, own in zip(proposal.checkpoints, proposal.samples, strict=False)]
+
+
+def _relative_distance(base: Sequence[Sample], other: Sequence[Sample]) -> float | None:
+    """Return |w - w0| / |w0| over all samples, None where that says nothing."""
+    own = sum(float(np.vdot(each.values, each.values)) for each in base)
+    apart = sum(float(np.sum((one.values - two.values) ** 2)) for one, two in zip(base, other, strict=True))
+    return float(np.sqrt(apart / own)) if 0.0 < own < np.inf and apart < np.inf else None

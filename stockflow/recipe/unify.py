@@ -1,0 +1,56 @@
+"""One model under several names: the recipe as if each model had been named in one way."""
+
+from collections.abc import Mapping
+
+from stockflow.errors import RecipeError
+from stockflow.recipe.checks import find_problems
+from stockflow.recipe.model import ModelEntry, Recipe
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+
+
+def unified(recipe: Recipe, same: Mapping[str, str]) -> Recipe:
+    """Return the recipe with each model under its first location, and a remark for each other one.
+
+    The base among the tunes is so the base; a tune that is listed twice is merged once.
+
+    Args:
+        recipe: names a model by several locations.
+        same: the first location of a model, by the later ones.
+
+    Raises:
+        RecipeError: each of the two would have values of its own, or too few models are left.
+    """
+    entries: dict[str, ModelEntry] = {}
+    remarks = []
+    for entry in recipe.listed:
+        location = same.get(entry.model, entry.model)
+        if entry.model in same:
+            _check_no_values(recipe, entry, location)
+            remarks.append(_said(recipe, entry.model, location))
+        entries.setdefault(location, entry.model_copy(update={"model": location}))
+    unique = recipe.naming(tuple(entries.values())).with_remarks((*recipe.remarks, *remarks))
+    problems = [text for _, text in find_problems(unique)]
+    if problems:
+        raise RecipeError("; ".join((*map(str, remarks), *dict.fromkeys(problems))))
+    return unique
+
+
+def _check_no_values(recipe: Recipe, entry: ModelEntry, location: str) -> None:
+    """Refuse a tune that is listed twice with values of its own: which of them is meant is not said."""
+    twin = [other for other in recipe.listed if other.model == location]
+    if location != recipe.base_model and twin and _per_model(recipe):
+        raise RecipeError(
+            f"{redact(entry.model)} and {redact(location)} are one model, and `{recipe.merge_method}` has "
+            "values for each; list it once, with the weights added up"
+        )
+
+
+def _per_model(recipe: Recipe) -> bool:
+    return any(parameter.per_model for parameter in recipe.method_for(None).parameters)
+
+
+def _said(recipe: Recipe, location: str, known: str) -> Remark:
+    one, other = redact(location), redact(known)
+    counts = "not counted as a model that was tuned from it" if known == recipe.base_model else "merged once"
+    return Remark("same-model", f"{one} is {other} under another name: it is {counts}", models=(one, other))

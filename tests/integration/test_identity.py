@@ -1,0 +1,169 @@
+"""Who is who: a model under several names is one model, a copy is named, and so is what is no tune of the base."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from stockflow.checkpoints.identity import same_models
+from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
+from stockflow.errors import RecipeError
+from stockflow.planning.plan import MergePlan
+from stockflow.recipe import load_recipe
+from stockflow.run.driver import Inputs, MergeOptions, plan_merge
+from stockflow.storage import StorageConfig, open_store
+from tests import runs
+from tests.checkpoints import Family, make_family
+from tests.hub_server import COMMIT, hub_server
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("family"), 3, seed=5)
+
+
+def recipe_at(folder: Path, base: object, *models: object, **top_level: Any) -> Path:
+    content = {"merge_method": "model_stock", "base_model": str(base), "models": [{"model": str(m)} for m in models]}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content | top_level))
+    return path
+
+
+def planned(recipe: Path) -> MergePlan:
+    plan, _ = plan_merge(Inputs.open(load_recipe(str(recipe))), str(recipe.parent / "out"), MergeOptions(2**31, 1))
+    return plan
+
+
+def codes(plan: MergePlan) -> list[str]:
+    return [remark.code for remark in plan.remarks]
+
+
+def snapshot(folder: Path, source: Path, name: str = "models--Org--Base") -> Path:
+    """Lay a model out as the hub's cache does."""
+    place = folder / name / "snapshots" / COMMIT
+    shutil.copytree(source, place)
+    return place
+
+
+def test_ordinary_tunes_are_not_spoken_of(tmp_path: Path, family: Family) -> None:
+    assert codes(planned(recipe_at(tmp_path, family.base, *family.tuned))) == []
+
+
+def test_two_snapshots_of_one_commit_are_one_model(tmp_path: Path, family: Family) -> None:
+    base = snapshot(tmp_path / "one", family.base)
+    again = snapshot(tmp_path / "two", family.base, "models--org--base")
+
+    plan = planned(recipe_at(tmp_path, base, again, *family.tuned))
+
+    assert codes(plan) == ["same-model"]
+    assert plan.notes[0] == f"{again} is {base} under another name: it is not counted as a model that was tuned from it"
+    reference = planned(recipe_at(tmp_path, base, *family.tuned))
+    assert plan.plan_id == reference.plan_id
+
+
+@pytest.mark.parametrize("name", ["Org/Base", "org/base@main", "hf://ORG/base", f"org/base@{COMMIT}"])
+def test_the_base_under_another_name_of_the_hub_is_no_tune(tmp_path: Path, family: Family, name: str) -> None:
+    """In a process of its own: the hub's client reads HF_ENDPOINT when it is imported."""
+    recipe = recipe_at(tmp_path, "org/base", name, family.tuned[0])
+    models = {"org/base": family.base, "Org/Base": family.base, "ORG/base": family.base}
+    with hub_server(models) as url:
+        environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        arguments = runs.command("plan", recipe, tmp_path / "out")
+        refused = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+
+    assert refused.returncode == 2
+    assert "under another name: it is not counted as a model that was tuned from it" in refused.stderr
+    assert "`model_stock` needs at least 2 models besides the base, found 1" in refused.stderr
+
+
+def test_the_hubs_model_and_its_snapshot_are_one() -> None:
+    def at(url: str) -> Checkpoint:
+        return Checkpoint(url, {}, {}, {}, None, {}, ())
+
+    urls = [f"hf://Org/Base@{COMMIT}", f"/cache/models--org--base/snapshots/{COMMIT}", f"hf://org/base@{'0' * 40}"]
+
+    assert same_models(urls, [at(url) for url in urls]) == {urls[1]: urls[0]}
+
+
+def test_a_copy_on_s3_is_the_model_it_copies(tmp_path: Path, family: Family, s3_endpoint: str, s3_bucket: str) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    places = {"base": family.base, "copied": family.base, "one": family.tuned[0], "two": family.tuned[1]}
+    for prefix, folder in places.items():
+        for path in folder.iterdir():
+            client.put_object(Bucket=s3_bucket, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
+    urls = [f"s3://{s3_bucket}/{prefix}" for prefix in places]
+    storage = {"storage": {f"s3://{s3_bucket}/": {"endpoint": s3_endpoint}}}
+
+    plan = planned(recipe_at(tmp_path, *urls, stockflow=storage))
+
+    assert codes(plan) == ["same-model"]
+    assert [ref.url for ref in plan.checkpoints] == [urls[0], urls[2], urls[3]]
+
+
+def test_a_tune_under_two_names_is_merged_once(tmp_path: Path, family: Family) -> None:
+    tune = snapshot(tmp_path / "one", family.tuned[0])
+    again = snapshot(tmp_path / "two", family.tuned[0])
+
+    plan = planned(recipe_at(tmp_path, family.base, tune, again, family.tuned[1]))
+
+    assert "it is merged once" in plan.notes[0]
+    assert len(plan.checkpoints) == 3
+
+
+def test_a_tune_under_two_names_with_a_value_for_each_is_refused(tmp_path: Path, family: Family) -> None:
+    tune, again = (snapshot(tmp_path / name, family.tuned[0]) for name in ("one", "two"))
+    recipe = recipe_at(tmp_path, family.base, tune, again, merge_method="task_arithmetic", parameters={"weight": 0.5})
+
+    with pytest.raises(RecipeError, match="are one model, and `task_arithmetic` has values for each; list it once"):
+        Inputs.open(load_recipe(str(recipe)))
+
+
+def test_a_copy_on_disk_is_suspected_before_and_proved_after(tmp_path: Path, family: Family) -> None:
+    shutil.copytree(family.base, tmp_path / "copy")
+    recipe = recipe_at(tmp_path, family.base, family.tuned[0], tmp_path / "copy", family.tuned[1])
+
+    assert codes(planned(recipe)) == ["same-samples"]
+    result = runs.merge_here(recipe, tmp_path / "out")
+
+    (proof,) = [remark for remark in result.manifest.remarks if remark.code == "copy"]
+    assert proof.models == (str(tmp_path / "copy"), str(family.base))
+
+
+def test_a_tune_that_is_another_ones_copy_is_proved(tmp_path: Path, family: Family) -> None:
+    shutil.copytree(family.tuned[0], tmp_path / "copy")
+    recipe = recipe_at(tmp_path, family.base, family.tuned[0], tmp_path / "copy")
+
+    result = runs.merge_here(recipe, tmp_path / "out")
+
+    (proof,) = [remark for remark in result.manifest.remarks if remark.code == "copy"]
+    assert proof.models == (str(tmp_path / "copy"), str(family.tuned[0]))
+    told = runs.run("merge", recipe, tmp_path / "again")
+    assert f"{tmp_path / 'copy'} is equal to {family.tuned[0]} in every tensor that was merged" in told.stdout
+
+
+def test_another_model_of_equal_shapes_is_called_one(tmp_path: Path, family: Family) -> None:
+    stranger = make_family(tmp_path / "stranger", 1, seed=99).base
+
+    plan = planned(recipe_at(tmp_path, family.base, family.tuned[0], stranger))
+
+    (remark,) = plan.remarks
+    assert (remark.code, remark.models) == ("stranger", (str(stranger),))
+    assert float(remark.values[str(stranger)]) == pytest.approx(2**0.5, abs=0.2)
+
+
+def test_samples_are_one_small_read_of_each_of_eight_matrices(tmp_path: Path, family: Family) -> None:
+    from stockflow.checkpoints.samples import NUM_SAMPLES, SAMPLE_ELEMS, take_samples
+
+    folders = (family.base, *family.tuned)
+    stores = [open_store(str(folder), StorageConfig()) for folder in folders]
+    samples = take_samples(stores, open_checkpoints(stores))
+
+    assert len(samples) == len(folders)
+    assert len({tuple(each.name for each in own) for own in samples}) == 1
+    assert all(0 < len(own) <= NUM_SAMPLES for own in samples)
+    assert max(len(each.values) for own in samples for each in own) <= SAMPLE_ELEMS
