@@ -7,6 +7,7 @@ Signed zeros are not modelled, except that coefficients which are all zero retur
 Shape suffixes: G groups that get their own decision, E elements of a group, N tuned models.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -327,6 +328,106 @@ def ties(
     return sparse(base, tuned, weights, kept, elect=True, normalize=normalize, **more)
 
 
+def breadcrumbs(
+    base: Floats,
+    tuned: Sequence[Floats],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    gammas: Sequence[float],
+    *,
+    elect: bool,
+    normalize: bool = False,
+    float_bits: Literal[32, 64] = 32,
+    **more: Any,
+) -> OracleResult:
+    """Return ``sparse`` of the positions low .. low + k - 1 of each task vector in ascending order.
+
+    ``k = int(density * n)``, ``g = int(gamma * n)``, ``low = max(0, n - k - g)``; all positions at density 1.
+    """
+    kept, n = [], base.size
+    for tensor, density, gamma in zip(tuned, densities, gammas, strict=True):
+        k, g = int(density * n), int(gamma * n)
+        low = max(0, n - k - g)
+        magnitudes = _magnitudes(base, tensor, float_bits)
+        kept.append(largest(magnitudes, n - low) & ~largest(magnitudes, n - low - k) | (density >= 1.0))
+    return sparse(base, tuned, weights, kept, elect=elect, normalize=normalize, **more)
+
+
+def philox(counter: Array, key: tuple[int, int]) -> Array:
+    """Return the words of Philox 4x32-10 for counters of four words, shape (B, 4); Salmon et al. 2011."""
+    c = [counter[:, word].astype(np.uint64) for word in range(4)]
+    k = [np.uint64(word) for word in key]
+    low, half = np.uint64(2**32 - 1), np.uint64(32)
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> half) ^ c[1] ^ k[0], b & low, (a >> half) ^ c[3] ^ k[1], a & low]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    return np.stack(c, axis=1)
+
+
+def words(seed: int, name: str, place: int, start: int, count: int) -> Array:
+    """Return the random words of ``count`` elements of a tensor, from flat index ``start`` on, of one of the models."""
+    digest = hashlib.sha256(json.dumps([seed, name, place]).encode()).digest()
+    blocks = np.arange(start // 4, (start + count) // 4 + 1, dtype=np.uint64)
+    zeros = np.zeros_like(blocks)
+    counters = np.stack([blocks & np.uint64(2**32 - 1), blocks >> np.uint64(32), zeros, zeros], axis=1)
+    key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    return philox(counters, key).ravel()[start % 4 : start % 4 + count]
+
+
+def dare(
+    base: Floats,
+    tuned: Sequence[Floats],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    *,
+    elect: bool,
+    seed: int = 0,
+    drawn_for: tuple[str, int] = ("w", 0),
+    normalize: bool = False,
+    rescale: bool | str = True,
+    **more: Any,
+) -> OracleResult:
+    """Return ``sparse`` of the elements whose random word, over 2**32, is below the density."""
+    name, start = drawn_for
+    kept = [
+        (words(seed, name, place, start, base.size) < density * 2.0**32).reshape(base.shape)
+        for place, density in enumerate(densities)
+    ]
+    factors = [1 / density if density else 1.0 for density in densities] if rescale == "expected" else None
+    is_l1 = rescale in (True, "l1")
+    return sparse(base, tuned, weights, kept, elect=elect, normalize=normalize, rescale=is_l1, factors=factors, **more)
+
+
+def ram(
+    base: Floats, tuned: Sequence[Floats], *, epsilon: float = 1e-5, boost: tuple[float, float] | None = None
+) -> OracleResult:
+    """Return ``w_0`` plus the mean of the task vectors above ``epsilon``; ``boost`` is r and alpha of RAM+.
+
+    With it what one model alone moves is times ``1 + r clip(rho_i, 0, alpha)``, ``rho_i`` the number of elements it
+    moves beside others over the number it alone moves (at least ``epsilon``).
+    """
+    deltas = [tensor.astype(np.longdouble) - base for tensor in tuned]
+    active = np.stack([np.abs(tensor - base) > epsilon for tensor in tuned])
+    count = active.sum(axis=0)
+    factors = []
+    for moved in active:
+        shared, unique = int((moved & (count > 1)).sum()), int((moved & (count == 1)).sum())
+        rho = shared / max(unique, epsilon)
+        factors.append(1 + boost[0] * min(max(rho, 0.0), boost[1]) if boost else 1.0)
+    out = base.astype(np.longdouble)
+    for delta, moved, factor in zip(deltas, active, factors, strict=True):
+        out += np.where(moved, delta * np.where(count == 1, factor, 1.0) / np.maximum(count, 1), 0.0)
+    return OracleResult(out.astype(np.float64), {"factors": np.array([factors])})
+
+
+def nearswap(base: Floats, tuned: Floats, t: float) -> OracleResult:
+    """Return ``a w_1 + (1 - a) w_0`` with ``a = clip(t / max(|w_0 - w_1|, 1e-6), 0, 1)``."""
+    delta = tuned.astype(np.longdouble) - base
+    share = np.clip(t / np.maximum(np.abs(delta), np.longdouble(1e-6)), 0, 1)
+    return OracleResult(np.asarray(base + share * delta, np.float64))
+
+
 def _stock_ratio(cosine: float, num_tuned: int, on_negative: str) -> float:
     if cosine == 0.0 or (cosine < 0.0 and on_negative == "clamp"):
         return 0.0
@@ -463,7 +564,9 @@ def _merge_stored(
     scope = given.pop("scope")
     groups = [_grouped(stored.array, scope) for stored in (base, *tuned)]
     found = []
-    for each in zip(*groups, strict=True):
+    for number, each in enumerate(zip(*groups, strict=True)):
+        if method in DRAWN:
+            given["drawn_for"] = (name, number * each[0].size)
         parts = [Stored(stored.dtype, group) for stored, group in zip((base, *tuned), each, strict=True)]
         found.append(METHODS[method](parts[0], parts[1:], given))
     facts = {
@@ -479,6 +582,12 @@ def _float_bits(*stored: Stored) -> Literal[32, 64]:
     return 64 if any(each.dtype == "F64" for each in stored) else 32
 
 
+def _breadcrumbs_of_stored(
+    base: Stored, tuned: Sequence[Stored], parameters: Mapping[str, Any], *, elect: bool
+) -> OracleResult:
+    return breadcrumbs(base.array, _arrays(tuned), elect=elect, float_bits=_float_bits(base, *tuned), **parameters)
+
+
 def _arrays(stored: Sequence[Stored]) -> list[Floats]:
     return [tensor.array for tensor in stored]
 
@@ -489,6 +598,15 @@ METHODS: dict[str, Rule] = {
     "task_arithmetic": lambda base, tuned, kw: task_arithmetic(base.array, _arrays(tuned), **kw),
     "slerp": _slerp_of_stored,
     "ties": lambda base, tuned, kw: ties(base.array, _arrays(tuned), float_bits=_float_bits(base, *tuned), **kw),
+    "breadcrumbs": lambda base, tuned, kw: _breadcrumbs_of_stored(base, tuned, kw, elect=False),
+    "breadcrumbs_ties": lambda base, tuned, kw: _breadcrumbs_of_stored(base, tuned, kw, elect=True),
+    "dare_linear": lambda base, tuned, kw: dare(base.array, _arrays(tuned), elect=False, **kw),
+    "dare_ties": lambda base, tuned, kw: dare(base.array, _arrays(tuned), elect=True, **kw),
+    "ram": lambda base, tuned, kw: ram(base.array, _arrays(tuned), **kw),
+    "ramplus_tl": lambda base, tuned, kw: ram(base.array, _arrays(tuned), **({"boost": (0.1, 0.2)} | dict(kw))),
+    "nearswap": lambda base, tuned, kw: nearswap(base.array, tuned[0].array, **kw),
 }
-ELEMENTWISE = ("ties",)
+DRAWN = ("dare_linear", "dare_ties")
+"""Those that draw."""
+ELEMENTWISE = ("ties", "breadcrumbs", "breadcrumbs_ties", "ram", "ramplus_tl", "nearswap", *DRAWN)
 """Those that decide on flat groups."""

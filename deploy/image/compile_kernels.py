@@ -22,8 +22,17 @@ METHODS: dict[str, dict[str, object]] = {
     "linear": {"weight": 0.5},
     "task_arithmetic": {"weight": 0.5},
     "ties": {"weight": 0.5, "density": 0.5},
+    "dare_linear": {"weight": 0.5, "density": 0.5},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "breadcrumbs": {"weight": 0.5, "density": 0.5},
+    "breadcrumbs_ties": {"weight": 0.5, "density": 0.5},
+    "ram": {},
+    "ramplus_tl": {},
     "slerp": {"t": 0.5},
+    "nearswap": {"t": 0.5},
 }
+OF_ONE = ("slerp", "nearswap")
+"""Between the base and one model."""
 
 
 def main() -> None:
@@ -57,7 +66,7 @@ def write_recipes(folder: Path) -> Iterator[Path]:
             "parameters": parameters,
             "dtype": target,
         }
-        if method == "slerp":  # between the base and one model
+        if method in OF_ONE:
             recipe["models"] = [{"model": str(folder / f"tuned-1-{source}")}]
         if method != "linear":
             recipe["base_model"] = str(folder / f"base-{source}")

@@ -41,13 +41,15 @@ def two_product(a: float, b: float) -> Pair:
 
 
 @jit
-def _scaled(high: float, low: float, factor: float) -> Pair:
+def pair_scaled(high: float, low: float, factor: float) -> Pair:
+    """Return a pair times a number."""
     product, error = two_product(high, factor)
     return product, error + low * factor
 
 
 @jit
-def _added(high: float, low: float, more: float, more_low: float) -> Pair:
+def pair_added(high: float, low: float, more: float, more_low: float) -> Pair:
+    """Return the sum of two pairs."""
     total, error = two_sum(high, more)
     error += low + more_low
     high = total + error
@@ -55,11 +57,12 @@ def _added(high: float, low: float, more: float, more_low: float) -> Pair:
 
 
 @jit
-def _quotient(high: float, low: float, divisor: float, divisor_low: float) -> Pair:
+def pair_quotient(high: float, low: float, divisor: float, divisor_low: float) -> Pair:
+    """Return a pair over another."""
     first = high / divisor
     product, error = two_product(first, divisor)
     error += first * divisor_low
-    rest, rest_low = _added(high, low, -product, -error)
+    rest, rest_low = pair_added(high, low, -product, -error)
     second = (rest + rest_low) / divisor
     quotient = first + second
     return quotient, second - (quotient - first)
@@ -109,8 +112,8 @@ def combine(
                     if anchored:
                         term, term_low = two_sum(anchor[k], -wide[k])
                     plains[k] += term * weight
-                    term, term_low = _scaled(term, term_low, weight)
-                    highs[k], lows[k] = _added(highs[k], lows[k], term, term_low)
+                    term, term_low = pair_scaled(term, term_low, weight)
+                    highs[k], lows[k] = pair_added(highs[k], lows[k], term, term_low)
             for k in range(count):
                 high, low, plain = highs[k], lows[k], plains[k]
                 if anchored:
@@ -165,22 +168,22 @@ def consensus_exactly(
             vote, vote_low = 0.0, 0.0
             for n in range(len(deltas_NE)):
                 if deltas_NE[n, k] != 0.0:
-                    weighted, low = _scaled(deltas_NE[n, k], lows_NE[n, k], ballots_N[n])
-                    vote, vote_low = _added(vote, vote_low, weighted, low)
+                    weighted, low = pair_scaled(deltas_NE[n, k], lows_NE[n, k], ballots_N[n])
+                    vote, vote_low = pair_added(vote, vote_low, weighted, low)
             sign = 1.0 if vote >= 0.0 else -1.0
         total, total_low, agreed, agreed_low = 0.0, 0.0, 0.0, 0.0
         for n in range(len(deltas_NE)):
             if deltas_NE[n, k] != 0.0 and (not elect or sign * (deltas_NE[n, k] * ballots_N[n]) > 0.0):
-                weighted, low = _scaled(deltas_NE[n, k], lows_NE[n, k], weights_N[n])
-                total, total_low = _added(total, total_low, weighted, low)
-                agreed, agreed_low = _added(agreed, agreed_low, counted_N[n], 0.0)
+                weighted, low = pair_scaled(deltas_NE[n, k], lows_NE[n, k], weights_N[n])
+                total, total_low = pair_added(total, total_low, weighted, low)
+                agreed, agreed_low = pair_added(agreed, agreed_low, counted_N[n], 0.0)
         if divisor[0] != 0.0:
             agreed, agreed_low = divisor[0], 0.0
         elif divisor[1] != 0.0 and agreed < divisor[1]:
             agreed, agreed_low = divisor[1], 0.0
         if agreed not in (0.0, 1.0) or agreed_low != 0.0:
-            total, total_low = _quotient(total, total_low, agreed, agreed_low)
-        total, total_low = _scaled(total, total_low, factor[0])
+            total, total_low = pair_quotient(total, total_low, agreed, agreed_low)
+        total, total_low = pair_scaled(total, total_low, factor[0])
         if np.isfinite(total + total_low) and np.isfinite(update_2E[0, k]):
             update_2E[0, k], update_2E[1, k] = total, total_low
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from stockflow.kernels.arrays import Floats
+from stockflow.kernels.arrays import Counts, Floats
 from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, Statistic, UnitContext, Update
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Kept(Protocol):
     def is_whole(self) -> Sequence[bool]:
         """Of which models nothing is dropped; they are not rescaled either."""
 
-    def drop(self, block: Block) -> None:
-        """Multiply by zero what is not kept, so that NaN stays NaN."""
+    def drop(self, block: Block) -> Counts | None:
+        """Multiply by zero what is not kept, so that NaN stays NaN; return how many are kept where draws decide."""
 
 
 Keep = Callable[[UnitContext, Parameters], Generator[Statistic, Any, Kept]]
@@ -66,7 +66,7 @@ def parameters(
     )
 
 
-def num_rounds(keeping: Callable[[int], int]) -> Callable[[int, Parameters], int]:
+def num_rounds(keeping: Callable[[int], int] = lambda float_bits: 0) -> Callable[[int, Parameters], int]:
     """Return how many rounds a method takes whose keep step takes so many: one more for the L1 norms."""
 
     def rounds(float_bits: int, given: Parameters) -> int:
@@ -84,10 +84,11 @@ def rescaling(given: Parameters) -> str | None:
 def merged(context: UnitContext, given: Parameters, keep: Keep, *, elect: bool) -> Rounds:
     """Return what a method of the family adds to the base, after the rounds that it takes."""
     kept = yield from keep(context, given)
-    factors = list(kept.factors)
+    factors, shares = list(kept.factors), kept.shares
     if rescaling(given) == "l1" and not all(kept.is_whole):
-        sums_2N = yield NormSums(kept, context.num_tuned, context.working_bits)
-        factors = _restoring(sums_2N, kept.is_whole)
+        before_N, after_N, kept_N = yield NormSums(kept, context.num_tuned, context.working_bits)
+        factors = _restoring(before_N, after_N, kept.is_whole)
+        shares = shares or (kept_N / context.num_elems).tolist()
     counted, scale = given.each("weight"), given.number("lambda")
     weights = [weight * factor for weight, factor in zip(counted, factors, strict=True)]
     divisor = _divisor(counted, elect=elect) if given.flag("normalize") else 1.0
@@ -97,13 +98,13 @@ def merged(context: UnitContext, given: Parameters, keep: Keep, *, elect: bool) 
         kept.drop(block)
         return election.change(block)
 
-    return Update(change, facts=_facts(kept, factors))
+    return Update(change, facts=_facts(shares, factors))
 
 
-def _restoring(sums_2N: Floats, is_whole: Sequence[bool]) -> list[float]:
+def _restoring(before_N: Floats, after_N: Floats, is_whole: Sequence[bool]) -> list[float]:
     return [
         1.0 if whole or before < SMALLEST_NORM or after < SMALLEST_NORM else float(before / after)
-        for before, after, whole in zip(*sums_2N, is_whole, strict=True)
+        for before, after, whole in zip(before_N, after_N, is_whole, strict=True)
     ]
 
 
@@ -113,10 +114,10 @@ def _divisor(weights: Sequence[float], *, elect: bool) -> float:
     return 0.0 if elect else total if abs(total) >= SMALLEST_TOTAL else 1.0
 
 
-def _facts(kept: Kept, factors: Sequence[float]) -> Mapping[str, float]:
-    shares = {f"kept_share_{number}": share for number, share in enumerate(kept.shares, 1)}
+def _facts(shares: Sequence[float], factors: Sequence[float]) -> Mapping[str, float]:
+    facts = {f"kept_share_{number}": float(share) for number, share in enumerate(shares, 1)}
     is_rescaled = any(factor != 1.0 for factor in factors)
-    return shares | ({f"rescale_{number}": each for number, each in enumerate(factors, 1)} if is_rescaled else {})
+    return facts | ({f"rescale_{number}": each for number, each in enumerate(factors, 1)} if is_rescaled else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ class Election:
 
 @dataclass(frozen=True)
 class NormSums:
-    """The L1 norms of the task vectors, and of what is kept of them. Shape (2, N)."""
+    """The L1 norms of the task vectors, those of what is kept of them, and how much draws keep. Shape (3, N)."""
 
     kept: Kept
     num_tuned: int
@@ -168,15 +169,16 @@ class NormSums:
 
     def zero(self) -> Floats:
         """Return nothing."""
-        return np.zeros((2, self.num_tuned))
+        return np.zeros((3, self.num_tuned))
 
     def update(self, state: Floats, block: Block) -> Floats:
         """Add up a block."""
         from stockflow.kernels.sums import add_magnitudes
 
         add_magnitudes(block.deltas_NE, state[0])
-        self.kept.drop(block)
+        kept_N = self.kept.drop(block)
         add_magnitudes(block.deltas_NE, state[1])
+        state[2] += 0 if kept_N is None else kept_N
         return state
 
     def combine(self, left: Floats, right: Floats) -> Floats:

@@ -15,11 +15,12 @@ OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float6
 """Names of dtypes in a recipe, and in a safetensors header."""
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
-_MERGEKIT_METHODS = frozenset({
+MERGEKIT_METHODS = frozenset({
     "linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "model_stock", "arcee_fusion",
     "nearswap", "sce", "ram", "ramplus_tl", "task_arithmetic", "ties", "dare_linear", "dare_ties",
     "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
 })  # fmt: skip
+"""Its names; those that are not ours are refused by name."""
 _LAYER = "{layer}"
 _UNITS = {"": 1} | {
     unit: base**power
@@ -67,7 +68,7 @@ def _size(given: object) -> int:
 def _method_name(given: str) -> str:
     if given in METHODS:
         return given
-    if given in _MERGEKIT_METHODS:
+    if given in MERGEKIT_METHODS:
         raise RecipeError(f"mergekit's method `{given}` {NOT_YET}; known methods: {', '.join(METHODS)}")
     raise RecipeError(f"unknown method {shown(given)}; {nearest(given, METHODS)}")
 

@@ -15,6 +15,13 @@ METHOD_NAMES = {
     "slerp": "SLERP",
     "task_arithmetic": "task arithmetic",
     "ties": "TIES",
+    "dare_linear": "DARE",
+    "dare_ties": "DARE with an election of signs",
+    "breadcrumbs": "breadcrumbs",
+    "breadcrumbs_ties": "breadcrumbs with an election of signs",
+    "ram": "RAM",
+    "ramplus_tl": "RAM+",
+    "nearswap": "NearSwap",
 }
 COPIES = ("copy", "copy_equal")
 MAX_NAME = 160

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "model_stock by expert": {"stockflow": {"scope": "leading"}},
     "slerp": {"parameters": {"t": 0.3}},
     "ties": {"parameters": {"weight": 0.5, "density": 0.4}},
+    "dare_ties": {"parameters": {"weight": 0.5, "density": 0.4}},
 }
 
 

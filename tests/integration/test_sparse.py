@@ -1,6 +1,8 @@
 """Methods that keep some elements of each task vector: which ones they keep, and what they make of them."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from stockflow.errors import RecipeError
+from stockflow.methods import METHODS
+from stockflow.methods.protocol import Parameters
+from stockflow.recipe import parse_recipe
 from tests import oracle, runs
 from tests.checkpoints import Family, Shape, make_family, write_checkpoint, write_recipe
 
@@ -29,6 +35,20 @@ def write(folder: Path, tensors: Sequence[torch.Tensor], name: str = "w") -> Fam
     """Write a base and the models tuned from it, of one tensor."""
     folders = [write_checkpoint(folder / str(number), {name: tensor}) for number, tensor in enumerate(tensors)]
     return Family(folders[0], tuple(folders[1:]))
+
+
+@pytest.fixture(scope="module")
+def spanning(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, torch.dtype], Family]:
+    """Families of the tensors of ``SPANNING``, each made once."""
+
+    @cache
+    def make(num_tuned: int, dtype: torch.dtype) -> Family:
+        return make_family(tmp_path_factory.mktemp("spanning"), num_tuned, SPANNING, dtype, num_shards=2)
+
+    return make
+
+
+Spanning = Callable[[int, torch.dtype], Family]
 
 
 def merged(folder: Path, method: str, family: Family, **asked: Any) -> dict[str, oracle.Stored]:
@@ -57,6 +77,52 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"per_model": {"weight": WEIGHTS, "density": [0.0, 0.5, 0.01]}, "stockflow": {"scope": "tensor"}},
         {"weights": WEIGHTS, "densities": [0.0, 0.5, 0.01], "scope": "tensor"},
     ),
+    "breadcrumbs": (
+        "breadcrumbs",
+        {"per_model": {"weight": WEIGHTS, "density": [0.3, 1.0, 0.7], "gamma": [0.1, 0.2, 0.05]}},
+        {"weights": WEIGHTS, "densities": [0.3, 1.0, 0.7], "gammas": [0.1, 0.2, 0.05]},
+    ),
+    "breadcrumbs, more than there is": (
+        "breadcrumbs",
+        {"per_model": {"weight": WEIGHTS, "density": [0.3, 0.9, 0.0], "gamma": [0.8, 0.2, 0.5]},
+         "parameters": {"normalize": True, "rescale": True}},
+        {"weights": WEIGHTS, "densities": [0.3, 0.9, 0.0], "gammas": [0.8, 0.2, 0.5],
+         "normalize": True, "rescale": True},
+    ),
+    "breadcrumbs_ties": (
+        "breadcrumbs_ties",
+        {"per_model": {"weight": WEIGHTS}, "parameters": {"density": 0.6}},
+        {"weights": WEIGHTS, "densities": [0.6] * 3, "gammas": [0.01] * 3},
+    ),
+    "dare_linear": (
+        "dare_linear",
+        {"per_model": {"weight": WEIGHTS, "density": [0.3, 1.0, 0.7]}},
+        {"weights": WEIGHTS, "densities": [0.3, 1.0, 0.7]},
+    ),
+    "dare_linear, as the paper": (
+        "dare_linear",
+        {"per_model": {"weight": WEIGHTS, "density": [0.3, 0.0, 0.7]},
+         "parameters": {"rescale": "expected", "normalize": True, "lambda": 0.8117}, "stockflow": {"seed": 17}},
+        {"weights": WEIGHTS, "densities": [0.3, 0.0, 0.7], "rescale": "expected", "normalize": True, "lam": 0.8117,
+         "seed": 17},
+    ),
+    "dare_ties": (
+        "dare_ties",
+        {"per_model": {"weight": WEIGHTS}, "parameters": {"density": 0.45}},
+        {"weights": WEIGHTS, "densities": [0.45] * 3},
+    ),
+    "dare_ties, not rescaled": (
+        "dare_ties",
+        {"per_model": {"weight": WEIGHTS}, "parameters": {"density": 0.45, "rescale": False, "normalize": True},
+         "stockflow": {"scope": "tensor"}},
+        {"weights": WEIGHTS, "densities": [0.45] * 3, "rescale": False, "normalize": True, "scope": "tensor"},
+    ),
+    "ram": ("ram", {"parameters": {"epsilon": 9e-4}}, {"epsilon": 9e-4}),
+    "ramplus_tl": (
+        "ramplus_tl", {"parameters": {"epsilon": 1.3e-3, "r": 0.31, "alpha": 0.9}},
+        {"epsilon": 1.3e-3, "boost": (0.31, 0.9)},
+    ),
+    "nearswap": ("nearswap", {"num_tuned": 1, "parameters": {"t": 5.3e-4}}, {"t": 5.3e-4}),
 }  # fmt: skip
 """Method, what the recipe says, what the oracle is told."""
 
@@ -69,10 +135,11 @@ LEAST_SHARE = 0.9999
     [(BF16, "BF16"), (F16, "F16"), (F32, "F32"), (F32, "BF16")], ids=["BF16", "F16", "F32", "narrowed"],
 )  # fmt: skip
 @pytest.mark.parametrize("case", CASES)
-def test_a_merge_is_what_the_oracle_says(case: str, dtype: torch.dtype, out: str, tmp_path: Path) -> None:
+def test_a_merge_is_what_the_oracle_says(
+    case: str, dtype: torch.dtype, out: str, spanning: Spanning, tmp_path: Path
+) -> None:
     method, asked, told = CASES[case]
-    num_tuned = asked.get("num_tuned", 3)
-    family = make_family(tmp_path / "family", num_tuned, SPANNING, dtype, num_shards=2)
+    family = spanning(asked.get("num_tuned", 3), dtype)
     out_dtype = {"out_dtype": "bfloat16"} if out == "BF16" and dtype == F32 else {}
     words = {key: value for key, value in asked.items() if key != "num_tuned"}
 
@@ -97,11 +164,12 @@ def test_results_of_float64_are_exact_but_for_the_last_bit(case: str, tmp_path: 
 
     found = merged(tmp_path, method, family, **{key: value for key, value in asked.items() if key != "num_tuned"})
 
-    sources = oracle.load_checkpoint(family.base)
+    sources = [oracle.load_checkpoint(folder) for folder in (family.base, *family.tuned)]
     for name, want in oracle.merge_folder(method, family.base, family.tuned, **told).items():
         if want.dtype == "F64":
             error = np.abs(found[name].array - want.out)
-            assert (error <= 2.0**-51 * (np.abs(sources[name].array) + np.abs(want.out))).all()
+            size = sum(np.abs(source[name].array) for source in sources) + np.abs(want.out)
+            assert (error <= 2.0**-51 * size).all()
 
 
 # --- equal magnitudes -------------------------------------------------------------------------------------------
@@ -154,10 +222,10 @@ def test_zeros_subnormals_and_extremes_are_ranked(values: list[float], kept: lis
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_memory_threads_and_resuming_change_no_byte(case: str, tmp_path: Path) -> None:
+def test_memory_and_threads_change_no_byte(case: str, spanning: Spanning, tmp_path: Path) -> None:
     """BF16 task vectors have thousands of equal magnitudes at every threshold."""
     method, asked, _ = CASES[case]
-    family = make_family(tmp_path / "family", asked.get("num_tuned", 3), SPANNING, num_shards=2)
+    family = spanning(asked.get("num_tuned", 3), BF16)
     words = {key: value for key, value in asked.items() if key != "num_tuned"}
     recipe = write_recipe(tmp_path / "recipe.yaml", method, family, **words)
 
@@ -169,3 +237,128 @@ def test_memory_threads_and_resuming_change_no_byte(case: str, tmp_path: Path) -
     ]  # fmt: skip
 
     assert digests[0] == digests[1] == digests[2]
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------
+
+
+def chi_square(counts: Sequence[int], shares: Sequence[float]) -> float:
+    """Return by how many standard deviations chi-square is above what is to be expected."""
+    expected = np.array(shares) * sum(counts)
+    freedom = len(counts) - 1
+    return float((((np.array(counts) - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.93])
+def test_elements_are_kept_as_often_as_is_asked_and_independently(density: float, tmp_path: Path) -> None:
+    """Of two models and neighbouring elements: sixteen cases, each as often as the density says, in every stretch."""
+    n = 400_000
+    family = write(tmp_path / "family", [torch.zeros(n), torch.ones(n), torch.full((n,), 2.0)])
+    asked = {"parameters": {"weight": 1.0, "density": density, "rescale": False}, "stockflow": {"seed": 3}}
+
+    found = merged(tmp_path, "dare_linear", family, **asked)["w"].array.astype(int)
+
+    shares = [(1 - density) ** (2 - case.bit_count()) * density ** case.bit_count() for case in range(4)]
+    stretches = [np.bincount(part, minlength=4) for part in np.split(found, 100)]
+    assert max(chi_square(counts, shares) for counts in stretches) < 8
+    assert chi_square(sum(stretches), shares) < 4
+    neighbours = np.bincount(4 * found[:-1] + found[1:], minlength=16)
+    assert chi_square(neighbours, np.outer(shares, shares).ravel()) < 4
+
+
+def test_where_models_lie_and_how_they_are_cut_decides_no_draw(tmp_path: Path) -> None:
+    asked = {"parameters": {"weight": 1.0, "density": 0.4}}
+    shapes: dict[str, Shape] = {"a": (50, 40), "b": (300_001,), "layers.0.experts": (3, 40, 70)}
+    outputs = [
+        merged(folder, "dare_ties", make_family(folder / "family", 3, shapes, num_shards=num_shards), **asked)
+        for folder, num_shards in ((tmp_path / "here", 1), (tmp_path / "elsewhere", 3))
+    ]
+
+    for name in shapes:
+        assert np.array_equal(outputs[0][name].array, outputs[1][name].array)
+
+
+def test_another_seed_is_another_plan_and_another_merge(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "family", 2, {"w": (30, 40)})
+    asked = {"parameters": {"weight": 1.0, "density": 0.5}}
+    found = [
+        merged(tmp_path / str(seed), "dare_linear", family, stockflow={"seed": seed}, **asked)["w"].array
+        for seed in (0, 1)
+    ]
+
+    plans = [next((tmp_path / str(seed) / "out" / "_stockflow").glob("*/plan.json")).parent.name for seed in (0, 1)]
+    assert not np.array_equal(found[0], found[1])
+    assert plans[0] != plans[1]
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "ties", "ram"])
+def test_a_model_that_did_not_move_and_one_element_are_merged(method: str, tmp_path: Path) -> None:
+    """Norms of zero are not divided by; a tensor of one element is kept or not."""
+    family = write(tmp_path / "family", [torch.ones(1), torch.ones(1), torch.full((1,), 3.0)])
+    asked = {} if method == "ram" else {"parameters": {"weight": 1.0, "density": 0.5, "rescale": True}}
+
+    found = merged(tmp_path, method, family, **asked)["w"].array
+
+    assert found.tolist() in ([1.0], [3.0])
+    assert method != "breadcrumbs" or found.tolist() == [1.0], "int(0.5 * 1) elements are kept"
+    assert method not in ("ties", "ram") or found.tolist() == [3.0], "at least one is kept"
+
+
+def test_of_equal_magnitudes_the_first_count_as_outliers(tmp_path: Path) -> None:
+    family = write(tmp_path / "family", [torch.zeros(300_000), torch.ones(300_000)])
+    asked = {"parameters": {"weight": 1.0, "density": 0.5, "gamma": 0.1}}
+
+    found = merged(tmp_path, "breadcrumbs", family, **asked)["w"].array
+
+    assert np.array_equal(found, [0.0] * 30_000 + [1.0] * 150_000 + [0.0] * 120_000)
+
+
+def test_weights_that_sum_to_zero_are_not_divided_by(tmp_path: Path) -> None:
+    family = write(tmp_path / "family", [torch.zeros(2), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])])
+    asked = {"per_model": {"weight": [0.5, -0.5]}, "parameters": {"normalize": True}}
+
+    linear = merged(tmp_path / "linear", "dare_linear", family, **asked)["w"].array
+    elected = merged(tmp_path / "elected", "dare_ties", family, **asked)["w"].array
+
+    assert linear.tolist() == [-1.0, 0.5]
+    assert elected.tolist() == [3.0, 2.0], "-1.5 of a weight of -0.5 has the elected sign in one, 1 of 0.5 in the other"
+
+
+# --- what is declared -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "num_passes"),
+    [
+        ("ram", {}, 0),
+        ("nearswap", {}, 0),
+        ("dare_linear", {"rescale": False}, 0),
+        ("dare_linear", {"rescale": "expected"}, 0),
+        ("dare_ties", {"rescale": True}, 1),
+        ("ramplus_tl", {}, 1),
+        ("ties", {"rescale": False}, 3),
+        ("breadcrumbs", {"rescale": "l1"}, 4),
+    ],
+)
+def test_only_what_needs_to_know_the_elements_goes_over_them_first(
+    method: str, given: dict[str, Any], num_passes: int
+) -> None:
+    assert METHODS[method].rule.num_statistic_passes(32, Parameters(given)) == num_passes
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "said"),
+    [
+        ("dare_ties", "{weight: 1, density: 1.1}", "recipe:5:25: parameters.density: expected at most 1, found 1.1"),
+        ("breadcrumbs", "{weight: 1, gamma: -0.1}", "parameters.gamma: expected at least 0, found -0.1"),
+        ("ties", "{weight: 1, rescale: expected}", "expected true or false or l1, found 'expected'"),
+        ("dare_linear", "{weight: 1, rescale: l2}", "expected true or false or l1 or expected, found 'l2'"),
+        ("dare_linear", "{density: 0.5}", "`dare_linear` needs the parameter `weight`"),
+        ("nearswap", "{}", "`nearswap` needs the parameter `t`"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_its_place(method: str, parameters: str, said: str) -> None:
+    recipe = f"merge_method: {method}\nbase_model: /base\nmodels:\n  - model: /one\nparameters: {parameters}\n"
+
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        parse_recipe(recipe, "recipe")

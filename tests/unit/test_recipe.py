@@ -27,6 +27,7 @@ from stockflow.recipe import (
     resolve_location,
 )
 from stockflow.recipe.resolve import Resolver
+from stockflow.recipe.values import MERGEKIT_METHODS
 from stockflow.storage import StoreOptions
 
 STOCK = """\
@@ -298,10 +299,7 @@ def test_keys_that_only_mergekit_has_are_refused_by_name(key: str) -> None:
     assert f"mergekit's `{key}` is not supported by stockflow yet" in refusal(STOCK + f"{key}: [1]")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["nuslerp", "multislerp", "karcher", "passthrough", "arcee_fusion", "nearswap", "sce", "ram", "della"],
-)
+@pytest.mark.parametrize("name", sorted(MERGEKIT_METHODS - METHODS.keys()))
 def test_methods_that_only_mergekit_has_are_refused_by_name(name: str) -> None:
     message = refusal(STOCK.replace("model_stock", name))
 
