@@ -1,7 +1,6 @@
 """The command line: wiring, printing, exit codes. A command is a function in a module of this folder, listed below."""
 
 import gc
-import json
 import os
 import re
 from collections.abc import Callable
@@ -10,10 +9,10 @@ from typing import Annotated
 import typer
 
 from stockflow.cli.cluster import status, submit
-from stockflow.cli.exits import exit_codes
 from stockflow.cli.looking import audit, clean, diff, inspect, report, verify
 from stockflow.cli.merging import demo, merge
 from stockflow.cli.planning import calibrate, plan
+from stockflow.cli.recipes import lint, schema
 from stockflow.version import __version__
 
 app = typer.Typer(
@@ -47,16 +46,8 @@ def _first_sentence(command: Callable[..., None]) -> str:
     return re.split(r"(?<=[.])\s", (command.__doc__ or "").strip(), maxsplit=1)[0]
 
 
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
-    from stockflow.recipe import recipe_schema
-
-    with exit_codes():
-        print(json.dumps(recipe_schema(), indent=1), flush=True)
-
-
 for command in (
-    merge, plan, submit, status, inspect, audit, verify, report, diff, calibrate, clean, demo, schema,
+    merge, plan, lint, submit, status, inspect, audit, verify, report, diff, calibrate, clean, demo, schema,
 ):  # fmt: skip
     # Of all that explains a command the first sentence, whole: typer would cut it to a line.
     app.command(short_help=_first_sentence(command))(command)

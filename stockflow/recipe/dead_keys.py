@@ -65,9 +65,8 @@ def _advice(path: Path, methods: Sequence[Method], declared: Mapping[str, Parame
     if name in Options.model_fields:
         return f"did you mean `stockflow.{name}`?"
     if name == _INT8_MASK or name in _declared(METHODS.values()):
-        return (
-            f"{_who(methods)} no parameter of this name; remove it" if methods else f"did you mean `parameters.{name}`?"
-        )
+        whose = f"{_who(methods)} no parameter of this name" if methods else "it is a parameter of some methods"
+        return f"{whose}; remove it"
     here = {key: key for key in keys_at(path)} | {key: f"parameters.{key}" for key in declared}
     return _meant(name, here.keys(), here)
 

@@ -329,16 +329,13 @@ def _spaced(line: str) -> str:
 
 def _stages(documents: Sequence[Node]) -> str:
     """Say what a file of several documents is; a name is the key by which mergekit-multi lets others use a result."""
-    names = [node.children["name"][1].scalar for node in documents if "name" in node.children]
-    stages = listed([f"`{named(str(name))}`" for name in names])
+    names = [f"`{named(str(node.children['name'][1].scalar))}`" for node in documents if "name" in node.children]
     nameless = len(documents) - len(names)
-    what = f"the stages {stages}" if names else "none with a name"
-    if names and nameless:
-        what += f" and {nameless} without a name"
+    unnamed = [f"{nameless} without a name"] if nameless else []
     return (
-        f"a second document starts here: {len(documents)} documents, {what}; merges in stages are mergekit-multi's, "
-        f"and this {NOT_YET}; write each into a file of its own, merge those first whose names others use as models, "
-        "and name their outputs there"
+        f"a second document starts here, of {len(documents)}: {listed([*names, *unnamed])}; merges in stages are "
+        f"mergekit-multi's, and this {NOT_YET}; write each into a file of its own, merge those first whose names "
+        "others use as models, and write the folders of their outputs there"
     )
 
 

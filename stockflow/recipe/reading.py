@@ -91,7 +91,7 @@ def load_recipe(location: str) -> Recipe:
         RecipeError: as for ``parse_recipe``; a folder, larger than 1 MiB or not UTF-8.
         NotFoundError: there is no such file.
     """
-    return parse_recipe(read_text(location), _source(location))
+    return parse_recipe(read_text(location), source_of(location))
 
 
 def read_text(location: str) -> str:
@@ -101,7 +101,7 @@ def read_text(location: str) -> str:
         RecipeError: a folder, larger than 1 MiB or not UTF-8.
         NotFoundError: there is no such file.
     """
-    source = _source(location)
+    source = source_of(location)
     if location == "-":
         payload = sys.stdin.buffer.read(MAX_RECIPE_BYTES + 1)
     elif "://" not in location and os.path.isdir(os.path.expanduser(location)):
@@ -120,7 +120,8 @@ def read_text(location: str) -> str:
         raise RecipeError(f"{place}: expected UTF-8, found an {error.reason}; save it as UTF-8") from None
 
 
-def _source(location: str) -> str:
+def source_of(location: str) -> str:
+    """Return how messages name a recipe by its location."""
     return "<stdin>" if location == "-" else redact(location)
 
 

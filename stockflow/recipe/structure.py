@@ -19,6 +19,7 @@ _MERGEKIT_KEYS = frozenset({"slices", "modules", "tokenizer", "chat_template"})
 _OTHER_FILES = {"experts": "mergekit-moe", "genome": "mergekit-evolve", "layer_slices": "bakllama"}
 """Tools by a key that only their files have."""
 _BUILDS = {"mergekit-moe": "builds a mixture of experts", "mergekit-evolve": "searches for a recipe"}
+NO_MERGE = "that is no merge"
 _SECRET_WORD = re.compile(r"key|secret|token|passw|credential|signature|account|sas|user", re.IGNORECASE)
 _MOST_MENDS = 4
 _ANY_RULE = {"filter": "*", "action": "skip"}
@@ -48,7 +49,7 @@ def parse_structure(plain: dict[str, object], text: str) -> Structure:
     """
     found = Structure()
     if tool := next((tool for key, tool in _OTHER_FILES.items() if key in plain and "merge_method" not in plain), None):
-        found.problems.append(((), f"a file of {tool}, which {_BUILDS.get(tool, 'stacks layers')}: that is no merge"))
+        found.problems.append(((), f"a file of {tool}, which {_BUILDS.get(tool, 'stacks layers')}: {NO_MERGE}"))
         return found
     elsewhere = {"models"} if plain.keys() & {"slices", "modules"} else set()
     for _ in range(_MOST_MENDS):
@@ -168,7 +169,7 @@ def _problem(detail: ErrorDetails) -> Problem:
 def _unknown_key(path: Path) -> str:
     name = str(path[-1])
     if len(path) == 1 and name in _MERGEKIT_KEYS:
-        return f"mergekit's `{name}` {NOT_YET}; remove it"
+        return f"mergekit's `{name}` {NOT_YET}"
     if "storage" in path and _SECRET_WORD.search(name):
         return f"a recipe never holds secrets; {FROM_ENVIRONMENT}"
     return f"unknown key; {nearest(name, keys_at(path))}"

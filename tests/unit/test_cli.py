@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from stockflow import __version__
-from stockflow.cli import app, exit_codes
+from stockflow.cli import app
+from stockflow.cli.exits import exit_codes
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import REPOSITORY, command, run
 from tests.waiting import HANG_S
 
 SHAPES = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,), "lm_head.weight": (40, 16)}
-COMMANDS = ("merge", "plan", "verify", "diff", "demo", "schema")
+COMMANDS = ("merge", "plan", "lint", "verify", "diff", "demo", "schema")
 
 
 def cli(*arguments: object) -> Result:

@@ -23,8 +23,8 @@ from stockflow.settings import (
 )
 from tests.checkpoints import make_family, write_recipe
 
-WITHOUT_PROGRESS = {"schema", "status", "submit"}
-"""One prints a constant, one is progress itself, one shows what the merge on the cluster says."""
+WITHOUT_PROGRESS = {"lint", "schema", "status", "submit"}
+"""One reads small files, one prints a constant, one is progress itself, one shows what the cluster's merge says."""
 STYLES = ["json", "plain", "none"]
 
 

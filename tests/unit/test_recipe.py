@@ -141,7 +141,7 @@ def test_empty_sections_are_absent() -> None:
 @pytest.mark.parametrize(
     ("text", "place", "reason"),
     [
-        ("a: 1\n---\nb: 2", "2:1", "a second document starts here: 2 documents, none with a name"),
+        ("a: 1\n---\nb: 2", "2:1", "a second document starts here, of 2: 2 without a name"),
         ("a: !!python/object:os.system x", "1:4", "the tag 'tag:yaml.org,2002:python/object:os.system'"),
         ("a: !!str x", "1:4", "the tag"),
         ("- a", "1:1", "expected a mapping with `merge_method` and `models`, found a list"),
