@@ -18,10 +18,9 @@ from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.output.manifest import Manifest
 from stockflow.planning.job import TensorJob, stored
-from stockflow.planning.make import make_plan
 from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.recipe import resolve_location
-from stockflow.run.driver import Inputs, collector_paused
+from stockflow.run.driver import Inputs
 from stockflow.storage import StorageConfig, Store, open_store, pin_revision, redact
 from stockflow.verification.files import Output
 from stockflow.verification.findings import Finding
@@ -48,8 +47,7 @@ def open_recipe(inputs: Inputs, location: str | None, on_event: OnEvent = ignore
     store = None if location is None else _open(location, inputs.storage)
     merged = None if store is None else _checkpoint(store, on_event)
     on_event(Stage("planning"))
-    with collector_paused():
-        plan = make_plan(inputs.recipe, inputs.checkpoints)
+    plan = inputs.plan()
     _check_method(plan)
     if store is None:
         return Merge(plan, inputs.storage)

@@ -20,7 +20,6 @@ from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import packed
 from stockflow.planning.job import Reading, TensorJob, stored
-from stockflow.planning.make import make_plan
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.run.driver import Inputs, collector_paused
@@ -132,7 +131,7 @@ def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, .
     if len(recipe.checkpoints) < 2:
         raise RecipeError("this recipe lists no model besides its base; there is nothing to compare")
     with collector_paused():
-        plan = make_plan(recipe, inputs.checkpoints)
+        plan = inputs.plan()
         subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
     return subjects, plan.checkpoints
 

@@ -8,6 +8,7 @@ from stockflow.checkpoints.modules import MODULE_WEIGHTS
 from stockflow.checkpoints.naming import holds_fused_experts
 from stockflow.checkpoints.opening import SINGLE_FILE, Checkpoint
 from stockflow.checkpoints.samples import Samples
+from stockflow.checkpoints.tokenizers import Tokenizer
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
 from stockflow.planning.depths import depths_of
@@ -38,6 +39,7 @@ def make_plan(
     recipe: Recipe,
     checkpoints: Sequence[Checkpoint],
     *,
+    tokenizers: Sequence[Tokenizer] = (),
     shard_size: int | None = None,
     strict: bool = False,
     accepted: Collection[str] = (),
@@ -48,6 +50,7 @@ def make_plan(
     Args:
         recipe: what to merge how.
         checkpoints: what their headers say.
+        tokenizers: what their tokenizers say, where they were read.
         shard_size: largest shard in bytes; default from the recipe, else from the output's size.
         strict: whether warnings are refused, too.
         accepted: codes of refusals that are accepted, beside those of the recipe.
@@ -63,7 +66,7 @@ def make_plan(
     checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
     jobs, skipped, problems = _planned(recipe, checkpoints)
     config = output_config(recipe, checkpoints, jobs)
-    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, samples))
+    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, tokenizers, samples))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))

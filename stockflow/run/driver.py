@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,8 @@ from stockflow.checkpoints.damage import without_damaged
 from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.layout import OnFile, unheard
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
-from stockflow.checkpoints.samples import take_samples
+from stockflow.checkpoints.samples import Samples, take_samples
+from stockflow.checkpoints.tokenizers import read_tokenizers
 from stockflow.errors import PlanError, StockflowError
 from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
 from stockflow.interruption import finishing, last_act
@@ -144,6 +145,33 @@ class Inputs:
             checkpoints=[self.checkpoints[index] for index in kept],
         )
 
+    def plan(
+        self,
+        *,
+        shard_size: int | None = None,
+        strict: bool = False,
+        accepted: Collection[str] = (),
+        samples: Samples = (),
+    ) -> MergePlan:
+        """Return the plan; tokenizers are read for it where several models have a row per token.
+
+        Raises:
+            PlanError: the inputs do not fit together.
+            InputChangedError: a tokenizer is no longer the one that was listed.
+            StorageError: reading failed after retries.
+        """
+        with collector_paused():
+            tokenizers = read_tokenizers(self.stores, self.checkpoints) if len(self.checkpoints) > 1 else ()
+            return make_plan(
+                self.recipe,
+                self.checkpoints,
+                tokenizers=tokenizers,
+                shard_size=shard_size,
+                strict=strict,
+                accepted=accepted,
+                samples=samples,
+            )
+
 
 def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[MergePlan, Workspace]:
     """Return the plan, and how a worker would divide its memory; nothing is written.
@@ -156,15 +184,12 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
     for store in inputs.stores:
         if is_within(where, store.url):
             raise PlanError(f"the output {redact(where)} is, or lies in, the input {redact(store.url)}; move it")
-    with collector_paused():
-        plan = make_plan(
-            inputs.recipe,
-            inputs.checkpoints,
-            shard_size=options.shard_size,
-            strict=options.strict,
-            accepted=options.accepted,
-            samples=take_samples(inputs.stores, inputs.checkpoints),
-        )
+    plan = inputs.plan(
+        shard_size=options.shard_size,
+        strict=options.strict,
+        accepted=options.accepted,
+        samples=take_samples(inputs.stores, inputs.checkpoints),
+    )
     workspace = divide(
         plan.jobs,
         options.memory_bytes,

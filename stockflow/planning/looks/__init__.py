@@ -5,7 +5,7 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 
 from collections.abc import Callable, Iterable
 
-from stockflow.planning.looks import asked, configs, kinship, promises, quantised
+from stockflow.planning.looks import asked, configs, kinship, promises, quantised, tokenizers
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
@@ -28,6 +28,10 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     quantised.leftover_scales,
     kinship.copies,
     kinship.strangers,
+    tokenizers.differing_vocabularies,
+    tokenizers.tokens_beyond_rows,
+    tokenizers.missing_tokenizers,
+    tokenizers.words_of_no_tune,
 )
 """In the order in which their remarks are shown."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
+from stockflow.checkpoints.tokenizers import Tokenizer
 from stockflow.planning.job import TensorJob
 from stockflow.recipe import Recipe
 
@@ -22,7 +23,8 @@ class Proposal:
     """names of the tensors that rules leave out"""
     config: Mapping[str, object] | None = None
     """what is published"""
-
+    tokenizers: Sequence[Tokenizer] = ()
+    """of the checkpoints, or none: they were not read"""
     samples: Samples = ()
     """of each checkpoint, if some were taken"""
 

@@ -1,0 +1,340 @@
+"""Tokenizers beside each other: families as they are published, and what a plan says of each pair of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stockflow.errors import PlanError
+from stockflow.planning.plan import MergePlan
+from stockflow.recipe import parse_recipe
+from stockflow.run.driver import Inputs
+from tests.token_files import (
+    LETTERS,
+    added,
+    ids_of,
+    model_with,
+    sentencepiece_model,
+    tekken_json,
+    tiktoken_lines,
+    tokenizer_json,
+)
+
+Files = Mapping[str, str | bytes]
+
+
+def fast(tokens: Sequence[str] | Mapping[str, int], kind: str = "BPE", more: Sequence[dict[str, Any]] = ()) -> Files:
+    return {"tokenizer.json": tokenizer_json(tokens, kind, more)}
+
+
+FAST = fast(LETTERS)
+BYTES = [bytes([letter]) for letter in b"abcdefgh"] + [b" a", b" b"]
+PIECES = ["<unk>", "<s>", "</s>", "▁stock", "▁merge", "s"]
+XLM = {
+    "sentencepiece.bpe.model": sentencepiece_model(PIECES),
+    "tokenizer_config.json": '{"tokenizer_class": "XLMRobertaTokenizer"}',
+}
+WORDS = ["[PAD]", "[UNK]", "stock", "##s"]
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 17\n"
+CHATML, LLAMA = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}",
+    "{{ bos_token }}[INST]{% for m in messages %}",
+)
+
+
+def renamed(tokens: list[str], **places: str) -> list[str]:
+    """Tokens with others at some places: ``_3="x"``."""
+    return [places.get(f"_{number}", token) for number, token in enumerate(tokens)]
+
+
+def config(**settings: Any) -> Files:
+    return FAST | {"tokenizer_config.json": json.dumps(settings)}
+
+
+def decoder(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"added_tokens_decoder": {str(entry["id"]): entry for entry in entries}}
+
+
+class Models:
+    """A base and two tunes; what is said of the second tune is what the first one is, unless it is given."""
+
+    def __init__(self, root: Path, base: Files, one: Files, two: Files | None = None, rows: int = 12) -> None:
+        self.folders = [root / name for name in ("base", "one", "two")]
+        given = (base, one, one if two is None else two)
+        for number, (folder, files) in enumerate(zip(self.folders, given, strict=True)):
+            model_with(folder, files, rows=rows if number else 12, seed=number)
+
+    def plan(self, *, accept: tuple[str, ...] = (), **top_level: Any) -> MergePlan:
+        recipe: dict[str, Any] = {
+            "merge_method": "model_stock",
+            "base_model": str(self.folders[0]),
+            "models": [{"model": str(folder)} for folder in self.folders[1:]],
+            "stockflow": {"accept": list(accept), **top_level.pop("stockflow", {})},
+        }
+        return Inputs.open(parse_recipe(json.dumps(recipe | top_level), "recipe.yaml")).plan()
+
+    def said(self, **top_level: Any) -> dict[str, str]:
+        """Severity by code, refusals accepted."""
+        codes = ("vocabularies-differ", "vocabularies-unread")
+        return {remark.code: remark.severity for remark in self.plan(accept=codes, **top_level).remarks}
+
+
+AGREEING: dict[str, tuple[Files, Files]] = {
+    "the same file": (FAST, FAST),
+    "written in another way": (FAST, {"tokenizer.json": json.dumps(json.loads(tokenizer_json(LETTERS)), indent=2)}),
+    "GPT-2's slow form beside the fast one": (
+        FAST,
+        {"vocab.json": json.dumps(ids_of(LETTERS)), "merges.txt": "#version: 0.2\n"},
+    ),
+    "the first GPT-2's names": ({"encoder.json": json.dumps(ids_of(LETTERS)), "vocab.bpe": ""}, FAST),
+    "BERT's lines beside WordPiece": ({"vocab.txt": "\n".join(WORDS) + "\n"}, fast(WORDS, "WordPiece")),
+    "Llama 2's SentencePiece beside its fast form": (
+        {
+            "tokenizer.model": sentencepiece_model(PIECES),
+            "tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}',
+        },
+        fast(PIECES),
+    ),
+    "T5's spiece.model beside Unigram": ({"spiece.model": sentencepiece_model(PIECES)}, fast(PIECES, "Unigram")),
+    "Qwen's tiktoken beside byte-level BPE": ({"qwen.tiktoken": tiktoken_lines(BYTES)}, FAST),
+    "Llama 3's tiktoken under SentencePiece's name": ({"tokenizer.model": tiktoken_lines(BYTES)}, FAST),
+    "Mistral's tekken": ({"tekken.json": tekken_json(BYTES[:9], ["<unk>"], room=10)}, fast(["<unk>", *LETTERS[:9]])),
+    "added tokens in a file of their own": (
+        FAST | {"added_tokens.json": '{"<|im_end|>": 10}'},
+        fast(LETTERS, more=added("<|im_end|>", start=10)),
+    ),
+    "added tokens in the tokenizer's config": (
+        fast(LETTERS, more=added("<|x|>", start=10)),
+        config(**decoder(*added("<|x|>", start=10))),
+    ),
+    "XLM-R's numbering in all of them": (XLM, XLM),
+    "a form that nobody reads, the same bytes": ({"dict.txt": "a 9\nb 5\n"}, {"dict.txt": "a 9\nb 5\n"}),
+    "none at all": ({}, {}),
+    "byte models without files": ({"tokenizer_config.json": '{"tokenizer_class": "ByT5Tokenizer"}'}, {}),
+}
+
+
+@pytest.mark.parametrize("case", AGREEING)
+def test_nothing_is_said_of_vocabularies_that_agree(case: str, tmp_path: Path) -> None:
+    base, tuned = AGREEING[case]
+
+    assert Models(tmp_path, base, tuned).said() == {}
+    assert Models(tmp_path / "turned", tuned, base).said() == {}
+
+
+RESERVED = added("<|begin|>", "<|reserved_0|>", start=10)
+DIFFERING: dict[str, tuple[Files, Files, str]] = {
+    "a reserved token that was renamed": (
+        fast(LETTERS, more=RESERVED),
+        fast(LETTERS, more=added("<|begin|>", "<|im_start|>", start=10)),
+        r"1 id of 12 tokens means something else in \S+/one, \S+/two than in \S+/base: "
+        r"11 is '<\|im_start\|>' here and '<\|reserved_0\|>' there\. Rows",
+    ),
+    "another order": (FAST, fast(LETTERS[::-1]), "10 ids of 10 tokens mean .* and 7 more"),
+    "another family of the same size": (
+        FAST,
+        fast([*PIECES, *"xyzw"], "Unigram"),
+        "10 ids of 10 tokens",
+    ),
+    "one token that moved": (
+        FAST,
+        fast(ids_of(LETTERS[:9]) | {LETTERS[9]: 11}),
+        "2 ids of 10 tokens mean .*: 9 is nothing here and 'Ġb' there, 11 is 'Ġb' here and nothing there",
+    ),
+    "Unigram pieces swapped": (
+        fast(PIECES, "Unigram"),
+        fast([*PIECES[:3], *PIECES[:2:-1]], "Unigram"),
+        "3 is 's' here and '▁stock' there",
+    ),
+    "BERT cased and uncased": (
+        {"vocab.txt": "\n".join(WORDS)},
+        {"vocab.txt": "\n".join(renamed(WORDS, _2="Stock"))},
+        "2 is 'Stock' here",
+    ),
+    "slow forms with other ids": (
+        {"vocab.json": json.dumps(ids_of(LETTERS))},
+        {"vocab.json": json.dumps(ids_of(renamed(LETTERS, _0="z")))},
+        "0 is 'z' here and 'a' there",
+    ),
+    "SentencePiece models": (
+        {"tokenizer.model": sentencepiece_model(PIECES)},
+        {"tokenizer.model": sentencepiece_model(renamed(PIECES, _5="t"))},
+        "5 is 't' here and 's' there",
+    ),
+    "tiktoken of two generations": (
+        {"qwen.tiktoken": tiktoken_lines(BYTES)},
+        {"tiktoken.model": tiktoken_lines(BYTES[::-1])},
+        "0 is 'Ġb' here",
+    ),
+    "added tokens in a file of their own": (
+        FAST | {"added_tokens.json": '{"<pad>": 10}'},
+        FAST | {"added_tokens.json": '{"<|im_end|>": 10}'},
+        r"10 is '<\|im_end\|>' here and '<pad>' there",
+    ),
+    "a token that would command a terminal": (
+        FAST,
+        fast(renamed(LETTERS, _0="\x1b[31m\n")),
+        r"0 is '\\x1b\[31m\\n' here",
+    ),
+    "half of a surrogate pair": (
+        FAST,
+        {"tokenizer.json": json.dumps(json.loads(tokenizer_json(renamed(LETTERS, _0="\ud83d"))))},
+        r"'\\ud83d' here",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERING)
+def test_ids_that_mean_different_tokens_are_refused(case: str, tmp_path: Path) -> None:
+    base, tuned, sentence = DIFFERING[case]
+    models = Models(tmp_path, base, tuned)
+
+    with pytest.raises(PlanError, match=sentence) as caught:
+        models.plan()
+
+    assert "accept it: `stockflow: {accept: [vocabularies-differ]}`" in str(caught.value)
+    assert models.said()["vocabularies-differ"] == "refusal"
+
+
+UNREAD: dict[str, tuple[Files, Files, str]] = {
+    "XLM-R's numbering beside another": (XLM, fast(PIECES), "numbers its tokens anew"),
+    "a form that nobody reads": (
+        {"dict.txt": "a 9\n"},
+        {"dict.txt": "b 9\n"},
+        "dict.txt is of no form that is read here",
+    ),
+    "two vocabularies in one model": (
+        {"vocab-src.json": "{}", "vocab-tgt.json": "{}"},
+        {"vocab-src.json": "{}", "vocab-tgt.json": '{"a": 0}'},
+        "vocab-src.json",
+    ),
+    "a vocabulary per language": (
+        {"vocab.json": '{"eng": {"a": 0}}'},
+        {"vocab.json": '{"eng": {"b": 0}}'},
+        "vocab.json: expected tokens with their ids",
+    ),
+    "a pointer instead of a file": (FAST, {"tokenizer.json": LFS_POINTER}, "tokenizer.json: Expecting value"),
+    "half a file": (FAST, {"tokenizer.json": FAST["tokenizer.json"][:-40]}, "tokenizer.json: "),
+    "added tokens that are none": (FAST, FAST | {"added_tokens.json": "[]"}, "it is not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_vocabularies_that_cannot_be_compared_are_refused(case: str, tmp_path: Path) -> None:
+    base, tuned, reason = UNREAD[case]
+    models = Models(tmp_path, base, tuned)
+
+    with pytest.raises(PlanError, match=rf"cannot be compared: .*{reason}.*accept: \[vocabularies-unread\]"):
+        models.plan()
+
+
+TOKEN = fast(LETTERS, more=added("<|im_end|>", start=10))
+OTHER = fast(LETTERS, more=added("<pad>", start=10))
+BEYOND = fast(LETTERS, more=added("<pad>", start=12))
+SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
+    "tunes with a token in a padded row": ((FAST, TOKEN), {"tokens-missing": "warning"}),
+    "one tune with a token": ((FAST, TOKEN, FAST), {"tokens-missing": "warning"}),
+    "a base with a token": ((TOKEN, FAST), {"tokens-missing": "warning"}),
+    "two tunes with two tokens in one row": (
+        (FAST, TOKEN, OTHER),
+        {"tokens-missing": "warning", "vocabularies-differ": "refusal"},
+    ),
+    "a token without a row": ((FAST, BEYOND), {"tokens-missing": "warning", "tokens-beyond-rows": "warning"}),
+    "a token without a row in all of them": ((BEYOND, BEYOND), {"tokens-beyond-rows": "warning"}),
+    "a tune without a tokenizer": ((FAST, {}, FAST), {"no-tokenizer": "note"}),
+    "a base without a tokenizer": (({}, FAST), {"no-tokenizer": "warning"}),
+    "a template of the tunes": ((FAST, config(chat_template=CHATML)), {"side-files-differ": "warning"}),
+    "a template of one tune": (
+        (config(chat_template=LLAMA), config(chat_template=CHATML), FAST),
+        {"side-files-differ": "warning"},
+    ),
+    "the template of a tune": ((config(chat_template=CHATML), config(chat_template=CHATML), FAST), {}),
+    "a template in a file of its own": (
+        (FAST | {"chat_template.jinja": CHATML + "\n"}, config(chat_template=CHATML)),
+        {},
+    ),
+    "a template beside a processor": (
+        (FAST | {"chat_template.json": json.dumps({"chat_template": CHATML})}, config(chat_template=CHATML)),
+        {},
+    ),
+    "several templates": (
+        (config(chat_template=[{"name": "default", "template": CHATML}]), config(chat_template=CHATML)),
+        {},
+    ),
+    "no template but the base's": ((config(chat_template=CHATML), FAST), {}),
+    "another end token": ((config(eos_token="a"), config(eos_token="b")), {"side-files-differ": "warning"}),
+    "an end token written as a mapping": (
+        (config(eos_token="a"), config(eos_token={"content": "a", "lstrip": False})),
+        {},
+    ),
+    "an end token of the special tokens": (
+        (config(eos_token="a"), FAST | {"special_tokens_map.json": '{"eos_token": "a"}'}),
+        {},
+    ),
+    "another generation config": (
+        (
+            FAST | {"generation_config.json": '{"eos_token_id": 1}'},
+            FAST | {"generation_config.json": '{"eos_token_id": [1, 2]}'},
+        ),
+        {"side-files-differ": "warning"},
+    ),
+    "a generation config of another version": (
+        (
+            FAST | {"generation_config.json": '{"transformers_version": "4.40"}'},
+            FAST | {"generation_config.json": "{}"},
+        ),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_differs_beside_the_ids_is_said(case: str, tmp_path: Path) -> None:
+    files, expected = SAID[case]
+
+    assert Models(tmp_path, *files).said() == expected
+
+
+def test_a_merge_without_rows_per_token_is_not_asked_for_its_tokenizers(tmp_path: Path) -> None:
+    for number, name in enumerate(("base", "one", "two")):
+        files = {"vocab.txt": f"token {number}\n"}
+        model_with(tmp_path / name, files, seed=number, embedding="vit.embeddings.patch_embeddings.projection.weight")
+    models = Models.__new__(Models)
+    models.folders = [tmp_path / name for name in ("base", "one", "two")]
+
+    assert models.said() == {}
+
+
+def test_rows_that_are_copied_mix_nothing(tmp_path: Path) -> None:
+    models = Models(tmp_path, FAST, fast(LETTERS[::-1]))
+    rules = [{"filter": "embed_tokens", "action": "copy"}, {"filter": "lm_head", "action": "copy"}]
+
+    (said,) = models.plan(stockflow={"rules": rules}).remarks
+
+    assert (said.code, said.severity) == ("vocabularies-differ", "note")
+    assert "Their rows are not mixed" in said.text
+
+
+def test_embeddings_of_other_lengths_are_refused_with_the_tokens_that_differ(tmp_path: Path) -> None:
+    models = Models(tmp_path, FAST, OTHER, TOKEN, rows=11)
+
+    with pytest.raises(PlanError, match=r"(?s)10 is '<\|im_end\|>' here and '<pad>' there.* is \[11, 4\] in"):
+        models.plan()
+
+
+def test_another_model_may_give_tokenizer_and_template(tmp_path: Path) -> None:
+    models = Models(tmp_path, FAST, TOKEN | dict(config(chat_template=CHATML)) | TOKEN)
+
+    assert models.said() == {"tokens-missing": "warning", "side-files-differ": "warning"}
+    assert models.said(stockflow={"side_files_from": str(models.folders[1])}) == {"tokens-missing": "warning"}
+
+
+def test_what_programs_read_has_every_token_and_who_has_it(tmp_path: Path) -> None:
+    models = Models(tmp_path, FAST, fast(renamed(LETTERS, _3="é", _7="\x07")))
+
+    (said,) = models.plan(accept=("vocabularies-differ",)).remarks
+
+    assert said.values == {"3": "'é' here and 'd' there", "7": "'\\x07' here and 'h' there"}
+    assert said.models == tuple(map(str, (*models.folders[1:], models.folders[0])))
