@@ -1,5 +1,6 @@
 """Documents of a checkpoint, which others wrote: JSON objects, and names of files in it."""
 
+from stockflow.checkpoints.disguises import disguise_of
 from stockflow.errors import CheckpointError, RecipeError
 from stockflow.storage import Store, check_key, read_small, redact
 from stockflow.text.strictjson import parse_text_json
@@ -39,7 +40,8 @@ def read_json(store: Store, key: str, max_bytes: int) -> dict[str, object]:
     try:
         parsed = parse_text_json(payload, allows_constants=True)
     except ValueError as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from None
+        said = disguise_of(payload, stamp.size)
+        raise CheckpointError(f"{where} {said}" if said else f"{where} is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where} is not a JSON object")
     return parsed

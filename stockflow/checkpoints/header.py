@@ -132,7 +132,7 @@ def parse_header(head: bytes, file_size: int, where: str) -> list[PlacedTensor]:
         HeaderError: anything the format does not allow.
     """
     entries = _parse_json(head[LENGTH_BYTES:], where)
-    _check_metadata(entries.pop(METADATA_KEY, {}), where)
+    _check_metadata(entries.pop(METADATA_KEY, None), where)
     placed = sorted(_parse_entries(entries, where), key=lambda entry: (entry[1], entry[2]))
     data_start, expected = len(head), 0
     for spec, start, stop in placed:
@@ -160,7 +160,9 @@ def _parse_json(body: bytes, where: str) -> dict[str, object]:
 
 
 def _check_metadata(metadata: object, where: str) -> None:
-    if not isinstance(metadata, dict) or not all(
+    if metadata is not None and not isinstance(metadata, dict):
+        raise HeaderError(f"{where}: {METADATA_KEY} must map strings to strings")
+    if metadata and not all(
         isinstance(value, str) and _is_text(key) and _is_text(value) for key, value in metadata.items()
     ):
         raise HeaderError(f"{where}: {METADATA_KEY} must map strings to strings")

@@ -1,27 +1,52 @@
 """Index of a sharded checkpoint: which file it says holds which tensor, held against the headers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from stockflow.checkpoints.documents import is_file_name, read_json
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.layout import Extent, Homes
 from stockflow.errors import CheckpointError
 from stockflow.storage import Store, redact
-from stockflow.text.sizes import counted
+from stockflow.text.escaping import in_a_line
 from stockflow.text.strictjson import shown
 
-INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 200_000_000
+NUM_SHOWN = 20
 
 
-def read_index(store: Store) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class IndexMismatch:
+    """What an index and the headers of the files that are there do not agree on."""
+
+    absent: Mapping[str, str]
+    """by tensor that is not in the file the index names: that file"""
+    unlisted: Mapping[str, str]
+    """by tensor the index does not list: the file that holds it"""
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self.absent or self.unlisted)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors it is about."""
+        return tuple({**self.absent, **self.unlisted})
+
+    def without(self, is_settled: Callable[[str], bool]) -> "IndexMismatch":
+        """Return what is left of it."""
+        absent = {name: file for name, file in self.absent.items() if not is_settled(name)}
+        return IndexMismatch(absent, {name: file for name, file in self.unlisted.items() if not is_settled(name)})
+
+
+def read_index(store: Store, key: str) -> Homes:
     """Return the file that each tensor is said to be in.
 
     Raises:
         CheckpointError: the index is malformed, or names a file elsewhere.
     """
-    where = f"{redact(store.url)}/{INDEX_FILE}"
-    weight_map = read_json(store, INDEX_FILE, MAX_INDEX_BYTES).get("weight_map")
+    where = f"{redact(store.url)}/{key}"
+    weight_map = read_json(store, key, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected a mapping `weight_map` from tensor names to files")
     is_name = lru_cache(maxsize=None)(is_file_name)
@@ -35,22 +60,25 @@ def read_index(store: Store) -> dict[str, str]:
     return weight_map
 
 
-def check_coverage(where: str, weight_map: Mapping[str, str], extents: Mapping[str, Extent]) -> None:
-    """Hold an index against the headers.
+def mismatch_of(homes: Homes, extents: Mapping[str, Extent]) -> IndexMismatch:
+    """Hold an index against the headers."""
+    if len(homes) == len(extents) and all(homes.get(name) == extent.file for name, extent in extents.items()):
+        return IndexMismatch({}, {})
+    return IndexMismatch(
+        {name: file for name, file in homes.items() if name not in extents or extents[name].file != file},
+        {name: extent.file for name, extent in extents.items() if name not in homes},
+    )
 
-    Raises:
-        CheckpointError: they disagree.
-    """
-    if len(weight_map) == len(extents) and all(weight_map.get(name) == extent.file for name, extent in extents.items()):
-        return
-    missing = [name for name, file in weight_map.items() if name not in extents or extents[name].file != file]
-    unlisted = [name for name in extents if name not in weight_map]
-    problems = [f"{shown(name)} is listed in {weight_map[name]} but not there" for name in missing]
-    problems += [f"{shown(name)} is in {extents[name].file} but not listed" for name in unlisted]
-    if problems:
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(
-            f"{where}: the index and the shards disagree on {counted(len(problems), 'tensor')}:\n  "
-            + "\n  ".join(problems[:20])
-            + more
-        )
+
+def missing_files(homes: Homes, listing: Collection[str]) -> Sequence[str]:
+    """Return the files that an index names and a folder does not have."""
+    return sorted({file for file in homes.values() if file not in listing})
+
+
+def lines_of(found: IndexMismatch) -> Iterator[str]:
+    """Yield what differs, a tensor a line, and how many more there are."""
+    said = [f"{shown(name)} is listed in {in_a_line(file)} but not there" for name, file in found.absent.items()]
+    said += [f"{shown(name)} is in {in_a_line(file)} but not listed" for name, file in found.unlisted.items()]
+    yield from said[:NUM_SHOWN]
+    if len(said) > NUM_SHOWN:
+        yield f"... and {len(said) - NUM_SHOWN} more"

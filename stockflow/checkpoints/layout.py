@@ -1,11 +1,20 @@
 """Layout of a checkpoint: which tensor lies in which file at which byte, read from the headers of its files."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from stockflow.checkpoints.header import PlacedTensor, TensorSpec, header_bytes, parse_header
-from stockflow.errors import CheckpointError, NotFoundError
+from stockflow.checkpoints.disguises import disguise_of
+from stockflow.checkpoints.header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    PlacedTensor,
+    TensorSpec,
+    header_bytes,
+    parse_header,
+)
+from stockflow.errors import CheckpointError, HeaderError, NotFoundError
 from stockflow.storage import Stamp, Store, redact
 from stockflow.text.strictjson import shown
 
@@ -24,8 +33,19 @@ class Extent(NamedTuple):
 
 OnFile = Callable[[str], None]
 """Told of each file whose header was read, from several threads."""
-Layout = tuple[dict[str, TensorSpec], dict[str, Extent]]
-"""Specs and extents by name."""
+Homes = Mapping[str, str]
+"""File by tensor name, as an index says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the tensors of some files lie."""
+
+    specs: dict[str, TensorSpec]
+    """by name, in on-disk order: files by name, tensors by offset"""
+    extents: dict[str, Extent]
+    doubled: tuple[str, ...]
+    """names of the tensors that several files hold, of which one is taken"""
 
 
 class HeaderCache:
@@ -41,12 +61,22 @@ class HeaderCache:
         self._parsed: dict[tuple[bytes, int, str], list[PlacedTensor]] = {}
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
 
-    def collect(self, where: str, files: Sequence[str], headers: Sequence[list[PlacedTensor]]) -> Layout:
-        """Return the tensors of all files together; equal files of equal headers give the same objects."""
-        key = tuple((file, id(placed)) for file, placed in zip(files, headers, strict=True))
+    def collect(self, where: str, headers: Mapping[str, list[PlacedTensor]], homes: Homes) -> Layout:
+        """Return the tensors of all files together; equal files of equal headers give the same objects.
+
+        Args:
+            where: names the checkpoint in messages.
+            headers: of each file, in order.
+            homes: settles which file a tensor is read from that several hold.
+
+        Raises:
+            CheckpointError: several files hold a tensor, and ``homes`` names none of them.
+        """
+        key = tuple((file, id(placed)) for file, placed in headers.items())
         if key not in self._layouts:
-            self._layouts[key] = _collect(where, files, headers)
-        return self._layouts[key]
+            self._layouts[key] = _collect(headers)
+        layout = self._layouts[key]
+        return _settled(where, headers, layout.doubled, homes) if layout.doubled else layout
 
     def parse(self, head: bytes, file_size: int, where: str, folder: str) -> list[PlacedTensor]:
         """Return what ``parse_header`` returns, named as tensors of a file in that folder are."""
@@ -84,7 +114,8 @@ def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) ->
     try:
         head, stamp = store.read_head(file, FIRST_READ_BYTES)
     except NotFoundError:
-        raise CheckpointError(f"{redact(store.url)}: the index names {file}, which is not there") from None
+        raise CheckpointError(f"{where} was listed and is not there; fetch it again") from None
+    _refuse_disguise(head, stamp.size, where)
     needed = header_bytes(head, stamp.size, where)
     if needed > len(head):
         rest = bytearray(needed - len(head))
@@ -95,14 +126,42 @@ def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) ->
     return placed, stamp
 
 
-def _collect(where: str, files: Sequence[str], headers: Sequence[list[PlacedTensor]]) -> Layout:
+def _refuse_disguise(head: bytes, size: int, where: str) -> None:
+    if 0 < int.from_bytes(head[:LENGTH_BYTES], "little") <= MAX_HEADER_BYTES:
+        return
+    if disguise := disguise_of(head, size):
+        raise HeaderError(f"{where} {disguise}")
+
+
+def _collect(headers: Mapping[str, list[PlacedTensor]]) -> Layout:
     specs: dict[str, TensorSpec] = {}
     extents: dict[str, Extent] = {}
-    for file, placed in zip(files, headers, strict=True):
+    doubled = []
+    for file, placed in headers.items():
         for tensor in placed:
             name = tensor.spec.name
             if name in specs:
-                raise CheckpointError(f"{where}: tensor {shown(name)} is in both {extents[name].file} and {file}")
-            specs[name] = tensor.spec
-            extents[name] = Extent(file, tensor.start)
-    return specs, extents
+                doubled.append(name)
+            else:
+                specs[name] = tensor.spec
+                extents[name] = Extent(file, tensor.start)
+    return Layout(specs, extents, tuple(dict.fromkeys(doubled)))
+
+
+def _settled(where: str, headers: Mapping[str, list[PlacedTensor]], doubled: Sequence[str], homes: Homes) -> Layout:
+    """Take each doubled tensor from the file that an index says holds it."""
+    several = frozenset(doubled)
+    layout = _collect(
+        {
+            file: [each for each in placed if each.spec.name not in several or homes.get(each.spec.name) == file]
+            for file, placed in headers.items()
+        }
+    )
+    for name in doubled:
+        if name not in layout.specs:
+            holders = [file for file, placed in headers.items() if any(each.spec.name == name for each in placed)]
+            raise CheckpointError(
+                f"{where}: tensor {shown(name)} is in both {holders[0]} and {holders[1]}, and no index says which is "
+                "meant; remove one of the files, or write an index that names one"
+            )
+    return replace(layout, doubled=tuple(doubled))

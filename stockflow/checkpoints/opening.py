@@ -4,30 +4,27 @@ Only the index and the headers are read. The layout is Hugging Face's: one ``mod
 named by ``model.safetensors.index.json``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from stockflow.checkpoints.beside import look_beside
+from stockflow.checkpoints.candidates import chosen_of, groups_of
 from stockflow.checkpoints.documents import find_json, read_json
+from stockflow.checkpoints.folders import nothing_here
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.index import INDEX_FILE, check_coverage, read_index
-from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, folder_of, read_header, unheard
-from stockflow.checkpoints.left_out import WEIGHT_SUFFIXES
+from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, find_modules
 from stockflow.checkpoints.tree import Tree, list_tree
-from stockflow.errors import NotFoundError
-from stockflow.storage import LocalStore, Stamp, Store, redact
-from stockflow.text.escaping import in_a_line
+from stockflow.checkpoints.weights import Folder, IsSettled, read_weights
+from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
+from stockflow.storage import LocalStore, Stamp, Store
 from stockflow.text.remarks import Remark
-from stockflow.text.sizes import counted
 
-SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 MAX_CONFIG_BYTES = 16_000_000
-NUM_HEADER_READERS = 16
-
 MAX_LINKS_SAID = 20
 
 
@@ -53,43 +50,37 @@ class Checkpoint:
     """what else lies there and is of no known kind; hidden files and what an output has of its own left out"""
 
 
-def open_checkpoint(store: Store, cache: HeaderCache, on_file: OnFile = unheard) -> Checkpoint:
+Settles = Callable[[int, str], bool]
+"""Whether rules say of a tensor that the checkpoint of this position need not hold it."""
+
+
+def open_checkpoint(
+    store: Store, cache: HeaderCache, on_file: OnFile = unheard, is_settled: IsSettled = lambda name: False
+) -> Checkpoint:
     """Read the index and the headers of the checkpoint in ``store``.
 
     Raises:
         NotFoundError: there is no checkpoint at this location.
-        CheckpointError: index, headers or config are malformed or contradict each other.
+        CheckpointError: index, headers or config are malformed.
     """
-    tree = list_tree(store, store.listing())
-    where = redact(store.url)
-    modules = find_modules(tree, {key: _document(store, tree, key) for key in (MODULES_FILE, ROUTER_FILE)}, where)
-    weight_map, files = None, list(modules.weights)
-    if SINGLE_FILE in tree.files:
-        files = [SINGLE_FILE, *files]
-    elif INDEX_FILE in tree.files:
-        weight_map = read_index(store)
-        files = [*sorted(set(weight_map.values())), *files]
-    elif not files:
-        raise NotFoundError(_nothing_here(where, tree.files))
-    with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
-        headers = list(pool.map(lambda file: read_header(store, file, cache, on_file), files))
-    specs, extents = cache.collect(where, files, [placed for placed, _ in headers])
-    if weight_map is not None:
-        check_coverage(where, weight_map, _outside_modules(extents) if modules.weights else extents)
-    stamps = {file: stamp for file, (_, stamp) in zip(files, headers, strict=True)}
-    if weight_map is not None:
-        stamps[INDEX_FILE] = tree.files[INDEX_FILE]
+    listing = store.listing()
+    tree = list_tree(store, listing)
+    group = chosen_of(groups_of(listing.files))
+    modules = find_modules(tree, {key: _document(store, tree, key) for key in (MODULES_FILE, ROUTER_FILE)}, store.url)
+    if group is None and not modules.weights:
+        raise NotFoundError(nothing_here(store, listing.files, listing.folders))
     config = read_json(store, CONFIG_FILE, MAX_CONFIG_BYTES) if CONFIG_FILE in tree.files else None
-    beside = look_beside(store, tree, modules, config, specs.keys(), stamps.keys())
+    weights = read_weights(Folder(store, tree.files, config, cache, on_file, is_settled), group, modules.weights)
+    beside = look_beside(store, tree, modules, config, weights.specs.keys(), weights.files.keys())
     return Checkpoint(
         url=store.url,
-        specs=specs,
-        extents=extents,
-        files=stamps,
+        specs=weights.specs,
+        extents=weights.extents,
+        files=weights.files,
         config=config,
         side_files=beside.copied,
         omitted_side_files=beside.omitted,
-        remarks=beside.remarks,
+        remarks=(*weights.remarks, *beside.remarks),
         other_files=beside.others,
     )
 
@@ -98,16 +89,37 @@ def _document(store: Store, tree: Tree, key: str) -> object:
     return find_json(store, key, MAX_CONFIG_BYTES) if key in tree.files else None
 
 
-def _outside_modules(extents: Mapping[str, Extent]) -> dict[str, Extent]:
-    return {name: extent for name, extent in extents.items() if not folder_of(extent.file)}
+def open_checkpoints(
+    stores: Sequence[Store], on_file: OnFile = unheard, settles: Settles | None = None
+) -> list[Checkpoint]:
+    """Open several checkpoints, the first one first and the others concurrently, in the order given.
 
+    Args:
+        stores: where they are.
+        on_file: told of each file whose header was read.
+        settles: what rules settle. With it, refusals are left to who makes a plan of these; without it they are raised.
 
-def open_checkpoints(stores: Sequence[Store], on_file: OnFile = unheard) -> list[Checkpoint]:
-    """Open several checkpoints, the first one first and the others concurrently, in the order given."""
+    Raises:
+        UserError: what ``open_checkpoint`` raises, of all of them at once.
+    """
     cache = HeaderCache()
-    first = [open_checkpoint(store, cache, on_file) for store in stores[:1]]  # fills the cache for the others
+
+    def attempt(position: int) -> Checkpoint | UserError:
+        try:
+            return open_checkpoint(stores[position], cache, on_file, partial(settles or _settles_nothing, position))
+        except UserError as error:
+            return error
+
+    first = [attempt(position) for position in range(len(stores))[:1]]  # fills the cache for the others
     with ThreadPoolExecutor(max(len(stores), 1)) as pool:
-        return first + list(pool.map(lambda store: open_checkpoint(store, cache, on_file), stores[1:]))
+        found = first + list(pool.map(attempt, range(1, len(stores))))
+    errors = [each for each in found if isinstance(each, UserError)]
+    if settles is None:
+        refusals = (remark for each in found if isinstance(each, Checkpoint) for remark in each.remarks)
+        errors += [CheckpointError(str(remark)) for remark in refusals if remark.severity == "refusal"]
+    if errors:
+        raise _together(errors)
+    return [each for each in found if isinstance(each, Checkpoint)]
 
 
 def link_notes(store: Store, files: Iterable[str]) -> Iterator[str]:
@@ -121,13 +133,17 @@ def link_notes(store: Store, files: Iterable[str]) -> Iterator[str]:
         yield f"... and so are {len(strays) - MAX_LINKS_SAID} more files of {store.url}"
 
 
-def _nothing_here(where: str, listing: Mapping[str, Stamp]) -> str:
-    expected = f"expected {SINGLE_FILE} or {INDEX_FILE}"
-    if not listing and where.endswith((*WEIGHT_SUFFIXES, ".json")):
-        return f"there is no checkpoint at {where}: it names a file; give the folder it is in"
-    if not listing:
-        return f"there is no checkpoint at {where}: the folder does not exist or is empty; {expected}"
-    others = [name for name in listing if name.endswith(WEIGHT_SUFFIXES)]
-    files = f"{counted(len(listing), 'file')} but no weights"
-    found = f"it has {', '.join(map(in_a_line, others[:3])) if others else files}"
-    return f"there is no checkpoint at {where}: {expected}; {found}. Other formats must be converted first"
+def _settles_nothing(position: int, name: str) -> bool:
+    return False
+
+
+def _together(errors: Sequence[UserError]) -> UserError:
+    """Return one error for all of them; what stands in the way to a store, such as credentials, comes alone."""
+    own = [error for error in errors if isinstance(error, NotFoundError | CheckpointError | LinkError)]
+    if len(own) < len(errors):
+        return next(error for error in errors if error not in own)
+    if len(own) == 1:
+        return own[0]
+    kind = NotFoundError if all(isinstance(error, NotFoundError) for error in own) else CheckpointError
+    lines = "\n  ".join(dict.fromkeys(map(str, own)))
+    return kind(f"{len(own)} models cannot be opened:\n  {lines}")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stockflow.checkpoints.index import INDEX_FILE
+from stockflow.checkpoints.candidates import INDEX_FILE
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import (
     AlreadyExistsError,

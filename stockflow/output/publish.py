@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 
+from stockflow.checkpoints.candidates import INDEX_FILE
 from stockflow.checkpoints.header import DTYPES
-from stockflow.checkpoints.index import INDEX_FILE
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError
 from stockflow.output import manifest as manifest_file

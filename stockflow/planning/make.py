@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from stockflow.checkpoints.candidates import SINGLE_FILE
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, folder_of
 from stockflow.checkpoints.modules import MODULE_WEIGHTS
 from stockflow.checkpoints.naming import holds_fused_experts
-from stockflow.checkpoints.opening import SINGLE_FILE, Checkpoint
+from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokenizers import Tokenizer
 from stockflow.errors import PlanError

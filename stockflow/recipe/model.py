@@ -198,6 +198,11 @@ class Recipe(Part):
                 return rule
         return None
 
+    def spares(self, checkpoint: int, tensor_name: str) -> bool:
+        """Return whether rules settle that a checkpoint need not hold a tensor: left out, or copied from the donor."""
+        rule = self.rule_for(tensor_name)
+        return rule is not None and (rule.action == "skip" or (rule.action == "copy" and checkpoint != self.donor))
+
     def method_for(self, rule: Rule | None) -> Method:
         """Return the method of a rule, or the recipe's own."""
         return METHODS[(rule.merge_method if rule else None) or self.merge_method]

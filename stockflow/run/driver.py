@@ -126,7 +126,7 @@ class Inputs:
         inputs = cls(recipe, [], trusted=trusted)
         inputs.stores = [open_store(pin_revision(location), inputs.storage) for location in recipe.checkpoints]
         with collector_paused():
-            inputs.checkpoints = open_checkpoints(inputs.stores, on_file)
+            inputs.checkpoints = open_checkpoints(inputs.stores, on_file, recipe.spares)
         donor = recipe.side_files_donor
         inputs.checkpoints[donor] = without_damaged(inputs.stores[donor], inputs.checkpoints[donor])
         return inputs._unified()

@@ -18,6 +18,8 @@ CODES: Mapping[str, str] = {
     "dtypes-differ": "tensors whose sources have several dtypes",
     "heads-differ": "attention heads of several numbers or sizes over equal shapes",
     "left-out": "files of a model that no loader of the output needs",
+    "doubled-tensors": "tensors in several files of a checkpoint, of which the one the index names is read",
+    "index-disagrees": "tensors that an index lists and no file holds, or that files hold and the index does not list",
     "leftover-scales": "scales beside weights of plain numbers",
     "local-revision": "the revision of a model that is a folder, which has none",
     "missing-module": "modules of a model for sentence embeddings that are not there",
@@ -43,6 +45,9 @@ CODES: Mapping[str, str] = {
     "unmerged": "a merge in which every tensor comes from one model",
     "vocabularies-differ": "token ids that stand for different tokens in models whose rows are merged",
     "vocabularies-unread": "tokenizers that cannot be compared",
+    "tied-names": "names in an index of a tensor that is stored under another one",
+    "two-sets-of-weights": "a single file and shards in one folder, either of which may be the model",
+    "weights-chosen": "which of a folder's files are read as its weights, where that was not plain",
 }
 """What each code is about; `stockflow: {accept: [CODE]}` takes those of refusals."""
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stockflow.ahead import map_ahead
+from stockflow.checkpoints.candidates import INDEX_FILE
 from stockflow.checkpoints.header import PlacedTensor, header_bytes, parse_header
-from stockflow.checkpoints.index import INDEX_FILE, MAX_INDEX_BYTES
+from stockflow.checkpoints.index import MAX_INDEX_BYTES
 from stockflow.checkpoints.layout import FIRST_READ_BYTES, folder_of, in_folder
 from stockflow.errors import UserError
 from stockflow.planning.plan import MergePlan

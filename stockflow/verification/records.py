@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
 
-from stockflow.checkpoints.index import INDEX_FILE
+from stockflow.checkpoints.candidates import INDEX_FILE
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import CheckpointError, UserError
 from stockflow.output import receipts

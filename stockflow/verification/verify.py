@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.index import INDEX_FILE
+from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE
 from stockflow.checkpoints.layout import folder_of
-from stockflow.checkpoints.opening import SINGLE_FILE, link_notes
+from stockflow.checkpoints.opening import link_notes
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
 from stockflow.output import manifest as manifest_file

@@ -190,7 +190,7 @@ def broken_json(random: random.Random, header: Header, size: int) -> bytes:
 
 def wrong_metadata(random: random.Random, header: Header, size: int) -> bytes:
     header["__metadata__"] = random.choice(
-        [None, [], "pt", 1, {"a": 1}, {"a": None}, {"a": {}}, {"a": ["x"]}, {"a": True}, {"a": "x", "b": 1.5}]
+        [[], "pt", 1, {"a": 1}, {"a": None}, {"a": {}}, {"a": ["x"]}, {"a": True}, {"a": "x", "b": 1.5}]
     )
     return file_of(header, size)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE
 from stockflow.checkpoints.header import TensorSpec, encode_header
-from stockflow.checkpoints.index import INDEX_FILE
 from stockflow.checkpoints.layout import Extent, HeaderCache
-from stockflow.checkpoints.opening import SINGLE_FILE, open_checkpoint
+from stockflow.checkpoints.opening import open_checkpoint
 from stockflow.errors import CheckpointError, RecipeError, StockflowError
 from stockflow.methods.protocol import Parameters
 from stockflow.output import claims, manifest, receipts

@@ -317,7 +317,7 @@ MISTAKES: dict[str, tuple[Callable[[World], object], str]] = {
     "a truncated weight file": (
         lambda world: os.truncate(world.one / "model.safetensors", 100), r"tuned-1/model.safetensors .*truncated",
     ),
-    "weights that are a pickle": (spoil("model.safetensors", b"PK\x03\x04" * 99), "not a safetensors file"),
+    "weights that are a pickle": (spoil("model.safetensors", b"PK\x03\x04" * 99), "is a PyTorch file"),
     "a malformed config": (
         lambda world: (world.base / "config.json").write_text("{"), "base/config.json is not valid JSON",
     ),

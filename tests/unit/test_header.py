@@ -279,7 +279,6 @@ JSON_CASES = {
 METADATA_CASES = {
     f"metadata: {metadata}": (file_of(f'{{"__metadata__":{metadata}}}'), "__metadata__ must map strings to strings")
     for metadata in (
-        "null",
         "[]",
         '"pt"',
         "1",
@@ -359,7 +358,7 @@ FILES = (
     | {case: (file_of(header, claimed_bytes(header)), message) for case, (header, message) in TENSOR_CASES.items()}
 )
 STRICTER_THAN_THE_LIBRARY = {
-    "a leading space", "duplicate tensors", "duplicate metadata", "a key too many", "metadata: null",
+    "a leading space", "duplicate tensors", "duplicate metadata", "a key too many",
 }  # fmt: skip
 """Breaches of the format's description that safetensors 0.8.0 lets pass."""
 

@@ -1,0 +1,131 @@
+"""Weights of a folder: which of its files hold the model, told from their names.
+
+Loaders ask for ``model.safetensors`` and then for the index of shards, diffusers for ``diffusion_pytorch_model`` in the
+place of ``model``. What loaders would not find without help is read where only one thing can be meant: numbered shards
+without an index, a variant (``model.fp16.safetensors``), or the only weights there are.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from stockflow.text.escaping import in_a_line
+
+STEMS = ("model", "diffusion_pytorch_model")
+"""What the names of weights begin with, in the order in which they are preferred."""
+SINGLE_FILE = f"{STEMS[0]}.safetensors"
+INDEX_FILE = f"{SINGLE_FILE}.index.json"
+
+_INDEX = re.compile(r"(.+)\.safetensors\.index(?:\.([\w-]+))?\.json")
+_SHARD = re.compile(r"(.+?)-(\d{5,6})-of-(\d{5,6})(?:\.([\w-]+))?\.safetensors")
+_SINGLE = re.compile(r"(.+)\.safetensors")
+_VARIANT = re.compile(rf"({'|'.join(STEMS)})\.([\w-]+)")
+NO_MODEL = re.compile(
+    r"(adapter_model|adapters?|pytorch_lora_weights|consolidated(\.\d+)?|(\w+_)?(optimizer|scheduler|states?)([-_]\w+)?"
+    r"|optim|trainer|ema|random_states(_\d+)?|embeddings|learned_embeds|tokenizer|mm_projector|value_head|v_head)"
+)
+"""Beginnings of the names of weights that are no model, or one in a layout of its own."""
+
+
+MOST_NAMED = 5
+
+
+class Naming(NamedTuple):
+    """What the name of a file of weights says."""
+
+    stem: str
+    variant: str
+    """``fp16``; empty where there is none"""
+    number: int = 0
+    """of a shard, from 1; 0: the file is all, or the index"""
+    total: int = 0
+    is_index: bool = False
+
+
+@dataclass(slots=True)
+class Group:
+    """Files of one model: what they may be read from."""
+
+    stem: str
+    variant: str
+    single: str = ""
+    index: str = ""
+    shards: dict[int, dict[int, str]] = field(default_factory=dict)
+    """by how many there should be, and by number"""
+
+    @property
+    def complete(self) -> tuple[str, ...]:
+        """The numbered files, if they are all there and of one count."""
+        whole = [files for total, files in self.shards.items() if _is_whole(files, total)]
+        return tuple(name for _, name in sorted(whole[0].items())) if len(whole) == 1 else ()
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether there is something to read; with an index the headers will tell."""
+        return bool(self.single or self.index or self.complete)
+
+    def __str__(self) -> str:
+        """Return what it is called in a message."""
+        return in_a_line(self.single or self.index or next(iter(next(iter(self.shards.values())).values())))
+
+
+def naming_of(file: str) -> Naming | None:
+    """Return what a name says; None if it is not that of safetensors weights or their index."""
+    if match := _INDEX.fullmatch(file):
+        stem, variant = _split(match[1])
+        return Naming(stem, variant or match[2] or "", is_index=True)
+    if match := _SHARD.fullmatch(file):
+        stem, variant = _split(match[1])
+        return Naming(stem, variant or match[4] or "", int(match[2]), int(match[3]))
+    if match := _SINGLE.fullmatch(file):
+        return Naming(*_split(match[1]))
+    return None
+
+
+def groups_of(names: Collection[str]) -> list[Group]:
+    """Return the weights of a folder, those first that loaders would find."""
+    groups: dict[tuple[str, str], Group] = {}
+    for name in sorted(names):
+        if (said := naming_of(name)) is None:
+            continue
+        group = groups.setdefault((said.stem, said.variant), Group(said.stem, said.variant))
+        if said.is_index:
+            group.index = name
+        elif said.number:
+            group.shards.setdefault(said.total, {})[said.number] = name
+        else:
+            group.single = name
+    return sorted(groups.values(), key=_preference)
+
+
+def chosen_of(groups: Collection[Group]) -> Group | None:
+    """Return the weights that are meant: those a loader finds, else the only ones; None: it cannot be told."""
+    readable = [group for group in groups if group.is_readable and not NO_MODEL.fullmatch(group.stem)]
+    found = [group for group in readable if group.stem in STEMS and not group.variant]
+    return found[0] if found else readable[0] if len(readable) == 1 else None
+
+
+def lacking(groups: Collection[Group]) -> Iterator[str]:
+    """Yield which numbered files are missing among weights without an index."""
+    for group in groups:
+        for total, files in group.shards.items():
+            if _is_whole(files, total) or group.single or group.index:
+                continue
+            absent = islice((number for number in range(1, total + 1) if number not in files), MOST_NAMED)
+            yield f"of {total} files like {in_a_line(min(files.values()))} {', '.join(map(str, absent))} ..."
+
+
+def _is_whole(files: Mapping[int, str], total: int) -> bool:
+    return len(files) == total and min(files) == 1 and max(files) == total
+
+
+def _split(stem: str) -> tuple[str, str]:
+    match = _VARIANT.fullmatch(stem)
+    return (match[1], match[2]) if match else (stem, "")
+
+
+def _preference(group: Group) -> tuple[bool, int, str, str]:
+    place = STEMS.index(group.stem) if group.stem in STEMS else len(STEMS)
+    return bool(group.variant), place, group.stem, group.variant

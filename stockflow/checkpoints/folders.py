@@ -1,0 +1,185 @@
+"""Folders that are no checkpoint: what they are instead, and the next step."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE, Group, groups_of, lacking
+from stockflow.checkpoints.documents import read_json
+from stockflow.errors import CheckpointError, NotFoundError
+from stockflow.storage import Stamp, Store, redact, scheme_of
+from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import are, counted
+from stockflow.text.strictjson import shown
+
+MAX_DESCRIPTION_BYTES = 1_000_000
+NUM_NAMED = 4
+
+_STEP = re.compile(r"(?:checkpoint|global_?step|step|epoch|iter)[-_]?(\d{1,18})", re.IGNORECASE)
+_TO_SAFETENSORS = "convert it: load it with transformers and `save_pretrained(folder, safe_serialization=True)`"
+_FORMATS: tuple[tuple[str, str], ...] = (
+    (
+        r".+\.distcp",
+        "of PyTorch's distributed checkpoints (DCP), which are not read yet; make one file of them "
+        "(`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`) and convert that",
+    ),
+    (r".+\.gguf", "GGUF, which is for inference and lost precision; take the model it was made from"),
+    (
+        r"(?!optimizer|scheduler|scaler|training_args|r(ng|andom)_state).+\.(bin|pt|pth|ckpt|pkl)",
+        f"PyTorch's pickles, which are not read yet; {_TO_SAFETENSORS}",
+    ),
+    (r".+\.(h5|keras)", f"Keras' weights, which are not read; {_TO_SAFETENSORS}"),
+    (r".+\.msgpack", f"Flax' weights, which are not read; {_TO_SAFETENSORS}"),
+    (r".+\.onnx(_data)?", "ONNX, which is for inference; take the model it was made from"),
+    (r".+\.nemo", "a NeMo archive, which is not read; export it to Hugging Face's layout with NeMo"),
+    (r".+\.npz", "NumPy's arrays, which are not read; write them as safetensors"),
+    (r".+\.(tar|tgz|zip|zst|gz)", "an archive; unpack it first"),
+)
+"""Whole names of files by what they are, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A folder without a checkpoint."""
+
+    store: Store
+    files: Mapping[str, Stamp]
+    folders: Sequence[str]
+    groups: Sequence[Group]
+
+    @property
+    def where(self) -> str:
+        return redact(self.store.url)
+
+
+def nothing_here(store: Store, files: Mapping[str, Stamp], folders: Sequence[str]) -> str:
+    """Return why a folder is no checkpoint, and what to do."""
+    place = _Place(store, files, folders, groups_of(files))
+    reasons = (reason for look in _LOOKS for reason in look(place))
+    return f"there is no checkpoint at {place.where}: {next(reasons)}"
+
+
+def _nothing(place: _Place) -> Iterator[str]:
+    if place.files or place.folders:
+        return
+    url = place.store.url
+    if scheme_of(url) != "file" and url.endswith((".safetensors", ".bin", ".gguf", ".json")):
+        yield "it names a file; give the folder it is in"
+    expected = f"expected {SINGLE_FILE} or {INDEX_FILE}"
+    here = os.getcwd()
+    relative = f" (a relative path counts from the current folder, {here})" if url.startswith(f"{here}/") else ""
+    yield f"the folder does not exist or is empty{relative}; {expected}"
+
+
+def _adapter(place: _Place) -> Iterator[str]:
+    names = [name for name in place.files if name.startswith(("adapter_model.", "pytorch_lora_weights."))]
+    if "adapter_config.json" not in place.files and not names:
+        return
+    base = _said(place, "adapter_config.json").get("base_model_name_or_path")
+    of = f" of {shown(base)}" if isinstance(base, str) and base else ""
+    yield f"it holds an adapter{of}, no model; merge it into its base first (peft: `merge_and_unload()`), and name that"
+
+
+def _pipeline(place: _Place) -> Iterator[str]:
+    if "model_index.json" not in place.files:
+        return
+    parts = [name for name, kind in _said(place, "model_index.json").items() if isinstance(kind, list)]
+    there = [name for name in parts if name in place.folders]
+    some = ", ".join(map(in_a_line, there)) or "its folders"
+    yield f"it is a diffusers pipeline of several parts; merge each by itself: {place.where}/PART, of {some}"
+
+
+def _own_layout(place: _Place) -> Iterator[str]:
+    names = [name for name in place.files if name.startswith("consolidated")]
+    if not names:
+        return
+    alone = [name for name in names if name.endswith(".safetensors") and "-of-" not in name]
+    how = f"; or, if all models are like it, name the file: {place.where}/{in_a_line(alone[0])}" if alone else ""
+    yield (
+        f"{in_a_line(names[0])} is in the layout of Mistral or Meta, not of transformers; take the repository's "
+        f"transformers weights, or convert it (transformers: convert_*_weights_to_hf.py){how}"
+    )
+
+
+def _incomplete(place: _Place) -> Iterator[str]:
+    for lack in lacking(place.groups):
+        yield f"{lack} and there is no index; fetch what is missing"
+
+
+def _several(place: _Place) -> Iterator[str]:
+    if place.groups:
+        names = ", ".join(map(str, place.groups[:NUM_NAMED]))
+        more = f" and {len(place.groups) - NUM_NAMED} more" if len(place.groups) > NUM_NAMED else ""
+        them = f"{names}{more}"
+        if len(place.groups) == 1:
+            yield f"its only weights, {them}, are not those of a model by their name; name the file itself if they are"
+        yield f"it has several weights, {them}, and none is {SINGLE_FILE}; name the file that is meant"
+
+
+def _steps(place: _Place) -> Iterator[str]:
+    found = [(int(match[1]), name) for name in place.folders if (match := _STEP.fullmatch(name))]
+    if not found:
+        return
+    found.sort()
+    names = ", ".join(name for _, name in found[-NUM_NAMED:])
+    before = f"{len(found) - NUM_NAMED} more and " if len(found) > NUM_NAMED else ""
+    if any(name.startswith("global_step") for _, name in found):
+        yield (
+            f"it is a checkpoint of DeepSpeed ({before}{names}), whose weights are in parts; gather them with "
+            f"`python zero_to_fp32.py {place.where} OUTPUT --safe_serialization`"
+        )
+    yield f"it is the folder of a run ({before}{names}); name one of them, the newest is {place.where}/{found[-1][1]}"
+
+
+def _cache(place: _Place) -> Iterator[str]:
+    models = [name.removeprefix("models--").replace("--", "/") for name in place.folders if name.startswith("models--")]
+    if models:
+        some = ", ".join(map(in_a_line, models[:NUM_NAMED])) + (" ..." if len(models) > NUM_NAMED else "")
+        yield f"it is the hub's cache, of {some}; name one as org/name, or its folder models--org--name"
+
+
+def _sharded_training(place: _Place) -> Iterator[str]:
+    parts = [name for name in place.folders if name.startswith("pytorch_model_fsdp")]
+    if parts:
+        yield (
+            f"{parts[0]} holds the weights in FSDP's parts; gather them with "
+            f"`accelerate merge-weights {place.where}/{in_a_line(parts[0])} OUTPUT`"
+        )
+
+
+def _other_format(place: _Place) -> Iterator[str]:
+    for pattern, said in _FORMATS:
+        names = [name for name in place.files if re.fullmatch(pattern, name, re.IGNORECASE)]
+        if names:
+            which = in_a_line(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            yield f"{which} {are(len(names))} {said}"
+
+
+def _below(place: _Place) -> Iterator[str]:
+    if place.folders and not any(name.endswith(".json") for name in place.files):
+        names = ", ".join(map(in_a_line, place.folders[:NUM_NAMED])) + (
+            " ..." if len(place.folders) > NUM_NAMED else ""
+        )
+        yield f"it has no weights, and {counted(len(place.folders), 'folder')} ({names}); name the one with the model"
+
+
+def _no_weights(place: _Place) -> Iterator[str]:
+    yield (
+        f"it has {counted(len(place.files), 'file')} but no weights; expected {SINGLE_FILE} or {INDEX_FILE}. "
+        "If this is where the model should be, its download or copy did not finish"
+    )
+
+
+_LOOKS: tuple[Callable[[_Place], Iterator[str]], ...] = (
+    _nothing, _adapter, _pipeline, _own_layout, _incomplete, _several, _steps, _cache, _sharded_training, _other_format,
+    _below, _no_weights,
+)  # fmt: skip
+"""The first that has something to say decides."""
+
+
+def _said(place: _Place, key: str) -> Mapping[str, object]:
+    with suppress(CheckpointError, NotFoundError):
+        return read_json(place.store, key, MAX_DESCRIPTION_BYTES)
+    return {}

@@ -1,0 +1,251 @@
+"""Weights of a checkpoint: its tensors, read from those of its files that are the truth."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+from stockflow.checkpoints.candidates import STEMS, Group
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.index import lines_of, mismatch_of, missing_files, read_index
+from stockflow.checkpoints.layout import Extent, HeaderCache, Homes, OnFile, read_header
+from stockflow.checkpoints.ties import aliases_of
+from stockflow.errors import CheckpointError
+from stockflow.storage import Stamp, Store, redact
+from stockflow.text.escaping import in_a_line
+from stockflow.text.remarks import Remark, Severity
+from stockflow.text.sizes import are, counted, gb
+from stockflow.text.strictjson import shown
+
+NUM_HEADER_READERS = 16
+NUM_NAMED = 3
+
+IsSettled = Callable[[str], bool]
+"""Whether a recipe's rules say of a tensor that this checkpoint need not hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where weights are read from, and how."""
+
+    store: Store
+    listing: Mapping[str, Stamp]
+    config: Mapping[str, object] | None
+    cache: HeaderCache
+    on_file: OnFile
+    is_settled: IsSettled
+
+    @property
+    def where(self) -> str:
+        """What it is called in messages."""
+        return redact(self.store.url)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors of a checkpoint and where they lie."""
+
+    specs: Mapping[str, TensorSpec]
+    extents: Mapping[str, Extent]
+    files: Mapping[str, Stamp]
+    """the files they lie in, and the index that was read"""
+    remarks: tuple[Remark, ...] = ()
+
+
+def read_weights(folder: Folder, group: Group | None, of_modules: Sequence[str]) -> Weights:
+    """Return the tensors of a model.
+
+    Args:
+        folder: where they lie.
+        group: its files, chosen by their names; None: it has none of its own.
+        of_modules: keys of the weights of its modules, in subfolders.
+
+    Raises:
+        CheckpointError: headers or index are malformed, or files are missing.
+    """
+    if group is None:
+        return _read(folder, of_modules)
+    weights = _read_group(folder, group)
+    weights = replace(weights, remarks=(*_on_choice(folder, group), *weights.remarks))
+    return _joined(weights, _read(folder, of_modules)) if of_modules else weights
+
+
+def _joined(one: Weights, other: Weights) -> Weights:
+    return Weights(
+        {**one.specs, **other.specs},
+        {**one.extents, **other.extents},
+        {**one.files, **other.files},
+        (*one.remarks, *other.remarks),
+    )
+
+
+def _read_group(folder: Folder, group: Group) -> Weights:
+    homes = read_index(folder.store, group.index) if group.index else dict[str, str]()
+    if not group.single or group.single in homes.values():
+        return _sharded(folder, group, homes)
+    if not homes and not group.complete:
+        return _read(folder, [group.single])
+    return _true_one(folder, group, homes)
+
+
+def _read(folder: Folder, files: Sequence[str], homes: Homes | None = None) -> Weights:
+    read = partial(read_header, folder.store, cache=folder.cache, on_file=folder.on_file)
+    with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
+        found = dict(zip(files, pool.map(read, files), strict=True))
+    headers = {file: placed for file, (placed, _) in found.items()}
+    layout = folder.cache.collect(folder.where, headers, homes or {})
+    doubled = _on_doubled(folder, layout.doubled) if layout.doubled else ()
+    return Weights(layout.specs, layout.extents, {file: stamp for file, (_, stamp) in found.items()}, tuple(doubled))
+
+
+def _sharded(folder: Folder, group: Group, homes: Homes) -> Weights:
+    if not homes:
+        return _read(folder, group.complete)
+    missing = missing_files(homes, folder.listing)
+    _refuse_missing(folder, homes, missing)
+    weights = _read(folder, sorted({*homes.values()}.difference(missing)), homes)
+    return replace(
+        weights,
+        files={**weights.files, group.index: folder.listing[group.index]},
+        remarks=(*weights.remarks, *_on_index(folder, group.index, homes, weights)),
+    )
+
+
+def _true_one(folder: Folder, group: Group, homes: Homes) -> Weights:
+    """Return the weights of one of a single file and shards, both there; a refusal where nothing tells them apart."""
+    single = _read(folder, [group.single])
+    missing = missing_files(homes, folder.listing)
+    if missing:
+        return _with(single, _on_stale_index(folder, group, homes, single, missing))
+    sharded = _sharded(folder, group, homes)
+    others = in_a_line(group.index) if group.index else f"the {len(group.complete)} numbered files"
+    if _is_hollow(single, sharded):
+        text = f"{folder.where}/{in_a_line(group.single)} has tensors of no elements where the shards have some: "
+        return _with(sharded, _chosen(folder, f"{text}a stray placeholder; {others} is read", "warning"))
+    if _is_hollow(sharded, single):
+        text = f"{folder.where}: the shards have tensors of no elements where {in_a_line(group.single)} has some"
+        return _with(single, _chosen(folder, f"{text}; that file is read", "warning"))
+    return _with(single, _ambiguity(folder, group, others, single, sharded))
+
+
+def _with(weights: Weights, remark: Remark) -> Weights:
+    return replace(weights, remarks=(*weights.remarks, remark))
+
+
+def _is_hollow(one: Weights, other: Weights) -> bool:
+    """Whether ``other`` has all tensors of ``one``, and elements where ``one`` has none."""
+    empty = [name for name, spec in one.specs.items() if not spec.num_elems]
+    return one.specs.keys() <= other.specs.keys() and any(other.specs[name].num_elems for name in empty)
+
+
+def _refuse_missing(folder: Folder, homes: Homes, missing: Sequence[str]) -> None:
+    """Refuse files that an index names and the folder does not have, unless rules settle all that they would hold."""
+    gone = frozenset(missing)
+    lost = [name for name, file in homes.items() if file in gone and not folder.is_settled(name)] if gone else []
+    if lost:
+        files = f"{', '.join(map(in_a_line, missing[:NUM_NAMED]))}{' ...' if len(missing) > NUM_NAMED else ''}"
+        raise CheckpointError(
+            f"{folder.where}: the index names {files}, which {are(len(missing))} not there; with "
+            f"{counted(len(lost), 'tensor')}, such as {shown(lost[0])}. The download or copy did not finish: fetch "
+            f"{'it' if len(missing) == 1 else f'the {len(missing)} files'}"
+        )
+
+
+def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
+    """Yield why files are read that no loader would find, or under another name than an output has."""
+    if group.stem not in STEMS:
+        yield _chosen(folder, f"{folder.where} has no other weights than {group}: they are read", "note")
+    elif group.variant:
+        text = f"{folder.where} has its weights as the variant {shown(group.variant)} only: {group} is read"
+        yield _chosen(folder, text, "note")
+    elif group.stem != STEMS[0]:
+        text = f"{folder.where} is a part of a diffusers pipeline: {group} is read. A merge is written as {STEMS[0]}.*"
+        yield _chosen(folder, f"{text}, which diffusers finds once its index or only file has the part's name", "note")
+    if not group.single and not group.index:
+        count = counted(len(group.complete), "numbered file")
+        text = f"{folder.where} has {count} of weights and no index: all of them are read, and no tensor is in two"
+        yield _chosen(folder, text, "note")
+
+
+def _on_doubled(folder: Folder, doubled: Sequence[str]) -> Iterator[Remark]:
+    text = (
+        f"{folder.where}: {counted(len(doubled), 'tensor')} {are(len(doubled))} in several files, such as "
+        f"{shown(doubled[0])}; read from the one that the index names"
+    )
+    yield Remark("doubled-tensors", text, models=(folder.where,), tensors=tuple(doubled))
+
+
+def _on_index(folder: Folder, index: str, homes: Homes, weights: Weights) -> Iterator[Remark]:
+    """Yield what index and headers do not agree on, and no rule settles: other names of a tensor, or a refusal."""
+    found = mismatch_of(homes, weights.extents)
+    if not found:
+        return
+    names = [name for name in found.absent if name not in weights.specs]
+    aliases = aliases_of(names, weights.specs, folder.config)
+    if aliases:
+        name, stored = next(iter(aliases.items()))
+        text = (
+            f"{folder.where}: the index lists {counted(len(aliases), 'name')} of tied tensors that are stored under "
+            f"another, such as {shown(name)} for {shown(stored)}"
+        )
+        yield Remark("tied-names", text, "note", (folder.where,), tuple(aliases), aliases)
+    open_ones = found.without(lambda name: name in aliases or folder.is_settled(name))
+    if open_ones:
+        count, lines = counted(len(open_ones.names), "tensor"), "\n  ".join(lines_of(open_ones))
+        text = (
+            f"{folder.where}: {in_a_line(index)} and the files disagree on {count}:\n  {lines}\n  Fetch index and "
+            "files again from one place, or leave tensors out by rules with `action: skip`; accepted, what the files "
+            "hold counts"
+        )
+        yield Remark("index-disagrees", text, "refusal", (folder.where,), open_ones.names)
+
+
+def _on_stale_index(folder: Folder, group: Group, homes: Homes, single: Weights, missing: Sequence[str]) -> Remark:
+    """Return what to say of an index whose files are not all there, beside a single file.
+
+    Raises:
+        CheckpointError: the single file does not have all that the index lists.
+    """
+    count = f"{len(missing)} of the {len(set(homes.values()))} files of {in_a_line(group.index)}"
+    absent = [name for name in homes if name not in single.specs and not folder.is_settled(name)]
+    aliases = aliases_of(absent, single.specs, folder.config)
+    lost = [name for name in absent if name not in aliases]
+    if lost:
+        raise CheckpointError(
+            f"{folder.where} holds no whole model: {count} are not there, such as {in_a_line(missing[0])}, and "
+            f"{in_a_line(group.single)} lacks {counted(len(lost), 'tensor')} that the index lists, such as "
+            f"{shown(lost[0])}. Fetch the files, or remove the index if {in_a_line(group.single)} is the model"
+        )
+    text = f"{folder.where}: {count} are not there, and {in_a_line(group.single)} has every tensor it lists"
+    return _chosen(folder, f"{text}: that file is read", "warning")
+
+
+def _ambiguity(folder: Folder, group: Group, others: str, single: Weights, sharded: Weights) -> Remark:
+    first = in_a_line(group.single)
+    text = (
+        f"{folder.where} holds two sets of weights, {first} ({_amounts(single)}) and {others} ({_amounts(sharded)}), "
+        f"and nothing tells which is meant: {_difference(single, sharded)}. Remove the one that is not; "
+        f"accepted, {first} is read, as loaders do"
+    )
+    return Remark("two-sets-of-weights", text, "refusal", (folder.where,))
+
+
+def _amounts(weights: Weights) -> str:
+    size = sum(spec.num_bytes for spec in weights.specs.values())
+    return f"{counted(len(weights.specs), 'tensor')}, {gb(size)}"
+
+
+def _difference(single: Weights, sharded: Weights) -> str:
+    """Return in what the headers of two sets of weights differ, in words."""
+    one, two = single.specs, sharded.specs
+    kinds = (
+        ("only in the first", [name for name in one if name not in two]),
+        ("only in the second", [name for name in two if name not in one]),
+        ("of another shape or dtype", [name for name in one if name in two and one[name] != two[name]]),
+    )
+    said = [f"{counted(len(names), 'tensor')} {what}, such as {shown(names[0])}" for what, names in kinds if names]
+    return "; ".join(said) or "names, shapes and dtypes are equal, and what they hold may not be"
+
+
+def _chosen(folder: Folder, text: str, severity: Severity) -> Remark:
+    return Remark("weights-chosen", text, severity, (folder.where,))
