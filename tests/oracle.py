@@ -306,6 +306,158 @@ def sparse(
     return OracleResult(np.asarray(base + lam * total / divisor), facts)
 
 
+def nuslerp(
+    tensors: Sequence[Floats], weights: Sequence[float], *, base: Floats | None = None, scope: Scope = "tensor"
+) -> OracleResult:
+    """Return ``sin((1-t) a)/sin(a) x_1 + sin(t a)/sin(a) x_2``, ``t = a_2 / (a_1 + a_2)``, from the base if any.
+
+    As in mergekit 0.1.5 t is 0.5 where the weights cancel, and parallel and opposed vectors are joined by a line.
+    """
+    total = weights[0] + weights[1]
+    t = weights[1] / total if abs(total) >= 1e-6 else 0.5
+
+    def weigh(vectors_NE: Array) -> Array:
+        cosine = np.clip(_unit(vectors_NE[0]) @ _unit(vectors_NE[1]), -1, 1)
+        if 1 - cosine**2 <= 1e-16:
+            return np.array([1 - t, t], np.longdouble)
+        angle = np.arccos(cosine)
+        return np.array([np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)])
+
+    return _by_group(weigh, tensors, base, scope)
+
+
+def multislerp(
+    tensors: Sequence[Floats],
+    weights: Sequence[float],
+    *,
+    base: Floats | None = None,
+    scope: Scope = "tensor",
+    normalize_weights: bool = True,
+    eps: float = 0.0,
+) -> OracleResult:
+    """Return ``sum_i a_i |x_i|`` times the exponential map, at the mean direction, of the mean of the logarithms.
+
+    Facts: coefficients [G, N] of the vectors.
+
+    Raises:
+        ZeroDivisionError: three or more directions cancel.
+    """
+    divisor = math.fsum(weights) if normalize_weights else 1.0
+    shares_N = np.array(weights, np.longdouble) / np.longdouble(divisor)
+
+    def weigh(vectors_NE: Array) -> Array:
+        if len(vectors_NE) == 1:
+            return np.ones(1, np.longdouble)
+        norms_N = np.array([_norm(vector_E) for vector_E in vectors_NE])
+        if not norms_N.any():
+            return np.zeros(len(norms_N), np.longdouble)
+        scale_N = np.array([1 / (norm + eps) if norm else 0 for norm in norms_N], np.longdouble)
+        sum_E = (shares_N * scale_N) @ vectors_NE
+        if _norm(sum_E) < max(eps, 1e-8):
+            if len(vectors_NE) > 2:
+                raise ZeroDivisionError("the directions cancel")
+            return shares_N
+        mean_N, mean_E = shares_N * scale_N / _norm(sum_E), sum_E / _norm(sum_E)
+        units_NE = scale_N[:, None] * vectors_NE
+        tangent_N = shares_N * scale_N - (shares_N @ (units_NE @ mean_E)) * mean_N
+        step = _norm(tangent_N @ vectors_NE) + eps
+        turned_N = np.cos(step) * mean_N + (np.sin(step) / step if step else 1) * tangent_N
+        return np.asarray((shares_N @ norms_N) * turned_N)
+
+    return _by_group(weigh, tensors, base, scope)
+
+
+def karcher(
+    tensors: Sequence[Floats], *, scope: Scope = "tensor", max_iter: int = 10, tol: float = 1e-5
+) -> OracleResult:
+    """Return the mean norm times the Karcher mean of the directions, iterated on the vectors themselves."""
+
+    def weigh(vectors_NE: Array) -> Array:
+        norms_N = np.array([_norm(vector_E) for vector_E in vectors_NE])
+        there = [index for index, norm in enumerate(norms_N) if norm > 0]
+        mean_N = np.zeros(len(norms_N), np.longdouble)
+        if not there:
+            return mean_N
+        units_NE = np.stack([_unit(vector_E) for vector_E in vectors_NE])
+        mean_N[there] = np.longdouble(1) / len(there)
+        if _norm(mean_N @ units_NE) < tol:
+            mean_N = np.eye(len(norms_N), dtype=np.longdouble)[there[0]]
+        mean_N = mean_N / _norm(mean_N @ units_NE)
+        for _ in range(max_iter):
+            mean_E, step_N = mean_N @ units_NE, np.zeros(len(norms_N), np.longdouble)
+            for index in there:
+                cosine = np.clip(units_NE[index] @ mean_E, -1, 1)
+                angle = np.arccos(cosine)
+                if angle >= tol and 1 - cosine**2 > 1e-14:
+                    step_N[index] += angle / np.sin(angle) / len(there)
+                    step_N -= angle / np.sin(angle) / len(there) * cosine * mean_N
+            size = _norm(step_N @ units_NE)
+            if size < tol:
+                break
+            mean_N = np.cos(size) * mean_N + np.sin(size) / size * step_N
+            mean_N = mean_N / _norm(mean_N @ units_NE)
+        per_vector_N = np.array([share / norm if norm else 0 for share, norm in zip(mean_N, norms_N, strict=True)])
+        return np.asarray(norms_N.mean() * per_vector_N)
+
+    return _by_group(weigh, tensors, None, scope)
+
+
+def geometric_median(tensors: Sequence[Floats], weights: Sequence[float], *, scope: Scope = "tensor") -> OracleResult:
+    """Return the point of least weighted distance to the tensors, found in coordinates of the space between them."""
+
+    def weigh(vectors_NE: Array) -> Array:
+        apart_NE = (vectors_NE - vectors_NE[0]).astype(np.float64)
+        size = float(np.abs(apart_NE).max(initial=0.0)) or 1.0
+        points_ND = np.linalg.qr((apart_NE / size).T, mode="r").T
+        shares_N = np.array(weights, np.longdouble) / math.fsum(weights)
+        return _median_shares(points_ND.astype(np.longdouble), shares_N)
+
+    return _by_group(weigh, tensors, None, scope)
+
+
+def _median_shares(points_ND: Array, weights_N: Array) -> Array:
+    """By Weiszfeld's steps to rest, after every point was asked whether it is the median."""
+    for index, point_D in enumerate(points_ND):
+        far_N = np.sqrt(((points_ND - point_D) ** 2).sum(axis=1))
+        apart = far_N > 1e-9 * max(far_N.max(), 1e-300)
+        pull_D = (weights_N[apart] / far_N[apart]) @ (points_ND[apart] - point_D)
+        if _norm(pull_D) < (1 - 1e-9) * weights_N[~apart].sum():
+            return np.eye(len(points_ND), dtype=np.longdouble)[index]
+    shares_N = weights_N
+    for _ in range(20_000):
+        far_N = np.sqrt(((points_ND - shares_N @ points_ND) ** 2).sum(axis=1))
+        pulls_N = weights_N / far_N
+        before_N, shares_N = shares_N, pulls_N / pulls_N.sum()
+        if np.abs(shares_N - before_N).max() < 1e-14:
+            break
+    return shares_N
+
+
+def _by_group(
+    weigh: Callable[[Array], Array], tensors: Sequence[Floats], base: Floats | None, scope: Scope
+) -> OracleResult:
+    """Return ``sum_i c_i x_i`` per group, on top of the base if there is one; ``weigh`` gives c of vectors [N, E]."""
+    sources = [_grouped(tensor, scope).astype(np.longdouble) for tensor in tensors]
+    origin_GE = np.zeros_like(sources[0]) if base is None else _grouped(base, scope).astype(np.longdouble)
+    out_GE = np.empty(origin_GE.shape, np.float64)
+    coefficients = []
+    for group, origin_E in enumerate(origin_GE):
+        vectors_NE = np.stack([source_GE[group] - origin_E for source_GE in sources])
+        coefficients.append(weigh(vectors_NE))
+        out_GE[group] = origin_E + coefficients[-1] @ vectors_NE
+    facts = {"coefficients": np.array(coefficients, np.float64).reshape(len(coefficients), len(tensors))}
+    return OracleResult(out_GE.reshape(tensors[0].shape), facts)
+
+
+def _norm(vector_E: Array) -> np.longdouble:
+    return np.longdouble(np.sqrt((vector_E.astype(np.longdouble) ** 2).sum()))
+
+
+def _unit(vector_E: Array) -> Array:
+    norm = _norm(vector_E)
+    return vector_E / norm if norm else vector_E
+
+
 def ties(
     base: Floats,
     tuned: Sequence[Floats],
@@ -506,12 +658,12 @@ def merge_folder(
 
     Args:
         method: a name in ``METHODS``.
-        base_dir: also the donor of names and dtypes; the first model is if it is None. ``linear`` does not
-            count it: name it among ``tuned_dirs`` as well to do so.
+        base_dir: also the donor of names and dtypes; the first model is if it is None. ``linear`` and ``karcher`` do
+            not count it: name it among ``tuned_dirs`` as well to do so.
         tuned_dirs: the models, in recipe order.
         out_dtype: of merged tensors, in the words of safetensors; if None the least that holds all that is merged.
         parameters: passed on: ``scope``, ``on_negative``, ``weights``, ``densities``, ``lam``, ``normalize``,
-            ``t``, the same for every tensor.
+            ``t`` .., the same for every tensor; ``from_base`` of methods that can do without one.
 
     Raises:
         ValueError: names or shapes differ, or a tensor that is not merged is not equal everywhere.
@@ -529,7 +681,7 @@ def merge_folder(
             raise ValueError(f"{name!r} has different shapes")
         if dtype in FORMATS:
             merged = _merge_stored(method, name, sources[0], sources[-len(tuned) :], parameters)
-            counted = sources[-len(tuned) :] if method == "linear" else sources
+            counted = sources[-len(tuned) :] if method in ("linear", "karcher", "passthrough") else sources
             results[name] = OracleResult(merged.out, merged.facts, out_dtype or _promoted(counted))
         elif all(source.dtype == dtype and np.array_equal(source.array, array) for source in sources):
             results[name] = OracleResult(array, {}, dtype)
@@ -556,7 +708,7 @@ def _merge_stored(
 ) -> OracleResult:
     """Merge one tensor. Experts that are fused into one are merged one by one, unless ``scope`` says otherwise."""
     given = dict(parameters)
-    if method in ("model_stock", *ELEMENTWISE):
+    if method in ("model_stock", *IN_GRAM_SPACE, *ELEMENTWISE):
         is_fused = "experts" in name and base.array.ndim >= 3
         given.setdefault("scope", "leading" if is_fused else "tensor")
     if method not in ELEMENTWISE:
@@ -588,6 +740,12 @@ def _breadcrumbs_of_stored(
     return breadcrumbs(base.array, _arrays(tuned), elect=elect, float_bits=_float_bits(base, *tuned), **parameters)
 
 
+def _from(base: Stored, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a method that can do without a base."""
+    given = {key: value for key, value in parameters.items() if key != "from_base"}
+    return {**given, "base": base.array} if parameters["from_base"] else given
+
+
 def _arrays(stored: Sequence[Stored]) -> list[Floats]:
     return [tensor.array for tensor in stored]
 
@@ -597,6 +755,11 @@ METHODS: dict[str, Rule] = {
     "linear": lambda _, tuned, kw: linear(_arrays(tuned), **kw),
     "task_arithmetic": lambda base, tuned, kw: task_arithmetic(base.array, _arrays(tuned), **kw),
     "slerp": _slerp_of_stored,
+    "nuslerp": lambda base, tuned, kw: nuslerp(_arrays(tuned), **_from(base, kw)),
+    "multislerp": lambda base, tuned, kw: multislerp(_arrays(tuned), **_from(base, kw)),
+    "karcher": lambda _, tuned, kw: karcher(_arrays(tuned), **kw),
+    "geometric_median": lambda _, tuned, kw: geometric_median(_arrays(tuned), **kw),
+    "passthrough": lambda _, tuned, kw: linear(_arrays(tuned), normalize=False, **kw),
     "ties": lambda base, tuned, kw: ties(base.array, _arrays(tuned), float_bits=_float_bits(base, *tuned), **kw),
     "breadcrumbs": lambda base, tuned, kw: _breadcrumbs_of_stored(base, tuned, kw, elect=False),
     "breadcrumbs_ties": lambda base, tuned, kw: _breadcrumbs_of_stored(base, tuned, kw, elect=True),
@@ -606,6 +769,7 @@ METHODS: dict[str, Rule] = {
     "ramplus_tl": lambda base, tuned, kw: ram(base.array, _arrays(tuned), **({"boost": (0.1, 0.2)} | dict(kw))),
     "nearswap": lambda base, tuned, kw: nearswap(base.array, tuned[0].array, **kw),
 }
+IN_GRAM_SPACE = ("nuslerp", "multislerp", "karcher", "geometric_median")
 DRAWN = ("dare_linear", "dare_ties")
 """Those that draw."""
 ELEMENTWISE = ("ties", "breadcrumbs", "breadcrumbs_ties", "ram", "ramplus_tl", "nearswap", *DRAWN)

@@ -30,9 +30,14 @@ METHODS: dict[str, dict[str, object]] = {
     "ramplus_tl": {},
     "slerp": {"t": 0.5},
     "nearswap": {"t": 0.5},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.5},
+    "karcher": {},
+    "geometric_median": {},
+    "passthrough": {"scale": 0.5},
 }
-OF_ONE = ("slerp", "nearswap")
-"""Between the base and one model."""
+OF_ONE = ("slerp", "nearswap", "passthrough")
+WITHOUT_BASE = ("linear", "karcher", "passthrough")
 
 
 def main() -> None:
@@ -60,15 +65,14 @@ def write_recipes(folder: Path) -> Iterator[Path]:
             save_file(tensors, path, metadata={"format": "pt"})
             (path.parent / "config.json").write_text("{}")
     for (method, parameters), source, target in itertools.product(METHODS.items(), DTYPES, DTYPES):
+        numbers = (1,) if method in OF_ONE else (1, 2)
         recipe: dict[str, object] = {
             "merge_method": method,
-            "models": [{"model": str(folder / f"tuned-{number}-{source}")} for number in (1, 2)],
+            "models": [{"model": str(folder / f"tuned-{number}-{source}")} for number in numbers],
             "parameters": parameters,
             "dtype": target,
         }
-        if method in OF_ONE:
-            recipe["models"] = [{"model": str(folder / f"tuned-1-{source}")}]
-        if method != "linear":
+        if method not in WITHOUT_BASE:
             recipe["base_model"] = str(folder / f"base-{source}")
         path = folder / f"{method}-{source}-{target}.yaml"
         path.write_text(yaml.safe_dump(recipe))

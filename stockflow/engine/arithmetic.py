@@ -5,6 +5,7 @@ from typing import Protocol
 
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.methods.gram import Products
 from stockflow.planning.job import FloatBits
 
 
@@ -26,9 +27,9 @@ class Arithmetic(Protocol):
     """Where linear methods are computed; every method may be called from several threads."""
 
     def gram(
-        self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True, float_bits: FloatBits = 64
+        self, span: LoadedPiece, group_elems: int, *, products: Products = "changes", float_bits: FloatBits = 64
     ) -> Floats:
-        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M).
+        """Return the products of [w_0, d_1 .. d_N] or of the sources per group of a span, shape (G, M, M).
 
         Task vectors are rounded to ``float_bits``.
         """

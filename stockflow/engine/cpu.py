@@ -10,6 +10,7 @@ from stockflow.engine.pieces import LoadedPiece
 from stockflow.kernels import doubled, linear
 from stockflow.kernels.arrays import Bytes, Floats, Values
 from stockflow.kernels.floats import FORMATS, TILE, results_in
+from stockflow.methods.gram import Products
 from stockflow.planning.job import FloatBits
 
 
@@ -25,11 +26,11 @@ class HostArithmetic:
         return allocate(num_bytes)
 
     def gram(
-        self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True, float_bits: FloatBits = 64
+        self, span: LoadedPiece, group_elems: int, *, products: Products = "changes", float_bits: FloatBits = 64
     ) -> Floats:
-        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M).
+        """Return the products of [w_0, d_1 .. d_N] or of the sources per group of a span, shape (G, M, M).
 
-        Those of w_0 with the task vectors are 0 unless ``with_anchor``. Task vectors are rounded to ``float_bits``.
+        Task vectors are rounded to ``float_bits``.
         """
         num_elems, num_sources = span.stop - span.start, len(span.dtypes)
         products_GMM = np.empty((num_elems // group_elems, num_sources, num_sources))
@@ -40,8 +41,9 @@ class HostArithmetic:
             span.formats_M,
             tile_T,
             np.uint64(group_elems),
-            with_anchor,
+            products != "changes",
             float_bits == 32,
+            products != "sources",
             products_GMM,
         )
         return products_GMM

@@ -17,6 +17,7 @@ from torch import Tensor
 from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.methods.gram import Products
 from stockflow.planning.job import FloatBits
 
 SPLITTER = 2.0**27 + 1.0
@@ -51,13 +52,16 @@ class CudaArithmetic:
         return memory
 
     def gram(
-        self, span: LoadedPiece, group_elems: int, *, with_anchor: bool = True, float_bits: FloatBits = 64
+        self, span: LoadedPiece, group_elems: int, *, products: Products = "changes", float_bits: FloatBits = 64
     ) -> Floats:
-        """Return the products of [w_0, d_1 .. d_N] per group of a span, shape (G, M, M); all of them, at no cost."""
-        del with_anchor
+        """Return the products of [w_0, d_1 .. d_N] or of the sources per group of a span, shape (G, M, M).
+
+        Those of w_0 with the task vectors are always there, at no cost.
+        """
         with torch.cuda.stream(self._stream()):
             rows_ME = self._load(span, 64 if "F64" in span.dtypes else float_bits)
-            torch.sub(rows_ME[1:], rows_ME[:1], out=rows_ME[1:])
+            if products != "sources":
+                torch.sub(rows_ME[1:], rows_ME[:1], out=rows_ME[1:])
             groups_GMK = rows_ME.double().view(len(rows_ME), -1, group_elems).transpose(0, 1)
             products_GMM: Floats = torch.bmm(groups_GMK, groups_GMK.transpose(1, 2)).cpu().numpy()
         return products_GMM

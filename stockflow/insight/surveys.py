@@ -22,6 +22,7 @@ from stockflow.methods.ratios import packed
 from stockflow.planning.job import Reading, TensorJob, stored
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.spans import SPAN_ELEMS
+from stockflow.recipe import Recipe
 from stockflow.run.driver import Inputs, collector_paused
 
 Survey = Callable[[SurveySpec, Sequence[Look], OnEvent], Iterator[tuple[int, Any]]]
@@ -125,8 +126,8 @@ def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, .
     recipe = inputs.recipe
     if recipe.base_model is None:
         raise RecipeError(
-            "statistics are taken of the changes against a base, and this recipe names none; "
-            "add `base_model: ...`, the model the others were tuned from"
+            "statistics are taken of the changes against a base, and this recipe names none; add `base_model: ...`, "
+            f"the model the others were tuned from{_elsewhere(recipe)}"
         )
     if len(recipe.checkpoints) < 2:
         raise RecipeError("this recipe lists no model besides its base; there is nothing to compare")
@@ -134,6 +135,12 @@ def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, .
         plan = inputs.plan()
         subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
     return subjects, plan.checkpoints
+
+
+def _elsewhere(recipe: Recipe) -> str:
+    """What to mind where a base would change the merge, too."""
+    method = recipe.method_for(None)
+    return "" if method.base == "required" else f", to a copy of the recipe: a base changes what `{method.name}` does"
 
 
 def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:

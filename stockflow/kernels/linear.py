@@ -27,6 +27,7 @@ def gram(
     group_elems: Index,
     with_anchor: bool,
     is_rounded: bool,
+    from_anchor: bool,
     products_GMM: Floats,
 ) -> None:
     """Fill ``products_GMM`` with the products of [w_0, d_1 .. d_N], ``d_i = w_i - w_0``, per group of the span.
@@ -45,10 +46,12 @@ def gram(
         with_anchor: whether the products of w_0 with the task vectors are wanted; without them they are 0, and
             five sources take a seventh less time.
         is_rounded: whether task vectors are rounded to the tile's precision.
+        from_anchor: whether task vectors are taken; without, the sources themselves stand in their place.
         products_GMM: receives the products.
     """
     num_sources = len(firsts_M)
     anchor, wide, nothing = tile_T, np.empty_like(tile_T), np.zeros_like(tile_T)
+    origin = anchor if from_anchor else nothing
     bits = np.empty(TILE, np.uint32)
     floats = bits.view(np.float32)
     runs_RMK = np.empty((TILE // RUN, num_sources, RUN))
@@ -64,7 +67,7 @@ def gram(
             _cut(anchor, nothing, False, runs_RMK, 0)
             for m in range(1, num_sources):
                 widen(slab, firsts_M[m] + start, count, formats_M[m], bits, floats, wide)
-                _cut(wide, anchor, is_rounded, runs_RMK, m)
+                _cut(wide, origin, is_rounded, runs_RMK, m)
             for r in range((count + np.uint64(RUN - 1)) // np.uint64(RUN)):
                 _add_products(runs_RMK[r], with_anchor, sums_MML)
             start += count

@@ -8,15 +8,22 @@ Shape suffixes: G groups, N task vectors, M = N + 1 sources.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
 from stockflow.kernels.arrays import Flags, Floats, Indices
 
+Products = Literal["changes", "crossed", "sources"]
+"""``changes``: |w_0|^2 and <d_i, d_j>; ``crossed``: <w_0, d_i> as well; ``sources``: <w_i, w_j>, of task vectors none.
+
+A model far smaller than w_0 is lost in ``w_i - w_0``, and how two models differ is lost in their own products.
+"""
+
 
 @dataclass(frozen=True)
 class Gram:
-    """Products of the anchor and the task vectors, per group."""
+    """Products of the anchor and the task vectors, or of the sources themselves, per group."""
 
     products_GMM: Floats
     """row and column 0 belong to the anchor w_0, the others to the task vectors; <w_0, d_i> may be left out as 0"""

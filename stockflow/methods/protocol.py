@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from stockflow.kernels.arrays import Floats
-from stockflow.methods.gram import Gram
+from stockflow.methods.gram import Gram, Products
 
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values
@@ -70,6 +70,14 @@ class Parameters:
         """Return a per-model parameter, in recipe order."""
         return self.per_model[name]
 
+    @property
+    def from_base(self) -> bool:
+        """Whether a method that can do without a base was given one."""
+        return bool(self.shared.get(FROM_BASE))
+
+
+FROM_BASE = "from_base"
+"""A flag that every method with an optional base has, and that says whether the recipe names one."""
 
 Fact = Floats
 """One number per group."""
@@ -157,8 +165,9 @@ class UnitContext:
     """width of the precision that results are computed in"""
 
 
-BaseUse = Literal["required", "optional"]
-"""``required``: the anchor is the base model. ``optional``: all listed models are equal; a base only donates names."""
+BaseUse = Literal["required", "optional", "ignored"]
+"""mergekit's words. ``required``: the anchor is the base model. ``optional``: it is, where the recipe names one.
+``ignored``: all models are equal, and a base is one of them (``Recipe.base_counts``)."""
 
 
 class MethodRule(Protocol):
@@ -185,10 +194,21 @@ class Linear:
     """A weighted sum of the sources, by coefficients that follow from their Gram matrix or from parameters alone."""
 
     coefficients: Callable[[Gram, Parameters], Coefficients]
-    needs_gram: bool = True
-    """False if the coefficients follow from the parameters alone"""
-    needs_anchor: bool = False
-    """whether it uses the Gram's products of w_0 with the task vectors; |w_0|^2 is there in any case"""
+    products: Products | Literal["vectors"] | None = "changes"
+    """what its Gram holds; ``vectors``: changes if there is a base, else sources; None: it takes no Gram, and the
+    coefficients follow from the parameters alone"""
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether it looks at the elements before they are added up."""
+        return self.products is not None
+
+    def products_for(self, parameters: Parameters) -> Products:
+        """Return what the Gram of a tensor holds."""
+        assert self.products is not None
+        if self.products == "vectors":
+            return "changes" if parameters.from_base else "sources"
+        return self.products
 
     def num_statistic_passes(self, float_bits: int, given: Parameters) -> int:
         """Return one for the Gram, if it takes one."""
@@ -268,6 +288,10 @@ class Tolerance:
     """of a coefficient, given its value and how many there are"""
 
 
+def _nothing(_: Parameters) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A merge method as the recipe, the plan and the engine see it."""
@@ -286,6 +310,25 @@ class Method:
     """what it records of each tensor; a number per model by its name and the model's, as ``kept_share_1``"""
     tolerance: Tolerance = Tolerance()
     """how far apart machines may be that add in another order"""
+    rows_if: tuple[str, bool] | None = None
+    """a flag, and the value of it that asks for the scope ``row``"""
+    refuses: Callable[[Parameters], str | None] = _nothing
+    """what stands against values that are right one by one"""
+    copies: Callable[[Parameters], bool] | None = None
+    """whether the result is the only source, bit for bit, if it has the same dtype"""
+
+    @property
+    def required_per_model(self) -> tuple[str, ...]:
+        """Names of the parameters that every model must have a value of."""
+        return tuple(each.name for each in self.parameters if each.per_model and each.default is None)
+
+    def has_anchor(self, parameters: Parameters) -> bool:
+        """Return whether the first source is a base, beside the models that count."""
+        return self.base == "required" or parameters.from_base
+
+    def asks_for_rows(self, parameters: Parameters) -> bool:
+        """Return whether parameters say that rows get their own decisions."""
+        return self.rows_if is not None and parameters.flag(self.rows_if[0]) is self.rows_if[1]
 
 
 REGISTRY: dict[str, Method] = {}
@@ -303,16 +346,22 @@ def linear_method(
     max_tuned: int | None = None,
     parameters: tuple[Parameter, ...] = (),
     scopes: tuple[Scope, ...] = ("tensor",),
-    needs_gram: bool = True,
-    needs_anchor: bool = False,
+    products: Products | Literal["vectors"] | None = "changes",
     facts: tuple[str, ...] = (),
     tolerance: Tolerance = Tolerance(),
+    rows_if: tuple[str, bool] | None = None,
+    refuses: Callable[[Parameters], str | None] = _nothing,
+    copies: Callable[[Parameters], bool] | None = None,
 ) -> Callable[[Coefficient], Coefficient]:
     """Register a function from a Gram matrix to coefficients as a merge method."""
+    if base == "optional":
+        parameters = (*parameters, Parameter(FROM_BASE, "flag"))
 
     def register(function: Coefficient) -> Coefficient:
-        rule = Linear(function, needs_gram, needs_anchor)
-        REGISTRY[name] = Method(name, rule, source, base, min_tuned, max_tuned, parameters, scopes, facts, tolerance)
+        REGISTRY[name] = Method(
+            name, Linear(function, products), source, base, min_tuned, max_tuned, parameters, scopes, facts, tolerance,
+            rows_if, refuses, copies,
+        )  # fmt: skip
         return function
 
     return register

@@ -15,7 +15,7 @@ SMALLEST_NORM = 1e-8
     "slerp",
     source="Shoemake 1985; fallbacks as in mergekit 0.1.5",
     base="required",
-    needs_anchor=True,
+    products="crossed",
     min_tuned=1,
     max_tuned=1,
     parameters=(Parameter("t", "number"),),

@@ -18,7 +18,7 @@ from stockflow.methods.protocol import Coefficients, Parameter, Parameters, line
         Parameter("lambda", "number", default=1.0),
         Parameter("normalize", "flag", default=False),
     ),
-    needs_gram=False,
+    products=None,
 )
 def task_arithmetic(_: Gram, parameters: Parameters) -> Coefficients:
     """Return ``w_0 + lambda * sum_i a_i d_i``, divided by ``sum_i a_i`` if ``normalize`` is true.

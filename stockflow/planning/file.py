@@ -100,14 +100,14 @@ def _problem(job: TensorJob) -> str | None:
     if result.method not in METHODS:
         return f"the method {shown(result.method)}"
     method = METHODS[result.method]
-    num_tuned = len(reading.operands) - (method.base == "required")
+    num_tuned = len(reading.operands) - method.has_anchor(result.parameters)
     if not method.min_tuned <= num_tuned <= (method.max_tuned or num_tuned):
         return f"{method.name} of {len(reading.operands)} models"
     if any(DTYPES[dtype].kind != "float" for dtype in (job.output.dtype, *reading.dtypes)):
         return "arithmetic on something else than floating-point numbers"
     if reading.scope not in method.scopes or not reading.num_elems:
         return f"{method.name} with the scope {reading.scope!r} of {reading.num_elems} elements"
-    return _wrong_parameter(method, result.parameters, num_tuned)
+    return _wrong_parameter(method, result.parameters, num_tuned) or method.refuses(result.parameters)
 
 
 def _is_copyable(job: TensorJob) -> bool:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.methods import METHODS
-from stockflow.methods.protocol import Copy, Method, Parameters, Scope
+from stockflow.methods.gram import Gram
+from stockflow.methods.protocol import Coefficients, Copy, Linear, Method, Parameters, Scope
 from stockflow.planning.decodes import ByteRange, Decode, RowRuns, Verbatim, plain, row_elems, verbatim
 
 FloatBits = Literal[32, 64]
@@ -17,10 +20,18 @@ FloatBits = Literal[32, 64]
 COPY = "copy"
 COPY_EQUAL = "copy_equal"
 COPIES = {
-    COPY: Method(COPY, Copy(), source="the donor's bytes", base="optional"),
-    COPY_EQUAL: Method(COPY_EQUAL, Copy(must_agree=True), source="the donor's bytes, if all hold them"),
+    COPY: Method(COPY, Copy(), source="the donor's bytes", base="ignored"),
+    COPY_EQUAL: Method(COPY_EQUAL, Copy(must_agree=True), source="the donor's bytes, if all hold them", base="ignored"),
 }
 """What a plan may say beside the methods of a recipe."""
+WEIGHTED = "weighted"
+
+
+def _as_given(_: Gram, parameters: Parameters) -> Coefficients:
+    return Coefficients(np.array([parameters.each("weight")]), parameters.flag("anchored"))
+
+
+_BESIDE = {**COPIES, WEIGHTED: Method(WEIGHTED, Linear(_as_given, None), source="the given weights", base="ignored")}
 NO_PARAMETERS = Parameters()
 
 
@@ -204,7 +215,7 @@ class Result:
     @property
     def declared(self) -> Method:
         """Its method."""
-        return COPIES.get(self.method) or METHODS[self.method]
+        return _BESIDE.get(self.method) or METHODS[self.method]
 
     @property
     def num_bytes(self) -> int:
@@ -313,6 +324,13 @@ def merging(
     reading = Reading(output.name, output.shape, operands, scope, working)
     ranked = float_bits_of((output.dtype, *dtypes))
     return TensorJob(reading, (Result((output,), plain(output.dtype), method, parameters, ranked, working),))
+
+
+def adding(
+    output: TensorSpec, operands: tuple[Operand, ...], weights: tuple[float, ...], *, anchored: bool
+) -> TensorJob:
+    """Return the job that adds plain numbers up by given weights: to the first, of task vectors, if ``anchored``."""
+    return merging(output, operands, WEIGHTED, Parameters({"anchored": anchored}, {"weight": weights}), "tensor")
 
 
 def copying(output: TensorSpec, operands: tuple[Operand, ...], method: str) -> TensorJob:

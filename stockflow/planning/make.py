@@ -177,6 +177,8 @@ def _plan_tensor(
         remedy = f"a rule with `action: copy` takes {THEM} from {donor}, `action: skip` leaves {THEM} out"
         told_of = [index for index in absent if index not in explained]
         return [Misfit(name, f"missing in {_names(checkpoints, told_of)}", remedy, "copy")] if told_of else []
+    if recipe.carries_over(spec.name, spec.dtype, depth):
+        return copying(spec, _operands(checkpoints, name, indices), COPY)
     alike = spec.kind != "packed" and all(checkpoints[index].specs[name] == spec for index in indices)
     problems = [] if alike else _mismatches(checkpoints, spec, (recipe.donor, *indices))
     if problems:

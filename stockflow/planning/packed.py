@@ -1,6 +1,6 @@
-"""Packed weights in a recipe's models: carried over whole by a rule, left out, or refused; never merged as numbers."""
+"""Packed weights in a recipe's models: carried over whole, left out by rules, or refused; never merged as numbers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import PackedWeights, packed_weights
@@ -16,7 +16,7 @@ def unread_models(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str
     return [
         _sentence(checkpoint, packed)
         for checkpoint in checkpoints
-        if (packed := list(_merged(recipe, _packed(checkpoint, found))))
+        if (packed := [each for each in _packed(checkpoint, found) if not _is_kept(recipe, checkpoint, each)])
     ]
 
 
@@ -28,11 +28,13 @@ def _packed(checkpoint: Checkpoint, found: dict[int, tuple[PackedWeights, ...]])
     return found[key]
 
 
-def _merged(recipe: Recipe, packed: Sequence[PackedWeights]) -> Iterator[PackedWeights]:
-    for weights in packed:
-        rules = map(recipe.rule_for, weights.parts)
-        if not all(rule is not None and rule.action for rule in rules):
-            yield weights
+def _is_kept(recipe: Recipe, checkpoint: Checkpoint, weights: PackedWeights) -> bool:
+    """Return whether codes and scales all are copied, by rules or by the method, or left out."""
+    return all(
+        ((rule := recipe.rule_for(name)) is not None and rule.action is not None)
+        or recipe.carries_over(name, checkpoint.specs[name].dtype)
+        for name in weights.parts
+    )
 
 
 def _sentence(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> str:

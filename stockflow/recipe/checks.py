@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from stockflow.methods.protocol import Method, Parameter, Scalar
 from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.model import Recipe, Rule
+from stockflow.recipe.resolve import Resolver
 from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, as_kind, parameters_of
 from stockflow.recipe.wording import nearest, shown
 from stockflow.storage import redact
@@ -32,17 +33,22 @@ def find_problems(recipe: Recipe, unread: Collection[str] = ()) -> Iterator[Prob
         recipe: to check.
         unread: names of parameters that are given where they could not be read.
     """
-    yield from _location_problems(recipe)
-    yield from _rule_problems(recipe)
+    uses = _uses(recipe)
+    problems = [*_location_problems(recipe), *_rule_problems(recipe)]
+    for use in uses:
+        problems += [*_count_problems(recipe, use), *_scope_problems(recipe, use)]
+    problems += _parameter_problems(recipe, uses, unread)
+    # Values that are wrong one by one need not be taken together.
+    yield from problems or (() if unread else _combination_problems(recipe, uses))
+
+
+def _uses(recipe: Recipe) -> list[_Use]:
     uses = [_Use(recipe.method_for(None), None, ("merge_method",))]
     for index, rule in enumerate(recipe.stockflow.rules):
         if rule.merge_method is not None:
             path = ("stockflow", "rules", index, "merge_method")
             uses.append(_Use(recipe.method_for(rule), rule, path))
-    for use in uses:
-        yield from _count_problems(recipe, use)
-        yield from _scope_problems(recipe, use)
-    yield from _parameter_problems(recipe, uses, unread)
+    return uses
 
 
 def _location_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -69,8 +75,8 @@ def _rule_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _count_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
     method = use.method
-    besides = " besides the base" if method.base == "required" else ""
-    if besides and recipe.base_model is None:
+    besides = " besides the base" if recipe.anchors(method) else ""
+    if method.base == "required" and recipe.base_model is None:
         yield use.path, f"`{method.name}` needs a base, found no `base_model`; add it"
     num_tuned = len(recipe.counted(method))
     most = method.max_tuned
@@ -81,9 +87,13 @@ def _count_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
             use.path,
             (
                 f"`{method.name}` needs {expected} model{'s' * (expected != '1')}{besides}, "
-                f"found {num_tuned}; change `models` or the method"
+                f"found {num_tuned}{_with_the_base(recipe, method)}; change `models` or the method"
             ),
         )
+
+
+def _with_the_base(recipe: Recipe, method: Method) -> str:
+    return ", as a base that is not listed counts like them" if recipe.base_counts(method) else ""
 
 
 def _scope_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
@@ -95,13 +105,14 @@ def _scope_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
             path,
             f"`{use.method.name}` knows the scope {' | '.join(use.method.scopes)}, found {scope}; change one",
         )
+    name, asks = use.method.rows_if or ("", None)
     settings = (use.rule.parameters if use.rule else {}, recipe.parameters)
-    flag = use.declared("filter_wise")
-    row_wise = flag and any(
-        as_kind(flag, value) is True for level in settings for item in level.get(flag.name, ()) for value in item.value
+    flag = use.declared(name)
+    by_row = flag and any(
+        as_kind(flag, value) is asks for level in settings for item in level.get(name, ()) for value in item.value
     )
-    if row_wise and scope not in (None, "row"):
-        yield path, f"`filter_wise: true` means the scope row, found `scope: {scope}`; keep one of them"
+    if by_row and scope not in (None, "row"):
+        yield path, f"`{name}: {str(asks).lower()}` means the scope row, found `scope: {scope}`; keep one of them"
 
 
 def _parameter_problems(recipe: Recipe, uses: list[_Use], unread: Collection[str]) -> Iterator[Problem]:
@@ -163,6 +174,14 @@ def _value_problem(parameter: Parameter, value: Scalar) -> str | None:
     if high is not None and value > high:
         return f"expected at most {high:g}, {found}"
     return None
+
+
+def _combination_problems(recipe: Recipe, uses: list[_Use]) -> Iterator[Problem]:
+    for use in uses:
+        parameters = Resolver(use.method.name, recipe.slots(use.method, use.rule)).constant()
+        text = use.method.refuses(parameters) if parameters else None
+        if text:
+            yield use.path, text
 
 
 def _missing_problems(recipe: Recipe, use: _Use, unread: Collection[str]) -> Iterator[Problem]:

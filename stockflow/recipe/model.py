@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, PrivateAttr, StrictBool, StrictInt, model_validator
 
 from stockflow.methods import METHODS
-from stockflow.methods.protocol import Method, Parameters, Scope
+from stockflow.methods.protocol import FROM_BASE, Method, Parameters, Scope
 from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
 from stockflow.recipe.resolve import Resolver, Slot, find_slots
 from stockflow.recipe.settings import Part, Settings, matches
@@ -189,7 +189,7 @@ class Recipe(Part):
     def sources(self, method: Method) -> tuple[int, ...]:
         """Return the checkpoints a method reads, its anchor first."""
         counted = [self.checkpoints.index(entry.model) for entry in self.counted(method)]
-        return tuple(counted) if method.base == "optional" else (0, *counted)
+        return (0, *counted) if self.anchors(method) else tuple(counted)
 
     def rule_for(self, tensor_name: str) -> Rule | None:
         """Return the first rule that matches a tensor."""
@@ -226,7 +226,7 @@ class Recipe(Part):
         Equal results are one object, except across methods and rules. The depth is 0 in the first layer, 1 in the last.
 
         Raises:
-            RecipeError: a required value is missing for this tensor.
+            RecipeError: a required value is missing for this tensor, or its values do not go together.
             ValueError: the rule is of another recipe.
         """
         key = (method.name, self._position(rule))
@@ -247,7 +247,7 @@ class Recipe(Part):
             depth: as for ``parameters_for``.
             default: what the recipe need not ask for.
         """
-        if self.parameters_for(method, tensor_name, rule, depth).shared.get("filter_wise"):
+        if method.asks_for_rows(self.parameters_for(method, tensor_name, rule, depth)):
             return "row"
         asked = self.stockflow.scope or default
         return asked if asked in method.scopes else "tensor"
@@ -256,15 +256,31 @@ class Recipe(Part):
         """Return the values a method needs under a rule, each with what the recipe offers for it."""
         return find_slots(
             method,
-            fixed={"on_negative": self.stockflow.on_negative, "seed": self.stockflow.seed},
+            fixed={
+                "on_negative": self.stockflow.on_negative,
+                "seed": self.stockflow.seed,
+                FROM_BASE: self.anchors(method),
+            },
             rule=rule.parameters if rule else {},
             models=[(entry.model, entry.parameters) for entry in self.counted(method)],
             recipe=self.parameters,
         )
 
+    def carries_over(self, tensor_name: str, dtype: str, depth: float = 0.0) -> bool:
+        """Return whether the method of a tensor leaves its only source as it is stored, in whatever format."""
+        rule = self.rule_for(tensor_name)
+        method = self.method_for(rule)
+        if method.copies is None or self.output_dtype not in (None, dtype):
+            return False
+        return method.copies(self.parameters_for(method, tensor_name, rule, depth))
+
+    def anchors(self, method: Method) -> bool:
+        """Return whether a method measures the models from the base."""
+        return method.base == "required" or (method.base == "optional" and self.base_model is not None)
+
     def counted(self, method: Method) -> list[ModelEntry]:
         """Return the models a method counts: all of them, or those besides the base."""
-        if method.base == "required":
+        if self.anchors(method):
             return [entry for entry in self.listed if entry.model != self.base_model]
         return [*self.listed, *([self._base_entry] if self.base_counts(method) else [])]
 
@@ -274,17 +290,17 @@ class Recipe(Part):
         return any(entry.model == self.base_model for entry in self.models)
 
     def base_counts(self, method: Method) -> bool:
-        """Return whether a method that needs no base counts one that is not listed, as mergekit does.
+        """Return whether a method that ignores the base counts one that is not listed, as mergekit does.
 
-        It does if the recipe gives every model a weight. Where each has its own, mergekit stops; rules are ours.
+        It does if the recipe gives every model what each must have. Where each has its own weight, mergekit stops;
+        rules are ours.
         """
-        needed = [each.name for each in method.parameters if each.per_model and each.default is None]
         return (
-            method.base == "optional"
+            method.base == "ignored"
             and method.name == self.merge_method
             and self.base_model is not None
             and not self.lists_base
-            and all(name in self.parameters for name in needed)
+            and all(name in self.parameters for name in method.required_per_model)
         )
 
     @cached_property

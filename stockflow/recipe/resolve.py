@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stockflow.errors import RecipeError
+from stockflow.methods import METHODS
 from stockflow.methods.protocol import Kind, Method, Parameter, Parameters, Scalar
 from stockflow.recipe.settings import Settings, as_kind, matches
 from stockflow.storage import redact
@@ -95,7 +96,7 @@ class Resolver:
         """Return the parameters of a tensor; its depth is from 0, of the first layer, to 1.
 
         Raises:
-            RecipeError: a required value is missing for it.
+            RecipeError: a required value is missing for it, or its values do not go together.
         """
         matching: tuple[float, ...] = tuple([text in tensor_name for text in self._filters])
         if self._has_gradient:
@@ -104,8 +105,18 @@ class Resolver:
         if found is None:
             values = tuple(self._value(slot, tensor_name, depth) for slot in self._slots)
             found = self._by_values.setdefault(values, self._parameters(values))
+            problem = METHODS[self._method_name].refuses(found)
+            if problem:
+                raise RecipeError(f"{problem}; so it is for the tensor {tensor_name!r}")
             self._by_matches[matching] = found
         return found
+
+    def constant(self) -> Parameters | None:
+        """Return the parameters of every tensor, None if they depend on it."""
+        first = [slot.candidates[0] for slot in self._slots if slot.candidates]
+        if len(first) < len(self._slots) or any(text is not None or len(values) > 1 for text, values in first):
+            return None
+        return self._parameters(tuple(values[0] for _, values in first))
 
     def _value(self, slot: Slot, tensor_name: str, depth: float) -> Scalar:
         value = slot.value(tensor_name, depth)

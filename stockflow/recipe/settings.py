@@ -7,7 +7,7 @@ from typing import Annotated, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from stockflow.errors import RecipeError
-from stockflow.methods.protocol import Method, Parameter, Scalar
+from stockflow.methods.protocol import FROM_BASE, Method, Parameter, Scalar
 from stockflow.recipe.wording import shown
 
 _LISTS = "give one value, a list of values over the layers, or a list of {filter, value}"
@@ -43,7 +43,8 @@ UNDER_STOCKFLOW = ("on_negative", "seed")
 
 def parameters_of(method: Method) -> dict[str, Parameter]:
     """Return the parameters that recipes give under `parameters`, by name."""
-    return {each.name: each for each in method.parameters if each.name not in UNDER_STOCKFLOW}
+    elsewhere = (*UNDER_STOCKFLOW, FROM_BASE)
+    return {each.name: each for each in method.parameters if each.name not in elsewhere}
 
 
 _FLAGS = dict.fromkeys(("true", "yes", "on", "t", "y"), True) | dict.fromkeys(("false", "no", "off", "f", "n"), False)

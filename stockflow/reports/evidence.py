@@ -11,6 +11,7 @@ from string import ascii_uppercase
 
 from stockflow.errors import CheckpointError, DamagedOutputError, NotFoundError, StorageError, UserError
 from stockflow.methods import METHODS
+from stockflow.methods.protocol import FROM_BASE
 from stockflow.output import claims, receipts
 from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, receipt_key, tensors_key
@@ -117,7 +118,6 @@ def gather(location: str, config: StorageConfig, on_bytes: Callable[[int], None]
     plan = None if isinstance(recorded, Finding) else recorded.plan
     sound = tuple(receipt for receipt in found if isinstance(receipt, Receipt))
     findings = [*([recorded] if isinstance(recorded, Finding) else []), *(one for one in found if _is_finding(one))]
-    has_base = any(METHODS[row.method].base == "required" for row in rows if row.method in METHODS)
     return Evidence(
         url=redact(output.store.url),
         manifest=manifest,
@@ -125,11 +125,18 @@ def gather(location: str, config: StorageConfig, on_bytes: Callable[[int], None]
         receipts=sound,
         num_shards=len(shards),
         plan=plan,
-        models=tuple(_models(manifest, has_base=has_base)),
+        models=tuple(_models(manifest, has_base=_has_base(rows, plan))),
         methods=tuple(_methods(rows, plan)),
         checks=tuple(_checks(rows, plan, len(sound), len(shards))),
         findings=tuple(finding for finding in findings if isinstance(finding, Finding)),
     )
+
+
+def _has_base(rows: Sequence[TensorFacts], plan: MergePlan | None) -> bool:
+    """Return whether the first input is a base; of methods that can do without one, only the plan knows."""
+    if plan is not None:
+        return any(job.result.declared.has_anchor(job.result.parameters) for job in plan.jobs)
+    return any(METHODS[row.method].base == "required" for row in rows if row.method in METHODS)
 
 
 def _is_finding(found: object) -> bool:
@@ -249,7 +256,8 @@ def _methods(rows: Sequence[TensorFacts], plan: MergePlan | None) -> Iterator[Me
         words: dict[int, str] = {}  # many jobs share one object of parameters
         for job in plan.jobs:
             given = job.result.parameters
-            text = words.setdefault(id(given), _in_words(given.shared, given.per_model))
+            shared = {name: value for name, value in given.shared.items() if name != FROM_BASE}
+            text = words.setdefault(id(given), _in_words(shared, given.per_model))
             uses[job.result.method, job.reading.scope, text] += 1
     for (method, scope, parameters), count in uses.most_common():
         yield MethodUse(method, scope, parameters, count)

@@ -22,6 +22,10 @@ METHOD_NAMES = {
     "ram": "RAM",
     "ramplus_tl": "RAM+",
     "nearswap": "NearSwap",
+    "nuslerp": "NuSLERP",
+    "multislerp": "Multi-SLERP",
+    "karcher": "the Karcher mean",
+    "geometric_median": "the geometric median",
 }
 COPIES = ("copy", "copy_equal")
 MAX_NAME = 160
@@ -99,7 +103,7 @@ def verdict(geometry: MergeGeometry) -> Iterator[str]:
     if total.num_zero_delta:
         yield f"{counted(total.num_zero_delta, 'tensor')} {are(total.num_zero_delta)} unchanged in at least one model."
     if not total.ratio and not total.cosine:
-        yield "This method decides without looking at the models' geometry, so cosines and ratios are not on record."
+        yield "Cosines and ratios are not on record: the method does without them."
 
 
 def formula_note(geometry: MergeGeometry) -> str | None:

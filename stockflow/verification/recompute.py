@@ -10,12 +10,12 @@ from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.errors import CheckpointError, NumericsError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
-from stockflow.methods.protocol import Linear, Parameters, Tolerance
+from stockflow.methods.protocol import Linear, Tolerance
 from stockflow.output.keys import plan_key, receipt_key, tensors_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.file import RecordedPlan, check_mergeable
-from stockflow.planning.job import Operand, TensorJob, merging
+from stockflow.planning.job import Operand, TensorJob, adding
 from stockflow.planning.plan import NUMERICS, MergePlan, ShardPlan
 from stockflow.storage import Stamp, StorageConfig
 from stockflow.verification.bits import Difference
@@ -285,14 +285,12 @@ def _with_coefficients(target: Target, groups: Groups) -> Iterator[Target]:
     num_elems, width = reading.group_elems, target.job.output_width
     for number, weights in enumerate(groups):
         first = number * num_elems
-        anchored = len(weights) == len(reading.operands) - 1
         yield Target(
-            job=merging(
+            job=adding(
                 TensorSpec(f"{output.name} group {number}", output.dtype, (num_elems,)),
                 tuple(_part(operand, first) for operand in reading.operands),
-                "task_arithmetic" if anchored else "linear",
-                Parameters({"lambda": 1.0, "normalize": False}, {"weight": weights}),
-                "tensor",
+                weights,
+                anchored=len(weights) == len(reading.operands) - 1,
             ),
             tensor=target.tensor,
             place=Range(target.place.key, target.place.start + width * first, width * num_elems),

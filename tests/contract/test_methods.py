@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stockflow.methods import METHODS, Method
-from stockflow.methods.protocol import Elementwise, Linear
+from stockflow.methods.protocol import FROM_BASE, Elementwise, Linear
 from tests import checkpoints, runs
 
 SHAPES = {
@@ -26,12 +26,13 @@ def method(request: pytest.FixtureRequest) -> Method:
 
 def recipe_for(method: Method, family: checkpoints.Family, folder: Path) -> Path:
     """A recipe that gives every required parameter a value."""
-    required = [parameter for parameter in method.parameters if parameter.default is None]
+    required = [each for each in method.parameters if each.default is None and each.name != FROM_BASE]
     values = [0.25 + 0.5 * index for index in range(len(family.tuned))]
     return checkpoints.write_recipe(
         folder / f"{method.name}.yaml",
         method.name,
         family,
+        with_base=method.max_tuned != 1 or method.base == "required",
         per_model={parameter.name: values for parameter in required if parameter.per_model},
         parameters={parameter.name: 0.3 for parameter in required if not parameter.per_model},
     )

@@ -77,11 +77,30 @@ def slerp(name: str, drawn: Drawn, t: float, **more: Any) -> Case:
     return Case(f"slerp {name}", "slerp", drawn, {"parameters": {"t": t}}, {"t": t}, **more)
 
 
+def vectors(method: str, name: str, drawn: Drawn, scope: str = "tensor", **more: Any) -> Case:
+    """Of a method that sees a Gram of task vectors or of models; weights with many digits, if it takes any.
+
+    Of half a million sums one or two nearly cancel.
+    """
+    more = {"may_cancel": True} | more
+    shared, with_base = more.pop("shared", {}), more.setdefault("with_base", method != "karcher")
+    weights = [] if method == "karcher" else [0.5153, 0.7121, 0.2333, 0.9137, 0.4391, 0.6217, 0.8011, 0.3571, 0.1931]
+    weights = more.pop("weights", weights)[: drawn.num_tuned]
+    asked = {"stockflow": {"scope": scope}} | ({"per_model": {"weight": weights}} if weights else {})
+    asked |= {"parameters": shared} if shared else {}
+    expected = {"scope": scope, **shared} | ({"weights": weights} if weights else {})
+    if method in ("nuslerp", "multislerp"):
+        expected["from_base"] = with_base
+    return Case(f"{method} {name}", method, drawn, asked, expected, **more)
+
+
 OPPOSED = Drawn(5, cosine=-0.15)
 THREE = Drawn(3, num_shards=2)
 FOUR = Drawn(4, num_shards=3)
 TURNED = Drawn(1, delta_scale=0.03)
 TAILED = Drawn(3, large=True, base_scale=0.0, heavy_tailed=True)
+TWO, APART = Drawn(2, num_shards=2), Drawn(2, num_shards=2, delta_scale=0.02)
+SHORT = {number: ("tensor", "row", "leading")[number % 3] for number in range(10)}
 HEAVY = {"max_cosine_error": 1e-6}
 
 # Weights with many digits, but for one case: with few, such as 0.7 and 0.3, a sum of BF16 numbers is so often
@@ -124,6 +143,32 @@ CASES = [
     slerp("inwards", TURNED, 0.3119),
     slerp("outwards", TURNED, 1.2119),
     slerp("of F64", Drawn(1, F64, delta_scale=0.03), 0.3119),
+    *(
+        vectors("nuslerp", f"{what} by {scope}", drawn, scope, with_base=with_base)
+        for scope in ("tensor", "row", "leading")
+        for what, drawn, with_base in (
+            ("of task vectors", TWO, True), ("of models far apart", APART, False), ("of models nearby", TWO, False),
+        )
+    ),
+    vectors("nuslerp", "outwards", TWO, weights=[-0.3119, 1.3531]),
+    vectors("nuslerp", "of task vectors of 1e-12", replace(TWO, base_scale=0.0, delta_scale=1e-14)),
+    vectors("nuslerp", "of F32", replace(TWO, dtype=F32)),
+    vectors("nuslerp", "of F64 models", replace(APART, dtype=F64), with_base=False),
+    *(vectors("multislerp", f"N={num} of task vectors", Drawn(num), SHORT[num]) for num in range(2, 10)),
+    vectors("multislerp", "of models far apart", replace(APART, num_tuned=3), with_base=False),
+    vectors("multislerp", "with an eps that acts", THREE, shared={"eps": 1e-5}),
+    vectors("multislerp", "not normalized", THREE, shared={"normalize_weights": False}),
+    vectors("multislerp", "of one model", Drawn(1)),
+    vectors("multislerp", "of F16", replace(FOUR, dtype=F16)),
+    *(vectors("karcher", f"N={num} far apart", replace(APART, num_tuned=num), SHORT[num]) for num in range(1, 10)),
+    vectors("karcher", "of models near each other", FOUR),
+    vectors("karcher", "of F32 with 2 steps", replace(APART, num_tuned=3, dtype=F32), shared={"max_iter": 2}),
+    *(vectors("geometric_median", f"N={num}", Drawn(num), SHORT[num]) for num in range(2, 10)),
+    vectors("geometric_median", "without a base", FOUR, with_base=False),
+    vectors("geometric_median", "with a model that outweighs the others", THREE, weights=[0.5153, 3.7121, 0.2333]),
+    vectors("geometric_median", "of F32", replace(FOUR, dtype=F32, cosine=0.1)),
+    Case("passthrough scaled", "passthrough", Drawn(1), {"per_model": {"scale": [0.7121]}}, {"weights": [0.7121]},
+         with_base=False),
 ]  # fmt: skip
 
 

@@ -71,9 +71,9 @@ def test_float64_is_rounded_once(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("is_rounded", [True, False], ids=["task vectors in float32", "in float64"])
-@pytest.mark.parametrize("with_anchor", [True, False])
+@pytest.mark.parametrize("products", ["crossed", "changes", "sources"])
 @pytest.mark.parametrize("group_elems", [1, 5, 255, 256, 257, TILE + 1, 5000])
-def test_the_gram_is_that_of_exact_sums(group_elems: int, with_anchor: bool, is_rounded: bool) -> None:
+def test_the_gram_is_that_of_exact_sums(group_elems: int, products: str, is_rounded: bool) -> None:
     num_groups, num_sources = 3, 4
     sources = np.random.default_rng(2).standard_normal((num_sources, num_groups * group_elems)).astype(np.float32)
     found = np.empty((num_groups, num_sources, num_sources))
@@ -84,18 +84,20 @@ def test_the_gram_is_that_of_exact_sums(group_elems: int, with_anchor: bool, is_
         np.full(num_sources, FORMATS["F32"], np.uint64),
         np.empty(TILE, np.float32),
         np.uint64(group_elems),
-        with_anchor,
+        products != "changes",
         is_rounded,
+        products != "sources",
         found,
     )
 
     exact = sources if is_rounded else sources.astype(np.float64)
-    rows = np.concatenate([exact[:1], exact[1:] - exact[:1]]).astype(np.float64)
+    rest = exact[1:] if products == "sources" else exact[1:] - exact[:1]
+    rows = np.concatenate([exact[:1], rest]).astype(np.float64)
     for group, gram in enumerate(found):
         part = rows[:, group * group_elems : (group + 1) * group_elems]
         for i in range(num_sources):
             for j in range(num_sources):
-                if not with_anchor and (i == 0) != (j == 0):
+                if products == "changes" and (i == 0) != (j == 0):
                     assert gram[i, j] == 0.0
                     continue
                 scale = math.sqrt(math.fsum(part[i] ** 2) * math.fsum(part[j] ** 2))

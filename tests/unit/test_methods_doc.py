@@ -8,7 +8,9 @@ import pytest
 
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
+from stockflow.methods.protocol import FROM_BASE
 from stockflow.methods.ratios import Geometry
+from stockflow.recipe.checks import UNDER_STOCKFLOW
 from tests.pages import section
 
 PAGE = section("methods.md", "Model Stock")
@@ -38,12 +40,15 @@ def test_the_table_is_there() -> None:
     assert len(ROWS) == 5
 
 
+GIVEN_ELSEWHERE = {*UNDER_STOCKFLOW, FROM_BASE}
+
+
 def test_every_method_is_listed_with_its_parameters_and_source() -> None:
     table = section("methods.md").partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| .*? \| (.*) \|$", table, re.MULTILINE)
 
     assert {name: parameters for name, parameters, _ in rows} == {
-        name: ", ".join(f"`{each.name}`" for each in method.parameters if each.kind in {"number", "flag"})
+        name: ", ".join(f"`{each.name}`" for each in method.parameters if each.name not in GIVEN_ELSEWHERE)
         for name, method in METHODS.items()
     }
     assert [name for name, _, source in rows if source not in METHODS[name].source] == []

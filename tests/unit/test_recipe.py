@@ -655,7 +655,7 @@ def test_a_seed_reaches_methods_that_draw_and_no_others() -> None:
     slots = recipe.slots(DRAWN, None)
 
     assert slots[0].candidates == ((None, (7,)),)
-    assert Resolver("drawn", slots[:1]).resolve("x").integer("seed") == 7
+    assert Resolver("task_arithmetic", slots[:1]).resolve("x").integer("seed") == 7
     assert "seed" not in recipe.parameters_for(METHODS["model_stock"], "x", None).shared
 
 

@@ -13,19 +13,18 @@ from stockflow.engine.procedures.proceeding import Fill, Steps, Tools
 from stockflow.engine.units import Unit
 from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes, Floats
-from stockflow.methods.gram import Gram
+from stockflow.methods.gram import Gram, Products
 from stockflow.methods.protocol import Coefficients, Linear
 from stockflow.planning.job import FloatBits, Result
 
 
 @dataclass(frozen=True, eq=False)
 class GramSweep:
-    """Products of [w_0, d_1 .. d_N] per group of a unit, shape (G, M, M), added span by span in their order."""
+    """Products of [w_0, d_1 .. d_N] or of the sources per group of a unit, (G, M, M), added span by span in order."""
 
     unit: Unit
     tools: Tools
-    with_anchor: bool = False
-    """whether those of w_0 with the task vectors are wanted; without them they are 0"""
+    products: Products = "changes"
     refuses: bool = True
     """whether a product that is not finite is an error"""
     float_bits: FloatBits = 64
@@ -34,7 +33,7 @@ class GramSweep:
     @property
     def key(self) -> Hashable:
         """What is wanted."""
-        return GramSweep, self.with_anchor, self.float_bits
+        return GramSweep, self.products, self.float_bits
 
     def begin(self) -> Floats:
         """Return zeros."""
@@ -46,11 +45,10 @@ class GramSweep:
         """Return the products of a span."""
         started = time.perf_counter()
         group_elems = min(span.reading.group_elems, span.stop - span.start)
-        products_GMM = self.tools.arithmetic.gram(
-            span, group_elems, with_anchor=self.with_anchor, float_bits=self.float_bits
-        )
+        products_GMM = self.tools.arithmetic.gram(span, group_elems, products=self.products, float_bits=self.float_bits)
         if self.refuses and not np.isfinite(products_GMM).all():
-            self.tools.alarm.refuse_nonfinite(span, "a product of task vectors")
+            what = "models" if self.products == "sources" else "task vectors"
+            self.tools.alarm.refuse_nonfinite(span, f"a product of {what}")
         self.tools.clock.add("statistics", started)
         return products_GMM
 
@@ -77,16 +75,20 @@ def decide(unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps | 
 
 
 def _after_gram(rule: Linear, unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps:
-    gram = Gram((yield GramSweep(unit, tools, rule.needs_anchor, float_bits=result.working_bits)))
+    products = rule.products_for(result.parameters)
+    gram = Gram((yield GramSweep(unit, tools, products, float_bits=result.working_bits)))
     return _filler(_decided(rule, unit, result, gram, ledger), unit, result, tools)
 
 
 def _decided(rule: Linear, unit: Unit, result: Result, gram: Gram, ledger: Ledger) -> Coefficients:
     try:
-        decided = rule.coefficients(gram, result.parameters)
+        # What is not finite is refused elsewhere, or asked for.
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            decided = rule.coefficients(gram, result.parameters)
     except NumericsError as error:
         raise NumericsError(f"tensor {unit.work.reading.name!r}: {error}") from None
-    ledger.record(decided, gram if rule.needs_gram else None)
+    has_changes = rule.needs_gram and result.declared.has_anchor(result.parameters)
+    ledger.record(decided, gram if has_changes else None)
     return decided
 
 

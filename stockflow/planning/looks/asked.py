@@ -40,13 +40,16 @@ def unlisted_base(proposal: Proposal) -> Iterator[Remark]:
     """Yield what becomes of a base that is not among the models of a method which needs none."""
     recipe = proposal.recipe
     method = recipe.method_for(None)
-    if method.base != "optional" or not recipe.base_model or recipe.lists_base:
+    if method.base != "ignored" or not recipe.base_model or recipe.lists_base:
         return
     base = redact(recipe.base_model)
     if recipe.base_counts(method):
+        names = " and ".join(f"`{name}`" for name in method.required_per_model)
+        given = f", with the recipe's own {names}" if names else ""
+        own = f" or give each model its own {names}" if names else ""
         text = (
-            f"the base {base} is not among the models, and `{method.name}` merges it in like them, with the "
-            "recipe's own `weight`, as mergekit does; to leave it out, remove base_model or give each model its weight"
+            f"the base {base} is not among the models, and `{method.name}` merges it in like them{given}, as mergekit "
+            f"does; to leave it out, remove base_model{own}"
         )
     else:
         text = (

@@ -1,0 +1,25 @@
+"""Weights of models, scaled to sum to 1."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from stockflow.methods.protocol import Parameters
+
+
+def normalized(weights: Sequence[float]) -> tuple[float, ...]:
+    """Return weights divided by their sum."""
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+def zero_sum(flag: str) -> Callable[[Parameters], str | None]:
+    """Return what refuses weights that sum to zero where a flag asks for them to be normalized."""
+
+    def refuses(parameters: Parameters) -> str | None:
+        weights = parameters.each("weight")
+        if not parameters.flag(flag) or math.fsum(weights):
+            return None
+        said = ", ".join(f"{weight:g}" for weight in weights)
+        return f"the weights {said} sum to zero, so they cannot be normalized; change them or set `{flag}: false`"
+
+    return refuses
