@@ -42,9 +42,8 @@ NOT_YET = {
         "82_breadcrumbs_chat_template", "84_nuslerp_gradients", "86_multislerp_dead_keys",
     ),
     "methods": (
-        "49_dare_ties_base_comment", "51_dare_ties_empty_parameters", "57_dare_linear_global_weight",
         "71_della_density_one_lambda_twice", "72_della_base_weight_comments", "75_della_linear_key_twice",
-        "89_arcee_fusion_foreign_parameters", "91_nearswap_gradient",
+        "89_arcee_fusion_foreign_parameters",
     ),
 }  # fmt: skip
 """Forms that are refused for what is missing here; each leaves this table when it runs."""
