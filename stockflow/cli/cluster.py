@@ -203,7 +203,7 @@ def status(
             print(json.dumps(found.facts(), indent=None if watch else 1))
         else:
             say("\n".join(status_lines(found)))
-        if watch and (code := exit_code(found)):
+        if (watch or found.is_killed) and (code := exit_code(found)):
             raise typer.Exit(code)
 
 

@@ -122,13 +122,15 @@ class Heartbeat:
 
 
 def last_seen(store: Store) -> float:
-    """Return when a run in this prefix was last known to be alive, in seconds since the epoch; 0.0: never.
+    """Return when a run here that has not ended was last seen, in seconds since the epoch; 0.0: there is none.
 
-    Runs of every plan count; the claim itself counts as a sign of life.
+    Runs of every plan count. One that ends takes its record away, so a claim without the record of its run is no sign
+    of life; that record is asked for by its name, as a listing may lag behind.
     """
     seen = [_beat_of(store, key) for key in _runs_of_all_plans(store)]
     with suppress(NotFoundError, CheckpointError):
-        seen.append(read(store).heartbeat)
+        claim = read(store)
+        seen.append(_beat_of(store, run_key(claim.plan_id, claim.run)))
     return max(seen, default=0.0)
 
 

@@ -15,6 +15,7 @@ from stockflow.output.manifest import Manifest
 from stockflow.output.shards import present_files
 from stockflow.storage import HalfWritten, Stamp, Store, redact
 from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import duration
 
 _SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 """names of what a merge uploads in parts; everything else of an output is one small object"""
@@ -28,8 +29,8 @@ class Leftovers:
     url: str
     plan_id: str
     is_published: bool
-    seen_s_ago: float
-    """how long ago a run was last seen, in seconds"""
+    seen_s_ago: float | None
+    """how long ago a run that did not end by itself was last seen, in seconds; None: all did"""
     num_finished_shards: int
     """of an unfinished run; they stay, so that it can be resumed"""
     half_written: tuple[HalfWritten, ...]
@@ -89,19 +90,20 @@ def remove(store: Store, leftovers: Leftovers) -> None:
     store.delete(leftovers.records)
 
 
-def check_abandoned(store: Store) -> float:
-    """Return how many seconds ago a run was last seen in a prefix.
+def check_abandoned(store: Store) -> float | None:
+    """Return how many seconds ago a run that has not ended was last seen in a prefix, None if there is none.
 
     Raises:
         OutputConflictError: that is less than 15 minutes.
     """
-    age = time.time() - last_seen(store)
+    seen = last_seen(store)
+    age = time.time() - seen
     if age < ABANDONED_S:
         raise OutputConflictError(
             f"a run was seen in {redact(store.url)} {max(age, 0.0):,.0f} s ago; what it writes is not left over. "
             f"End it, or run this again once none was seen for {ABANDONED_S / 60:.0f} minutes"
         )
-    return age
+    return age if seen else None
 
 
 def abort_leftovers(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
@@ -185,10 +187,9 @@ def _proves_something(store: Store, plan_id: str, key: str, present: Mapping[str
 def leftover_lines(leftovers: Leftovers, *, is_removed: bool) -> Iterator[str]:
     """Yield what was found, and what became of it, line by line."""
     state = "a finished output" if leftovers.is_published else "an unfinished merge"
-    yield (
-        f"{redact(leftovers.url)}: {state} of plan {leftovers.plan_id[:12]}, "
-        f"last run seen {leftovers.seen_s_ago / 3600:,.1f} hours ago"
-    )
+    seen = leftovers.seen_s_ago
+    runs = "whose runs have ended" if seen is None else f"last run seen {duration(seen)} ago"
+    yield f"{redact(leftovers.url)}: {state} of plan {leftovers.plan_id[:12]}, {runs}"
     for piece in leftovers.half_written:
         kind = "temporary file" if piece.is_abandoned else "open upload"
         yield f"  {kind:<14}  {in_a_line(piece.key)} ({in_a_line(piece.name)})"

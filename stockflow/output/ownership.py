@@ -66,7 +66,7 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
             claim = claims.read(store)
             if claim.plan_id == plan.plan_id:
                 return Occupancy(is_ours=True)
-            age = max(time.time() - last_seen(store), 0.0)
+            age = max(time.time() - max(last_seen(store), claim.heartbeat), 0.0)
             earlier = earlier_plan(store, claim.plan_id)
             differing = _differing(earlier.plan.checkpoints, earlier.numerics, plan) if earlier else ""
             return Occupancy(

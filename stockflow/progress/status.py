@@ -52,8 +52,13 @@ class Status:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will happen by itself."""
-        return self.state not in ("running", "silent")
+        """Whether nothing more is expected to happen by itself."""
+        return self.state != "running"
+
+    @property
+    def is_killed(self) -> bool:
+        """Whether it ended without a word, as far as anybody can see."""
+        return self.state in ("silent", "dead")
 
     def facts(self) -> dict[str, object]:
         """Return what `stockflow status --json` prints."""
@@ -197,11 +202,11 @@ def _state(progress: Progress | None, seen_s_ago: float, *, has_run: bool) -> St
 
 def _state_in_words(status: Status) -> str:
     ago = "" if status.seen_s_ago is None else f"last seen {duration(status.seen_s_ago)} ago"
+    silence = ago.removeprefix("last seen ").removesuffix(" ago")
     words = {
         "finished": "finished; `stockflow verify` checks every byte",
         "running": f"running, {ago}" + (f", {status.num_runs} runs" if status.num_runs > 1 else ""),
-        "silent": f"no sign of life for {ago.removeprefix('last seen ').removesuffix(' ago')}: it was killed, or "
-        "storage does not answer it",
+        "silent": f"killed, or cut off from storage: no sign of life for {silence}; run the merge again to resume",
         "failed": f"failed, {ago}; mend what it said and run the merge again to resume",
         "stopped": f"stopped, {ago}; run the merge again to resume",
         "dead": f"unfinished, and nobody is at work ({ago}); run the merge again to resume",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from stockflow.verification.verify import verify
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.fault_proxy import Fault, FaultyProxy, Request
+from tests.waiting import HANG_S
 
 SHAPES = {f"model.layers.{index}.weight": (400, 1000) for index in range(8)}
 OPTIONS = ("--shard-size", "800kB", "--memory", "600MiB", "--workers", "1", "--device", "cpu", "--quiet")
@@ -112,23 +114,66 @@ def test_a_published_output_stays_byte_for_byte(recipe: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("age_s", [0.0, 890.0])
-@pytest.mark.parametrize("sign", ["claim", "run"])
-def test_a_run_seen_lately_is_left_alone(recipe: Path, tmp_path: Path, sign: str, age_s: float) -> None:
+def test_a_run_seen_lately_is_left_alone(recipe: Path, tmp_path: Path, age_s: float) -> None:
     output = tmp_path / "out"
     runs.merge_here(recipe, output, shard_size=800_000)
     store = open_store(str(output), StorageConfig())
-    grow_old(store)
     plan_id = json.loads((output / "manifest.json").read_text())["plan_id"]
     found = find_leftovers(store)
-    key = CLAIM_FILE if sign == "claim" else f"_stockflow/{plan_id}/runs/0123.json"
-    record: dict[str, object] = {"heartbeat": time.time() - age_s}
-    record |= {"plan_id": plan_id, "run": "0123"} if sign == "claim" else {}
-    store.put(key, json.dumps(record).encode())
+    store.put(f"_stockflow/{plan_id}/runs/0123.json", json.dumps({"heartbeat": time.time() - age_s}).encode())
 
     with pytest.raises(OutputConflictError, match="what it writes is not left over"):
         find_leftovers(store)
     with pytest.raises(OutputConflictError, match="what it writes is not left over"):
         remove(store, found)
+
+
+def test_a_run_that_a_listing_does_not_show_yet_is_seen_by_its_claim(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    runs.merge_here(recipe, output, shard_size=800_000)
+    store = open_store(str(output), StorageConfig())
+    claim = json.loads((output / CLAIM_FILE).read_text())
+    store.put(
+        f"_stockflow/{claim['plan_id']}/runs/{claim['run']}.json", json.dumps({"heartbeat": time.time()}).encode()
+    )
+    listed = store.list
+    monkeypatch.setattr(
+        store, "list", lambda *a, **k: {key: s for key, s in listed(*a, **k).items() if "/runs/" not in key}
+    )
+
+    with pytest.raises(OutputConflictError, match="what it writes is not left over"):
+        find_leftovers(store)
+
+
+def test_an_output_is_cleaned_right_after_its_merge(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    runs.merge_here(recipe, output, shard_size=800_000)
+    partial = output / ".model-00001-of-00009.safetensors.0123abcd.stockflow-partial"
+    partial.write_bytes(b"half")
+    os.utime(partial, (time.time() - HOUR_S,) * 2)
+
+    cleaned = runs.run("clean", output, "--yes")
+
+    assert cleaned.returncode == 0, cleaned.stderr
+    assert "a finished output" in cleaned.stdout
+    assert "whose runs have ended" in cleaned.stdout
+    assert runs.leftovers(output) == []
+
+
+def test_a_stopped_merge_is_cleaned_right_after_its_end(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    stopped = runs.start_and_stop("merge", recipe, output, *OPTIONS)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.send_signal(signal.SIGCONT)
+    assert stopped.wait(HANG_S) == 143
+
+    cleaned = runs.run("clean", output, "--yes")
+
+    assert cleaned.returncode == 0, cleaned.stderr
+    assert "an unfinished merge" in cleaned.stdout
+    assert runs.merge_elsewhere(recipe, output, *OPTIONS[:-1])["resumed_shards"] >= 1
 
 
 def test_a_foreign_prefix_is_refused(tmp_path: Path) -> None:

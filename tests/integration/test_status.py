@@ -248,15 +248,32 @@ def test_a_merge_that_was_killed_is_silent_and_then_dead(
         (record,) = (tmp_path / "out").glob("_stockflow/*/runs/*.json")
         now = time.time()
         states = {}
-        for passed_s in (30, 120, 1200):
+        for passed_s in (30, 90, 1200):
             monkeypatch.setattr("stockflow.progress.status.time.time", lambda passed_s=passed_s: now + passed_s)
-            states[passed_s] = read_status(store).state
+            found = read_status(store)
+            states[passed_s] = found.state, found.is_over and exit_code(found) == 5
         monkeypatch.undo()
         record.unlink()
         ended = read_status(store)
 
-    assert states == {30: "running", 120: "silent", 1200: "dead"}
+    assert states == {30: ("running", False), 90: ("silent", True), 1200: ("dead", True)}
     assert (ended.state, exit_code(ended)) == ("dead", 5)
+
+
+def test_the_status_of_a_killed_merge_is_5_and_watching_it_ends(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    failing_merge(recipe, str(output), NumericsError("tensor 'a' holds NaN"))
+    (report,) = output.glob("_stockflow/*/progress.json")
+    said = json.loads(report.read_text())
+    report.write_text(json.dumps(said | {"stage": "merging", "updated": time.time() - 90}))
+    claim = output / "_stockflow" / "claim.json"
+    claim.write_text(json.dumps(json.loads(claim.read_text()) | {"heartbeat": time.time() - 90}))
+    leave_record(output, 90)
+
+    told, watched = runs.run("status", output), runs.run("status", output, "--watch")
+
+    assert "killed, or cut off from storage: no sign of life for" in told.stdout
+    assert (told.returncode, watched.returncode) == (5, 5)
 
 
 @pytest.mark.parametrize("beaten_s_ago", [30, 1200])
