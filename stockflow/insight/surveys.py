@@ -20,7 +20,7 @@ from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import packed
 from stockflow.planning.job import Reading, TensorJob, stored
-from stockflow.planning.plan import CheckpointRef
+from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.recipe import Recipe
 from stockflow.run.driver import Inputs, collector_paused
@@ -133,6 +133,8 @@ def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, .
         raise RecipeError("this recipe lists no model besides its base; there is nothing to compare")
     with collector_paused():
         plan = inputs.plan()
+        if plan.is_stacked:
+            _check_slices(plan)
         subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
     return subjects, plan.checkpoints
 
@@ -143,15 +145,25 @@ def _elsewhere(recipe: Recipe) -> str:
     return "" if method.base == "required" else f", to a copy of the recipe: a base changes what `{method.name}` does"
 
 
+def _check_slices(plan: MergePlan) -> None:
+    for job in plan.jobs:
+        if not job.is_copy and len(job.reading.operands) < len(plan.checkpoints):
+            raise RecipeError(
+                f"statistics are taken of the base and all models together, and the slice of {job.output.name!r} takes "
+                f"{len(job.reading.operands)} of {len(plan.checkpoints)}; list whole models to compare them"
+            )
+
+
 def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:
     """The base's tensor and those of all other models, whatever the method reads of them."""
-    name = planned.output.name
-    shape = inputs.checkpoints[0].specs[name].shape
     if planned.is_copy or not planned.reading.num_elems:
         return None
-    checkpoints = inputs.checkpoints
-    if any(name not in each.specs or each.specs[name].shape != shape for each in checkpoints):
+    name, shape, checkpoints = planned.output.name, planned.reading.shape, inputs.checkpoints
+    own = {operand.checkpoint: operand.name for operand in planned.reading.operands}
+    names = [own.get(number, name) for number in range(len(checkpoints))]
+    found = list(zip(names, checkpoints, strict=True))
+    if any(name not in each.specs or each.specs[name].shape != shape for name, each in found):
         return None
-    operands = tuple(stored(number, each.specs[name], each.extents[name]) for number, each in enumerate(checkpoints))
+    operands = tuple(stored(number, each.specs[name], each.extents[name]) for number, (name, each) in enumerate(found))
     bits = planned.reading.float_bits
-    return Look(Reading(name, shape, operands, float_bits=bits), GramExaminer(), planned)
+    return Look(Reading(planned.output.name, shape, operands, float_bits=bits), GramExaminer(), planned)

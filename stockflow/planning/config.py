@@ -9,16 +9,22 @@ from stockflow.checkpoints.configs import Config, quantization_keys, says_packed
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import packed_weights
 from stockflow.planning.job import TensorJob
+from stockflow.planning.layer_config import restacked
+from stockflow.planning.targets import Stacking
 from stockflow.recipe import Recipe
 
 
-def output_config(recipe: Recipe, checkpoints: Sequence[Checkpoint], jobs: Sequence[TensorJob]) -> Config | None:
+def output_config(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], jobs: Sequence[TensorJob], stackings: Sequence[Stacking] = ()
+) -> Config | None:
     """Return the config to publish with what the jobs write; None if the donor has none."""
     config = checkpoints[recipe.donor].config
     if config is None:
         return None
     if any(quantization_keys(config)) and not packed_weights({job.output.name: job.output for job in jobs}):
         config = _without_quantization(config)
+    for stacking in stackings:
+        config = restacked(config, stacking, checkpoints)
     return config
 
 

@@ -159,6 +159,7 @@ def _plan(fields: Mapping[str, Any]) -> MergePlan:
         on_nonfinite=fields["on_nonfinite"],
         skipped=tuple(map(text, fields["skipped"])),
         remarks=tuple(parse_record(Remark, each) for each in fields.get("remarks", ())),
+        is_stacked=fields.get("stacked") is True,
     )
 
 
@@ -202,22 +203,29 @@ def _job(row: Sequence[Any], settings: Sequence[Setting], checkpoints: Sequence[
 
 
 def _operand(spec: TensorSpec, place: Sequence[Any], checkpoints: Sequence[CheckpointRef]) -> Operand:
-    checkpoint, file, start = place
+    checkpoint, file, start, *own = place
     size = checkpoints[_below(checkpoint, len(checkpoints))].files[file].size
     if count(start) + spec.num_bytes > size:
         raise ValueError(f"tensor {spec.name!r} ends beyond the {size:,} bytes of {file!r}")
+    if own:
+        spec = spec._replace(name=text(*own))
     return stored(checkpoint, spec, Extent(file, start))
 
 
 def _without_places(canonical: Mapping[str, Any]) -> dict[str, object]:
     """What ``merge_id`` is the digest of: the same without locations and stamps."""
-    shards = [{**shard, "tensors": [row[:5] for row in shard["tensors"]]} for shard in canonical["shards"]]
+    shards = [{**shard, "tensors": list(map(_without_place, shard["tensors"]))} for shard in canonical["shards"]]
     return {
         **canonical,
         "checkpoints": len(canonical["checkpoints"]),
         "side_files": [side[:2] for side in canonical["side_files"]],
         "shards": shards,
     }
+
+
+def _without_place(row: Sequence[Any]) -> list[object]:
+    """A job's row without files and offsets; the names that operands of stacked layers have stay."""
+    return [*row[:5], *([checkpoint, *name] for checkpoint, _, _, *name in row[5:] if name)]
 
 
 def _below(value: object, stop: int) -> int:

@@ -12,13 +12,13 @@ from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokenizers import Tokenizer
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
-from stockflow.planning.depths import depths_of
 from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying, merging, stored
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
 from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
+from stockflow.planning.targets import Outline, OutputTensor, Unplanned, outline_of
 from stockflow.planning.views import other_layout, under_names_of
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
@@ -65,9 +65,11 @@ def make_plan(
         raise PlanError(_all_problems(unread))
     accepted = {*recipe.stockflow.accept, *accepted}
     checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
-    jobs, skipped, problems = _planned(recipe, checkpoints)
-    config = output_config(recipe, checkpoints, jobs)
-    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, tokenizers, samples))
+    outline = outline_of(recipe, checkpoints)
+    jobs, skipped, problems = _planned(recipe, checkpoints, outline)
+    config = output_config(recipe, checkpoints, jobs, outline.stackings)
+    stacked = outline.left_out, outline.stackings
+    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, tokenizers, samples, *stacked))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))
@@ -86,26 +88,31 @@ def make_plan(
         on_nonfinite=recipe.stockflow.on_nonfinite,
         skipped=tuple(skipped),
         remarks=remarks,
+        is_stacked=outline.is_stacked,
     )
 
 
-def _planned(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[list[TensorJob], list[str], list[str]]:
-    """Return the jobs in the donor's order, the names that rules skip, and what stands against the rest."""
+def _planned(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], outline: Outline
+) -> tuple[list[TensorJob], list[str], list[str]]:
+    """Return the jobs in the order of the output, the names that rules skip, and what stands against the rest."""
     donor = checkpoints[recipe.donor]
-    depths = depths_of(recipe, donor)
-    layouts = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
-    jobs, misfits = [], list(_unplanned_tensors(recipe, checkpoints, layouts))
-    skipped = [name for name in donor.specs if _action(recipe, name) == "skip"]
-    for spec in donor.specs.values():
-        if _action(recipe, spec.name) != "skip":
-            planned = _plan_tensor(recipe, checkpoints, spec, depths.get(spec.name, 0.0), layouts)
-            if isinstance(planned, TensorJob):
-                jobs.append(planned)
-            else:
-                misfits.extend(planned)
-    problems = list(layouts.values())
+    explained = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
+    misfits = [misfit for each in outline.unplanned if (misfit := _misfit(each, explained))]
+    jobs, skipped = [], []
+    for target in outline.targets:
+        if _action(recipe, target.spec.name) == "skip":
+            skipped.append(target.spec.name)
+            continue
+        planned = _plan_tensor(target, explained)
+        if isinstance(planned, TensorJob):
+            jobs.append(planned)
+        else:
+            misfits.extend(planned)
+    problems = list(explained.values())
     if misfits:
-        problems += told(misfits, {name: spec for each in checkpoints for name, spec in each.specs.items()})
+        specs = [each.spec for each in outline.unplanned] + [each.spec for each in outline.targets]
+        problems += told(misfits, {spec.name: spec for spec in specs})
     return jobs, skipped, problems
 
 
@@ -145,66 +152,57 @@ def _action(recipe: Recipe, name: str) -> str | None:
     return rule.action if rule else None
 
 
-def _unplanned_tensors(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], explained: Collection[int]
-) -> Iterator[Misfit]:
-    """Yield tensors that some checkpoint has and the donor lacks, unless a rule skips them or that is said already."""
-    donor = checkpoints[recipe.donor]
-    lacking = f"but not in {redact(donor.url)}, which gives the output its names"
+def _misfit(found: Unplanned, explained: Collection[int]) -> Misfit | None:
+    """What stands against a tensor that the donor lacks, unless a rule skips it or that is said already."""
+    stretch, name = found.stretch, found.spec.name
+    holders = [index for index in found.holders if stretch.numbers[index] not in explained]
+    if not holders or _action(stretch.recipe, name) == "skip":
+        return None
+    lacking = f"but not in {stretch.urls([0])}, which gives the output its names"
     remedy = f"a rule with `action: skip` leaves {THEM} out"
-    holders: dict[str, list[int]] = {}
-    for index, checkpoint in enumerate(checkpoints):
-        for name in checkpoint.specs.keys() - donor.specs.keys() if index not in explained else ():
-            holders.setdefault(name, []).append(index)
-    for name in sorted(holders):
-        if _action(recipe, name) != "skip":
-            yield Misfit(name, f"in {_names(checkpoints, holders[name])} {lacking}", remedy, "skip")
+    return Misfit(name, f"in {stretch.urls(holders)} {lacking}", remedy, "skip")
 
 
-def _plan_tensor(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], spec: TensorSpec, depth: float, explained: Collection[int]
-) -> TensorJob | list[Misfit]:
-    """The job for one tensor of the donor, or what stands against it and is not explained by a checkpoint's layout."""
-    name, rule = spec.name, recipe.rule_for(spec.name)
-
+def _plan_tensor(target: OutputTensor, explained: Collection[int]) -> TensorJob | list[Misfit]:
+    """The job for one tensor of the output, or what stands against it and is not explained by a checkpoint's layout."""
+    stretch, spec, names, stand = target
+    recipe, checkpoints, name = stretch.recipe, stretch.checkpoints, spec.name
+    rule = recipe.rule_for(name)
     if rule is not None and rule.action == "copy":
-        return copying(spec, _operands(checkpoints, name, (recipe.donor,)), COPY)
+        return copying(spec, _operands(target, (recipe.donor,)), COPY)
     method = recipe.method_for(rule)
     indices = recipe.sources(method)
-    absent = [index for index in range(len(checkpoints)) if name not in checkpoints[index].specs]
+    absent = [index for index, own in enumerate(names) if own not in checkpoints[index].specs]
     if absent:
-        donor = redact(checkpoints[recipe.donor].url)
-        remedy = f"a rule with `action: copy` takes {THEM} from {donor}, `action: skip` leaves {THEM} out"
-        told_of = [index for index in absent if index not in explained]
-        return [Misfit(name, f"missing in {_names(checkpoints, told_of)}", remedy, "copy")] if told_of else []
-    if recipe.carries_over(spec.name, spec.dtype, depth):
-        return copying(spec, _operands(checkpoints, name, indices), COPY)
-    alike = spec.kind != "packed" and all(checkpoints[index].specs[name] == spec for index in indices)
-    problems = [] if alike else _mismatches(checkpoints, spec, (recipe.donor, *indices))
+        remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
+        told_of = [index for index in absent if stretch.numbers[index] not in explained]
+        return [Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")] if told_of else []
+    if recipe.carries_over(name, spec.dtype, stand):
+        return copying(spec, _operands(target, indices), COPY)
+    alike = spec.kind != "packed" and target.is_alike(indices)
+    problems = [] if alike else _mismatches(target, (recipe.donor, *indices))
     if problems:
         return problems
     if spec.kind != "float":
-        donor_first = dict.fromkeys((recipe.donor, *indices))
-        return copying(spec, _operands(checkpoints, name, donor_first), COPY_EQUAL)
-    dtype = recipe.output_dtype or (
-        spec.dtype if alike else promoted(checkpoints[index].specs[name].dtype for index in indices)
-    )
+        return copying(spec, _operands(target, dict.fromkeys((recipe.donor, *indices))), COPY_EQUAL)
+    dtype = recipe.output_dtype or (spec.dtype if alike else promoted(target.source(index).dtype for index in indices))
     output = TensorSpec(name, dtype, spec.shape)
     is_fused = holds_fused_experts(name, len(spec.shape))
     if not output.num_elems:
-        return copying(output, _operands(checkpoints, name, (recipe.donor,)), COPY)
+        return copying(output, _operands(target, (recipe.donor,)), COPY)
     return merging(
         output,
-        _operands(checkpoints, name, indices),
+        _operands(target, indices),
         method.name,
-        recipe.parameters_for(method, name, rule, depth),
-        recipe.scope_for(method, name, rule, depth, default="leading" if is_fused else "tensor"),
+        recipe.parameters_for(method, name, rule, stand),
+        recipe.scope_for(method, name, rule, stand, default="leading" if is_fused else "tensor"),
     )
 
 
-def _operands(checkpoints: Sequence[Checkpoint], name: str, indices: Iterable[int]) -> tuple[Operand, ...]:
-    found = [(index, checkpoints[index]) for index in indices]
-    return tuple([stored(index, each.specs[name], each.extents[name]) for index, each in found])
+def _operands(target: OutputTensor, indices: Iterable[int]) -> tuple[Operand, ...]:
+    numbers, checkpoints, names = target.stretch.numbers, target.stretch.checkpoints, target.names
+    found = [(numbers[index], checkpoints[index], names[index]) for index in indices]
+    return tuple([stored(number, each.specs[name], each.extents[name]) for number, each, name in found])
 
 
 def promoted(dtypes: Iterable[str]) -> str:
@@ -215,15 +213,16 @@ def promoted(dtypes: Iterable[str]) -> str:
     return "F64" if "F64" in distinct else "F32"
 
 
-def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, indices: Sequence[int]) -> list[Misfit]:
-    donor_url = redact(checkpoints[indices[0]].url)
+def _mismatches(target: OutputTensor, indices: Sequence[int]) -> list[Misfit]:
+    stretch, spec = target.stretch, target.spec
+    donor_url = stretch.urls(indices[:1])
 
     def unlike(where: str, found: object, expected: object) -> Misfit:
         return Misfit(spec.name, f"{found} in {where}, expected {expected} as in {donor_url}")
 
     misfits = []
     for index in indices:
-        found, where = checkpoints[index].specs[spec.name], redact(checkpoints[index].url)
+        found, where = target.source(index), stretch.urls([index])
         if found.kind == "packed":
             misfits.append(Misfit(spec.name, f"{found.dtype} in {where}", PACKED_REMEDY))
         elif found.shape != spec.shape:
@@ -231,10 +230,6 @@ def _mismatches(checkpoints: Sequence[Checkpoint], spec: TensorSpec, indices: Se
         elif found.kind != spec.kind or (spec.kind != "float" and found.dtype != spec.dtype):
             misfits.append(unlike(where, found.dtype, spec.dtype))
     return list(dict.fromkeys(misfits))
-
-
-def _names(checkpoints: Sequence[Checkpoint], indices: Sequence[int]) -> str:
-    return ", ".join(redact(checkpoints[index].url) for index in indices)
 
 
 def _all_problems(problems: Sequence[str]) -> str:
@@ -249,7 +244,8 @@ def _cut_shards(jobs: Sequence[TensorJob], shard_size: int, extents: Mapping[str
     """Fill shards in order up to ``shard_size``; what lies in a folder of its own gets one file there."""
     by_folder: dict[str, list[TensorJob]] = {"": []}
     for job in jobs:
-        by_folder.setdefault(folder_of(extents[job.output.name].file), []).append(job)
+        extent = extents.get(job.output.name)  # layers that are stacked may be more than the donor has
+        by_folder.setdefault(folder_of(extent.file) if extent else "", []).append(job)
     contents = list(_filled(by_folder.pop(""), shard_size))
     modules = (ShardPlan(f"{folder}/{MODULE_WEIGHTS}", tuple(each)) for folder, each in by_folder.items())
     names = (f"model-{index:05d}-of-{len(contents):05d}.safetensors" for index in range(1, len(contents) + 1))

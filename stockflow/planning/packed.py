@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import PackedWeights, packed_weights
 from stockflow.recipe import Recipe
+from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import counted
@@ -32,7 +33,7 @@ def _is_kept(recipe: Recipe, checkpoint: Checkpoint, weights: PackedWeights) -> 
     """Return whether codes and scales all are copied, by rules or by the method, or left out."""
     return all(
         ((rule := recipe.rule_for(name)) is not None and rule.action is not None)
-        or recipe.carries_over(name, checkpoint.specs[name].dtype)
+        or all(each.recipe.carries_over(name, checkpoint.specs[name].dtype) for each in slices_of(recipe))
         for name in weights.parts
     )
 

@@ -5,7 +5,7 @@ Nothing of memory, workers, device, executor or clock is in a plan: equal plans 
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import folder_of
 from stockflow.methods.protocol import Scope
-from stockflow.planning.job import TensorJob
+from stockflow.planning.job import Operand, TensorJob
 from stockflow.storage import Stamp, redact
 from stockflow.text.records import as_plain
 from stockflow.text.remarks import Remark
@@ -91,6 +91,8 @@ class MergePlan:
     """tensors left out because a rule says so"""
     remarks: tuple[Remark, ...] = ()
     """what the user should know before starting"""
+    is_stacked: bool = False
+    """whether tensors have other names in the inputs than in the output"""
 
     @property
     def indexed(self) -> tuple[ShardPlan, ...]:
@@ -145,11 +147,12 @@ class MergePlan:
 
     def _canonical(self, *, with_inputs: bool) -> dict[str, object]:
         settings = _Settings()
+        place = _place_of(with_inputs=with_inputs, is_stacked=self.is_stacked)
         shards = [
             {
                 "file": shard.file,
                 "num_bytes": shard.num_bytes,
-                "tensors": [_canonical_job(job, settings, with_inputs=with_inputs) for job in shard.jobs],
+                "tensors": [_canonical_job(job, settings, place) for job in shard.jobs],
             }
             for shard in self.shards
         ]
@@ -167,6 +170,7 @@ class MergePlan:
             "metadata": SHARD_METADATA,
             "config": self.config,
             "shards": shards,
+            **({"stacked": True} if self.is_stacked else {}),
         }
 
 
@@ -188,12 +192,22 @@ class _Settings:
         return self._by_identity[key]
 
 
-def _canonical_job(job: TensorJob, settings: _Settings, *, with_inputs: bool) -> list[object]:
+Place = Callable[[Operand], tuple[object, ...]]
+"""What is said of an operand: where it lies and, if layers are stacked, its name there, which is the same of copies."""
+
+
+def _place_of(*, with_inputs: bool, is_stacked: bool) -> Place | None:
+    if with_inputs and is_stacked:
+        return lambda operand: (operand.checkpoint, *operand.extents[0], operand.name)
+    if with_inputs:
+        return lambda operand: (operand.checkpoint, *operand.extents[0])
+    return (lambda operand: (operand.checkpoint, operand.name)) if is_stacked else None
+
+
+def _canonical_job(job: TensorJob, settings: _Settings, place: Place | None) -> list[object]:
     output = job.output
     row: list[object] = [output.name, output.dtype, output.shape, settings.number(job), job.reading.dtypes]
-    if with_inputs:
-        row += [(operand.checkpoint, *operand.extents[0]) for operand in job.reading.operands]
-    return row
+    return row + [place(operand) for operand in job.reading.operands] if place else row
 
 
 def _canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:

@@ -8,6 +8,8 @@ from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.model import Recipe, Rule
 from stockflow.recipe.resolve import Resolver
 from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, as_kind, parameters_of
+from stockflow.recipe.slice_checks import slice_problems
+from stockflow.recipe.slices import Slice, slices_of
 from stockflow.recipe.wording import nearest, shown
 from stockflow.storage import redact
 
@@ -33,13 +35,24 @@ def find_problems(recipe: Recipe, unread: Collection[str] = ()) -> Iterator[Prob
         recipe: to check.
         unread: names of parameters that are given where they could not be read.
     """
-    uses = _uses(recipe)
-    problems = [*_location_problems(recipe), *_rule_problems(recipe)]
-    for use in uses:
-        problems += [*_count_problems(recipe, use), *_scope_problems(recipe, use)]
-    problems += _parameter_problems(recipe, uses, unread)
+    problems = [*_location_problems(recipe), *_rule_problems(recipe), *slice_problems(recipe)]
+    slices = slices_of(recipe)
+    for each in slices:
+        problems += [(each.within(path), text) for path, text in _problems_of(each, unread)]
     # Values that are wrong one by one need not be taken together.
-    yield from problems or (() if unread else _combination_problems(recipe, uses))
+    if not problems and not unread:
+        for each in slices:
+            problems += [(each.within(path), text) for path, text in _combination_problems(each.recipe)]
+    yield from problems
+
+
+def _problems_of(each: Slice, unread: Collection[str]) -> Iterator[Problem]:
+    recipe = each.recipe
+    uses = _uses(recipe)
+    for use in uses:
+        yield from _count_problems(each, use)
+        yield from _scope_problems(recipe, use)
+    yield from _parameter_problems(recipe, uses, unread)
 
 
 def _uses(recipe: Recipe) -> list[_Use]:
@@ -73,8 +86,13 @@ def _rule_problems(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def _count_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
-    method = use.method
+def _count_problems(each: Slice, use: _Use) -> Iterator[Problem]:
+    recipe, method = each.recipe, use.method
+    if each.lacks_base and method.base != "ignored":
+        base = redact(str(each.base))
+        text = f"`{method.name}` needs the base {base} among the sources; add its layers, or let a source be the base"
+        yield use.path, text
+        return
     besides = " besides the base" if recipe.anchors(method) else ""
     if method.base == "required" and recipe.base_model is None:
         yield use.path, f"`{method.name}` needs a base, found no `base_model`; add it"
@@ -87,7 +105,7 @@ def _count_problems(recipe: Recipe, use: _Use) -> Iterator[Problem]:
             use.path,
             (
                 f"`{method.name}` needs {expected} model{'s' * (expected != '1')}{besides}, "
-                f"found {num_tuned}{_with_the_base(recipe, method)}; change `models` or the method"
+                f"found {num_tuned}{_with_the_base(recipe, method)}; change `{each.listed_as}` or the method"
             ),
         )
 
@@ -176,8 +194,8 @@ def _value_problem(parameter: Parameter, value: Scalar) -> str | None:
     return None
 
 
-def _combination_problems(recipe: Recipe, uses: list[_Use]) -> Iterator[Problem]:
-    for use in uses:
+def _combination_problems(recipe: Recipe) -> Iterator[Problem]:
+    for use in _uses(recipe):
         parameters = Resolver(use.method.name, recipe.slots(use.method, use.rule)).constant()
         text = use.method.refuses(parameters) if parameters else None
         if text:

@@ -7,13 +7,15 @@ from pydantic import Field, PrivateAttr, StrictBool, StrictInt, model_validator
 
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import FROM_BASE, Method, Parameters, Scope
+from stockflow.recipe.document import Path, read_yaml
 from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
-from stockflow.recipe.resolve import Resolver, Slot, find_slots
+from stockflow.recipe.resolve import OUTSIDE, Resolver, Slot, Stand, find_slots
 from stockflow.recipe.settings import Part, Settings, matches
 from stockflow.recipe.values import (
     OUTPUT_DTYPES,
     DType,
     LayerPattern,
+    LayerRange,
     MethodName,
     RemarkCode,
     Size,
@@ -35,6 +37,28 @@ class ModelEntry(Part):
     @classmethod
     def _name_alone(cls, given: object) -> object:
         return {"model": given} if isinstance(given, str) else given
+
+
+class SourceEntry(ModelEntry):
+    """A run of layers of one model."""
+
+    layer_range: LayerRange = Field(description="number of the first layer, and of the one behind the last")
+
+
+class SliceEntry(Part):
+    """A run of layers of the output, and the layers that are merged into it."""
+
+    sources: tuple[SourceEntry, ...] = Field(min_length=1, max_length=256, description="as many layers of each model")
+    base_model: Location | None = Field(default=None, description="the base of this slice, instead of the recipe's")
+    parameters: Settings = Field(default={}, description="values of this slice, before the recipe's")
+
+
+class ModuleEntry(Part):
+    """A part of a model, such as its text decoder; `default` is all of a model that has one part."""
+
+    models: tuple[ModelEntry, ...] = Field(default=(), max_length=256, description="the models to merge")
+    slices: tuple[SliceEntry, ...] = Field(default=(), max_length=2000, description="or runs of layers, in order")
+    parameters: Settings = Field(default={}, description="values of this module, before the recipe's")
 
 
 class Rule(Part):
@@ -93,7 +117,9 @@ class Recipe(Part):
 
     merge_method: MethodName = Field(description="how to merge")
     base_model: Location | None = Field(default=None, description="the model the others were tuned from")
-    models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=256, description="the models to merge")
+    models: tuple[ModelEntry, ...] = Field(default=(), max_length=256, description="the models to merge, whole")
+    slices: tuple[SliceEntry, ...] = Field(default=(), max_length=2000, description="or runs of layers, in order")
+    modules: dict[str, ModuleEntry] = Field(default={}, description="or models or slices of each part of a model")
     parameters: Settings = Field(default={}, description="parameters of the method, for all models")
     dtype: DType | None = Field(default=None, description="output dtype unless `out_dtype` is given")
     out_dtype: DType | None = Field(default=None, description="dtype of the merged tensors; else one that holds all")
@@ -153,8 +179,24 @@ class Recipe(Part):
     @cached_property
     def checkpoints(self) -> tuple[str, ...]:
         """Locations: the base first if there is one, then the other models as listed."""
-        listed = [entry.model for entry in self.models]
+        listed = [entry.model for entry in self.entries]
         return tuple(dict.fromkeys([self.base_model, *listed] if self.base_model else listed))
+
+    @property
+    def all_slices(self) -> tuple[SliceEntry, ...]:
+        """The slices of the recipe and of its modules."""
+        return (*self.slices, *(each for module in self.modules.values() for each in module.slices))
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """Everything that is listed, wherever that is."""
+        of_modules = (each for module in self.modules.values() for each in module.models)
+        of_slices = (each for entry in self.all_slices for each in entry.sources)
+        return (*self.models, *of_modules, *of_slices)
+
+    def line(self, path: Path) -> int:
+        """Return the line of the text that a path leads to."""
+        return read_yaml(self.text, "").line(path)
 
     @property
     def around_layers(self) -> tuple[str, str] | None:
@@ -216,14 +258,16 @@ class Recipe(Part):
     @cached_property
     def has_gradients(self) -> bool:
         """Whether a value depends on the layer."""
-        levels = [self.parameters, *(each.parameters for each in self.models)]
+        levels = [self.parameters, *(each.parameters for each in self.entries)]
+        levels += [each.parameters for each in self.all_slices]
+        levels += [each.parameters for each in self.modules.values()]
         levels += [each.parameters for each in self.stockflow.rules]
         return any(len(item.value) > 1 for level in levels for items in level.values() for item in items)
 
-    def parameters_for(self, method: Method, tensor_name: str, rule: Rule | None, depth: float = 0.0) -> Parameters:
+    def parameters_for(self, method: Method, tensor_name: str, rule: Rule | None, stand: Stand = OUTSIDE) -> Parameters:
         """Return a method's parameters for a tensor: of the rule, else model, else recipe, else the defaults.
 
-        Equal results are one object, except across methods and rules. The depth is 0 in the first layer, 1 in the last.
+        Equal results are one object, except across methods and rules.
 
         Raises:
             RecipeError: a required value is missing for this tensor, or its values do not go together.
@@ -233,10 +277,10 @@ class Recipe(Part):
         resolver = self.resolvers.get(key)
         if resolver is None:
             resolver = self.resolvers[key] = Resolver(method.name, self.slots(method, rule))
-        return resolver.resolve(tensor_name, depth)
+        return resolver.resolve(tensor_name, stand)
 
     def scope_for(
-        self, method: Method, tensor_name: str, rule: Rule | None, depth: float = 0.0, *, default: Scope = "tensor"
+        self, method: Method, tensor_name: str, rule: Rule | None, stand: Stand = OUTSIDE, *, default: Scope = "tensor"
     ) -> Scope:
         """Return what gets its own decision in a tensor; a whole tensor where the method lacks the scope.
 
@@ -244,10 +288,10 @@ class Recipe(Part):
             method: what merges it.
             tensor_name: as filters see it.
             rule: that it falls under.
-            depth: as for ``parameters_for``.
+            stand: as for ``parameters_for``.
             default: what the recipe need not ask for.
         """
-        if method.asks_for_rows(self.parameters_for(method, tensor_name, rule, depth)):
+        if method.asks_for_rows(self.parameters_for(method, tensor_name, rule, stand)):
             return "row"
         asked = self.stockflow.scope or default
         return asked if asked in method.scopes else "tensor"
@@ -266,13 +310,13 @@ class Recipe(Part):
             recipe=self.parameters,
         )
 
-    def carries_over(self, tensor_name: str, dtype: str, depth: float = 0.0) -> bool:
+    def carries_over(self, tensor_name: str, dtype: str, stand: Stand = OUTSIDE) -> bool:
         """Return whether the method of a tensor leaves its only source as it is stored, in whatever format."""
         rule = self.rule_for(tensor_name)
         method = self.method_for(rule)
         if method.copies is None or self.output_dtype not in (None, dtype):
             return False
-        return method.copies(self.parameters_for(method, tensor_name, rule, depth))
+        return method.copies(self.parameters_for(method, tensor_name, rule, stand))
 
     def anchors(self, method: Method) -> bool:
         """Return whether a method measures the models from the base."""
@@ -287,7 +331,7 @@ class Recipe(Part):
     @property
     def lists_base(self) -> bool:
         """Whether the base is among the models."""
-        return any(entry.model == self.base_model for entry in self.models)
+        return any(entry.model == self.base_model for entry in self.entries)
 
     def base_counts(self, method: Method) -> bool:
         """Return whether a method that ignores the base counts one that is not listed, as mergekit does.
@@ -299,6 +343,7 @@ class Recipe(Part):
             method.base == "ignored"
             and method.name == self.merge_method
             and self.base_model is not None
+            and bool(self.models)
             and not self.lists_base
             and all(name in self.parameters for name in method.required_per_model)
         )

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
@@ -14,6 +14,7 @@ from stockflow.recipe.document import MAX_REPORTED, Notice, read_yaml
 from stockflow.recipe.locations import normalized
 from stockflow.recipe.model import Recipe
 from stockflow.recipe.repeats import local_revisions, repeated_models
+from stockflow.recipe.slices import slices_of
 from stockflow.recipe.structure import parse_structure
 from stockflow.storage import StorageConfig, open_store, read_small, redact
 from stockflow.text.remarks import Remark
@@ -68,7 +69,9 @@ def examine(text: str, source: str) -> Examination:
     notices = list(unknown_keys(found.unknown, methods, recipe.parameters if recipe else {}))
     if recipe is not None:
         problems += find_problems(recipe, found.unread)
-        notices += [*dead_parameters(recipe), *local_revisions(plain)]
+        notices += local_revisions(plain)
+        for each in slices_of(recipe):
+            notices += [replace(dead, path=each.within(dead.path)) for dead in dead_parameters(each.recipe)]
         for repeat in repeated_models(recipe, document):
             (notices if isinstance(repeat, Notice) else problems).append(repeat)  # type: ignore[arg-type]
     remarks = document.remarks(notices)

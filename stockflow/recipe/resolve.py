@@ -2,12 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import Kind, Method, Parameter, Parameters, Scalar
 from stockflow.recipe.settings import Settings, as_kind, matches
 from stockflow.storage import redact
+
+
+class Stand(NamedTuple):
+    """Where a tensor stands, as far as values depend on it."""
+
+    depth: float = 0.0
+    """from 0, of the first layer of its slice, to 1, of the last; 0 outside of layers"""
+    own_names: Mapping[str, str] = MappingProxyType({})
+    """its name in each model where it has another than in the output; filters of a model's values look at it"""
+
+
+OUTSIDE = Stand()
+"""Of tensors in no layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +107,25 @@ class Resolver:
         self._by_matches: dict[tuple[float, ...], Parameters] = {}
         self._by_values: dict[tuple[Scalar, ...], Parameters] = {}
 
-    def resolve(self, tensor_name: str, depth: float = 0.0) -> Parameters:
-        """Return the parameters of a tensor; its depth is from 0, of the first layer, to 1.
+    def resolve(self, tensor_name: str, stand: Stand) -> Parameters:
+        """Return the parameters of a tensor; the name is that in the output.
 
         Raises:
             RecipeError: a required value is missing for it, or its values do not go together.
         """
-        matching: tuple[float, ...] = tuple([text in tensor_name for text in self._filters])
+        key: tuple[float, ...] = self._matching(tensor_name)
         if self._has_gradient:
-            matching = (depth, *matching)
-        found = self._by_matches.get(matching)
+            key = (stand.depth, *key)
+        for own_name in stand.own_names.values():
+            key += self._matching(own_name)
+        found = self._by_matches.get(key)
         if found is None:
-            values = tuple(self._value(slot, tensor_name, depth) for slot in self._slots)
+            values = tuple(self._value(slot, tensor_name, stand) for slot in self._slots)
             found = self._by_values.setdefault(values, self._parameters(values))
             problem = METHODS[self._method_name].refuses(found)
             if problem:
                 raise RecipeError(f"{problem}; so it is for the tensor {tensor_name!r}")
-            self._by_matches[matching] = found
+            self._by_matches[key] = found
         return found
 
     def constant(self) -> Parameters | None:
@@ -118,8 +135,12 @@ class Resolver:
             return None
         return self._parameters(tuple(values[0] for _, values in first))
 
-    def _value(self, slot: Slot, tensor_name: str, depth: float) -> Scalar:
-        value = slot.value(tensor_name, depth)
+    def _matching(self, name: str) -> tuple[bool, ...]:
+        return tuple([text in name for text in self._filters])
+
+    def _value(self, slot: Slot, tensor_name: str, stand: Stand) -> Scalar:
+        name = stand.own_names.get(slot.model, tensor_name) if slot.model else tensor_name
+        value = slot.value(name, stand.depth)
         if value is not None:
             return value
         model = f" of the model {redact(slot.model)}" if slot.model else ""

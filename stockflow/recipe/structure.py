@@ -10,16 +10,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from stockflow.recipe.document import Path, Problem
-from stockflow.recipe.model import ModelEntry, Options, Recipe, Rule, StorageEntry
+from stockflow.recipe.model import ModelEntry, ModuleEntry, Options, Recipe, Rule, SliceEntry, SourceEntry, StorageEntry
 from stockflow.recipe.settings import Conditional
 from stockflow.recipe.wording import NOT_YET, nearest, shown
 from stockflow.text.redaction import FROM_ENVIRONMENT
 
-_MERGEKIT_KEYS = frozenset({"slices", "modules", "tokenizer", "chat_template"})
+_MERGEKIT_KEYS = frozenset({"tokenizer", "chat_template"})
 _OTHER_FILES = {"experts": "mergekit-moe", "genome": "mergekit-evolve", "layer_slices": "bakllama"}
 """Tools by a key that only their files have."""
 _BUILDS = {"mergekit-moe": "builds a mixture of experts", "mergekit-evolve": "searches for a recipe"}
 NO_MERGE = "that is no merge"
+_LISTS = ("models", "slices", "modules")
 _SECRET_WORD = re.compile(r"key|secret|token|passw|credential|signature|account|sas|user", re.IGNORECASE)
 _MOST_MENDS = 4
 _ANY_RULE = {"filter": "*", "action": "skip"}
@@ -51,12 +52,12 @@ def parse_structure(plain: dict[str, object], text: str) -> Structure:
     if tool := next((tool for key, tool in _OTHER_FILES.items() if key in plain and "merge_method" not in plain), None):
         found.problems.append(((), f"a file of {tool}, which {_BUILDS.get(tool, 'stacks layers')}: {NO_MERGE}"))
         return found
-    elsewhere = {"models"} if plain.keys() & {"slices", "modules"} else set()
+    _name_list(found, plain)
     for _ in range(_MOST_MENDS):
         try:
             found.recipe = Recipe.model_validate(plain, context=text)
         except ValidationError as error:
-            mended = [_take(found, plain, detail) for detail in _relevant(error.errors(), elsewhere)]
+            mended = [_take(found, plain, detail) for detail in _relevant(error.errors())]
             if not all(mended):
                 break
         else:
@@ -64,13 +65,22 @@ def parse_structure(plain: dict[str, object], text: str) -> Structure:
     return found
 
 
-def _relevant(details: Sequence[ErrorDetails], elsewhere: set[str]) -> list[ErrorDetails]:
+def _name_list(found: Structure, plain: dict[str, object]) -> None:
+    """Find what is to be merged under a misspelt name."""
+    close = {name: get_close_matches(name, plain, n=1, cutoff=0.75) for name in _LISTS}
+    for name, keys in close.items() if not plain.keys() & close.keys() else ():
+        if keys:
+            found.problems.append(((keys[0],), f"the required key `{name}` is missing, is this it? rename it"))
+            plain[name] = plain.pop(keys[0])
+            return
+
+
+def _relevant(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Leave out what another detail says better: that no model is left where each is wrong, or a key that is meant."""
     meant = {(*each["loc"][:-1], _misspelt(each)) for each in details if each["type"] == "missing"}
     return [
         each
         for each in details
-        if not (each["type"] == "missing" and each["loc"][-1] in elsewhere)
         if not (each["type"] == "too_short" and cast(Sequence[object], each["input"]))
         if not (each["type"] == "extra_forbidden" and each["loc"] in meant)
     ]
@@ -100,7 +110,8 @@ def _take(found: Structure, plain: dict[str, object], detail: ErrorDetails) -> b
         setting = path[: path.index("parameters") + 2]
         found.unread.add(str(setting[-1]))
         return _remove(plain, setting)
-    return not is_missing and path not in (("models",), ("merge_method",)) and _remove(plain, path)
+    is_needed = path in (("models",), ("merge_method",)) or path[0] in ("slices", "modules")
+    return not is_missing and not is_needed and _remove(plain, path)
 
 
 def _is_passed_over(path: Path) -> bool:
@@ -184,8 +195,14 @@ def keys_at(path: Path) -> list[str]:
         part = Rule
     elif "storage" in path:
         part = StorageEntry
+    elif "sources" in path:
+        part = SourceEntry
     elif "models" in path:
         part = ModelEntry
+    elif "slices" in path:
+        part = SliceEntry
+    elif "modules" in path:
+        part = ModuleEntry
     elif len(path) == 1:
         part = Recipe
     return list(part.model_fields)

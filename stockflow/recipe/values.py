@@ -85,6 +85,18 @@ def _layer_pattern(given: str) -> str:
     return given
 
 
+def _layer_range(given: object) -> tuple[int, int]:
+    ends = list(given) if isinstance(given, list | tuple) else []
+    found = f"found [{', '.join(map(shown, ends))}]" if ends else f"found {shown(given)}"
+    if len(ends) != 2 or not all(type(end) is int and end >= 0 for end in ends):
+        raise RecipeError(f"expected [first, behind the last], two numbers of layers, {found}; correct it")
+    if ends[0] >= ends[1]:
+        raise RecipeError(
+            f"expected a second number above the first, as it is behind the last layer, {found}; correct it"
+        )
+    return ends[0], ends[1]
+
+
 def _remark_code(given: str) -> str:
     if given not in CODES:
         raise RecipeError(f"unknown code {shown(given)}; {nearest(given, CODES)}")
@@ -92,6 +104,9 @@ def _remark_code(given: str) -> str:
 
 
 LayerPattern = Annotated[str, AfterValidator(_layer_pattern)]
+LayerRange = Annotated[
+    tuple[int, int], PlainValidator(_layer_range), WithJsonSchema({"type": "array", "items": {"type": "integer"}})
+]
 MethodName = Annotated[str, AfterValidator(_method_name)]
 RemarkCode = Annotated[str, AfterValidator(_remark_code)]
 Size = Annotated[int | None, PlainValidator(_size), WithJsonSchema({"type": ["integer", "string"]})]

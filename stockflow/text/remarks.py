@@ -24,6 +24,8 @@ CODES: Mapping[str, str] = {
     "local-revision": "the revision of a model that is a folder, which has none",
     "missing-module": "modules of a model for sentence embeddings that are not there",
     "module-weights": "weights of such modules in a format that is not merged",
+    "config-layers": "what config.json says of layers that slices stack, and cannot be made true",
+    "module-left-out": "tensors that belong to no module of the recipe",
     "no-config": "the model that gives the config has none",
     "no-effect": "a parameter that no method in use reads where it stands",
     "no-tokenizer": "a model without tokenizer beside others that have one",

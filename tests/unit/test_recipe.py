@@ -26,7 +26,7 @@ from stockflow.recipe import (
     recipe_schema,
     resolve_location,
 )
-from stockflow.recipe.resolve import Resolver
+from stockflow.recipe.resolve import OUTSIDE, Resolver, Stand
 from stockflow.recipe.values import MERGEKIT_METHODS
 from stockflow.storage import StoreOptions
 
@@ -294,7 +294,7 @@ def test_a_required_key_that_is_misspelt_is_one_problem(text: str, expected: str
     assert refusal(text) == expected
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template"])
+@pytest.mark.parametrize("key", ["tokenizer", "chat_template"])
 def test_keys_that_only_mergekit_has_are_refused_by_name(key: str) -> None:
     assert f"mergekit's `{key}` is not supported by stockflow yet" in refusal(STOCK + f"{key}: [1]")
 
@@ -342,7 +342,7 @@ def test_values_over_the_layers_fall_through_like_others() -> None:
     method = METHODS["linear"]
 
     found = {
-        (name, depth): recipe.parameters_for(method, name, None, depth)
+        (name, depth): recipe.parameters_for(method, name, None, Stand(depth))
         for name in ("mlp", "attn", "norm")
         for depth in (0.0, 0.5, 1.0)
     }
@@ -363,7 +363,7 @@ def test_other_tokenizer_sources_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("merge_method: linear", "the required key `models` is missing"),
+        ("merge_method: linear", "expected at least one model under `models`, `slices` or `modules`, found none"),
         ("merge_method: linear\nmodels: []", "expected at least one model"),
         ("merge_method: linear\nmodels: org/a", "expected a list, found 'org/a'"),
         ("merge_method: linear\nmodels: [[org/a]]", "models[0]: expected a mapping, found a list"),
@@ -655,7 +655,7 @@ def test_a_seed_reaches_methods_that_draw_and_no_others() -> None:
     slots = recipe.slots(DRAWN, None)
 
     assert slots[0].candidates == ((None, (7,)),)
-    assert Resolver("task_arithmetic", slots[:1]).resolve("x").integer("seed") == 7
+    assert Resolver("task_arithmetic", slots[:1]).resolve("x", OUTSIDE).integer("seed") == 7
     assert "seed" not in recipe.parameters_for(METHODS["model_stock"], "x", None).shared
 
 

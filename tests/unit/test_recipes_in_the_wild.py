@@ -28,20 +28,15 @@ REFUSED = {
 """Forms that may either run or be refused: what the refusal names."""
 NOT_YET = {
     "adapters": ("08_model_stock_lora_everywhere", "79_sce_lora_base"),
-    "slices and modules": (
-        "07_model_stock_all_layers_slices", "18_ties_modules_lamda", "26_slerp_tutorial_form",
-        "27_slerp_union_base_second", "29_slerp_filters_of_one_value", "33_slerp_no_space_in_ranges",
-        "39_passthrough_six_overlapping", "40_passthrough_revision_key", "41_passthrough_two_models",
-        "42_passthrough_pruned_with_base", "43_passthrough_eighty_to_140", "52_dare_ties_modules_out_dtype",
-        "62_linear_trainer_slices", "65_task_arithmetic_all_layers_slices", "70_della_modules",
-    ),
     "tokenizers and chat templates": (
+        "18_ties_modules_lamda", "27_slerp_union_base_second", "52_dare_ties_modules_out_dtype",
         "05_model_stock_name_tokenizer_source", "09_model_stock_chat_template_union", "19_ties_tokenizer_of_another",
         "22_ties_tokenizer_union", "50_dare_ties_chat_template_auto", "61_linear_tokens_forced",
         "74_della_linear_filters_chat_template", "76_della_linear_out_dtype_only", "80_sce_dead_topk_and_dype",
         "82_breadcrumbs_chat_template", "84_nuslerp_gradients", "86_multislerp_dead_keys",
     ),
     "methods": (
+        "70_della_modules",
         "71_della_density_one_lambda_twice", "72_della_base_weight_comments", "75_della_linear_key_twice",
         "89_arcee_fusion_foreign_parameters",
     ),

@@ -5,13 +5,15 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 
 from collections.abc import Callable, Iterable
 
-from stockflow.planning.looks import asked, configs, kinship, promises, quantised, tokenizers
+from stockflow.planning.looks import asked, configs, kinship, layers, promises, quantised, tokenizers
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
 LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     asked.unmerged,
     asked.skipped_tensors,
+    layers.modules_left_out,
+    layers.layers_in_config,
     asked.missing_config,
     asked.omitted_files,
     asked.unlisted_base,

@@ -7,6 +7,7 @@ from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokenizers import Tokenizer
 from stockflow.planning.job import TensorJob
+from stockflow.planning.targets import Stacking
 from stockflow.recipe import Recipe
 
 
@@ -27,6 +28,10 @@ class Proposal:
     """of the checkpoints, or none: they were not read"""
     samples: Samples = ()
     """of each checkpoint, if some were taken"""
+    left_out: Sequence[str] = ()
+    """names of the tensors that belong to no module of the recipe"""
+    stackings: Sequence[Stacking] = ()
+    """of the towers whose layers are stacked"""
 
     @property
     def donor(self) -> Checkpoint:

@@ -1,0 +1,87 @@
+"""Config of a model whose layers are stacked: the number of layers, and every list with an entry per layer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.errors import PlanError
+from stockflow.planning.targets import Stacking
+from stockflow.planning.towers import NUM_LAYERS_KEYS
+from stockflow.storage import redact
+
+Config = Mapping[str, object]
+
+_NO_LAYERS = (
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+"""Keys whose lists may have as many entries as there are layers, and say nothing of them."""
+_OTHER_TOWERS = ("vision", "visual", "audio")
+
+
+def restacked(config: Config, stacking: Stacking, checkpoints: Sequence[Checkpoint]) -> Config:
+    """Return the first checkpoint's config with what it says of the layers of a tower made true of the output.
+
+    Raises:
+        PlanError: the config of a model that gives layers does not say of them what the first one's does.
+    """
+    num_before = stacking.num_layers[0]
+    changed = dict(config)
+    for path in _sections(config, stacking, num_before):
+        section = _at(config, path)
+        own: dict[str, object] = {key: len(stacking.layers) for key in _num_keys(section, stacking.module, num_before)}
+        for key, value in section.items():
+            if isinstance(value, list) and len(value) == num_before and key not in _NO_LAYERS:
+                own[key] = [_entry(checkpoints[number], path, key, layer) for number, layer in stacking.layers]
+        changed = _with(changed, path, own)
+    return changed
+
+
+def states_layers(config: Config, stacking: Stacking) -> bool:
+    """Return whether a config says how many layers the tower has."""
+    return next(_sections(config, stacking, stacking.num_layers[0]), None) is not None
+
+
+def _sections(config: Config, stacking: Stacking, num_before: int) -> Iterator[tuple[str, ...]]:
+    """Yield where the config speaks of a tower of so many layers; an empty path is the config itself."""
+    paths: list[tuple[str, ...]] = [(), *((key,) for key, value in config.items() if isinstance(value, dict))]
+    is_other = any(word in stacking.module for word in _OTHER_TOWERS)
+    for path in paths:
+        of_other = any(word in part for part in path for word in _OTHER_TOWERS)
+        if of_other == is_other and any(_num_keys(_at(config, path), stacking.module, num_before)):
+            yield path
+
+
+def _num_keys(section: Config, module: str, num_before: int) -> Iterator[str]:
+    others = {"encoder": "decoder", "decoder": "encoder"}.get(module, "")
+    for key in NUM_LAYERS_KEYS:
+        if section.get(key) == num_before and not (others and others in key):
+            yield key
+
+
+def _at(config: Config, path: Sequence[str]) -> Config:
+    for key in path:
+        config = cast(Config, config[key])
+    return config
+
+
+def _with(config: dict[str, object], path: Sequence[str], own: Config) -> dict[str, object]:
+    if not path:
+        return {**config, **own}
+    key, *rest = path
+    return {**config, key: _with(cast(dict[str, object], config[key]), rest, own)}
+
+
+def _entry(checkpoint: Checkpoint, path: Sequence[str], key: str, layer: int) -> object:
+    try:
+        found = cast(Sequence[object], _at(checkpoint.config or {}, path)[key])
+        return found[layer]
+    except (KeyError, IndexError, TypeError):
+        raise PlanError(
+            f"config.json of {redact(checkpoint.url)} says nothing in {'.'.join((*path, key))!r} of layer {layer}, "
+            "which a slice takes; the config of the output has an entry per layer there, so add it"
+        ) from None
