@@ -12,6 +12,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from stockflow.text.escaping import in_a_line
+from stockflow.text.sizes import are
 
 STEMS = ("model", "diffusion_pytorch_model")
 """What the names of weights begin with, in the order in which they are preferred."""
@@ -100,11 +101,27 @@ def groups_of(names: Collection[str]) -> list[Group]:
     return sorted(groups.values(), key=_preference)
 
 
-def chosen_of(groups: Collection[Group]) -> Group | None:
-    """Return the weights that are meant: those a loader finds, else the only ones; None: it cannot be told."""
+def chosen_of(groups: Collection[Group], only: str = "") -> Group | None:
+    """Return the weights that are meant: those a loader finds, else the only ones; None: it cannot be told.
+
+    Args:
+        groups: all weights of a folder.
+        only: the one file that was named; of several numbered ones it is no model.
+    """
+    if only:
+        return _named(groups, only)
     readable = [group for group in groups if group.is_readable and not NO_MODEL.fullmatch(group.stem)]
     found = [group for group in readable if group.stem in STEMS and not group.variant]
     return found[0] if found else readable[0] if len(readable) == 1 else None
+
+
+def _named(groups: Collection[Group], only: str) -> Group | None:
+    for group in groups:
+        if group.single == only:
+            return Group(group.stem, group.variant, single=only)
+        if group.index == only:
+            return Group(group.stem, group.variant, index=only)
+    return None
 
 
 def lacking(groups: Collection[Group]) -> Iterator[str]:
@@ -113,8 +130,9 @@ def lacking(groups: Collection[Group]) -> Iterator[str]:
         for total, files in group.shards.items():
             if _is_whole(files, total) or group.single or group.index:
                 continue
-            absent = islice((number for number in range(1, total + 1) if number not in files), MOST_NAMED)
-            yield f"of {total} files like {in_a_line(min(files.values()))} {', '.join(map(str, absent))} ..."
+            absent = list(islice((number for number in range(1, total + 1) if number not in files), MOST_NAMED))
+            numbers = ", ".join(map(str, absent)) + (" ..." if total - len(files) > len(absent) else "")
+            yield f"of {total} files like {in_a_line(min(files.values()))} {numbers} {are(total - len(files))} missing"
 
 
 def _is_whole(files: Mapping[int, str], total: int) -> bool:

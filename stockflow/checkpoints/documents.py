@@ -2,7 +2,7 @@
 
 from stockflow.checkpoints.disguises import disguise_of
 from stockflow.errors import CheckpointError, RecipeError
-from stockflow.storage import Store, check_key, read_small, redact
+from stockflow.storage import Store, check_key, read_small
 from stockflow.text.strictjson import parse_text_json
 
 
@@ -33,7 +33,7 @@ def read_json(store: Store, key: str, max_bytes: int) -> dict[str, object]:
     Raises:
         CheckpointError: it is too long, no JSON, or no object.
     """
-    where = f"{redact(store.url)}/{key}"
+    where = store.where(key)
     payload, stamp = store.read_head(key, max_bytes)
     if stamp.size > max_bytes:
         raise CheckpointError(f"{where} is {stamp.size:,} bytes long; at most {max_bytes:,} are read")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE, Group, groups_of, lacking
+from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE, Group, groups_of, lacking, naming_of
 from stockflow.checkpoints.documents import read_json
 from stockflow.errors import CheckpointError, NotFoundError
-from stockflow.storage import Stamp, Store, redact, scheme_of
+from stockflow.storage import LocalStore, Stamp, Store, scheme_of
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
@@ -51,11 +51,15 @@ class _Place:
 
     @property
     def where(self) -> str:
-        return redact(self.store.url)
+        return self.store.where()
 
 
 def nothing_here(store: Store, files: Mapping[str, Stamp], folders: Sequence[str]) -> str:
-    """Return why a folder is no checkpoint, and what to do."""
+    """Return why a folder, or the file that was named, is no checkpoint, and what to do."""
+    if isinstance(store, LocalStore) and store.only:
+        naming = naming_of(store.only)
+        number = f"it is one of {naming.total} files of a model" if naming and naming.number else "it is no model"
+        return f"there is no checkpoint at {store.url}: {number}; name its folder, {store.where()}"
     place = _Place(store, files, folders, groups_of(files))
     reasons = (reason for look in _LOOKS for reason in look(place))
     return f"there is no checkpoint at {place.where}: {next(reasons)}"
@@ -69,8 +73,9 @@ def _nothing(place: _Place) -> Iterator[str]:
         yield "it names a file; give the folder it is in"
     expected = f"expected {SINGLE_FILE} or {INDEX_FILE}"
     here = os.getcwd()
-    relative = f" (a relative path counts from the current folder, {here})" if url.startswith(f"{here}/") else ""
-    yield f"the folder does not exist or is empty{relative}; {expected}"
+    relative = f" (a relative path counts from {here})" if url.startswith(f"{here}/") else ""
+    unseen = "" if scheme_of(url) == "file" else " (keys with an empty, `.` or `..` segment are not seen)"
+    yield f"the folder does not exist or is empty{relative}{unseen}; {expected}"
 
 
 def _adapter(place: _Place) -> Iterator[str]:
@@ -105,7 +110,7 @@ def _own_layout(place: _Place) -> Iterator[str]:
 
 def _incomplete(place: _Place) -> Iterator[str]:
     for lack in lacking(place.groups):
-        yield f"{lack} and there is no index; fetch what is missing"
+        yield f"{lack}, and there is no index; fetch them"
 
 
 def _several(place: _Place) -> Iterator[str]:

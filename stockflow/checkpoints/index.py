@@ -7,7 +7,7 @@ from functools import lru_cache
 from stockflow.checkpoints.documents import is_file_name, read_json
 from stockflow.checkpoints.layout import Extent, Homes
 from stockflow.errors import CheckpointError
-from stockflow.storage import Store, redact
+from stockflow.storage import Store
 from stockflow.text.escaping import in_a_line
 from stockflow.text.strictjson import shown
 
@@ -45,7 +45,7 @@ def read_index(store: Store, key: str) -> Homes:
     Raises:
         CheckpointError: the index is malformed, or names a file elsewhere.
     """
-    where = f"{redact(store.url)}/{key}"
+    where = store.where(key)
     weight_map = read_json(store, key, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected a mapping `weight_map` from tensor names to files")

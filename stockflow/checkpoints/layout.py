@@ -15,7 +15,7 @@ from stockflow.checkpoints.header import (
     parse_header,
 )
 from stockflow.errors import CheckpointError, HeaderError, NotFoundError
-from stockflow.storage import Stamp, Store, redact
+from stockflow.storage import Stamp, Store
 from stockflow.text.strictjson import shown
 
 FIRST_READ_BYTES = 128 * 1024
@@ -110,7 +110,7 @@ def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) ->
     Raises:
         CheckpointError: the file is not there, or its header is malformed.
     """
-    where = f"{redact(store.url)}/{file}"
+    where = store.where(file)
     try:
         head, stamp = store.read_head(file, FIRST_READ_BYTES)
     except NotFoundError:
@@ -127,7 +127,7 @@ def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) ->
 
 
 def _refuse_disguise(head: bytes, size: int, where: str) -> None:
-    if 0 < int.from_bytes(head[:LENGTH_BYTES], "little") <= MAX_HEADER_BYTES:
+    if 0 < int.from_bytes(head[:LENGTH_BYTES], "little") <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
         return
     if disguise := disguise_of(head, size):
         raise HeaderError(f"{where} {disguise}")

@@ -6,7 +6,7 @@ named by ``model.safetensors.index.json``.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from stockflow.checkpoints.beside import look_beside
@@ -64,8 +64,9 @@ def open_checkpoint(
         CheckpointError: index, headers or config are malformed.
     """
     listing = store.listing()
-    tree = list_tree(store, listing)
-    group = chosen_of(groups_of(listing.files))
+    only = store.only if isinstance(store, LocalStore) else ""
+    group = chosen_of(groups_of(listing.files), only)
+    tree = _without_others(list_tree(store, listing), only)
     modules = find_modules(tree, {key: _document(store, tree, key) for key in (MODULES_FILE, ROUTER_FILE)}, store.url)
     if group is None and not modules.weights:
         raise NotFoundError(nothing_here(store, listing.files, listing.folders))
@@ -83,6 +84,14 @@ def open_checkpoint(
         remarks=(*weights.remarks, *beside.remarks),
         other_files=beside.others,
     )
+
+
+def _without_others(tree: Tree, only: str) -> Tree:
+    """Return the tree of the one file of weights that was named: the others in its folder are other models."""
+    if not only:
+        return tree
+    singles = {group.single for group in groups_of([key for key in tree.files if "/" not in key])} - {only, ""}
+    return replace(tree, files={key: stamp for key, stamp in tree.files.items() if key not in singles})
 
 
 def _document(store: Store, tree: Tree, key: str) -> object:
@@ -128,9 +137,9 @@ def link_notes(store: Store, files: Iterable[str]) -> Iterator[str]:
         return
     strays = [(file, real) for file in sorted(files) if (real := store.links.stray(file))]
     for file, real in strays[:MAX_LINKS_SAID]:
-        yield f"{store.url}/{file} is read from {real!r}, where its link leads (--follow-links)"
+        yield f"{store.where(file)} is read from {real!r}, where its link leads (--follow-links)"
     if len(strays) > MAX_LINKS_SAID:
-        yield f"... and so are {len(strays) - MAX_LINKS_SAID} more files of {store.url}"
+        yield f"... and so are {len(strays) - MAX_LINKS_SAID} more files of {store.where()}"
 
 
 def _settles_nothing(position: int, name: str) -> bool:

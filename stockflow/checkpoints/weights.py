@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,8 +11,8 @@ from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.index import lines_of, mismatch_of, missing_files, read_index
 from stockflow.checkpoints.layout import Extent, HeaderCache, Homes, OnFile, read_header
 from stockflow.checkpoints.ties import aliases_of
-from stockflow.errors import CheckpointError
-from stockflow.storage import Stamp, Store, redact
+from stockflow.errors import CheckpointError, NotFoundError
+from stockflow.storage import LocalStore, Stamp, Store
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import are, counted, gb
@@ -38,7 +39,7 @@ class Folder:
     @property
     def where(self) -> str:
         """What it is called in messages."""
-        return redact(self.store.url)
+        return self.store.where()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,8 @@ def _refuse_missing(folder: Folder, homes: Homes, missing: Sequence[str]) -> Non
     gone = frozenset(missing)
     lost = [name for name, file in homes.items() if file in gone and not folder.is_settled(name)] if gone else []
     if lost:
+        with suppress(NotFoundError):
+            folder.store.read_head(missing[0], 1)  # says what it is if it is no plain file
         files = f"{', '.join(map(in_a_line, missing[:NUM_NAMED]))}{' ...' if len(missing) > NUM_NAMED else ''}"
         raise CheckpointError(
             f"{folder.where}: the index names {files}, which {are(len(missing))} not there; with "
@@ -153,12 +156,13 @@ def _refuse_missing(folder: Folder, homes: Homes, missing: Sequence[str]) -> Non
 
 def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
     """Yield why files are read that no loader would find, or under another name than an output has."""
-    if group.stem not in STEMS:
+    is_named = isinstance(folder.store, LocalStore) and folder.store.only
+    if group.stem not in STEMS and not is_named:
         yield _chosen(folder, f"{folder.where} has no other weights than {group}: they are read", "note")
-    elif group.variant:
+    elif group.variant and not is_named:
         text = f"{folder.where} has its weights as the variant {shown(group.variant)} only: {group} is read"
         yield _chosen(folder, text, "note")
-    elif group.stem != STEMS[0]:
+    elif group.stem in STEMS[1:]:
         text = f"{folder.where} is a part of a diffusers pipeline: {group} is read. A merge is written as {STEMS[0]}.*"
         yield _chosen(folder, f"{text}, which diffusers finds once its index or only file has the part's name", "note")
     if not group.single and not group.index:
@@ -222,9 +226,11 @@ def _on_stale_index(folder: Folder, group: Group, homes: Homes, single: Weights,
 
 def _ambiguity(folder: Folder, group: Group, others: str, single: Weights, sharded: Weights) -> Remark:
     first = in_a_line(group.single)
+    names = f" by naming {folder.where}/{first} or {folder.where}/{others}" if group.index else ""
+    how = f", or choose{names}" if names and isinstance(folder.store, LocalStore) else ""
     text = (
         f"{folder.where} holds two sets of weights, {first} ({_amounts(single)}) and {others} ({_amounts(sharded)}), "
-        f"and nothing tells which is meant: {_difference(single, sharded)}. Remove the one that is not; "
+        f"and nothing tells which is meant: {_difference(single, sharded)}. Remove the one that is not{how}; "
         f"accepted, {first} is read, as loaders do"
     )
     return Remark("two-sets-of-weights", text, "refusal", (folder.where,))

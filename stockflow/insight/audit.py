@@ -21,7 +21,7 @@ from stockflow.planning.job import TensorJob, stored
 from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.recipe import resolve_location
 from stockflow.run.driver import Inputs
-from stockflow.storage import StorageConfig, Store, open_store, pin_revision, redact
+from stockflow.storage import StorageConfig, Store, open_model, pin_revision, redact
 from stockflow.verification.files import Output
 from stockflow.verification.findings import Finding
 from stockflow.verification.records import check_input, read_plan
@@ -89,7 +89,7 @@ def open_output(output: str, config: StorageConfig, on_event: OnEvent = ignore) 
     on_event(Stage("looking at the inputs", num_items=len(recorded.plan.checkpoints), unit="inputs"))
     changed = []
     for ref in recorded.plan.checkpoints:
-        for note in link_notes(open_store(ref.url, config), ref.files):
+        for note in link_notes(open_model(ref.url, config), ref.files):
             on_event(Note(note))
         changed += [str(finding) for finding in check_input(ref, config, ref.files.keys())]
         on_event(Done(redact(ref.url)))
@@ -106,7 +106,7 @@ def open_output(output: str, config: StorageConfig, on_event: OnEvent = ignore) 
 
 
 def _open(location: str, config: StorageConfig) -> Store:
-    return open_store(pin_revision(resolve_location(location)), config)
+    return open_model(pin_revision(resolve_location(location)), config)
 
 
 def _checkpoint(store: Store, on_event: OnEvent) -> Checkpoint:

@@ -27,7 +27,7 @@ from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS
 from stockflow.planning.decodes import verbatim
 from stockflow.planning.job import Operand, Reading, float_bits_of, stored
 from stockflow.planning.plan import CheckpointRef
-from stockflow.storage import StorageConfig, open_store, pin_revision
+from stockflow.storage import StorageConfig, open_model, pin_revision
 
 
 @dataclass
@@ -80,7 +80,7 @@ def compare_checkpoints(
     """
     started = time.perf_counter()
     on_event(Stage("opening checkpoints", unit="files"))
-    stores = [open_store(pin_revision(location), config) for location in (location_a, location_b)]
+    stores = [open_model(pin_revision(location), config) for location in (location_a, location_b)]
     a, b = open_checkpoints(stores, lambda file: on_event(Done(file)))
     for store, checkpoint in zip(stores, (a, b), strict=True):
         for note in link_notes(store, checkpoint.files):

@@ -7,8 +7,9 @@ from typing import Annotated
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
 from stockflow.errors import RecipeError
+from stockflow.recipe.hub_pages import is_page, model_of_page
 from stockflow.recipe.wording import NOT_YET, shown
-from stockflow.storage import normalize_url
+from stockflow.storage import is_weights, normalize_url
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
@@ -34,9 +35,11 @@ def resolve_location(text: str) -> str:
         _check_kind(text, is_adapter=not explicit and "://" not in text and "+" in text)
     if "://" in text:
         return _resolve_url(text)
+    if is_page(text) and not names_folder:
+        return model_of_page(text)
     if folder := ignored_revision(text):
         return normalized(folder)
-    if not names_folder and not explicit and _HUB_NAME.fullmatch(text):
+    if not names_folder and not explicit and _HUB_NAME.fullmatch(text) and not is_weights(path):
         return f"hf://{text}"
     return normalized(text)
 
@@ -79,6 +82,8 @@ def _resolve_url(text: str) -> str:
         raise RecipeError(f"this {scheme}:// URL carries a user and a password; {FROM_ENVIRONMENT}")
     if "?" in text:
         raise RecipeError(f"expected a folder, found a {scheme}:// URL with a query; cut it off at the `?`")
+    if is_page(text):
+        return model_of_page(text)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://.*[^/].*", text):
         raise RecipeError(f"expected a URL such as s3://bucket/folder, found {shown(text)}; complete it")
     return normalized(text)

@@ -34,7 +34,7 @@ from stockflow.progress.file import Tracker, progress_file
 from stockflow.recipe import Recipe
 from stockflow.recipe.unify import unified
 from stockflow.run import shard_events
-from stockflow.storage import LocalStore, StorageConfig, Store, is_within, open_store, pin_revision, redact
+from stockflow.storage import LocalStore, StorageConfig, Store, is_within, open_model, open_store, pin_revision, redact
 from stockflow.text.strictjson import shown
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Inputs:
             StorageError: reading failed after retries.
         """
         inputs = cls(recipe, [], trusted=trusted)
-        inputs.stores = [open_store(pin_revision(location), inputs.storage) for location in recipe.checkpoints]
+        inputs.stores = [open_model(pin_revision(location), inputs.storage) for location in recipe.checkpoints]
         with collector_paused():
             inputs.checkpoints = open_checkpoints(inputs.stores, on_file, recipe.spares)
         donor = recipe.side_files_donor
@@ -182,7 +182,7 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
     """
     where = output_url(inputs, output)
     for store in inputs.stores:
-        if is_within(where, store.url):
+        if is_within(where, store.url) or where == store.where():
             raise PlanError(f"the output {redact(where)} is, or lies in, the input {redact(store.url)}; move it")
     plan = inputs.plan(
         shard_size=options.shard_size,

@@ -16,7 +16,15 @@ from stockflow.storage.base import (
 )
 from stockflow.storage.links import trusted_folders
 from stockflow.storage.local import LocalStore, PinnedFile
-from stockflow.storage.locate import is_within, normalize_url, open_store, pin_revision, scheme_of
+from stockflow.storage.locate import (
+    is_weights,
+    is_within,
+    normalize_url,
+    open_model,
+    open_store,
+    pin_revision,
+    scheme_of,
+)
 from stockflow.text.redaction import redact
 
 __all__ = [
@@ -33,8 +41,10 @@ __all__ = [
     "StoreOptions",
     "check_key",
     "check_stamp",
+    "is_weights",
     "is_within",
     "normalize_url",
+    "open_model",
     "open_store",
     "pin_revision",
     "read_small",

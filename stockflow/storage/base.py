@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Literal, Protocol
 
 from stockflow.errors import InputChangedError, RecipeError
-from stockflow.text.redaction import redact
 from stockflow.text.strictjson import shown
 
 Pin = Literal["if-match", "open-etag", "stat"]
@@ -106,6 +105,9 @@ class Store(Protocol):
     def url(self) -> str:
         """The prefix, absolute, without a trailing slash."""
 
+    def where(self, key: str = "") -> str:
+        """Return what an object, or the prefix, is called in messages: without secrets."""
+
     @property
     def pin(self) -> Pin:
         """How reads are held to a stamp."""
@@ -195,7 +197,7 @@ def check_stamp(store: Store, key: str, expected: Stamp) -> None:
     found = store.stamp(key)
     if found != expected:
         raise InputChangedError(
-            f"{redact(store.url)}/{key} changed since it was planned: expected {expected.size:,} bytes, "
+            f"{store.where(key)} changed since it was planned: expected {expected.size:,} bytes, "
             f"{expected.version}; found {found.size:,} bytes, {found.version}. Restore it, or plan again"
         )
 

@@ -1,5 +1,6 @@
 """What a failed request means: something the user must mend, worth another attempt, or final."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ _KEY_CODES = frozenset({"SignatureDoesNotMatch", "InvalidAccessKeyId"})
 _REGION_CODES = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
 _LOST_CODES = frozenset({"NoSuchUpload"})
 """what a store says with 404 and no object is missing: an upload is not there any more"""
+_ARCHIVED = "InvalidObjectState"
 _NAME_CODES = frozenset({"InvalidBucketName", "KeyTooLongError", "ParamValidationError"})
 _MAX_DETAIL = 240
 """characters of a server's own words in a message"""
@@ -79,6 +81,8 @@ class Failure:
 
 def user_error(failure: Failure, operation: Operation, where: str) -> StockflowError | None:
     """Return what the user must mend, or None where the failure is the store's."""
+    if failure.code == _ARCHIVED:
+        return AccessDeniedError(_archived(operation, where))
     # Credentials first: S3 answers ExpiredToken with 400.
     if failure.status in (401, 403) or failure.code in _CREDENTIAL_CODES:
         return AccessDeniedError(_denied(failure, operation, where))
@@ -116,6 +120,15 @@ def scrub(text: str) -> str:
     """Return what a client or a server said in one short line, without secrets."""
     line = " ".join(without_secrets(text).split())
     return line if len(line) <= _MAX_DETAIL else line[: _MAX_DETAIL - 3] + "..."
+
+
+def _archived(operation: Operation, where: str) -> str:
+    bucket, _, key = where.partition("://")[2].partition("/")
+    command = shlex.join(["aws", "s3api", "restore-object", "--bucket", bucket, "--key", key])
+    return (
+        f"cannot {operation} {where}: it is archived (Glacier). Restore it, and whatever else is of the model, "
+        f"which takes minutes to days: `{command} --restore-request Days=7`; then run again"
+    )
 
 
 def _denied(failure: Failure, operation: Operation, where: str) -> str:

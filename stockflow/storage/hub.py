@@ -1,9 +1,10 @@
 """Models on the Hugging Face hub: a revision is resolved once, so that a plan names a commit."""
 
+import os
 import re
 
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError
-from stockflow.storage.faults import storage_error, user_error
+from stockflow.storage.faults import Failure, storage_error, user_error
 from stockflow.storage.fsspec_faults import failure_of
 from stockflow.storage.retry import RetryLoop, RetryPolicy
 from stockflow.text.redaction import redact
@@ -48,9 +49,19 @@ def _commit(url: str, repository: str, revision: str | None) -> str:
         if failure.is_transient and not is_last:
             return None
         where = redact(url)
+        if failure.status is None:
+            return RecipeError(_unreachable(where, repository, failure))
         return user_error(failure, "read", where) or storage_error(failure, "read", where, attempts)
 
     return RetryLoop(_POLICY).run(attempt, catch=errors, judge=judge)
+
+
+def _unreachable(where: str, repository: str, failure: Failure) -> str:
+    return (
+        f"cannot read {where}: the hub did not answer ({failure.code or failure.detail}). {repository} is read as the "
+        f"name of a model on the Hugging Face hub, as there is no such folder in {os.getcwd()}; name a folder, or mend "
+        "the way there (HF_ENDPOINT, proxies)"
+    )
 
 
 def _refusal(error: Exception, where: str, repository: str) -> StockflowError | None:

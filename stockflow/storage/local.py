@@ -36,9 +36,17 @@ class LocalStore:
     pin: Pin = "stat"
     num_retries = 0
 
-    def __init__(self, root: str, trusted: Sequence[str] = ()) -> None:
-        """Take ``root``, an absolute path that need not exist yet, and folders that links of weights may lead into."""
-        self.url = root
+    def __init__(self, root: str, trusted: Sequence[str] = (), only: str = "") -> None:
+        """Take a folder.
+
+        Args:
+            root: absolute path; it need not exist yet.
+            trusted: folders that links of weights may lead into.
+            only: the one file of weights there that is meant; empty: whatever the folder holds.
+        """
+        self.folder = root
+        self.only = only
+        self.url = os.path.join(root, only) if only else root
         self.links = Links(root, trusted)
 
     def stamp(self, key: str) -> Stamp:
@@ -89,12 +97,12 @@ class LocalStore:
 
     def list(self, prefix: str = "", *, at_most: int | None = None) -> dict[str, Stamp]:
         """Return all files below ``prefix``, or the first ones found; files being written left out."""
-        top = self._path(check_key(prefix.rstrip("/"))) if prefix else self.url
+        top = self._path(check_key(prefix.rstrip("/"))) if prefix else self.folder
         found: dict[str, Stamp] = {}
         with _named(top, "list"):
             self.links.check_folder(prefix)
             for path in islice(_files_below(top), at_most):
-                key = os.path.relpath(path, self.url)
+                key = os.path.relpath(path, self.folder)
                 with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
                     found[key] = _stamp_of(self._listed(key))
         return dict(sorted(found.items()))
@@ -107,10 +115,10 @@ class LocalStore:
         """Return the files and the folders directly in the folder."""
         files: dict[str, Stamp] = {}
         folders: list[str] = []
-        with _named(self.url, "list"):
-            for name in sorted(os.listdir(self.url)) if os.path.exists(self.url) else ():
+        with _named(self.folder, "list"):
+            for name in sorted(os.listdir(self.folder)) if os.path.exists(self.folder) else ():
                 with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
-                    path, listed = f"{self.url}/{name}", self._listed(name)
+                    path, listed = f"{self.folder}/{name}", self._listed(name)
                     is_file = stat.S_ISREG(listed.st_mode) or _leads_to_no_folder(path, listed)
                     if is_file and not name.endswith(PARTIAL_SUFFIX):
                         files[name] = _stamp_of(listed)
@@ -123,7 +131,7 @@ class LocalStore:
         try:
             return self.links.stat(key)
         except LinkError:
-            return os.lstat(os.path.join(self.url, key))
+            return os.lstat(os.path.join(self.folder, key))
 
     @contextmanager
     def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
@@ -188,14 +196,14 @@ class LocalStore:
     def half_written(self) -> Sequence[HalfWritten]:
         """Return the files that writers who died were writing: those that nobody holds a lock on."""
         found = []
-        for folder, _, names in os.walk(self.url):
+        for folder, _, names in os.walk(self.folder):
             for name in names:
                 partial = os.path.join(folder, name)
                 if not (name.startswith(".") and name.endswith(PARTIAL_SUFFIX)):
                     continue
                 with _named(partial, "read"):
                     if _is_abandoned(partial):
-                        key = os.path.join(os.path.relpath(folder, self.url), _key_of_partial(name))
+                        key = os.path.join(os.path.relpath(folder, self.folder), _key_of_partial(name))
                         found.append(HalfWritten(os.path.normpath(key), name, is_abandoned=True))
         return sorted(found, key=lambda piece: (piece.key, piece.name))
 
@@ -213,8 +221,12 @@ class LocalStore:
         del key
         return True
 
+    def where(self, key: str = "") -> str:
+        """Return what a file is called in messages, or the folder."""
+        return f"{self.folder}/{key}" if key else self.folder
+
     def _path(self, key: str) -> str:
-        return f"{self.url}/{check_key(key)}"
+        return f"{self.folder}/{check_key(key)}"
 
 
 class PinnedFile:

@@ -1,5 +1,7 @@
 """From a URL to the store that serves it."""
 
+import os
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -11,6 +13,7 @@ OBJECT_SCHEMES = ("s3", "gs", "az")
 """Schemes served by obstore, readable and writable."""
 WRITABLE_SCHEMES = ("file", "memory", *OBJECT_SCHEMES)
 """Schemes an output may live on; every other fsspec scheme is an input only."""
+_WEIGHTS = re.compile(r"\.safetensors(\.index(\.[\w-]+)?\.json)?$")
 _ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file", "asynclocal": "file"}
 """``local`` is fsspec's own disk, which follows every link"""
 
@@ -29,11 +32,17 @@ def normalize_url(location: str) -> str:
     if scheme != "file":
         _refuse_secrets(location)
         place = location.split("://", 1)[1].rstrip("/")
+        if scheme == "s3" and place.lower().startswith("arn:"):
+            raise RecipeError(
+                f"{redact(location)} names an access point by its ARN, which is not read; write its alias in place of "
+                "a bucket's name: s3://NAME-...-s3alias/folder"
+            )
         if scheme in WRITABLE_SCHEMES and any(part in ("", ".", "..") for part in place.split("/")):
             raise RecipeError(f"{redact(location)} has an empty, `.` or `..` segment; write it without")
         return check_plain(f"{scheme}://{place}")
-    path = unquote(urlsplit(location).path) if "://" in location else location
-    return check_plain(str(Path(path).expanduser().absolute().resolve()))
+    path = Path(unquote(urlsplit(location).path) if "://" in location else location).expanduser().absolute()
+    # A file of weights may be a link, into the blobs of the hub's cache, whose names say nothing.
+    return check_plain(str(path.parent.resolve() / path.name if is_weights(str(path)) else path.resolve()))
 
 
 def _refuse_secrets(url: str) -> None:
@@ -58,16 +67,40 @@ def is_within(inner: str, outer: str) -> bool:
 
 
 def pin_revision(location: str) -> str:
-    """Return a location that names one state for good where its scheme can: on the hub, a commit.
+    """Return a location that names one state for good where it can: of the hub, a commit; of its cache, a snapshot.
 
     Raises:
-        StockflowError: see ``hub.pin_revision``.
+        StockflowError: see ``hub.pin_revision`` and ``hub_cache.snapshot_of``.
     """
+    if scheme_of(location) == "file":
+        from stockflow.storage.hub_cache import snapshot_of
+
+        return snapshot_of(location)
     if scheme_of(location) != "hf":
         return location
     from stockflow.storage import hub
 
     return hub.pin_revision(location)
+
+
+def open_model(location: str, config: StorageConfig) -> Store:
+    """Return the store of a model: of its folder, also where one file of weights in a local folder is named.
+
+    Raises:
+        RecipeError: the scheme is unknown.
+    """
+    url = normalize_url(location)
+    if scheme_of(url) != "file" or not is_weights(url):
+        return open_store(url, config)
+    from stockflow.storage.local import LocalStore
+
+    folder, _, name = url.rpartition("/")
+    return LocalStore(folder or "/", config.trusted, name)
+
+
+def is_weights(path: str) -> bool:
+    """Return whether a path names one file of weights, or their index, that is there."""
+    return bool(_WEIGHTS.search(path)) and os.path.isfile(path)
 
 
 def open_store(location: str, config: StorageConfig, *, writable: bool = False) -> Store:

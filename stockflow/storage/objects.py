@@ -25,14 +25,16 @@ from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import (
     CONNECT_TIMEOUT,
     Bucket,
-    UploadsError,
+    S3RequestError,
     abort_upload,
     has_md5_etags,
+    list_pages,
     locate_bucket,
     obstore_bucket,
     open_uploads,
     require_credentials,
 )
+from stockflow.storage.s3_pages import files_on, listing_on
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta, WritableFile
@@ -52,6 +54,8 @@ _GOOGLE_VARIABLES = (
 """where obstore looks for a key"""
 _HINTS = {"az": "; set AZURE_STORAGE_ACCOUNT_NAME and credentials in the environment"}
 
+_UNNAMED_KEY = "object with invalid path"
+"""how obstore tells that a key has an empty, `.` or `..` segment"""
 _REDIRECT = "redirect without LOCATION"
 """how obstore tells that the bucket is in another region"""
 _DAMAGED_START = ("create multipart response body", "invalid multipart response")
@@ -94,7 +98,7 @@ class ObstoreClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return the HTTP status, the store's code and the telling words of an obstore error."""
-        if isinstance(error, UploadsError):
+        if isinstance(error, S3RequestError):
             return error.failure
         text = str(error)
         status = re.search(r"status code: (\d{3})", text)
@@ -138,13 +142,20 @@ class ObstoreClient:
 
     def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
         """Return all objects below ``folder``, or the first ones by name."""
-        pages = obstore.list(self._reader, self._path(folder) or None, chunk_size=1000)
-        return self._by_key(list(islice(chain.from_iterable(pages), at_most)))
+        try:
+            pages = obstore.list(self._reader, self._path(folder) or None, chunk_size=1000)
+            return self._by_key(list(islice(chain.from_iterable(pages), at_most)))
+        except exceptions.BaseError as error:
+            despite = self._pages_despite(error, self._path(folder), "", at_most)
+            return dict(islice(files_on(despite, self._root), at_most))
 
     def listing(self) -> Listing:
         """Return the objects and the folders directly under the URL."""
-        found = obstore.list_with_delimiter(self._reader, self._root or None)
-        folders = tuple(prefix.rpartition("/")[2] for prefix in found["common_prefixes"])
+        try:
+            found = obstore.list_with_delimiter(self._reader, self._root or None)
+        except exceptions.BaseError as error:
+            return listing_on(self._pages_despite(error, self._root, "/", None), self._root)
+        folders = tuple(name for prefix in found["common_prefixes"] if (name := prefix.rpartition("/")[2]))
         files = {
             key: stamp for key, stamp in self._by_key(found["objects"]).items() if stamp.size or key not in folders
         }
@@ -226,6 +237,14 @@ class ObstoreClient:
         if not self._options.anonymous:
             require_credentials()
         return locate_bucket(self._bucket, self._options)
+
+    def _pages_despite(
+        self, error: Exception, folder: str, delimiter: str, at_most: int | None
+    ) -> Sequence[Mapping[str, Any]]:
+        """Return the pages of a listing that obstore cannot give: one key that it cannot name is enough."""
+        if self._scheme != "s3" or _UNNAMED_KEY not in str(error):
+            raise error
+        return list_pages(self._bucket_at(), f"{folder}/" if folder else "", delimiter, at_most)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")

@@ -79,6 +79,10 @@ class RemoteStore:
         self._retries = RetryLoop(policy)
         self._known_md5_etags: bool | None = None
 
+    def where(self, key: str = "") -> str:
+        """Return the URL of an object, or of the prefix, without secrets."""
+        return redact(f"{self.url}/{key}" if key else self.url)
+
     @property
     def pin(self) -> Pin:
         """How reads are held to a stamp."""
@@ -241,7 +245,7 @@ class RemoteStore:
                 raise
             # Swift has no conditional writes. Looking first leaves a moment between two requests to a rival.
             if self._is_there(key):
-                raise AlreadyExistsError(f"{self._where(key)} already exists") from None
+                raise AlreadyExistsError(f"{self.where(key)} already exists") from None
             return self._client.put(key, payload)
 
     @property
@@ -275,7 +279,7 @@ class RemoteStore:
             return
         if found.size != sent.num_bytes or self._digests_of(key, found, sent.part_bytes).etags() != sent.etags():
             raise StorageError(
-                f"{self._where(key)} is not what was sent: found {_words(found)}; expected {sent.num_bytes} bytes, "
+                f"{self.where(key)} is not what was sent: found {_words(found)}; expected {sent.num_bytes} bytes, "
                 f"{sent.etags()[0]}. The network or the store damaged it, or another writes there; run again to resume"
             )
         self._known_md5_etags = False  # some stores, and keys of a KMS, make ETags of another kind
@@ -335,19 +339,16 @@ class RemoteStore:
         return self._final(error, told, "write", key)
 
     def _final(self, error: Exception, attempts: int, operation: Operation, key: str) -> StockflowError:
-        failure, where = self._failure(error), self._where(key)
+        failure, where = self._failure(error), self.where(key)
         if operation == "create" and failure.status == 412:
             return AlreadyExistsError(f"{where} already exists")
         return user_error(failure, operation, where) or storage_error(failure, operation, where, attempts)
 
     def _changed(self, key: str, expected: Stamp, found: Stamp) -> InputChangedError:
         return InputChangedError(
-            f"{self._where(key)} changed since it was planned: expected {_words(expected)}; "
+            f"{self.where(key)} changed since it was planned: expected {_words(expected)}; "
             f"found {_words(found)}. Restore the object, or plan again"
         )
-
-    def _where(self, key: str) -> str:
-        return redact(f"{self.url}/{key}" if key else self.url)
 
 
 class _NamedSink:

@@ -48,6 +48,11 @@ class Bucket:
 
 def locate_bucket(name: str, options: StoreOptions) -> Bucket:
     """Return how to reach a bucket; asks AWS for its region unless the options or an endpoint settle it."""
+    if name.endswith("--x-s3"):
+        raise RecipeError(
+            f"{name!r} is a directory bucket (S3 Express), which is not read or written; copy the objects to a general "
+            "purpose bucket: `aws s3 sync`"
+        )
     environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     endpoint = options.endpoint or environment or None
     if endpoint and not endpoint.startswith(("http://", "https://")):
@@ -163,8 +168,8 @@ def put_new_object(bucket: Bucket, key: str, payload: bytes, timeout_s: float) -
     return str(reply.get("ETag", ""))
 
 
-class UploadsError(OSError):
-    """Open uploads could not be listed or aborted."""
+class S3RequestError(OSError):
+    """A request that is made by botocore, beside the client of a store, failed."""
 
     def __init__(self, failure: Failure) -> None:
         """Keep what botocore said of it."""
@@ -172,16 +177,37 @@ class UploadsError(OSError):
         self.failure = failure
 
 
+def list_pages(bucket: Bucket, prefix: str, delimiter: str, at_most: int | None = None) -> list[Mapping[str, Any]]:
+    """Return the pages of a listing, at least ``at_most`` objects of it. By botocore, which takes keys as they are.
+
+    Raises:
+        S3RequestError: the request failed.
+    """
+    pages: list[Mapping[str, Any]] = []
+    more: dict[str, str] = {}
+    with _request_errors():
+        client = _single_requests(bucket, LISTING_TIMEOUT_S)
+        while True:
+            page = client.list_objects_v2(
+                Bucket=bucket.name, Prefix=prefix, Delimiter=delimiter, **_payer(bucket), **more
+            )
+            pages.append(page)
+            is_enough = at_most is not None and sum(each["KeyCount"] for each in pages) >= at_most
+            if is_enough or not page.get("IsTruncated"):
+                return pages
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
 def open_uploads(bucket: Bucket, root: str) -> list[HalfWritten]:
     """Return the open multipart uploads of keys below ``root``, keys relative to it. By botocore: obstore lists none.
 
     Raises:
-        UploadsError: the request failed.
+        S3RequestError: the request failed.
     """
     top = f"{root}/" if root else ""
     found: list[HalfWritten] = []
     more: dict[str, str] = {}
-    with _uploads_errors():
+    with _request_errors():
         client = _single_requests(bucket, LISTING_TIMEOUT_S)
         while True:
             page = client.list_multipart_uploads(Bucket=bucket.name, Prefix=top, **_payer(bucket), **more)
@@ -198,24 +224,24 @@ def abort_upload(bucket: Bucket, key: str, upload: str) -> None:
     """Abort a multipart upload that may be gone already.
 
     Raises:
-        UploadsError: the request failed.
+        S3RequestError: the request failed.
     """
-    with _uploads_errors():
+    with _request_errors():
         client = _single_requests(bucket, LISTING_TIMEOUT_S)
         with suppress(client.exceptions.NoSuchUpload):
             client.abort_multipart_upload(Bucket=bucket.name, Key=key, UploadId=upload, **_payer(bucket))
 
 
 @contextmanager
-def _uploads_errors() -> Iterator[None]:
+def _request_errors() -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except ClientError as error:
-        raise UploadsError(failure_of_answer(error.response, str(error))) from None
+        raise S3RequestError(failure_of_answer(error.response, str(error))) from None
     except BotoCoreError as error:
-        raise UploadsError(Failure(detail=scrub(str(error)), code=type(error).__name__)) from None
+        raise S3RequestError(Failure(detail=scrub(str(error)), code=type(error).__name__)) from None
 
 
 def failure_of_answer(answer: Mapping[str, Any], otherwise: str, step: str = "") -> Failure:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from fsspec.asyn import sync
@@ -14,7 +14,7 @@ from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import (
     Bucket,
-    UploadsError,
+    S3RequestError,
     abort_upload,
     has_md5_etags,
     locate_bucket,
@@ -23,6 +23,7 @@ from stockflow.storage.s3 import (
     require_credentials,
     s3fs_filesystem,
 )
+from stockflow.storage.s3_pages import files_on, listing_on
 
 
 class S3fsClient:
@@ -44,7 +45,7 @@ class S3fsClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return what an exception of s3fs, aiohttp or botocore says."""
-        return error.failure if isinstance(error, UploadsError) else failure_of(error)
+        return error.failure if isinstance(error, S3RequestError) else failure_of(error)
 
     def stamp(self, key: str) -> Stamp:
         """Return size and ETag of an object, by HEAD."""
@@ -79,17 +80,12 @@ class S3fsClient:
 
     def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
         """Return all objects below ``folder``, or the first ones by name."""
-        found = chain.from_iterable(map(self._files, self._pages(self._path(folder), delimiter="")))
-        return dict(islice(found, at_most))
+        pages = self._pages(self._path(folder), delimiter="")
+        return dict(islice(files_on(pages, self._root), at_most))
 
     def listing(self) -> Listing:
         """Return the objects and the folders directly under the URL."""
-        pages = list(self._pages(self._root, delimiter="/"))
-        folders = (entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", ()))
-        return Listing(
-            dict(chain.from_iterable(map(self._files, pages))),
-            tuple(folder.rstrip("/").rpartition("/")[2] for folder in folders),
-        )
+        return listing_on(self._pages(self._root, delimiter="/"), self._root)
 
     @contextmanager
     def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
@@ -159,12 +155,6 @@ class S3fsClient:
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def _files(self, page: Mapping[str, Any]) -> Iterator[tuple[str, Stamp]]:
-        top = f"{self._root}/" if self._root else ""
-        for entry in page.get("Contents", ()):
-            if not entry["Key"].endswith("/"):  # the empty marker of a folder
-                yield entry["Key"].removeprefix(top), Stamp(entry["Size"], entry.get("ETag", ""))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")

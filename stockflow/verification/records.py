@@ -22,7 +22,7 @@ from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning import file as plan_file
 from stockflow.planning.file import RecordedPlan
 from stockflow.planning.plan import CheckpointRef, MergePlan
-from stockflow.storage import Stamp, StorageConfig, open_store, redact
+from stockflow.storage import Stamp, StorageConfig, open_model, redact
 from stockflow.verification.contents import Table
 from stockflow.verification.files import Output
 from stockflow.verification.findings import Finding, quoted
@@ -186,7 +186,7 @@ def check_strangers(output: Output, manifest: Manifest) -> Iterator[Finding]:
 def check_input(ref: CheckpointRef, config: StorageConfig, files: Set[str]) -> Iterator[Finding]:
     """Yield the files of an input that are no longer what was merged."""
     try:
-        store = open_store(ref.url, config)
+        store = open_model(ref.url, config)
     except UserError as error:
         yield Finding(redact(ref.url), str(error))
         return

@@ -14,7 +14,7 @@ from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import MANIFEST_FILE, plan_key, tensors_key
 from stockflow.output.manifest import Manifest
 from stockflow.planning.file import RecordedPlan
-from stockflow.storage import Stamp, StorageConfig, open_store, redact
+from stockflow.storage import Stamp, StorageConfig, open_model, open_store, redact
 from stockflow.text import notebook
 from stockflow.text.redaction import command_line
 from stockflow.text.sizes import counted, gb
@@ -175,7 +175,7 @@ class _Verifier:
             return
         places = [(self._output.store, self._shards)]
         if with_inputs:
-            places += [(open_store(ref.url, self._config), list(ref.files)) for ref in self._manifest.inputs]
+            places += [(open_model(ref.url, self._config), list(ref.files)) for ref in self._manifest.inputs]
         for store, files in places:
             for note in link_notes(store, files):
                 on_event(Note(note))

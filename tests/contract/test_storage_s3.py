@@ -24,7 +24,7 @@ from stockflow.errors import (
     StockflowError,
     StorageError,
 )
-from stockflow.storage import StoreOptions
+from stockflow.storage import StoreOptions, normalize_url
 from stockflow.storage.base import Stamp
 from stockflow.storage.fs import FsspecStore
 from stockflow.storage.objects import ObjectStore
@@ -422,3 +422,72 @@ def _self_signed(certificate: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, secret)
     return context
+
+
+# Keys and classes of storage
+
+
+ODD_KEYS = ("run//a.json", "run//", "run/sub//b.json", "run/../c.json", "run/./d.json", "run/sub/../e", "run/x/")
+
+
+def test_keys_that_no_path_can_name_make_no_prefix_unlistable(opener: Opener, s3_endpoint: str, s3_bucket: str) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for key in (*ODD_KEYS, "run/model.safetensors", "run/sub/config.json", "run/1%20ü/f"):
+        client.put_object(Bucket=s3_bucket, Key=key, Body=b"x")
+    store = opener(f"s3://{s3_bucket}/run", endpoint=s3_endpoint)
+
+    assert list(store.listing().files) == ["model.safetensors"]
+    assert set(store.listing().folders) - {"x"} == {"1%20ü", "sub"}
+    assert list(store.list()) == ["1%20ü/f", "model.safetensors", "sub/config.json"]
+    assert list(store.list("sub/")) == ["sub/config.json"]
+    assert len(store.list(at_most=1)) == 1
+    assert store.read_head("model.safetensors", 1)[0] == b"x"
+    assert not opener(f"s3://{s3_bucket}/elsewhere", endpoint=s3_endpoint).listing().files
+
+
+def test_a_listing_despite_odd_keys_tells_of_failures_like_any_other(
+    opener: Opener, proxy: FaultyProxy, s3_endpoint: str, s3_bucket: str
+) -> None:
+    boto3.client("s3", endpoint_url=s3_endpoint).put_object(Bucket=s3_bucket, Key="run//a", Body=b"x")
+    store = opener(f"s3://{s3_bucket}/run", endpoint=proxy.url)
+    proxy.fail("GET", "503", times=3)
+
+    assert not store.listing().files
+    assert store.num_retries == 3
+
+
+def test_an_archived_object_is_called_so_with_the_command_that_restores_it(
+    opener: Opener, s3_endpoint: str, s3_bucket: str
+) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for storage_class in ("GLACIER", "DEEP_ARCHIVE"):
+        key = f"run/a b {storage_class}.bin"
+        client.put_object(Bucket=s3_bucket, Key=key, Body=PAYLOAD, StorageClass=storage_class)
+        store, name = opener(f"s3://{s3_bucket}/run", endpoint=s3_endpoint), key.removeprefix("run/")
+        stamp = store.stamp(name)
+
+        with pytest.raises(AccessDeniedError, match=r"it is archived \(Glacier\)\. Restore it") as caught:
+            store.read_head(name, 10)
+        with pytest.raises(AccessDeniedError, match="it is archived"):
+            read(store, name, 0, 10, stamp)
+        command = f"aws s3api restore-object --bucket {s3_bucket} --key '{key}' --restore-request Days=7"
+        assert f"`{command}`" in str(caught.value)
+
+        client.restore_object(Bucket=s3_bucket, Key=key, RestoreRequest={"Days": 7})
+        assert store.read_head(name, 10)[0] == PAYLOAD[:10]
+
+
+@pytest.mark.parametrize("region", ["us-west-2", ""])
+def test_an_access_point_is_refused_by_its_arn_with_the_way_on(opener: Opener, region: str) -> None:
+    with pytest.raises(RecipeError, match=r"an access point by its ARN.*; write its alias") as caught:
+        normalize_url(f"s3://arn:aws:s3:{region}:123456789012:accesspoint/my-point/folder")
+    assert "-s3alias/folder" in str(caught.value)
+
+
+def test_a_directory_bucket_is_refused_by_its_name(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    store = opener("s3://models--usw2-az1--x-s3/folder", region="us-west-2")
+
+    for request in (store.listing, lambda: store.read_head("a", 1), lambda: store.put("a", b"")):
+        with pytest.raises(RecipeError, match=r"'models--usw2-az1--x-s3' is a directory bucket.*`aws s3 sync`"):
+            request()

@@ -1,6 +1,9 @@
 """Folders as people have them, named in a recipe: which file is the truth, and what is no checkpoint."""
 
 import json
+import os
+import re
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,7 +14,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from stockflow.cli import app
+from stockflow.errors import RecipeError
+from stockflow.recipe import resolve_location
+from tests import runs
 from tests.checkpoints import LLAMA_CONFIG
+from tests.hub_server import hub_server
+from tests.s3_server import free_port
 
 NAMES = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
 INDEX = "model.safetensors.index.json"
@@ -400,3 +408,412 @@ def test_a_missing_shard_is_named_with_what_it_would_hold(tmp_path: Path) -> Non
     said = refused(tmp_path, subject, accept=["index-disagrees"])
 
     assert "the index names model-00002-of-00002.safetensors, which is not there; with 2 tensors, such as" in said
+
+
+# ------------------------------------------------------------------------------- places that stand for a checkpoint
+
+
+def test_a_single_file_is_a_model_with_the_files_beside_it(tmp_path: Path) -> None:
+    """Two models in one folder, as merges of diffusion models lie."""
+    folder = write(tmp_path / "models", {"a.safetensors": full(1.0), "b.safetensors": full(9.0)})
+
+    assert is_mean(merged(tmp_path, folder / "a.safetensors")[0], 1.0)
+
+
+@pytest.mark.parametrize(("named", "value"), [("model.safetensors", 5.5), (INDEX, 1.0)])
+def test_one_of_two_sets_is_chosen_by_naming_it(named: str, value: float, tmp_path: Path) -> None:
+    two_equal_sets(tmp_path / "subject")
+
+    assert f"choose by naming {tmp_path}/subject/model.safetensors or" in refused(tmp_path, tmp_path / "subject")
+    assert is_mean(merged(tmp_path, tmp_path / "subject" / named)[0], value)
+
+
+def test_one_shard_is_no_model(tmp_path: Path) -> None:
+    subject = write(tmp_path / "subject", shards(1.0), index="auto")
+
+    said = refused(tmp_path, subject / "model-00001-of-00002.safetensors")
+
+    assert f"it is one of 2 files of a model; name its folder, {subject}" in said
+
+
+def test_two_models_of_one_folder_are_verified_and_compared_as_what_they_are(tmp_path: Path) -> None:
+    folder = write(tmp_path / "models", {"a.safetensors": full(1.0), "b.safetensors": full(9.0)})
+    merged(tmp_path, folder / "a.safetensors")
+
+    assert cli("verify", tmp_path / "out", "--inputs").exit_code == 0
+    assert cli("diff", folder / "a.safetensors", folder / "b.safetensors").exit_code == 1
+    assert cli("diff", folder / "a.safetensors", folder / "a.safetensors").exit_code == 0
+    save_file(full(2.0), folder / "a.safetensors")
+    assert cli("verify", tmp_path / "out", "--inputs").exit_code == 4
+
+
+def test_an_output_is_not_the_folder_of_a_single_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "models", {"model.safetensors": full(1.0)})
+    recipe = recipe_over(tmp_path, folder / "model.safetensors")
+
+    finished = cli("merge", recipe, folder, "--overwrite", "--device", "cpu")
+
+    assert finished.exit_code == 2
+    assert "the output" in finished.output
+    assert bool((load_file(folder / "model.safetensors")[NAMES[0]] == 1.0).all())
+
+
+COMMITS = ("a" * 40, "b" * 40)
+
+
+def hub_cache(root: Path, *values: float, main: int | None = None) -> Path:
+    """Write a model's folder as the hub's client keeps it: blobs, and snapshots of links."""
+    model = root / "models--org--name"
+    (model / "blobs").mkdir(parents=True)
+    (model / "refs").mkdir()
+    for commit, value in zip(COMMITS, values, strict=False):
+        plain = write(root / f"plain-{commit[0]}", {"model.safetensors": full(value)})
+        (model / "snapshots" / commit).mkdir(parents=True)
+        for file in plain.iterdir():
+            blob = file.rename(model / "blobs" / f"{commit[0]}-{file.name}")
+            (model / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob.name}")
+    if main is not None:
+        (model / "refs" / "main").write_text(COMMITS[main])
+    return model
+
+
+@pytest.mark.parametrize("below", ["", "snapshots"])
+@pytest.mark.parametrize(("values", "main", "expected"), [((9.0, 1.0), 1, 1.0), ((1.0,), None, 1.0), ((1.0,), 1, 1.0)])
+def test_the_folder_of_the_hubs_cache_is_its_snapshot(
+    values: tuple[float, ...], main: int | None, expected: float, below: str, tmp_path: Path
+) -> None:
+    model = hub_cache(tmp_path / "hub", *values, main=main)
+
+    tensors, said = merged(tmp_path, model / below)
+
+    assert is_mean(tensors, expected)
+    assert "is a folder of the hub's cache; read is its snapshot" in said
+
+
+def test_a_file_in_a_snapshot_is_read_through_its_link(tmp_path: Path) -> None:
+    model = hub_cache(tmp_path / "hub", 1.0, main=0)
+
+    assert is_mean(merged(tmp_path, model / "snapshots" / COMMITS[0] / "model.safetensors")[0], 1.0)
+
+
+def test_a_cache_that_does_not_say_which_snapshot(tmp_path: Path) -> None:
+    model = hub_cache(tmp_path / "hub", 1.0, 2.0)
+
+    assert "has 2 snapshots and no refs/main among them; name one" in refused(tmp_path, model)
+    assert "it is the hub's cache, of org/name; name one as org/name" in refused(tmp_path, tmp_path / "hub")
+
+
+def test_a_cache_of_nothing_and_one_of_a_data_set(tmp_path: Path) -> None:
+    assert "download it: `hf download org/name`" in refused(tmp_path, hub_cache(tmp_path / "hub"))
+    (tmp_path / "datasets--org--set" / "snapshots").mkdir(parents=True)
+    assert "is a dataset in the hub's cache, no model" in refused(tmp_path, tmp_path / "datasets--org--set")
+
+
+# ------------------------------------------------------------------------------------ folders that are no checkpoint
+
+
+def touch(folder: Path, *names: str, content: bytes = b"x") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
+
+
+def pointers(folder: Path) -> None:
+    touch(folder, *shards(1.0), "config.json", content=POINTER)
+    (folder / "config.json").write_text("{}")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {n: f for f, held in shards(1.0).items() for n in held}}))
+
+
+def a_pointer_to_the_index(folder: Path) -> None:
+    touch(folder, INDEX, content=POINTER)
+
+
+def a_page(folder: Path) -> None:
+    touch(folder, "model.safetensors", content=b"\n<!DOCTYPE html>\n<html class=''>" + b" " * 200)
+
+
+def a_message_of_the_hub(folder: Path) -> None:
+    touch(folder, "model.safetensors", content=b"Entry not found")
+
+
+def a_renamed_pickle(folder: Path) -> None:
+    touch(folder, "model.safetensors", content=b"PK\x03\x04" + bytes(100))
+
+
+def a_renamed_gguf(folder: Path) -> None:
+    touch(folder, "model.safetensors", content=b"GGUF\x03\0\0\0" + bytes(100))
+
+
+def zeros(folder: Path) -> None:
+    touch(folder, "model.safetensors", content=bytes(4096))
+
+
+def an_empty_file(folder: Path) -> None:
+    touch(folder, "model.safetensors", content=b"")
+
+
+def an_adapter(folder: Path) -> None:
+    touch(folder, "adapter_model.safetensors", "tokenizer.json")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base", "r": 8}))
+
+
+def an_adapter_of_diffusers(folder: Path) -> None:
+    touch(folder, "pytorch_lora_weights.safetensors")
+
+
+def consolidated(folder: Path) -> None:
+    touch(folder, "consolidated.safetensors", "params.json", "tekken.json")
+
+
+def consolidated_pickles(folder: Path) -> None:
+    touch(folder, "consolidated.00.pth", "consolidated.01.pth", "params.json")
+
+
+def a_pipeline(folder: Path) -> None:
+    touch(folder, "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+    parts = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "safety_checker": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(parts))
+
+
+def a_run(folder: Path) -> None:
+    touch(folder, *(f"checkpoint-{step}/model.safetensors" for step in (50, 100, 1000, 900)), "trainer_state.json")
+
+
+def a_run_of_deepspeed(folder: Path) -> None:
+    touch(folder, "global_step100/mp_rank_00_model_states.pt", "zero_to_fp32.py", "latest", "config.json")
+
+
+def a_run_of_fsdp(folder: Path) -> None:
+    touch(folder, "pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata", "config.json")
+
+
+def distributed(folder: Path) -> None:
+    touch(folder, "__0_0.distcp", "__1_0.distcp", ".metadata")
+
+
+def pickles(folder: Path) -> None:
+    touch(folder, "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "optimizer.pt", "config.json")
+
+
+def gguf(folder: Path) -> None:
+    touch(folder, "model-Q4_K_M.gguf", "README.md")
+
+
+def numbered_files_of_which_one_is_missing(folder: Path) -> None:
+    touch(folder, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
+
+
+def several_models(folder: Path) -> None:
+    touch(folder, "a.safetensors", "b.safetensors")
+
+
+def two_variants(folder: Path) -> None:
+    touch(folder, "model.fp16.safetensors", "model.bf16.safetensors")
+
+
+def a_folder_of_models(folder: Path) -> None:
+    touch(folder, "llama/model.safetensors", "qwen/model.safetensors")
+
+
+def a_download_that_did_not_finish(folder: Path) -> None:
+    touch(folder, "config.json", "tokenizer.json")
+
+
+REFUSED: Mapping[Build, tuple[str, str]] = {
+    pointers: ("is a git-lfs pointer", "run `git lfs pull`"),
+    a_pointer_to_the_index: (f"{INDEX} is a git-lfs pointer", "run `git lfs pull`"),
+    a_page: ("is a web page", "`hf download ORG/NAME`"),
+    a_message_of_the_hub: ("is a message of the hub", "`hf auth login`"),
+    a_renamed_pickle: ("is a PyTorch file (pickle)", "convert it"),
+    a_renamed_gguf: ("is a GGUF file", "take the model it was made from"),
+    zeros: ("begins with zeros", "fetch it again"),
+    an_empty_file: ("is empty", "fetch it again"),
+    an_adapter: ("an adapter of 'org/base', no model", "merge it into its base first"),
+    an_adapter_of_diffusers: ("it holds an adapter, no model", "merge it into its base first"),
+    consolidated: ("in the layout of Mistral or Meta", "consolidated.safetensors"),
+    consolidated_pickles: ("in the layout of Mistral or Meta", "convert it"),
+    a_pipeline: ("it is a diffusers pipeline of several parts", "/subject/PART, of unet, vae"),
+    a_run: ("the folder of a run (checkpoint-50, checkpoint-100, checkpoint-900, checkpoint-1000)", "/checkpoint-1000"),
+    a_run_of_deepspeed: ("a checkpoint of DeepSpeed", "zero_to_fp32.py"),
+    a_run_of_fsdp: ("FSDP's parts", "`accelerate merge-weights"),
+    distributed: ("__0_0.distcp and 1 more are of PyTorch's distributed checkpoints", "dcp_to_torch"),
+    pickles: ("pytorch_model-00001-of-00002.bin and 1 more are PyTorch's pickles", "save_pretrained"),
+    gguf: ("model-Q4_K_M.gguf is GGUF", "take the model it was made from"),
+    numbered_files_of_which_one_is_missing: ("of 3 files like model-00001-of-00003.safetensors", "2 is missing"),
+    several_models: ("it has several weights, a.safetensors, b.safetensors", "name the file that is meant"),
+    two_variants: ("model.bf16.safetensors, model.fp16.safetensors", "name the file that is meant"),
+    a_folder_of_models: ("it has no weights, and 2 folders (llama, qwen)", "name the one with the model"),
+    a_download_that_did_not_finish: ("it has 2 files but no weights", "its download or copy did not finish"),
+}
+"""What each folder is, and the next step."""
+
+
+@pytest.mark.parametrize("build", REFUSED, ids=lambda build: build.__name__)
+def test_what_is_no_checkpoint_is_called_by_its_name_with_the_next_step(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "subject").mkdir()
+    build(tmp_path / "subject")
+
+    said = refused(tmp_path, tmp_path / "subject")
+
+    assert str(tmp_path / "subject") in said
+    for words in REFUSED[build]:
+        assert words in said
+
+
+def test_the_own_layout_of_mistral_is_merged_where_the_file_is_named(tmp_path: Path) -> None:
+    subject = write(tmp_path / "subject", {"consolidated.safetensors": full(1.0)})
+
+    assert f"name the file: {subject}/consolidated.safetensors" in refused(tmp_path, subject)
+    assert is_mean(merged(tmp_path, subject / "consolidated.safetensors")[0], 1.0)
+
+
+def test_all_wrong_paths_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path / "run")
+    models = [{"model": name, "parameters": {"weight": 1}} for name in ("./nowhere", "./run", str(tmp_path / "none"))]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+
+    said = " ".join(cli("plan", recipe, tmp_path / "out").output.split())
+
+    assert "3 models cannot be opened" in said
+    assert f"{tmp_path}/nowhere: the folder does not exist or is empty (a relative path counts from {tmp_path})" in said
+    assert "it is the folder of a run" in said
+    assert f"{tmp_path}/none: the folder does not exist" in said
+
+
+# --------------------------------------------------------------------------------------------- the hub's addresses
+
+
+@pytest.mark.parametrize(
+    ("address", "model"),
+    [
+        ("https://huggingface.co/org/name", "hf://org/name"),
+        ("https://huggingface.co/org/name/", "hf://org/name"),
+        ("http://www.huggingface.co/org/name", "hf://org/name"),
+        ("huggingface.co/org/name", "hf://org/name"),
+        ("https://hf.co/org/name.v2#usage", "hf://org/name.v2"),
+        ("https://huggingface.co/org/name/tree/main", "hf://org/name@main"),
+        ("https://huggingface.co/org/name/tree/main/sub/folder", "hf://org/name@main/sub/folder"),
+        ("https://huggingface.co/org/name/tree/refs%2Fpr%2F12", "hf://org/name@refs/pr/12"),
+        ("https://huggingface.co/org/name/blob/v1.0/model.safetensors", "hf://org/name@v1.0"),
+        ("https://huggingface.co/org/name/resolve/main/vae/model.safetensors", "hf://org/name@main/vae"),
+        ("https://huggingface.co/org/name/commit/" + "c" * 40, "hf://org/name@" + "c" * 40),
+        ("https://huggingface.co/org/name/discussions/3", "hf://org/name"),
+    ],
+)
+def test_an_address_of_the_hub_is_read_as_the_model_it_shows(address: str, model: str) -> None:
+    assert resolve_location(address) == model
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("https://huggingface.co/datasets/org/name", "not of a model"),
+        ("https://huggingface.co/spaces/org/name", "not of a model"),
+        ("https://huggingface.co/org", "not of a model"),
+        ("https://huggingface.co", "not of a model"),
+        ("https://huggingface.co/org/name/tree/a%2Fb", "has a slash"),
+        ("https://huggingface.co/org/name/edit/main/README.md", "write org/name"),
+        ("https://huggingface.co/org/name?library=transformers", "cut it off at the `?`"),
+        ("https://user:secret@huggingface.co/org/name", "carries a user and a password"),
+    ],
+)
+def test_other_pages_of_the_hub_are_refused(address: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)) as caught:
+        resolve_location(address)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_model_of_the_hub_is_read_by_its_address(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", {"model.safetensors": full(1.0)})
+    recipe = recipe_over(tmp_path, "https://huggingface.co/org/name/tree/main")
+    with hub_server({"org/name": model}) as endpoint:
+        environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        words = runs.command("merge", recipe, tmp_path / "out", "--device", "cpu")
+        finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    assert finished.returncode == 0, finished.stderr
+    assert is_mean(load_file(tmp_path / "out" / "model.safetensors"), 1.0)
+
+
+@pytest.mark.parametrize("location", ["org/name", "https://huggingface.co/org/name", "checkpoints/llama"])
+def test_a_hub_that_cannot_be_reached_is_named_with_why_it_was_asked(location: str, tmp_path: Path) -> None:
+    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    recipe = recipe_over(tmp_path, location)
+
+    finished = subprocess.run(
+        runs.command("plan", recipe, tmp_path / "out"), cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+    assert finished.returncode == 2, finished.stderr
+    assert "is read as the name of a model on the Hugging Face hub, as there is no such folder" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+# --------------------------------------------------------------------------------- tensors that have no elements
+
+
+def both(folder: Path, one: Tensors, other: Tensors, rules: object = None) -> Result:
+    """Plan the mean of two models."""
+    models = []
+    for name, tensors in (("one", one), ("other", other)):
+        model = write(folder / name, {"model.safetensors": tensors})
+        models.append({"model": str(model), "parameters": {"weight": 0.5}})
+    recipe = folder / "recipe.yaml"
+    parts = {"merge_method": "linear", "models": models, "stockflow": {"rules": rules or []}}
+    recipe.write_text(yaml.safe_dump(parts))
+    return cli("plan", recipe, folder / "out")
+
+
+EMPTY = torch.empty(0)
+
+
+@pytest.mark.parametrize("one_only", [False, True], ids=["in every model", "in one"])
+@pytest.mark.parametrize("names", [NAMES, NAMES[:1], NAMES[1:2], NAMES[2:], ("x.bias",)], ids=str)
+def test_placeholders_of_zero_3_are_refused(names: tuple[str, ...], one_only: bool, tmp_path: Path) -> None:
+    whole = full(1.0) | full(1.0, "x.weight") | {"x.bias": torch.ones(4)}
+    if names == ("x.bias",):
+        whole, names = (
+            {name.replace("x.", "layers.0.self_attn.q_proj."): each for name, each in whole.items()},
+            ("layers.0.self_attn.q_proj.bias",),
+        )
+    hollow = whole | dict.fromkeys(names, EMPTY)
+
+    finished = both(tmp_path, hollow, whole if one_only else hollow)
+
+    assert finished.exit_code == 2
+    assert "placeholders that DeepSpeed's ZeRO-3 leaves" in " ".join(finished.output.split())
+
+
+def test_a_checkpoint_of_nothing_but_empty_tensors_is_refused_whatever_their_names(tmp_path: Path) -> None:
+    nothing = {"a": EMPTY, "b": EMPTY}
+
+    finished = both(tmp_path, nothing, nothing)
+
+    assert finished.exit_code == 2
+    assert "2 tensors of" in finished.output
+
+
+def test_legitimately_empty_tensors_pass(tmp_path: Path) -> None:
+    tensors = full(1.0) | {
+        "odd.empty": EMPTY,
+        "layers.0.mlp.down_proj.g_idx": EMPTY,
+        "layers.0.adapter.mlp.weight": torch.empty(0, 7),
+        "layers.0.adapter.mlp.bias": EMPTY,
+        "layers.0.mlp.experts.gate_up_proj": torch.empty(0, 4, 6),
+    }
+
+    assert both(tmp_path, tensors, tensors).exit_code == 0
+
+
+@pytest.mark.parametrize(("action", "code"), [("skip", 0), ("copy", 2)])
+def test_placeholders_that_rules_leave_out_are_no_dead_end(action: str, code: int, tmp_path: Path) -> None:
+    """A copy of one is an empty tensor in the output."""
+    hollow = full(1.0) | {NAMES[2]: EMPTY}
+
+    assert both(tmp_path, hollow, hollow, [{"filter": "norm", "action": action}]).exit_code == code

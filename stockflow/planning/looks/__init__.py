@@ -6,11 +6,14 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 from collections.abc import Callable, Iterable
 
 from stockflow.planning.looks import asked, configs, kinship, layers, promises, quantised, tokenizers
+from stockflow.planning.looks import asked, configs, kinship, placeholders, promises, quantised, tokenizers
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
 LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     asked.unmerged,
+    asked.snapshots,
+    placeholders.placeholders,
     asked.skipped_tensors,
     layers.modules_left_out,
     layers.layers_in_config,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.storage import redact
+from stockflow.storage import redact, scheme_of
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
@@ -18,6 +18,16 @@ def skipped_tensors(proposal: Proposal) -> Iterator[Remark]:
         which = f"{counted(len(names), 'tensor')} {are(len(names))}"
         text = f"{which} left out by rules: {', '.join(map(in_a_line, names[:3]))} ..."
         yield Remark("skipped", text, "note", tensors=tuple(names))
+
+
+def snapshots(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which snapshots are read of folders of the hub's cache."""
+    for location, checkpoint in zip(proposal.recipe.checkpoints, proposal.checkpoints, strict=True):
+        if scheme_of(location) == "file" and checkpoint.url != location:
+            text = (
+                f"{location} is a folder of the hub's cache; read is its snapshot {checkpoint.url.rpartition('/')[2]}"
+            )
+            yield Remark("snapshot", text, "note", (checkpoint.url,))
 
 
 def missing_config(proposal: Proposal) -> Iterator[Remark]:
