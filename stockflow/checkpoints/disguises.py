@@ -16,8 +16,9 @@ _MAGIC: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
         ),
         (rb"\s*<\?xml", "is an answer in XML, as stores send with an error, not the file; download it again"),
         (
-            rb"(entry not found|invalid (username|credentials)|access to model|repository not found|unauthorized)",
-            "is a message of the hub, not the file; sign in (`hf auth login`) and download it again",
+            rb"\s*\{\s*\"error\"|entry not found|invalid (username|credentials)|access to model"
+            rb"|repository not found|unauthorized",
+            "is the message of a server, not the file; download it again (from the hub: `hf auth login` first)",
         ),
         (rb"PK\x03\x04|\x80[\x02-\x05]", "is a PyTorch file (pickle); convert it to safetensors first"),
         (rb"GGUF", "is a GGUF file, which is for inference; take the model it was made from"),

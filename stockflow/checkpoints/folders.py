@@ -11,6 +11,7 @@ from stockflow.checkpoints.documents import read_json
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import LocalStore, Stamp, Store, scheme_of
 from stockflow.text.escaping import in_a_line
+from stockflow.text.redaction import command_line
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
@@ -65,6 +66,13 @@ def nothing_here(store: Store, files: Mapping[str, Stamp], folders: Sequence[str
     return f"there is no checkpoint at {place.where}: {next(reasons)}"
 
 
+def no_folder(url: str) -> str:
+    """Return what a file is that was named in place of a model's folder, and what to do; empty if nothing is known."""
+    name = url.rpartition("/")[2]
+    said = next((said for pattern, said in _FORMATS if re.fullmatch(pattern, name, re.IGNORECASE)), "")
+    return said and f"there is no checkpoint at {url}: it is {said}"
+
+
 def _nothing(place: _Place) -> Iterator[str]:
     if place.files or place.folders:
         return
@@ -75,7 +83,8 @@ def _nothing(place: _Place) -> Iterator[str]:
     here = os.getcwd()
     relative = f" (a relative path counts from {here})" if url.startswith(f"{here}/") else ""
     unseen = "" if scheme_of(url) == "file" else " (keys with an empty, `.` or `..` segment are not seen)"
-    yield f"the folder does not exist or is empty{relative}{unseen}; {expected}"
+    what = "there is no such file" if url.endswith(".safetensors") else "the folder does not exist or is empty"
+    yield f"{what}{relative}{unseen}; {expected}"
 
 
 def _adapter(place: _Place) -> Iterator[str]:
@@ -92,7 +101,7 @@ def _pipeline(place: _Place) -> Iterator[str]:
         return
     parts = [name for name, kind in _said(place, "model_index.json").items() if isinstance(kind, list)]
     there = [name for name in parts if name in place.folders]
-    some = ", ".join(map(in_a_line, there)) or "its folders"
+    some = _some(there) or "its folders"
     yield f"it is a diffusers pipeline of several parts; merge each by itself: {place.where}/PART, of {some}"
 
 
@@ -114,10 +123,12 @@ def _incomplete(place: _Place) -> Iterator[str]:
 
 
 def _several(place: _Place) -> Iterator[str]:
+    for group in place.groups:
+        if len(group.shards) > 1 and not group.single and not group.index:
+            counts = " and of ".join(map(str, sorted(group.shards)))
+            yield f"it has numbered files of {counts}, like {group}, and no index; move those away that are not meant"
     if place.groups:
-        names = ", ".join(map(str, place.groups[:NUM_NAMED]))
-        more = f" and {len(place.groups) - NUM_NAMED} more" if len(place.groups) > NUM_NAMED else ""
-        them = f"{names}{more}"
+        them = _some([str(group) for group in place.groups])
         if len(place.groups) == 1:
             yield f"its only weights, {them}, are not those of a model by their name; name the file itself if they are"
         yield f"it has several weights, {them}, and none is {SINGLE_FILE}; name the file that is meant"
@@ -133,7 +144,7 @@ def _steps(place: _Place) -> Iterator[str]:
     if any(name.startswith("global_step") for _, name in found):
         yield (
             f"it is a checkpoint of DeepSpeed ({before}{names}), whose weights are in parts; gather them with "
-            f"`python zero_to_fp32.py {place.where} OUTPUT --safe_serialization`"
+            f"`{command_line('python', '-m', 'deepspeed.utils.zero_to_fp32', place.where)} OUTPUT --safe_serialization`"
         )
     yield f"it is the folder of a run ({before}{names}); name one of them, the newest is {place.where}/{found[-1][1]}"
 
@@ -141,16 +152,15 @@ def _steps(place: _Place) -> Iterator[str]:
 def _cache(place: _Place) -> Iterator[str]:
     models = [name.removeprefix("models--").replace("--", "/") for name in place.folders if name.startswith("models--")]
     if models:
-        some = ", ".join(map(in_a_line, models[:NUM_NAMED])) + (" ..." if len(models) > NUM_NAMED else "")
-        yield f"it is the hub's cache, of {some}; name one as org/name, or its folder models--org--name"
+        yield f"it is the hub's cache, of {_some(models)}; name one as org/name, or its folder models--org--name"
 
 
 def _sharded_training(place: _Place) -> Iterator[str]:
     parts = [name for name in place.folders if name.startswith("pytorch_model_fsdp")]
     if parts:
         yield (
-            f"{parts[0]} holds the weights in FSDP's parts; gather them with "
-            f"`accelerate merge-weights {place.where}/{in_a_line(parts[0])} OUTPUT`"
+            f"{in_a_line(parts[0])} holds the weights in FSDP's parts; gather them with "
+            f"`{command_line('accelerate', 'merge-weights', place.store.where(parts[0]))} OUTPUT`"
         )
 
 
@@ -164,15 +174,14 @@ def _other_format(place: _Place) -> Iterator[str]:
 
 def _below(place: _Place) -> Iterator[str]:
     if place.folders and not any(name.endswith(".json") for name in place.files):
-        names = ", ".join(map(in_a_line, place.folders[:NUM_NAMED])) + (
-            " ..." if len(place.folders) > NUM_NAMED else ""
-        )
-        yield f"it has no weights, and {counted(len(place.folders), 'folder')} ({names}); name the one with the model"
+        count = counted(len(place.folders), "folder")
+        yield f"it has no weights, and {count} ({_some(place.folders)}); name the one with the model"
 
 
 def _no_weights(place: _Place) -> Iterator[str]:
+    below = f" and {counted(len(place.folders), 'folder')} ({_some(place.folders)})" if place.folders else ""
     yield (
-        f"it has {counted(len(place.files), 'file')} but no weights; expected {SINGLE_FILE} or {INDEX_FILE}. "
+        f"it has {counted(len(place.files), 'file')}{below} but no weights; expected {SINGLE_FILE} or {INDEX_FILE}. "
         "If this is where the model should be, its download or copy did not finish"
     )
 
@@ -182,6 +191,10 @@ _LOOKS: tuple[Callable[[_Place], Iterator[str]], ...] = (
     _below, _no_weights,
 )  # fmt: skip
 """The first that has something to say decides."""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(in_a_line, names[:NUM_NAMED])) + (" ..." if len(names) > NUM_NAMED else "")
 
 
 def _said(place: _Place, key: str) -> Mapping[str, object]:

@@ -4,6 +4,7 @@ Only the index and the headers are read. The layout is Hugging Face's: one ``mod
 named by ``model.safetensors.index.json``.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from functools import partial
 from stockflow.checkpoints.beside import look_beside
 from stockflow.checkpoints.candidates import chosen_of, groups_of
 from stockflow.checkpoints.documents import find_json, read_json
-from stockflow.checkpoints.folders import nothing_here
+from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, find_modules
@@ -63,6 +64,8 @@ def open_checkpoint(
         NotFoundError: there is no checkpoint at this location.
         CheckpointError: index, headers or config are malformed.
     """
+    if isinstance(store, LocalStore) and os.path.isfile(store.where()) and (said := no_folder(store.where())):
+        raise NotFoundError(said)
     listing = store.listing()
     only = store.only if isinstance(store, LocalStore) else ""
     group = chosen_of(groups_of(listing.files), only)

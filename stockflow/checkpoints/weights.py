@@ -159,10 +159,10 @@ def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
     is_named = isinstance(folder.store, LocalStore) and folder.store.only
     if group.stem not in STEMS and not is_named:
         yield _chosen(folder, f"{folder.where} has no other weights than {group}: they are read", "note")
-    elif group.variant and not is_named:
+    if group.variant and not is_named:
         text = f"{folder.where} has its weights as the variant {shown(group.variant)} only: {group} is read"
         yield _chosen(folder, text, "note")
-    elif group.stem in STEMS[1:]:
+    if group.stem in STEMS[1:]:
         text = f"{folder.where} is a part of a diffusers pipeline: {group} is read. A merge is written as {STEMS[0]}.*"
         yield _chosen(folder, f"{text}, which diffusers finds once its index or only file has the part's name", "note")
     if not group.single and not group.index:
@@ -210,17 +210,18 @@ def _on_stale_index(folder: Folder, group: Group, homes: Homes, single: Weights,
     Raises:
         CheckpointError: the single file does not have all that the index lists.
     """
-    count = f"{len(missing)} of the {len(set(homes.values()))} files of {in_a_line(group.index)}"
+    named = counted(len(set(homes.values())), "file")
+    gone = f"{len(missing)} of {named} of {in_a_line(group.index)} {are(len(missing))} not there"
     absent = [name for name in homes if name not in single.specs and not folder.is_settled(name)]
     aliases = aliases_of(absent, single.specs, folder.config)
     lost = [name for name in absent if name not in aliases]
     if lost:
         raise CheckpointError(
-            f"{folder.where} holds no whole model: {count} are not there, such as {in_a_line(missing[0])}, and "
+            f"{folder.where} holds no whole model: {gone}, such as {in_a_line(missing[0])}, and "
             f"{in_a_line(group.single)} lacks {counted(len(lost), 'tensor')} that the index lists, such as "
             f"{shown(lost[0])}. Fetch the files, or remove the index if {in_a_line(group.single)} is the model"
         )
-    text = f"{folder.where}: {count} are not there, and {in_a_line(group.single)} has every tensor it lists"
+    text = f"{folder.where}: {gone}, and {in_a_line(group.single)} has every tensor it lists"
     return _chosen(folder, f"{text}: that file is read", "warning")
 
 

@@ -209,8 +209,8 @@ READ: Mapping[Build, str] = {
     a_stray_file_with_one_tensor_without_elements: "a stray placeholder; model.safetensors.index.json is read",
     a_stray_file_of_few_tensors_without_elements: "a stray placeholder; model.safetensors.index.json is read",
     shards_without_elements_beside_a_file: "where model.safetensors has some; that file is read",
-    a_stale_index: "2 of the 2 files of model.safetensors.index.json are not there, and model.safetensors has every",
-    a_stale_index_of_which_one_shard_is_left: "1 of the 2 files of model.safetensors.index.json are not there",
+    a_stale_index: "2 of 2 files of model.safetensors.index.json are not there, and model.safetensors has every",
+    a_stale_index_of_which_one_shard_is_left: "1 of 2 files of model.safetensors.index.json is not there",
     a_stale_index_with_a_tied_head: "model.safetensors has every tensor it lists: that file is read",
     an_index_that_names_the_single_file: "",
     a_tensor_in_two_shards: "'model.norm.weight'; read from the one that the index names",
@@ -606,6 +606,15 @@ def numbered_files_of_which_one_is_missing(folder: Path) -> None:
     touch(folder, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
 
 
+def two_counts_of_numbered_files(folder: Path) -> None:
+    for total in (2, 3):
+        touch(folder, *(f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)))
+
+
+def a_message_of_a_server(folder: Path) -> None:
+    touch(folder, "model.safetensors", content=b'{"error":"Invalid username or password."}')
+
+
 def several_models(folder: Path) -> None:
     touch(folder, "a.safetensors", "b.safetensors")
 
@@ -626,7 +635,7 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     pointers: ("is a git-lfs pointer", "run `git lfs pull`"),
     a_pointer_to_the_index: (f"{INDEX} is a git-lfs pointer", "run `git lfs pull`"),
     a_page: ("is a web page", "`hf download ORG/NAME`"),
-    a_message_of_the_hub: ("is a message of the hub", "`hf auth login`"),
+    a_message_of_the_hub: ("is the message of a server", "`hf auth login`"),
     a_renamed_pickle: ("is a PyTorch file (pickle)", "convert it"),
     a_renamed_gguf: ("is a GGUF file", "take the model it was made from"),
     zeros: ("begins with zeros", "fetch it again"),
@@ -637,12 +646,14 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     consolidated_pickles: ("in the layout of Mistral or Meta", "convert it"),
     a_pipeline: ("it is a diffusers pipeline of several parts", "/subject/PART, of unet, vae"),
     a_run: ("the folder of a run (checkpoint-50, checkpoint-100, checkpoint-900, checkpoint-1000)", "/checkpoint-1000"),
-    a_run_of_deepspeed: ("a checkpoint of DeepSpeed", "zero_to_fp32.py"),
+    a_run_of_deepspeed: ("a checkpoint of DeepSpeed", "`python -m deepspeed.utils.zero_to_fp32 /"),
     a_run_of_fsdp: ("FSDP's parts", "`accelerate merge-weights"),
     distributed: ("__0_0.distcp and 1 more are of PyTorch's distributed checkpoints", "dcp_to_torch"),
     pickles: ("pytorch_model-00001-of-00002.bin and 1 more are PyTorch's pickles", "save_pretrained"),
     gguf: ("model-Q4_K_M.gguf is GGUF", "take the model it was made from"),
     numbered_files_of_which_one_is_missing: ("of 3 files like model-00001-of-00003.safetensors", "2 is missing"),
+    two_counts_of_numbered_files: ("it has numbered files of 2 and of 3", "move those away that are not meant"),
+    a_message_of_a_server: ("is the message of a server", "download it again"),
     several_models: ("it has several weights, a.safetensors, b.safetensors", "name the file that is meant"),
     two_variants: ("model.bf16.safetensors, model.fp16.safetensors", "name the file that is meant"),
     a_folder_of_models: ("it has no weights, and 2 folders (llama, qwen)", "name the one with the model"),
@@ -661,6 +672,21 @@ def test_what_is_no_checkpoint_is_called_by_its_name_with_the_next_step(build: B
     assert str(tmp_path / "subject") in said
     for words in REFUSED[build]:
         assert words in said
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.gguf", "it is GGUF, which"),
+        ("a.onnx", "it is ONNX"),
+        ("a.safetensors", "there is no such file"),
+    ],
+)
+def test_a_file_that_is_no_weights_is_called_what_it_is(name: str, message: str, tmp_path: Path) -> None:
+    if not name.endswith(".safetensors"):
+        touch(tmp_path, name)
+
+    assert f"there is no checkpoint at {tmp_path}/{name}: {message}" in refused(tmp_path, tmp_path / name)
 
 
 def test_the_own_layout_of_mistral_is_merged_where_the_file_is_named(tmp_path: Path) -> None:

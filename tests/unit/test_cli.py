@@ -238,7 +238,7 @@ def test_as_a_process_it_merges_and_verifies(world: World) -> None:
 
     assert merged.returncode == 0, merged.stderr
     assert "opening checkpoints" in merged.stderr
-    assert cli("verify", world.output).stderr == ""
+    assert re.sub(r"checking .*: for \d+ s\n", "", cli("verify", world.output).stderr) == ""  # a busy machine
     assert load_file(world.output / "model.safetensors").keys() == SHAPES.keys()
 
 

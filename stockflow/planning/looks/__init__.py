@@ -5,8 +5,7 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 
 from collections.abc import Callable, Iterable
 
-from stockflow.planning.looks import asked, configs, kinship, layers, promises, quantised, tokenizers
-from stockflow.planning.looks import asked, configs, kinship, placeholders, promises, quantised, tokenizers
+from stockflow.planning.looks import asked, configs, kinship, layers, placeholders, promises, quantised, tokenizers
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 

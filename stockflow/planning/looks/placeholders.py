@@ -31,7 +31,7 @@ def placeholders(proposal: Proposal) -> Iterator[Remark]:
             text = (
                 f"{counted(len(names), 'tensor')} of {where} {are(len(names))} without elements and should have some, "
                 f"such as {shown(names[0])}: placeholders that DeepSpeed's ZeRO-3 leaves when each process saves its "
-                "part; gather the weights (`python zero_to_fp32.py CHECKPOINT OUTPUT --safe_serialization`)"
+                "part; gather the weights (`python -m deepspeed.utils.zero_to_fp32 CHECKPOINT OUTPUT`)"
             )
             yield Remark("placeholders", text, "refusal", (where,), tuple(names))
 
