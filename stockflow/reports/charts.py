@@ -13,6 +13,7 @@ from stockflow.reports.evidence import Evidence
 from stockflow.reports.figures import (
     Cell,
     Change,
+    FactSummary,
     Heatmap,
     Histogram,
     KindSummary,
@@ -25,6 +26,8 @@ from stockflow.reports.figures import (
 
 MAX_PARTS = 24
 """Lines of a heatmap; with more, kinds are shown instead of parts."""
+COUNTS_OF_GROUPS = ("groups", "clamped_groups")
+"""Facts that say how a tensor was divided."""
 MAX_LAYERS = 256
 """Columns of a heatmap; with more, neighbouring layers share one."""
 NUM_BINS = 40
@@ -50,6 +53,7 @@ def geometry_of(evidence: Evidence) -> MergeGeometry:
     notable = tuple(_notable(rows))
     return MergeGeometry(
         kinds=tuple(_kinds(rows)),
+        method_facts=tuple(_method_facts(rows)),
         ratio_map=_heatmap(rows, columns, _ratio),
         cosine_map=_heatmap(rows, columns, _cosine),
         outside=tuple(_outside(rows)),
@@ -111,6 +115,19 @@ def _kinds(rows: Sequence[TensorFacts]) -> Iterator[KindSummary]:
                 spread(change for row in members for change in relative_changes(row)),
                 *(sum(flag in row.flags for row in members) for flag in ("clamped", "zero_delta", "copied")),
             )
+
+
+def _method_facts(rows: Sequence[TensorFacts]) -> Iterator[FactSummary]:
+    """Yield what methods say beside the columns of the table, by name, as many names as a report has room for."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.facts.items():
+            if name not in COUNTS_OF_GROUPS and math.isfinite(value) and (name in found or len(found) < MAX_PARTS):
+                found.setdefault(name, []).append(value)
+    for name, values in found.items():
+        spread_of_all = spread(values)
+        assert spread_of_all is not None
+        yield FactSummary(name, spread_of_all)
 
 
 # By layer

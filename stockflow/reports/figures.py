@@ -107,12 +107,21 @@ class Notable:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class FactSummary:
+    """What a method says of its tensors beside cosines and ratios."""
+
+    name: str
+    values: Spread
+
+
 @dataclass(frozen=True)
 class MergeGeometry:
     """What a report shows of the models and of their merge."""
 
     kinds: tuple[KindSummary, ...]
     """those that occur, in the order of ``KINDS``; last, all together"""
+    method_facts: tuple[FactSummary, ...]
     ratio_map: Heatmap | None
     cosine_map: Heatmap | None
     outside: tuple[Outside, ...]
@@ -146,6 +155,7 @@ class MergeGeometry:
         """Return everything but single tensors, for programs."""
         return {
             "kinds": [asdict(kind) for kind in self.kinds],
+            "method_facts": [asdict(fact) for fact in self.method_facts],
             "models": list(self.letters),
             "model_cosines": [list(row) for row in self.matrix],
             "mean_model_cosine": self.mean_model_cosine,

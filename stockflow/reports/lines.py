@@ -70,6 +70,11 @@ def _geometry_lines(geometry: MergeGeometry) -> Iterator[str]:
         for kind in geometry.kinds
     ]
     yield from grid([heads, *rows])
+    if geometry.method_facts:
+        yield ""
+        spreads = [(fact.name, fact.values) for fact in geometry.method_facts]
+        measured = [(printable(name, 40), f"{values.count:,}", *_three(values)) for name, values in spreads]
+        yield from grid([("fact", "tensors", "median", "least", "largest"), *measured])
     if geometry.matrix:
         yield ""
         yield "cosines between whole models"

@@ -160,6 +160,31 @@ GOLDEN = {
         dtype=torch.float64,
         asked={"per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]}},
     ),
+    "nuslerp by row": Golden(
+        "nuslerp",
+        "f0d5177072ce013d1fab724e5a38d719ce579ab547a44751cdc22512bc39cee3",
+        2,
+        drawn={"delta_scale": 0.03},
+        asked={"per_model": {"weight": [0.31, 0.72]}, "parameters": {"nuslerp_flatten": False}, "with_base": False},
+    ),
+    "multislerp": Golden(
+        "multislerp",
+        "a85e9ec16fe798ff23e048259abd8199693a0c3dfdd790dfb533c60fa2e8baa7",
+        asked={"per_model": {"weight": [0.31, 0.72, 0.44]}},
+    ),
+    "karcher in F32": Golden(
+        "karcher",
+        "d002e691f83fa13d8f550dbab3871d31f268260fabde1c19bc05f96df7a70f0b",
+        dtype=F32,
+        drawn={"delta_scale": 0.03},
+        asked={"with_base": False},
+    ),
+    "geometric_median in F32": Golden(
+        "geometric_median",
+        "5c0563d3a3b04600f2839c0d1bc0430869deaccbf54c8a5c1c7f50d75d05a49f",
+        dtype=F32,
+        asked={"per_model": {"weight": [0.31, 0.72, 0.44]}},
+    ),
 }
 
 
@@ -185,6 +210,7 @@ def test_the_bytes_of_a_merge_do_not_change(name: str, tmp_path: Path) -> None:
 def test_a_processor_without_wide_vectors_and_fused_products_gives_the_same_bytes(tmp_path: Path) -> None:
     """SSE2 alone is the least that an x86-64 processor has; an ARM one shares no instruction with either."""
     names = ["model_stock by row", "model_stock in F32", "slerp", "task_arithmetic in F64", "ties", "ties in F64"]
+    names += ["nuslerp by row", "karcher in F32", "geometric_median in F32"]
     script = (
         "import sys; from pathlib import Path; from tests.golden.test_golden import merge_one\n"
         "for name in sys.argv[2:]: print(merge_one(name, Path(sys.argv[1], name))[1])"

@@ -202,6 +202,8 @@ def test_an_output_is_verified_and_reported(method: str, with_base: bool, scope:
     assert "3 combined from the coefficients on record" in verified.stdout + verified.stderr
     assert reported.returncode == 0, reported.stderr
     report = json.loads(reported.stdout)
+    recorded = {name for row in runs.tensor_facts(tmp_path / "out").values() for name in row["facts"]} - {"groups"}
+    assert {fact["name"] for fact in report["geometry"]["method_facts"]} == recorded
     has_base = with_base and method != "karcher"
     assert [model["role"] for model in report["models"]] == (["base"] if has_base else ["model"]) + ["model"] * (
         len(report["models"]) - 1
@@ -292,6 +294,23 @@ def test_weights_that_cancel_for_some_tensors_are_refused_before_anything_is_rea
         runs.merge_here(recipe, tmp_path / "out")
 
     assert not list((tmp_path / "out").glob("*"))
+
+
+# --- slerp
+
+
+def test_slerp_begins_at_the_base_wherever_it_is_listed(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "family", 1, SHAPES, delta_scale=0.03)
+    digests = []
+    base, tuned = family.base, family.tuned[0]
+    for number, models in enumerate(([tuned], [tuned, base], [base, tuned])):
+        recipe = write_recipe(
+            tmp_path / f"{number}.yaml", "slerp", Family(family.base, tuple(models)), parameters={"t": 0.3}
+        )
+        runs.merge_here(recipe, tmp_path / f"out-{number}")
+        digests.append(runs.shard_digests(tmp_path / f"out-{number}"))
+
+    assert digests[0] == digests[1] == digests[2]
 
 
 # --- passthrough

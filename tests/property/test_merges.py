@@ -40,7 +40,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear", "per_model": {"weight": [0.31, 0.72, -0.44]}},
     "task_arithmetic": {"method": "task_arithmetic", "per_model": {"weight": [0.31, 0.72, -0.44]}},
     "slerp": {"method": "slerp", "parameters": {"t": 0.37}},
-}
+    "nuslerp by row": {
+        "method": "nuslerp", "per_model": {"weight": [0.31, 0.72]}, "parameters": {"nuslerp_flatten": False},
+    },
+    "multislerp by leading index": {
+        "method": "multislerp", "per_model": {"weight": [0.31, 0.72, 0.44]}, "stockflow": {"scope": "leading"},
+    },
+    "karcher by row": {"method": "karcher", "stockflow": {"scope": "row"}},
+    "geometric_median": {"method": "geometric_median"},
+}  # fmt: skip
+NUM_TUNED = {"slerp": 1, "nuslerp": 2}
+"""Of methods that take a certain number."""
 ANY_METHOD = pytest.mark.parametrize("asked", METHODS.values(), ids=METHODS.keys())
 
 
@@ -50,7 +60,7 @@ def spanning(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 def recipe_of(path: Path, family: Family, asked: dict[str, Any]) -> Path:
-    tuned = family.tuned[:1] if asked["method"] == "slerp" else family.tuned
+    tuned = family.tuned[: NUM_TUNED.get(asked["method"])]
     rest = {key: value for key, value in asked.items() if key != "method"}
     if "per_model" in rest:
         rest["per_model"] = {key: values[: len(tuned)] for key, values in rest["per_model"].items()}
