@@ -102,12 +102,12 @@ def _document(store: Store, tree: Tree, key: str) -> object:
 
 
 def open_checkpoints(
-    stores: Sequence[Store], on_file: OnFile = unheard, settles: Settles | None = None
+    stores: Sequence[Store | UserError], on_file: OnFile = unheard, settles: Settles | None = None
 ) -> list[Checkpoint]:
     """Open several checkpoints, the first one first and the others concurrently, in the order given.
 
     Args:
-        stores: where they are.
+        stores: where they are, or why that cannot be told.
         on_file: told of each file whose header was read.
         settles: what rules settle. With it, refusals are left to who makes a plan of these; without it they are raised.
 
@@ -117,8 +117,11 @@ def open_checkpoints(
     cache = HeaderCache()
 
     def attempt(position: int) -> Checkpoint | UserError:
+        store = stores[position]
+        if isinstance(store, UserError):
+            return store
         try:
-            return open_checkpoint(stores[position], cache, on_file, partial(settles or _settles_nothing, position))
+            return open_checkpoint(store, cache, on_file, partial(settles or _settles_nothing, position))
         except UserError as error:
             return error
 

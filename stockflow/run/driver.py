@@ -15,7 +15,7 @@ from stockflow.checkpoints.layout import OnFile, unheard
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.checkpoints.samples import Samples, take_samples
 from stockflow.checkpoints.tokenizers import read_tokenizers
-from stockflow.errors import PlanError, StockflowError
+from stockflow.errors import NotFoundError, PlanError, StockflowError, UserError
 from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
 from stockflow.interruption import finishing, last_act
 from stockflow.output.claims import Heartbeat, new_run
@@ -124,9 +124,10 @@ class Inputs:
             StorageError: reading failed after retries.
         """
         inputs = cls(recipe, [], trusted=trusted)
-        inputs.stores = [open_model(pin_revision(location), inputs.storage) for location in recipe.checkpoints]
+        found = [_store_or_why_not(location, inputs.storage) for location in recipe.checkpoints]
         with collector_paused():
-            inputs.checkpoints = open_checkpoints(inputs.stores, on_file, recipe.spares)
+            inputs.checkpoints = open_checkpoints(found, on_file, recipe.spares)
+        inputs.stores = [store for store in found if not isinstance(store, UserError)]
         donor = recipe.side_files_donor
         inputs.checkpoints[donor] = without_damaged(inputs.stores[donor], inputs.checkpoints[donor])
         return inputs._unified()
@@ -171,6 +172,14 @@ class Inputs:
                 accepted=accepted,
                 samples=samples,
             )
+
+
+def _store_or_why_not(location: str, storage: StorageConfig) -> Store | UserError:
+    """Return a model's store, or that there is no such model: it is told with what else is wrong."""
+    try:
+        return open_model(pin_revision(location), storage)
+    except NotFoundError as error:
+        return error
 
 
 def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[MergePlan, Workspace]:

@@ -219,6 +219,8 @@ class ObstoreClient:
             if repeats not in self._connections:
                 try:
                     self._connections[repeats] = self._connect(repeats)
+                except RecipeError:
+                    raise
                 except (exceptions.BaseError, ValueError) as error:
                     place, reason = f"{self._scheme}://{self._bucket}", scrub(_detail(str(error)))
                     raise RecipeError(

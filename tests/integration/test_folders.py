@@ -766,6 +766,22 @@ def test_a_model_of_the_hub_is_read_by_its_address(tmp_path: Path) -> None:
     assert is_mean(load_file(tmp_path / "out" / "model.safetensors"), 1.0)
 
 
+def test_models_that_the_hub_does_not_have_are_named_with_the_folders_that_are_not_there(tmp_path: Path) -> None:
+    models = [{"model": name, "parameters": {"weight": 1}} for name in ("org/none", "./nowhere", "org/name", "org/no")]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    model = write(tmp_path / "model", {"model.safetensors": full(1.0)})
+    with hub_server({"org/name": model}) as endpoint:
+        environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        words = runs.command("plan", recipe, tmp_path / "out")
+        finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    assert finished.returncode == 2
+    assert "3 models cannot be opened" in finished.stderr
+    for said in ("cannot read hf://org/none: no such model", "nowhere: the folder does not exist", "hf://org/no:"):
+        assert said in finished.stderr
+
+
 @pytest.mark.parametrize("location", ["org/name", "https://huggingface.co/org/name", "checkpoints/llama"])
 def test_a_hub_that_cannot_be_reached_is_named_with_why_it_was_asked(location: str, tmp_path: Path) -> None:
     environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
