@@ -1,7 +1,7 @@
 """Ownership of an output prefix: which plan has it, taking it and replacing what is there, losing it to another one."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from stockflow.interruption import pause
 from stockflow.output import claims
 from stockflow.output import manifest as manifest_file
 from stockflow.output.claims import Claim, last_seen
+from stockflow.output.files import loaders_read, planned_files, strangers
 from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, RECORDS, plan_folder, plan_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
@@ -28,11 +29,16 @@ from stockflow.planning import file as plan_file
 from stockflow.planning.file import RecordedPlan
 from stockflow.planning.plan import NUMERICS, CheckpointRef, MergePlan
 from stockflow.storage import Stamp, Store, redact
+from stockflow.text.strictjson import shown
 
 SETTLE_S = 5.0
 """where creation is not exclusive: how long a claim must stand before it counts"""
 MAX_CHANGES = 3
 """Files that a message names of those that changed."""
+MAX_NAMED = 20
+"""files that a message names of those that go or stay"""
+UNPUBLISHED_FIRST = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
+"""Without these, a loader finds no model."""
 
 States = Mapping[str, Mapping[str, Stamp]]
 """of input files, by checkpoint URL and name"""
@@ -75,10 +81,18 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
             )
     except CheckpointError as error:
         return Occupancy(conflict=str(error))
-    occupant = next(iter(store.list_top()), None)
+    occupant = _occupant(store, plan)
     if occupant is None:
         return Occupancy()
     return Occupancy(conflict=f"{where} is not empty and not an output of stockflow (it has {occupant!r})")
+
+
+def _occupant(store: Store, plan: MergePlan) -> str | None:
+    """Return a file of strangers, or a folder in which the output would have files: others may lie beside an output."""
+    listing = store.listing()
+    keys = (key for key in planned_files(plan, plan.plan_id) if not key.startswith(RECORDS))
+    folders = {key.partition("/")[0] for key in keys if "/" in key}
+    return next((name for name in (*listing.files, *listing.folders) if name in listing.files or name in folders), None)
 
 
 def _differing(inputs: Iterable[CheckpointRef], numerics: int, plan: MergePlan) -> str:
@@ -140,8 +154,10 @@ def admit(store: Store, plan: MergePlan, *, overwrite: bool) -> Occupancy:
     return found
 
 
-def take(store: Store, plan: MergePlan, run: str, found: Occupancy, *, is_exclusive: bool) -> None:
+def take(store: Store, plan: MergePlan, run: str, found: Occupancy, *, is_exclusive: bool) -> Sequence[str]:
     """Claim the output prefix for this plan, replacing what was ``found`` there if that is not ours to resume.
+
+    Returns what to say of it: which files went, and which stay.
 
     A finished output of this plan is published anew: shards that are still what their receipts say are kept,
     damaged ones are merged again.
@@ -157,9 +173,12 @@ def take(store: Store, plan: MergePlan, run: str, found: Occupancy, *, is_exclus
         OutputConflictError: another plan claimed it at the same moment.
     """
     if found.conflict or found.finished:
+        notes = list(overwriting_notes(store, plan, is_done=True))
         _replace(store, plan, run)
-    elif not found.is_ours:
+        return notes
+    if not found.is_ours:
         _claim(store, plan, run, is_exclusive=is_exclusive)
+    return ()
 
 
 def _ids(owner: Manifest | Claim, plan: MergePlan) -> str:
@@ -211,10 +230,8 @@ def _replace(store: Store, plan: MergePlan, run: str) -> None:
 
     Of an output of ours every published file goes; of foreign files only weights, which loaders might pick up.
     """
-    published: set[str] = set()
-    with suppress(NotFoundError, CheckpointError):
-        published.update(manifest_file.read(store).files)
-    for key in (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE):
+    published = _published(store)
+    for key in UNPUBLISHED_FIRST:
         store.delete([key])
     _delete_others(store, plan, published)
     store.put(CLAIM_FILE, claims.encode(Claim.now(plan.plan_id, run)))
@@ -222,13 +239,45 @@ def _replace(store: Store, plan: MergePlan, run: str) -> None:
     _delete_others(store, plan, published)
 
 
-def _delete_others(store: Store, plan: MergePlan, published: set[str]) -> None:
+def _delete_others(store: Store, plan: MergePlan, published: Set[str]) -> None:
+    present = store.list()
     kept = {shard.file for shard in plan.shards}
-    present = present_files(store, published)
-    stale = [key for key in present if key not in kept and (key in published or key.endswith(".safetensors"))]
+    stale = [key for key in present if _goes(key, published) and key not in kept]
     current = plan_folder(plan.plan_id)
-    records = [key for key in store.list(RECORDS) if not key.startswith(current) and key != CLAIM_FILE]
+    records = [key for key in present if key.startswith(RECORDS) and not key.startswith(current) and key != CLAIM_FILE]
     store.delete([*stale, *records])
+
+
+def _published(store: Store) -> Set[str]:
+    with suppress(NotFoundError, CheckpointError):
+        return manifest_file.read(store).files.keys()
+    return frozenset()
+
+
+def _goes(key: str, published: Set[str]) -> bool:
+    is_weights = "/" not in key and key.endswith(".safetensors")
+    return (key in published and not key.startswith(RECORDS)) or is_weights or key in UNPUBLISHED_FIRST
+
+
+def overwriting_notes(store: Store, plan: MergePlan, *, is_done: bool) -> Iterator[str]:
+    """Yield which files ``--overwrite`` removes for good, and which it leaves as it did not write them."""
+    present, published = store.list(), _published(store)
+    planned = {*planned_files(plan, plan.plan_id), MANIFEST_FILE}
+    others = strangers(present, planned)
+    gone = [key for key in others if _goes(key, published)]
+    left = [key for key in others if not _goes(key, published)]
+    if gone:
+        yield f"--overwrite {'removes' if is_done else 'would remove'} {_some(gone)}"
+    if left:
+        read = [key for key in left if loaders_read(key)]
+        warned = f"; loaders of the output may read {_some(read)}: remove what is not wanted" if read else ""
+        leaves = "leaves" if is_done else "would leave"
+        yield f"--overwrite {leaves} what stockflow did not write: {_some(left)}{warned}"
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return f"{', '.join(map(shown, keys[:MAX_NAMED]))}{more}"
 
 
 def check_owner(store: Store, plan_id: str, numerics_class: str) -> None:

@@ -23,7 +23,7 @@ from stockflow.output.clean import abort_leftovers
 from stockflow.output.keys import plan_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
-from stockflow.output.ownership import admit, look, store_warnings, take
+from stockflow.output.ownership import admit, look, overwriting_notes, store_warnings, take
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.output.shards import valid_receipts
 from stockflow.planning import file as plan_file
@@ -241,13 +241,15 @@ def _is_direct(inputs: Inputs, options: MergeOptions) -> bool:
 
 def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: bool) -> Iterator[str]:
     """Yield what a merge would find at its output; nothing is written."""
-    found = look(open_store(output, inputs.storage, writable=True), plan)
+    store = open_store(output, inputs.storage, writable=True)
+    found = look(store, plan)
     if found.finished:
         yield "this plan's output is there already, finished: a merge would do nothing"
     elif found.is_ours:
         yield "an earlier run of this plan began here: a merge would resume it"
     elif found.conflict:
         yield f"{found.conflict}: a merge would {'replace it' if overwrite else 'refuse, unless --overwrite is given'}"
+        yield from overwriting_notes(store, plan, is_done=False) if overwrite else ()
 
 
 def side_file_notes(inputs: Inputs) -> Iterator[str]:
@@ -288,9 +290,9 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         _swept(store, plan, run, tell),
     ):
         is_exclusive = heartbeat.is_exclusive()
-        take(store, plan, run, found, is_exclusive=is_exclusive)
+        taken = take(store, plan, run, found, is_exclusive=is_exclusive)
         weak = store_warnings(store, inputs.stores, plan, is_exclusive=is_exclusive)
-        for note in chain(plan.notes, side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
+        for note in chain(plan.notes, taken, side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
             tell(Note(note))
         store.put(plan_key(plan.plan_id), plan_file.encode(plan))
         tell(Stage("looking for finished shards"))

@@ -105,13 +105,13 @@ class Output:
         return payload
 
     def list(self, prefix: str = "") -> Iterable[str]:
-        """Return the keys below a folder, or directly in the output.
+        """Return the keys below a folder, or in all of the output.
 
         Raises:
             CheckpointError: it is a folder that cannot be listed, for example for a link that leads to itself.
         """
         try:
-            return self.store.list(prefix) if prefix else self.store.list_top()
+            return self.store.list(prefix)
         except (LinkError, StorageError) as error:
             if not self.is_local:
                 raise

@@ -3,25 +3,24 @@
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
 
-from stockflow.checkpoints.candidates import INDEX_FILE
-from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import CheckpointError, UserError
-from stockflow.output import receipts
+from stockflow.output import numerics, receipts
+from stockflow.output.files import loaders_read, planned_files, strangers
 from stockflow.output.keys import (
-    CARD_FILE,
     MANIFEST_FILE,
     RECORDS,
+    numerics_folder,
+    numerics_key,
     plan_folder,
     plan_key,
     receipt_folder,
     receipted_file,
-    tensors_key,
 )
 from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning import file as plan_file
 from stockflow.planning.file import RecordedPlan
-from stockflow.planning.plan import CheckpointRef, MergePlan
+from stockflow.planning.plan import CheckpointRef
 from stockflow.storage import Stamp, StorageConfig, open_model, redact
 from stockflow.verification.contents import Table
 from stockflow.verification.files import Output
@@ -68,18 +67,6 @@ def check_manifest(manifest: Manifest, recorded: RecordedPlan) -> Iterator[Findi
             yield Finding(key, f"is {manifest.files[key].size:,} bytes long by the manifest, {size:,} by the plan")
 
 
-def planned_files(plan: MergePlan, plan_id: str) -> dict[str, int | None]:
-    """Return every file a plan publishes, with its size where the plan knows it."""
-    files: dict[str, int | None] = {shard.file: shard.num_bytes for shard in plan.shards}
-    files |= {side.key: side.stamp.size for side in plan.side_files}
-    files |= dict.fromkeys((CARD_FILE, plan_key(plan_id), tensors_key(plan_id)))
-    if plan.indexed:
-        files[INDEX_FILE] = None
-    if plan.config is not None:
-        files[CONFIG_FILE] = None
-    return files
-
-
 def _places(inputs: tuple[CheckpointRef, ...]) -> list[tuple[str, dict[str, Stamp]]]:
     return [(redact(ref.url), dict(ref.files)) for ref in inputs]
 
@@ -112,10 +99,32 @@ def check_receipts(
     for key in keys:
         if key.startswith(folder):
             yield from _check_receipt(output, key, manifest, table, wanted, coefficients)
+        elif key.startswith(numerics_folder(manifest.plan_id)):
+            yield from _check_numerics(output, key, manifest)
         elif not key.startswith(ours) and "/" in key.removeprefix(RECORDS):
             yield Finding(
                 key, "is a record of another run than the one that was published; nothing needs it: remove it"
             )
+
+
+def _check_numerics(output: Output, key: str, manifest: Manifest) -> Iterator[Finding]:
+    """Hold a numerics class that workers agreed on against those of the shards; earlier ones may have given way."""
+    number = key.removeprefix(numerics_folder(manifest.plan_id)).removesuffix(".json")
+    if not number.isdigit() or key != numerics_key(manifest.plan_id, int(number)):
+        yield Finding(key, "is no record of a numerics class: its name is that of none; remove it")
+        return
+    try:
+        found = numerics.KIND.read(output, key).numerics_class
+    except UserError as error:
+        yield Finding(key, f"cannot be read: {error}")
+        return
+    if found not in manifest.numerics_classes and not _gave_way(output, manifest, int(number)):
+        yield Finding(key, f"says {quoted(found)}, the shards are of {quoted(', '.join(manifest.numerics_classes))}")
+
+
+def _gave_way(output: Output, manifest: Manifest, number: int) -> bool:
+    """Whether a later class was agreed on, which is what counts."""
+    return numerics_key(manifest.plan_id, number + 1) in output.list(numerics_folder(manifest.plan_id))
 
 
 def _check_receipt(
@@ -145,6 +154,10 @@ def _judge(key: str, receipt: Receipt, manifest: Manifest, table: Table) -> Iter
     published = manifest.files.get(receipt.file)
     if published is None or receipt.file != receipted_file(manifest.plan_id, key):
         yield Finding(key, f"is stale: it is of {quoted(receipt.file)}, which was not published under this name")
+    elif receipt.numerics_class not in manifest.numerics_classes:
+        yield Finding(
+            key, f"is of the numerics class {quoted(receipt.numerics_class)}, which the manifest does not name"
+        )
     elif (receipt.plan_id, receipt.size, receipt.sha256) != (manifest.plan_id, published.size, published.sha256):
         yield Finding(key, "is stale: it is of another state of the shard than the one that was published")
     else:
@@ -172,14 +185,14 @@ def _coefficients(facts: TensorFacts) -> tuple[tuple[float, ...], ...]:
 
 
 def check_strangers(output: Output, manifest: Manifest) -> Iterator[Finding]:
-    """Yield weight files that loaders might pick up although the manifest does not know them."""
+    """Yield files that loaders might pick up although the manifest does not know them, in subfolders too."""
     try:
         keys = output.list()
     except CheckpointError as error:
         yield Finding(redact(output.store.url), str(error))
         return
-    for key in keys:
-        if key.endswith(".safetensors") and key not in manifest.files:
+    for key in strangers(list(keys), {*manifest.files, MANIFEST_FILE}):
+        if loaders_read(key):
             yield Finding(key, "is not in the manifest; remove it, or loaders may read it")
 
 

@@ -234,6 +234,48 @@ def test_foreign_files_are_not_touched_without_overwrite(recipe: Path, tmp_path:
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
 
 
+def test_foreign_files_in_folders_of_the_output_are_not_touched_either(family: Family, tmp_path: Path) -> None:
+    (family.base / "additional_chat_templates").mkdir()
+    (family.base / "additional_chat_templates" / "rag.jinja").write_text("{{ x }}")
+    recipe, output = write_recipe(tmp_path / "templates.yaml", "model_stock", family), tmp_path / "out"
+    (output / "additional_chat_templates").mkdir(parents=True)
+    (output / "additional_chat_templates" / "mine.jinja").write_text("years of work")
+
+    refused = runs.run("merge", recipe, output, "--quiet")
+
+    assert refused.returncode == 2
+    assert "is not empty and not an output of stockflow (it has 'additional_chat_templates')" in refused.stderr
+
+
+def test_overwrite_says_what_goes_and_what_stays(family: Family, recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (family.base / "added_tokens.json").write_text("{}")
+    runs.merge_here(recipe, output, shard_size=5_000)
+    (family.base / "added_tokens.json").unlink()
+    shards = sorted(path.name for path in output.glob("model-*.safetensors"))
+    strangers = ("chat_template.jinja", "thesis.txt", "1_Pooling/config.json", "x.bin", "other/_stockflow/claim.json")
+    for key in (*strangers, "draft.safetensors", ".hidden"):
+        (output / key).parent.mkdir(parents=True, exist_ok=True)
+        (output / key).write_text("{}")
+
+    planned = runs.run("plan", recipe, output, "--overwrite")
+    merged = runs.run("merge", recipe, output, "--overwrite", "--quiet", "--device", "cpu")
+
+    assert planned.returncode == 0, planned.stderr
+    gone = ", ".join(
+        f"'{key}'" for key in ("added_tokens.json", "draft.safetensors", *shards, "model.safetensors.index.json")
+    )
+    left = (
+        "what stockflow did not write: '1_Pooling/config.json', 'chat_template.jinja', 'thesis.txt', 'x.bin'; "
+        "loaders of the output may read '1_Pooling/config.json', 'chat_template.jinja', 'x.bin': remove"
+    )
+    assert f"--overwrite would remove {gone}" in planned.stdout
+    assert f"--overwrite would leave {left}" in planned.stdout
+    assert merged.returncode == 0, merged.stderr
+    assert all((output / key).exists() for key in strangers)
+    assert not any((output / key.strip("'")).exists() for key in gone.split(", "))
+
+
 @pytest.mark.parametrize("inside", ["", "merged", "a/b"])
 def test_an_output_in_an_input_is_refused(inside: str, family: Family, recipe: Path) -> None:
     before = sorted(family.tuned[0].rglob("*"))

@@ -185,12 +185,26 @@ def test_a_folder_in_the_place_of_a_shard(sharded: Path) -> None:
     assert where == path.name
 
 
-def test_weights_that_the_manifest_does_not_know(single: Path) -> None:
-    save_file({"x": torch.ones(1)}, single / "adapter_model.safetensors")
-    (single / "notes.txt").write_text("mine")
+STRANGERS = (
+    "adapter_model.safetensors", "pytorch_model.bin", "x.gguf", "flax_model.msgpack", "onnx/model.onnx",
+    "chat_template.jinja", "additional_chat_templates/rag.jinja", "added_tokens.json", "tokenizer.model",
+    "modeling_x.py", "pkg/layers.py", "adapter_config.json", "preprocessor_config.json", "modules.json",
+    "1_Pooling/config.json", "2_Dense/model.safetensors", "model.safetensors.index.json", "x_tokenizer/vocab.txt",
+    "pytorch_model.bin.index.json", "special_tokens_map.json",
+)  # fmt: skip
+HARMLESS = (
+    "notes.txt", ".gitattributes", ".cache/model.safetensors", "LICENSE", "logs/out.txt", "image.png",
+    "other-merge/_stockflow/claim.json", "other-merge/model.safetensors",
+)  # fmt: skip
+
+
+def test_what_loaders_would_read_and_the_manifest_does_not_know(single: Path) -> None:
+    for key in (*STRANGERS, *HARMLESS):
+        (single / key).parent.mkdir(parents=True, exist_ok=True)
+        (single / key).write_text("{}")
 
     assert findings(single) == [
-        ("adapter_model.safetensors", "is not in the manifest; remove it, or loaders may read it")
+        (key, "is not in the manifest; remove it, or loaders may read it") for key in sorted(STRANGERS)
     ]
 
 

@@ -31,6 +31,36 @@ def output(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("000000.json", {"numerics_class": "cuda-sm90", "run": "x"}, "says 'cuda-sm90', the shards are of 'cpu'"),
+        ("000001.json", {"numerics_class": "cuda-sm90", "run": "x"}, "says 'cuda-sm90', the shards are of 'cpu'"),
+        ("000000.json", {"numerics_class": 5, "run": "x"}, "cannot be read: "),
+        ("000000.json", {}, "cannot be read: "),
+        ("000000.json", "cpu", "cannot be read: "),
+        ("0.json", {"numerics_class": "cpu", "run": "x"}, "is no record of a numerics class"),
+        ("x.json", {"numerics_class": "cpu", "run": "x"}, "is no record of a numerics class"),
+    ],
+)
+def test_an_altered_record_of_numerics(output: Path, name: str, content: object, words: str) -> None:
+    (record,) = output.glob("_stockflow/*/numerics/000000.json")
+    (record.parent / name).write_text(json.dumps(content))
+
+    [(where, problem)] = findings(output)
+
+    assert where.endswith(f"/numerics/{name}")
+    assert problem.startswith(words)
+
+
+def test_a_numerics_class_that_gave_way_to_that_of_the_shards_is_none(output: Path) -> None:
+    (record,) = output.glob("_stockflow/*/numerics/000000.json")
+    shutil.copy(record, record.parent / "000001.json")
+    record.write_text(json.dumps({"numerics_class": "cuda-sm90", "run": "x"}))
+
+    assert findings(output) == []
+
+
 def change_receipt(output: Path, key: str, change: Callable[[dict[str, Any]], object]) -> None:
     fields = json.loads((output / key).read_text())
     del fields["seal"]
@@ -47,6 +77,10 @@ def change_receipt(output: Path, key: str, change: Callable[[dict[str, Any]], ob
         (
             lambda receipt: receipt.update(file="config.json"),
             "is stale: it is of 'config.json', which was not published",
+        ),
+        (
+            lambda receipt: receipt.update(numerics_class="cuda-sm90"),
+            "is of the numerics class 'cuda-sm90', which the manifest",
         ),
         (lambda receipt: receipt.update(file="../x"), "is stale: it is of '../x', which was not published"),
         (lambda receipt: receipt["tensors"][0].update(ratio=0.5), "says ratio of "),
