@@ -1,6 +1,7 @@
 """Planning: from a recipe and what the checkpoints' headers say to a plan. Pure; refuses what does not fit together."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from stockflow.checkpoints.candidates import SINGLE_FILE
 from stockflow.checkpoints.header import TensorSpec
@@ -243,9 +244,10 @@ def _all_problems(problems: Sequence[str]) -> str:
 def _cut_shards(jobs: Sequence[TensorJob], shard_size: int, extents: Mapping[str, Extent]) -> tuple[ShardPlan, ...]:
     """Fill shards in order up to ``shard_size``; what lies in a folder of its own gets one file there."""
     by_folder: dict[str, list[TensorJob]] = {"": []}
+    folder = lru_cache(maxsize=None)(folder_of)
     for job in jobs:
         extent = extents.get(job.output.name)  # layers that are stacked may be more than the donor has
-        by_folder.setdefault(folder_of(extent.file) if extent else "", []).append(job)
+        by_folder.setdefault(folder(extent.file) if extent else "", []).append(job)
     contents = list(_filled(by_folder.pop(""), shard_size))
     modules = (ShardPlan(f"{folder}/{MODULE_WEIGHTS}", tuple(each)) for folder, each in by_folder.items())
     names = (f"model-{index:05d}-of-{len(contents):05d}.safetensors" for index in range(1, len(contents) + 1))

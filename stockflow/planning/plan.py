@@ -45,8 +45,9 @@ class ShardPlan:
     @cached_property
     def header(self) -> bytes:
         """The first bytes of the file, in which tensors of a module have the names that they have within it."""
-        start = len(self.folder) + 1 if self.folder else 0
-        return encode_header((spec._replace(name=spec.name[start:]) for spec in self.outputs), SHARD_METADATA)
+        inside = f"{self.folder}/"
+        stored = (spec._replace(name=spec.name.removeprefix(inside)) for spec in self.outputs)
+        return encode_header(stored if self.folder else self.outputs, SHARD_METADATA)
 
     @cached_property
     def num_bytes(self) -> int:

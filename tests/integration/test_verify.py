@@ -463,7 +463,8 @@ def test_exit_4_with_one_line_per_finding(sharded: Path) -> None:
     as_json = CliRunner().invoke(app, ["verify", str(sharded), "--json"])
 
     assert result.exit_code == as_json.exit_code == 4
-    assert result.stderr == as_json.stderr == ""
+    progress = (result.stderr + as_json.stderr).splitlines()  # of a machine that is busy
+    assert [line for line in progress if not line.startswith(("verifying", "checking"))] == []
     lines = result.stdout.splitlines()
     assert [first, second] == [line.partition(":")[0] for line in lines[:-2]]
     assert lines[-2] == f"2 findings in {sharded}"
