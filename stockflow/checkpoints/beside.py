@@ -31,6 +31,8 @@ class Beside:
     copied: Mapping[str, Stamp]
     omitted: tuple[str, ...]
     others: tuple[str, ...]
+    missing: tuple[str, ...]
+    """what documents name and is not there"""
     remarks: tuple[Remark, ...]
 
 
@@ -56,7 +58,7 @@ def look_beside(
         LinkError: a file that would be copied is a link which is not followed.
     """
     where = redact(store.url)
-    needed = _needed(store, tree, modules, config)
+    needed, missing = _needed(store, tree, modules, config)
     folders = {folder for key in needed for folder in _above(key)}
     copied = {key: tree.files[key] for key in needed if _can_be_copied(key, tree, folders)}
     unlisted = strays(tree, {*used, *needed})
@@ -65,6 +67,7 @@ def look_beside(
         copied,
         tuple(key for key in needed if key not in copied),
         tuple(key for key in left if kind_of(key) == OTHERS),
+        (*modules.missing, *missing),
         (
             *modules.remarks,
             *weights_remark(where, _opened(store, tree, unlisted), merged),
@@ -73,20 +76,22 @@ def look_beside(
     )
 
 
-def _needed(store: Store, tree: Tree, modules: Modules, config: Mapping[str, object] | None) -> list[str]:
-    """Return what a loader needs; a link among it that is not followed is refused, not left out."""
+def _needed(
+    store: Store, tree: Tree, modules: Modules, config: Mapping[str, object] | None
+) -> tuple[list[str], list[str]]:
+    """Return what a loader needs, and code that is missing; a link that is not followed is refused, not left out."""
     plain = [key for key in tree.files if is_key(key) and not is_hidden(key) and key not in REPLACED]
     of_modules = {*module_files(plain, modules.folders), *modules.unmerged}
     known = [key for key in tree.files if is_known(key) or key in of_modules]
     store.check_links(key for key in known if is_key(key))
-    code = code_files(
+    code, missing = code_files(
         plain,
         config,
         modules.types,
         lambda key: find_json(store, key, MAX_DOCUMENT_BYTES),
         lambda key: _read_code(store, key),
     )
-    return [key for key in tree.files if key in code or key in known]
+    return [key for key in tree.files if key in code or key in known], missing
 
 
 def _read_code(store: Store, key: str) -> str:

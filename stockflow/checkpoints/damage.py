@@ -3,6 +3,8 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from stockflow.checkpoints.disguises import disguise_of
+from stockflow.checkpoints.modules import MODULES_FILE, is_list_of_modules
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.storage import Stamp, Store, redact
 from stockflow.text.escaping import in_a_line
@@ -12,8 +14,6 @@ from stockflow.text.strictjson import parse_text_json
 MAX_PARSED_BYTES = 2**20
 """Of a longer JSON file, begin and end are looked at."""
 NUM_READERS = 8
-_POINTER = b"version https://git-lfs.github.com/spec/"
-_PAGE = (b"<!doctype html", b"<html")
 _NEVER_EMPTY = (".json", ".model", ".spm", ".tiktoken")
 _BRACKETS = {b"{": b"}", b"[": b"]"}
 
@@ -49,13 +49,15 @@ def without_damaged(store: Store, checkpoint: Checkpoint) -> Checkpoint:
 
 def _damage_of(store: Store, key: str) -> str | None:
     head, stamp = store.read_head(key, MAX_PARSED_BYTES if key.endswith(".json") else 512)
-    if head.startswith(_POINTER):
-        return "is a git-lfs pointer in place of the file: run `git lfs pull` in that folder, or download the file"
-    if head.lstrip()[:20].lower().startswith(_PAGE):
-        return "is a web page in place of the file: download the file itself again, with a token if it needs one"
-    if not stamp.size and key.endswith(_NEVER_EMPTY):
-        return "is empty: download it again"
+    if not stamp.size and not key.endswith(_NEVER_EMPTY):
+        return None
+    if found := disguise_of(head, stamp.size):
+        return found
     return _json_damage(store, key, head, stamp) if key.endswith(".json") else None
+
+
+def _expected(key: str) -> str:
+    return "list of modules, each with its path" if key == MODULES_FILE else "object"
 
 
 def _json_damage(store: Store, key: str, head: bytes, stamp: Stamp) -> str | None:
@@ -64,7 +66,8 @@ def _json_damage(store: Store, key: str, head: bytes, stamp: Stamp) -> str | Non
             parsed = parse_text_json(head, allows_constants=True)
         except ValueError as error:
             return f"is not valid JSON ({error}): download it again, or mend it"
-        return None if isinstance(parsed, dict | list) else "is no JSON object: download it again, or mend it"
+        is_right = is_list_of_modules(parsed) if key == MODULES_FILE else isinstance(parsed, dict | list)
+        return None if is_right else f"is no JSON {_expected(key)}: download it again, or mend it"
     tail = bytearray(64)
     store.read_into(key, stamp.size - len(tail), memoryview(tail), stamp)
     opening = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]

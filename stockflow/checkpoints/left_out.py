@@ -12,8 +12,9 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted, gb
 
 WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
-    ".npy", ".pkl", ".tar", ".tflite", ".mlmodel", ".nemo", ".distcp", ".pdparams", ".index.json",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",
+    ".onnx.data", ".pb", ".npz", ".npy", ".pkl", ".tar", ".tflite", ".mlmodel", ".nemo", ".distcp", ".pdparams",
+    ".index.json",
 )  # fmt: skip
 REPLACED = ("config.json", "README.md", "manifest.json", "mergekit_config.yml")
 """Files that an output has of its own."""
@@ -29,7 +30,7 @@ _KINDS: Mapping[str, re.Pattern[str]] = {
         r"|[^/]*_(optim|model)_states\.pt)|(.+/)?(checkpoint-\d+|global_step\d+|runs|wandb|logs)/.+"
     ),
     "weights in other formats": re.compile(
-        r"(.+/)?(onnx|openvino|coreml|tflite)/.+|.+(" + "|".join(map(re.escape, WEIGHT_SUFFIXES[1:])) + ")"
+        r"(.+/)?(onnx|openvino|coreml|tflite|saved_model)/.+|.+(" + "|".join(map(re.escape, WEIGHT_SUFFIXES[1:])) + ")"
     ),
 }
 

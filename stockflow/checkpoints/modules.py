@@ -19,6 +19,8 @@ ROUTER_FILE = "router_config.json"
 MODULE_WEIGHTS = "model.safetensors"
 MODULE_INDEX = "model.safetensors.index.json"
 OTHER_WEIGHTS = "pytorch_model.bin"
+UNMERGED = "module-weights"
+"""The code of a refusal that is a merge's alone: what is read of such a model is sound."""
 _WITHOUT_FILES = ("Normalize",)
 """types of modules whose folder is empty, and so is in no copy of the model"""
 
@@ -34,6 +36,8 @@ class Modules:
     """keys of their weights, in safetensors"""
     unmerged: tuple[str, ...] = ()
     """keys of weights of modules that have them in no other format"""
+    missing: tuple[str, ...] = ()
+    """folders that are not there, of modules that have files"""
     remarks: tuple[Remark, ...] = ()
 
 
@@ -60,8 +64,14 @@ def find_modules(tree: Tree, documents: Mapping[str, object], where: str) -> Mod
         tuple(name for _, name in named),
         tuple(key for folder in folders for key in _weights_of(tree, folder)),
         unmerged,
-        (*_missing(tree, types, where), *_other_formats(tree, unmerged, where)),
+        tuple(_missing(tree, types)),
+        tuple(_other_formats(tree, unmerged, where)),
     )
+
+
+def is_list_of_modules(document: object) -> bool:
+    """Return whether ``modules.json`` says what a loader can follow."""
+    return isinstance(document, list) and len(list(_listed(document))) == len(document)
 
 
 def _listed(document: object) -> Iterator[tuple[str, str]]:
@@ -95,12 +105,11 @@ def _unmerged(tree: Tree, folder: str) -> Iterator[str]:
             yield key
 
 
-def _missing(tree: Tree, types: Mapping[str, str], where: str) -> Iterator[Remark]:
+def _missing(tree: Tree, types: Mapping[str, str]) -> Iterator[str]:
     for folder, name in types.items():
         is_unknown = folder.split("/")[0] in tree.cut or name.rpartition(".")[2] in _WITHOUT_FILES
         if not is_unknown and not tree.below(folder):
-            text = f"{where}/{MODULES_FILE} names the module {shown(folder)}, which is not there; loaders look for it"
-            yield Remark("missing-module", text, models=(where,))
+            yield folder
 
 
 def _other_formats(tree: Tree, keys: Iterable[str], where: str) -> Iterator[Remark]:
@@ -110,4 +119,4 @@ def _other_formats(tree: Tree, keys: Iterable[str], where: str) -> Iterator[Rema
             f"{where}/{in_a_line(key)} ({size}) holds the weights of a module in a format that is not merged: save "
             f"them as {MODULE_WEIGHTS} beside it. Accepted, those of the model that gives the side files are copied"
         )
-        yield Remark("module-weights", text, "refusal", (where,), values={key: size})
+        yield Remark(UNMERGED, text, "refusal", (where,), values={key: size})

@@ -16,7 +16,7 @@ from stockflow.checkpoints.documents import find_json, read_json
 from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
-from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, find_modules
+from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, UNMERGED, find_modules
 from stockflow.checkpoints.tree import Tree, list_tree
 from stockflow.checkpoints.weights import Folder, IsSettled, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
@@ -49,6 +49,8 @@ class Checkpoint:
     """what was found of it alone"""
     other_files: tuple[str, ...] = ()
     """what else lies there and is of no known kind; hidden files and what an output has of its own left out"""
+    missing_files: tuple[str, ...] = ()
+    """code and folders of modules that its configs name and that are not there"""
 
 
 Settles = Callable[[int, str], bool]
@@ -86,6 +88,7 @@ def open_checkpoint(
         omitted_side_files=beside.omitted,
         remarks=(*weights.remarks, *beside.remarks),
         other_files=beside.others,
+        missing_files=beside.missing,
     )
 
 
@@ -131,7 +134,8 @@ def open_checkpoints(
     errors = [each for each in found if isinstance(each, UserError)]
     if settles is None:
         refusals = (remark for each in found if isinstance(each, Checkpoint) for remark in each.remarks)
-        errors += [CheckpointError(str(remark)) for remark in refusals if remark.severity == "refusal"]
+        refusals = (remark for remark in refusals if remark.severity == "refusal" and remark.code != UNMERGED)
+        errors += [CheckpointError(str(remark)) for remark in refusals]
     if errors:
         raise _together(errors)
     return [each for each in found if isinstance(each, Checkpoint)]

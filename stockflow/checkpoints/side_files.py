@@ -29,10 +29,11 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Patterns of whole names by what they are for. SentencePiece's ``.model`` has a different name in every family."""
 _KNOWN = re.compile("|".join(pattern for patterns in KINDS.values() for pattern in patterns))
+_OF_TOKENIZER = re.compile("|".join(KINDS["tokenizer"]))
 _PLACES = (
     (re.compile(""), _KNOWN),
     (re.compile("additional_chat_templates"), re.compile(r".+\.jinja")),
-    (re.compile(r"(\w+_)?tokenizer"), re.compile("|".join(KINDS["tokenizer"]))),
+    (re.compile(r"(\w+_)?tokenizer"), _OF_TOKENIZER),
 )
 """folders, and what is known in them: templates beside the first one, the further tokenizers of a processor"""
 _IN_MODULE = re.compile(r".*config\.json|" + _KNOWN.pattern)
@@ -43,8 +44,6 @@ _REFERENCE = re.compile(r"([\w./]+)\.\w+")
 _FROM = re.compile(r"^[ \t]*from[ \t]+(\.+)([\w.]*)[ \t]+import[ \t]+(?:\(([^()]*)\)|([^\n(]*))", re.MULTILINE)
 _IMPORT = re.compile(r"^[ \t]*import[ \t]+\.(\w+)\b", re.MULTILINE)
 
-_CODE_KEYS = ("auto_map", "custom_pipelines")
-
 ReadJson = Callable[[str], object]
 ReadText = Callable[[str], str]
 
@@ -53,6 +52,11 @@ def is_known(key: str) -> bool:
     """Return whether a file is of a kind that every loader of such a model looks for."""
     folder, _, name = key.rpartition("/")
     return any(place.fullmatch(folder) and kind.fullmatch(name) for place, kind in _PLACES)
+
+
+def is_of_tokenizer(key: str) -> bool:
+    """Return whether a file is part of a tokenizer."""
+    return bool(_OF_TOKENIZER.fullmatch(key.rpartition("/")[2]))
 
 
 def module_files(keys: Iterable[str], folders: Collection[str]) -> Iterator[str]:
@@ -69,8 +73,8 @@ def code_files(
     references: Iterable[str],
     read_json: ReadJson,
     read_text: ReadText,
-) -> set[str]:
-    """Return the Python files that the configs name for loaders, and those that these import from beside them.
+) -> tuple[set[str], list[str]]:
+    """Return the Python files that the configs name for loaders with those that these import, and which are missing.
 
     Args:
         keys: the files of the folder and its subfolders; without a Python file among them nothing is read.
@@ -80,22 +84,25 @@ def code_files(
         read_text: returns the source of a Python file.
     """
     present = {key for key in keys if key.endswith(".py")}
-    if not present:
-        return set()
-    others = [read_json(key) for key in sorted(keys) if _NAMES_CODE.fullmatch(key)]
-    named = _texts([each.get(key) for each in (config, *others) if isinstance(each, dict) for key in _CODE_KEYS])
-    waiting = {file for reference in (*named, *references) for file in _files_of(reference)} & present
+    others = [read_json(key) for key in sorted(keys) if _NAMES_CODE.fullmatch(key)] if present else []
+    configs = [each for each in (config, *others) if isinstance(each, dict)]
+    of_models = list(_texts([each.get("auto_map") for each in configs]))
+    of_pipelines = _texts([each.get("custom_pipelines") for each in configs])
+    waiting = {file for each in (*of_models, *of_pipelines, *references) for file in _files_of(each)} & present
+    missing = [files[0] for each in of_models if (files := list(_files_of(each))) and not present & set(files)]
     found: set[str] = set()
     while waiting:
         key = waiting.pop()
         found.add(key)
         waiting |= (set(_imported(key, read_text(key))) & present) - found
-    return found
+    return found, list(dict.fromkeys(missing))
 
 
 def _files_of(reference: str) -> Iterator[str]:
-    if match := _REFERENCE.fullmatch(reference):
-        yield from _module_files(match[1].replace(".", "/").split("/"))
+    match = _REFERENCE.fullmatch(reference)
+    parts = match[1].replace(".", "/").split("/") if match else []
+    if all(parts) and parts:
+        yield from _module_files(parts)
 
 
 def _module_files(parts: Sequence[str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from stockflow.checkpoints.documents import is_key
 from stockflow.storage import Listing, Stamp, Store
 
 RECORDS_FOLDER = "_stockflow"
@@ -40,8 +41,9 @@ def list_tree(store: Store, listing: Listing) -> Tree:
         store: the model's.
         listing: what lies directly in it.
     """
-    folders = [folder for folder in listing.folders if not folder.startswith(".") and folder != RECORDS_FOLDER]
-    if not folders:
+    shown = [folder for folder in listing.folders if not folder.startswith(".") and folder != RECORDS_FOLDER]
+    folders = [folder for folder in shown if is_key(folder)]
+    if not shown:
         return Tree(listing.files)
     folders.sort(key=lambda folder: not _ASKED_FOR.fullmatch(folder))
     with ThreadPoolExecutor(NUM_LISTERS, thread_name_prefix="list") as pool:
@@ -50,7 +52,7 @@ def list_tree(store: Store, listing: Listing) -> Tree:
     files = dict(listing.files)
     for each in found:
         files |= {key: stamp for key, stamp in each.items() if not is_hidden(key)}
-    return Tree(files, (*cut, *folders[MAX_FOLDERS:]))
+    return Tree(files, (*cut, *folders[MAX_FOLDERS:], *(folder for folder in shown if not is_key(folder))))
 
 
 def is_hidden(key: str) -> bool:

@@ -91,12 +91,42 @@ def test_code_in_packages_is_copied_with_what_it_imports(tmp_path: Path) -> None
 
     assert checkpoint.side_files.keys() == SIDE_FILES.keys() | code.keys()
     assert set(checkpoint.other_files) == others.keys()
+    assert checkpoint.missing_files == ()
+
+
+@pytest.mark.parametrize("files", [{}, {"other.py": ""}], ids=["no code", "other code"])
+def test_code_and_modules_that_are_named_in_vain_are_said(
+    family: Family, tmp_path: Path, files: dict[str, str]
+) -> None:
+    references = ["modeling_x.X", "org/elsewhere--modeling_y.Y", "pkg.deep.Z", None]
+    write(
+        family.base,
+        {"config.json": json.dumps({"auto_map": {"AutoModel": references}}), "modules.json": MODULES} | files,
+    )
+    (family.base / "1_Pooling").symlink_to(tmp_path)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+
+    remarks = {remark.code: remark for remark in stockflow.plan(recipe, tmp_path / "out").plan.remarks}
+
+    assert remarks["missing-files"].severity == "warning"
+    assert remarks["missing-files"].values == {"names": "'1_Pooling', 'modeling_x.py', 'pkg/deep.py'"}
+
+
+def test_side_files_that_only_others_have_are_said(family: Family, tmp_path: Path) -> None:
+    for model in family.tuned:
+        write(model, {"chat_template.jinja": "{{ x }}", "LICENSE": "mine", "trainer_state.json": "{}"})
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+
+    remarks = [each for each in stockflow.plan(recipe, tmp_path / "out").plan.remarks if each.code == "not-taken"]
+
+    assert [(remark.severity, remark.models) for remark in remarks] == [("note", tuple(map(str, family.tuned)))]
+    assert remarks[0].text.startswith("'LICENSE', 'chat_template.jinja' of ")
 
 
 LEFT_OUT: dict[str, tuple[dict[str, str | bytes], str]] = {
     "pickle": ({"pytorch_model.bin": "12345", "m.bin.index.json": "{}"}, "2 files of weights in other formats (7 B)"),
     "other formats": (
-        {f"m.{suffix}": "1" for suffix in ("pth", "gguf", "msgpack", "h5", "onnx", "ckpt", "tflite", "nemo", "npz")},
+        dict.fromkeys(("m.pth", "m.gguf", "m.msgpack", "m.h5", "m.onnx", "m.ckpt", "m.tflite", "m.npz", "m.pb"), "1"),
         "9 files of weights in other formats (9 B)",
     ),
     "exports in folders": (
@@ -135,6 +165,15 @@ def test_what_no_loader_needs_stays_and_is_counted(folder: Path, files: dict[str
     assert (remark.code, remark.severity) == ("left-out", "note")
     assert said in remark.text
     assert remark.values["bytes"] == str(sum(len(content) for content in files.values()))
+
+
+def test_a_folder_whose_name_no_store_takes_is_not_listed_and_said(folder: Path) -> None:
+    write(folder, {"sub\ndir/x.txt": "1", "back\\slash/x.txt": "1"})
+
+    (remark,) = opened(folder).remarks
+
+    assert remark.values["not listed to the end"] == "back\\slash, sub\\ndir"
+    assert "\n" not in remark.text
 
 
 def test_hidden_files_and_what_an_output_has_of_its_own_are_no_matter(folder: Path) -> None:
@@ -186,17 +225,22 @@ def test_many_subfolders_are_bounded_and_those_that_were_not_listed_are_said(
 
 
 DAMAGE: dict[str, tuple[str, str | bytes, str]] = {
-    "a pointer": ("tokenizer.json", POINTER, "is a git-lfs pointer in place of the file: run `git lfs pull`"),
+    "a pointer": ("tokenizer.json", POINTER, "is a git-lfs pointer, not the file it stands for; run `git lfs pull`"),
     "a binary's pointer": ("spiece.model", POINTER, "is a git-lfs pointer"),
     "a template's pointer": ("chat_template.jinja", POINTER, "is a git-lfs pointer"),
-    "a page": ("tokenizer_config.json", PAGE, "is a web page in place of the file: download the file itself"),
+    "a page": ("tokenizer_config.json", PAGE, "is a web page, not the file; download the file itself"),
     "a binary's page": ("tokenizer.model", "<html>404</html>", "is a web page"),
     "half a JSON": ("tokenizer.json", '{"a": [1,', "is not valid JSON"),
-    "no JSON": ("generation_config.json", "Entry not found", "is not valid JSON"),
+    "no JSON": ("generation_config.json", "oops", "is not valid JSON"),
+    "a message of the hub": ("tokenizer.json", "Entry not found", "is the message of a server, not the file"),
+    "an error of a store": ("LICENSE", "<?xml version='1.0'?><Error/>", "is an answer in XML"),
+    "a packed one": ("vocab.json", b"\x1f\x8b\x08", "is compressed; unpack it first"),
+    "zeros": ("spiece.model", bytes(100), "begins with zeros"),
+    "a page after a mark": ("merges.txt", b"\xef\xbb\xbf<!DOCTYPE html>", "is a web page"),
     "a JSON text": ("added_tokens.json", '"Entry not found"', "is no JSON object"),
     "a key twice": ("special_tokens_map.json", '{"a": 1, "a": 2}', "is not valid JSON"),
     "bytes": ("vocab.json", b"\xff\xfe\x00", "is not valid JSON"),
-    "nothing": ("added_tokens.json", "", "is empty: download it again"),
+    "nothing": ("added_tokens.json", "", "is empty: a download or copy did not finish"),
     "an empty binary": ("spiece.model", b"", "is empty"),
     "a large one cut": ("tokenizer.json", '{"a": "' + "x" * 2**20, "is not valid JSON, or its end is missing"),
     "a large page": ("tokenizer.json", PAGE + " " * 2**20, "is a web page"),
@@ -205,6 +249,8 @@ DAMAGE: dict[str, tuple[str, str | bytes, str]] = {
     "in a subfolder": ("additional_chat_templates/rag.jinja", POINTER, "is a git-lfs pointer"),
     "of a module": ("1_Pooling/config.json", PAGE, "is a web page"),
     "the list of modules": ("modules.json", PAGE, "is a web page"),
+    "modules in a mapping": ("modules.json", '{"0": {"path": ""}}', "is no JSON list of modules"),
+    "modules without paths": ("modules.json", '[{"path": null}]', "is no JSON list of modules"),
 }
 
 

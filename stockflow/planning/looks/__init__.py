@@ -5,7 +5,17 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 
 from collections.abc import Callable, Iterable
 
-from stockflow.planning.looks import asked, configs, kinship, layers, placeholders, promises, quantised, tokenizers
+from stockflow.planning.looks import (
+    asked,
+    configs,
+    files,
+    kinship,
+    layers,
+    placeholders,
+    promises,
+    quantised,
+    tokenizers,
+)
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
@@ -17,7 +27,9 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     layers.modules_left_out,
     layers.layers_in_config,
     asked.missing_config,
-    asked.omitted_files,
+    files.omitted_files,
+    files.missing_files,
+    files.untaken_files,
     asked.unlisted_base,
     asked.promoted_dtypes,
     configs.missing_configs,

@@ -1,4 +1,4 @@
-"""What the recipe asks for, perhaps unaware: left out tensors and files, an unlisted base, promoted dtypes."""
+"""What the recipe asks for, perhaps unaware: left out tensors, an unlisted base, promoted dtypes."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,6 @@ from stockflow.storage import redact, scheme_of
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
-from stockflow.text.strictjson import shown
 
 
 def skipped_tensors(proposal: Proposal) -> Iterator[Remark]:
@@ -35,15 +34,6 @@ def missing_config(proposal: Proposal) -> Iterator[Remark]:
     if proposal.donor.config is None:
         url = redact(proposal.donor.url)
         yield Remark("no-config", f"{url} has no config.json, so the output will have none", models=(url,))
-
-
-def omitted_files(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which side files cannot be copied."""
-    donor = proposal.side_files_donor
-    for key in donor.omitted_side_files:
-        why = "it is larger than 64 MB, or not every store takes its name beside the others"
-        text = f"{shown(key)} will not be copied: {why}"
-        yield Remark("not-copied", text, models=(redact(donor.url),))
 
 
 def unlisted_base(proposal: Proposal) -> Iterator[Remark]:

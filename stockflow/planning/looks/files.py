@@ -1,0 +1,54 @@
+"""Side files: what does not come along, of the model that gives them and of the others, and what is named in vain."""
+
+from collections.abc import Iterator
+
+from stockflow.checkpoints.side_files import is_of_tokenizer
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
+
+MAX_NAMED = 20
+
+
+def omitted_files(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which side files cannot be copied."""
+    donor = proposal.side_files_donor
+    for key in donor.omitted_side_files:
+        why = "it is larger than 64 MB, or not every store takes its name beside the others"
+        text = f"{shown(key)} will not be copied: {why}"
+        yield Remark("not-copied", text, models=(redact(donor.url),))
+
+
+def missing_files(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which code and which modules the configs that go out name although they are not there."""
+    for donor in {id(each): each for each in (proposal.donor, proposal.side_files_donor)}.values():
+        names = donor.missing_files
+        if names:
+            url = redact(donor.url)
+            text = (
+                f"configs of {url} name {_named(names)}, which loaders will look for and which are not there, or are "
+                "links to folders; put them there, or name a whole model in `stockflow: {side_files_from: ...}`"
+            )
+            yield Remark("missing-files", text, models=(url,), values={"names": _named(names)})
+
+
+def untaken_files(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which side files only models have that do not give them; of tokenizers, what they hold is compared."""
+    donor = proposal.side_files_donor
+    kept = {*donor.side_files, *donor.omitted_side_files}
+    holders: dict[tuple[str, ...], list[str]] = {}
+    for each in proposal.checkpoints:
+        if keys := tuple(key for key in each.side_files if key not in kept and not is_of_tokenizer(key)):
+            holders.setdefault(keys, []).append(redact(each.url))
+    for keys, urls in holders.items():
+        text = (
+            f"{_named(keys)} of {', '.join(urls)} will not be copied: side files come from {redact(donor.url)}, which "
+            "has none of that name; `stockflow: {side_files_from: ...}` names another model"
+        )
+        yield Remark("not-taken", text, "note", tuple(urls), values={"files": _named(keys)})
+
+
+def _named(keys: tuple[str, ...]) -> str:
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(map(shown, keys[:MAX_NAMED])) + more
