@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import deserialize
 
+import stockflow
 from tests import oracle, runs
 from tests.checkpoints import LLAMA_CONFIG, llama_shapes, make_tensors, write_checkpoint
 
@@ -300,3 +302,125 @@ def test_each_tensor_is_made_of_the_sources_that_its_slice_gives_it(form: str, t
     assert num_wrong <= 1e-4 * num_elems
     assert result.plan.config is not None
     assert result.plan.config["num_hidden_layers"] == sum(stop - start for (_, start, stop), *_ in slices)
+
+
+PASSTHROUGH: dict[str, tuple[list[int], list[Run], str]] = {
+    "six overlapping": ([32], [(0, 0, 10), (0, 5, 15), (0, 10, 20), (0, 15, 25), (0, 20, 25), (0, 22, 32)], ""),
+    "two models": ([32, 32], [(0, 0, 32), (1, 24, 32)], ""),
+    "pruned, with a base": ([36], [(0, 0, 18), (0, 28, 36)], "base_model: {dir}/m0\n"),
+    "eighty to 140": ([80], [(0, 10 * number, 10 * number + 20) for number in range(7)], ""),
+    "deeper than the first": ([4, 9], [(0, 0, 4), (1, 3, 9), (0, 2, 3)], ""),
+}
+"""The depths of the models, the layers of each slice, and what else the recipe says."""
+
+
+def stack(path: Path, models: Mapping[str, Path], slices: list[Run], more: str = "") -> Path:
+    """Write a recipe of passthrough."""
+    text = f"merge_method: passthrough\ndtype: bfloat16\n{more}slices:\n" + "".join(
+        f"- sources:\n  - layer_range: [{start}, {stop}]\n    model: {{dir}}/m{model}\n"
+        for model, start, stop in slices
+    )
+    return write(path, text, models)
+
+
+@pytest.mark.parametrize("form", PASSTHROUGH)
+def test_passthrough_carries_the_bytes_of_every_layer_over(form: str, tmp_path: Path) -> None:
+    depths, slices, more = PASSTHROUGH[form]
+    models = write_models(tmp_path, depths)
+
+    result = runs.merge_here(stack(tmp_path / "recipe.yaml", models, slices, more), tmp_path / "out")
+
+    inputs = [stored_bytes(folder) for folder in models.values()]
+    found = stored_bytes(tmp_path / "out")
+    wanted = {name: inputs[model][own] for name, _, [(model, own)] in sources([[run] for run in slices])}
+    assert found == wanted
+    assert all(job.is_copy for job in result.plan.jobs)
+    assert result.plan.config is not None
+    assert result.plan.config["num_hidden_layers"] == sum(stop - start for _, start, stop in slices)
+
+
+def stored_bytes(folder: Path) -> dict[str, bytes]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: bytes(entry["data"]) for path in files for name, entry in deserialize(path.read_bytes())}
+
+
+def test_a_scale_of_a_filter_is_applied_to_its_tensors_alone(tmp_path: Path) -> None:
+    models = write_models(tmp_path, [4])
+    scale = "parameters: {scale: [{filter: o_proj, value: 0.0}, {filter: down_proj, value: [2, 4]}]}\n"
+
+    runs.merge_here(stack(tmp_path / "recipe.yaml", models, [(0, 0, 3), (0, 1, 4)], scale), tmp_path / "out")
+
+    (inputs,) = (oracle.load_checkpoint(folder) for folder in models.values())
+    found = oracle.load_checkpoint(tmp_path / "out")
+    for name, depth, [(_, own)] in sources([[(0, 0, 3)], [(0, 1, 4)]]):
+        factor = 0.0 if "o_proj" in name else 2.0 + 2.0 * depth if "down_proj" in name else 1.0
+        want = oracle.round_to("BF16", factor * inputs[own].array)
+        assert np.array_equal(oracle.round_to("BF16", found[name].array) & 0x7FFF, want & 0x7FFF), name
+
+
+def test_a_stack_of_120_layers_from_two_models_of_80_is_loaded_and_run(tmp_path: Path) -> None:
+    """Two of the shape of 70B models, small in all but depth."""
+    transformers = pytest.importorskip("transformers")
+    models = write_models(tmp_path, [80, 80])
+
+    runs.merge_here(stack(tmp_path / "recipe.yaml", models, [(0, 0, 40), (1, 20, 60), (0, 40, 80)]), tmp_path / "out")
+
+    model, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert len(model.model.layers) == model.config.num_hidden_layers == 120
+    parts = [transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in models.values()]
+    order = [*range(40), *(80 + layer for layer in range(20, 60)), *range(40, 80)]
+    layers = [*parts[0].model.layers, *parts[1].model.layers]
+    parts[0].model.layers = torch.nn.ModuleList([layers[number] for number in order])
+    parts[0].config.num_hidden_layers = len(order)
+    tokens = torch.arange(24).reshape(2, 12)
+    assert torch.equal(model(tokens, use_cache=False).logits, parts[0](tokens, use_cache=False).logits)
+
+
+def test_a_stack_of_a_model_whose_config_has_a_type_per_layer_is_loaded(tmp_path: Path) -> None:
+    """mergekit writes the number of layers alone, and transformers refuses such a config."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=40, use_sliding_window=True, sliding_window=8, max_window_layers=2,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = transformers.Qwen2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "m0", safe_serialization=True)
+    types = config.layer_types
+    assert len(set(types)) == 2
+
+    recipe = stack(tmp_path / "recipe.yaml", {"m0": tmp_path / "m0"}, [(0, 0, 3), (0, 1, 4)])
+    runs.merge_here(recipe, tmp_path / "out")
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.layer_types == [*types[:3], *types[1:]]
+    assert len(loaded.model.layers) == 6
+    assert loaded(torch.arange(12).reshape(1, 12)).logits.isfinite().all()
+
+
+def test_a_stack_is_resumed_verified_reported_and_audited(tmp_path: Path) -> None:
+    models = write_models(tmp_path, [6, 6, 6])
+    slices = [[(0, 0, 4), (1, 1, 5), (2, 0, 4)], [(0, 2, 6), (1, 2, 6), (2, 2, 6)]]
+    text = "merge_method: model_stock\nbase_model: {dir}/m0\nslices:\n"
+    for each in slices:
+        text += "- sources:\n" + "".join(
+            f"  - model: {{dir}}/m{model}\n    layer_range: [{start}, {stop}]\n" for model, start, stop in each
+        )
+    recipe, output = write(tmp_path / "recipe.yaml", text, models), tmp_path / "out"
+    runs.merge_here(recipe, output, shard_size=5000)
+    digests = runs.shard_digests(output)
+
+    for path in [output / "manifest.json", *sorted(output.glob("*.safetensors"))[:3]]:
+        path.unlink()
+    assert runs.merge_here(recipe, output, shard_size=5000).outcome == "merged"
+
+    assert runs.shard_digests(output) == digests
+    verification = stockflow.verify(str(output), inputs=True, sample="100%")
+    assert verification.is_sound, verification.findings
+    assert stockflow.audit(str(recipe), str(output)).verdict.answer == "no"
+    rows = {row["name"]: row for row in stockflow.inspect(str(recipe)).rows()}
+    facts = runs.tensor_facts(output)
+    assert rows.keys() == facts.keys() == {name for name, _, _ in sources(slices)}
+    assert all(rows[name]["mean_cosine"] == facts[name]["mean_cosine"] for name in facts)
+    assert stockflow.report(str(output)).geometry.all_tensors.num_tensors == len(facts)
