@@ -18,6 +18,9 @@ from stockflow.recipe.resolve import OUTSIDE, Stand
 from stockflow.recipe.slices import Slice, module_of, slices_of
 from stockflow.storage import redact
 
+MAX_SAID = 20
+"""of ranges that go beyond the layers of a model"""
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -193,7 +196,8 @@ def _stretch(recipe: Recipe, each: Slice, checkpoints: Sequence[Checkpoint]) -> 
 def _add_module(outline: Outline, module: _Module) -> None:
     problems = list(module.problems())
     if problems:
-        raise PlanError("\n  ".join(["some layers are not there:", *problems]))
+        more = [f"... and {len(problems) - MAX_SAID} more"] if len(problems) > MAX_SAID else []
+        raise PlanError("\n  ".join(["some layers are not there:", *problems[:MAX_SAID], *more]))
     if module.is_whole:
         _add_whole(outline, module, module.stretches[0])
     else:

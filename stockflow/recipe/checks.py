@@ -1,6 +1,6 @@
 """What must hold of a recipe beyond the types of its values; every problem, not the first."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from stockflow.methods.protocol import Method, Parameter, Scalar
@@ -36,7 +36,7 @@ def find_problems(recipe: Recipe, unread: Collection[str] = ()) -> Iterator[Prob
         unread: names of parameters that are given where they could not be read.
     """
     problems = [*_location_problems(recipe), *_rule_problems(recipe), *slice_problems(recipe)]
-    slices = slices_of(recipe)
+    slices = tuple(_distinct(slices_of(recipe)))
     for each in slices:
         problems += [(each.within(path), text) for path, text in _problems_of(each, unread)]
     # Values that are wrong one by one need not be taken together.
@@ -44,6 +44,17 @@ def find_problems(recipe: Recipe, unread: Collection[str] = ()) -> Iterator[Prob
         for each in slices:
             problems += [(each.within(path), text) for path, text in _combination_problems(each.recipe)]
     yield from problems
+
+
+def _distinct(slices: Iterable[Slice]) -> Iterator[Slice]:
+    """Yield slices that differ in more than layers: of those that do not, one tells what is wrong with all."""
+    seen = set()
+    for each in slices:
+        models = [(entry.model, entry.parameters) for entry in each.recipe.models]
+        key = repr((models, each.base, each.recipe.base_model, each.recipe.parameters))
+        if key not in seen:
+            seen.add(key)
+            yield each
 
 
 def _problems_of(each: Slice, unread: Collection[str]) -> Iterator[Problem]:

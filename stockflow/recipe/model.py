@@ -7,7 +7,7 @@ from pydantic import Field, PrivateAttr, StrictBool, StrictInt, model_validator
 
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import FROM_BASE, Method, Parameters, Scope
-from stockflow.recipe.document import Path, read_yaml
+from stockflow.recipe.document import Document, Path, read_yaml
 from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
 from stockflow.recipe.resolve import OUTSIDE, Resolver, Slot, Stand, find_slots
 from stockflow.recipe.settings import Part, Settings, matches
@@ -196,7 +196,11 @@ class Recipe(Part):
 
     def line(self, path: Path) -> int:
         """Return the line of the text that a path leads to."""
-        return read_yaml(self.text, "").line(path)
+        return self._document.line(path)
+
+    @cached_property
+    def _document(self) -> Document:
+        return read_yaml(self.text, "")
 
     @property
     def around_layers(self) -> tuple[str, str] | None:

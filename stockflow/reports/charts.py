@@ -60,7 +60,7 @@ def geometry_of(evidence: Evidence) -> MergeGeometry:
         ratios=_histogram([row.ratio for row in rows]),
         cosines=_histogram([row.mean_cosine for row in rows]),
         layers=columns,
-        changes=tuple(_changes(rows, columns, letters)),
+        changes=tuple(_changes(_of_all_models(evidence), columns, letters)),
         letters=letters,
         matrix=matrix,
         norms=norms,
@@ -213,6 +213,19 @@ def _outside(rows: Sequence[TensorFacts]) -> Iterator[Outside]:
     for part, members in list(groups.items())[:MAX_PARTS]:
         ratio, cosine = (_median(map(measure, members)) for measure in (_ratio, _cosine))
         yield Outside(part, _kind_of(members[0].name), len(members), ratio, cosine)
+
+
+def _of_all_models(evidence: Evidence) -> Sequence[TensorFacts]:
+    """The rows whose norms are those of all models in their order; slices may take other ones."""
+    if evidence.plan is None or not evidence.plan.is_stacked:
+        return evidence.rows
+    every = tuple(range(len(evidence.manifest.inputs)))
+    whole = {
+        job.output.name
+        for job in evidence.plan.jobs
+        if tuple(operand.checkpoint for operand in job.reading.operands) == every
+    }
+    return [row for row in evidence.rows if row.name in whole]
 
 
 def _changes(

@@ -284,6 +284,8 @@ def test_what_the_config_lists_per_layer_follows_the_layers(models: Models, tmp_
 
     plan = models.plan(linear(source("d", 0, 3), source("e", 2, 5), source("d", 1, 2)))
 
+    assert {remark.code for remark in plan.remarks} == {"config-layers"}, plan.notes
+
     assert plan.config == {
         "num_hidden_layers": 7,
         "layer_types": ["full", "full", "sliding", "linear", "full", "other", "full"],
@@ -370,3 +372,14 @@ def test_slices_of_a_model_of_several_towers_are_of_the_one_the_config_counts(mo
     assert found["language_model.model.layers.4.attn.weight"] == [(0, "language_model.model.layers.3.attn.weight")]
     assert found["vision_tower.encoder.layers.2.attn.weight"] == [(0, "vision_tower.encoder.layers.2.attn.weight")]
     assert "has several kinds: 3 of 'language_model.model.layers.*', 3 of" in models.refusal(linear(source("e", 0, 2)))
+
+
+def test_many_slices_and_rules_take_little_time(models: Models) -> None:
+    """A recipe is read in full before it is refused; its text is parsed once for all that is said of it."""
+    slices = [source("a", layer, layer + 9) for layer in range(700)]
+    rules = ", ".join(f"{{filter: x{number}, action: copy}}" for number in range(700))
+
+    found = models.refusal(linear(*slices) + f"stockflow: {{rules: [{rules}]}}\n")
+
+    assert found.count("goes beyond the 4 layers of $a") == 20
+    assert "... and 680 more" in found

@@ -1,6 +1,6 @@
 """Configs of all models held against each other: facts that shapes do not show, which the published one decides."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from stockflow.checkpoints.configs import (
@@ -118,7 +118,18 @@ def _pairs(value: object) -> Mapping[str, object]:
 
 def _configs(proposal: Proposal) -> dict[str, dict[str, Config]]:
     """Sections by path, by location of the models that have a config."""
-    return {redact(each.url): dict(sections(each.config)) for each in proposal.checkpoints if each.config is not None}
+    found = {}
+    for number, each in enumerate(proposal.checkpoints):
+        if each.config is not None:
+            nums = {stacking.num_layers.get(number) for stacking in proposal.stackings}
+            found[redact(each.url)] = {path: _as_one(own, nums) for path, own in sections(each.config)}
+    return found
+
+
+def _as_one(section: Config, nums: Collection[int | None]) -> Config:
+    """A section without what it lists per layer, of models whose layers are stacked: that follows the layers."""
+    per_layer = [key for key, value in section.items() if isinstance(value, list) and len(value) in nums]
+    return {key: value for key, value in section.items() if key not in per_layer} if per_layer else section
 
 
 def _disagreements(proposal: Proposal, traits: Iterable[Trait]) -> Iterator[Disagreement]:
