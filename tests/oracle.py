@@ -292,7 +292,7 @@ def sparse(
         is_rescaled = rescale and not mask.all() and before >= 1e-7 and after >= 1e-7
         factor = np.abs(delta).sum() / np.abs(left).sum() if is_rescaled else factors[number] if factors else 1.0
         votes.append(weight * factor * left)
-        rescales.append(float(np.mean(factor)))
+        rescales.append(float(np.mean(factor)) if np.size(factor) else 1.0)
         shares.append(float(mask.mean()) if mask.size else 0.0)
     equal = [1.0] * len(votes)
     vote, size = _combine(votes, equal), _combine([np.abs(weighted) for weighted in votes], equal)
@@ -551,6 +551,95 @@ def dare(
     return sparse(base, tuned, weights, kept, elect=elect, normalize=normalize, rescale=is_l1, factors=factors, **more)
 
 
+def della(
+    base: Floats,
+    tuned: Sequence[Floats],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    epsilons: Sequence[float],
+    *,
+    elect: bool,
+    row_elems: int,
+    seed: int = 0,
+    drawn_for: tuple[str, int] = ("w", 0),
+    float_bits: Literal[32, 64] = 32,
+    rescale: bool | str = True,
+    **more: Any,
+) -> OracleResult:
+    """Return ``sparse`` of the elements whose random word, over 2**32, is below a probability that grows with the rank.
+
+    In each row of ``row_elems`` (at most 2**18, the last may be shorter) from ``density - epsilon`` to ``density +
+    epsilon``; of equal magnitudes the lower index has the higher rank.
+    """
+    name, start = drawn_for
+    kept, factors = [], []
+    for place, (tensor, density, epsilon) in enumerate(zip(tuned, densities, epsilons, strict=True)):
+        magnitudes = _magnitudes(base, tensor, float_bits).ravel()
+        probability = np.empty(base.size)
+        for first in range(0, base.size, row_elems):
+            row = magnitudes[first : first + row_elems]
+            ranks = np.empty(row.size)
+            ranks[np.argsort(-row, kind="stable")] = np.arange(row.size)[::-1]
+            growing = density - epsilon + 2 * epsilon * ranks / max(row.size - 1, 1)
+            probability[first : first + row_elems] = growing if row.size > 1 else density
+        probability = np.where(density <= 0, 0.0, np.where(density >= 1, 1.0, probability)).reshape(base.shape)
+        kept.append(words(seed, name, place, start, base.size).reshape(base.shape) < probability * 2.0**32)
+        factors.append(1 / np.where(probability > 0, probability, 1.0))
+    given = factors if rescale == "expected" else None
+    is_l1 = rescale in (True, "l1")
+    return sparse(base, tuned, weights, kept, elect=elect, rescale=is_l1, factors=given, **more)
+
+
+def sce(base: Floats, tuned: Sequence[Floats], *, topk: float = 1.0, float_bits: Literal[32, 64] = 32) -> OracleResult:
+    """Return ``w_0 + sum_i c_i m_i d_i / max(sum_i c_i m_i, 1e-6)``, ``c_i`` the share of ``mean(d_i**2)``.
+
+    With ``topk`` below 1 only the ``int(topk * count(var != 0))`` elements of largest variance over the models are
+    kept in every ``d_i`` (the lower index first; ranked as standard deviations rounded to ``float_bits``). ``c_i = 1
+    / N`` where the sum of the means is below 1e-6; ``m_i``: whether ``d_i`` has the sign of the sum, 0 being positive.
+    """
+    deltas = [tensor.astype(np.longdouble) - base for tensor in tuned]
+    if topk < 1.0:
+        working = np.float32 if float_bits == 32 else np.float64
+        rounded = np.stack([(tensor - base).astype(working).astype(np.longdouble) for tensor in tuned])
+        deviation = np.sqrt(np.mean((rounded - rounded.mean(axis=0)) ** 2, axis=0)).astype(np.float64).astype(working)
+        deviation[(rounded == rounded[0]).all(axis=0)] = 0
+        kept = largest(deviation.astype(np.float64), int(topk * np.count_nonzero(deviation)))
+        deltas = [np.where(kept, delta, 0.0) for delta in deltas]
+    means = [float((delta**2).sum()) / max(base.size, 1) for delta in deltas]
+    shares = [1 / len(means) if sum(means) < 1e-6 else mean / sum(means) for mean in means]
+    elected = np.where(sum(deltas) >= 0, 1.0, -1.0)
+    agreeing = [np.sign(delta) == elected for delta in deltas]
+    total = sum(share * delta * agrees for share, delta, agrees in zip(shares, deltas, agreeing, strict=True))
+    divisor = sum(share * agrees for share, agrees in zip(shares, agreeing, strict=True))
+    out = base + total / np.maximum(np.asarray(divisor, np.longdouble), np.longdouble(1e-6))
+    return OracleResult(np.asarray(out, np.float64), {"shares": np.array([shares])})
+
+
+def arcee_fusion(base: Floats, tuned: Floats, row_elems: int) -> OracleResult:
+    """Return ``w_1`` where ``|w_1 - w_0| K`` reaches ``q2 + 1.5 (q3 - q1)`` of all of these, else ``w_0``.
+
+    ``K = sum p log(p / q)`` per row, p and q the softmax of ``w_1`` and ``w_0``, plus 1e-8; quartiles are the elements
+    at ``(n - 1) x``, rounded down, in ascending order. Facts: ``scores``, ``threshold``.
+    """
+    scores = np.empty(base.size, np.longdouble)
+    delta = (tuned.astype(np.longdouble) - base).ravel()
+    for first in range(0, base.size, row_elems):
+        part = slice(first, first + row_elems)
+        p, q = (_softmax(tensor.ravel()[part]) + np.longdouble(1e-8) for tensor in (tuned, base))
+        scores[part] = np.abs(delta[part]) * (p * np.log(p / q)).sum()
+    ordered = np.sort(scores)
+    q1, q2, q3 = (ordered[(base.size - 1) * quarters // 4] for quarters in (1, 2, 3)) if base.size else (0, 0, 0)
+    threshold = (q2 + np.longdouble(1.5) * (q3 - q1)) * (1 - np.longdouble(2.0) ** -55)  # equal but for rounding
+    out = base + np.where(scores >= threshold, delta, 0).reshape(base.shape)
+    facts = {"scores": scores.astype(np.float64), "threshold": np.array([threshold], np.float64)}
+    return OracleResult(np.asarray(out, np.float64), facts)
+
+
+def _softmax(values: Floats) -> Array:
+    powers = np.exp(values.astype(np.longdouble) - values.max())
+    return np.asarray(powers / powers.sum())
+
+
 def ram(
     base: Floats, tuned: Sequence[Floats], *, epsilon: float = 1e-5, boost: tuple[float, float] | None = None
 ) -> OracleResult:
@@ -719,6 +808,8 @@ def _merge_stored(
     for number, each in enumerate(zip(*groups, strict=True)):
         if method in DRAWN:
             given["drawn_for"] = (name, number * each[0].size)
+        if method in ("della", "della_linear", "arcee_fusion"):
+            given["row_elems"] = min(base.array.shape[-1], 2**18) if base.array.ndim else 1
         parts = [Stored(stored.dtype, group) for stored, group in zip((base, *tuned), each, strict=True)]
         found.append(METHODS[method](parts[0], parts[1:], given))
     facts = {
@@ -746,6 +837,13 @@ def _from(base: Stored, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, "base": base.array} if parameters["from_base"] else given
 
 
+def _della_of_stored(
+    base: Stored, tuned: Sequence[Stored], parameters: Mapping[str, Any], *, elect: bool
+) -> OracleResult:
+    normalized = {"normalize": elect} | dict(parameters)
+    return della(base.array, _arrays(tuned), elect=elect, float_bits=_float_bits(base, *tuned), **normalized)
+
+
 def _arrays(stored: Sequence[Stored]) -> list[Floats]:
     return [tensor.array for tensor in stored]
 
@@ -765,12 +863,26 @@ METHODS: dict[str, Rule] = {
     "breadcrumbs_ties": lambda base, tuned, kw: _breadcrumbs_of_stored(base, tuned, kw, elect=True),
     "dare_linear": lambda base, tuned, kw: dare(base.array, _arrays(tuned), elect=False, **kw),
     "dare_ties": lambda base, tuned, kw: dare(base.array, _arrays(tuned), elect=True, **kw),
+    "della": lambda base, tuned, kw: _della_of_stored(base, tuned, kw, elect=True),
+    "della_linear": lambda base, tuned, kw: _della_of_stored(base, tuned, kw, elect=False),
+    "sce": lambda base, tuned, kw: sce(base.array, _arrays(tuned), float_bits=_float_bits(base, *tuned), **kw),
+    "arcee_fusion": lambda base, tuned, kw: arcee_fusion(base.array, tuned[0].array, **kw),
     "ram": lambda base, tuned, kw: ram(base.array, _arrays(tuned), **kw),
     "ramplus_tl": lambda base, tuned, kw: ram(base.array, _arrays(tuned), **({"boost": (0.1, 0.2)} | dict(kw))),
     "nearswap": lambda base, tuned, kw: nearswap(base.array, tuned[0].array, **kw),
 }
 IN_GRAM_SPACE = ("nuslerp", "multislerp", "karcher", "geometric_median")
-DRAWN = ("dare_linear", "dare_ties")
+DRAWN = ("dare_linear", "dare_ties", "della", "della_linear")
 """Those that draw."""
-ELEMENTWISE = ("ties", "breadcrumbs", "breadcrumbs_ties", "ram", "ramplus_tl", "nearswap", *DRAWN)
+ELEMENTWISE = (
+    "ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "sce",
+    "arcee_fusion",
+    "ram",
+    "ramplus_tl",
+    "nearswap",
+    *DRAWN,
+)
 """Those that decide on flat groups."""

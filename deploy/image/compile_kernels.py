@@ -26,17 +26,21 @@ METHODS: dict[str, dict[str, object]] = {
     "dare_ties": {"weight": 0.5, "density": 0.5},
     "breadcrumbs": {"weight": 0.5, "density": 0.5},
     "breadcrumbs_ties": {"weight": 0.5, "density": 0.5},
+    "della": {"weight": 0.5, "density": 0.5},
+    "della_linear": {"weight": 0.5, "density": 0.5},
+    "sce": {"select_topk": 0.5},
     "ram": {},
     "ramplus_tl": {},
     "slerp": {"t": 0.5},
     "nearswap": {"t": 0.5},
+    "arcee_fusion": {},
     "nuslerp": {"weight": 0.5},
     "multislerp": {"weight": 0.5},
     "karcher": {},
     "geometric_median": {},
     "passthrough": {"scale": 0.5},
 }
-OF_ONE = ("slerp", "nearswap", "passthrough")
+OF_ONE = ("slerp", "nearswap", "arcee_fusion", "passthrough")
 WITHOUT_BASE = ("linear", "karcher", "passthrough")
 
 

@@ -54,6 +54,8 @@ class Look:
     """what a recipe makes of the same tensor, where there is one"""
     output_width: int = 0
     """nothing is written"""
+    kept_bytes: int = 0
+    """nothing is kept of rows"""
 
     @property
     def num_sweeps(self) -> int:

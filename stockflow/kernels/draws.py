@@ -35,11 +35,12 @@ def philox(c0: Index, c1: Index, c2: Index, c3: Index, k0: Index, k1: Index) -> 
 
 
 @jit
-def _fill(words_T: Bits, block: Index, key: Unsigned) -> None:
-    """Fill a tile with the words of the blocks from one on."""
+def fill_words(words_T: Bits, counter: Index, key: Unsigned) -> None:
+    """Fill memory for a multiple of four words with those from a counter on."""
+    nothing, k0, k1 = np.uint64(0), key[0], key[1]
     for b in range(np.uint64(len(words_T) // 4)):
-        number, first = block + b, b * _WIDTH
-        w0, w1, w2, w3 = philox(number & _LOW, number >> _HALF, np.uint64(0), np.uint64(0), key[0], key[1])
+        number, first = counter + b, b * _WIDTH
+        w0, w1, w2, w3 = philox(number & _LOW, number >> _HALF, nothing, nothing, k0, k1)
         words_T[first] = w0
         words_T[first + np.uint64(1)] = w1
         words_T[first + np.uint64(2)] = w2
@@ -71,7 +72,7 @@ def keep_drawn(deltas_NE: Values, start: Index, keys_N2: Unsigned, limits_N: Cou
             continue
         done = np.uint64(0)
         while done < num_elems:
-            _fill(words_T, (start + done) // _WIDTH, keys_N2[n])
+            fill_words(words_T, (start + done) // _WIDTH, keys_N2[n])
             shift = skipped if done == 0 else np.uint64(0)
             count = min(np.uint64(TILE) - shift, num_elems - done)
             num_kept = np.uint32(0)

@@ -73,6 +73,27 @@ def count_digits(
 
 
 @jit
+def find_members(patterns_E: Patterns, prefix: Index, shift: Index, members: Unsigned) -> int:
+    """Fill ``members`` with the magnitudes that begin with a prefix, in their order, and return how many these are."""
+    sign = np.uint64(8 * patterns_E.itemsize - 1)
+    magnitude = (np.uint64(1) << sign) - np.uint64(1)
+    num_elems = np.uint64(len(patterns_E))
+    num_found = 0
+    for start in range(np.uint64(0), num_elems, np.uint64(RUN)):
+        stop = min(start + np.uint64(RUN), num_elems)
+        any_found = np.uint64(0)
+        for k in range(start, stop):
+            any_found += np.uint64((np.uint64(patterns_E[k]) & magnitude) >> shift == prefix)
+        if any_found:
+            for k in range(start, stop):
+                size = np.uint64(patterns_E[k]) & magnitude
+                if size >> shift == prefix:
+                    members[num_found] = size
+                    num_found += 1
+    return num_found
+
+
+@jit
 def count_equals(rows_RE: Values, rows_P: Unsigned, least_P: Values, equals_P: Counts) -> None:
     """Count the magnitudes that are ``least``, rounded to the precision of that."""
     for p in range(len(rows_P)):

@@ -10,7 +10,7 @@ N the sources that are not the anchor, E elements of a block.
 """
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from stockflow.kernels.arrays import Floats
@@ -110,6 +110,8 @@ class Block:
     """task vectors ``w_i - w_0``; owned by the callee, which may overwrite them"""
     lows_NE: "Values | None" = None
     """what rounding took from them; only for the update of F64 results"""
+    row_elems: int = 1
+    """elements of a row, for methods that want whole rows; the last may be shorter"""
 
 
 class Statistic(Protocol):
@@ -145,6 +147,8 @@ class Update:
 
     change: Callable[[Block], "Values"]
     facts: Mapping[str, float] = field(default_factory=dict)
+    float_bits: Literal[32, 64] | None = None
+    """width of the blocks it wants, if not that of the working precision"""
 
 
 Rounds = Generator[Statistic, Any, Update]
@@ -183,8 +187,6 @@ class MethodRule(Protocol):
         """Return what one statistics pass over a span of so many groups leaves behind."""
 
 
-BLOCK_ELEMS = 2**15
-"""Most elements of a block: task vectors of that length stay in the second-level cache."""
 FLOAT_BYTES = 8
 """Of the products and sums that lead to a decision."""
 
@@ -237,6 +239,10 @@ class Elementwise:
     """of the state of one statistic, per source"""
     temporaries: int = 2
     """rows of working precision it needs beside those of the sources, per source"""
+    row_bytes: int = 0
+    """of what is kept of each row of a unit"""
+    whole_rows: bool = False
+    """whether blocks are of whole rows of the last dimension, or of a whole span where these are longer"""
 
     def num_statistic_passes(self, float_bits: int, given: Parameters) -> int:
         """Return its number of rounds."""
@@ -244,7 +250,7 @@ class Elementwise:
 
     def scratch_bytes(self, num_sources: int, num_elems: int, float_bits: int) -> int:
         """Return the size of the task vectors and of its temporaries."""
-        return num_sources * (1 + self.temporaries) * min(num_elems, BLOCK_ELEMS) * float_bits // 8
+        return num_sources * (1 + self.temporaries) * num_elems * float_bits // 8
 
     def span_state_bytes(self, num_sources: int, num_groups: int) -> int:
         """Return the size of a statistic's state per group."""
@@ -375,16 +381,20 @@ def elementwise_method(
     num_rounds: Callable[[int, Parameters], int] = lambda float_bits, given: 0,
     state_bytes: int = 0,
     temporaries: int = 2,
+    row_bytes: int = 0,
+    whole_rows: bool = False,
     max_tuned: int | None = None,
     parameters: tuple[Parameter, ...] = (),
     scopes: tuple[Scope, ...] = ("tensor",),
     facts: tuple[str, ...] = (),
+    refuses: Callable[[Parameters], str | None] = _nothing,
 ) -> Callable[[Decide], Decide]:
     """Register what ends in a function of blocks, after rounds of statistics if it yields some, as a merge method."""
 
     def register(function: Decide) -> Decide:
-        rule = Elementwise(function, num_rounds, state_bytes, temporaries)
-        REGISTRY[name] = Method(name, rule, source, "required", min_tuned, max_tuned, parameters, scopes, facts)
+        rule = Elementwise(function, num_rounds, state_bytes, temporaries, row_bytes, whole_rows)
+        method = Method(name, rule, source, "required", min_tuned, max_tuned, parameters, scopes, facts)
+        REGISTRY[name] = replace(method, refuses=refuses)
         return function
 
     return register

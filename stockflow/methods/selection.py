@@ -26,6 +26,8 @@ DIGIT_BITS = 16
 """The first digit has one less, as magnitudes have no sign."""
 STATE_BYTES = 8 << DIGIT_BITS
 """Of the counts of one pick, at most."""
+MAX_MEMBERS = 2**12
+"""Magnitudes with a common prefix are collected once they are so few, where more than one digit is left."""
 EVERYTHING = 2**62
 
 
@@ -73,49 +75,81 @@ def task_vectors(block: Block) -> "Values":
     return block.deltas_NE
 
 
+class OrderStatistics(NamedTuple):
+    """The last of the largest of rows, per pick."""
+
+    least_P: "Values"
+    """its magnitude"""
+    wanted: Sequence[int]
+    """how many of those that equal it are among the largest"""
+    equal: Sequence[int]
+    """how many equal it"""
+
+
+def order_statistics(
+    rows_P: Sequence[int], ranks: Sequence[int], bits: Literal[32, 64], float_bits: Literal[32, 64], rows: Rows
+) -> Generator[Statistic, Any, OrderStatistics]:
+    """Ask for what tells the ``rank``-th largest magnitude of rows.
+
+    Args:
+        rows_P: which row each pick is of.
+        ranks: 1 is the largest.
+        bits: width of the rows.
+        float_bits: width of the blocks they are made of.
+        rows: what is ranked.
+    """
+    prefixes, left = [0] * len(rows_P), list(ranks)
+    equal: list[int] = []
+    distinct = tuple(dict.fromkeys(rows_P))
+    for shift in reversed(range(0, bits, DIGIT_BITS)):
+        is_first = shift + DIGIT_BITS == bits
+        if not is_first and shift and max(equal) <= MAX_MEMBERS:
+            members = yield Members(tuple(rows_P), tuple(prefixes), shift + DIGIT_BITS, float_bits, rows)
+            chosen = [each[-rank] for each, rank in zip(members, left, strict=True)]
+            left = [rank - int((each > one).sum()) for each, one, rank in zip(members, chosen, left, strict=True)]
+            equal = [int((each == one).sum()) for each, one in zip(members, chosen, strict=True)]
+            prefixes = [int(one) for one in chosen]
+            break
+        asked = distinct if is_first else tuple(rows_P)
+        counts_PD = yield DigitCounts(asked, tuple(prefixes[: len(asked)]), shift, bits, float_bits, rows)
+        equal = []
+        for number, row in enumerate(rows_P):
+            digits = counts_PD[distinct.index(row) if is_first else number]
+            at_least = np.cumsum(digits[::-1])[::-1]
+            digit = int(np.nonzero(at_least >= left[number])[0][-1])
+            equal.append(int(digits[digit]))
+            left[number] -= int(at_least[digit]) - equal[-1]
+            prefixes[number] = prefixes[number] << DIGIT_BITS | digit
+    least_P = np.array(prefixes, np.uint32 if bits == 32 else np.uint64).view(f"f{bits // 8}")
+    return OrderStatistics(least_P, left, equal)
+
+
 def largest(
-    context: UnitContext,
-    picks: Sequence[Pick],
-    rows: Rows = task_vectors,
-    float_bits: Literal[32, 64] | None = None,
-    num_elems: int | None = None,
+    context: UnitContext, picks: Sequence[Pick], rows: Rows = task_vectors
 ) -> Generator[Statistic, Any, list[Threshold]]:
     """Ask for what tells the ``rank`` largest elements of rows; return a threshold per pick.
 
     Args:
         context: the unit.
-        picks: a rank of 0 or less is for nothing, one of ``num_elems`` or more for all.
-        rows: what is ranked.
-        float_bits: width of the rows; the one magnitudes are ranked in if None.
-        num_elems: elements of a row; those of the unit if None.
+        picks: a rank of 0 or less is for nothing, one of all elements or more for all.
+        rows: what is ranked, in the precision that magnitudes are.
     """
-    bits, most = float_bits or context.float_bits, context.num_elems if num_elems is None else num_elems
     found = [NOTHING if pick.rank <= 0 else ALL for pick in picks]
-    open_picks = [number for number, pick in enumerate(picks) if 0 < pick.rank < most]
-    if not open_picks:
+    searched = [number for number, pick in enumerate(picks) if 0 < pick.rank < context.num_elems]
+    if not searched:
         return found
-    chosen = tuple(picks[number].row for number in open_picks)
-    prefixes, ranks = [0] * len(chosen), [picks[number].rank for number in open_picks]
-    num_equal: list[int] = []
-    for shift in reversed(range(0, bits, DIGIT_BITS)):
-        counts_PD = yield DigitCounts(chosen, tuple(prefixes), shift, bits, context.float_bits, rows)
-        num_equal = []
-        for number, digits in enumerate(counts_PD):
-            at_least = np.cumsum(digits[::-1])[::-1]
-            digit = int(np.nonzero(at_least >= ranks[number])[0][-1])
-            num_equal.append(int(digits[digit]))
-            ranks[number] -= int(at_least[digit]) - num_equal[-1]
-            prefixes[number] = prefixes[number] << DIGIT_BITS | digit
-    least_P = np.array(prefixes, np.uint32 if bits == 32 else np.uint64).view(f"f{bits // 8}")
-    thresholds = [Threshold(float(least), rank) for least, rank in zip(least_P, ranks, strict=True)]
-    if ranks != num_equal:
-        starts_B, equals_BP = yield EqualCounts(chosen, least_P, context.float_bits, rows)
+    rows_P, bits = tuple(picks[number].row for number in searched), context.float_bits
+    ranks = [picks[number].rank for number in searched]
+    least_P, wanted, equal = yield from order_statistics(rows_P, ranks, bits, bits, rows)
+    thresholds = [Threshold(float(least), rank) for least, rank in zip(least_P, wanted, strict=True)]
+    if list(wanted) != list(equal):
+        starts_B, equals_BP = yield EqualCounts(rows_P, least_P, bits, rows)
         before_BP = np.cumsum(equals_BP, axis=0) - equals_BP
         thresholds = [
             replace(threshold, starts_B=starts_B, before_B=before_BP[:, number])
             for number, threshold in enumerate(thresholds)
         ]
-    for number, threshold in zip(open_picks, thresholds, strict=True):
+    for number, threshold in zip(searched, thresholds, strict=True):
         found[number] = threshold
     return found
 
@@ -211,3 +245,38 @@ class EqualCounts:
         """Return starts and counts as arrays."""
         starts, equals = zip(*state, strict=True)
         return np.array(starts, np.int64), np.stack(equals)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The magnitudes that begin with a prefix, as the integers of their bits, in ascending order; per pick."""
+
+    rows_P: tuple[int, ...]
+    prefixes: tuple[int, ...]
+    shift: int
+    """position of the prefix, in bits"""
+    float_bits: Literal[32, 64]
+    rows: Rows
+
+    def zero(self) -> Any:
+        """Return none."""
+        return [[] for _ in self.rows_P]
+
+    def update(self, state: Any, block: Block) -> Any:
+        """Collect those of a block."""
+        from stockflow.kernels.selection import find_members, patterns
+
+        patterns_RE = patterns(self.rows(block))
+        found = np.empty(MAX_MEMBERS, np.uint64)
+        for members, row, prefix in zip(state, self.rows_P, self.prefixes, strict=True):
+            num_found = find_members(patterns_RE[row], np.uint64(prefix), np.uint64(self.shift), found)
+            members.append(found[:num_found].copy())
+        return state
+
+    def combine(self, left: Any, right: Any) -> Any:
+        """Put those of two runs together."""
+        return [[*one, *other] for one, other in zip(left, right, strict=True)]
+
+    def finish(self, state: Any) -> Sequence[Counts]:
+        """Return them in order."""
+        return [np.sort(np.concatenate(members)) for members in state]

@@ -103,10 +103,10 @@ def decision_bytes(work: Work) -> int:
     reading = work.reading
     num_sources = len(reading.operands)
     if reading.num_groups <= 1:
-        return 0
+        return work.kept_bytes
     together = min(reading.num_groups, max(MAX_CHUNK_GROUPS, SPAN_ELEMS // reading.group_elems))
     facts = reading.num_groups * (num_sources + NUM_GROUP_FACTS) * FLOAT_BYTES
-    return facts + together * num_sources**2 * FLOAT_BYTES * PRODUCT_COPIES
+    return work.kept_bytes + facts + together * num_sources**2 * FLOAT_BYTES * PRODUCT_COPIES
 
 
 def divide(

@@ -12,8 +12,17 @@ from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import Coefficients, Copy, Linear, Method, Parameters, Scope
+from stockflow.methods.protocol import (
+    Coefficients,
+    Copy,
+    Elementwise,
+    Linear,
+    Method,
+    Parameters,
+    Scope,
+)
 from stockflow.planning.decodes import ByteRange, Decode, RowRuns, Verbatim, plain, row_elems, verbatim
+from stockflow.planning.spans import BLOCK_ELEMS, SPAN_ELEMS
 
 FloatBits = Literal[32, 64]
 
@@ -93,6 +102,8 @@ class Reading:
     scope: Scope = "tensor"
     float_bits: FloatBits = 32
     """width of what operands are decoded to that kernels cannot take as they are"""
+    whole_rows: bool = False
+    """whether rows of the last dimension are wanted whole"""
 
     @cached_property
     def num_elems(self) -> int:
@@ -107,6 +118,11 @@ class Reading:
         if self.scope == "leading" and len(self.shape) > 2:
             return math.prod(self.shape[1:])
         return self.num_elems
+
+    @cached_property
+    def together(self) -> int:
+        """Elements that no span parts: a row of the last dimension where these are wanted whole, and short enough."""
+        return min(max(self.shape[-1], 1), SPAN_ELEMS) if self.whole_rows and self.shape else 1
 
     @property
     def num_groups(self) -> int:
@@ -197,6 +213,10 @@ class Work(Protocol):
     def span_state_bytes(self, num_groups: int) -> int:
         """Return what one sweep leaves behind of a span of so many groups."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of the rows of a unit until it is decided."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -284,14 +304,20 @@ class TensorJob:
     def scratch_bytes(self, num_elems: int) -> int:
         """Return what one thread needs, beside the operands, for a span of so many elements."""
         sources = len(self.reading.operands)
-        return max(
-            [result.declared.rule.scratch_bytes(sources, num_elems, result.working_bits) for result in self.results]
-        )
+        most = min(num_elems, max(BLOCK_ELEMS, self.reading.together))
+        return max([result.declared.rule.scratch_bytes(sources, most, result.working_bits) for result in self.results])
 
     def span_state_bytes(self, num_groups: int) -> int:
         """Return what one statistics pass leaves behind of a span of so many groups."""
         sources = len(self.reading.operands)
         return sum([result.declared.rule.span_state_bytes(sources, num_groups) for result in self.results])
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of the rows of a unit until it is decided."""
+        rules = [result.declared.rule for result in self.results]
+        num_rows = -(-self.reading.num_elems // self.reading.together)
+        return sum([num_rows * rule.row_bytes for rule in rules if isinstance(rule, Elementwise)])
 
 
 def float_bits_of(dtypes: Iterable[str]) -> FloatBits:
@@ -321,7 +347,9 @@ def merging(
     """Return the job that computes one tensor of plain numbers."""
     dtypes = {operand.decode.dtype for operand in operands}
     working = working_bits_of(output.dtype, dtypes)
-    reading = Reading(output.name, output.shape, operands, scope, working)
+    rule = METHODS[method].rule
+    whole_rows = isinstance(rule, Elementwise) and rule.whole_rows
+    reading = Reading(output.name, output.shape, operands, scope, working, whole_rows)
     ranked = float_bits_of((output.dtype, *dtypes))
     return TensorJob(reading, (Result((output,), plain(output.dtype), method, parameters, ranked, working),))
 

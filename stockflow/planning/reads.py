@@ -125,7 +125,7 @@ def _units(work: Work, chunk_elems: int) -> Iterator[list[LoadPiece]]:
 def _chunks(work: Work, chunk_elems: int) -> Iterator[LoadPiece]:
     """Consecutive spans, as many as fit a slab, never beyond the end of a group larger than a span."""
     reading = work.reading
-    step = chunk_step(reading.group_elems, chunk_elems)
+    step = chunk_step(reading.group_elems, chunk_elems, reading.together)
     stretch = reading.group_elems if reading.group_elems > SPAN_ELEMS else reading.num_elems
     for first in range(0, reading.num_elems, stretch):
         for start in range(first, first + stretch, step):

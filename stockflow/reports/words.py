@@ -19,6 +19,9 @@ METHOD_NAMES = {
     "dare_ties": "DARE with an election of signs",
     "breadcrumbs": "breadcrumbs",
     "breadcrumbs_ties": "breadcrumbs with an election of signs",
+    "della": "DELLA",
+    "della_linear": "DELLA without an election",
+    "sce": "SCE",
     "ram": "RAM",
     "ramplus_tl": "RAM+",
     "nearswap": "NearSwap",
@@ -26,6 +29,7 @@ METHOD_NAMES = {
     "multislerp": "Multi-SLERP",
     "karcher": "the Karcher mean",
     "geometric_median": "the geometric median",
+    "arcee_fusion": "Arcee Fusion",
 }
 COPIES = ("copy", "copy_equal")
 MAX_NAME = 160

@@ -160,31 +160,41 @@ GOLDEN = {
         dtype=torch.float64,
         asked={"per_model": {"weight": [0.31, 0.72, 0.44], "density": [0.3, 1.0, 0.7]}},
     ),
-    "nuslerp by row": Golden(
-        "nuslerp",
-        "f0d5177072ce013d1fab724e5a38d719ce579ab547a44751cdc22512bc39cee3",
-        2,
-        drawn={"delta_scale": 0.03},
-        asked={"per_model": {"weight": [0.31, 0.72]}, "parameters": {"nuslerp_flatten": False}, "with_base": False},
+    "breadcrumbs": Golden(
+        "breadcrumbs",
+        "b2655425efd9a8f5e95ac35e3d8ed5b895b2f48961effc83351c168b4a92954e",
+        asked={
+            "per_model": {"weight": [0.31, 0.72, 0.44]},
+            "parameters": {"density": 0.4, "gamma": 0.05, "rescale": True},
+        },
     ),
-    "multislerp": Golden(
-        "multislerp",
-        "a85e9ec16fe798ff23e048259abd8199693a0c3dfdd790dfb533c60fa2e8baa7",
-        asked={"per_model": {"weight": [0.31, 0.72, 0.44]}},
+    "dare_ties": Golden(
+        "dare_ties",
+        "f0430aa4976c5b5e5c626a18965bd13e643f1a301a3fceb091f060e7a24dacfc",
+        asked={"per_model": {"weight": [0.31, 0.72, 0.44]}, "parameters": {"density": 0.4}},
     ),
-    "karcher in F32": Golden(
-        "karcher",
-        "d002e691f83fa13d8f550dbab3871d31f268260fabde1c19bc05f96df7a70f0b",
-        dtype=F32,
-        drawn={"delta_scale": 0.03},
-        asked={"with_base": False},
+    "della": Golden(
+        "della",
+        "a6ae9360c44df636981a2ae81bd76ff3fe091b463b96f3750894aaab3c96db37",
+        asked={"per_model": {"weight": [0.31, 0.72, 0.44]}, "parameters": {"density": 0.4}},
     ),
-    "geometric_median in F32": Golden(
-        "geometric_median",
-        "5c0563d3a3b04600f2839c0d1bc0430869deaccbf54c8a5c1c7f50d75d05a49f",
-        dtype=F32,
-        asked={"per_model": {"weight": [0.31, 0.72, 0.44]}},
+    "sce": Golden(
+        "sce",
+        "a9557dfe116a374d5b952b3cb3180f200bc1bf5b93fb9c9e560caa3c0935ad49",
+        asked={"parameters": {"select_topk": 0.4}},
     ),
+    "ramplus_tl": Golden(
+        "ramplus_tl",
+        "e448a98e59ac8d9511b106f49c8a102227453b3201c1da594a6c17ec03167e9e",
+        asked={"parameters": {"epsilon": 0.001}},
+    ),
+    "nearswap": Golden(
+        "nearswap",
+        "e56fd80a477d3ea78fd0d2055827d930630be34f2c57ac8bc7f4a7c7419c1937",
+        1,
+        asked={"parameters": {"t": 0.0007}},
+    ),
+    "arcee_fusion": Golden("arcee_fusion", "eae1fc5fd919e17d6fab410d9abf0fed97dbe47bb47131c8b0759269d4694d72", 1),
 }
 
 
@@ -210,7 +220,7 @@ def test_the_bytes_of_a_merge_do_not_change(name: str, tmp_path: Path) -> None:
 def test_a_processor_without_wide_vectors_and_fused_products_gives_the_same_bytes(tmp_path: Path) -> None:
     """SSE2 alone is the least that an x86-64 processor has; an ARM one shares no instruction with either."""
     names = ["model_stock by row", "model_stock in F32", "slerp", "task_arithmetic in F64", "ties", "ties in F64"]
-    names += ["nuslerp by row", "karcher in F32", "geometric_median in F32"]
+    names += ["breadcrumbs", "dare_ties", "della", "sce", "ramplus_tl", "nearswap", "arcee_fusion"]
     script = (
         "import sys; from pathlib import Path; from tests.golden.test_golden import merge_one\n"
         "for name in sys.argv[2:]: print(merge_one(name, Path(sys.argv[1], name))[1])"

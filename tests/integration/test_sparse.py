@@ -117,6 +117,22 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "stockflow": {"scope": "tensor"}},
         {"weights": WEIGHTS, "densities": [0.45] * 3, "rescale": False, "normalize": True, "scope": "tensor"},
     ),
+    "della": (
+        "della",
+        {"per_model": {"weight": WEIGHTS, "density": [0.3, 1.0, 0.7], "epsilon": [0.1, 0.15, 0.2]}},
+        {"weights": WEIGHTS, "densities": [0.3, 1.0, 0.7], "epsilons": [0.1, 0.15, 0.2]},
+    ),
+    "della_linear, as the paper": (
+        "della_linear",
+        {"per_model": {"weight": WEIGHTS, "density": [0.3, 0.0, 0.7]},
+         "parameters": {"rescale": "expected", "lambda": 0.8117}, "stockflow": {"seed": 5}},
+        {"weights": WEIGHTS, "densities": [0.3, 0.0, 0.7], "epsilons": [0.15] * 3, "rescale": "expected",
+         "lam": 0.8117, "seed": 5},
+    ),
+    "sce": ("sce", {}, {}),
+    "sce of some": ("sce", {"parameters": {"select_topk": 0.3}}, {"topk": 0.3}),
+    "sce of nothing": ("sce", {"parameters": {"select_topk": 0.0}}, {"topk": 0.0}),
+    "arcee_fusion": ("arcee_fusion", {"num_tuned": 1}, {}),
     "ram": ("ram", {"parameters": {"epsilon": 9e-4}}, {"epsilon": 9e-4}),
     "ramplus_tl": (
         "ramplus_tl", {"parameters": {"epsilon": 1.3e-3, "r": 0.31, "alpha": 0.9}},
@@ -337,6 +353,9 @@ def test_weights_that_sum_to_zero_are_not_divided_by(tmp_path: Path) -> None:
         ("dare_ties", {"rescale": True}, 1),
         ("ramplus_tl", {}, 1),
         ("ties", {"rescale": False}, 3),
+        ("della", {"rescale": False}, 0),
+        ("sce", {"select_topk": 1.0}, 1),
+        ("sce", {"select_topk": 0.5}, 5),
         ("breadcrumbs", {"rescale": "l1"}, 4),
     ],
 )
@@ -354,6 +373,13 @@ def test_only_what_needs_to_know_the_elements_goes_over_them_first(
         ("ties", "{weight: 1, rescale: expected}", "expected true or false or l1, found 'expected'"),
         ("dare_linear", "{weight: 1, rescale: l2}", "expected true or false or l1 or expected, found 'l2'"),
         ("dare_linear", "{density: 0.5}", "`dare_linear` needs the parameter `weight`"),
+        (
+            "della",
+            "{weight: 1, density: 0.1}",
+            "merge_method: the `density` 0.1 with `epsilon` 0.15: expected",
+        ),
+        ("della_linear", "{weight: 1, density: 0.9, epsilon: 0.1}", "between 0 and 1, found 0.8 and 1; lower epsilon"),
+        ("sce", "{select_topk: 1.5}", "parameters.select_topk: expected at most 1, found 1.5"),
         ("nearswap", "{}", "`nearswap` needs the parameter `t`"),
     ],
 )

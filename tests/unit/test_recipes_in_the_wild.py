@@ -35,11 +35,6 @@ NOT_YET = {
         "74_della_linear_filters_chat_template", "76_della_linear_out_dtype_only", "80_sce_dead_topk_and_dype",
         "82_breadcrumbs_chat_template", "84_nuslerp_gradients", "86_multislerp_dead_keys",
     ),
-    "methods": (
-        "70_della_modules",
-        "71_della_density_one_lambda_twice", "72_della_base_weight_comments", "75_della_linear_key_twice",
-        "89_arcee_fusion_foreign_parameters",
-    ),
 }  # fmt: skip
 """Forms that are refused for what is missing here; each leaves this table when it runs."""
 MISSING = {f"{name}.yaml": reason for reason, names in NOT_YET.items() for name in names}

@@ -14,8 +14,9 @@ from stockflow.engine.units import Unit
 from stockflow.kernels import doubled, elementwise
 from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import FORMATS, results_in
-from stockflow.methods.protocol import BLOCK_ELEMS, Block, Elementwise, Rounds, Statistic, UnitContext, Update
+from stockflow.methods.protocol import Block, Elementwise, Rounds, Statistic, UnitContext, Update
 from stockflow.planning.job import FloatBits, Result
+from stockflow.planning.spans import BLOCK_ELEMS
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def _filler(decided: Update, num_elems: int, result: Result, ledger: Ledger, too
         started = time.perf_counter()
         is_finite = True
         for part in parts_of(span):
-            block = block_of(part, tools, result.working_bits, with_lows=is_doubled)
+            block = block_of(part, tools, decided.float_bits or result.working_bits, with_lows=is_doubled)
             is_finite &= added(block, target[width * (part.start - span.start) : width * (part.stop - span.start)])
         if not is_finite:
             tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
@@ -97,9 +98,11 @@ def _filler(decided: Update, num_elems: int, result: Result, ledger: Ledger, too
 
 
 def parts_of(span: LoadedPiece) -> Iterator[LoadedPiece]:
-    """Yield a span block by block."""
-    for start in range(span.start, span.stop, BLOCK_ELEMS):
-        yield span.narrow(start, min(start + BLOCK_ELEMS, span.stop))
+    """Yield a span block by block, in whole rows where these are wanted."""
+    together = span.reading.together
+    step = max(BLOCK_ELEMS // together, 1) * together
+    for start in range(span.start, span.stop, step):
+        yield span.narrow(start, min(start + step, span.stop))
 
 
 def block_of(span: LoadedPiece, tools: Tools, float_bits: FloatBits, *, with_lows: bool = False) -> Block:
@@ -116,4 +119,5 @@ def block_of(span: LoadedPiece, tools: Tools, float_bits: FloatBits, *, with_low
         doubled.load_task_vectors(span.slab, span.firsts_M, span.formats_M, base_E, deltas_NE, lows_NE)
     else:
         elementwise.load_task_vectors(span.slab, span.firsts_M, span.formats_M, base_E, deltas_NE)
-    return Block(reading.name, span.start, reading.shape, base_E, deltas_NE, lows_NE if with_lows else None)
+    lows = lows_NE if with_lows else None
+    return Block(reading.name, span.start, reading.shape, base_E, deltas_NE, lows, reading.together)
