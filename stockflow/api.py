@@ -68,7 +68,7 @@ def plan(
     chosen = resolved(PlanSettings, settings)
     constants = load_calibration(chosen.calibration)
     options, conditions = _conditions(chosen, constants[0] if chosen.calibration else None)
-    inputs = open_inputs(recipe, on_event, chosen.follow_links)
+    inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed)
     return _planned(inputs, os.fspath(output), options, conditions, constants, on_event)
 
 
@@ -135,7 +135,7 @@ def merge(
     """
     chosen = resolved(MergeSettings, settings)
     options, execute = options_of(chosen, chosen.workers), execute_on(chosen)
-    inputs = open_inputs(recipe, on_event, chosen.follow_links)
+    inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed)
     result = driver.merge(inputs, os.fspath(output), options, execute, on_event)
     return MergeResult(result, inputs.storage)
 

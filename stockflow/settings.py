@@ -157,6 +157,9 @@ class _Writing(TypedDict, total=False):
         "Obey rules by which every tensor comes from one model: the output is no merge.", False
     )]  # fmt: skip
     strict: Annotated[bool, Setting("Refuse what is otherwise only warned of.", False)]
+    random_seed: Annotated[int | None, Setting(
+        "What methods that draw, draw by. Default: the recipe's `stockflow: {seed: 0}`.", least=0, most=2**63 - 1
+    )]  # fmt: skip
 
 
 class MergeSettings(SurveySettings, _Writing, total=False):

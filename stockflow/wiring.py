@@ -13,7 +13,7 @@ from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.output.receipts import Receipt
 from stockflow.planning.budget import default_memory
 from stockflow.planning.plan import ShardPlan
-from stockflow.recipe import RecipeLike, recipe_of
+from stockflow.recipe import RecipeLike, amended, recipe_of
 from stockflow.run.driver import Execute, Inputs, MergeOptions
 from stockflow.settings import (
     DeviceName,
@@ -36,11 +36,14 @@ def storage_of(recipe: RecipeLike | None, follow_links: Sequence[Location] = ())
     return replace(options, trusted=trusted_folders(follow_links))
 
 
-def open_inputs(recipe: RecipeLike, on_event: OnEvent = ignore, follow_links: Sequence[Location] = ()) -> Inputs:
-    """Return the opened checkpoints of a recipe."""
+def open_inputs(
+    recipe: RecipeLike, on_event: OnEvent = ignore, follow_links: Sequence[Location] = (), seed: int | None = None
+) -> Inputs:
+    """Return the opened checkpoints of a recipe; a seed stands before its own."""
     on_event(Stage("opening checkpoints", unit="files"))
     trusted = trusted_folders(follow_links)
-    inputs = Inputs.open(recipe_of(recipe), lambda file: on_event(Done(file)), trusted)
+    seeded = amended(recipe_of(recipe), **({} if seed is None else {"seed": seed}))
+    inputs = Inputs.open(seeded, lambda file: on_event(Done(file)), trusted)
     for store, checkpoint in zip(inputs.stores, inputs.checkpoints, strict=True):
         for note in link_notes(store, checkpoint.files):
             on_event(Note(note))

@@ -30,6 +30,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 """Patterns of whole names by what they are for. SentencePiece's ``.model`` has a different name in every family."""
 _KNOWN = re.compile("|".join(pattern for patterns in KINDS.values() for pattern in patterns))
 _OF_TOKENIZER = re.compile("|".join(KINDS["tokenizer"]))
+_TEMPLATE = re.compile("|".join(KINDS["template"]))
 _PLACES = (
     (re.compile(""), _KNOWN),
     (re.compile("additional_chat_templates"), re.compile(r".+\.jinja")),
@@ -57,6 +58,11 @@ def is_known(key: str) -> bool:
 def is_of_tokenizer(key: str) -> bool:
     """Return whether a file is part of a tokenizer."""
     return bool(_OF_TOKENIZER.fullmatch(key.rpartition("/")[2]))
+
+
+def is_tokenizer_or_template(key: str) -> bool:
+    """Return whether a file is part of a tokenizer, or a chat template for it."""
+    return is_of_tokenizer(key) or bool(_TEMPLATE.fullmatch(key.rpartition("/")[2]))
 
 
 def module_files(keys: Iterable[str], folders: Collection[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import typer
 
 from stockflow.cli.cluster import status, submit
 from stockflow.cli.looking import audit, clean, diff, inspect, report, verify
+from stockflow.cli.mergekit import mergekit_yaml
 from stockflow.cli.merging import demo, merge
 from stockflow.cli.planning import calibrate, plan
 from stockflow.cli.recipes import lint, schema
@@ -48,9 +49,10 @@ def _first_sentence(command: Callable[..., None]) -> str:
 
 for command in (
     merge, plan, lint, submit, status, inspect, audit, verify, report, diff, calibrate, clean, demo, schema,
+    mergekit_yaml,
 ):  # fmt: skip
     # Of all that explains a command the first sentence, whole: typer would cut it to a line.
-    app.command(short_help=_first_sentence(command))(command)
+    app.command(command.__name__.replace("_", "-"), short_help=_first_sentence(command))(command)
 
 
 def main() -> None:

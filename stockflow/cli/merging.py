@@ -1,7 +1,7 @@
 """``stockflow merge`` and ``stockflow demo``."""
 
 import json
-from typing import Annotated, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
@@ -19,6 +19,9 @@ from stockflow.cli.options import (
 from stockflow.errors import EXIT_FINDINGS
 from stockflow.settings import MergeSettings
 
+if TYPE_CHECKING:
+    from stockflow.recipe import RecipeLike
+
 
 @command(MergeSettings, Logging, Serving, delays=False, resumes=True)
 def merge(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings: Unpack[MergeSettings]) -> Answer:
@@ -27,6 +30,11 @@ def merge(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings
     Running the same command again resumes: shards that are there already are kept. The output is complete
     when OUTPUT/manifest.json exists; `stockflow verify` checks every byte of it.
     """
+    return merged(recipe, output, told, settings)
+
+
+def merged(recipe: "RecipeLike", output: str, told: Told, settings: MergeSettings) -> Answer:
+    """Merge, and return what to print."""
     from stockflow import api
 
     result = api.merge(recipe, output, on_event=told.on_event, **settings)
@@ -39,6 +47,7 @@ def merge(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings
         "follow_links",
         "strict",
         "allow_unmerged",
+        "random_seed",
         "gpus_per_worker",
         "labels",
         "worker_timeout",

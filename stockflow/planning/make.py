@@ -10,6 +10,7 @@ from stockflow.checkpoints.modules import MODULE_WEIGHTS
 from stockflow.checkpoints.naming import holds_fused_experts
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
+from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.tokenizers import Tokenizer
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
@@ -19,6 +20,7 @@ from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
 from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
+from stockflow.planning.recomputed import without_recomputed
 from stockflow.planning.targets import Outline, OutputTensor, Unplanned, outline_of
 from stockflow.planning.views import other_layout, under_names_of
 from stockflow.recipe import Recipe
@@ -65,6 +67,7 @@ def make_plan(
     if unread:
         raise PlanError(_all_problems(unread))
     accepted = {*recipe.stockflow.accept, *accepted}
+    checkpoints = without_recomputed(recipe, checkpoints)
     checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
     outline = outline_of(recipe, checkpoints)
     jobs, skipped, problems = _planned(recipe, checkpoints, outline)
@@ -84,7 +87,11 @@ def make_plan(
         checkpoints=tuple(CheckpointRef(checkpoint.url, checkpoint.files) for checkpoint in checkpoints),
         donor=recipe.donor,
         shards=_cut_shards(jobs, size, donor.extents),
-        side_files=tuple(SideFile(recipe.side_files_donor, *item) for item in side_donor.side_files.items()),
+        side_files=tuple(
+            SideFile(recipe.side_files_donor, *item)
+            for item in side_donor.side_files.items()
+            if recipe.stockflow.copy_tokenizer or not is_tokenizer_or_template(item[0])
+        ),
         config=config,
         on_nonfinite=recipe.stockflow.on_nonfinite,
         skipped=tuple(skipped),

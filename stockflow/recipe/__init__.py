@@ -2,9 +2,10 @@
 
 What mergekit has and stockflow lacks is refused by name. Keys that it passes over are remarked on.
 Imports go one way: wording, document, values and locations, settings, resolve, model, checks and structure, dead_keys
-and repeats, reading.
+and repeats, reading, amending and lint.
 """
 
+from stockflow.recipe.amending import amended
 from stockflow.recipe.locations import resolve_location
 from stockflow.recipe.model import ModelEntry, Options, Recipe, Rule, StorageEntry
 from stockflow.recipe.reading import RecipeLike, load_recipe, parse_recipe, recipe_of, recipe_schema
@@ -20,6 +21,7 @@ __all__ = [
     "RecipeLike",
     "Rule",
     "StorageEntry",
+    "amended",
     "load_recipe",
     "parse_recipe",
     "parse_size",

@@ -107,6 +107,7 @@ def _count_problems(each: Slice, use: _Use) -> Iterator[Problem]:
     besides = " besides the base" if recipe.anchors(method) else ""
     if method.base == "required" and recipe.base_model is None:
         yield use.path, f"`{method.name}` needs a base, found no `base_model`; add it"
+        return  # how many models are beside it is not known
     num_tuned = len(recipe.counted(method))
     most = method.max_tuned
     if num_tuned < method.min_tuned or (most is not None and num_tuned > most):

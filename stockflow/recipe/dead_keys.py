@@ -73,15 +73,15 @@ def _advice(path: Path, methods: Sequence[Method], declared: Mapping[str, Parame
 
 def dead_parameters(recipe: Recipe) -> Iterator[Notice]:
     """Yield what to say of parameters, the recipe's own and the models', that no method reads where they stand."""
-    yield from _foreign(recipe.parameters, recipe.methods, recipe, ("parameters",))
+    using = recipe.methods
+    counted = [(method, {entry.model for entry in recipe.counted(method)}) for method in using]
+    yield from _foreign(recipe.parameters, using, recipe, ("parameters",))
     for index, entry in enumerate(recipe.models):
         path: Path = ("models", index, "parameters")
-        hearing = [
-            method for method in recipe.methods if any(each.model == entry.model for each in recipe.counted(method))
-        ]
-        if hearing:
-            yield from _shared(entry.parameters, recipe, path)
-            rest = {name: items for name, items in entry.parameters.items() if not _is_shared(name, recipe.methods)}
+        if hearing := [method for method, locations in counted if entry.model in locations]:
+            shared = [name for name in entry.parameters if _is_shared(name, using)]
+            yield from _shared(shared, recipe, path)
+            rest = {name: items for name, items in entry.parameters.items() if name not in shared}
             yield from _foreign(rest, hearing, recipe, path)
         else:
             for name in entry.parameters:
@@ -89,12 +89,11 @@ def dead_parameters(recipe: Recipe) -> Iterator[Notice]:
                 yield Notice((*path, name), "no-effect", text)
 
 
-def _shared(settings: Settings, recipe: Recipe, path: Path) -> Iterator[Notice]:
-    for name in settings:
-        if _is_shared(name, recipe.methods):
-            kept = "remove it" if name in recipe.parameters else f"did you mean the recipe's own `parameters.{name}`?"
-            text = f"`{name}` is one for the merge, so it has no effect of one model; {kept}"
-            yield Notice((*path, name), "no-effect", text)
+def _shared(names: Iterable[str], recipe: Recipe, path: Path) -> Iterator[Notice]:
+    for name in names:
+        kept = "remove it" if name in recipe.parameters else f"did you mean the recipe's own `parameters.{name}`?"
+        text = f"`{name}` is one for the merge, so it has no effect of one model; {kept}"
+        yield Notice((*path, name), "no-effect", text)
 
 
 def _is_shared(name: str, methods: Iterable[Method]) -> bool:

@@ -6,6 +6,7 @@ Works on parser events, so that nothing is expanded, nested or built before its 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Protocol, cast
 
 import yaml
@@ -34,6 +35,7 @@ Mark = tuple[int, int]
 """Line and column, from 1."""
 
 _MERGE = "<<"
+_FENCE = "character '`'"
 _TAB = r"'\t'"
 _QUOTED_OR_TAB = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|\t""")
 _TAG_PREFIX = "tag:yaml.org,2002:"
@@ -125,6 +127,17 @@ class Document:
             for (mark, name, _), text in zip(ordered, texts, strict=True)
         ]
 
+    def filters(self) -> dict[str, str]:
+        """Return the first place of each text that is the value of a key `filter`."""
+        found: dict[str, Mark] = {}
+        waiting = [self.root]
+        while waiting:
+            for key, (mark, child) in waiting.pop().children.items():
+                waiting.append(child)
+                if key == "filter" and isinstance(child.scalar, str):
+                    found[child.scalar] = min(found.get(child.scalar, mark), mark)
+        return {text: self._place(mark) for text, mark in sorted(found.items(), key=itemgetter(1))}
+
     def line(self, path: Path) -> int:
         """Return the line of the nearest value that exists on the way to ``path``."""
         return self._locate(path)[0][0]
@@ -178,6 +191,8 @@ def read_yaml(text: str, source: str) -> Document:
             return read_yaml(spaced, source)
         mark = error.problem_mark or error.context_mark
         context = f" ({error.context})" if error.context else ""
+        if _FENCE in (error.problem or ""):
+            context = "; lines of backticks are Markdown's, remove them"
         raise RecipeError(f"{_place(source, mark)}: not valid YAML: {_brief(error.problem)}{_brief(context)}") from None
     except (ValueError, OverflowError) as error:
         # PyYAML 6.0.3 leaks these for escapes and version numbers out of range.

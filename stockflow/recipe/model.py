@@ -1,5 +1,6 @@
 """The recipe as the user describes it, and what it answers about a tensor."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
@@ -106,6 +107,7 @@ class Options(Part):
         default={}, description="options by URL prefix; the longest matching prefix wins"
     )
     side_files_from: Location | None = Field(default=None, description="the model whose side files are taken")
+    copy_tokenizer: StrictBool = Field(default=True, description="whether tokenizer and chat template are copied")
     accept: tuple[RemarkCode, ...] = Field(default=(), description="codes of refusals that are only warnings here")
     rules: tuple[Rule, ...] = Field(
         default=(), max_length=2000, description="exceptions by tensor name; the first match wins"
@@ -128,6 +130,7 @@ class Recipe(Part):
 
     _text: str = PrivateAttr("")
     _remarks: tuple[Remark, ...] = PrivateAttr(())
+    _filters: dict[str, str] = PrivateAttr({})
 
     def model_post_init(self, context: object, /) -> None:
         """Keep the text the recipe was made from, which comes as the context of the validation.
@@ -152,6 +155,11 @@ class Recipe(Part):
         self._remarks = remarks
         return self
 
+    def with_filters(self, places: Mapping[str, str]) -> "Recipe":
+        """Return the recipe with the places of its filters."""
+        self._filters = dict(places)
+        return self
+
     def naming(self, models: tuple[ModelEntry, ...]) -> "Recipe":
         """Return the recipe with other entries for its models."""
         other = self.model_copy(update={"models": models})
@@ -159,6 +167,11 @@ class Recipe(Part):
             if isinstance(value, cached_property):
                 other.__dict__.pop(name, None)
         return other
+
+    @property
+    def filters(self) -> Mapping[str, str]:
+        """Where the recipe first has each filter, as ``recipe.yaml:7:3``."""
+        return self._filters
 
     def canonical(self) -> dict[str, object]:
         """Return the recipe as plain JSON values, locations resolved and defaults filled in."""
@@ -210,8 +223,8 @@ class Recipe(Part):
     @property
     def methods(self) -> tuple[Method, ...]:
         """The methods in use, the recipe's own first."""
-        used = (self.method_for(rule) for rule in (None, *self.stockflow.rules))
-        return tuple({method.name: method for method in used}.values())
+        names = dict.fromkeys((self.merge_method, *(rule.merge_method for rule in self.stockflow.rules)))
+        return tuple(METHODS[name] for name in names if name)
 
     @cached_property
     def listed(self) -> tuple[ModelEntry, ...]:

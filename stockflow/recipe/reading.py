@@ -75,7 +75,12 @@ def examine(text: str, source: str) -> Examination:
         for repeat in repeated_models(recipe, document):
             (notices if isinstance(repeat, Notice) else problems).append(repeat)  # type: ignore[arg-type]
     remarks = document.remarks(notices)
-    return Examination(source, recipe and recipe.with_remarks(remarks), document.problems(problems), remarks)
+    return Examination(
+        source,
+        recipe and recipe.with_remarks(remarks).with_filters(document.filters()),
+        document.problems(problems),
+        remarks,
+    )
 
 
 def parse_recipe(text: str, source: str) -> Recipe:

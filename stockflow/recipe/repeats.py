@@ -14,7 +14,11 @@ _NAME_MODELS = ("model", "base_model")
 
 def repeated_models(recipe: Recipe, document: Document) -> Iterator[Notice | Problem]:
     """Yield models that are listed again: a problem where each entry has parameters of its own, else a notice."""
-    weighed = {entry.model: names for entry in recipe.listed if (names := _per_model(recipe, entry.model))}
+    weighed: dict[str, list[str]] = {}
+    for method in recipe.methods:
+        own = [name for name, parameter in parameters_of(method).items() if parameter.per_model]
+        for entry in recipe.counted(method) if own else ():
+            weighed.setdefault(entry.model, []).extend(own)
     first: dict[str, int] = {}
     for index, entry in enumerate(recipe.models):
         earlier = first.setdefault(entry.model, index)
@@ -23,22 +27,11 @@ def repeated_models(recipe: Recipe, document: Document) -> Iterator[Notice | Pro
         path: Path = ("models", index, "model")
         line = document.line(("models", earlier))
         text = f"the same model as models[{earlier}] on line {line}: {redact(entry.model)}"
-        if own := weighed.get(entry.model):
-            added = " (add up the two weights)" if "weight" in own else ""
+        if names := weighed.get(entry.model):
+            added = " (add up the two weights)" if "weight" in names else ""
             yield path, f"{text}; list it once{added}"
         else:
             yield Notice(path, "repeated-model", f"{text}; it counts once")
-
-
-def _per_model(recipe: Recipe, location: str) -> list[str]:
-    """Return the parameters that methods in use take of one model by itself."""
-    return [
-        name
-        for method in recipe.methods
-        if any(entry.model == location for entry in recipe.counted(method))
-        for name, parameter in parameters_of(method).items()
-        if parameter.per_model
-    ]
 
 
 def local_revisions(value: object, path: Path = ()) -> Iterator[Notice]:

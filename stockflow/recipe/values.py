@@ -70,7 +70,7 @@ def _method_name(given: str) -> str:
         return given
     if given in MERGEKIT_METHODS:
         raise RecipeError(f"mergekit's method `{given}` {NOT_YET}; known methods: {', '.join(METHODS)}")
-    raise RecipeError(f"unknown method {shown(given)}; {nearest(given, METHODS)}")
+    raise RecipeError(f"unknown method {shown(given)}; {nearest(given.lower(), METHODS)}")
 
 
 def text_around_layer(pattern: str) -> tuple[str, str]:

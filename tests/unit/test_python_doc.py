@@ -39,7 +39,7 @@ def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
 def test_the_commands_that_have_progress_are_named() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     options = {name: {option for each in command.params for option in each.opts} for name, command in commands.items()}
-    named = set(re.findall(r"`([a-z]+)`", PROGRESS.split("say on standard error")[0]))
+    named = set(re.findall(r"`([a-z-]+)`", PROGRESS.split("say on standard error")[0]))
 
     assert named | {"demo"} == {name for name in options if "--progress" in options[name]}
 

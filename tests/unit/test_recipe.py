@@ -18,6 +18,7 @@ from stockflow.errors import NotFoundError, RecipeError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter
 from stockflow.recipe import (
+    Options,
     Recipe,
     StorageEntry,
     load_recipe,
@@ -247,7 +248,7 @@ def test_all_problems_are_reported_together_in_file_order_and_warnings_after_the
         "  r.yaml:4:5: models[0]: `linear` needs the parameter `weight`; add it",
         (
             "  r.yaml:7:3: stockflow.scop: unknown key; did you mean `scope`? Known here: "
-            "on_negative, on_nonfinite, scope, seed, shard_size, layers, storage, side_files_from, accept, rules"
+            f"{', '.join(Options.model_fields)}"
         ),
         "  r.yaml:2:1: warning: `modls` has no effect here; did you mean `models`?",
         "  r.yaml:5:18: warning: `linear` has no parameter `wieght`, so it has no effect; did you mean `weight`?",

@@ -12,7 +12,7 @@ from stockflow.recipe import parse_recipe
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "recipes.md").read_text()
 RECIPES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = re.findall(r"\bstockflow (\w+)([^#\n&]*)", "\n".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)))
+COMMANDS = re.findall(r"\bstockflow ([\w-]+)([^#\n&]*)", "\n".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)))
 SHOWN = [
     (page.name, *found)
     for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))

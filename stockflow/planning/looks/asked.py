@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact, scheme_of
@@ -27,6 +28,15 @@ def snapshots(proposal: Proposal) -> Iterator[Remark]:
                 f"{location} is a folder of the hub's cache; read is its snapshot {checkpoint.url.rpartition('/')[2]}"
             )
             yield Remark("snapshot", text, "note", (checkpoint.url,))
+
+
+def missing_tokenizer(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which files of a tokenizer the recipe leaves out."""
+    if not proposal.recipe.stockflow.copy_tokenizer:
+        left = [key for key in proposal.side_files_donor.side_files if is_tokenizer_or_template(key)]
+        yield Remark(
+            "not-copied", f"the tokenizer is not copied, as the recipe says: {', '.join(left) or 'none'}", "note"
+        )
 
 
 def missing_config(proposal: Proposal) -> Iterator[Remark]:
