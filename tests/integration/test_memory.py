@@ -58,6 +58,35 @@ def test_a_tensor_larger_than_the_budget_is_merged_within_it(scope: str, large_f
     assert_first_rows_are_right(scope, large_family, tmp_path / "out")
 
 
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "ties": {"weight": 0.5, "density": 0.5},
+    "breadcrumbs_ties": {"weight": 0.5, "density": 0.5, "rescale": True},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "della": {"weight": 0.5, "density": 0.5},
+    "sce": {"select_topk": 0.3},
+    "ramplus_tl": {},
+    "arcee_fusion": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_methods_that_look_at_elements_take_what_is_projected(
+    method: str, large_family: Family, tmp_path: Path
+) -> None:
+    family = Family(large_family.base, large_family.tuned[:1]) if method == "arcee_fusion" else large_family
+    recipe = write_recipe(tmp_path / "recipe.yaml", method, family, parameters=PARAMETERS[method])
+    options = ("--memory", f"{MEMORY_BYTES // MIB}MiB", "--workers", 2, "--json")
+    planned = json.loads(runs.run("plan", recipe, tmp_path / "out", *options).stdout)
+
+    result, seen_peak = merge_and_watch("merge", recipe, tmp_path / "out", "--quiet", *options)
+
+    reported_peak = result["summary"]["peak_memory_bytes"]
+    print(f"FIGURES {method}: projected {planned['projected_memory_bytes'] / MIB:.0f}, seen {seen_peak / MIB:.0f} MiB")
+    assert reported_peak <= planned["projected_memory_bytes"] <= MEMORY_BYTES
+    assert seen_peak <= MEMORY_BYTES
+
+
 def test_a_budget_that_is_too_small_is_refused_while_planning(large_family: Family, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", large_family)
 

@@ -14,6 +14,9 @@ from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import Parameters
 from stockflow.recipe import parse_recipe
+from stockflow.storage import StorageConfig
+from stockflow.verification.sample import SampleOptions
+from stockflow.verification.verify import verify
 from tests import oracle, runs
 from tests.checkpoints import Family, Shape, make_family, write_checkpoint, write_recipe
 
@@ -186,6 +189,22 @@ def test_results_of_float64_are_exact_but_for_the_last_bit(case: str, tmp_path: 
             error = np.abs(found[name].array - want.out)
             size = sum(np.abs(source[name].array) for source in sources) + np.abs(want.out)
             assert (error <= 2.0**-51 * size).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_merge_is_found_to_be_what_its_inputs_give(case: str, tmp_path: Path) -> None:
+    """By ``verify --sample``, which decides it again."""
+    method, asked, _ = CASES[case]
+    shapes: dict[str, Shape] = {"w": (40, 52), "layers.0.experts": (3, 5, 70), "norm": (31,)}
+    family = make_family(tmp_path / "family", asked.get("num_tuned", 3), shapes)
+    merged(tmp_path, method, family, **{key: value for key, value in asked.items() if key != "num_tuned"})
+
+    options = SampleOptions(1.0, 1, 1024 * runs.MIB + runs.grown_bytes(), num_threads=2)
+    found = verify(str(tmp_path / "out"), StorageConfig(), sample=options)
+
+    assert found.findings == ()
+    assert found.sampled is not None
+    assert found.sampled.num_decided == len(shapes)
 
 
 # --- equal magnitudes -------------------------------------------------------------------------------------------
