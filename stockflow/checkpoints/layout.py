@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 from stockflow.checkpoints.disguises import disguise_of
 from stockflow.checkpoints.header import (
@@ -31,6 +31,7 @@ class Extent(NamedTuple):
     """absolute byte offset in the file"""
 
 
+Found = TypeVar("Found")
 OnFile = Callable[[str], None]
 """Told of each file whose header was read, from several threads."""
 Homes = Mapping[str, str]
@@ -60,6 +61,14 @@ class HeaderCache:
         self._lock = threading.Lock()
         self._parsed: dict[tuple[bytes, int, str], list[PlacedTensor]] = {}
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
+        self._found: dict[tuple[int, Callable[..., object]], tuple[object, object]] = {}
+
+    def found(self, specs: Mapping[str, TensorSpec], find: Callable[[Mapping[str, TensorSpec]], Found]) -> Found:
+        """Return what ``find`` says of the tensors of a checkpoint; equal layouts are asked once."""
+        key = id(specs), find
+        if key not in self._found:
+            self._found[key] = specs, find(specs)  # the specs stay: another object never has their id
+        return cast(Found, self._found[key][1])
 
     def collect(self, where: str, headers: Mapping[str, list[PlacedTensor]], homes: Homes) -> Layout:
         """Return the tensors of all files together; equal files of equal headers give the same objects.

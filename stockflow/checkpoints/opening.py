@@ -1,6 +1,6 @@
 """A checkpoint at a URL: its tensors and where their bytes lie, its files and their stamps.
 
-Only the index and the headers are read. The layout is Hugging Face's: one ``model.safetensors``, or shards
+Index, headers and a few values are read. The layout is Hugging Face's: one ``model.safetensors``, or shards
 named by ``model.safetensors.index.json``.
 """
 
@@ -18,6 +18,7 @@ from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, UNMERGED, find_modules
 from stockflow.checkpoints.tree import Tree, list_tree
+from stockflow.checkpoints.values import NOTHING_READ, KnownValues, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
 from stockflow.storage import LocalStore, Stamp, Store
@@ -51,6 +52,8 @@ class Checkpoint:
     """what else lies there and is of no known kind; hidden files and what an output has of its own left out"""
     missing_files: tuple[str, ...] = ()
     """code and folders of modules that its configs name and that are not there"""
+    values: KnownValues = NOTHING_READ
+    """what was read of its tensors"""
 
 
 Settles = Callable[[int, str], bool]
@@ -89,6 +92,7 @@ def open_checkpoint(
         remarks=(*weights.remarks, *beside.remarks),
         other_files=beside.others,
         missing_files=beside.missing,
+        values=read_values(store, weights, config, cache),
     )
 
 

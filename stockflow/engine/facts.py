@@ -1,6 +1,7 @@
 """What has been learned about a tensor, unit by unit, and the row of facts it becomes."""
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,6 +36,9 @@ class Ledger:
     coefficients: list[Floats] = field(default_factory=list)
     means: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     """facts of units, each with the elements it speaks of"""
+    counts: dict[str, int] = field(default_factory=dict)
+    """elements of a kind"""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, coefficients: Coefficients, gram: Gram | None) -> None:
         """Add the decision of one unit."""
@@ -56,6 +60,12 @@ class Ledger:
         """Add facts that speak of ``num_elems`` elements at once."""
         for name, value in facts.items():
             self.means.setdefault(name, []).append((value, num_elems))
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add to the counts of elements; from any thread."""
+        with self._lock:
+            for name, number in counts.items():
+                self.counts[name] = self.counts.get(name, 0) + number
 
     def close(self) -> TensorFacts:
         """Return the row of facts of the finished tensor."""
@@ -81,7 +91,7 @@ class Ledger:
             base_norm=norms[0] if norms else None,
             delta_norms=tuple(norms[1:]),
             flags=("copied",) if self.job.is_copy else tuple(sorted(self._raised())),
-            facts={**grouped, **self._further()},
+            facts={**grouped, **self._further(), **{name: float(number) for name, number in self.counts.items()}},
             coefficients=self._hex_coefficients(),
         )
 

@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stockflow.engine.facts import Ledger
-from stockflow.engine.pieces import Piece
+from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures import PROCEDURES
-from stockflow.engine.procedures.proceeding import MapSpans, Proceeding, Tools, swept
+from stockflow.engine.procedures.proceeding import Fill, MapSpans, Proceeding, Tools, swept
 from stockflow.engine.units import GroupUnit, Unit, spans_of
 from stockflow.engine.warm import small_units
 from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes
+from stockflow.kernels.floats import count_f16_losses, results_in
 from stockflow.methods.protocol import Elementwise
-from stockflow.planning.job import TensorJob
+from stockflow.planning.job import Result, TensorJob
 
 Out = Callable[[Piece], Bytes]
 """Returns where the bytes of a piece of a result go; called once per piece, in order."""
@@ -73,7 +74,8 @@ class UnitMerger:
             states = dict(zip(sweeps, swept(unit, list(sweeps.values()), map_spans, last=False), strict=True))
             for each, wanted in asking:
                 each.tell(states[wanted.key])
-        fills = [(each.fill, result.encode.width) for each, result in zip(proceedings, job.results, strict=True)]
+        triples = zip(proceedings, job.results, ledgers, strict=True)
+        fills = [(_counting(each.fill, job, result, ledger), result.encode.width) for each, result, ledger in triples]
         for piece in unit.sweep(last=True):
             targets = [out(piece) for out in outs]
 
@@ -84,6 +86,20 @@ class UnitMerger:
 
             for _ in map_spans(fill, spans_of(piece)):
                 pass
+
+
+def _counting(fill: Fill, job: TensorJob, result: Result, ledger: Ledger) -> Fill:
+    """Return what fills, and counts what is lost where a result has a smaller range than its operands."""
+    if job.is_copy or result.outputs[0].dtype != "F16" or set(job.reading.dtypes) <= {"F16"}:
+        return fill
+
+    def filling(span: LoadedPiece, target: Bytes) -> None:
+        fill(span, target)
+        lost = np.zeros(2, np.int64)
+        count_f16_losses(span.slab, span.firsts_M, span.formats_M, results_in(target, "F16"), lost)
+        ledger.count({"zeroed": int(lost[0]), "subnormal": int(lost[1])})
+
+    return filling
 
 
 def _decides_by_group(job: TensorJob) -> bool:

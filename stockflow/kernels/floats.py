@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stockflow.kernels.arrays import Bits, Bytes, Floats, Halves, Singles, Values
+from stockflow.kernels.arrays import Bits, Bytes, Counts, Floats, Halves, Singles, Unsigned, Values
 from stockflow.kernels.jit import jit
 
 TILE = 512
@@ -147,6 +147,34 @@ def _round_to_f16(bits: Bits, floats: Singles, count: Index, out: Values, first:
             odd = (magnitude >> np.uint32(13)) & np.uint32(1)
             rounded = (magnitude - np.uint32(0x3800_0000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
         out[first + k] = np.uint16(rounded | (sign >> np.uint32(16)))
+
+
+@jit
+def count_f16_losses(slab: Slab, firsts_M: Unsigned, formats_M: Unsigned, out: Halves, counts: Counts) -> None:
+    """Count what F16 results lost to its range, from the bits alone; added to what is there.
+
+    Args:
+        slab: holds the sources.
+        firsts_M: where each source's part of the span begins, in its elements.
+        formats_M: format of each source.
+        out: the results.
+        counts: zeros of which a source is not zero, and subnormal numbers.
+    """
+    for k in range(np.uint64(len(out))):
+        magnitude = out[k] & np.uint16(0x7FFF)
+        if magnitude == np.uint16(0):
+            is_lost = False
+            for m in range(len(firsts_M)):
+                place = firsts_M[m] + k
+                if formats_M[m] == F32:
+                    is_lost |= slab.singles[place] != np.float32(0.0)
+                elif formats_M[m] == F64:
+                    is_lost |= slab.doubles[place] != 0.0
+                else:
+                    is_lost |= (slab.halves[place] & np.uint16(0x7FFF)) != np.uint16(0)
+            counts[0] += is_lost
+        elif magnitude < np.uint16(0x0400):
+            counts[1] += 1
 
 
 def first_nonfinite(raw: Bytes, dtype: str) -> int | None:

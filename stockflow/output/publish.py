@@ -30,6 +30,8 @@ NUM_PUBLISHERS = 8
 """Small files that are written at the same time: on object storage each takes two or three round trips."""
 HF_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 DTYPE_KEYS = ("torch_dtype", "dtype")
+COUNTED = ("zeroed", "subnormal")
+"""Facts of tensors that are elements of a kind: they are added up."""
 RECORDED_VERSIONS = ("torch", "numpy", "safetensors", "obstore", "fsspec", "s3fs", "ray", "pyarrow")
 
 
@@ -184,6 +186,11 @@ def summarize(receipts: Sequence[Receipt]) -> dict[str, float]:
         "copied_tensors": sum("copied" in row.flags for row in rows),
         "retries": sum(count for receipt in receipts for count in receipt.retries.values()),
         "peak_memory_bytes": max((receipt.peak_memory_bytes for receipt in receipts), default=0),
+        **{
+            f"{name}_elements": sum(row.facts[name] for row in rows if name in row.facts)
+            for name in COUNTED
+            if any(name in row.facts for row in rows)
+        },
         **{f"seconds_{stage}": sum(receipt.seconds.get(stage, 0.0) for receipt in receipts) for stage in stages},
     }
 

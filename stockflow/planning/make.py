@@ -1,6 +1,7 @@
 """Planning: from a recipe and what the checkpoints' headers say to a plan. Pure; refuses what does not fit together."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from stockflow.checkpoints.candidates import SINGLE_FILE
@@ -14,14 +15,17 @@ from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.tokenizers import Tokenizer
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
-from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying, merging, stored
+from stockflow.planning.fixed import are_known, carried_over, holds_indices
+from stockflow.planning.job import COPY, Operand, TensorJob, copying, merging, stored
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
 from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
+from stockflow.planning.precision import kept_above, kept_dtype
 from stockflow.planning.recomputed import without_recomputed
 from stockflow.planning.targets import Outline, OutputTensor, Unplanned, outline_of
+from stockflow.planning.ties import missing_head_remedy, with_tied_heads
 from stockflow.planning.views import other_layout, under_names_of
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
@@ -69,6 +73,7 @@ def make_plan(
     accepted = {*recipe.stockflow.accept, *accepted}
     checkpoints = without_recomputed(recipe, checkpoints)
     checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
+    checkpoints = with_tied_heads(recipe, checkpoints)
     outline = outline_of(recipe, checkpoints)
     jobs, skipped, problems = _planned(recipe, checkpoints, outline)
     config = output_config(recipe, checkpoints, jobs, outline.stackings)
@@ -107,12 +112,12 @@ def _planned(
     donor = checkpoints[recipe.donor]
     explained = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
     misfits = [misfit for each in outline.unplanned if (misfit := _misfit(each, explained))]
-    jobs, skipped = [], []
+    jobs, skipped, above = [], [], kept_above(recipe, checkpoints)
     for target in outline.targets:
         if _action(recipe, target.spec.name) == "skip":
             skipped.append(target.spec.name)
             continue
-        planned = _plan_tensor(target, explained)
+        planned = _plan_tensor(target, explained, above)
         if isinstance(planned, TensorJob):
             jobs.append(planned)
         else:
@@ -168,10 +173,17 @@ def _misfit(found: Unplanned, explained: Collection[int]) -> Misfit | None:
         return None
     lacking = f"but not in {stretch.urls([0])}, which gives the output its names"
     remedy = f"a rule with `action: skip` leaves {THEM} out"
-    return Misfit(name, f"in {stretch.urls(holders)} {lacking}", remedy, "skip")
+    misfit = Misfit(name, f"in {stretch.urls(holders)} {lacking}", remedy, "skip")
+    return _of_a_head(misfit, stretch.urls([0]))
 
 
-def _plan_tensor(target: OutputTensor, explained: Collection[int]) -> TensorJob | list[Misfit]:
+def _of_a_head(misfit: Misfit, where: str) -> Misfit:
+    """The same, with what can be done if it is a head over the vocabulary, for which no rule is right."""
+    remedy = missing_head_remedy(misfit.name, where)
+    return replace(misfit, remedy=remedy, action="") if remedy else misfit
+
+
+def _plan_tensor(target: OutputTensor, explained: Collection[int], above: Sequence[int]) -> TensorJob | list[Misfit]:
     """The job for one tensor of the output, or what stands against it and is not explained by a checkpoint's layout."""
     stretch, spec, names, stand = target
     recipe, checkpoints, name = stretch.recipe, stretch.checkpoints, spec.name
@@ -184,16 +196,19 @@ def _plan_tensor(target: OutputTensor, explained: Collection[int]) -> TensorJob 
     if absent:
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
         told_of = [index for index in absent if stretch.numbers[index] not in explained]
-        return [Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")] if told_of else []
+        missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
+        return [_of_a_head(missing, stretch.urls(told_of))] if told_of else []
     if recipe.carries_over(name, spec.dtype, stand):
         return copying(spec, _operands(target, indices), COPY)
     alike = spec.kind != "packed" and target.is_alike(indices)
-    problems = [] if alike else _mismatches(target, (recipe.donor, *indices))
+    donor_first = tuple(dict.fromkeys((recipe.donor, *indices)))
+    if (spec.kind != "float" or holds_indices(target)) and (alike or are_known(target, donor_first)):
+        return carried_over(target, dict(zip(donor_first, _operands(target, donor_first), strict=True)))
+    problems = [] if alike else _mismatches(target, donor_first)
     if problems:
         return problems
-    if spec.kind != "float":
-        return copying(spec, _operands(target, dict.fromkeys((recipe.donor, *indices))), COPY_EQUAL)
-    dtype = recipe.output_dtype or (spec.dtype if alike else promoted(target.source(index).dtype for index in indices))
+    asked = kept_dtype(target, indices, above) or recipe.output_dtype
+    dtype = asked or (spec.dtype if alike else promoted(target.source(index).dtype for index in indices))
     output = TensorSpec(name, dtype, spec.shape)
     is_fused = holds_fused_experts(name, len(spec.shape))
     if not output.num_elems:

@@ -99,6 +99,9 @@ class Options(Part):
     seed: StrictInt = Field(
         default=0, ge=0, lt=2**63, description="what random methods draw by; part of their plan, and of no other"
     )
+    keep_precision: StrictBool = Field(
+        default=True, description="whether what every model stores finer than the rest of its weights stays so"
+    )
     shard_size: Size = Field(default=None, description="largest shard, as 5GB, 256MiB or bytes")
     layers: LayerPattern | None = Field(
         default=None, description="how names in layers begin, as `backbone.stage_{layer}.`; else the common ones"

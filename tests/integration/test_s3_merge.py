@@ -23,7 +23,7 @@ from stockflow.run.driver import Execute, Inputs, Merged, MergeOptions, merge, p
 from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.parts import upload_bytes
 from stockflow.verification.verify import verify
-from tests.checkpoints import make_family, write_checkpoint
+from tests.checkpoints import LLAMA_CONFIG, make_family, write_checkpoint
 from tests.fault_proxy import Fault, FaultyProxy, Request
 from tests.runs import MIB, command, grown_bytes, run
 from tests.s3_server import moto_server
@@ -32,6 +32,7 @@ from tests.waiting import wait_until
 MEMORY_BYTES = 1024 * MIB
 SHARD_SIZE = 150_000
 """about ten shards of the little models here"""
+CONFIG = LLAMA_CONFIG | {"torch_dtype": "bfloat16", "tie_word_embeddings": True}
 NUM_TUNED = 2
 
 
@@ -52,7 +53,7 @@ class Place:
     def __init__(self, folder: Path, endpoint: str) -> None:
         self.folder, self.endpoint = folder, endpoint
         self.s3 = boto3.client("s3", endpoint_url=endpoint)
-        family = make_family(folder / "models", NUM_TUNED, num_shards=2)
+        family = make_family(folder / "models", NUM_TUNED, num_shards=2, config=CONFIG)
         self.on_disk = [str(path) for path in (family.base, *family.tuned)]
         self.on_s3 = ["s3://bases/models/base", *(f"s3://tunes/{number}" for number in range(1, NUM_TUNED + 1))]
         for bucket in ("bases", "tunes", "out"):

@@ -10,6 +10,8 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted
 
 _STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
+MAX_PARTS = 5
+"""Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``."""
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _PREDICTED = first("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
@@ -19,18 +21,20 @@ _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
 def stacks(names: Mapping[str, object] | Iterator[str]) -> dict[str, set[int]]:
     """Return the numbers of layers by what stands before them: ``model.layers.`` to 0, 1, 2."""
     found: dict[str, set[int]] = {}
-    for name in names:
-        place = _STACK.search(name)
+    for begin in {".".join(name.split(".", MAX_PARTS)[:MAX_PARTS]) + "." for name in names}:
+        place = _STACK.search(begin)
         if place:
-            found.setdefault(name[: place.end()], set()).add(int(place[1]))
+            found.setdefault(begin[: place.end()], set()).add(int(place[1]))
     return found
 
 
 def missing_layers(proposal: Proposal) -> Iterator[Remark]:
     """Yield which sections of the published config speak of other numbers of layers than are written."""
-    found = stacks(job.output.name for job in proposal.jobs)
+    config = proposal.config or {}
+    speaks = any(key in section for _, section in sections(config) for key in _NUM_LAYERS)
+    found = stacks(job.output.name for job in proposal.jobs) if speaks else {}
     whole = {len(numbers) for numbers in found.values() if max(numbers) + 1 == len(numbers)}
-    for path, section in sections(proposal.config or {}) if found else ():
+    for path, section in sections(config) if found else ():
         for key in _NUM_LAYERS:
             number = section.get(key)
             is_plain = not any(each in section for each in _OTHERWISE_COUNTED)

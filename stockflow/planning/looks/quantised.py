@@ -30,8 +30,10 @@ def removed_quantization(proposal: Proposal) -> Iterator[Remark]:
 
 def leftover_scales(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models have scales beside weights of plain numbers: one of the two is not what its name says."""
+    by_layout = {id(each.specs): each.specs for each in proposal.checkpoints}
+    scales = {layout: scales_of_plain_weights(specs) for layout, specs in by_layout.items()}
     for checkpoint in proposal.checkpoints:
-        names = [name for name in scales_of_plain_weights(checkpoint.specs) if not proposal.is_skipped(name)]
+        names = [name for name in scales[id(checkpoint.specs)] if not proposal.is_skipped(name)]
         if names:
             url = redact(checkpoint.url)
             text = (

@@ -1,0 +1,106 @@
+"""Heads over the vocabulary and copies of embeddings: which of them is, or may be, an embedding under another name.
+
+Whether two names are one tensor follows from the config, and from which of them are stored with which values.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+
+from stockflow.checkpoints.configs import Config, sections
+from stockflow.checkpoints.header import TensorSpec
+
+Specs = Mapping[str, TensorSpec]
+
+TIE_KEY = "tie_word_embeddings"
+_HEADS = (
+    "lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "lm_head.decoder.weight",
+    "vocab_projector.weight", "output_projection.weight", "output_layer.weight", "generator_lm_head.weight",
+    "output.weight",
+)  # fmt: skip
+_EMBEDDINGS = (
+    "shared.weight", "embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight",
+    "embed_in.weight", "embeddings.weight", "embedding.weight",
+)  # fmt: skip
+_COPIES = {
+    "encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
+    "predictions.decoder.bias": "predictions.bias", "lm_head.decoder.bias": "lm_head.bias",
+}  # fmt: skip
+"""Always one tensor, whatever the config says, where both are there."""
+_ENDS = (*_HEADS, *_EMBEDDINGS, *_COPIES, *_COPIES.values())
+MAX_DOTS = 4
+"""``base_model.model.model.embed_tokens.weight``; what lies in layers has more."""
+_IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class TiedNames:
+    """The names of a checkpoint that may stand for one tensor; few of them."""
+
+    heads: tuple[str, ...]
+    copies: tuple[str, ...]
+    embeddings: tuple[str, ...]
+
+    @property
+    def ties(self) -> tuple[str, ...]:
+        """Those that may stand for another."""
+        return (*self.heads, *self.copies)
+
+
+def tied_names(specs: Specs) -> TiedNames:
+    """Return which names of a checkpoint are heads, copies of embeddings, and embeddings."""
+    found = [name for name in specs if may_be_tied(name) and not _IN_A_LAYER.search(name)]
+    return TiedNames(
+        heads=tuple(name for name in found if is_head(name)),
+        copies=tuple(name for name in found if _of_kind(name, tuple(_COPIES))),
+        embeddings=tuple(name for name in found if _of_kind(name, _EMBEDDINGS)),
+    )
+
+
+def may_be_tied(name: str) -> bool:
+    """Return whether a name is as those of heads, copies and embeddings are; for most names it is quick to say no."""
+    return name.count(".") <= MAX_DOTS and name.endswith(_ENDS)
+
+
+def is_head(name: str) -> bool:
+    """Return whether a tensor is named as a head over the vocabulary is."""
+    return _of_kind(name, _HEADS) and not _IN_A_LAYER.search(name)
+
+
+def original_of(name: str, shape: tuple[int, ...], names: TiedNames, specs: Specs) -> str | None:
+    """Return which tensor of a checkpoint the head or copy ``name`` of this shape would stand for."""
+    for copy, partner in _COPIES.items():
+        original = f"{name.removesuffix(copy)}{partner}"
+        if _of_kind(name, (copy,)) and original in specs and specs[original].shape == shape:
+            return original
+    alike = [each for each in names.embeddings if specs[each].shape == shape and each != name]
+    return max(alike, key=lambda each: _nearness(name, each), default=None) if is_head(name) else None
+
+
+def tie_flag(config: Config | None) -> bool | None:
+    """Return whether a config says that head and embedding are one tensor; None if it leaves that to its class."""
+    given = [section[TIE_KEY] for _, section in sections(config or {}) if isinstance(section.get(TIE_KEY), bool)]
+    return bool(given[0]) if given else None
+
+
+def untied(config: Config) -> dict[str, object]:
+    """Return a config that says that head and embedding are two tensors, in each of its sections that spoke of it."""
+    return {**{key: _untied_within(value) for key, value in config.items()}, TIE_KEY: False}
+
+
+def _untied_within(value: object) -> object:
+    if isinstance(value, dict) and any(TIE_KEY in section for _, section in sections(value)):
+        return untied(value)
+    return value
+
+
+def _of_kind(name: str, ends: tuple[str, ...]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _nearness(head: str, embedding: str) -> tuple[int, bool, int]:
+    """How likely an embedding is that of a head: under the same module, of no encoder, by its name."""
+    rank = next(number for number, end in enumerate(_EMBEDDINGS) if _of_kind(embedding, (end,)))
+    alike = (a == b for a, b in zip(head.split("."), embedding.split("."), strict=False))
+    return sum(takewhile(bool, alike)), "encoder." not in embedding, -rank

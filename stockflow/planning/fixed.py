@@ -1,0 +1,65 @@
+"""Fixed numbers: integers and index data, which are carried over if all models agree and are never averaged."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from stockflow.checkpoints.values import Floats, as_numbers
+from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying
+from stockflow.planning.misfits import THEM, Misfit
+from stockflow.planning.targets import OutputTensor
+from stockflow.text.strictjson import shown
+
+MAX_VALUES_SHOWN = 4
+
+
+def holds_indices(target: OutputTensor) -> bool:
+    """Return whether the donor's tensor holds indices as floats."""
+    donor = target.stretch.checkpoints[0]
+    known = donor.values.indices
+    return bool(known) and donor.extents[target.names[0]] in known
+
+
+def are_known(target: OutputTensor, indices: Sequence[int]) -> bool:
+    """Return whether a tensor of floats in some models has one shape, and values that were read in all of them."""
+    specs = [target.source(index) for index in indices]
+    is_alike = len({spec.shape for spec in specs}) == 1 and any(spec.kind == "float" for spec in specs)
+    return is_alike and all(_read(target, index) is not None for index in indices)
+
+
+def carried_over(target: OutputTensor, operands: Mapping[int, Operand]) -> TensorJob | list[Misfit]:
+    """Return the job that carries a tensor over, or in which models its values are others, as far as they were read.
+
+    Args:
+        target: what is written.
+        operands: by index of the models that are to agree, the one that gives the bytes first.
+    """
+    spec, order = target.spec, list(operands)
+    known = {index: numbers for index in order if (numbers := _read(target, index)) is not None}
+    first = known.get(order[0])
+    others = [index for index, numbers in known.items() if first is not None and not np.array_equal(numbers, first)]
+    if others:
+        return [_unlike(spec.name, {target.stretch.urls([index]): known[index] for index in (order[0], *others)})]
+    if any(operand.decode.dtype != spec.dtype for operand in operands.values()):
+        return copying(spec, (operands[order[0]],), COPY)
+    return copying(spec, tuple(operands.values()), COPY_EQUAL)
+
+
+def _read(target: OutputTensor, index: int) -> Floats | None:
+    checkpoint, name = target.stretch.checkpoints[index], target.names[index]
+    payload = checkpoint.values.data.get(checkpoint.extents[name])
+    return None if payload is None else as_numbers(payload, checkpoint.specs[name].dtype)
+
+
+def _unlike(name: str, values: Mapping[str, Floats]) -> Misfit:
+    said = ", ".join(f"{_shown(numbers)} in {url}" for url, numbers in values.items())
+    donor = next(iter(values))
+    remedy = f"an average of such numbers means nothing; a rule with `action: copy` takes {THEM} from {donor}"
+    return Misfit(name, f"not equal in all models: {said}", remedy, "copy")
+
+
+def _shown(numbers: Floats) -> str:
+    few = [int(number) if number.is_integer() else number for number in numbers[:MAX_VALUES_SHOWN].tolist()]
+    if len(numbers) == 1:
+        return shown(few[0])
+    return f"{', '.join(map(shown, few))}{' ...' * (len(numbers) > MAX_VALUES_SHOWN)}"

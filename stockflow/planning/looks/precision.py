@@ -1,0 +1,76 @@
+"""Precision: what stays finer than asked, what is carried over instead of averaged, what an average makes worthless."""
+
+from collections.abc import Iterator, Sequence
+
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import are, counted
+from stockflow.text.strictjson import shown
+
+RUNNING_STATISTICS = (".running_mean", ".running_var", ".moving_mean", ".moving_variance")
+_WIDER_THAN_F16 = frozenset({"BF16", "F32", "F64"})
+
+
+def kept_precision(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which tensors keep their dtype though the recipe asks for another."""
+    asked = proposal.recipe.output_dtype
+    if asked is None or not proposal.recipe.stockflow.keep_precision:
+        return
+    kept = {job.output.name: job.output.dtype for job in proposal.jobs if job.output.dtype != asked and not job.is_copy}
+    if kept:
+        text = (
+            f"{_such(list(kept))} {are(len(kept))} written as {' and '.join(sorted(set(kept.values())))} instead of "
+            f"{asked}: every model stores them finer than the rest of its weights; "
+            "`stockflow: {keep_precision: false}` casts them"
+        )
+        yield Remark("precision-kept", text, "note", tensors=tuple(kept), values={"output": asked})
+
+
+def carried_indices(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which tensors of floats hold indices."""
+    known = [each.values.indices for each in proposal.checkpoints]
+    if any(known):
+        names = [
+            job.output.name
+            for job in proposal.jobs
+            if job.is_copy and any(each.extents[0] in known[each.checkpoint] for each in job.reading.operands)
+        ]
+        if names:
+            text = (
+                f"{_such(names)} {are(len(names))} index data, stored as floats: carried over as stored, not averaged"
+            )
+            yield Remark("index-data", text, "note", tensors=tuple(names))
+
+
+def running_statistics(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that running statistics are averaged, which are not those of the merged model."""
+    found = {name for name in proposal.donor.specs if name.endswith(RUNNING_STATISTICS)}
+    names = [job.output.name for job in proposal.jobs if job.output.name in found and not job.is_copy] if found else []
+    if names:
+        text = (
+            f"{_such(names)} {are(len(names))} running statistics of activations: their averages are not those of the "
+            "merged model; run it over training data in training mode before it is used"
+        )
+        yield Remark("running-statistics", text, "warning", tensors=tuple(names))
+
+
+def narrower_range(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that numbers of a wider range are written as F16: what that loses is counted while merging."""
+    if proposal.recipe.output_dtype != "F16":  # else one is chosen that holds all
+        return
+    names = [
+        job.output.name
+        for job in proposal.jobs
+        if job.output.dtype == "F16" and not job.is_copy and not _WIDER_THAN_F16.isdisjoint(job.reading.dtypes)
+    ]
+    if names:
+        text = (
+            f"{_such(names)} {are(len(names))} written as F16, whose range is smaller than that of their sources: "
+            "beyond 65,504 the merge stops, below 6.1e-5 digits are lost, below 3e-8 everything. Both are counted: "
+            "`subnormal` and `zeroed` in the facts of tensors.parquet, and in the manifest's summary"
+        )
+        yield Remark("narrower-range", text, "note", tensors=tuple(names))
+
+
+def _such(names: Sequence[str]) -> str:
+    return f"{counted(len(names), 'tensor')} such as {shown(names[0])}"

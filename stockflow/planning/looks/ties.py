@@ -1,0 +1,74 @@
+"""Tied heads: a head of its own among tied ones, a pair that is treated in two ways, and one that nobody has."""
+
+from collections.abc import Iterator
+
+from stockflow.checkpoints.heads import TIE_KEY, tie_flag, tied_names
+from stockflow.planning.job import TensorJob
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.ties import written_heads
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
+
+
+def own_heads(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that a model has a head of its own where others, or a config, tie it to the embedding."""
+    for each in written_heads(proposal.checkpoints, proposal.jobs):
+        if each.is_parted(proposal.donor):
+            own, tied = (", ".join(redact(one.url) for one in these) for these in (each.own, each.tied))
+            ones = dict.fromkeys(redact(one.url) for one in (proposal.donor, *each.own) if tie_flag(one.config))
+            says = tied or ", ".join(f"the config of {url}" for url in ones)
+            text = (
+                f"{shown(each.head.output.name)} is a tensor of its own in {own}, and one with "
+                f"{shown(each.embedding.output.name)} in {says}: a loader that ties them would take one of the two "
+                f"for both. If accepted, the head is written untied, from what each model has for one, and `{TIE_KEY}: "
+                "false`"
+            )
+            models = tuple(redact(one.url) for one in each.own)
+            values = {"own": own, "tied": tied}
+            yield Remark("head-untied", text, "refusal", models, (each.head.output.name,), values)
+
+
+def parted_pairs(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which pairs that are stored twice would no longer be one tensor."""
+    for each in written_heads(proposal.checkpoints, proposal.jobs):
+        if not each.own and _treatment(each.head) != _treatment(each.embedding):
+            head, embedding = each.head.output.name, each.embedding.output.name
+            text = (
+                f"{shown(head)} and {shown(embedding)} are one tensor in every model, but rules or filters treat them "
+                "in two ways: a loader that ties them will take one of the two for both; let both match"
+            )
+            yield Remark("pair-parted", text, "warning", tensors=(head, embedding))
+
+
+def missing_heads(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that the published config promises a head of its own, and none is written."""
+    if tie_flag(proposal.config) is not False or not _is_language_model(proposal):
+        return
+    names = [job.output.name for job in proposal.jobs]
+    if tied_names({job.output.name: job.output for job in proposal.jobs}).embeddings and not any(
+        map(_is_any_head, names)
+    ):
+        url = redact(proposal.donor.url)
+        text = (
+            f"the published config says {TIE_KEY}: false, as that of {url} does, but no head is written: a loader "
+            "would make one up; say true there if head and embedding are one, or keep the head"
+        )
+        yield Remark("promise-unkept", text, "warning", (url,), values={TIE_KEY: "False"})
+
+
+def _treatment(job: TensorJob) -> object:
+    operands = [operand.checkpoint for operand in job.reading.operands]
+    return job.result.method, job.result.parameters, job.reading.scope, job.output.dtype, operands
+
+
+def _is_language_model(proposal: Proposal) -> bool:
+    classes = (proposal.config or {}).get("architectures")
+    return isinstance(classes, list) and any(
+        str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM"))
+        for name in classes
+    )
+
+
+def _is_any_head(name: str) -> bool:
+    return "head" in name or "output" in name.split(".")[:-1] or name.endswith(("embed_out.weight", "proj_out.weight"))

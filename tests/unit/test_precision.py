@@ -1,0 +1,240 @@
+"""Precision: what stays finer than asked, what is never averaged, and what a smaller range loses, in figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stockflow.planning.job import COPY, COPY_EQUAL
+from stockflow.planning.plan import MergePlan
+from tests import runs
+from tests.plans import Merge, jobs_of, rule
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+FINER = {
+    "mlp.gate.e_score_correction_bias": (4,), "mixer.A_log": (4,), "mixer.dt_bias": (4,), "attn.sinks": (4,),
+    "norm.weight": (7,), "router.weight": (4, 7),
+}  # fmt: skip
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Merge:
+    return Merge(tmp_path)
+
+
+def add(merge: Merge, name: str, *tensors: torch.Tensor) -> Merge:
+    for own, tensor in zip(merge.models, tensors, strict=True):
+        own[name] = tensor.clone()
+    return merge
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype = F32) -> list[torch.Tensor]:
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(3)]
+
+
+def codes(plan: MergePlan) -> list[str]:
+    return [remark.code for remark in plan.remarks]
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("name", FINER)
+def test_what_every_model_stores_finer_than_its_rest_stays_so_and_that_is_said(merge: Merge, name: str) -> None:
+    add(merge, name, *drawn(FINER[name])).write(config={})
+
+    plan = merge.plan(dtype="bfloat16")
+    blind = merge.plan(dtype="bfloat16", stockflow={"keep_precision": False})
+
+    assert {job.output.dtype for job in plan.jobs if job.output.name == name} == {"F32"}
+    assert {job.output.dtype for job in plan.jobs if not job.is_copy and job.output.name != name} == {"BF16"}
+    (said,) = plan.remarks
+    assert (said.code, said.severity, said.tensors) == ("precision-kept", "note", (name,))
+    assert "is written as F32 instead of BF16" in said.text
+    assert {job.output.dtype for job in blind.jobs if not job.is_copy} == {"BF16"}
+    assert codes(blind) == []
+
+
+def test_a_kept_tensor_is_merged_to_the_last_bit_of_its_own_precision(merge: Merge, tmp_path: Path) -> None:
+    tensors = drawn((4,))
+    add(merge, "mixer.A_log", *tensors).write(config={})
+    models = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in merge.folders[1:]]
+    recipe = merge.recipe | {"merge_method": "task_arithmetic", "models": models, "dtype": "bfloat16"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    found = load_file(tmp_path / "out" / "model.safetensors")["mixer.A_log"]
+    base, one, two = (tensor.double() for tensor in tensors)
+    assert torch.equal(found, (base + 0.5 * (one - base) + 0.5 * (two - base)).float())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_checkpoint_that_is_finer_as_a_whole_is_cast_as_asked(merge: Merge) -> None:
+    for tensors in merge.models:
+        tensors.update({name: each.float() for name, each in tensors.items() if each.is_floating_point()})
+
+    plan = merge.write(config={}).plan(dtype="bfloat16")
+
+    assert {job.output.dtype for job in plan.jobs if not job.is_copy} == {"BF16"}
+    assert codes(plan) == []
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "asked", "kept"),
+    [
+        ((F32, F32, F32), "bfloat16", "F32"),
+        ((F64, F64, F64), "bfloat16", "F64"),
+        ((F64, F32, F32), "bfloat16", "F64"),
+        ((F32, BF16, F32), "bfloat16", "BF16"),
+        ((BF16, F32, F32), "bfloat16", "BF16"),
+        ((F32, F32, F32), "float16", "F32"),
+        ((F32, F32, F32), "float32", "F32"),
+        ((F64, F64, F64), "float32", "F64"),
+        ((F32, F32, F32), "float64", "F64"),
+        ((F16, F16, F16), "bfloat16", "BF16"),
+    ],
+)
+def test_it_takes_all_models_to_keep_a_tensor(
+    merge: Merge, dtypes: tuple[torch.dtype, ...], asked: str, kept: str
+) -> None:
+    add(merge, "bias", *(tensor.to(dtype) for tensor, dtype in zip(drawn((4,)), dtypes, strict=True)))
+
+    assert jobs_of(merge.write(config={}).plan(dtype=asked))["bias"].output.dtype == kept
+
+
+def test_without_finer_tensors_the_plan_is_the_same_either_way(merge: Merge) -> None:
+    merge.write(config={})
+    ids = {merge.plan(dtype="bfloat16", stockflow={"keep_precision": keep}).plan_id for keep in (True, False)}
+
+    assert len(ids) == 1
+
+
+# Index data and integers
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16])
+@pytest.mark.parametrize(
+    "name", ["embeddings.position_ids", "position_ids_2.position_ids", "embeddings.token_type_ids"]
+)
+def test_index_data_in_floats_is_carried_over_in_its_own_dtype(merge: Merge, name: str, dtype: torch.dtype) -> None:
+    positions = torch.arange(77).reshape(1, 77).to(dtype)
+    plan = add(merge, name, positions, positions, positions).write(config={}).plan(dtype="float16")
+
+    job = jobs_of(plan)[name]
+    assert job.method == COPY_EQUAL
+    assert job.output.dtype == {F32: "F32", F64: "F64", F16: "F16", BF16: "BF16"}[dtype]
+    assert "index-data" in codes(plan)
+
+
+def test_equal_indices_of_several_dtypes_are_the_donors(merge: Merge) -> None:
+    positions = torch.arange(300)
+    plan = add(merge, "e.position_ids", positions.float(), positions, positions.double()).write(config={}).plan()
+    assert (jobs_of(plan)["e.position_ids"].method, jobs_of(plan)["e.position_ids"].output.dtype) == (COPY, "F32")
+
+    plan = add(merge, "e.position_ids", positions, positions.float(), positions).write(config={}).plan()
+    assert (jobs_of(plan)["e.position_ids"].method, jobs_of(plan)["e.position_ids"].output.dtype) == (COPY, "I64")
+
+
+def test_weights_under_the_name_of_indices_are_weights(merge: Merge) -> None:
+    plan = add(merge, "e.position_ids", *drawn((77,))).write(config={}).plan()
+
+    assert jobs_of(plan)["e.position_ids"].method == "model_stock"
+
+
+DIFFERENT: dict[str, tuple[torch.Tensor, torch.Tensor, str]] = {
+    "bn.num_batches_tracked": (torch.tensor(100), torch.tensor(250), "100 in {}/base, 250 in {}/two"),
+    "steps": (torch.tensor([3, 1, 2]), torch.tensor([3, 1, 4]), "3, 1, 2 in {}/base, 3, 1, 4 in {}/two"),
+    "e.position_ids": (torch.arange(9), torch.arange(9) + 2, "0, 1, 2, 3 ... in {}/base, 2, 3, 4, 5 ... in {}/two"),
+    "f.position_ids": (
+        torch.arange(9).float(), torch.arange(9).float() + 2, "0, 1, 2, 3 ... in {}/base, 2, 3, 4, 5 ... in {}/two",
+    ),
+    "mask": (torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool), "1, 1 in {}/base, 0, 0 in {}/two"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_small_integers_that_differ_are_found_at_plan_time_with_a_rule(merge: Merge, name: str) -> None:
+    first, second, said = DIFFERENT[name]
+    add(merge, name, first, first, second).write(config={})
+
+    found = merge.refusal()
+    root = merge.folders[0].parent
+    assert f"'{name}' is not equal in all models: {said.format(root, root)}" in found
+    assert f"a rule with `action: copy` takes it from {root}/base" in found
+
+    job = jobs_of(merge.plan(stockflow=rule(filter=name, action="copy")))[name]
+    assert job.method == COPY
+
+
+def test_many_counters_that_differ_are_one_line_with_the_rule_to_paste(merge: Merge) -> None:
+    for layer in range(40):
+        add(merge, f"layers.{layer}.bn.num_batches_tracked", torch.tensor(5), torch.tensor(5), torch.tensor(7))
+    merge.write(config={})
+
+    found = merge.refusal()
+    assert "one problem" in found
+    assert 'rules: [{filter: ".bn.num_batches_tracked", action: copy}]' in found
+    assert merge.plan(stockflow=rule(filter=".bn.num_batches_tracked", action="copy"))
+
+
+def test_means_of_running_statistics_are_said(merge: Merge) -> None:
+    for name in ("bn.running_mean", "bn.running_var"):
+        add(merge, name, *(tensor.abs() for tensor in drawn((4,))))
+    merge.write(config={})
+
+    (said,) = merge.plan().remarks
+    assert (said.code, said.severity) == ("running-statistics", "warning")
+    assert set(said.tensors) == {"bn.running_mean", "bn.running_var"}
+    assert codes(merge.plan(stockflow=rule(filter="running", action="copy"))) == []
+
+
+# What a smaller range loses
+
+
+def lost(sources: list[np.ndarray[Any, Any]], written: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Count in plain numpy what F16 results lost."""
+    is_zero = written == 0
+    is_subnormal = ~is_zero & (np.abs(written.astype(np.float64)) < 2.0**-14)
+    return {
+        "zeroed": float((is_zero & np.any([source != 0 for source in sources], axis=0)).sum()),
+        "subnormal": float(is_subnormal.sum()),
+    }
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("method", ["model_stock", "ties", "linear"])
+def test_what_f16_loses_is_counted(merge: Merge, tmp_path: Path, method: str, dtype: torch.dtype) -> None:
+    exponents = torch.linspace(-30, 0, 3000, dtype=F64).reshape(30, 100)
+    tensors = [(2.0**exponents * (1 + 0.01 * seed)).to(dtype) for seed in range(3)]
+    tensors[0][0, :7] = tensors[1][0, :7] = tensors[2][0, :7] = 0
+    for own in merge.models:
+        del own["empty"], own["position_ids"]
+    add(merge, "w", *tensors).write(config={})
+    parameters = {"ties": {"weight": 1.0, "density": 1.0}, "linear": {"weight": 1.0}}.get(method, {})
+    recipe = merge.recipe | {"merge_method": method, "parameters": parameters, "dtype": "float16"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    result = runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    rows = runs.tensor_facts(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")["w"].numpy()
+    expected = lost([tensor.double().numpy() for tensor in tensors], written)
+    assert {name: rows["w"]["facts"][name] for name in expected} == expected
+    assert min(expected.values()) > 100
+    total = result.manifest.summary["zeroed_elements"]
+    assert total == sum(row["facts"].get("zeroed", 0) for row in rows.values())
+    assert "narrower-range" in codes(result.plan)
+
+
+def test_f16_of_f16_is_not_counted(merge: Merge, tmp_path: Path) -> None:
+    for own in merge.models:
+        own.update({name: each.to(F16) for name, each in own.items() if each.is_floating_point()})
+    merge.write(config={})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(merge.recipe))
+    result = runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    assert "narrower-range" not in codes(result.plan)
+    assert "zeroed_elements" not in result.manifest.summary

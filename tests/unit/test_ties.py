@@ -1,0 +1,243 @@
+"""Tied heads: one tensor or two follows from configs and stored values, and a merge keeps what each model meant."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stockflow.planning.job import COPY
+from stockflow.planning.plan import MergePlan
+from tests import runs
+from tests.checkpoints import write_checkpoint
+from tests.plans import Merge, jobs_of, rule
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+KEY = "tie_word_embeddings"
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+SHAPE = (3000, 40)
+"""Larger than the ranges that are looked at."""
+FORMS = ("tied", "twice", "own", "untied", "lacking")
+
+
+def tensors(form: str, seed: int, names: tuple[str, str] = (EMBEDDING, HEAD)) -> dict[str, torch.Tensor]:
+    """An embedding and, by the form, no head, the embedding again, or a head of its own."""
+    random = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(SHAPE, generator=random).to(torch.bfloat16) for _ in range(2)]
+    own = {"twice": drawn[0].clone(), "own": drawn[1], "untied": drawn[1]}
+    norm = {"model.norm.weight": torch.ones(40, dtype=torch.bfloat16)}
+    return norm | {names[0]: drawn[0]} | ({names[1]: own[form]} if form in own else {})
+
+
+def config_of(form: str) -> dict[str, Any]:
+    """Only ``untied`` and ``lacking`` say that they are untied; ``own`` contradicts its config."""
+    return CONFIG | {KEY: form not in ("untied", "lacking")}
+
+
+def written(root: Path, *forms: str, names: tuple[str, str] = (EMBEDDING, HEAD)) -> Merge:
+    merge = Merge(root)
+    for number, (folder, form) in enumerate(zip(merge.folders, forms, strict=True)):
+        write_checkpoint(folder, tensors(form, number, names), config=config_of(form))
+    return merge
+
+
+def codes(plan: MergePlan) -> list[str]:
+    return [remark.code for remark in plan.remarks]
+
+
+def mean(root: Path, merge: Merge, **top_level: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Merge to the mean of the two tuned models; return tensors and config."""
+    models = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in merge.folders[1:]]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(merge.folders[0]), "models": models, **top_level}
+    (root / "recipe.yaml").write_text(json.dumps(recipe))
+    runs.merge_here(root / "recipe.yaml", root / "out")
+    return load_file(root / "out" / "model.safetensors"), json.loads((root / "out" / "config.json").read_text())
+
+
+def expected(forms: tuple[str, ...], which: str) -> torch.Tensor:
+    """The mean of two models, computed in float64 from what each of them has for a head or an embedding."""
+    found = []
+    for seed, form in enumerate(forms):
+        own = tensors(form, seed)
+        found.append(own.get(HEAD, own[EMBEDDING]).double() if which == HEAD else own[EMBEDDING].double())
+    base, one, two = found
+    return base + 0.5 * (one - base) + 0.5 * (two - base)
+
+
+MERGED: dict[tuple[str, ...], tuple[set[str], bool]] = {
+    ("tied", "tied", "tied"): ({EMBEDDING}, True),
+    ("twice", "twice", "twice"): ({EMBEDDING, HEAD}, True),
+    ("twice", "tied", "tied"): ({EMBEDDING, HEAD}, True),
+    ("twice", "tied", "twice"): ({EMBEDDING, HEAD}, True),
+    ("tied", "twice", "tied"): ({EMBEDDING}, True),
+    ("tied", "twice", "twice"): ({EMBEDDING}, True),
+    ("untied", "untied", "untied"): ({EMBEDDING, HEAD}, False),
+}
+"""What is written of an embedding and a head, and what the config says then."""
+REFUSED = [
+    ("tied", "untied", "untied"), ("tied", "untied", "tied"), ("twice", "untied", "tied"), ("untied", "tied", "tied"),
+    ("untied", "tied", "twice"), ("own", "own", "own"), ("own", "tied", "tied"), ("tied", "own", "tied"),
+    ("twice", "own", "twice"), ("untied", "own", "untied"), ("untied", "untied", "twice"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forms", MERGED, ids="-".join)
+def test_a_head_is_merged_as_what_it_is_in_each_model(tmp_path: Path, forms: tuple[str, ...]) -> None:
+    names, flag = MERGED[forms]
+    found, config = mean(tmp_path, written(tmp_path, *forms))
+
+    assert found.keys() - {"model.norm.weight"} == names
+    assert config[KEY] is flag
+    for name in names:
+        assert torch.equal(found[name], expected(forms, name).to(torch.bfloat16))
+    if flag and HEAD in names:
+        assert torch.equal(found[HEAD], found[EMBEDDING])
+
+
+@pytest.mark.parametrize("forms", MERGED, ids="-".join)
+def test_what_is_stored_twice_in_some_models_only_is_said(tmp_path: Path, forms: tuple[str, ...]) -> None:
+    plan = written(tmp_path, *forms).plan()
+
+    is_mixed = {"tied", "twice"} <= set(forms)
+    assert codes(plan) == (["tied-head"] if is_mixed else [])
+    if is_mixed:
+        assert (
+            "is merged and written beside it" in plan.notes[0]
+            if forms[0] == "twice"
+            else "is not written" in plan.notes[0]
+        )
+
+
+@pytest.mark.parametrize("forms", REFUSED, ids="-".join)
+def test_a_head_of_its_own_among_tied_ones_is_refused_or_untied_with_the_config(
+    tmp_path: Path, forms: tuple[str, ...]
+) -> None:
+    merge = written(tmp_path, *forms)
+    refused = merge.refusal()
+    assert "'lm_head.weight' is a tensor of its own in " in refused
+    assert "accept: [head-untied]" in refused
+
+    found, config = mean(tmp_path, merge, stockflow={"accept": ["head-untied"]})
+
+    assert config[KEY] is False
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(found[name], expected(forms, name).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_section_that_ties_is_untied(tmp_path: Path, nested: bool) -> None:
+    merge = written(tmp_path, "tied", "untied", "untied")
+    config: dict[str, Any] = {"text_config": {KEY: True}, KEY: True} if nested else {"text_config": {KEY: True}}
+    (merge.folders[0] / "config.json").write_text(json.dumps(config))
+
+    plan = merge.plan(stockflow={"accept": ["head-untied"]})
+
+    assert plan.config == {"text_config": {KEY: False}, KEY: False}
+
+
+def test_one_row_that_differs_makes_a_head_of_its_own(tmp_path: Path) -> None:
+    merge = written(tmp_path, "twice", "twice", "twice")
+    for row in (0, SHAPE[0] - 1):
+        changed = tensors("twice", 2)
+        changed[HEAD][row] += 1
+        write_checkpoint(merge.folders[2], changed, config=config_of("twice"))
+
+        assert f"is a tensor of its own in {merge.folders[2]}, and one with" in merge.refusal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equal_values_of_another_dtype_are_equal(tmp_path: Path, dtype: torch.dtype) -> None:
+    merge = written(tmp_path, "tied", "tied", "tied")
+    again = tensors("tied", 1)
+    again[EMBEDDING] = again[EMBEDDING].clamp(-2, 2)
+    again[HEAD] = again[EMBEDDING].to(dtype)
+    write_checkpoint(merge.folders[1], again, config=config_of("tied"))
+
+    assert codes(merge.plan()) == ["tied-head"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        rule(filter=HEAD, action="copy"),
+        rule(filter=EMBEDDING, action="copy"),
+        rule(filter=HEAD, merge_method="linear", parameters={"weight": 1.0}),
+        rule(filter="embed", merge_method="task_arithmetic", parameters={"weight": 0.1}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rule_that_would_part_a_stored_pair_warns(tmp_path: Path, options: dict[str, Any]) -> None:
+    plan = written(tmp_path, "twice", "twice", "tied").plan(stockflow=options)
+
+    (said,) = [remark for remark in plan.remarks if remark.code == "pair-parted"]
+    assert (said.severity, said.tensors) == ("warning", (HEAD, EMBEDDING))
+
+
+def test_a_filter_of_a_parameter_that_would_part_a_stored_pair_warns(tmp_path: Path) -> None:
+    merge = written(tmp_path, "twice", "twice", "twice")
+    weights = [{"filter": "lm_head", "value": 0.1}, {"value": 0.5}]
+
+    assert codes(merge.plan(merge_method="task_arithmetic", parameters={"weight": weights})) == ["pair-parted"]
+
+
+def test_a_head_that_a_rule_leaves_out_and_rules_for_both_part_nothing(tmp_path: Path) -> None:
+    merge = written(tmp_path, "twice", "tied", "twice")
+    assert codes(merge.plan(stockflow=rule(filter=HEAD, action="skip"))) == ["skipped"]
+
+    both = [{"filter": name, "action": "copy"} for name in (HEAD, EMBEDDING)]
+    plan = merge.plan(stockflow={"rules": both})
+    assert codes(plan) == ["tied-head"]
+    assert {jobs_of(plan)[name].method for name in (HEAD, EMBEDDING)} == {COPY}
+
+
+def test_a_head_that_nobody_has_is_said(tmp_path: Path) -> None:
+    (said,) = written(tmp_path, "lacking", "lacking", "lacking").plan().remarks
+
+    assert said.code == "promise-unkept"
+    assert f"{KEY}: false" in said.text
+    assert "no head is written" in said.text
+
+
+@pytest.mark.parametrize("forms", [("untied", "lacking", "untied"), ("lacking", "untied", "untied")], ids="-".join)
+def test_a_missing_head_is_never_advised_to_be_copied_or_left_out(tmp_path: Path, forms: tuple[str, ...]) -> None:
+    found = written(tmp_path, *forms).refusal()
+
+    assert "lm_head.weight" in found
+    assert "action: " not in found
+    assert f"say `{KEY}: true` there if head and embedding are one" in found
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("transformer.wte.weight", "lm_head.weight"),
+        ("gpt_neox.embed_in.weight", "embed_out.weight"),
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("backbone.embeddings.weight", "lm_head.weight"),
+        ("model.decoder.embed_tokens.weight", "proj_out.weight"),
+        ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+        ("shared.weight", "encoder.embed_tokens.weight"),
+        ("model.shared.weight", "model.decoder.embed_tokens.weight"),
+        ("tok_embeddings.weight", "output.weight"),
+        ("thinker.model.embed_tokens.weight", "thinker.lm_head.weight"),
+    ],
+    ids=lambda names: names[1],
+)  # fmt: skip
+def test_heads_and_copies_of_other_families_are_known(tmp_path: Path, names: tuple[str, str]) -> None:
+    merge = written(tmp_path, "twice", "tied", "twice", names=names)
+    plan = merge.plan()
+
+    assert codes(plan) == ["tied-head"]
+    job = jobs_of(plan)[names[1]]
+    assert job.reading.operands[1].extents == jobs_of(plan)[names[0]].reading.operands[1].extents
+
+
+def test_a_larger_head_is_no_copy_of_a_smaller_embedding(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for number, folder in enumerate(merge.folders):
+        own = tensors("tied", number) | {HEAD: torch.ones(SHAPE[0] + 1, SHAPE[1], dtype=torch.bfloat16)}
+        write_checkpoint(folder, own, config=CONFIG)
+
+    assert merge.plan().remarks == ()
