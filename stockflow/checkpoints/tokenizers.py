@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from stockflow.checkpoints.header import TensorSpec
@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 MAX_FILE_BYTES = 64_000_000
 """Of a file that is parsed; Gemma's tokenizer.json has 33 MB."""
+FAST = "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
@@ -67,6 +68,10 @@ class Tokenizer:
     """the token that ends a text"""
     generation: Mapping[str, object] | None = None
     """generation_config.json without what says who wrote it"""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """tokenizer_config.json"""
+    document: Mapping[str, object] | None = None
+    """tokenizer.json, where it was asked for and is there"""
 
 
 def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int:
@@ -78,7 +83,7 @@ def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int:
 def vocabulary_tensors(specs: Mapping[str, TensorSpec], num_rows: int) -> tuple[str, ...]:
     """Return the tensors that have a row per token: embeddings and heads as long as the input embedding."""
     alike = [name for name, spec in specs.items() if num_rows and spec.shape[:1] == (num_rows,)]
-    return tuple(name for name in alike if _has_tokens(name))
+    return tuple(name for name in alike if has_tokens(name))
 
 
 def _is_input(name: str, spec: TensorSpec) -> bool:
@@ -86,13 +91,21 @@ def _is_input(name: str, spec: TensorSpec) -> bool:
     return may_be and len(spec.shape) == 2 and bool(_INPUT_ROWS.search(name)) and not _NO_TOKENS.search(name)
 
 
-def _has_tokens(name: str) -> bool:
+def has_tokens(name: str) -> bool:
+    """Return whether a tensor of this name has a row per token."""
     named = kind_of(name) in ("embedding", "head") or _INPUT_ROWS.search(name) or _OUTPUT_ROWS.search(name)
     return bool(named) and not _NO_TOKENS.search(name)
 
 
-def read_tokenizers(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> list[Tokenizer]:
+def read_tokenizers(
+    stores: Sequence[Store], checkpoints: Sequence[Checkpoint], *, with_documents: bool = False
+) -> list[Tokenizer]:
     """Return the tokenizer of each checkpoint: of the first one first, of the others concurrently; none without rows.
+
+    Args:
+        stores: where the checkpoints lie.
+        checkpoints: say which files there are.
+        with_documents: whether all that tokenizer.json says is kept, and models without rows count.
 
     Raises:
         InputChangedError: a file is no longer the one that was listed.
@@ -100,9 +113,9 @@ def read_tokenizers(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) 
     """
     distinct = {id(each.specs): each.specs for each in checkpoints}  # fine-tuned models mostly share theirs
     rows = {number: vocabulary_rows(specs) for number, specs in distinct.items()}
-    if not any(rows.values()):
+    if not any(rows.values()) and not with_documents:
         return []
-    reader = _Reader()
+    reader = _Reader(with_documents)
     files = [
         _Files(reader, store, each.side_files, rows[id(each.specs)])
         for store, each in zip(stores, checkpoints, strict=True)
@@ -115,7 +128,8 @@ def read_tokenizers(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) 
 class _Reader:
     """Files of several models, each read and parsed once as far as stores can tell them apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_documents: bool) -> None:
+        self.with_documents = with_documents
         self._lock = threading.Lock()
         self._made: dict[object, object] = {}
 
@@ -178,7 +192,8 @@ def _tokenizer(files: _Files) -> Tokenizer:
     settings = files.json(TOKENIZER_CONFIG)
     eos = settings.get("eos_token") or files.json(SPECIAL_TOKENS).get("eos_token")
     vocabulary, template = _vocabulary(files, settings), _template(files, settings)
-    return Tokenizer(files.num_rows, vocabulary, template, _content(eos), _generation(files))
+    document = files.json(FAST) if files.reader.with_documents and FAST in files.stamps else None
+    return Tokenizer(files.num_rows, vocabulary, template, _content(eos), _generation(files), settings, document)
 
 
 def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | None:

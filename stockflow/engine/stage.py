@@ -15,7 +15,7 @@ from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
 from stockflow.kernels.arrays import Bytes, Values
 from stockflow.kernels.floats import FORMATS, Slab
-from stockflow.planning.decodes import BlockScaled, Decode, Plain
+from stockflow.planning.decodes import BlockScaled, Decode, Plain, RowRuns
 from stockflow.planning.job import Operand, Reading
 
 Shape = tuple[int, ...]
@@ -76,7 +76,10 @@ class DecodingStage:
         slots = iter(piece.offsets)
         for row_E, operand in zip(rows_ME, reading.operands, strict=True):
             offsets = [next(slots) for _ in operand.extents]
-            _decode_operand(operand, piece, offsets, row_E, rows_ME[0])
+            _decode_operand(operand, piece, offsets, row_E)
+        for row_E, operand in zip(rows_ME, reading.operands, strict=True):
+            if operand.rows is not None and operand.rows.fills:
+                _fill_rows(operand.rows, piece, row_E, rows_ME)
         dtype = f"F{reading.float_bits}"
         starts = tuple(number * num_elems * width for number in range(num_operands))
         return LoadedPiece(
@@ -84,7 +87,7 @@ class DecodingStage:
         )
 
 
-def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], out_E: Values, anchor_E: Values) -> None:
+def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], out_E: Values) -> None:
     """Fill ``out_E`` with the elements of a piece; ``offsets`` say where in its memory the operand's slots begin."""
     shape = piece.reading.shape
     if operand.rows is None:
@@ -92,11 +95,22 @@ def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], ou
         places = [offset + to.start - frm.start for offset, frm, to in zip(offsets, held, wanted, strict=True)]
         _decode_run(operand.decode, shape, piece.start, piece.stop, piece.memory, places, out_E)
         return
-    out_E[:] = anchor_E if operand.rows.anchors_missing else 0.0
+    out_E[:] = 0.0
     for start, stop, to, places in _runs(operand, piece, offsets):
         own = (operand.rows.num_source_rows, *shape[1:])
         at = to - piece.start
         _decode_run(operand.decode, own, start, stop, piece.memory, places, out_E[at : at + stop - start])
+
+
+def _fill_rows(rows: RowRuns, piece: StoredPiece, out_E: Values, rows_ME: Values) -> None:
+    """Put the means of other operands, which hold their own rows by now, where an operand has none."""
+    for start, stop, of in rows.fills_within(piece.start, piece.stop, piece.reading.row_elems):
+        into_E = out_E[start - piece.start : stop - piece.start]
+        into_E[:] = rows_ME[of[0], start - piece.start : stop - piece.start]
+        for number in of[1:]:
+            into_E += rows_ME[number, start - piece.start : stop - piece.start]
+        if len(of) > 1:
+            into_E /= len(of)
 
 
 def _runs(operand: Operand, piece: StoredPiece, offsets: list[int]) -> Iterator[tuple[int, int, int, list[int]]]:

@@ -83,6 +83,8 @@ class Workload:
     """number of tensors by how often they are read"""
     num_looks: int = 0
     """per checkpoint: small reads before anything is planned"""
+    num_written_files: int = 0
+    """beside those that are copied"""
 
     @cached_property
     def readings(self) -> Mapping[int, CheckpointReads]:
@@ -160,7 +162,7 @@ def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[
         by_input.append(StoreRequests(gets, puts=1, bytes_out=reading.num_bytes))  # a listing
         asked.add(place)
     by_input[work.side_files_from].gets += 2 * work.num_side_files  # looked at, then copied
-    num_further = work.has_config + work.num_side_files + work.has_index
+    num_further = work.has_config + work.num_side_files + work.num_written_files + work.has_index
     output = StoreRequests(
         gets=MERGE_GETS + num_further + len(work.shards) * SHARD_GETS,
         puts=MERGE_PUTS
@@ -192,6 +194,7 @@ def survey(plan: MergePlan, workspace: Workspace, num_looks: int = 0) -> Workloa
         has_config=plan.config is not None,
         passes=dict(sorted(passes.items())),
         num_looks=num_looks,
+        num_written_files=len(plan.written_files),
     )
 
 

@@ -92,10 +92,12 @@ def plan_lines(
 
 
 def _copied_lines(plan: MergePlan) -> Iterator[str]:
-    """Yield which files are published as they are."""
-    if plan.side_files:
-        donor = plan.checkpoints[plan.side_files[0].checkpoint]
-        yield f"  copied  {', '.join(side.key for side in plan.side_files)} from {redact(donor.url)}"
+    """Yield which files are published as they are, and which are written anew."""
+    for donor in dict.fromkeys(side.checkpoint for side in plan.side_files):
+        keys = ", ".join(side.key for side in plan.side_files if side.checkpoint == donor)
+        yield f"  copied  {keys} from {redact(plan.checkpoints[donor].url)}"
+    if plan.written_files:
+        yield f"  written {', '.join(file.key for file in plan.written_files)}"
 
 
 def _source_lines(plan: MergePlan, work: Workload) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,9 @@ def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:
         return None
     name, shape, checkpoints = planned.output.name, planned.reading.shape, inputs.checkpoints
     own = {operand.checkpoint: operand.name for operand in planned.reading.operands}
+    if any(operand.rows for operand in planned.reading.operands):  # rows by token
+        is_whole = list(own) == list(range(len(checkpoints)))
+        return Look(replace(planned.reading, scope="tensor"), GramExaminer(), planned) if is_whole else None
     names = [own.get(number, name) for number in range(len(checkpoints))]
     found = list(zip(names, checkpoints, strict=True))
     if any(name not in each.specs or each.specs[name].shape != shape for name, each in found):

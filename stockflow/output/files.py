@@ -21,6 +21,7 @@ def planned_files(plan: MergePlan, plan_id: str) -> dict[str, int | None]:
     """Return every file a plan publishes, with its size where the plan knows it."""
     files: dict[str, int | None] = {shard.file: shard.num_bytes for shard in plan.shards}
     files |= {side.key: side.stamp.size for side in plan.side_files}
+    files |= {file.key: file.size for file in plan.written_files}
     files |= dict.fromkeys((CARD_FILE, plan_key(plan_id), tensors_key(plan_id)))
     if plan.indexed:
         files[INDEX_FILE] = None

@@ -105,6 +105,7 @@ def _files_in_order(
         tensors_key(plan.plan_id): lambda: encode_tensors(rows),
         CARD_FILE: lambda: model_card(recipe, plan, rows).encode(),
         **{side.key: partial(_read_side_file, inputs[side.checkpoint], side) for side in plan.side_files},
+        **{file.key: partial(bytes, file.payload) for file in plan.written_files},
     }
     if plan.indexed:
         yield {INDEX_FILE: lambda: encode_index(plan)}

@@ -15,11 +15,25 @@ from stockflow.planning.targets import Stacking
 from stockflow.planning.ties import written_heads
 from stockflow.recipe import Recipe
 
+_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+
 
 def output_config(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], jobs: Sequence[TensorJob], stackings: Sequence[Stacking] = ()
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    jobs: Sequence[TensorJob],
+    stackings: Sequence[Stacking] = (),
+    num_rows: int | None = None,
 ) -> Config | None:
-    """Return the config to publish with what the jobs write; None if the donor has none."""
+    """Return the config to publish with what the jobs write; None if the donor has none.
+
+    Args:
+        recipe: names the donor.
+        checkpoints: what its models say.
+        jobs: what is written.
+        stackings: how layers are put together.
+        num_rows: of the embedding, if they are others than the donor's.
+    """
     donor = checkpoints[recipe.donor]
     config = donor.config
     if config is None:
@@ -30,7 +44,16 @@ def output_config(
         config = restacked(config, stacking, checkpoints)
     if tie_flag(config) is not False and any(head.is_parted(donor) for head in written_heads(checkpoints, jobs)):
         config = untied(config)
-    return config
+    return config if num_rows is None else _with_vocab_size(config, num_rows)
+
+
+def _with_vocab_size(config: Config, num_rows: int) -> dict[str, object]:
+    """Return a config with the size of its vocabulary, at the top or in the config of the language model."""
+    sized = {
+        key: _with_vocab_size(value, num_rows) if key in _LANGUAGE_PARTS and isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    return sized | {"vocab_size": num_rows} if "vocab_size" in config else sized
 
 
 def _without_quantization(config: Config) -> dict[str, object]:

@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
 from typing import ClassVar, NamedTuple, Protocol
 
 from stockflow.checkpoints.header import DTYPES
@@ -170,9 +169,18 @@ class RowRun(NamedTuple):
     to: int
 
 
+class RowFill(NamedTuple):
+    """Rows of the reading that a source lacks, from ``start`` to ``stop``: the mean of the same rows of operands."""
+
+    start: int
+    stop: int
+    of: tuple[int, ...]
+    """operands of the reading, in the order in which they are added up; one alone is taken as it is"""
+
+
 @dataclass(frozen=True, slots=True)
 class RowRuns:
-    """Which row of a source is which row of a reading. Rows that no run names are missing.
+    """Which row of a source is which row of a reading. Rows that neither a run nor a fill names are zero.
 
     A row of a source may be used often, or never; of a reading each is named once at most.
     """
@@ -180,14 +188,14 @@ class RowRuns:
     num_source_rows: int
     runs: tuple[RowRun, ...]
     """in the order of ``to``"""
-    anchors_missing: bool = False
-    """whether missing rows are those of the first operand, so that nothing changes there; else they are zero"""
+    fills: tuple[RowFill, ...] = ()
+    """in order; the operands they name have these rows of their own"""
 
     def __post_init__(self) -> None:
         """Hold the runs against each other.
 
         Raises:
-            ValueError: a run is empty, beyond the source, or begins before the one before it ends.
+            ValueError: a run is empty, beyond the source, or begins before the one before it ends; so with fills.
         """
         end = 0
         for run in self.runs:
@@ -196,11 +204,17 @@ class RowRuns:
             if run.to < end:
                 raise ValueError(f"{run} begins at row {run.to}, where the run before it goes on to {end}")
             end = run.to + run.stop - run.start
+        end = 0
+        for fill in self.fills:
+            if not end <= fill.start < fill.stop or not fill.of:
+                raise ValueError(f"{fill} is no fill behind row {end}")
+            end = fill.stop
 
     def within(self, start: int, stop: int, row_elems: int) -> Iterator[RowRun]:
         """Yield the runs of *elements* that fall within elements ``start`` to ``stop`` of the reading, in order."""
         place = max(bisect_right(self.runs, start // row_elems, key=lambda run: run.to) - 1, 0) if row_elems else 0
-        for run in islice(self.runs, place, None):
+        for number in range(place, len(self.runs)):
+            run = self.runs[number]
             first = max(run.to * row_elems, start)
             last = min((run.to + run.stop - run.start) * row_elems, stop)
             if run.to * row_elems >= stop:
@@ -208,6 +222,15 @@ class RowRuns:
             if first < last:
                 shift = (run.start - run.to) * row_elems
                 yield RowRun(first + shift, last + shift, first)
+
+    def fills_within(self, start: int, stop: int, row_elems: int) -> Iterator[RowFill]:
+        """Yield the fills of *elements* that fall within elements ``start`` to ``stop`` of the reading, in order."""
+        place = bisect_right(self.fills, start // row_elems, key=lambda fill: fill.stop) if row_elems else 0
+        for number in range(place, len(self.fills)):
+            fill = self.fills[number]
+            if fill.start * row_elems >= stop:
+                return
+            yield RowFill(max(fill.start * row_elems, start), min(fill.stop * row_elems, stop), fill.of)
 
 
 def row_elems(shape: tuple[int, ...]) -> int:

@@ -11,8 +11,9 @@ from stockflow.checkpoints.layout import Extent
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters
+from stockflow.planning.decodes import RowFill, RowRun, RowRuns
 from stockflow.planning.job import COPIES, COPY, Operand, TensorJob, copying, merging, stored
-from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, canonical_digest
+from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, WrittenFile, canonical_digest
 from stockflow.storage import Stamp
 from stockflow.text.records import MAX_COUNT, Place, RecordKind, count, parse_record, text
 from stockflow.text.remarks import Remark
@@ -145,15 +146,19 @@ def _fits(parameter: Parameter, value: object) -> bool:
 def _plan(fields: Mapping[str, Any]) -> MergePlan:
     settings = [_setting(*setting) for setting in fields["settings"]]
     checkpoints = tuple(map(_checkpoint, fields["checkpoints"]))
+    maps = [_row_map(*each) for each in fields.get("rows", ())]
     if fields["on_nonfinite"] not in ("error", "propagate"):
         raise ValueError(f"on_nonfinite is {fields['on_nonfinite']!r}")
     return MergePlan(
         checkpoints=checkpoints,
         donor=count(fields["donor"]),
-        shards=tuple(_shard(shard, settings, checkpoints) for shard in fields["shards"]),
+        shards=tuple(_shard(shard, settings, checkpoints, maps) for shard in fields["shards"]),
         side_files=tuple(
             SideFile(_below(number, len(checkpoints)), text(key), Stamp(count(size), text(version)))
             for number, key, size, version in fields["side_files"]
+        ),
+        written_files=tuple(
+            WrittenFile(text(key), count(size), text(digest)) for key, size, digest in fields.get("written_files", ())
         ),
         config=fields["config"],
         on_nonfinite=fields["on_nonfinite"],
@@ -179,37 +184,72 @@ def _checkpoint(fields: Mapping[str, Any]) -> CheckpointRef:
     return CheckpointRef(text(fields["url"]), files)
 
 
-def _shard(fields: Mapping[str, Any], settings: Sequence[Setting], checkpoints: Sequence[CheckpointRef]) -> ShardPlan:
-    shard = ShardPlan(text(fields["file"]), tuple(_job(row, settings, checkpoints) for row in fields["tensors"]))
+def _row_map(num_rows: int, runs: Sequence[Sequence[int]], fills: Sequence[Any]) -> RowRuns:
+    filled = tuple(RowFill(count(start), count(stop), tuple(map(count, of))) for start, stop, of in fills)
+    return RowRuns(count(num_rows), tuple(RowRun(*map(count, run)) for run in runs), filled)
+
+
+def _shard(
+    fields: Mapping[str, Any],
+    settings: Sequence[Setting],
+    checkpoints: Sequence[CheckpointRef],
+    maps: Sequence[RowRuns],
+) -> ShardPlan:
+    jobs = tuple(_job(row, settings, checkpoints, maps) for row in fields["tensors"])
+    shard = ShardPlan(text(fields["file"]), jobs)
     if fields["num_bytes"] != shard.num_bytes:
         raise ValueError(f"{shard.file!r} takes {shard.num_bytes:,} bytes, num_bytes says {fields['num_bytes']!r}")
     return shard
 
 
-def _job(row: Sequence[Any], settings: Sequence[Setting], checkpoints: Sequence[CheckpointRef]) -> TensorJob:
-    name, dtype, shape, number, dtypes, *places = row
+def _job(
+    row: Sequence[Any],
+    settings: Sequence[Setting],
+    checkpoints: Sequence[CheckpointRef],
+    maps: Sequence[RowRuns],
+) -> TensorJob:
+    name, dtype, shape, number, stored_as, *places = row
     sizes = tuple(map(count, shape))
+    given = [each if isinstance(each, list) else (each, None) for each in stored_as]
+    dtypes = {source_dtype for source_dtype, _ in given}
     if len(sizes) > MAX_DIMENSIONS or not {dtype, *dtypes} <= DTYPES.keys() or not dtypes:
-        raise ValueError(f"tensor {name!r} has the dtypes {dtypes!r} and {dtype!r} and {len(sizes)} dimensions")
+        raise ValueError(f"tensor {name!r} has the dtypes {stored_as!r} and {dtype!r} and {len(sizes)} dimensions")
     method, scope, parameters = settings[_below(number, len(settings))]
     operands = tuple(
-        _operand(TensorSpec(text(name), source_dtype, sizes), place, checkpoints)
-        for source_dtype, place in zip(dtypes, places, strict=True)
+        _operand(
+            TensorSpec(text(name), source_dtype, sizes),
+            None if rows is None else maps[_below(rows, len(maps))],
+            place,
+            checkpoints,
+            len(places),
+        )
+        for (source_dtype, rows), place in zip(given, places, strict=True)
     )
     output = TensorSpec(name, dtype, sizes)
-    if method in COPIES:
+    if method in COPIES and all(rows is None for _, rows in given):
         return copying(output, operands, method)
     return merging(output, operands, method, parameters, scope)
 
 
-def _operand(spec: TensorSpec, place: Sequence[Any], checkpoints: Sequence[CheckpointRef]) -> Operand:
+def _operand(
+    spec: TensorSpec,
+    rows: RowRuns | None,
+    place: Sequence[Any],
+    checkpoints: Sequence[CheckpointRef],
+    num_operands: int,
+) -> Operand:
     checkpoint, file, start, *own = place
     size = checkpoints[_below(checkpoint, len(checkpoints))].files[file].size
+    if rows is not None:
+        ends = [run.to + run.stop - run.start for run in rows.runs[-1:]] + [fill.stop for fill in rows.fills[-1:]]
+        if max((*ends, 0)) > spec.shape[0] or any(max(fill.of) >= num_operands for fill in rows.fills):
+            raise ValueError(f"tensor {spec.name!r} has rows beyond its {spec.shape[0]:,}, or of models beyond its own")
+        spec = TensorSpec(spec.name, spec.dtype, (rows.num_source_rows, *spec.shape[1:]))
     if count(start) + spec.num_bytes > size:
         raise ValueError(f"tensor {spec.name!r} ends beyond the {size:,} bytes of {file!r}")
     if own:
         spec = spec._replace(name=text(*own))
-    return stored(checkpoint, spec, Extent(file, start))
+    return stored(checkpoint, spec, Extent(file, start))._replace(rows=rows)
 
 
 def _without_places(canonical: Mapping[str, Any]) -> dict[str, object]:

@@ -11,8 +11,7 @@ from stockflow.checkpoints.modules import MODULE_WEIGHTS
 from stockflow.checkpoints.naming import holds_fused_experts
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
-from stockflow.checkpoints.side_files import is_tokenizer_or_template
-from stockflow.checkpoints.tokenizers import Tokenizer
+from stockflow.checkpoints.tokenizers import Tokenizer, has_tokens
 from stockflow.errors import PlanError
 from stockflow.planning.config import output_config
 from stockflow.planning.fixed import are_known, carried_over, holds_indices
@@ -21,12 +20,14 @@ from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
 from stockflow.planning.packed import unread_models
-from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
+from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan
 from stockflow.planning.precision import kept_above, kept_dtype
 from stockflow.planning.recomputed import without_recomputed
 from stockflow.planning.targets import Outline, OutputTensor, Unplanned, outline_of
 from stockflow.planning.ties import missing_head_remedy, with_tied_heads
+from stockflow.planning.tokenizer_files import published_tokenizer
 from stockflow.planning.views import other_layout, under_names_of
+from stockflow.planning.vocabulary import output_vocabulary
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
 from stockflow.text.remarks import objections
@@ -41,6 +42,8 @@ GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
 PACKED_REMEDY = (
     f"FP8 and packed formats are not merged yet; convert the checkpoint, or name {THEM} in a rule with `action: copy`"
 )
+
+ROWS_REMEDY = "`tokenizer_source: base` or `union` merges rows by token"
 
 
 def make_plan(
@@ -74,9 +77,15 @@ def make_plan(
     checkpoints = without_recomputed(recipe, checkpoints)
     checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
     checkpoints = with_tied_heads(recipe, checkpoints)
+    vocabulary = output_vocabulary(recipe, checkpoints, tokenizers)
+    if vocabulary is not None:
+        checkpoints = [vocabulary.reshaped(each) for each in checkpoints]
     outline = outline_of(recipe, checkpoints)
     jobs, skipped, problems = _planned(recipe, checkpoints, outline)
-    config = output_config(recipe, checkpoints, jobs, outline.stackings)
+    if vocabulary is not None:
+        jobs = [vocabulary.mapped(job) for job in jobs]
+    num_rows = vocabulary.num_rows if vocabulary else None
+    config = output_config(recipe, checkpoints, jobs, outline.stackings, num_rows)
     stacked = outline.left_out, outline.stackings
     remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, tokenizers, samples, *stacked))
     problems = objections(remarks, accepted, strict=strict) + problems
@@ -87,16 +96,13 @@ def make_plan(
         reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"
         raise PlanError(f"nothing is left to write: {reason}")
     size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs)
-    side_donor = checkpoints[recipe.side_files_donor]
+    side_files, written = published_tokenizer(recipe, checkpoints, tokenizers, vocabulary)
     return MergePlan(
         checkpoints=tuple(CheckpointRef(checkpoint.url, checkpoint.files) for checkpoint in checkpoints),
         donor=recipe.donor,
         shards=_cut_shards(jobs, size, donor.extents),
-        side_files=tuple(
-            SideFile(recipe.side_files_donor, *item)
-            for item in side_donor.side_files.items()
-            if recipe.stockflow.copy_tokenizer or not is_tokenizer_or_template(item[0])
-        ),
+        side_files=side_files,
+        written_files=written,
         config=config,
         on_nonfinite=recipe.stockflow.on_nonfinite,
         skipped=tuple(skipped),
@@ -240,8 +246,8 @@ def _mismatches(target: OutputTensor, indices: Sequence[int]) -> list[Misfit]:
     stretch, spec = target.stretch, target.spec
     donor_url = stretch.urls(indices[:1])
 
-    def unlike(where: str, found: object, expected: object) -> Misfit:
-        return Misfit(spec.name, f"{found} in {where}, expected {expected} as in {donor_url}")
+    def unlike(where: str, found: object, expected: object, *remedy: str) -> Misfit:
+        return Misfit(spec.name, f"{found} in {where}, expected {expected} as in {donor_url}", *remedy)
 
     misfits = []
     for index in indices:
@@ -249,7 +255,8 @@ def _mismatches(target: OutputTensor, indices: Sequence[int]) -> list[Misfit]:
         if found.kind == "packed":
             misfits.append(Misfit(spec.name, f"{found.dtype} in {where}", PACKED_REMEDY))
         elif found.shape != spec.shape:
-            misfits.append(unlike(where, list(found.shape), list(spec.shape)))
+            by_token = [ROWS_REMEDY] if found.shape[1:] == spec.shape[1:] and has_tokens(spec.name) else []
+            misfits.append(unlike(where, list(found.shape), list(spec.shape), *by_token))
         elif found.kind != spec.kind or (spec.kind != "float" and found.dtype != spec.dtype):
             misfits.append(unlike(where, found.dtype, spec.dtype))
     return list(dict.fromkeys(misfits))

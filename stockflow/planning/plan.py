@@ -6,7 +6,7 @@ Nothing of memory, workers, device, executor or clock is in a plan: equal plans 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -78,6 +78,22 @@ class SideFile:
 
 
 @dataclass(frozen=True)
+class WrittenFile:
+    """A small file of the output that is made while planning."""
+
+    key: str
+    size: int
+    sha256: str
+    payload: bytes = field(default=b"", repr=False, compare=False)
+    """none in a plan that was read back"""
+
+    @classmethod
+    def of(cls, key: str, payload: bytes) -> "WrittenFile":
+        """Return the file that holds these bytes."""
+        return cls(key, len(payload), hashlib.sha256(payload).hexdigest(), payload)
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """Everything that decides the bytes of the output."""
 
@@ -94,6 +110,7 @@ class MergePlan:
     """what the user should know before starting"""
     is_stacked: bool = False
     """whether tensors have other names in the inputs than in the output"""
+    written_files: tuple[WrittenFile, ...] = ()
 
     @property
     def indexed(self) -> tuple[ShardPlan, ...]:
@@ -147,13 +164,14 @@ class MergePlan:
         }
 
     def _canonical(self, *, with_inputs: bool) -> dict[str, object]:
-        settings = _Settings()
+        settings, maps = _Settings(), _RowMaps()
+        written = [[file.key, file.size, file.sha256] for file in self.written_files]
         place = _place_of(with_inputs=with_inputs, is_stacked=self.is_stacked)
         shards = [
             {
                 "file": shard.file,
                 "num_bytes": shard.num_bytes,
-                "tensors": [_canonical_job(job, settings, place) for job in shard.jobs],
+                "tensors": [_canonical_job(job, settings, maps, place) for job in shard.jobs],
             }
             for shard in self.shards
         ]
@@ -172,6 +190,8 @@ class MergePlan:
             "config": self.config,
             "shards": shards,
             **({"stacked": True} if self.is_stacked else {}),
+            **({"rows": maps.written} if maps.written else {}),
+            **({"written_files": written} if written else {}),
         }
 
 
@@ -205,10 +225,30 @@ def _place_of(*, with_inputs: bool, is_stacked: bool) -> Place | None:
     return (lambda operand: (operand.checkpoint, operand.name)) if is_stacked else None
 
 
-def _canonical_job(job: TensorJob, settings: _Settings, place: Place | None) -> list[object]:
-    output = job.output
-    row: list[object] = [output.name, output.dtype, output.shape, settings.number(job), job.reading.dtypes]
-    return row + [place(operand) for operand in job.reading.operands] if place else row
+class _RowMaps:
+    """The distinct maps of rows, numbered in order of appearance."""
+
+    def __init__(self) -> None:
+        self.written: list[object] = []
+        self._numbers: dict[int, int] = {}
+
+    def stored_as(self, operand: Operand) -> object:
+        """Return the dtype of an operand, with the number of its map if it has one."""
+        rows = operand.rows
+        if rows is None:
+            return operand.decode.dtype
+        if id(rows) not in self._numbers:
+            self._numbers[id(rows)] = len(self.written)
+            self.written.append([rows.num_source_rows, rows.runs, rows.fills])
+        return [operand.decode.dtype, self._numbers[id(rows)]]
+
+
+def _canonical_job(job: TensorJob, settings: _Settings, maps: _RowMaps, place: Place | None) -> list[object]:
+    output, reading = job.output, job.reading
+    is_mapped = not reading.is_plain and any(operand.rows for operand in reading.operands)
+    dtypes: object = list(map(maps.stored_as, reading.operands)) if is_mapped else reading.dtypes
+    row: list[object] = [output.name, output.dtype, output.shape, settings.number(job), dtypes]
+    return row + [place(operand) for operand in reading.operands] if place else row
 
 
 def _canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:

@@ -3,14 +3,18 @@
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from stockflow.errors import RecipeError
 from stockflow.methods.protocol import Method, Parameter, Scalar
 from stockflow.recipe.document import Path, Problem
+from stockflow.recipe.locations import resolve_location
 from stockflow.recipe.model import Recipe, Rule
 from stockflow.recipe.resolve import Resolver
 from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, as_kind, parameters_of
 from stockflow.recipe.slice_checks import slice_problems
 from stockflow.recipe.slices import Slice, slices_of
-from stockflow.recipe.wording import nearest, shown
+from stockflow.recipe.templates import BUILTIN
+from stockflow.recipe.tokens import WORDS
+from stockflow.recipe.wording import NOT_YET, nearest, shown
 from stockflow.storage import redact
 
 
@@ -35,7 +39,8 @@ def find_problems(recipe: Recipe, unread: Collection[str] = ()) -> Iterator[Prob
         recipe: to check.
         unread: names of parameters that are given where they could not be read.
     """
-    problems = [*_location_problems(recipe), *_rule_problems(recipe), *slice_problems(recipe)]
+    problems = [*_location_problems(recipe), *_vocabulary_problems(recipe), *_template_problems(recipe)]
+    problems += [*_rule_problems(recipe), *slice_problems(recipe)]
     slices = tuple(_distinct(slices_of(recipe)))
     for each in slices:
         problems += [(each.within(path), text) for path, text in _problems_of(each, unread)]
@@ -82,6 +87,41 @@ def _location_problems(recipe: Recipe) -> Iterator[Problem]:
             ("stockflow", "side_files_from"),
             f"expected the base or one of the models, found {redact(chosen)}; name one of them",
         )
+
+
+def _vocabulary_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.tokenizer_source and recipe.tokenizer:
+        yield ("tokenizer_source",), "the vocabulary is said by `tokenizer`, too; keep one of them"
+    wanted, path = recipe.vocabulary, ("tokenizer_source",) if recipe.tokenizer_source else ("tokenizer", "source")
+    if wanted is None:
+        return
+    if wanted.source not in (*WORDS, *recipe.checkpoints):
+        found = redact(wanted.source)
+        yield path, f"expected base, union or one of the models, found {found}; a tokenizer of no model here {NOT_YET}"
+    for token, entry in wanted.tokens.items():
+        of = entry.source
+        if of.kind == "model_token":
+            yield ("tokenizer", "tokens", token, "source"), f"`model_token` {NOT_YET}; name a model that has the token"
+        elif of.kind == "model" and of.model not in recipe.checkpoints:
+            found = redact(of.model) if of.model else "none"
+            yield ("tokenizer", "tokens", token, "source"), f"expected one of the models, found {found}; name one"
+
+
+def _template_problems(recipe: Recipe) -> Iterator[Problem]:
+    asked, known = recipe.chat_template, ("auto", *BUILTIN)
+    if asked is not None and "{" not in asked and asked not in known and _located(asked) not in recipe.checkpoints:
+        yield (
+            ("chat_template",),
+            f"{shown(asked)} is no template, no model, and none of the known ones; {nearest(asked, known)}",
+        )
+
+
+def _located(text: str) -> str | None:
+    """Return the location that a text names, None if it can be none."""
+    try:
+        return resolve_location(text)
+    except RecipeError:
+        return None
 
 
 def _rule_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -89,7 +89,8 @@ def _resolve_url(text: str) -> str:
     return normalized(text)
 
 
-def _location(given: object) -> str:
+def location_of(given: object) -> str:
+    """Return the location of a model as a recipe gives it."""
     text = written(given)
     if not isinstance(text, str):
         raise RecipeError(f"expected a folder, a URL or org/name, found {shown(text)}; put it in quotes")
@@ -128,6 +129,6 @@ def _no_credentials(given: str) -> str:
     return given
 
 
-Location = Annotated[str, PlainValidator(_location), WithJsonSchema({"type": ["string", "object"]})]
+Location = Annotated[str, PlainValidator(location_of), WithJsonSchema({"type": ["string", "object"]})]
 UrlPrefix = Annotated[str, AfterValidator(_prefix)]
 Endpoint = Annotated[str, AfterValidator(_no_credentials)]

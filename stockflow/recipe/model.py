@@ -12,6 +12,7 @@ from stockflow.recipe.document import Document, Path, read_yaml
 from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
 from stockflow.recipe.resolve import OUTSIDE, Resolver, Slot, Stand, find_slots
 from stockflow.recipe.settings import Part, Settings, matches
+from stockflow.recipe.tokens import WORDS, ChatTemplate, TokenizerEntry, VocabularySource
 from stockflow.recipe.values import (
     OUTPUT_DTYPES,
     DType,
@@ -20,7 +21,6 @@ from stockflow.recipe.values import (
     MethodName,
     RemarkCode,
     Size,
-    TokenizerSource,
     text_around_layer,
 )
 from stockflow.storage import StorageConfig, StoreOptions
@@ -128,7 +128,11 @@ class Recipe(Part):
     parameters: Settings = Field(default={}, description="parameters of the method, for all models")
     dtype: DType | None = Field(default=None, description="output dtype unless `out_dtype` is given")
     out_dtype: DType | None = Field(default=None, description="dtype of the merged tensors; else one that holds all")
-    tokenizer_source: TokenizerSource = "base"
+    tokenizer_source: VocabularySource | None = Field(
+        default=None, description="whose tokens: `base`, `union`, a model"
+    )
+    tokenizer: TokenizerEntry | None = Field(default=None, description="the same, with rows of tokens and padding")
+    chat_template: ChatTemplate | None = Field(default=None, description="`auto`, a name, a model or a template")
     stockflow: Options = Field(default=Options(), description="what mergekit has no word for")
 
     _text: str = PrivateAttr("")
@@ -241,6 +245,18 @@ class Recipe(Part):
     def donor(self) -> int:
         """Which checkpoint gives names and order: the base, else the first model."""
         return 0
+
+    @cached_property
+    def vocabulary(self) -> TokenizerEntry | None:
+        """What is said of the output's vocabulary; None: it is that of all models."""
+        return TokenizerEntry(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
+
+    @property
+    def vocabulary_donor(self) -> int:
+        """Which checkpoint gives the tokenizer's files."""
+        if self.vocabulary is None:
+            return self.side_files_donor
+        return self.donor if self.vocabulary.source in WORDS else self.checkpoints.index(self.vocabulary.source)
 
     @property
     def side_files_donor(self) -> int:

@@ -12,10 +12,10 @@ from pydantic_core import ErrorDetails
 from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.model import ModelEntry, ModuleEntry, Options, Recipe, Rule, SliceEntry, SourceEntry, StorageEntry
 from stockflow.recipe.settings import Conditional
-from stockflow.recipe.wording import NOT_YET, nearest, shown
+from stockflow.recipe.tokens import TokenEntry, TokenizerEntry, TokenSource
+from stockflow.recipe.wording import nearest, shown
 from stockflow.text.redaction import FROM_ENVIRONMENT
 
-_MERGEKIT_KEYS = frozenset({"tokenizer", "chat_template"})
 _OTHER_FILES = {"experts": "mergekit-moe", "genome": "mergekit-evolve", "layer_slices": "bakllama"}
 """Tools by a key that only their files have."""
 _BUILDS = {"mergekit-moe": "builds a mixture of experts", "mergekit-evolve": "searches for a recipe"}
@@ -120,7 +120,7 @@ def _is_passed_over(path: Path) -> bool:
 
 
 def _is_refused(name: str) -> bool:
-    return name in _MERGEKIT_KEYS or nearest(name, ["stockflow"]).startswith("did you mean")
+    return nearest(name, ["stockflow"]).startswith("did you mean")
 
 
 def _remove(plain: object, path: Path) -> bool:
@@ -179,8 +179,6 @@ def _problem(detail: ErrorDetails) -> Problem:
 
 def _unknown_key(path: Path) -> str:
     name = str(path[-1])
-    if len(path) == 1 and name in _MERGEKIT_KEYS:
-        return f"mergekit's `{name}` {NOT_YET}"
     if "storage" in path and _SECRET_WORD.search(name):
         return f"a recipe never holds secrets; {FROM_ENVIRONMENT}"
     return f"unknown key; {nearest(name, keys_at(path))}"
@@ -203,6 +201,8 @@ def keys_at(path: Path) -> list[str]:
         part = SliceEntry
     elif "modules" in path:
         part = ModuleEntry
+    elif path[0] == "tokenizer" and len(path) > 1:
+        part = TokenizerEntry if len(path) == 2 else TokenEntry if len(path) == 4 else TokenSource
     elif len(path) == 1:
         part = Recipe
     return list(part.model_fields)

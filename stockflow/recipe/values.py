@@ -55,12 +55,6 @@ def _dtype(given: object) -> str:
     return name
 
 
-def _tokenizer_source(given: object) -> str:
-    if given != "base":
-        raise RecipeError(f"mergekit's tokenizer_source {shown(given)} {NOT_YET}; expected `base`")
-    return "base"
-
-
 def _size(given: object) -> int:
     return parse_size(given if isinstance(given, str) else str(given))
 
@@ -110,7 +104,6 @@ LayerRange = Annotated[
 MethodName = Annotated[str, AfterValidator(_method_name)]
 RemarkCode = Annotated[str, AfterValidator(_remark_code)]
 Size = Annotated[int | None, PlainValidator(_size), WithJsonSchema({"type": ["integer", "string"]})]
-TokenizerSource = Annotated[str, PlainValidator(_tokenizer_source), WithJsonSchema({"const": "base"})]
 DType = Annotated[
     str,
     PlainValidator(_dtype),

@@ -14,7 +14,7 @@ from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.layout import OnFile, unheard
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.checkpoints.samples import Samples, take_samples
-from stockflow.checkpoints.tokenizers import read_tokenizers
+from stockflow.checkpoints.tokenizers import Tokenizer, read_tokenizers
 from stockflow.errors import NotFoundError, PlanError, StockflowError, UserError
 from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
 from stockflow.interruption import finishing, last_act
@@ -162,7 +162,10 @@ class Inputs:
             StorageError: reading failed after retries.
         """
         with collector_paused():
-            tokenizers = read_tokenizers(self.stores, self.checkpoints) if len(self.checkpoints) > 1 else ()
+            asked = self.recipe.vocabulary is not None or self.recipe.chat_template is not None
+            tokenizers: Sequence[Tokenizer] = ()
+            if asked or len(self.checkpoints) > 1:
+                tokenizers = read_tokenizers(self.stores, self.checkpoints, with_documents=asked)
             return make_plan(
                 self.recipe,
                 self.checkpoints,

@@ -18,7 +18,7 @@ from stockflow.engine.procedures.proceeding import StageClock
 from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.methods.protocol import Parameters
-from stockflow.planning.decodes import BlockScaled, Decode, Plain, RowRun, RowRuns, plain
+from stockflow.planning.decodes import BlockScaled, Decode, Plain, RowFill, RowRun, RowRuns, plain
 from stockflow.planning.job import Operand, Reading, Result, TensorJob, working_bits_of
 from stockflow.planning.plan import CheckpointRef, ShardPlan
 from stockflow.storage import StorageConfig, open_store
@@ -178,7 +178,13 @@ RUNS = {
 def test_rows_are_gathered_by_range(
     name: str, is_direct: bool, anchors_missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = RowRuns(RUNS[name].num_source_rows, RUNS[name].runs, anchors_missing)
+    missing = np.ones(SHAPE[0] + 2, bool)
+    for run in RUNS[name].runs:
+        missing[run.to + 1 : run.to + 1 + run.stop - run.start] = False
+    missing[[0, -1]] = False
+    edges = np.flatnonzero(np.diff(missing.astype(int))).reshape(-1, 2).tolist()
+    fills = tuple(RowFill(start, stop, (0,)) for start, stop in edges) if anchors_missing else ()
+    rows = RowRuns(RUNS[name].num_source_rows, RUNS[name].runs, fills)
     base, own = drawn(0).bfloat16(), drawn(1, (rows.num_source_rows, SHAPE[1])).bfloat16()
     checkpoints = opened([written(tmp_path / "base", {NAME: base}), written(tmp_path / "tuned", {NAME: own})])
     operands = tuple(

@@ -69,7 +69,7 @@ def test_the_smallest_recipe_has_defaults() -> None:
     assert recipe.stockflow.on_negative == "clamp"
     assert recipe.stockflow.on_nonfinite == "error"
     assert recipe.stockflow.shard_size is None
-    assert recipe.tokenizer_source == "base"
+    assert recipe.vocabulary is None
     assert recipe.text == STOCK
     assert recipe.storage.by_prefix == {}
 
@@ -295,11 +295,6 @@ def test_a_required_key_that_is_misspelt_is_one_problem(text: str, expected: str
     assert refusal(text) == expected
 
 
-@pytest.mark.parametrize("key", ["tokenizer", "chat_template"])
-def test_keys_that_only_mergekit_has_are_refused_by_name(key: str) -> None:
-    assert f"mergekit's `{key}` is not supported by stockflow yet" in refusal(STOCK + f"{key}: [1]")
-
-
 @pytest.mark.parametrize("name", sorted(MERGEKIT_METHODS - METHODS.keys()))
 def test_methods_that_only_mergekit_has_are_refused_by_name(name: str) -> None:
     message = refusal(STOCK.replace("model_stock", name))
@@ -356,9 +351,39 @@ def test_values_over_the_layers_fall_through_like_others() -> None:
     assert [found["mlp", depth].flag("normalize") for depth in (0.0, 0.5, 1.0)] == [True, True, False]
 
 
-def test_other_tokenizer_sources_are_refused_by_name() -> None:
-    assert parse(STOCK + "tokenizer_source: base").tokenizer_source == "base"
-    assert "mergekit's tokenizer_source 'union' is not supported" in refusal(STOCK + "tokenizer_source: union")
+def test_a_vocabulary_is_said_by_one_key_or_by_a_mapping() -> None:
+    for word, donor in (("base", 0), ("union", 0), ("org/b", 2)):
+        recipe = parse(STOCK + f"tokenizer_source: {word}")
+        assert recipe.vocabulary == parse(STOCK + f"tokenizer: {{source: {word}}}").vocabulary
+        assert recipe.vocabulary_donor == donor
+    assert parse(STOCK + "tokenizer: {}").vocabulary == parse(STOCK + "tokenizer_source: union").vocabulary
+    tokens = parse(STOCK + "tokenizer: {tokens: {<x>: {source: org/a, force: true}, <y>: {source: {kind: zero}}}}")
+    assert tokens.vocabulary is not None
+    assert [(entry.source.kind, entry.force) for entry in tokens.vocabulary.tokens.values()] == [
+        ("model", True),
+        ("zero", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tokenizer_source: org/c", "expected base, union or one of the models, found hf://org/c"),
+        ("tokenizer: {source: org/c}", "r.yaml:6:13: tokenizer.source: expected base, union or one of the models"),
+        ("tokenizer_source: union\ntokenizer: {source: base}", "is said by `tokenizer`, too; keep one of them"),
+        ("tokenizer: {tokens: {<x>: {source: org/c}}}", "expected one of the models, found hf://org/c"),
+        ("tokenizer: {tokens: {<x>: {source: {kind: model}}}}", "expected one of the models, found none"),
+        ("tokenizer: {tokens: {<x>: {force: true}}}", "the required key `source` is missing"),
+        ("tokenizer: {tokens: {<x>: {source: {kind: mean}}}}", "expected 'zero', 'model' or 'model_token'"),
+        ("tokenizer: {pad_to_multiple_of: 0}", "expected an integer from 1 to 1,048,576, found 0"),
+        ("tokenizer: {pad_to_multiple_of: eight}", "expected an integer from 1 to 1,048,576, found 'eight'"),
+        ("chat_template: nonsense", "no template, no model, and none of the known ones"),
+        ("chat_template: chatmk", "did you mean `chatml`"),
+        ("chat_template: ''", "expected `auto`, a name or a template"),
+    ],
+)
+def test_what_is_no_vocabulary_or_template_is_refused(text: str, expected: str) -> None:
+    assert expected in refusal(STOCK + text)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ NUM_SHOWN = 3
 """tokens in a sentence"""
 NUM_VALUES = 20
 """tokens in what programs read"""
-REMEDY = "Rows of different tokens would be mixed; merge models of one vocabulary"
+REMEDY = "Rows of different tokens would be mixed; `tokenizer_source: base` or `union` merges them by token"
 CHOOSES = "`stockflow: {side_files_from: MODEL}` takes another model's"
+CHOOSES_TEMPLATE = "`chat_template: auto` or MODEL takes theirs"
+UNITES = "`tokenizer_source: union` keeps them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def differing_vocabularies(proposal: Proposal) -> Iterator[Remark]:
 
 def _merged(proposal: Proposal) -> list[int]:
     """Return the models whose rows go into tensors with a row per token, after the one whose tokenizer goes out."""
-    if not proposal.tokenizers:
+    if not proposal.tokenizers or proposal.recipe.vocabulary is not None:
         return []
     rows = proposal.tokenizers[proposal.recipe.donor].num_rows
     names = [name for name in vocabulary_tensors(proposal.donor.specs, rows) if name not in proposal.skipped]
@@ -174,7 +176,7 @@ def _contested(mine: _Group, other: _Group, found: TokenDifferences) -> Iterator
 def _missing(mine: _Group, published: _Group, found: TokenDifferences) -> Iterator[Remark]:
     """Yield which tokens are in one of the vocabularies only."""
     for having, lacking, tokens, hint in (
-        (mine, published, found.added, f", and the tokenizer that goes out does not know them; {CHOOSES}"),
+        (mine, published, found.added, f", and the tokenizer that goes out does not know them; {UNITES}"),
         (published, mine, found.lacking, ""),
     ):
         if tokens:
@@ -217,18 +219,22 @@ def missing_tokenizers(proposal: Proposal) -> Iterator[Remark]:
 
 def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
     """Yield what goes out of template, end token and generation config although every tune has something else."""
-    recipe, donor = proposal.recipe, proposal.recipe.side_files_donor
+    recipe = proposal.recipe
     tunes = [
         index
         for index, location in enumerate(recipe.checkpoints)
-        if index != donor and location != recipe.base_model and proposal.tokenizers
+        if location != recipe.base_model and proposal.tokenizers
     ]
     for what, of in WORDS.items():
+        if what == "chat template" and recipe.chat_template is not None:
+            continue
+        donor = recipe.side_files_donor if what == "generation config" else recipe.vocabulary_donor
         own = of(proposal, donor) if tunes else None
-        others = {index: of(proposal, index) for index in tunes}
+        others = {index: of(proposal, index) for index in tunes if index != donor}
         if any(others.values()) and own not in others.values():
-            url = redact(proposal.side_files_donor.url)
-            text = f"the {what} of {url} goes out ({_brief(own)}), and every tune has another; {CHOOSES}"
+            url = redact(proposal.checkpoints[donor].url)
+            word = CHOOSES_TEMPLATE if what == "chat template" else CHOOSES
+            text = f"the {what} of {url} goes out ({_brief(own)}), and every tune has another; {word}"
             values = {redact(proposal.checkpoints[index].url): _brief(each) for index, each in others.items()}
             yield Remark("side-files-differ", text, models=(url,), values={url: _brief(own), **values})
 

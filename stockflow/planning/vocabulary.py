@@ -1,0 +1,194 @@
+"""The output's vocabulary: its tokens, and for every model which row is which token's. Pure.
+
+Tokens are told apart by their strings. A model that lacks one takes a default row for it: what the recipe says, else
+the row of the only model that has it, else the base's, else the mean of those that have it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.tokenizers import Tokenizer, Vocabulary, vocabulary_tensors
+from stockflow.checkpoints.vocabularies import Ids
+from stockflow.errors import PlanError
+from stockflow.methods.protocol import Parameters
+from stockflow.planning.decodes import RowFill, RowRun, RowRuns, plain
+from stockflow.planning.job import TensorJob, merging
+from stockflow.recipe import Recipe
+from stockflow.recipe.tokens import TokenEntry
+from stockflow.storage import redact
+from stockflow.text.strictjson import shown
+
+ALONE = Parameters({"normalize": True}, {"weight": (1.0,)})
+"""of `linear`: the rows of one model as they are"""
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """Where the row of a token comes from that a model lacks, or that every model is to take."""
+
+    of: tuple[int, ...]
+    """checkpoints whose mean it is; none: zeros"""
+    is_forced: bool
+
+
+@dataclass(frozen=True)
+class OutputVocabulary:
+    """The vocabulary that is written, and the rows of every model."""
+
+    ids: Ids
+    """what every token's row is"""
+    num_rows: int
+    """one per id, and padding of zeros"""
+    source: int
+    """checkpoint whose tokenizer it is, or was added to"""
+    added: Ids
+    """the tokens that it lacks"""
+    tensors: frozenset[str]
+    """that have a row per token"""
+    own: Sequence[Ids]
+    """of each checkpoint: its ids, those without a row left out"""
+    rows_of: Sequence[int]
+    """how many rows each checkpoint has"""
+    defaults: Mapping[str, Default]
+    """of tokens that the recipe names"""
+    _maps: dict[tuple[int, ...], tuple[RowRuns, ...]] = field(default_factory=dict)
+
+    def reshaped(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return a checkpoint whose tensors have the rows of the output."""
+        specs = dict(checkpoint.specs)
+        for name in self.tensors & specs.keys():
+            specs[name] = specs[name]._replace(shape=(self.num_rows, *specs[name].shape[1:]))
+        return replace(checkpoint, specs=specs)
+
+    def mapped(self, job: TensorJob) -> TensorJob:
+        """Return a job that takes its rows by token; what is copied is merged of one model, byte for byte."""
+        output = job.output
+        if output.name not in self.tensors:
+            return job
+        maps = self.maps(tuple(operand.checkpoint for operand in job.reading.operands))
+        operands = tuple(each._replace(rows=rows) for each, rows in zip(job.reading.operands, maps, strict=True))
+        result = job.result
+        if not job.is_copy:
+            return merging(output, operands, result.method, result.parameters, job.reading.scope)
+        alone = operands[0]._replace(decode=plain(output.dtype))
+        return merging(output, (alone,), "linear", ALONE, "tensor")
+
+    def maps(self, models: tuple[int, ...]) -> tuple[RowRuns, ...]:
+        """Return the rows of each of the models that are read together."""
+        if models not in self._maps:
+            self._maps[models] = tuple(self._map(models, place) for place in range(len(models)))
+        return self._maps[models]
+
+    def _map(self, models: tuple[int, ...], place: int) -> RowRuns:
+        own = self.own[models[place]]
+        runs: list[RowRun] = []
+        fills: list[RowFill] = []
+        for token, row in sorted(self.ids.items(), key=lambda item: item[1]):
+            default = self.defaults.get(token)
+            if token in own and (default is None or not default.is_forced or default.of == (models[place],)):
+                _extend(runs, own[token], row)
+            elif of := self._having(token, models, default):
+                _fill(fills, row, of)
+        return RowRuns(self.rows_of[models[place]], tuple(runs), tuple(fills))
+
+    def _having(self, token: str, models: tuple[int, ...], default: Default | None) -> tuple[int, ...]:
+        """Return the places of the models whose mean the default row of a token is."""
+        if default is not None and not set(default.of) <= set(models):
+            raise PlanError(f"`tokenizer.tokens` takes the row of {shown(token)} from a model that is not merged there")
+        if default is not None:
+            return tuple(models.index(model) for model in default.of)
+        having = tuple(place for place, model in enumerate(models) if token in self.own[model])
+        return having[:1] if having and models[having[0]] == 0 else having
+
+
+def _extend(runs: list[RowRun], own: int, row: int) -> None:
+    """Add a row to the last run, or begin one."""
+    if runs and runs[-1].stop == own and runs[-1].to + runs[-1].stop - runs[-1].start == row:
+        runs[-1] = runs[-1]._replace(stop=own + 1)
+    else:
+        runs.append(RowRun(own, own + 1, row))
+
+
+def _fill(fills: list[RowFill], row: int, of: tuple[int, ...]) -> None:
+    if fills and fills[-1].stop == row and fills[-1].of == of:
+        fills[-1] = fills[-1]._replace(stop=row + 1)
+    else:
+        fills.append(RowFill(row, row + 1, of))
+
+
+def output_vocabulary(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], tokenizers: Sequence[Tokenizer]
+) -> OutputVocabulary | None:
+    """Return what the recipe's tokenizer asks for; None where it moves no row.
+
+    Raises:
+        PlanError: a tokenizer cannot be read, or a token is named that its model lacks.
+    """
+    if recipe.vocabulary is None or not tokenizers:
+        return None
+    vocabularies = [each.vocabulary or tokenizers[recipe.donor].vocabulary for each in tokenizers]
+    wanted, source = recipe.vocabulary, recipe.vocabulary_donor
+    rows = [each.num_rows for each in tokenizers]
+    tensors = vocabulary_tensors(checkpoints[recipe.donor].specs, rows[recipe.donor])
+    agree = len(set(rows)) == 1 and all(each == vocabularies[0] for each in vocabularies)
+    step = wanted.pad_to_multiple_of or 1
+    if not tensors or (agree and not wanted.tokens and rows[0] % step == 0):
+        return None
+    ids = [_ids(checkpoint, each) for checkpoint, each in zip(checkpoints, vocabularies, strict=True)]
+    union = (
+        [ids[index] for index in dict.fromkeys((recipe.donor, *range(len(ids))))] if wanted.source == "union" else []
+    )
+    output, added = dict(ids[source]), {}
+    for tokens in (*union, dict.fromkeys(wanted.tokens, 0)):
+        for token in sorted(tokens.keys() - output.keys(), key=lambda each: (tokens[each], each)):
+            output[token] = added[token] = max(output.values(), default=-1) + 1
+    own = [{token: each for token, each in model.items() if each < num} for model, num in zip(ids, rows, strict=True)]
+    made = OutputVocabulary(
+        ids=output,
+        num_rows=-(-(max(output.values(), default=-1) + 1) // step) * step,
+        source=source,
+        added=added,
+        tensors=frozenset(tensors),
+        own=own,
+        rows_of=rows,
+        defaults={token: _default(recipe, token, entry, own) for token, entry in wanted.tokens.items()},
+    )
+    _check_rows(made, checkpoints)
+    return made
+
+
+def _ids(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Ids:
+    if vocabulary is None:
+        raise PlanError(f"{redact(checkpoint.url)} has no tokenizer, and neither has the base: rows have no tokens")
+    if vocabulary.problem or vocabulary.numbering:
+        reason = vocabulary.problem or f"{vocabulary.numbering} numbers the pieces of its model in code"
+        raise PlanError(
+            f"the tokens of {redact(checkpoint.url)} are not known: {reason}. Save it with a tokenizer.json: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return vocabulary.ids
+
+
+def _default(recipe: Recipe, token: str, entry: TokenEntry, own: Sequence[Ids]) -> Default:
+    if entry.source.model is None:
+        return Default((), entry.force)
+    index = recipe.checkpoints.index(entry.source.model)
+    if token not in own[index]:
+        where = redact(entry.source.model)
+        raise PlanError(f"`tokenizer.tokens` takes the row of {shown(token)} from {where}, which has no such token")
+    return Default((index,), entry.force)
+
+
+def _check_rows(made: OutputVocabulary, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse tensors with a row per token that are of another length than the embedding of their model."""
+    for checkpoint, num_rows in zip(checkpoints, made.rows_of, strict=True):
+        for name in sorted(made.tensors & checkpoint.specs.keys()):
+            shape = checkpoint.specs[name].shape
+            if shape[0] != num_rows:
+                raise PlanError(
+                    f"{shown(name)} has {shape[0]:,} rows in {redact(checkpoint.url)}, and the embedding there has "
+                    f"{num_rows:,}; expected a row per token in both"
+                )
+        if strays := [name for name in checkpoint.specs if name.endswith("final_logits_bias")]:
+            raise PlanError(f"{shown(strays[0])} has a column per token; only rows are gathered by token")

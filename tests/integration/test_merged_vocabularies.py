@@ -1,0 +1,311 @@
+"""Vocabularies by token: unions of real tokenizers, merged, against rows put together here and a float64 oracle."""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from stockflow.errors import PlanError
+from stockflow.recipe import load_recipe
+from stockflow.run.driver import Inputs
+from tests import oracle, runs
+from tests.checkpoints import LLAMA_CONFIG, llama_shapes, make_tensors, write_checkpoint
+
+CORPORA = (
+    ["the stock of models is a model", "merging models is stock taking"] * 3,
+    ["die Brücke über den Fluß ist alt", "eine alte Brücke, ein neuer Fluß"] * 3,
+)
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+HIDDEN = LLAMA_CONFIG["hidden_size"]
+
+
+def trained(corpus: Sequence[str], added: Sequence[str] = (), size: int = 290) -> Tokenizer:
+    """A byte-level BPE tokenizer as the tokenizers library trains it."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet))
+    made.add_special_tokens(["<|end|>", *added])
+    return made
+
+
+class Models:
+    """A base and two tunes, each with a tokenizer of its own."""
+
+    def __init__(self, root: Path, tokenizers: Sequence[Tokenizer], padding: Sequence[int] = (6, 0, 2)) -> None:
+        self.root, self.tokenizers = root, tokenizers
+        self.folders = [root / name for name in ("base", "one", "two")]
+        self.ids = [made.get_vocab(with_added_tokens=True) for made in tokenizers]
+        self.tensors = []
+        for number, (folder, made) in enumerate(zip(self.folders, tokenizers, strict=True)):
+            rows = len(self.ids[number]) + padding[number]
+            config = LLAMA_CONFIG | {"vocab_size": rows, "torch_dtype": "bfloat16"}
+            drawn = {name: make_tensors(name, shape, 2)[number] for name, shape in llama_shapes(config).items()} | {
+                name: self._rows(name, number, rows) for name in ROWS
+            }
+            self.tensors.append({name: tensor.bfloat16() for name, tensor in drawn.items()})
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+            files = {"tokenizer.json": made.to_str(), "tokenizer_config.json": json.dumps(settings)}
+            write_checkpoint(folder, self.tensors[-1], config=config, side_files=files)
+
+    def _rows(self, name: str, number: int, num_rows: int) -> torch.Tensor:
+        """Rows that are much the same for a token in every model, wherever it stands there."""
+        made = np.zeros((num_rows, HIDDEN))
+        for token, row in self.ids[number].items():
+            common = np.random.default_rng(zlib.crc32((name + token).encode())).standard_normal(HIDDEN)
+            made[row] = 0.02 * common
+        return torch.from_numpy(made + 0.002 * np.random.default_rng(number).standard_normal(made.shape))
+
+    def recipe(self, method: str, **top_level: Any) -> Path:
+        models: list[dict[str, Any]] = [{"model": str(folder)} for folder in self.folders[1:]]
+        if method == "linear":
+            models = [{**entry, "parameters": {"weight": 0.25 + number}} for number, entry in enumerate(models)]
+        recipe = {"merge_method": method, "models": models, **top_level}
+        if method != "linear":
+            recipe["base_model"] = str(self.folders[0])
+        path = self.root / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    def merged(self, method: str, *, name: str = "out", memory_bytes: int = 2**30, **top_level: Any) -> Path:
+        runs.merge_here(self.recipe(method, **top_level), self.root / name, memory_bytes=memory_bytes)
+        return self.root / name
+
+
+def by_token(
+    models: Models, name: str, ids: Mapping[str, int], num_rows: int, merged: Sequence[int], forced: Mapping[str, int]
+) -> list[oracle.Floats]:
+    """Rows of every merged model by token string, defaults included: the only one's, the base's, else the mean."""
+    stored = {index: models.tensors[index][name].double().numpy() for index in merged}
+    made = [np.zeros((num_rows, HIDDEN)) for _ in merged]
+    for token, row in ids.items():
+        having = [index for index in merged if token in models.ids[index]]
+        rows = [stored[index][models.ids[index][token]] for index in having]
+        default = np.zeros(HIDDEN) if not rows else rows[0] if having[0] == 0 else np.mean(rows, axis=0)
+        if token in forced:
+            default = stored[forced[token]][models.ids[forced[token]][token]]
+        for place, index in enumerate(merged):
+            own = index in having and token not in forced
+            made[place][row] = stored[index][models.ids[index][token]] if own else default
+    return made
+
+
+def expected_of(method: str, arrays: Sequence[oracle.Floats]) -> oracle.Floats:
+    if method == "linear":
+        return (0.25 * arrays[0] + 1.25 * arrays[1]) / 1.5
+    if method == "model_stock":
+        return np.asarray(oracle.model_stock(arrays[0], list(arrays[1:])).out)
+    return np.asarray(oracle.task_arithmetic(arrays[0], list(arrays[1:]), [1.0, 1.0]).out)
+
+
+def assert_rows(models: Models, out: Path, method: str, forced: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Hold every row of the output against its token's; return the output's ids, as the tokenizers library has them."""
+    ids: dict[str, int] = Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    written = load_file(str(out / "model.safetensors"))
+    merged = [1, 2] if method == "linear" else [0, 1, 2]
+    for name in ROWS:
+        found = written[name]
+        arrays = by_token(models, name, ids, found.shape[0], merged, forced or {})
+        expected = expected_of(method, arrays)
+        bits = found.view(torch.uint16).numpy()
+        distance = oracle.ulp_distance("BF16", bits, oracle.round_to("BF16", expected))
+        assert (distance == 0).mean() >= 0.9999, name
+    config = json.loads((out / "config.json").read_text())
+    assert config["vocab_size"] == written[ROWS[0]].shape[0] == written[ROWS[1]].shape[0]
+    return ids
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Models:
+    """A base, a tune with two more tokens, one of another language with a token of its own."""
+    english = trained(CORPORA[0])
+    return Models(
+        tmp_path, [english, trained(CORPORA[0], ["<|tool|>", "<|x|>"]), trained(CORPORA[1], ["<|tool|>", "<|y|>"])]
+    )
+
+
+@pytest.mark.parametrize("method", ["model_stock", "task_arithmetic", "linear"])
+def test_a_union_has_every_token_and_each_row_is_its_tokens(three: Models, method: str) -> None:
+    given = {"parameters": {"weight": 1.0}} if method == "task_arithmetic" else {}
+
+    out = three.merged(method, tokenizer_source="union", **given)
+
+    ids = assert_rows(three, out, method)
+    merged = three.ids[1:] if method == "linear" else three.ids
+    assert ids.keys() == {token for each in merged for token in each}
+    assert ids.items() >= merged[0].items()
+    assert sorted(ids.values()) == list(range(len(ids)))
+
+
+@pytest.mark.parametrize("source", ["base", "one", "two"])
+def test_the_vocabulary_of_one_model_is_taken(three: Models, source: str) -> None:
+    location = source if source == "base" else str(three.root / source)
+
+    out = three.merged("model_stock", tokenizer_source=location)
+
+    assert assert_rows(three, out, "model_stock") == three.ids[["base", "one", "two"].index(source)]
+    assert (out / "tokenizer.json").read_bytes() == (three.root / source / "tokenizer.json").read_bytes()
+
+
+def test_a_forced_token_has_one_row_in_all_models(three: Models) -> None:
+    entry = {"source": str(three.folders[2]), "force": True}
+
+    out = three.merged("model_stock", tokenizer={"source": "union", "tokens": {"<|tool|>": entry, "<|end|>": entry}})
+
+    ids = assert_rows(three, out, "model_stock", {"<|tool|>": 2, "<|end|>": 2})
+    row = load_file(str(out / "model.safetensors"))[ROWS[0]][ids["<|tool|>"]]
+    assert torch.equal(row, three.tensors[2][ROWS[0]][three.ids[2]["<|tool|>"]])
+
+
+def test_a_row_of_a_model_that_is_not_merged_is_refused(three: Models) -> None:
+    tokenizer = {"source": "base", "tokens": {"<|end|>": {"source": str(three.folders[0]), "force": True}}}
+    recipe = three.recipe("linear", base_model=str(three.folders[0]), tokenizer=tokenizer)
+
+    with pytest.raises(PlanError, match=r"'<\|end\|>' from a model that is not merged there"):
+        Inputs.open(load_recipe(str(recipe))).plan()
+
+
+def test_padding_is_rows_of_zeros_and_a_zero_token_is_one(three: Models) -> None:
+    tokens = {"<|new|>": {"source": {"kind": "zero"}}}
+
+    out = three.merged("model_stock", tokenizer={"source": "base", "tokens": tokens, "pad_to_multiple_of": 64})
+
+    ids = assert_rows(three, out, "model_stock")
+    rows = load_file(str(out / "model.safetensors"))[ROWS[0]]
+    assert ids["<|new|>"] == len(three.ids[0])
+    assert rows.shape[0] % 64 == 0
+    assert not rows[ids["<|new|>"] :].any()
+
+
+def test_two_plans_of_a_union_are_the_same_and_memory_changes_no_byte(three: Models) -> None:
+    wide = three.merged("model_stock", name="wide", tokenizer_source="union")
+    narrow = three.merged("model_stock", name="narrow", tokenizer_source="union", memory_bytes=200 * 2**20)
+
+    assert runs.shard_digests(wide) == runs.shard_digests(narrow)
+    plans = [json.loads(next(out.glob("_stockflow/*/plan.json")).read_text())["plan_id"] for out in (wide, narrow)]
+    assert plans[0] == plans[1]
+
+
+def test_a_union_is_verified_and_audited_from_its_own_plan(three: Models) -> None:
+    out = three.merged("model_stock", tokenizer_source="union")
+
+    verified = runs.run("verify", out, "--sample", "100%", "--json")
+
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def test_when_vocabularies_agree_nothing_but_files_moves(tmp_path: Path) -> None:
+    english = trained(CORPORA[0])
+    models = Models(tmp_path, [english, english, english], padding=(6, 6, 6))
+
+    plain = Inputs.open(load_recipe(str(models.recipe("model_stock")))).plan()
+    union = Inputs.open(load_recipe(str(models.recipe("model_stock", tokenizer_source="union")))).plan()
+
+    assert plain.plan_id == union.plan_id
+    assert all(job.reading.is_plain for job in union.jobs)
+
+
+def test_padding_alone_is_dropped(tmp_path: Path) -> None:
+    english = trained(CORPORA[0])
+    models = Models(tmp_path, [english, english, english], padding=(6, 0, 2))
+    with pytest.raises(PlanError, match="`tokenizer_source: base` or `union` merges rows by token"):
+        Inputs.open(load_recipe(str(models.recipe("model_stock")))).plan()
+
+    out = models.merged("model_stock", tokenizer_source="base")
+
+    assert len(assert_rows(models, out, "model_stock")) == len(models.ids[0])
+
+
+def test_rows_that_rules_copy_move_by_token_too(three: Models) -> None:
+    rules = {"rules": [{"filter": "lm_head", "action": "copy"}]}
+
+    out = three.merged("model_stock", tokenizer_source="union", stockflow=rules)
+
+    ids = Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    head = load_file(str(out / "model.safetensors"))["lm_head.weight"]
+    for token, row in ids.items():
+        own = three.ids[0].get(token)
+        assert torch.equal(head[row], torch.zeros(HIDDEN).bfloat16() if own is None else three.tensors[0][ROWS[1]][own])
+
+
+def test_transformers_loads_a_union_and_gives_the_ids_of_the_plan(three: Models) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = three.merged("model_stock", tokenizer_source="union", chat_template="chatml")
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    ids = assert_rows(three, out, "model_stock")
+    assert tokenizer.get_vocab() == ids
+    assert loaded.get_input_embeddings().weight.shape[0] == len(ids)
+    for text in ("the stock of models <|end|>", "eine Brücke<|y|>"):
+        base = AutoTokenizer.from_pretrained(three.folders[0])(text.replace("<|y|>", ""))["input_ids"]
+        assert tokenizer(text)["input_ids"][: len(base)] == base, "what the base knows is cut as it was"
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "stock"}], tokenize=False)
+    assert said == "<|im_start|>user\nstock<|im_end|>\n"
+    assert loaded(**tokenizer("the stock", return_tensors="pt")).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("auto", "{{ 'two models say this' }}"),
+        ("{{ messages[0].content }} and more", "{{ messages[0].content }} and more"),
+        ("two", "{{ 'two models say this' }}"),
+        ("llama3", "<|start_header_id|>"),
+    ],
+)
+def test_a_template_alone_changes_files_and_no_weight(tmp_path: Path, template: str, expected: str) -> None:
+    english = trained(CORPORA[0])
+    models = Models(tmp_path, [english, english, english], padding=(6, 6, 6))
+    for folder, own in zip(models.folders, ["base", "two models say this", "two models say this"], strict=True):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": f"{{{{ {own!r} }}}}"}))
+    plain = models.merged("model_stock", name="plain")
+    if template == "two":
+        template = str(models.folders[2])
+
+    out = models.merged("model_stock", chat_template=template)
+
+    assert runs.shard_digests(out) == runs.shard_digests(plain)
+    assert expected in (out / "chat_template.jinja").read_text()
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+    }
+
+
+def test_a_template_is_for_models_without_rows_too(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("base", "one", "two")]
+    for number, folder in enumerate(folders):
+        write_checkpoint(folder, {"vit.layer.0.weight": torch.randn(3, 4) + number}, side_files={})
+    recipe = {"merge_method": "model_stock", "base_model": str(folders[0]), "chat_template": "chatml"}
+    models = [{"model": str(folder)} for folder in folders[1:]]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "models": models, "tokenizer_source": "union"}))
+
+    runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    assert "<|im_start|>" in (tmp_path / "out" / "chat_template.jinja").read_text()
+
+
+def test_inspect_and_audit_see_rows_by_token(three: Models) -> None:
+    recipe, out = three.recipe("model_stock", tokenizer_source="union"), three.root / "out"
+    runs.merge_here(recipe, out)
+    facts = runs.tensor_facts(out)
+
+    seen = runs.run("inspect", recipe, "--out", three.root / "seen", "--device", "cpu")
+    audited = runs.run("audit", out, "--out", three.root / "found", "--device", "cpu")
+
+    assert seen.returncode == 0, seen.stderr
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    assert facts[ROWS[0]]["ratio"] > 0.1
