@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.checkpoints import Family, Shape, make_family, make_tensors
+from tests.checkpoints import LLAMA_CONFIG, Family, Shape, make_family, make_tensors
 
 POOLING = {"word_embedding_dimension": 24, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
 DENSE = {"in_features": 24, "out_features": 10, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
@@ -18,6 +18,7 @@ DENSE_SHAPES: dict[str, Shape] = {"linear.weight": (10, 24), "linear.bias": (10,
 
 def make_sentence_family(folder: Path, num_tuned: int = 2, **drawn: Any) -> Family:
     """Write a base and models tuned from it, as ``make_family`` does, each with pooling and a dense layer."""
+    drawn = {"config": LLAMA_CONFIG | {"tie_word_embeddings": True}} | drawn
     family = make_family(folder, num_tuned, SHAPES, buffers=False, **drawn)
     for number, model in enumerate((family.base, *family.tuned)):
         dense = {name: make_tensors(f"dense.{name}", shape, num_tuned)[number] for name, shape in DENSE_SHAPES.items()}

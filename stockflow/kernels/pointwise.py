@@ -105,7 +105,8 @@ def step(delta_E: Values, most: Values, least_size: Values, update_E: Values) ->
         delta = delta_E[k]
         size = abs(delta)
         limited = most[0] if delta > 0 else -most[0]
-        update_E[k] = (delta if size <= most[0] else limited) if size > least_size[0] else delta * slope
+        near = (delta if size <= most[0] else limited) if size > least_size[0] else delta * slope
+        update_E[k] = near if np.isfinite(delta) else delta
 
 
 @jit

@@ -347,8 +347,8 @@ def merging(
     """Return the job that computes one tensor of plain numbers."""
     dtypes = {operand.decode.dtype for operand in operands}
     working = working_bits_of(output.dtype, dtypes)
-    rule = METHODS[method].rule
-    whole_rows = isinstance(rule, Elementwise) and rule.whole_rows
+    declared = METHODS.get(method)
+    whole_rows = declared is not None and isinstance(declared.rule, Elementwise) and declared.rule.whole_rows
     reading = Reading(output.name, output.shape, operands, scope, working, whole_rows)
     ranked = float_bits_of((output.dtype, *dtypes))
     return TensorJob(reading, (Result((output,), plain(output.dtype), method, parameters, ranked, working),))

@@ -279,7 +279,15 @@ class Recipe(Part):
     def spares(self, checkpoint: int, tensor_name: str) -> bool:
         """Return whether rules settle that a checkpoint need not hold a tensor: left out, or copied from the donor."""
         rule = self.rule_for(tensor_name)
-        return rule is not None and (rule.action == "skip" or (rule.action == "copy" and checkpoint != self.donor))
+        if rule is None or not (rule.action == "skip" or (rule.action == "copy" and checkpoint != self.donor)):
+            return False
+        self.filters_in_need.add(rule.filter)
+        return True
+
+    @cached_property
+    def filters_in_need(self) -> set[str]:
+        """Filters of rules that settled so far what a checkpoint need not hold; its names may be in no header."""
+        return set()
 
     def method_for(self, rule: Rule | None) -> Method:
         """Return the method of a rule, or the recipe's own."""

@@ -76,7 +76,9 @@ PLAN = MergePlan(
             copying(BUFFER, (stored(0, BUFFER, Extent("model.safetensors", 292)),), "copy"),
             merging(
                 SPEC._replace(name="w"), (stored(0, SPEC, Extent("model.safetensors", 300)),) * 2, "ties",
-                Parameters({"lambda": 1.0, "normalize": True}, {"weight": (0.5,), "density": (0.3,)}), "tensor",
+                Parameters(
+                    {"lambda": 1.0, "normalize": True, "rescale": False}, {"weight": (0.5,), "density": (0.3,)}
+                ), "tensor",
             ),
         )),
     ),

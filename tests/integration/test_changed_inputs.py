@@ -122,7 +122,7 @@ def write_recipe(folder: Path, models: Sequence[str], storage: object = None) ->
 
 @pytest.fixture(params=STORES)
 def place(request: pytest.FixtureRequest, tmp_path: Path, s3_endpoint: str) -> Iterator[Place]:
-    family = make_family(tmp_path / "family", 2, SHAPES, torch.bfloat16)
+    family = make_family(tmp_path / "family", 2, SHAPES, torch.bfloat16, buffers=False)
     if request.param == "disk":
         yield OnDisk(tmp_path, family)
         return

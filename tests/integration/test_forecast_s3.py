@@ -33,6 +33,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FaultyPro
         yield proxy, [f"s3://{INPUTS}/{number}" for number in range(3)]
 
 
+LOOKS = 3 * 4
+"""Small reads of each model before anything is planned that are not announced: small tensors, tokenizers, heads."""
+
+
 @pytest.mark.parametrize("shard_size", ["1GB", "500kB"])
 def test_requests_that_are_announced_are_made(
     server: tuple[FaultyProxy, Sequence[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str
@@ -54,7 +58,8 @@ def test_requests_that_are_announced_are_made(
     for bucket in (INPUTS, OUTPUTS):
         for kind in ("gets", "puts"):
             expected = sum(store[kind] for store in announced if f"s3://{bucket}/" in store["url"])
-            assert asked[bucket, kind] == expected, (bucket, kind)
+            looks = LOOKS if (bucket, kind) == (INPUTS, "gets") else 0
+            assert 0 <= asked[bucket, kind] - expected <= looks, (bucket, kind)
 
 
 def _announced_by_the_clock(seconds: float) -> int:

@@ -18,13 +18,16 @@ from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
-from tests.checkpoints import Family, make_family
+from tests.checkpoints import LLAMA_CONFIG, Family, make_family
 from tests.hub_server import COMMIT, hub_server
+
+TIED = LLAMA_CONFIG | {"tie_word_embeddings": True}
+"""The families have no head."""
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return make_family(tmp_path_factory.mktemp("family"), 3, seed=5)
+    return make_family(tmp_path_factory.mktemp("family"), 3, seed=5, config=TIED)
 
 
 def recipe_at(folder: Path, base: object, *models: object, **top_level: Any) -> Path:
@@ -147,7 +150,7 @@ def test_a_tune_that_is_another_ones_copy_is_proved(tmp_path: Path, family: Fami
 
 
 def test_another_model_of_equal_shapes_is_called_one(tmp_path: Path, family: Family) -> None:
-    stranger = make_family(tmp_path / "stranger", 1, seed=99).base
+    stranger = make_family(tmp_path / "stranger", 1, seed=99, config=TIED).base
 
     plan = planned(recipe_at(tmp_path, family.base, family.tuned[0], stranger))
 

@@ -45,7 +45,7 @@ from stockflow.run.executors.ray import run as run_on_ray
 from stockflow.run.executors.scheduling import Limits
 from stockflow.storage import StorageConfig
 from tests import ray_items, runs
-from tests.checkpoints import Family, make_family, write_recipe
+from tests.checkpoints import LLAMA_CONFIG, Family, make_family, write_recipe
 from tests.s3_server import free_port
 from tests.waiting import HANG_S, wait_until
 
@@ -68,7 +68,9 @@ def cluster(s3_endpoint: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return make_family(tmp_path_factory.mktemp("family"), 2, num_shards=2)
+    return make_family(
+        tmp_path_factory.mktemp("family"), 2, num_shards=2, config=LLAMA_CONFIG | {"tie_word_embeddings": True}
+    )
 
 
 @pytest.fixture(scope="module")

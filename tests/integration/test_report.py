@@ -350,7 +350,7 @@ def test_a_method_without_geometry_has_a_report(tmp_path: Path) -> None:
 
     assert report.geometry.matrix == ()
     assert "linear averaging" in report.html()
-    assert "cosines and ratios are not on record" in str(report)
+    assert "Cosines and ratios are not on record" in str(report)
 
 
 def test_one_tensor_of_one_layer_has_a_report(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ _MOST_PARTS = 3
 def unmatched_rules(proposal: Proposal) -> Iterator[Remark]:
     """Yield rules that are for no tensor: what they were to keep would be merged."""
     rules = proposal.recipe.stockflow.rules
-    for text in _unmatched((rule.filter for rule in rules), proposal):
+    in_need = proposal.recipe.filters_in_need
+    for text in _unmatched((rule.filter for rule in rules if rule.filter not in in_need), proposal):
         said = f"no tensor's name contains {shown(text)}, the filter of a rule{_nearest(text, proposal)}"
         yield Remark(_CODE, said, "refusal", values={"filter": text}, place=proposal.recipe.filters.get(text, ""))
 
