@@ -21,7 +21,8 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from stockflow.cli import app, exit_codes
+from stockflow.cli import app
+from stockflow.cli.exits import exit_codes
 from stockflow.storage import fs, objects
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import forget_session
