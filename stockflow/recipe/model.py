@@ -167,14 +167,6 @@ class Recipe(Part):
         self._filters = dict(places)
         return self
 
-    def naming(self, models: tuple[ModelEntry, ...]) -> "Recipe":
-        """Return the recipe with other entries for its models."""
-        other = self.model_copy(update={"models": models})
-        for name, value in vars(type(self)).items():
-            if isinstance(value, cached_property):
-                other.__dict__.pop(name, None)
-        return other
-
     @property
     def filters(self) -> Mapping[str, str]:
         """Where the recipe first has each filter, as ``recipe.yaml:7:3``."""

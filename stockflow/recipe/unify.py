@@ -1,6 +1,7 @@
 """One model under several names: the recipe as if each model had been named in one way."""
 
 from collections.abc import Mapping
+from functools import cached_property
 
 from stockflow.errors import RecipeError
 from stockflow.recipe.checks import find_problems
@@ -29,11 +30,20 @@ def unified(recipe: Recipe, same: Mapping[str, str]) -> Recipe:
             _check_no_values(recipe, entry, location)
             remarks.append(_said(recipe, entry.model, location))
         entries.setdefault(location, entry.model_copy(update={"model": location}))
-    unique = recipe.naming(tuple(entries.values())).with_remarks((*recipe.remarks, *remarks))
+    unique = _naming(recipe, tuple(entries.values())).with_remarks((*recipe.remarks, *remarks))
     problems = [text for _, text in find_problems(unique)]
     if problems:
         raise RecipeError("; ".join((*map(str, remarks), *dict.fromkeys(problems))))
     return unique
+
+
+def _naming(recipe: Recipe, models: tuple[ModelEntry, ...]) -> Recipe:
+    """Return a recipe with other entries for its models; nothing that was found of the earlier ones is kept."""
+    other = recipe.model_copy(update={"models": models})
+    for name, value in vars(Recipe).items():
+        if isinstance(value, cached_property):
+            other.__dict__.pop(name, None)
+    return other
 
 
 def _check_no_values(recipe: Recipe, entry: ModelEntry, location: str) -> None:
