@@ -64,6 +64,8 @@ def under_names_of(donor: Checkpoint, other: Checkpoint, accepted: Collection[st
 
 def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
     """Return that a checkpoint holds the donor's weights in other tensors, None if it does not seem so."""
+    if other.specs.keys() == donor.specs.keys():
+        return None
     lacking, besides = _apart(donor, other)
     if not lacking or not besides:
         return None
