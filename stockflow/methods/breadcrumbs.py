@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from stockflow.methods import selection, sparse
@@ -49,8 +50,8 @@ def middle(context: UnitContext, given: Parameters) -> Generator[Statistic, Any,
     return Middle(thresholds[::2], thresholds[1::2], shares, context.float_bits)
 
 
-@elementwise_method(
-    "breadcrumbs",
+_breadcrumbs = partial(
+    elementwise_method,
     source=SOURCE,
     min_tuned=1,
     parameters=sparse.parameters(GAMMA, normalize=False, rescale=False),
@@ -59,6 +60,9 @@ def middle(context: UnitContext, given: Parameters) -> Generator[Statistic, Any,
     state_bytes=2 * selection.STATE_BYTES,
     facts=("kept_share", "rescale"),
 )
+
+
+@_breadcrumbs("breadcrumbs")
 def breadcrumbs(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return ``w_0 + lambda * sum_i a_i S_i(d_i) / Z``; of each ``d_i`` k elements are kept, and the g largest are not.
 
@@ -69,16 +73,7 @@ def breadcrumbs(context: UnitContext, parameters: Parameters) -> Rounds:
     return sparse.merged(context, parameters, middle, elect=False)
 
 
-@elementwise_method(
-    "breadcrumbs_ties",
-    source=SOURCE,
-    min_tuned=1,
-    parameters=sparse.parameters(GAMMA, normalize=False, rescale=False),
-    scopes=("tensor", "leading"),
-    num_rounds=sparse.num_rounds(selection.num_rounds),
-    state_bytes=2 * selection.STATE_BYTES,
-    facts=("kept_share", "rescale"),
-)
+@_breadcrumbs("breadcrumbs_ties")
 def breadcrumbs_ties(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return what ``breadcrumbs`` does of the elements that have the elected sign, as ``ties`` elects it.
 

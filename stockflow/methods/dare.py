@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -61,8 +62,8 @@ def drawn(context: UnitContext, given: Parameters) -> Generator[Statistic, None,
     return Drawn(densities, keys_of(context, given.integer("seed")), factors)
 
 
-@elementwise_method(
-    "dare_linear",
+_dare = partial(
+    elementwise_method,
     source=SOURCE,
     min_tuned=1,
     parameters=sparse.parameters(SEED, normalize=False, rescale=True, rescales=RESCALES),
@@ -70,6 +71,9 @@ def drawn(context: UnitContext, given: Parameters) -> Generator[Statistic, None,
     num_rounds=sparse.num_rounds(),
     facts=("kept_share", "rescale"),
 )
+
+
+@_dare("dare_linear")
 def dare_linear(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return ``w_0 + lambda * sum_i a_i f_i S_i(d_i) / Z``, ``S_i`` keeping each element with probability ``density``.
 
@@ -81,15 +85,7 @@ def dare_linear(context: UnitContext, parameters: Parameters) -> Rounds:
     return sparse.merged(context, parameters, drawn, elect=False)
 
 
-@elementwise_method(
-    "dare_ties",
-    source=SOURCE,
-    min_tuned=1,
-    parameters=sparse.parameters(SEED, normalize=False, rescale=True, rescales=RESCALES),
-    scopes=("tensor", "leading"),
-    num_rounds=sparse.num_rounds(),
-    facts=("kept_share", "rescale"),
-)
+@_dare("dare_ties")
 def dare_ties(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return what ``dare_linear`` does of the elements that have the elected sign, as ``ties`` elects it.
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -10,9 +11,6 @@ from stockflow.kernels.arrays import Counts, Unsigned
 from stockflow.methods import sparse
 from stockflow.methods.dare import RESCALES, SEED, keys_of
 from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, Statistic, UnitContext, elementwise_method
-
-if TYPE_CHECKING:
-    pass
 
 SOURCE = "Deep, Bhardwaj, Poria 2024, arXiv:2406.11617"
 EPSILON = Parameter("epsilon", "number", per_model=True, default=0.15, minimum=0.0, maximum=0.5)
@@ -90,11 +88,10 @@ def ranked(context: UnitContext, given: Parameters) -> Generator[Statistic, None
     return Ranked(given.each("density"), given.each("epsilon"), keys_N2, inflated, context.float_bits)
 
 
-@elementwise_method(
-    "della",
+_della = partial(
+    elementwise_method,
     source=SOURCE,
     min_tuned=1,
-    parameters=sparse.parameters(EPSILON, SEED, normalize=True, rescale=True, rescales=RESCALES),
     scopes=("tensor", "leading"),
     num_rounds=sparse.num_rounds(),
     temporaries=4,
@@ -102,6 +99,9 @@ def ranked(context: UnitContext, given: Parameters) -> Generator[Statistic, None
     facts=("kept_share", "rescale"),
     refuses=_too_wide,
 )
+
+
+@_della("della", parameters=sparse.parameters(EPSILON, SEED, normalize=True, rescale=True, rescales=RESCALES))
 def della(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return ``w_0 + lambda * sum_i(m_i a_i f_i S_i(d_i)) / sum_i(m_i a_i)``; ``S_i`` keeps larger elements rather.
 
@@ -115,18 +115,7 @@ def della(context: UnitContext, parameters: Parameters) -> Rounds:
     return sparse.merged(context, parameters, ranked, elect=True)
 
 
-@elementwise_method(
-    "della_linear",
-    source=SOURCE,
-    min_tuned=1,
-    parameters=sparse.parameters(EPSILON, SEED, normalize=False, rescale=True, rescales=RESCALES),
-    scopes=("tensor", "leading"),
-    num_rounds=sparse.num_rounds(),
-    temporaries=4,
-    whole_rows=True,
-    facts=("kept_share", "rescale"),
-    refuses=_too_wide,
-)
+@_della("della_linear", parameters=sparse.parameters(EPSILON, SEED, normalize=False, rescale=True, rescales=RESCALES))
 def della_linear(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return what ``della`` keeps and rescales, added up without an election.
 
