@@ -3,34 +3,22 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from stockflow.methods import selection, sparse
 from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, Statistic, UnitContext, elementwise_method
-from stockflow.methods.selection import Pick, Threshold, largest, multiply_largest
+from stockflow.methods.selection import KeptByRank, Pick, Threshold, largest, multiply_largest
 
 SOURCE = "Davari and Belilovsky 2023, arXiv:2312.06795"
 GAMMA = Parameter("gamma", "number", per_model=True, default=0.01, minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Middle:
+class Middle(KeptByRank):
     """The largest elements of each task vector without the very largest."""
 
     outer: Sequence[Threshold]
     inner: Sequence[Threshold]
-    shares: Sequence[float]
-    bits: Literal[32, 64]
-
-    @property
-    def factors(self) -> Sequence[float]:
-        """Nothing beside what is asked for."""
-        return [1.0] * len(self.shares)
-
-    @property
-    def is_whole(self) -> Sequence[bool]:
-        """Those of which everything is kept."""
-        return [share == 1.0 for share in self.shares]
 
     def drop(self, block: Block) -> None:
         """Drop the smallest, then the largest."""
@@ -47,7 +35,7 @@ def middle(context: UnitContext, given: Parameters) -> Generator[Statistic, Any,
         picks += [Pick(row, dropped + k if k else 0), Pick(row, dropped if k else 0)]
         shares.append(k / n)
     thresholds = yield from largest(context, picks)
-    return Middle(thresholds[::2], thresholds[1::2], shares, context.float_bits)
+    return Middle(shares, context.float_bits, thresholds[::2], thresholds[1::2])
 
 
 _breadcrumbs = partial(

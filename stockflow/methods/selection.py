@@ -280,3 +280,21 @@ class Members:
     def finish(self, state: Any) -> Sequence[Counts]:
         """Return them in order."""
         return [np.sort(np.concatenate(members)) for members in state]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptByRank:
+    """What is kept of each task vector by the ranks of its magnitudes, as far as that is known beforehand."""
+
+    shares: Sequence[float]
+    bits: Literal[32, 64]
+
+    @property
+    def factors(self) -> Sequence[float]:
+        """Nothing beside what is asked for."""
+        return [1.0] * len(self.shares)
+
+    @property
+    def is_whole(self) -> Sequence[bool]:
+        """Those of which everything is kept."""
+        return [share == 1.0 for share in self.shares]

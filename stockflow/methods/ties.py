@@ -2,30 +2,18 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from stockflow.methods import selection, sparse
 from stockflow.methods.protocol import Block, Parameters, Rounds, Statistic, UnitContext, elementwise_method
-from stockflow.methods.selection import Pick, Threshold, largest, multiply_largest
+from stockflow.methods.selection import KeptByRank, Pick, Threshold, largest, multiply_largest
 
 
 @dataclass(frozen=True, slots=True)
-class Largest:
+class Largest(KeptByRank):
     """The largest elements of each task vector."""
 
     thresholds: Sequence[Threshold]
-    shares: Sequence[float]
-    bits: Literal[32, 64]
-
-    @property
-    def factors(self) -> Sequence[float]:
-        """Nothing beside what is asked for."""
-        return [1.0] * len(self.shares)
-
-    @property
-    def is_whole(self) -> Sequence[bool]:
-        """Those of which everything is kept."""
-        return [share == 1.0 for share in self.shares]
 
     def drop(self, block: Block) -> None:
         """Keep the largest."""
@@ -37,7 +25,7 @@ def largest_kept(context: UnitContext, given: Parameters) -> Generator[Statistic
     n, densities = context.num_elems, given.each("density")
     ranks = [0 if density <= 0 else n if density >= 1 else max(1, int(density * n)) for density in densities]
     thresholds = yield from largest(context, [Pick(row, rank) for row, rank in enumerate(ranks)])
-    return Largest(thresholds, [rank / n for rank in ranks], context.float_bits)
+    return Largest([rank / n for rank in ranks], context.float_bits, thresholds)
 
 
 @elementwise_method(
