@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from stockflow.checkpoints.decodes import BlockScaled, Decode, Plain, RowRuns
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
 from stockflow.kernels.arrays import Bytes, Values
 from stockflow.kernels.floats import FORMATS, Slab
-from stockflow.planning.decodes import BlockScaled, Decode, Plain, RowRuns
 from stockflow.planning.job import Operand, Reading
 
 Shape = tuple[int, ...]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from stockflow.checkpoints.decodes import verbatim
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.pieces import LoadedPiece
@@ -24,7 +25,6 @@ from stockflow.kernels import comparison
 from stockflow.kernels.arrays import Floats, Unsigned, Values
 from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS
 from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS
-from stockflow.planning.decodes import verbatim
 from stockflow.planning.job import Operand, Reading, float_bits_of, stored
 from stockflow.planning.plan import CheckpointRef
 from stockflow.storage import StorageConfig, open_model, pin_revision

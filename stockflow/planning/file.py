@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stockflow.checkpoints.decodes import RowFill, RowRun, RowRuns
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters
-from stockflow.planning.decodes import RowFill, RowRun, RowRuns
 from stockflow.planning.job import COPIES, COPY, Operand, TensorJob, copying, merging, stored
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, WrittenFile, canonical_digest
 from stockflow.storage import Stamp

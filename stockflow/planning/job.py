@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from stockflow.checkpoints.decodes import ByteRange, Decode, RowRuns, Verbatim, plain, row_elems, verbatim
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.methods import METHODS
@@ -21,7 +22,6 @@ from stockflow.methods.protocol import (
     Parameters,
     Scope,
 )
-from stockflow.planning.decodes import ByteRange, Decode, RowRuns, Verbatim, plain, row_elems, verbatim
 from stockflow.planning.spans import BLOCK_ELEMS, SPAN_ELEMS
 
 FloatBits = Literal[32, 64]

@@ -7,12 +7,12 @@ the row of the only model that has it, else the base's, else the mean of those t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from stockflow.checkpoints.decodes import RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokenizers import Tokenizer, Vocabulary, vocabulary_tensors
 from stockflow.checkpoints.vocabularies import Ids
 from stockflow.errors import PlanError
 from stockflow.methods.protocol import Parameters
-from stockflow.planning.decodes import RowFill, RowRun, RowRuns, plain
 from stockflow.planning.job import TensorJob, merging
 from stockflow.recipe import Recipe
 from stockflow.recipe.tokens import TokenEntry

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stockflow.checkpoints.decodes import BlockScaled, Decode, Plain, RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.engine.facts import Ledger
@@ -18,7 +19,6 @@ from stockflow.engine.procedures.proceeding import StageClock
 from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.methods.protocol import Parameters
-from stockflow.planning.decodes import BlockScaled, Decode, Plain, RowFill, RowRun, RowRuns, plain
 from stockflow.planning.job import Operand, Reading, Result, TensorJob, working_bits_of
 from stockflow.planning.plan import CheckpointRef, ShardPlan
 from stockflow.storage import StorageConfig, open_store
