@@ -68,13 +68,16 @@ def is_head(name: str) -> bool:
     return _of_kind(name, _HEADS) and not _IN_A_LAYER.search(name)
 
 
-def original_of(name: str, shape: tuple[int, ...], names: TiedNames, specs: Specs) -> str | None:
-    """Return which tensor of a checkpoint the head or copy ``name`` of this shape would stand for."""
+def original_of(name: str, shape: tuple[int | None, ...], names: TiedNames, specs: Specs) -> str | None:
+    """Return which tensor of a checkpoint the head or copy ``name`` of this shape would stand for.
+
+    A first size of None is any number of tokens.
+    """
     for copy, partner in _COPIES.items():
         original = f"{name.removesuffix(copy)}{partner}"
-        if _of_kind(name, (copy,)) and original in specs and specs[original].shape == shape:
+        if _of_kind(name, (copy,)) and original in specs and _fits(specs[original].shape, shape):
             return original
-    alike = [each for each in names.embeddings if specs[each].shape == shape and each != name]
+    alike = [each for each in names.embeddings if _fits(specs[each].shape, shape) and each != name]
     return max(alike, key=lambda each: _nearness(name, each), default=None) if is_head(name) else None
 
 
@@ -97,6 +100,10 @@ def _untied_within(value: object) -> object:
 
 def _of_kind(name: str, ends: tuple[str, ...]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _fits(found: tuple[int, ...], asked: tuple[int | None, ...]) -> bool:
+    return found == asked or (asked[:1] == (None,) and found[1:] == asked[1:] and len(found) == len(asked))
 
 
 def _nearness(head: str, embedding: str) -> tuple[int, bool, int]:

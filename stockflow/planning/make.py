@@ -23,7 +23,7 @@ from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan
 from stockflow.planning.precision import kept_above, kept_dtype
 from stockflow.planning.recomputed import without_recomputed
-from stockflow.planning.targets import Outline, OutputTensor, Unplanned, outline_of
+from stockflow.planning.targets import Outline, OutputTensor, Stretch, Unplanned, outline_of
 from stockflow.planning.ties import missing_head_remedy, with_tied_heads
 from stockflow.planning.tokenizer_files import published_tokenizer
 from stockflow.planning.views import other_layout, under_names_of
@@ -180,12 +180,12 @@ def _misfit(found: Unplanned, explained: Collection[int]) -> Misfit | None:
     lacking = f"but not in {stretch.urls([0])}, which gives the output its names"
     remedy = f"a rule with `action: skip` leaves {THEM} out"
     misfit = Misfit(name, f"in {stretch.urls(holders)} {lacking}", remedy, "skip")
-    return _of_a_head(misfit, stretch.urls([0]))
+    return _of_a_head(misfit, stretch, [0])
 
 
-def _of_a_head(misfit: Misfit, where: str) -> Misfit:
+def _of_a_head(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misfit:
     """The same, with what can be done if it is a head over the vocabulary, for which no rule is right."""
-    remedy = missing_head_remedy(misfit.name, where)
+    remedy = missing_head_remedy(misfit.name, stretch.urls(lacking), stretch.checkpoints[lacking[0]].config)
     return replace(misfit, remedy=remedy, action="") if remedy else misfit
 
 
@@ -203,7 +203,7 @@ def _plan_tensor(target: OutputTensor, explained: Collection[int], above: Sequen
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
         told_of = [index for index in absent if stretch.numbers[index] not in explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
-        return [_of_a_head(missing, stretch.urls(told_of))] if told_of else []
+        return [_of_a_head(missing, stretch, told_of)] if told_of else []
     if recipe.carries_over(name, spec.dtype, stand):
         return copying(spec, _operands(target, indices), COPY)
     alike = spec.kind != "packed" and target.is_alike(indices)

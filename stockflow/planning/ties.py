@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.heads import TiedNames, is_head, may_be_tied, original_of, tie_flag, tied_names
 from stockflow.checkpoints.opening import Checkpoint
@@ -28,8 +29,16 @@ class HeldTie:
 
 
 def held_tie(checkpoint: Checkpoint, names: TiedNames, name: str, shape: tuple[int, ...]) -> HeldTie:
-    """Return what the head or copy ``name``, which has this shape where it is stored, is in a checkpoint."""
-    original = original_of(name, shape, names, checkpoint.specs)
+    """Return what the head or copy ``name`` is in a checkpoint.
+
+    Args:
+        checkpoint: whose it is, or would be.
+        names: those of the checkpoint that may stand for one tensor.
+        name: of the head or copy.
+        shape: of it in a checkpoint that stores it; one that does not may have another number of tokens.
+    """
+    own = checkpoint.specs.get(name)
+    original = original_of(name, own.shape if own else (None, *shape[1:]), names, checkpoint.specs)
     may_tie = original is not None and (not is_head(name) or tie_flag(checkpoint.config) is not False)
     if name not in checkpoint.specs:
         return HeldTie("tied" if may_tie else "lacking", original)
@@ -57,10 +66,12 @@ def with_tied_heads(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[C
     return found
 
 
-def missing_head_remedy(name: str, where: str) -> str:
-    """Return what to do where a model lacks a head and does not tie it; nothing for other tensors."""
+def missing_head_remedy(name: str, where: str, config: Config | None) -> str:
+    """Return what to do where a model of this config lacks a head and does not tie it; nothing for other tensors."""
     if not is_head(name):
         return ""
+    if tie_flag(config) is not False:
+        return f"no embedding there has rows as long, so it is tied to none: give {where} the head"
     return (
         f"its config says that it has a head of its own: give {where} the head, or say "
         "`tie_word_embeddings: true` there if head and embedding are one"

@@ -5,7 +5,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.tokenizers import has_tokens
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
@@ -97,13 +99,18 @@ def _pairs(donor: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[_
     left, held = [name for name in lacking if name not in found], set(besides) - set(found.values())
     while held and (renaming := _likeliest(left, sorted(held))) and len(renamings) < MAX_RENAMINGS:
         names = {name: theirs for name in left if (theirs := renaming.of(name)) in held}
-        if any(donor.specs[name].shape != other.specs[theirs].shape for name, theirs in names.items()):
+        if any(not _are_alike(donor.specs[name], other.specs[theirs]) for name, theirs in names.items()):
             return {}, []
         found |= names
         held -= set(names.values())
         left = [name for name in left if name not in names]
         renamings.append(renaming)
     return (found, renamings) if len(found) >= LEAST_SHARE * len(besides) else ({}, [])
+
+
+def _are_alike(ours: TensorSpec, theirs: TensorSpec) -> bool:
+    """Return whether two tensors may be one under two names; vocabularies may have more or fewer tokens."""
+    return ours.shape == theirs.shape or (ours.shape[1:] == theirs.shape[1:] and has_tokens(ours.name))
 
 
 def _likeliest(lacking: Sequence[str], besides: Sequence[str]) -> _Renaming | None:
