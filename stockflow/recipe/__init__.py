@@ -7,7 +7,8 @@ and repeats, reading, amending and lint.
 
 from stockflow.recipe.amending import amended
 from stockflow.recipe.locations import resolve_location
-from stockflow.recipe.model import ModelEntry, Options, Recipe, Rule, StorageEntry
+from stockflow.recipe.model import ModelEntry, Recipe
+from stockflow.recipe.options import Options, Rule, StorageEntry
 from stockflow.recipe.reading import RecipeLike, load_recipe, parse_recipe, recipe_of, recipe_schema
 from stockflow.recipe.settings import Conditional
 from stockflow.recipe.values import OUTPUT_DTYPES, parse_size

@@ -7,7 +7,8 @@ from stockflow.errors import RecipeError
 from stockflow.methods.protocol import Method, Parameter, Scalar
 from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.locations import resolve_location
-from stockflow.recipe.model import Recipe, Rule
+from stockflow.recipe.model import Recipe
+from stockflow.recipe.options import Rule
 from stockflow.recipe.resolve import Resolver
 from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, as_kind, parameters_of
 from stockflow.recipe.slice_checks import slice_problems

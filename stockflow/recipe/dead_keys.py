@@ -6,7 +6,8 @@ from difflib import get_close_matches
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import Method, Parameter
 from stockflow.recipe.document import Notice, Path
-from stockflow.recipe.model import Options, Recipe
+from stockflow.recipe.model import Recipe
+from stockflow.recipe.options import Options
 from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, parameters_of
 from stockflow.recipe.structure import keys_at
 from stockflow.recipe.wording import listed, named

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from stockflow.recipe.document import Path, Problem
-from stockflow.recipe.model import ModelEntry, ModuleEntry, Options, Recipe, Rule, SliceEntry, SourceEntry, StorageEntry
+from stockflow.recipe.model import ModelEntry, ModuleEntry, Recipe, SliceEntry, SourceEntry
+from stockflow.recipe.options import Options, Rule, StorageEntry
 from stockflow.recipe.settings import Conditional
 from stockflow.recipe.tokens import TokenEntry, TokenizerEntry, TokenSource
 from stockflow.recipe.wording import nearest, shown

@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from stockflow.recipe import parse_recipe
-from stockflow.recipe.model import StorageEntry
+from stockflow.recipe.options import StorageEntry
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.fault_proxy import FaultyProxy
