@@ -4,7 +4,8 @@ A name is split at its dots; upper and lower case are the same. The first rule t
 
 1. ``norm``: a part that contains ``norm``, or is ``ln``, ``ln_1``, ``bn2`` and the like, wherever it stands
    (``post_attention_layernorm`` is a norm, not attention)
-2. ``router``: ``router``, ``gate`` as a part of its own outside an expert, ``shared_expert_gate``
+2. ``router``: ``router``, ``gate`` as a part of its own outside an expert, ``shared_expert_gate``,
+   ``e_score_correction_bias``
 3. ``experts``: a part that contains ``expert``, shared experts too
 4. ``head``: ``lm_head``, ``classifier``, ``score``, ``pooler``, a part that ends in ``head``, ``output`` at the top ...
 5. ``other``: rotary tables, which are buffers
@@ -24,7 +25,11 @@ _RULES = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
         ("norm", r"norm|(^|\.)(ln|bn)(_?\w)?(\.|$)|(^|\.)ln_\w+"),
-        ("router", r"(^|\.)(router|shared_expert_gate)(\.|$)|^(?!.*(^|\.)experts?\.).*(^|\.)gate(\.|$)"),
+        (
+            "router",
+            r"(^|\.)(router|shared_expert_gate|e_score_correction_bias|expert_bias)(\.|$)"
+            r"|^(?!.*(^|\.)experts?\.).*(^|\.)gate(\.|$)",
+        ),
         ("experts", r"expert"),
         (
             "head",
@@ -42,6 +47,7 @@ _RULES = tuple(
     )
 )
 _FUSED = re.compile(r"expert|(^|\.)\w*moe(\.|$)|(^|\.)(input|output)_linear\.", re.I)
+_OTHER_GATE = re.compile(r"attn|attention|shared_expert_gate", re.I)
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d{1,9})(?:\.|$)", re.I)
 
 
@@ -83,6 +89,15 @@ def layer_of(name: str) -> int | None:
     """
     found = _LAYER.search(name)
     return int(found.group(1)) if found else None
+
+
+def is_router(name: str) -> bool:
+    """Return whether a tensor chooses among experts: ``mlp.gate.weight``, ``router.weight``, ``expert_bias``.
+
+    A gate of attention, or of the experts that are always in use, chooses nothing.
+    """
+    may_be = ".gate." in name or "router" in name or name.endswith("_bias")  # kind_of takes twenty times as long
+    return may_be and kind_of(name) == "router" and _OTHER_GATE.search(name) is None
 
 
 def holds_fused_experts(name: str, num_dimensions: int) -> bool:

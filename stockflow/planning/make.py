@@ -3,12 +3,13 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from stockflow.checkpoints.candidates import SINGLE_FILE
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, folder_of
 from stockflow.checkpoints.modules import MODULE_WEIGHTS
-from stockflow.checkpoints.naming import holds_fused_experts
+from stockflow.checkpoints.naming import holds_fused_experts, is_router
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokenizers import Tokenizer, has_tokens
@@ -19,6 +20,7 @@ from stockflow.planning.job import COPY, Operand, TensorJob, copying, merging, s
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
+from stockflow.planning.optional import OptionalParts
 from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan
 from stockflow.planning.precision import kept_above, kept_dtype
@@ -28,7 +30,7 @@ from stockflow.planning.ties import missing_head_remedy, with_tied_heads
 from stockflow.planning.tokenizer_files import published_tokenizer
 from stockflow.planning.views import other_layout, under_names_of
 from stockflow.planning.vocabulary import output_vocabulary
-from stockflow.recipe import Recipe
+from stockflow.recipe import Recipe, Rule
 from stockflow.storage import redact
 from stockflow.text.remarks import objections
 from stockflow.text.sizes import counted
@@ -118,12 +120,13 @@ def _planned(
     donor = checkpoints[recipe.donor]
     explained = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
     misfits = [misfit for each in outline.unplanned if (misfit := _misfit(each, explained))]
-    jobs, skipped, above = [], [], kept_above(recipe, checkpoints)
+    jobs, skipped = [], list[str]()
+    known = _Known(explained, kept_above(recipe, checkpoints), OptionalParts(donor))
     for target in outline.targets:
         if _action(recipe, target.spec.name) == "skip":
             skipped.append(target.spec.name)
             continue
-        planned = _plan_tensor(target, explained, above)
+        planned = _plan_tensor(target, known)
         if isinstance(planned, TensorJob):
             jobs.append(planned)
         else:
@@ -189,19 +192,31 @@ def _of_a_head(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misf
     return replace(misfit, remedy=remedy, action="") if remedy else misfit
 
 
-def _plan_tensor(target: OutputTensor, explained: Collection[int], above: Sequence[int]) -> TensorJob | list[Misfit]:
+class _Known(NamedTuple):
+    """What is known of the checkpoints beyond single tensors."""
+
+    explained: Collection[int]
+    """which have another layout"""
+    above: Sequence[int]
+    """how many bits are meant finer, per checkpoint"""
+    optional: OptionalParts
+
+
+def _plan_tensor(target: OutputTensor, known: _Known) -> TensorJob | list[Misfit]:
     """The job for one tensor of the output, or what stands against it and is not explained by a checkpoint's layout."""
     stretch, spec, names, stand = target
     recipe, checkpoints, name = stretch.recipe, stretch.checkpoints, spec.name
     rule = recipe.rule_for(name)
-    if rule is not None and rule.action == "copy":
+    if _is_copied(recipe, rule, name):
         return copying(spec, _operands(target, (recipe.donor,)), COPY)
     method = recipe.method_for(rule)
     indices = recipe.sources(method)
     absent = [index for index, own in enumerate(names) if own not in checkpoints[index].specs]
+    if absent and known.optional.is_lacked(names[0], [checkpoints[index] for index in absent]):
+        return copying(spec, _operands(target, (recipe.donor,)), COPY)
     if absent:
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
-        told_of = [index for index in absent if stretch.numbers[index] not in explained]
+        told_of = [index for index in absent if stretch.numbers[index] not in known.explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
         return [_of_a_head(missing, stretch, told_of)] if told_of else []
     if recipe.carries_over(name, spec.dtype, stand):
@@ -213,7 +228,7 @@ def _plan_tensor(target: OutputTensor, explained: Collection[int], above: Sequen
     problems = [] if alike else _mismatches(target, donor_first)
     if problems:
         return problems
-    asked = kept_dtype(target, indices, above) or recipe.output_dtype
+    asked = kept_dtype(target, indices, known.above) or recipe.output_dtype
     dtype = asked or (spec.dtype if alike else promoted(target.source(index).dtype for index in indices))
     output = TensorSpec(name, dtype, spec.shape)
     is_fused = holds_fused_experts(name, len(spec.shape))
@@ -226,6 +241,13 @@ def _plan_tensor(target: OutputTensor, explained: Collection[int], above: Sequen
         recipe.parameters_for(method, name, rule, stand),
         recipe.scope_for(method, name, rule, stand, default="leading" if is_fused else "tensor"),
     )
+
+
+def _is_copied(recipe: Recipe, rule: Rule | None, name: str) -> bool:
+    """Return whether a tensor is the donor's, as the recipe says."""
+    if rule is not None:
+        return rule.action == "copy"
+    return recipe.stockflow.routers == "copy" and is_router(name)
 
 
 def _operands(target: OutputTensor, indices: Iterable[int]) -> tuple[Operand, ...]:

@@ -50,6 +50,9 @@ class Options(Part):
     keep_precision: StrictBool = Field(
         default=True, description="whether what every model stores finer than the rest of its weights stays so"
     )
+    routers: Literal["merge", "copy"] = Field(
+        default="merge", description="whether what chooses among experts is merged, or copied from the base"
+    )
     shard_size: Size = Field(default=None, description="largest shard, as 5GB, 256MiB or bytes")
     layers: LayerPattern | None = Field(
         default=None, description="how names in layers begin, as `backbone.stage_{layer}.`; else the common ones"

@@ -47,14 +47,15 @@ def pasted(sentence: str) -> dict[str, Any]:
     return parsed
 
 
-def test_a_tower_that_others_lack_is_one_problem_with_rules_to_paste(tmp_path: Path) -> None:
-    merge = merge_of(tmp_path, llama() | tower(), llama(), llama())
+def test_a_part_that_others_lack_is_one_problem_with_rules_to_paste(tmp_path: Path) -> None:
+    part = tower(prefix="memory.")
+    merge = merge_of(tmp_path, llama() | part, llama(), llama())
 
     (said,) = problems(merge)
 
-    assert said.startswith(f"6 tensors of 'vision_tower.' are missing in {merge.folders[1]}, {merge.folders[2]}; ")
+    assert said.startswith(f"6 tensors of 'memory.' are missing in {merge.folders[1]}, {merge.folders[2]}; ")
     plan = merge.plan(**pasted(said))
-    assert {name for name, job in jobs_of(plan).items() if job.is_copy} == set(tower())
+    assert {name for name, job in jobs_of(plan).items() if job.is_copy} == set(part)
 
 
 def test_a_tower_that_only_a_tune_has_is_one_problem_with_rules_to_paste(tmp_path: Path) -> None:

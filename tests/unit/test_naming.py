@@ -2,7 +2,7 @@
 
 import pytest
 
-from stockflow.checkpoints.naming import KINDS, kind_of, layer_of
+from stockflow.checkpoints.naming import KINDS, is_router, kind_of, layer_of
 
 NAMES: dict[str, dict[str, tuple[str, int | None]]] = {
     "Llama": {
@@ -125,3 +125,38 @@ def test_names_of_real_checkpoints_have_their_kind_and_layer(family: str) -> Non
 def test_any_name_has_a_kind(name: str) -> None:
     assert kind_of(name) in KINDS
     assert layer_of(name) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.3.mlp.gate.weight",
+        "model.layers.3.mlp.gate.e_score_correction_bias",
+        "model.layers.3.block_sparse_moe.gate.weight",
+        "model.layers.3.block_sparse_moe.e_score_correction_bias",
+        "model.layers.3.feed_forward.router.weight",
+        "model.layers.3.feed_forward.expert_bias",
+        "model.layers.3.mlp.router.bias",
+        "transformer.blocks.3.ffn.router.layer.weight",
+        "layers.3.ffn.gate.tid2eid",
+        "backbone.layers.3.mixer.gate.weight",
+    ],
+)
+def test_what_chooses_among_experts_is_a_router(name: str) -> None:
+    assert is_router(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.3.mlp.gate_proj.weight",
+        "model.layers.3.mlp.experts.7.gate_proj.weight",
+        "model.layers.3.mlp.experts.7.gate.weight",
+        "model.layers.3.mlp.shared_expert_gate.weight",
+        "model.layers.3.self_attn.gate.weight",
+        "model.layers.3.mlp.router.norm.weight",
+        "model.layers.3.self_attn.q_bias",
+    ],
+)
+def test_what_only_sounds_like_it_is_none(name: str) -> None:
+    assert not is_router(name)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from stockflow.planning.looks import (
     asked,
     configs,
+    experts,
     files,
     filters,
     kinship,
@@ -49,6 +50,8 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     precision.carried_indices,
     precision.running_statistics,
     precision.narrower_range,
+    experts.merged_routers,
+    experts.kept_parts,
     promises.missing_layers,
     promises.missing_predictions,
     ties.own_heads,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from stockflow.checkpoints.configs import Config, first, sections
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted
@@ -13,7 +14,6 @@ _STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
 MAX_PARTS = 5
 """Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``."""
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
-_PREDICTED = first("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
 """Say that layers share tensors, or are counted otherwise."""
 
@@ -43,7 +43,7 @@ def missing_layers(proposal: Proposal) -> Iterator[Remark]:
 
 
 def _num_predicted(section: Config) -> int:
-    number = _PREDICTED(section)
+    number = NUM_PREDICTED(section)
     return number if isinstance(number, int) else 0
 
 
