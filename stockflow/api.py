@@ -111,7 +111,7 @@ def _planned(
     )
     url = driver.output_url(inputs, output)
     with driver.collector_paused():
-        work = survey(merge_plan, workspace, len(sampled_specs(inputs.checkpoints)))
+        work = survey(merge_plan, workspace, len(sampled_specs(inputs.merged)))
         found = forecast(work, constants, [checkpoint.url for checkpoint in merge_plan.checkpoints], url, conditions)
     return PlanResult(merge_plan, workspace, notes, url, work, least_bytes, found)
 

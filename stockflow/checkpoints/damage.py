@@ -1,5 +1,6 @@
 """Damage of files that are to be copied: what lies in place of one, seen from its first bytes and its last ones."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,17 +19,23 @@ _NEVER_EMPTY = (".json", ".model", ".spm", ".tiktoken")
 _BRACKETS = {b"{": b"}", b"[": b"]"}
 
 
-def without_damaged(store: Store, checkpoint: Checkpoint) -> Checkpoint:
+def without_damaged(store: Store, checkpoint: Checkpoint, is_taken: Callable[[str], bool]) -> Checkpoint:
     """Return a checkpoint that gives no damaged file to an output, and remarks on those it has.
 
     One request for each file that would be copied, and a second one for a JSON file of more than 1 MiB.
+
+    Args:
+        store: the checkpoint's.
+        checkpoint: to look at.
+        is_taken: whether one of its side files would be copied.
 
     Raises:
         StorageError: reading failed after retries.
     """
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="side files") as pool:
-        found = list(pool.map(lambda key: _damage_of(store, key), checkpoint.side_files))
-    damaged = {key: what for key, what in zip(checkpoint.side_files, found, strict=True) if what}
+        taken = list(filter(is_taken, checkpoint.side_files))
+        found = list(pool.map(lambda key: _damage_of(store, key), taken))
+    damaged = {key: what for key, what in zip(taken, found, strict=True) if what}
     where = redact(checkpoint.url)
     remarks = [
         Remark(

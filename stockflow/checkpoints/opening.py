@@ -17,6 +17,7 @@ from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, UNMERGED, find_modules
+from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.tree import Tree, list_tree
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, read_weights
@@ -54,6 +55,8 @@ class Checkpoint:
     """code and folders of modules that its configs name and that are not there"""
     values: KnownValues = NOTHING_READ
     """what was read of its tensors"""
+    settled: frozenset[str] = frozenset()
+    """names of which files and index disagree, and that rules say it need not hold"""
 
 
 Settles = Callable[[int, str], bool]
@@ -79,7 +82,13 @@ def open_checkpoint(
     if group is None and not modules.weights:
         raise NotFoundError(nothing_here(store, listing.files, listing.folders))
     config = read_json(store, CONFIG_FILE, MAX_CONFIG_BYTES) if CONFIG_FILE in tree.files else None
-    weights = read_weights(Folder(store, tree.files, config, cache, on_file, is_settled), group, modules.weights)
+    settled: set[str] = set()
+
+    def is_known(name: str) -> bool:
+        settled.update([name] if is_settled(name) else [])
+        return name in settled
+
+    weights = read_weights(Folder(store, tree.files, config, cache, on_file, is_known), group, modules.weights)
     beside = look_beside(store, tree, modules, config, weights.specs.keys(), weights.files.keys())
     return Checkpoint(
         url=store.url,
@@ -93,7 +102,21 @@ def open_checkpoint(
         other_files=beside.others,
         missing_files=beside.missing,
         values=read_values(store, weights, config, cache),
+        settled=frozenset(settled),
     )
+
+
+def open_tokenizer(store: Store) -> Checkpoint:
+    """Read which files of a tokenizer a model has; its weights are not looked at.
+
+    Raises:
+        NotFoundError: it has none.
+    """
+    files = list_tree(store, store.listing()).files
+    found = {key: stamp for key, stamp in files.items() if is_tokenizer_or_template(key)}
+    if not found:
+        raise NotFoundError(f"{store.where()} has no tokenizer: expected tokenizer.json, or an older form of one")
+    return Checkpoint(store.url, {}, {}, files=found, config=None, side_files=found, omitted_side_files=())
 
 
 def _without_others(tree: Tree, only: str) -> Tree:

@@ -86,9 +86,9 @@ def open_output(output: str, config: StorageConfig, on_event: OnEvent = ignore) 
     if isinstance(recorded, Finding):
         raise CheckpointError(f"{redact(store.url)}: {recorded}; `stockflow verify` says more")
     _check_method(recorded.plan)
-    on_event(Stage("looking at the inputs", num_items=len(recorded.plan.checkpoints), unit="inputs"))
+    on_event(Stage("looking at the inputs", num_items=len(recorded.plan.models), unit="inputs"))
     changed = []
-    for ref in recorded.plan.checkpoints:
+    for ref in recorded.plan.models:
         for note in link_notes(open_model(ref.url, config), ref.files):
             on_event(Note(note))
         changed += [str(finding) for finding in check_input(ref, config, ref.files.keys())]

@@ -136,7 +136,7 @@ def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, .
         if plan.is_stacked:
             _check_slices(plan)
         subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
-    return subjects, plan.checkpoints
+    return subjects, plan.models
 
 
 def _elsewhere(recipe: Recipe) -> str:
@@ -147,10 +147,10 @@ def _elsewhere(recipe: Recipe) -> str:
 
 def _check_slices(plan: MergePlan) -> None:
     for job in plan.jobs:
-        if not job.is_copy and len(job.reading.operands) < len(plan.checkpoints):
+        if not job.is_copy and len(job.reading.operands) < len(plan.models):
             raise RecipeError(
                 f"statistics are taken of the base and all models together, and the slice of {job.output.name!r} takes "
-                f"{len(job.reading.operands)} of {len(plan.checkpoints)}; list whole models to compare them"
+                f"{len(job.reading.operands)} of {len(plan.models)}; list whole models to compare them"
             )
 
 
@@ -158,7 +158,7 @@ def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:
     """The base's tensor and those of all other models, whatever the method reads of them."""
     if planned.is_copy or not planned.reading.num_elems:
         return None
-    name, shape, checkpoints = planned.output.name, planned.reading.shape, inputs.checkpoints
+    name, shape, checkpoints = planned.output.name, planned.reading.shape, inputs.merged
     own = {operand.checkpoint: operand.name for operand in planned.reading.operands}
     if any(operand.rows for operand in planned.reading.operands):  # rows by token
         is_whole = list(own) == list(range(len(checkpoints)))

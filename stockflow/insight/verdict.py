@@ -149,8 +149,8 @@ def summary(found: Audit) -> dict[str, Any]:
     decided = judge(found)
     return {
         "format": FORMAT,
-        "base": redact(found.merge.plan.checkpoints[0].url),
-        "models": [redact(ref.url) for ref in found.merge.plan.checkpoints[1:]],
+        "base": redact(found.merge.plan.models[0].url),
+        "models": [redact(ref.url) for ref in found.merge.plan.models[1:]],
         "merged": redact(found.merge.merged_url) if found.merge.merged_url else None,
         "verdict": decided.answer,
         "distance": decided.distance,

@@ -107,6 +107,8 @@ def _said(plan: MergePlan) -> str:
 
 
 def _role(recipe: Recipe, index: int) -> str:
+    if index >= len(recipe.checkpoints):
+        return "tokenizer"
     if index == 0 and recipe.base_model is not None:
         return "base"
     return f"model, {CONFIG_FILE} and tokenizer" if index == recipe.donor else "model"

@@ -58,12 +58,12 @@ def make_plan(
     accepted: Collection[str] = (),
     samples: Samples = (),
 ) -> MergePlan:
-    """Return the plan for a recipe and its opened checkpoints, in the order of ``recipe.checkpoints``.
+    """Return the plan for a recipe and its opened checkpoints, in the order of ``recipe.locations``.
 
     Args:
         recipe: what to merge how.
-        checkpoints: what their headers say.
-        tokenizers: what their tokenizers say, where they were read.
+        checkpoints: what their headers say; behind those that are merged, what gives its tokenizer alone.
+        tokenizers: what the tokenizers of all of them say, where they were read.
         shard_size: largest shard in bytes; default from the recipe, else from the output's size.
         strict: whether warnings are refused, too.
         accepted: codes of refusals that are accepted, beside those of the recipe.
@@ -72,6 +72,8 @@ def make_plan(
     Raises:
         PlanError: names, shapes or dtypes do not fit together, or a remark stands against it; all are listed.
     """
+    num_merged = len(recipe.checkpoints)
+    checkpoints, beside = checkpoints[:num_merged], checkpoints[num_merged:]
     unread = unread_models(recipe, checkpoints)
     if unread:
         raise PlanError(_all_problems(unread))
@@ -79,7 +81,7 @@ def make_plan(
     checkpoints = without_recomputed(recipe, checkpoints)
     checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
     checkpoints = with_tied_heads(recipe, checkpoints)
-    vocabulary = output_vocabulary(recipe, checkpoints, tokenizers)
+    vocabulary = output_vocabulary(recipe, [*checkpoints, *beside], tokenizers)
     if vocabulary is not None:
         checkpoints = [vocabulary.reshaped(each) for each in checkpoints]
     outline = outline_of(recipe, checkpoints)
@@ -89,7 +91,9 @@ def make_plan(
     num_rows = vocabulary.num_rows if vocabulary else None
     config = output_config(recipe, checkpoints, jobs, outline.stackings, num_rows)
     stacked = outline.left_out, outline.stackings
-    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, tokenizers, samples, *stacked))
+    of_merged = tokenizers[:num_merged]
+    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, of_merged, samples, *stacked))
+    remarks += tuple(remark for each in beside for remark in each.remarks)
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))
@@ -98,9 +102,9 @@ def make_plan(
         reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"
         raise PlanError(f"nothing is left to write: {reason}")
     size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs)
-    side_files, written = published_tokenizer(recipe, checkpoints, tokenizers, vocabulary)
+    side_files, written = published_tokenizer(recipe, [*checkpoints, *beside], tokenizers, vocabulary)
     return MergePlan(
-        checkpoints=tuple(CheckpointRef(checkpoint.url, checkpoint.files) for checkpoint in checkpoints),
+        checkpoints=tuple(CheckpointRef(each.url, each.files) for each in (*checkpoints, *beside)),
         donor=recipe.donor,
         shards=_cut_shards(jobs, size, donor.extents),
         side_files=side_files,

@@ -12,6 +12,7 @@ from typing import Literal
 
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import folder_of
+from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.methods.protocol import Scope
 from stockflow.planning.job import Operand, TensorJob
 from stockflow.storage import Stamp, redact
@@ -111,6 +112,11 @@ class MergePlan:
     is_stacked: bool = False
     """whether tensors have other names in the inputs than in the output"""
     written_files: tuple[WrittenFile, ...] = ()
+
+    @property
+    def models(self) -> tuple[CheckpointRef, ...]:
+        """The checkpoints, but for one of which only the tokenizer is read."""
+        return tuple(each for each in self.checkpoints if not all(map(is_tokenizer_or_template, each.files)))
 
     @property
     def indexed(self) -> tuple[ShardPlan, ...]:

@@ -24,7 +24,7 @@ def chosen_template(recipe: Recipe, tokenizers: Sequence[Tokenizer]) -> str | No
     if asked in BUILTIN:
         return BUILTIN[asked]
     if asked == "auto":
-        counts = Counter(each.template for each in tokenizers if each.template)
+        counts = Counter(each.template for each in tokenizers[: len(recipe.checkpoints)] if each.template)
         return counts.most_common(1)[0][0] if counts else None
     found = tokenizers[recipe.checkpoints.index(resolve_location(asked))].template
     if found is None:

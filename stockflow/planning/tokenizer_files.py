@@ -53,21 +53,20 @@ def published_tokenizer(
     return kept, tuple(WrittenFile.of(key, payload) for key, payload in sorted(written.items()))
 
 
+def is_taken(recipe: Recipe, index: int, key: str) -> bool:
+    """Return whether a side file of one of the recipe's locations is to be copied.
+
+    Tokenizer and templates are those of the model whose vocabulary it is, the rest is the donor's.
+    """
+    if is_tokenizer_or_template(key):
+        return recipe.stockflow.copy_tokenizer and index == recipe.vocabulary_donor
+    return index == recipe.side_files_donor
+
+
 def _copied(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> dict[str, SideFile]:
-    """Return what is copied: tokenizer and templates of the model whose vocabulary it is, the rest of the donor."""
-    tokens, others = recipe.vocabulary_donor, recipe.side_files_donor
-    found = {
-        key: SideFile(others, key, stamp)
-        for key, stamp in checkpoints[others].side_files.items()
-        if tokens == others or not is_tokenizer_or_template(key)
-    }
-    if tokens != others:
-        for key, stamp in checkpoints[tokens].side_files.items():
-            if is_tokenizer_or_template(key):
-                found[key] = SideFile(tokens, key, stamp)
-    if recipe.stockflow.copy_tokenizer:
-        return found
-    return {key: side for key, side in found.items() if not is_tokenizer_or_template(key)}
+    donors = dict.fromkeys((recipe.side_files_donor, recipe.vocabulary_donor))
+    stamps = [(index, key, stamp) for index in donors for key, stamp in checkpoints[index].side_files.items()]
+    return {key: SideFile(index, key, stamp) for index, key, stamp in stamps if is_taken(recipe, index, key)}
 
 
 def _with_tokens(where: str, tokenizers: Sequence[Tokenizer], vocabulary: OutputVocabulary) -> dict[str, bytes]:

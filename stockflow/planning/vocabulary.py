@@ -30,6 +30,8 @@ class Default:
     of: tuple[int, ...]
     """checkpoints whose mean it is; none: zeros"""
     is_forced: bool
+    row: int | None = None
+    """in the one checkpoint that gives it"""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,11 @@ class OutputVocabulary:
         fills: list[RowFill] = []
         for token, row in sorted(self.ids.items(), key=lambda item: item[1]):
             default = self.defaults.get(token)
-            if token in own and (default is None or not default.is_forced or default.of == (models[place],)):
-                _extend(runs, own[token], row)
+            stored = own.get(token)
+            if default is not None and (default.is_forced or stored is None):
+                stored = default.row if default.of == (models[place],) else None
+            if stored is not None:
+                _extend(runs, stored, row)
             elif of := self._having(token, models, default):
                 _fill(fills, row, of)
         return RowRuns(self.rows_of[models[place]], tuple(runs), tuple(fills))
@@ -122,6 +127,11 @@ def output_vocabulary(
 ) -> OutputVocabulary | None:
     """Return what the recipe's tokenizer asks for; None where it moves no row.
 
+    Args:
+        recipe: says whose tokens are written.
+        checkpoints: in the order of its locations.
+        tokenizers: theirs.
+
     Raises:
         PlanError: a tokenizer cannot be read, or a token is named that its model lacks.
     """
@@ -129,7 +139,7 @@ def output_vocabulary(
         return None
     vocabularies = [each.vocabulary or tokenizers[recipe.donor].vocabulary for each in tokenizers]
     wanted, source = recipe.vocabulary, recipe.vocabulary_donor
-    rows = [each.num_rows for each in tokenizers]
+    rows = [each.num_rows for each in tokenizers[: len(recipe.checkpoints)]]
     tensors = vocabulary_tensors(checkpoints[recipe.donor].specs, rows[recipe.donor])
     agree = len(set(rows)) == 1 and all(each == vocabularies[0] for each in vocabularies)
     step = wanted.pad_to_multiple_of or 1
@@ -143,7 +153,7 @@ def output_vocabulary(
     for tokens in (*union, dict.fromkeys(wanted.tokens, 0)):
         for token in sorted(tokens.keys() - output.keys(), key=lambda each: (tokens[each], each)):
             output[token] = added[token] = max(output.values(), default=-1) + 1
-    own = [{token: each for token, each in model.items() if each < num} for model, num in zip(ids, rows, strict=True)]
+    own = [{token: each for token, each in model.items() if each < num} for model, num in zip(ids, rows, strict=False)]
     made = OutputVocabulary(
         ids=output,
         num_rows=-(-(max(output.values(), default=-1) + 1) // step) * step,
@@ -152,9 +162,9 @@ def output_vocabulary(
         tensors=frozenset(tensors),
         own=own,
         rows_of=rows,
-        defaults={token: _default(recipe, token, entry, own) for token, entry in wanted.tokens.items()},
+        defaults={token: _default(recipe, token, entry, own, rows) for token, entry in wanted.tokens.items()},
     )
-    _check_rows(made, checkpoints)
+    _check_rows(made, checkpoints[: len(rows)])
     return made
 
 
@@ -170,14 +180,25 @@ def _ids(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Ids:
     return vocabulary.ids
 
 
-def _default(recipe: Recipe, token: str, entry: TokenEntry, own: Sequence[Ids]) -> Default:
+def _default(recipe: Recipe, token: str, entry: TokenEntry, own: Sequence[Ids], rows: Sequence[int]) -> Default:
     if entry.source.model is None:
         return Default((), entry.force)
-    index = recipe.checkpoints.index(entry.source.model)
-    if token not in own[index]:
-        where = redact(entry.source.model)
-        raise PlanError(f"`tokenizer.tokens` takes the row of {shown(token)} from {where}, which has no such token")
-    return Default((index,), entry.force)
+    index, where = recipe.checkpoints.index(entry.source.model), redact(entry.source.model)
+    asked = token if entry.source.kind == "model" else entry.source.token
+    row = entry.source.token_id if asked is None else own[index].get(asked)
+    if row is None:
+        raise PlanError(f"`tokenizer.tokens` takes the row of {shown(asked)} from {where}, which has no such token")
+    if row >= rows[index]:
+        raise PlanError(
+            f"`tokenizer.tokens` takes row {row:,} for {shown(token)} from {where}, which has {rows[index]:,} rows"
+        )
+    kept = own[index].get(token, row)
+    if kept != row and not entry.force and not all(token in each for each in own):
+        raise PlanError(
+            f"`tokenizer.tokens` takes another row for {shown(token)} from {where}, which has the token itself and "
+            "keeps its own row: say `force: true`, or name another model"
+        )
+    return Default((index,), entry.force, row)
 
 
 def _check_rows(made: OutputVocabulary, checkpoints: Sequence[Checkpoint]) -> None:

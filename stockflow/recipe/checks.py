@@ -14,8 +14,7 @@ from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, as_kind, parame
 from stockflow.recipe.slice_checks import slice_problems
 from stockflow.recipe.slices import Slice, slices_of
 from stockflow.recipe.templates import BUILTIN
-from stockflow.recipe.tokens import WORDS
-from stockflow.recipe.wording import NOT_YET, nearest, shown
+from stockflow.recipe.wording import nearest, shown
 from stockflow.storage import redact
 
 
@@ -93,19 +92,18 @@ def _location_problems(recipe: Recipe) -> Iterator[Problem]:
 def _vocabulary_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.tokenizer_source and recipe.tokenizer:
         yield ("tokenizer_source",), "the vocabulary is said by `tokenizer`, too; keep one of them"
-    wanted, path = recipe.vocabulary, ("tokenizer_source",) if recipe.tokenizer_source else ("tokenizer", "source")
-    if wanted is None:
-        return
-    if wanted.source not in (*WORDS, *recipe.checkpoints):
-        found = redact(wanted.source)
-        yield path, f"expected base, union or one of the models, found {found}; a tokenizer of no model here {NOT_YET}"
-    for token, entry in wanted.tokens.items():
-        of = entry.source
-        if of.kind == "model_token":
-            yield ("tokenizer", "tokens", token, "source"), f"`model_token` {NOT_YET}; name a model that has the token"
-        elif of.kind == "model" and of.model not in recipe.checkpoints:
+    for token, entry in recipe.vocabulary.tokens.items() if recipe.vocabulary else ():
+        of, path = entry.source, ("tokenizer", "tokens", token, "source")
+        if of.kind != "zero" and of.model not in recipe.checkpoints:
             found = redact(of.model) if of.model else "none"
-            yield ("tokenizer", "tokens", token, "source"), f"expected one of the models, found {found}; name one"
+            yield path, f"expected one of the models, found {found}; name one"
+        if of.kind == "model_token" and (of.token is None) == (of.token_id is None):
+            found = "neither" if of.token is None else "both"
+            yield path, f"expected either `token` or `token_id`, found {found}; keep one"
+        elif of.kind != "model_token" and (of.token, of.token_id) != (None, None):
+            yield path, f"`token` and `token_id` go with `kind: model_token`, found `kind: {of.kind}`; change one"
+        elif of.token_id is not None and of.token_id < 0:
+            yield (*path, "token_id"), f"expected the id of a token, found {of.token_id}; correct it"
 
 
 def _template_problems(recipe: Recipe) -> Iterator[Problem]:

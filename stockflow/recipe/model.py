@@ -136,6 +136,12 @@ class Recipe(Part):
         listed = [entry.model for entry in self.entries]
         return tuple(dict.fromkeys([self.base_model, *listed] if self.base_model else listed))
 
+    @cached_property
+    def locations(self) -> tuple[str, ...]:
+        """Those of all that is read: the checkpoints, and behind them a model that gives its tokenizer alone."""
+        source = self.vocabulary.source if self.vocabulary else WORDS[0]
+        return self.checkpoints if source in (*WORDS, *self.checkpoints) else (*self.checkpoints, source)
+
     @property
     def all_slices(self) -> tuple[SliceEntry, ...]:
         """The slices of the recipe and of its modules."""
@@ -187,10 +193,10 @@ class Recipe(Part):
 
     @property
     def vocabulary_donor(self) -> int:
-        """Which checkpoint gives the tokenizer's files."""
+        """Which of the locations gives the tokenizer's files."""
         if self.vocabulary is None:
             return self.side_files_donor
-        return self.donor if self.vocabulary.source in WORDS else self.checkpoints.index(self.vocabulary.source)
+        return self.donor if self.vocabulary.source in WORDS else self.locations.index(self.vocabulary.source)
 
     @property
     def side_files_donor(self) -> int:
@@ -213,15 +219,7 @@ class Recipe(Part):
     def spares(self, checkpoint: int, tensor_name: str) -> bool:
         """Return whether rules settle that a checkpoint need not hold a tensor: left out, or copied from the donor."""
         rule = self.rule_for(tensor_name)
-        if rule is None or not (rule.action == "skip" or (rule.action == "copy" and checkpoint != self.donor)):
-            return False
-        self.filters_in_need.add(rule.filter)
-        return True
-
-    @cached_property
-    def filters_in_need(self) -> set[str]:
-        """Filters of rules that settled so far what a checkpoint need not hold; its names may be in no header."""
-        return set()
+        return rule is not None and (rule.action == "skip" or (rule.action == "copy" and checkpoint != self.donor))
 
     def method_for(self, rule: Rule | None) -> Method:
         """Return the method of a rule, or the recipe's own."""

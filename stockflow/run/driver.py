@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from stockflow.checkpoints.damage import without_damaged
 from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.layout import OnFile, unheard
-from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
+from stockflow.checkpoints.opening import Checkpoint, open_checkpoints, open_tokenizer
 from stockflow.checkpoints.samples import Samples, take_samples
 from stockflow.checkpoints.tokenizers import Tokenizer, read_tokenizers
 from stockflow.errors import NotFoundError, PlanError, StockflowError, UserError
@@ -30,6 +30,7 @@ from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note, make_plan
 from stockflow.planning.plan import MergePlan, ShardPlan
+from stockflow.planning.tokenizer_files import is_taken
 from stockflow.progress.file import Tracker, progress_file
 from stockflow.recipe import Recipe
 from stockflow.recipe.unify import unified
@@ -97,7 +98,7 @@ def collector_paused() -> Iterator[None]:
 
 @dataclass
 class Inputs:
-    """An opened recipe: stores and checkpoints, in the order of ``recipe.checkpoints``."""
+    """An opened recipe: stores and checkpoints, in the order of ``recipe.locations``."""
 
     recipe: Recipe
     stores: list[Store]
@@ -128,17 +129,26 @@ class Inputs:
         with collector_paused():
             inputs.checkpoints = open_checkpoints(found, on_file, recipe.spares)
         inputs.stores = [store for store in found if not isinstance(store, UserError)]
-        donor = recipe.side_files_donor
-        inputs.checkpoints[donor] = without_damaged(inputs.stores[donor], inputs.checkpoints[donor])
+        for location in recipe.locations[len(recipe.checkpoints) :]:
+            inputs.stores.append(open_model(pin_revision(location), inputs.storage))
+            inputs.checkpoints.append(open_tokenizer(inputs.stores[-1]))
+        for donor in {recipe.side_files_donor, recipe.vocabulary_donor}:
+            is_copied = partial(is_taken, recipe, donor)
+            inputs.checkpoints[donor] = without_damaged(inputs.stores[donor], inputs.checkpoints[donor], is_copied)
         return inputs._unified()
+
+    @property
+    def merged(self) -> list[Checkpoint]:
+        """Those whose tensors are read, in the order of ``recipe.checkpoints``."""
+        return self.checkpoints[: len(self.recipe.checkpoints)]
 
     def _unified(self) -> "Inputs":
         """Return them with each model once, however many names the recipe has for it."""
-        same = same_models(self.recipe.checkpoints, self.checkpoints)
+        same = same_models(self.recipe.checkpoints, self.merged)
         if not same:
             return self
         recipe = unified(self.recipe, same)
-        kept = [self.recipe.checkpoints.index(location) for location in recipe.checkpoints]
+        kept = [self.recipe.locations.index(location) for location in recipe.locations]
         return replace(
             self,
             recipe=recipe,
@@ -200,7 +210,7 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
         shard_size=options.shard_size,
         strict=options.strict,
         accepted=options.accepted,
-        samples=take_samples(inputs.stores, inputs.checkpoints),
+        samples=take_samples(inputs.stores[: len(inputs.merged)], inputs.merged),
     )
     workspace = divide(
         plan.jobs,

@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from stockflow.errors import PlanError
+import stockflow
+from stockflow.errors import NotFoundError, PlanError
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs
 from tests import oracle, runs
@@ -236,6 +237,77 @@ def test_a_forced_token_has_one_row_in_all_models(three: Models) -> None:
     ids = assert_rows(three, out, "model_stock", {"<|tool|>": 2, "<|end|>": 2})
     row = load_file(str(out / "model.safetensors"))[ROWS[0]][ids["<|tool|>"]]
     assert torch.equal(row, three.tensors[2][ROWS[0]][three.ids[2]["<|tool|>"]])
+
+
+@pytest.mark.parametrize(("source", "row"), [({"token": "Ġ"}, None), ({"token_id": 7}, 7)], ids=["token", "token_id"])
+def test_a_new_token_has_the_row_of_another_token(three: Models, source: dict[str, Any], row: int | None) -> None:
+    entry = {"source": {"kind": "model_token", "model": str(three.folders[2]), **source}}
+
+    tokens = {"<|new|>": entry, "<|end|>": {**entry, "force": True}}
+    out = three.merged("model_stock", tokenizer={"source": "union", "tokens": tokens})
+
+    written = load_file(str(out / "model.safetensors"))
+    ids = Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    for name in ROWS:
+        expected = three.tensors[2][name][three.ids[2]["Ġ"] if row is None else row]
+        for token in tokens:
+            assert torch.equal(written[name][ids[token]], expected)
+
+
+@pytest.mark.parametrize(
+    ("token", "source", "said"),
+    [
+        ("<|new|>", {"token": "no such token"}, "the row of 'no such token' from .*/two, which has no such token"),
+        ("<|new|>", {"token_id": 100_000}, r"takes row 100,000 for '<\|new\|>' from .*/two, which has \d+ rows"),
+        ("<|y|>", {"token_id": 1}, "which has the token itself and keeps its own row: say `force: true`"),
+    ],
+)
+def test_a_row_that_is_not_there_is_refused(three: Models, token: str, source: dict[str, Any], said: str) -> None:
+    entry = {"source": {"kind": "model_token", "model": str(three.folders[2]), **source}}
+    recipe = three.recipe("model_stock", tokenizer={"source": "union", "tokens": {token: entry}})
+
+    with pytest.raises(PlanError, match=said):
+        Inputs.open(load_recipe(str(recipe))).plan()
+
+
+def tokens_of_another(models: Models, made: Tokenizer) -> Path:
+    """A folder with a tokenizer and nothing else."""
+    other = models.root / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text(made.to_str())
+    (other / "chat_template.jinja").write_text("{{ 'of the other' }}")
+    (other / "notes.txt").write_text("mine")
+    return other
+
+
+def test_the_tokenizer_of_a_model_that_is_not_merged(three: Models) -> None:
+    made = trained(CORPORA[1] + CORPORA[0], ["<|tool|>", "<|nobody|>"], size=300)
+    other = tokens_of_another(three, made)
+
+    out = three.merged("model_stock", tokenizer_source=str(other))
+
+    assert assert_rows(three, out, "model_stock") == made.get_vocab(with_added_tokens=True)
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        assert (out / file).read_bytes() == (other / file).read_bytes()
+    assert not (out / "notes.txt").exists()
+    assert not load_file(str(out / "model.safetensors"))[ROWS[0]][made.token_to_id("<|nobody|>")].any()
+    assert f"{other}` | tokenizer |" in (out / "README.md").read_text()
+    assert not stockflow.verify(out, inputs=True, sample=1.0, memory=2**30).findings
+    seen = stockflow.inspect(three.root / "recipe.yaml", device="cpu")
+    assert [ref.url for ref in seen.checkpoints] == [str(folder) for folder in three.folders]
+
+
+def test_a_tokenizer_that_is_not_there_or_damaged_is_refused(three: Models) -> None:
+    other = tokens_of_another(three, english())
+    recipe = load_recipe(str(three.recipe("model_stock", tokenizer_source=str(other))))
+    for payload in (b"<!DOCTYPE html><html></html>", b'{"model": '):
+        (other / "tokenizer.json").write_bytes(payload)
+        with pytest.raises(PlanError, match=r"tokenizer\.json"):
+            Inputs.open(recipe).plan()
+    (other / "tokenizer.json").unlink()
+    (other / "chat_template.jinja").unlink()
+    with pytest.raises(NotFoundError, match="has no tokenizer: expected tokenizer"):
+        Inputs.open(recipe)
 
 
 def test_a_row_of_a_model_that_is_not_merged_is_refused(three: Models) -> None:

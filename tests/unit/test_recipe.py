@@ -368,13 +368,31 @@ def test_a_vocabulary_is_said_by_one_key_or_by_a_mapping() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("tokenizer_source: org/c", "expected base, union or one of the models, found hf://org/c"),
-        ("tokenizer: {source: org/c}", "r.yaml:6:13: tokenizer.source: expected base, union or one of the models"),
         ("tokenizer_source: union\ntokenizer: {source: base}", "is said by `tokenizer`, too; keep one of them"),
         ("tokenizer: {tokens: {<x>: {source: org/c}}}", "expected one of the models, found hf://org/c"),
         ("tokenizer: {tokens: {<x>: {source: {kind: model}}}}", "expected one of the models, found none"),
         ("tokenizer: {tokens: {<x>: {force: true}}}", "the required key `source` is missing"),
         ("tokenizer: {tokens: {<x>: {source: {kind: mean}}}}", "expected 'zero', 'model' or 'model_token'"),
+        (
+            "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: org/a}}}}",
+            "expected either `token` or `token_id`, found neither",
+        ),
+        (
+            "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: org/a, token: a, token_id: 3}}}}",
+            "expected either `token` or `token_id`, found both",
+        ),
+        (
+            "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: org/a, token_id: -1}}}}",
+            "expected the id of a token, found -1",
+        ),
+        (
+            "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: org/c, token_id: 1}}}}",
+            "expected one of the models, found hf://org/c",
+        ),
+        (
+            "tokenizer: {tokens: {<x>: {source: {kind: model, model: org/a, token: y}}}}",
+            "`token` and `token_id` go with `kind: model_token`, found `kind: model`",
+        ),
         ("tokenizer: {pad_to_multiple_of: 0}", "expected an integer from 1 to 1,048,576, found 0"),
         ("tokenizer: {pad_to_multiple_of: eight}", "expected an integer from 1 to 1,048,576, found 'eight'"),
         ("chat_template: nonsense", "no template, no model, and none of the known ones"),

@@ -27,10 +27,7 @@ REFUSED = {
     "60_linear_one_model_four_ranges.yaml": "",
 }
 """Forms that may either run or be refused: what the refusal names."""
-NOT_YET = {
-    "adapters": ("08_model_stock_lora_everywhere", "79_sce_lora_base"),
-    "tokenizers of other models": ("19_ties_tokenizer_of_another",),
-}  # fmt: skip
+NOT_YET = {"adapters": ("08_model_stock_lora_everywhere", "79_sce_lora_base")}
 """Forms that are refused for what is missing here; each leaves this table when it runs."""
 MISSING = {f"{name}.yaml": reason for reason, names in NOT_YET.items() for name in names}
 MERGED_LAYERS = 4

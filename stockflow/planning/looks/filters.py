@@ -14,8 +14,7 @@ _MOST_PARTS = 3
 def unmatched_rules(proposal: Proposal) -> Iterator[Remark]:
     """Yield rules that are for no tensor: what they were to keep would be merged."""
     rules = proposal.recipe.stockflow.rules
-    in_need = proposal.recipe.filters_in_need
-    for text in _unmatched((rule.filter for rule in rules if rule.filter not in in_need), proposal):
+    for text in _unmatched((rule.filter for rule in rules), proposal):
         said = f"no tensor's name contains {shown(text)}, the filter of a rule{_nearest(text, proposal)}"
         yield Remark(_CODE, said, "refusal", values={"filter": text}, place=proposal.recipe.filters.get(text, ""))
 
@@ -36,7 +35,7 @@ def _unmatched(texts: Iterable[str], proposal: Proposal) -> list[str]:
         text
         for text in asked
         if text not in written
-        and not any(text in name for checkpoint in proposal.checkpoints for name in checkpoint.specs)
+        and not any(text in name for each in proposal.checkpoints for name in (*each.settled, *each.specs))
     ]
 
 

@@ -229,6 +229,8 @@ def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
         if what == "chat template" and recipe.chat_template is not None:
             continue
         donor = recipe.side_files_donor if what == "generation config" else recipe.vocabulary_donor
+        if donor >= len(proposal.tokenizers):  # a model that is asked for its tokenizer alone
+            continue
         own = of(proposal, donor) if tunes else None
         others = {index: of(proposal, index) for index in tunes if index != donor}
         if any(others.values()) and own not in others.values():
