@@ -12,9 +12,10 @@ from fsspec.asyn import sync
 
 from stockflow.errors import RecipeError
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.client import Client
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
-from stockflow.storage.remote import Client, RemoteStore
+from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
 from stockflow.text.redaction import redact
 
@@ -46,7 +47,7 @@ class FsspecStore(RemoteStore):
 
 
 class FsspecClient:
-    """Single requests through any fsspec file system; see ``remote.Client``."""
+    """Single requests through any fsspec file system; see ``client.Client``."""
 
     pin: Pin = "stat"
 

@@ -10,7 +10,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from stockflow.storage.base import Sink
 from stockflow.storage.faults import Failure, scrub
-from stockflow.storage.s3 import failure_of_answer
+from stockflow.storage.s3_requests import failure_of_answer
 
 ERRORS: tuple[type[Exception], ...] = (OSError, aiohttp.ClientError, BotoCoreError, ClientError)
 _STEPS = {

@@ -19,22 +19,20 @@ from stockflow.errors import AccessDeniedError, RecipeError
 from stockflow.interruption import pause
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
 from stockflow.storage.faults import Failure, scrub
+from stockflow.storage.obstore_faults import DAMAGED_START, UNNAMED_KEY, detail_of, failure_of
 from stockflow.storage.parts import PARTS_IN_FLIGHT
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import (
     CONNECT_TIMEOUT,
     Bucket,
-    S3RequestError,
-    abort_upload,
     has_md5_etags,
-    list_pages,
     locate_bucket,
     obstore_bucket,
-    open_uploads,
     require_credentials,
 )
 from stockflow.storage.s3_pages import files_on, listing_on
+from stockflow.storage.s3_requests import S3RequestError, abort_upload, list_pages, open_uploads
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta, WritableFile
@@ -54,20 +52,6 @@ _GOOGLE_VARIABLES = (
 """where obstore looks for a key"""
 _HINTS = {"az": "; set AZURE_STORAGE_ACCOUNT_NAME and credentials in the environment"}
 
-_UNNAMED_KEY = "object with invalid path"
-"""how obstore tells that a key has an empty, `.` or `..` segment"""
-_REDIRECT = "redirect without LOCATION"
-"""how obstore tells that the bucket is in another region"""
-_DAMAGED_START = ("create multipart response body", "invalid multipart response")
-"""how obstore tells that it cannot read the answer to the start of an upload, which it does not ask for again"""
-_STEPS = (
-    (re.compile(r"POST \S+\?uploads\b|" + "|".join(_DAMAGED_START)), "starting the upload"),
-    (re.compile(r"PUT \S+\?partNumber=(\d+)"), "part {}"),
-    (re.compile(r"POST \S+\?uploadId="), "completing the upload"),
-)
-_REASONS = re.compile(r"""(?:message|error): "([^"]+)"|kind: (Timeout|TimedOut)|(InvalidCertificate)\(\s*(\w+)""")
-"""the words that tell in obstore's debug output, which goes on for thirty lines"""
-
 
 class ObjectStore(RemoteStore):
     """The objects under one ``s3://``, ``gs://`` or ``az://`` URL."""
@@ -79,7 +63,7 @@ class ObjectStore(RemoteStore):
 
 
 class ObstoreClient:
-    """Single requests through obstore; see ``remote.Client``."""
+    """Single requests through obstore; see ``client.Client``."""
 
     pin: Pin = "if-match"
     errors: tuple[type[Exception], ...] = (exceptions.BaseError, OSError)
@@ -98,19 +82,7 @@ class ObstoreClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return the HTTP status, the store's code and the telling words of an obstore error."""
-        if isinstance(error, S3RequestError):
-            return error.failure
-        text = str(error)
-        status = re.search(r"status code: (\d{3})", text)
-        code = re.search(r"<Code>(\w+)</Code>", text)
-        repeats = re.search(r", after (\d+) retries,", text)
-        return Failure(
-            detail=scrub(_detail(text)),
-            status=_status_of(error) or (int(status[1]) if status else 301 if _REDIRECT in text else None),
-            code=code[1] if code else "",
-            attempts=int(repeats[1]) + 1 if repeats else None,
-            step=_step(text),
-        )
+        return error.failure if isinstance(error, S3RequestError) else failure_of(error)
 
     def stamp(self, key: str) -> Stamp:
         """Return size and ETag of an object, by HEAD."""
@@ -222,7 +194,7 @@ class ObstoreClient:
                 except RecipeError:
                     raise
                 except (exceptions.BaseError, ValueError) as error:
-                    place, reason = f"{self._scheme}://{self._bucket}", scrub(_detail(str(error)))
+                    place, reason = f"{self._scheme}://{self._bucket}", scrub(detail_of(str(error)))
                     raise RecipeError(
                         f"cannot configure {place}: {reason}{_HINTS.get(self._scheme, '; see stockflow.storage')}"
                     ) from None
@@ -244,7 +216,7 @@ class ObstoreClient:
         self, error: Exception, folder: str, delimiter: str, at_most: int | None
     ) -> Sequence[Mapping[str, Any]]:
         """Return the pages of a listing that obstore cannot give: one key that it cannot name is enough."""
-        if self._scheme != "s3" or _UNNAMED_KEY not in str(error):
+        if self._scheme != "s3" or UNNAMED_KEY not in str(error):
             raise error
         return list_pages(self._bucket_at(), f"{folder}/" if folder else "", delimiter, at_most)
 
@@ -299,7 +271,7 @@ class _Upload:
                     self._writer.write(part)
                 break
             except exceptions.BaseError as error:
-                if number == self._policy.attempts or not any(words in str(error) for words in _DAMAGED_START):
+                if number == self._policy.attempts or not any(words in str(error) for words in DAMAGED_START):
                     raise
             pause(self._policy.delay_s(number))
             self._abandon()
@@ -375,36 +347,6 @@ def _retries_of(policy: RetryPolicy) -> "RetryConfig":
 
 def _stamp_of(meta: "ObjectMeta") -> Stamp:
     return Stamp(size=meta["size"], version=meta["e_tag"] or "")
-
-
-def _status_of(error: Exception) -> int | None:
-    """Return the status that an error's class stands for, whatever the server's number was."""
-    by_class: dict[type[Exception], int] = {
-        exceptions.AlreadyExistsError: 412,
-        exceptions.PreconditionError: 412,
-        exceptions.PermissionDeniedError: 403,
-        exceptions.UnauthenticatedError: 401,
-        exceptions.InvalidPathError: 400,
-        exceptions.NotSupportedError: 501,
-        FileNotFoundError: 404,
-        PermissionError: 403,
-    }
-    return by_class.get(type(error))
-
-
-def _detail(text: str) -> str:
-    said = re.search(r"<Message>([^<]*)</Message>", text)
-    if said:
-        return said[1]
-    reasons = dict.fromkeys(" ".join(filter(None, groups)) for groups in _REASONS.findall(text))
-    headline = text.split("\n", 1)[0].rsplit(" - ", 1)[-1]
-    return ": ".join([headline, *reasons]) if reasons else headline
-
-
-def _step(text: str) -> str:
-    """Return which request of an upload an error is about, in words; empty for any other request."""
-    found = ((pattern.search(text), words) for pattern, words in _STEPS)
-    return next((words.format(*match.groups()) for match, words in found if match), "")
 
 
 def _slashes(key: str) -> list[int]:

@@ -1,13 +1,14 @@
 """What all remote stores share: keys, retries, typed errors. A client only speaks its library's language."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, StockflowError, StorageError
 from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Sink, Stamp, check_key
+from stockflow.storage.client import Client
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.faults import Failure, Operation, WrongAnswerError, storage_error, user_error
 from stockflow.storage.parts import RANGE_BYTES, part_bytes
@@ -15,57 +16,6 @@ from stockflow.storage.retry import RetryLoop, RetryPolicy
 from stockflow.text.redaction import redact
 
 T = TypeVar("T")
-
-
-class Client(Protocol):
-    """One library's way to the objects under one URL: single requests, its own exceptions, no retries."""
-
-    @property
-    def pin(self) -> Pin:
-        """How a read with an ``etag`` is held to it."""
-
-    @property
-    def errors(self) -> tuple[type[Exception], ...]:
-        """What the library raises when a request fails."""
-
-    def failure(self, error: Exception) -> Failure:
-        """Return what one of ``errors`` says."""
-
-    def stamp(self, key: str) -> Stamp:
-        """Return the present state of an object."""
-
-    def read(self, key: str, start: int, stop: int, pinned: Stamp | None) -> tuple[memoryview, Stamp | None]:
-        """Return up to ``stop - start`` bytes and, if the answer tells, the stamp of their object."""
-
-    def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
-        """Return the first bytes and the stamp."""
-
-    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
-        """Return all objects below ``folder`` (empty: the URL itself), by key; not many more than ``at_most``."""
-
-    def listing(self) -> Listing:
-        """Return the objects directly under the URL, by key, and the folders beside them."""
-
-    def create(self, key: str, part_bytes: int) -> AbstractContextManager[Sink]:
-        """Write one object in parts, all or nothing."""
-
-    def put(self, key: str, payload: bytes) -> str:
-        """Write a small object; return its ETag, empty where the library does not tell."""
-
-    def put_new(self, key: str, payload: bytes) -> str:
-        """Write a small object unless there is one (then: a failure with status 412); return its ETag."""
-
-    def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects that may be gone already."""
-
-    def has_md5_etags(self) -> bool:
-        """Return whether an ETag may be held against the MD5 of what was sent."""
-
-    def uploads(self) -> Sequence[HalfWritten] | None:
-        """Return the open multipart uploads below the URL; None where they cannot be listed."""
-
-    def abort(self, key: str, upload: str) -> None:
-        """Abort an upload that may be gone already."""
 
 
 class RemoteStore:

@@ -2,8 +2,8 @@
 
 import os
 import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stockflow.errors import AccessDeniedError, RecipeError
-from stockflow.storage.base import HalfWritten, StoreOptions
-from stockflow.storage.faults import Failure, scrub
+from stockflow.storage.base import StoreOptions
 from stockflow.text.redaction import keep_secret, redact, without_secrets
 
 if TYPE_CHECKING:
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 DEFAULT_REGION = "us-east-1"
 """what stores other than AWS expect to see in a signature"""
-LISTING_TIMEOUT_S = 60.0
-"""of one request for open uploads"""
 CONNECT_TIMEOUT = timedelta(seconds=4)
 """eight attempts at an address that never answers, and the pauses between them, end within a minute"""
 _CREDENTIAL_LIFE = timedelta(minutes=10)
@@ -89,7 +86,7 @@ def bucket_region(name: str, near: str, endpoint: str | None = None) -> str:
 
     settings = Config(signature_version=UNSIGNED, connect_timeout=3, read_timeout=5, retries={"total_max_attempts": 2})
     try:
-        client = _session().create_client("s3", region_name=near, endpoint_url=endpoint, config=settings)
+        client = session().create_client("s3", region_name=near, endpoint_url=endpoint, config=settings)
         reply = client.head_bucket(Bucket=name)
     except ClientError as error:
         reply = error.response
@@ -148,9 +145,9 @@ def s3fs_filesystem(bucket: Bucket, *, attempts: int, timeout_s: float) -> Any:
         anon=bucket.options.anonymous,
         endpoint_url=bucket.endpoint,
         requester_pays=bucket.options.requester_pays,
-        client_kwargs={"region_name": bucket.region} | _trust(bucket),
-        config_kwargs=_client_settings(bucket, attempts, timeout_s),
-        s3_additional_kwargs=_encryption(bucket.options),
+        client_kwargs={"region_name": bucket.region} | trust(bucket),
+        config_kwargs=client_settings(bucket, attempts, timeout_s),
+        s3_additional_kwargs=encryption(bucket.options),
         fixed_upload_size=True,
         use_listings_cache=False,
         session=_async_session(),
@@ -160,122 +157,8 @@ def s3fs_filesystem(bucket: Bucket, *, attempts: int, timeout_s: float) -> Any:
     return filesystem
 
 
-def put_new_object(bucket: Bucket, key: str, payload: bytes, timeout_s: float) -> str:
-    """Write a small object unless there is one, by exactly one request of botocore; return its ETag."""
-    arguments = _payer(bucket) | _encryption(bucket.options)
-    client = _single_requests(bucket, timeout_s)
-    reply = client.put_object(Bucket=bucket.name, Key=key, Body=payload, IfNoneMatch="*", **arguments)
-    return str(reply.get("ETag", ""))
-
-
-class S3RequestError(OSError):
-    """A request that is made by botocore, beside the client of a store, failed."""
-
-    def __init__(self, failure: Failure) -> None:
-        """Keep what botocore said of it."""
-        super().__init__(str(failure))
-        self.failure = failure
-
-
-def list_pages(bucket: Bucket, prefix: str, delimiter: str, at_most: int | None = None) -> list[Mapping[str, Any]]:
-    """Return the pages of a listing, at least ``at_most`` objects of it. By botocore, which takes keys as they are.
-
-    Raises:
-        S3RequestError: the request failed.
-    """
-    pages: list[Mapping[str, Any]] = []
-    more: dict[str, str] = {}
-    with _request_errors():
-        client = _single_requests(bucket, LISTING_TIMEOUT_S)
-        while True:
-            page = client.list_objects_v2(
-                Bucket=bucket.name, Prefix=prefix, Delimiter=delimiter, **_payer(bucket), **more
-            )
-            pages.append(page)
-            is_enough = at_most is not None and sum(each["KeyCount"] for each in pages) >= at_most
-            if is_enough or not page.get("IsTruncated"):
-                return pages
-            more = {"ContinuationToken": page["NextContinuationToken"]}
-
-
-def open_uploads(bucket: Bucket, root: str) -> list[HalfWritten]:
-    """Return the open multipart uploads of keys below ``root``, keys relative to it. By botocore: obstore lists none.
-
-    Raises:
-        S3RequestError: the request failed.
-    """
-    top = f"{root}/" if root else ""
-    found: list[HalfWritten] = []
-    more: dict[str, str] = {}
-    with _request_errors():
-        client = _single_requests(bucket, LISTING_TIMEOUT_S)
-        while True:
-            page = client.list_multipart_uploads(Bucket=bucket.name, Prefix=top, **_payer(bucket), **more)
-            for upload in page.get("Uploads", ()):
-                # Not every store filters by prefix.
-                if upload["Key"].startswith(top):
-                    found.append(HalfWritten(upload["Key"].removeprefix(top), upload["UploadId"], is_abandoned=False))
-            if not page.get("IsTruncated"):
-                return found
-            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-
-
-def abort_upload(bucket: Bucket, key: str, upload: str) -> None:
-    """Abort a multipart upload that may be gone already.
-
-    Raises:
-        S3RequestError: the request failed.
-    """
-    with _request_errors():
-        client = _single_requests(bucket, LISTING_TIMEOUT_S)
-        with suppress(client.exceptions.NoSuchUpload):
-            client.abort_multipart_upload(Bucket=bucket.name, Key=key, UploadId=upload, **_payer(bucket))
-
-
-@contextmanager
-def _request_errors() -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except ClientError as error:
-        raise S3RequestError(failure_of_answer(error.response, str(error))) from None
-    except BotoCoreError as error:
-        raise S3RequestError(Failure(detail=scrub(str(error)), code=type(error).__name__)) from None
-
-
-def failure_of_answer(answer: Mapping[str, Any], otherwise: str, step: str = "") -> Failure:
-    """Return what an error's parsed answer says, ``otherwise`` where it has no words of its own."""
-    told = answer.get("Error", {})
-    code = str(told.get("Code", ""))
-    about = answer.get("ResponseMetadata", {})
-    return Failure(
-        detail=scrub(str(told.get("Message", otherwise) or "")),
-        status=about.get("HTTPStatusCode"),
-        code="" if code.isdigit() else code,  # the answer to a HEAD has no body, and botocore puts the status here
-        attempts=about.get("RetryAttempts", 0) + 1,
-        step=step,
-    )
-
-
-def _single_requests(bucket: Bucket, timeout_s: float) -> Any:
-    """Return a botocore client that makes each request once."""
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    settings = Config(**_client_settings(bucket, 1, timeout_s))
-    if bucket.options.anonymous:
-        settings = settings.merge(Config(signature_version=UNSIGNED))
-    return _session().create_client(
-        "s3", region_name=bucket.region, endpoint_url=bucket.endpoint, config=settings, **_trust(bucket)
-    )
-
-
-def _payer(bucket: Bucket) -> dict[str, str]:
-    return {"RequestPayer": "requester"} if bucket.options.requester_pays else {}
-
-
-def _client_settings(bucket: Bucket, attempts: int, timeout_s: float) -> dict[str, Any]:
+def client_settings(bucket: Bucket, attempts: int, timeout_s: float) -> dict[str, Any]:
+    """Return how botocore makes requests to a bucket: each at most ``attempts`` times."""
     settings: dict[str, Any] = {
         "s3": {"addressing_style": "path" if bucket.path_style else "virtual"},
         "max_pool_connections": 64,
@@ -290,11 +173,13 @@ def _client_settings(bucket: Bucket, attempts: int, timeout_s: float) -> dict[st
     return settings
 
 
-def _encryption(options: StoreOptions) -> dict[str, str]:
+def encryption(options: StoreOptions) -> dict[str, str]:
+    """Return what a request that writes says of keys."""
     return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": options.kms_key} if options.kms_key else {}
 
 
-def _trust(bucket: Bucket) -> dict[str, str]:
+def trust(bucket: Bucket) -> dict[str, str]:
+    """Return which certificates a client trusts beside the system's."""
     return {"verify": bucket.ca_bundle} if bucket.ca_bundle else {}
 
 
@@ -339,12 +224,13 @@ def has_md5_etags(bucket: Bucket) -> bool:
 
 def forget_session() -> None:
     """Read credentials, profile and regions again at the next use."""
-    for cached in (_session, _async_session, _credentials, bucket_region):
+    for cached in (session, _async_session, _credentials, bucket_region):
         cached.cache_clear()
 
 
 @lru_cache(maxsize=1)
-def _session() -> Any:
+def session() -> Any:
+    """Return the process's botocore session."""
     import botocore.session
 
     return botocore.session.Session()
@@ -360,7 +246,7 @@ def _async_session() -> Any:
 
 @lru_cache(maxsize=1)
 def _credentials() -> Any:
-    return _session().get_credentials()
+    return session().get_credentials()
 
 
 def _check_bundle(path: str) -> None:
@@ -375,7 +261,7 @@ def _default_region() -> str:
         if region := os.environ.get(name):
             return region
     with _usable_profile():
-        return str(_session().get_config_variable("region") or DEFAULT_REGION)
+        return str(session().get_config_variable("region") or DEFAULT_REGION)
 
 
 @contextmanager

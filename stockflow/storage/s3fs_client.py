@@ -12,18 +12,9 @@ from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, Store
 from stockflow.storage.faults import Failure, WrongAnswerError
 from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
 from stockflow.storage.retry import RetryPolicy
-from stockflow.storage.s3 import (
-    Bucket,
-    S3RequestError,
-    abort_upload,
-    has_md5_etags,
-    locate_bucket,
-    open_uploads,
-    put_new_object,
-    require_credentials,
-    s3fs_filesystem,
-)
+from stockflow.storage.s3 import Bucket, has_md5_etags, locate_bucket, require_credentials, s3fs_filesystem
 from stockflow.storage.s3_pages import files_on, listing_on
+from stockflow.storage.s3_requests import S3RequestError, abort_upload, open_uploads, put_new_object
 
 
 class S3fsClient:
