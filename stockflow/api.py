@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from stockflow.checkpoints.samples import sampled_specs
 from stockflow.events import Moved, OnEvent, Stage, ignore
-from stockflow.forecast.amounts import survey
+from stockflow.forecast.amounts import read_twice, survey
 from stockflow.forecast.constants import load_calibration
 from stockflow.forecast.seconds import Conditions, forecast
 from stockflow.planning.budget import default_memory
@@ -68,7 +68,7 @@ def plan(
     chosen = resolved(PlanSettings, settings)
     constants = load_calibration(chosen.calibration)
     options, conditions = _conditions(chosen, constants[0] if chosen.calibration else None)
-    inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed)
+    inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs)
     return _planned(inputs, os.fspath(output), options, conditions, constants, on_event)
 
 
@@ -112,7 +112,9 @@ def _planned(
     url = driver.output_url(inputs, output)
     with driver.collector_paused():
         work = survey(merge_plan, workspace, len(sampled_specs(inputs.merged)))
-        found = forecast(work, constants, [checkpoint.url for checkpoint in merge_plan.checkpoints], url, conditions)
+        urls = [checkpoint.url for checkpoint in merge_plan.checkpoints]
+        work = read_twice(work, urls) if inputs.reads_twice else work
+        found = forecast(work, constants, urls, url, conditions)
     return PlanResult(merge_plan, workspace, notes, url, work, least_bytes, found)
 
 
@@ -135,7 +137,7 @@ def merge(
     """
     chosen = resolved(MergeSettings, settings)
     options, execute = options_of(chosen, chosen.workers), execute_on(chosen)
-    inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed)
+    inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs)
     result = driver.merge(inputs, os.fspath(output), options, execute, on_event)
     return MergeResult(result, inputs.storage)
 

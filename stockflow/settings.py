@@ -157,6 +157,9 @@ class _Writing(TypedDict, total=False):
         "Obey rules by which every tensor comes from one model: the output is no merge.", False
     )]  # fmt: skip
     strict: Annotated[bool, Setting("Refuse what is otherwise only warned of.", False)]
+    verify_inputs: Annotated[bool, Setting(
+        "Read all that is read of remote models a second time, over another connection, and compare.", False
+    )]  # fmt: skip
     random_seed: Annotated[int | None, Setting(
         "What methods that draw, draw by. Default: the recipe's `stockflow: {seed: 0}`.", least=0, most=2**63 - 1
     )]  # fmt: skip

@@ -37,13 +37,18 @@ def storage_of(recipe: RecipeLike | None, follow_links: Sequence[Location] = ())
 
 
 def open_inputs(
-    recipe: RecipeLike, on_event: OnEvent = ignore, follow_links: Sequence[Location] = (), seed: int | None = None
+    recipe: RecipeLike,
+    on_event: OnEvent = ignore,
+    follow_links: Sequence[Location] = (),
+    seed: int | None = None,
+    *,
+    reads_twice: bool = False,
 ) -> Inputs:
     """Return the opened checkpoints of a recipe; a seed stands before its own."""
     on_event(Stage("opening checkpoints", unit="files"))
     trusted = trusted_folders(follow_links)
     seeded = amended(recipe_of(recipe), **({} if seed is None else {"seed": seed}))
-    inputs = Inputs.open(seeded, lambda file: on_event(Done(file)), trusted)
+    inputs = Inputs.open(seeded, lambda file: on_event(Done(file)), trusted, reads_twice=reads_twice)
     for store, checkpoint in zip(inputs.stores, inputs.checkpoints, strict=True):
         for note in link_notes(store, checkpoint.files):
             on_event(Note(note))

@@ -157,6 +157,7 @@ class FaultyProxy:
         self.steps: list[Step] = []
         self.met: Counter[tuple[Step, Fault]] = Counter()
         """faults that requests met, by step"""
+        self._flips: Counter[str] = Counter()
         self.num_bytes = 0
         """sent to clients in bodies"""
         self._upstream = urlsplit(upstream)
@@ -245,10 +246,15 @@ class FaultyProxy:
         if fault == "lost":
             return await self._silence(writer, 0.0)
         if fault == "flip" and answer.body and not request.body:
-            answer = answer.with_body(_flipped(answer.body, request.words))
+            answer = answer.with_body(_flipped(answer.body, self._words_of_flip(request)))
         elif fault in ("short", "long") and answer.body:
             answer = answer.with_body(answer.body[:-1] if fault == "short" else answer.body + b"\0")
         return await self._send(request, writer, answer, fault)
+
+    def _words_of_flip(self, request: Request) -> str:
+        """What decides which bit it is: another one each time that a request is made."""
+        self._flips[request.words] += 1
+        return f"{request.words} {self._flips[request.words]}"
 
     async def _silence(self, writer: asyncio.StreamWriter, seconds: float) -> bool:
         """Say nothing, then break the connection."""

@@ -57,6 +57,8 @@ class Checkpoint:
     """what was read of its tensors"""
     settled: frozenset[str] = frozenset()
     """names of which files and index disagree, and that rules say it need not hold"""
+    over_http: bool = False
+    """whether its bytes travel without TLS"""
 
 
 Settles = Callable[[int, str], bool]
@@ -103,6 +105,7 @@ def open_checkpoint(
         missing_files=beside.missing,
         values=read_values(store, weights, config, cache),
         settled=frozenset(settled),
+        over_http=store.over_http,
     )
 
 

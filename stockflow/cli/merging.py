@@ -46,6 +46,7 @@ def merged(recipe: "RecipeLike", output: str, told: Told, settings: MergeSetting
     without=(
         "follow_links",
         "strict",
+        "verify_inputs",
         "allow_unmerged",
         "random_seed",
         "gpus_per_worker",

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from stockflow.planning.job import TensorJob
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
 from stockflow.planning.spans import SPAN_ELEMS
+from stockflow.storage import scheme_of
 from stockflow.storage.parts import RANGE_BYTES, part_bytes
 
 
@@ -38,6 +39,10 @@ class CheckpointReads:
     """every pass counted"""
     num_bytes_once: int = 0
     """the first pass alone: the most that must come from a disk whose files then stay in memory"""
+
+    def twice(self) -> "CheckpointReads":
+        """Return what it is if each range is read again."""
+        return CheckpointReads(2 * self.num_requests, 2 * self.num_bytes, 2 * self.num_bytes_once)
 
     def add(self, other: "CheckpointReads") -> None:
         """Count what is read elsewhere, too."""
@@ -85,6 +90,13 @@ class Workload:
     """per checkpoint: small reads before anything is planned"""
     num_written_files: int = 0
     """beside those that are copied"""
+    read_twice: frozenset[int] = frozenset()
+    """checkpoints of which all is read again and compared; ``shards`` count that already"""
+
+    @property
+    def num_bytes_again(self) -> int:
+        """Bytes that are read only to be compared."""
+        return sum(self.readings[index].num_bytes for index in self.read_twice) // 2
 
     @cached_property
     def readings(self) -> Mapping[int, CheckpointReads]:
@@ -158,10 +170,12 @@ def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[
     for index, (url, num_files) in enumerate(zip(inputs, work.num_checkpoint_files, strict=True)):
         reading, place = work.readings[index], "/".join(url.split("/")[:3])
         headers, stamps_hold = num_files, place not in asked  # whether they do is asked once per store
-        gets = reading.num_requests + headers + work.num_looks + work.has_config + stamps_hold
+        small = (headers + work.num_looks + work.has_config) * (2 if index in work.read_twice else 1)
+        gets = reading.num_requests + small + stamps_hold
         by_input.append(StoreRequests(gets, puts=1, bytes_out=reading.num_bytes))  # a listing
         asked.add(place)
-    by_input[work.side_files_from].gets += 2 * work.num_side_files  # looked at, then copied
+    # Looked at, then copied.
+    by_input[work.side_files_from].gets += work.num_side_files * (4 if work.side_files_from in work.read_twice else 2)
     num_further = work.has_config + work.num_side_files + work.num_written_files + work.has_index
     output = StoreRequests(
         gets=MERGE_GETS + num_further + len(work.shards) * SHARD_GETS,
@@ -196,6 +210,17 @@ def survey(plan: MergePlan, workspace: Workspace, num_looks: int = 0) -> Workloa
         num_looks=num_looks,
         num_written_files=len(plan.written_files),
     )
+
+
+def read_twice(work: Workload, urls: Sequence[str]) -> Workload:
+    """Return what is asked for if every range, header and small file of a remote model is read a second time."""
+    remote = frozenset(index for index, url in enumerate(urls) if scheme_of(url) != "file")
+
+    def doubled(shard: ShardAmounts) -> ShardAmounts:
+        reads = {index: each.twice() if index in remote else each for index, each in shard.reads.items()}
+        return replace(shard, reads=reads)
+
+    return replace(work, shards=tuple(map(doubled, work.shards)), read_twice=remote)
 
 
 def kernel_of(job: TensorJob) -> Kernel:

@@ -43,6 +43,7 @@ def project(
         "source_bytes": plan.num_source_bytes,
         "bytes_to_read": work.num_bytes_read,
         "bytes_to_write": plan.num_output_bytes,
+        "bytes_to_read_again": work.num_bytes_again,
         "requests": work.num_reads,
         "passes": {str(number): count for number, count in work.passes.items()},
         "projected_memory_bytes": workspace.projected_bytes,
@@ -72,6 +73,8 @@ def plan_lines(
     yield f"  output  {_shards_in_words(plan)}"
     yield from _copied_lines(plan)
     yield f"  read    {gb(work.num_bytes_read)} in {counted(work.num_reads, 'request')}"
+    if work.read_twice:
+        yield f"  again   {gb(work.num_bytes_again)} of that to compare what is read of remote models (--verify-inputs)"
     passes = (f"{counted(count, 'tensor')} read {times(number)}" for number, count in work.passes.items())
     yield f"  passes  {'; '.join(passes)}"
     worst = worst_tensor(plan.jobs)

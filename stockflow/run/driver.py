@@ -105,26 +105,31 @@ class Inputs:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     trusted: tuple[str, ...] = ()
     """folders that links of weights may lead into"""
+    reads_twice: bool = False
+    """whether what is read of remote models is read again and compared"""
 
     @property
     def storage(self) -> StorageConfig:
-        """How inputs and output are reached: the recipe's options, and the links that are followed."""
-        return replace(self.recipe.storage, trusted=self.trusted)
+        """How inputs and output are reached: the recipe's options, the links that are followed, how often is read."""
+        return replace(self.recipe.storage, trusted=self.trusted, reads_twice=self.reads_twice)
 
     @classmethod
-    def open(cls, recipe: Recipe, on_file: OnFile = unheard, trusted: tuple[str, ...] = ()) -> "Inputs":
+    def open(
+        cls, recipe: Recipe, on_file: OnFile = unheard, trusted: tuple[str, ...] = (), *, reads_twice: bool = False
+    ) -> "Inputs":
         """Open every checkpoint concurrently.
 
         Args:
             recipe: names them.
             on_file: told of each file whose header was read.
             trusted: resolved folders that links of weights may lead into.
+            reads_twice: whether what is read of remote models is read again and compared.
 
         Raises:
             UserError: one is missing, forbidden or malformed.
             StorageError: reading failed after retries.
         """
-        inputs = cls(recipe, [], trusted=trusted)
+        inputs = cls(recipe, [], trusted=trusted, reads_twice=reads_twice)
         found = [_store_or_why_not(location, inputs.storage) for location in recipe.checkpoints]
         with collector_paused():
             inputs.checkpoints = open_checkpoints(found, on_file, recipe.spares)

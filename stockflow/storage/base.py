@@ -73,6 +73,8 @@ class StorageConfig:
     by_prefix: Mapping[str, StoreOptions] = field(default_factory=dict)
     trusted: tuple[str, ...] = ()
     """local folders, resolved, that links of weights may lead into; named by who runs the merge, never by a recipe"""
+    reads_twice: bool = False
+    """whether what is read of remote models is read again over another connection and compared"""
 
     def for_url(self, url: str) -> StoreOptions:
         """Return the options that apply to ``url``."""
@@ -111,6 +113,10 @@ class Store(Protocol):
     @property
     def pin(self) -> Pin:
         """How reads are held to a stamp."""
+
+    @property
+    def over_http(self) -> bool:
+        """Whether what is read travels without TLS: a bit that flips on the way may not be noticed."""
 
     @property
     def num_retries(self) -> int:

@@ -19,6 +19,10 @@ class Client(Protocol):
     def errors(self) -> tuple[type[Exception], ...]:
         """What the library raises when a request fails."""
 
+    @property
+    def over_http(self) -> bool:
+        """Whether bytes travel without TLS."""
+
     def failure(self, error: Exception) -> Failure:
         """Return what one of ``errors`` says."""
 
@@ -51,6 +55,9 @@ class Client(Protocol):
 
     def has_md5_etags(self) -> bool:
         """Return whether an ETag may be held against the MD5 of what was sent."""
+
+    def checksums(self, key: str) -> Mapping[str, str]:
+        """Return what the store has kept of an object's checksums, by S3's names; nothing where it keeps none."""
 
     def uploads(self) -> Sequence[HalfWritten] | None:
         """Return the open multipart uploads below the URL; None where they cannot be listed."""

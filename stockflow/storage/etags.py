@@ -3,7 +3,7 @@
 import hashlib
 
 
-def md5_etag(payload: bytes) -> str:
+def md5_etag(payload: memoryview | bytes) -> str:
     """Return the ETag of an object written by one request."""
     return hashlib.md5(payload, usedforsecurity=False).hexdigest()
 

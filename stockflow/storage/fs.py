@@ -1,9 +1,11 @@
 """Everything fsspec can reach: the general path for any URL, s3:// included where the options say so."""
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -33,17 +35,20 @@ _MEMORY_LOCK = threading.Lock()
 class FsspecStore(RemoteStore):
     """The objects under one URL of any scheme fsspec knows."""
 
-    def __init__(self, url: str, options: StoreOptions, policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, url: str, options: StoreOptions, policy: RetryPolicy | None = None, *, reads_twice: bool = False
+    ) -> None:
         """Take the URL and how to reach it; nothing is contacted yet."""
         policy = policy or RetryPolicy()
-        client: Client
-        if url.startswith("s3://"):
-            from stockflow.storage.s3fs_client import S3fsClient
+        super().__init__(url, partial(_client, url, options, policy), policy, reads_twice=reads_twice)
 
-            client = S3fsClient(url, options, policy)
-        else:
-            client = FsspecClient(url, options)
-        super().__init__(url, client, policy)
+
+def _client(url: str, options: StoreOptions, policy: RetryPolicy) -> Client:
+    if not url.startswith("s3://"):
+        return FsspecClient(url, options)
+    from stockflow.storage.s3fs_client import S3fsClient
+
+    return S3fsClient(url, options, policy)
 
 
 class FsspecClient:
@@ -57,7 +62,7 @@ class FsspecClient:
         Raises:
             RecipeError: fsspec does not know the scheme, or lacks the package for it.
         """
-        scheme = url.split("://", 1)[0]
+        self._scheme = scheme = url.split("://", 1)[0]
         self._fs = _open_filesystem(scheme, url, options)
         self._root = str(self._fs._strip_protocol(url)).rstrip("/")
         self._guard: AbstractContextManager[object] = _MEMORY_LOCK if scheme == "memory" else nullcontext()
@@ -66,6 +71,12 @@ class FsspecClient:
         self._reading = {"cache_type": "none"} if scheme == "hf" else {}
         self._answers_ranges = scheme not in ("http", "https")
         self.errors = (*ERRORS, *_errors_of(scheme))
+
+    @property
+    def over_http(self) -> bool:
+        """Whether bytes travel without TLS."""
+        endpoint = os.environ.get("HF_ENDPOINT", "") if self._scheme == "hf" else f"{self._scheme}://"
+        return endpoint.startswith("http://")
 
     def failure(self, error: Exception) -> Failure:
         """Return what an exception of fsspec or of a library below it says."""
@@ -141,6 +152,11 @@ class FsspecClient:
         for key in keys:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(key))
+
+    def checksums(self, key: str) -> Mapping[str, str]:
+        """Return nothing: fsspec does not tell."""
+        del key
+        return {}
 
     def uploads(self) -> Sequence[HalfWritten] | None:
         """Return nothing for memory, where nothing outlives a writer; elsewhere fsspec does not tell."""

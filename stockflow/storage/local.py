@@ -35,6 +35,7 @@ class LocalStore:
 
     pin: Pin = "stat"
     num_retries = 0
+    over_http = False
 
     def __init__(self, root: str, trusted: Sequence[str] = (), only: str = "") -> None:
         """Take a folder.

@@ -90,7 +90,9 @@ def open_model(location: str, config: StorageConfig) -> Store:
         RecipeError: the scheme is unknown.
     """
     url = normalize_url(location)
-    if scheme_of(url) != "file" or not is_weights(url):
+    if scheme_of(url) != "file":
+        return _open_remote(url, config, reads_twice=config.reads_twice)
+    if not is_weights(url):
         return open_store(url, config)
     from stockflow.storage.local import LocalStore
 
@@ -120,11 +122,15 @@ def open_store(location: str, config: StorageConfig, *, writable: bool = False) 
         from stockflow.storage.local import LocalStore
 
         return LocalStore(url, config.trusted)
+    return _open_remote(url, config)
+
+
+def _open_remote(url: str, config: StorageConfig, *, reads_twice: bool = False) -> Store:
     options = config.for_url(url)
-    if scheme in OBJECT_SCHEMES and options.client != "fsspec":
+    if scheme_of(url) in OBJECT_SCHEMES and options.client != "fsspec":
         from stockflow.storage.objects import ObjectStore
 
-        return ObjectStore(url, options)
+        return ObjectStore(url, options, reads_twice=reads_twice)
     from stockflow.storage.fs import FsspecStore
 
-    return FsspecStore(url, options)
+    return FsspecStore(url, options, reads_twice=reads_twice)

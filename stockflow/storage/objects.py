@@ -27,12 +27,13 @@ from stockflow.storage.s3 import (
     CONNECT_TIMEOUT,
     Bucket,
     has_md5_etags,
+    is_over_http,
     locate_bucket,
     obstore_bucket,
     require_credentials,
 )
 from stockflow.storage.s3_pages import files_on, listing_on
-from stockflow.storage.s3_requests import S3RequestError, abort_upload, list_pages, open_uploads
+from stockflow.storage.s3_requests import S3RequestError, abort_upload, checksums_of, list_pages, open_uploads
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta, WritableFile
@@ -56,10 +57,12 @@ _HINTS = {"az": "; set AZURE_STORAGE_ACCOUNT_NAME and credentials in the environ
 class ObjectStore(RemoteStore):
     """The objects under one ``s3://``, ``gs://`` or ``az://`` URL."""
 
-    def __init__(self, url: str, options: StoreOptions, policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, url: str, options: StoreOptions, policy: RetryPolicy | None = None, *, reads_twice: bool = False
+    ) -> None:
         """Take the URL and how to reach it; nothing is contacted yet."""
         policy = policy or RetryPolicy()
-        super().__init__(url, ObstoreClient(url, options, policy), policy)
+        super().__init__(url, partial(ObstoreClient, url, options, policy), policy, reads_twice=reads_twice)
 
 
 class ObstoreClient:
@@ -79,6 +82,11 @@ class ObstoreClient:
         self._policy = policy
         self._lock = threading.Lock()
         self._connections: dict[bool, Connection] = {}
+
+    @property
+    def over_http(self) -> bool:
+        """Whether bytes travel without TLS."""
+        return self._scheme == "s3" and is_over_http(self._options)
 
     def failure(self, error: Exception) -> Failure:
         """Return the HTTP status, the store's code and the telling words of an obstore error."""
@@ -168,6 +176,10 @@ class ObstoreClient:
     def has_md5_etags(self) -> bool:
         """Return whether ETags may be held against what was sent."""
         return self._scheme == "s3" and has_md5_etags(locate_bucket(self._bucket, self._options))
+
+    def checksums(self, key: str) -> Mapping[str, str]:
+        """Return what S3 has kept of an object's checksums."""
+        return checksums_of(self._bucket_at(), self._path(key)) if self._scheme == "s3" else {}
 
     def uploads(self) -> Sequence[HalfWritten] | None:
         """Return the open multipart uploads below the URL; known of S3 only."""

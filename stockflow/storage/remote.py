@@ -1,5 +1,6 @@
 """What all remote stores share: keys, retries, typed errors. A client only speaks its library's language."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -8,6 +9,7 @@ from typing import TypeVar
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, StockflowError, StorageError
 from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Sink, Stamp, check_key
+from stockflow.storage.checksums import WholeObjects
 from stockflow.storage.client import Client
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.faults import Failure, Operation, WrongAnswerError, storage_error, user_error
@@ -16,18 +18,30 @@ from stockflow.storage.retry import RetryLoop, RetryPolicy
 from stockflow.text.redaction import redact
 
 T = TypeVar("T")
+READS_DIFFER = "two reads of it over two connections gave different bytes: the network or the store damages them"
 
 
 class RemoteStore:
     """A ``Store`` over a client."""
 
-    def __init__(self, url: str, client: Client, policy: RetryPolicy) -> None:
-        """Take a client for ``url``; nothing is contacted yet."""
+    def __init__(
+        self, url: str, connect: Callable[[], Client], policy: RetryPolicy, *, reads_twice: bool = False
+    ) -> None:
+        """Take what makes clients for ``url``; nothing is contacted yet.
+
+        Args:
+            url: normalized.
+            connect: returns a client that shares no connection with others.
+            policy: how requests are repeated.
+            reads_twice: whether what is read is read again by another client, and must be the same.
+        """
         self.url = url
-        self._client = client
+        self._client = connect()
+        self._witness = connect() if reads_twice else None
         self._policy = policy
         self._retries = RetryLoop(policy)
         self._known_md5_etags: bool | None = None
+        self._whole = WholeObjects(self._client)
 
     def where(self, key: str = "") -> str:
         """Return the URL of an object, or of the prefix, without secrets."""
@@ -37,6 +51,11 @@ class RemoteStore:
     def pin(self) -> Pin:
         """How reads are held to a stamp."""
         return self._client.pin
+
+    @property
+    def over_http(self) -> bool:
+        """Whether what is read travels without TLS."""
+        return self._client.over_http
 
     @property
     def num_retries(self) -> int:
@@ -49,11 +68,16 @@ class RemoteStore:
 
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes and the stamp, from one answer."""
+        earlier: set[bytes] = set()
 
         def attempt() -> tuple[bytes, Stamp]:
             payload, stamp = self._client.read_head(check_key(key), num_bytes)
             if len(payload) != min(num_bytes, stamp.size):
                 raise WrongAnswerError(f"{len(payload)} bytes came of the first {min(num_bytes, stamp.size)}")
+            if len(payload) == stamp.size:
+                self._whole.check(key, payload, stamp, earlier)
+            if self._witness is not None and self._witness.read_head(key, num_bytes) != (payload, stamp):
+                raise WrongAnswerError(READS_DIFFER)
             return payload, stamp
 
         return self._run("read", key, attempt)
@@ -62,8 +86,15 @@ class RemoteStore:
         """Fill ``buffer`` by requests of at most ``RANGE_BYTES``, each held to ``stamp`` if the store can."""
         check_key(key)
         target = buffer.cast("B")
-        for done in range(0, target.nbytes, RANGE_BYTES):
-            self._read_range(key, start + done, target[done : done + RANGE_BYTES], stamp)
+        earlier: set[bytes] = set()
+
+        def attempt() -> None:
+            for done in range(0, target.nbytes, RANGE_BYTES):
+                self._read_range(key, start + done, target[done : done + RANGE_BYTES], stamp)
+            if target.nbytes == stamp.size:
+                self._whole.check(key, target, stamp, earlier)
+
+        self._run("read", key, attempt, stamp)
 
     def list(self, prefix: str = "", *, at_most: int | None = None) -> dict[str, Stamp]:
         """Return every object below ``prefix``, recursively, or the first ones found."""
@@ -264,8 +295,17 @@ class RemoteStore:
                     "it is shorter than planned, or its server ignores range requests"
                 )
             target[:] = payload
+            del payload  # or two ranges would be held by each thread
+            self._read_again(key, start, target, stamp)
 
         self._run("read", key, attempt, stamp)
+
+    def _read_again(self, key: str, start: int, first: memoryview, stamp: Stamp) -> None:
+        if self._witness is None:
+            return
+        second, _ = self._witness.read(key, start, start + first.nbytes, stamp)
+        if hashlib.sha256(first).digest() != hashlib.sha256(second).digest():
+            raise WrongAnswerError(READS_DIFFER)
 
     def _run(self, operation: Operation, key: str, attempt: Callable[[], T], pinned: Stamp | None = None) -> T:
         def judge(error: Exception, attempts: int, is_last: bool) -> StockflowError | None:

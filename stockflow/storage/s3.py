@@ -43,6 +43,17 @@ class Bucket:
         return self.endpoint is None or self.endpoint.startswith("https://")
 
 
+def endpoint_of(options: StoreOptions) -> str | None:
+    """Return the address that requests go to, None for AWS's own."""
+    environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return options.endpoint or environment or None
+
+
+def is_over_http(options: StoreOptions) -> bool:
+    """Return whether requests travel without TLS."""
+    return (endpoint_of(options) or "").startswith("http://")
+
+
 def locate_bucket(name: str, options: StoreOptions) -> Bucket:
     """Return how to reach a bucket; asks AWS for its region unless the options or an endpoint settle it."""
     if name.endswith("--x-s3"):
@@ -50,8 +61,7 @@ def locate_bucket(name: str, options: StoreOptions) -> Bucket:
             f"{name!r} is a directory bucket (S3 Express), which is not read or written; copy the objects to a general "
             "purpose bucket: `aws s3 sync`"
         )
-    environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    endpoint = options.endpoint or environment or None
+    endpoint = endpoint_of(options)
     if endpoint and not endpoint.startswith(("http://", "https://")):
         address = redact(f"://{endpoint.rpartition('://')[2]}").removeprefix("://")
         raise RecipeError(f"the endpoint {address!r} is not a URL; expected http://host or https://host")

@@ -84,6 +84,20 @@ def abort_upload(bucket: Bucket, key: str, upload: str) -> None:
             client.abort_multipart_upload(Bucket=bucket.name, Key=key, UploadId=upload, **_payer(bucket))
 
 
+def checksums_of(bucket: Bucket, key: str) -> Mapping[str, str]:
+    """Return the checksums that S3 keeps of a whole object, by name; those of its parts together are left out.
+
+    Raises:
+        S3RequestError: the request failed.
+    """
+    with _request_errors():
+        client = _single_requests(bucket, LISTING_TIMEOUT_S)
+        reply = client.head_object(Bucket=bucket.name, Key=key, ChecksumMode="ENABLED", **_payer(bucket))
+    told = {name.removeprefix("Checksum"): str(value) for name, value in reply.items() if name.startswith("Checksum")}
+    is_of_parts = told.pop("Type", "") == "COMPOSITE" or any("-" in value for value in told.values())
+    return {} if is_of_parts else told
+
+
 @contextmanager
 def _request_errors() -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError

@@ -12,9 +12,16 @@ from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, Store
 from stockflow.storage.faults import Failure, WrongAnswerError
 from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
 from stockflow.storage.retry import RetryPolicy
-from stockflow.storage.s3 import Bucket, has_md5_etags, locate_bucket, require_credentials, s3fs_filesystem
+from stockflow.storage.s3 import (
+    Bucket,
+    has_md5_etags,
+    is_over_http,
+    locate_bucket,
+    require_credentials,
+    s3fs_filesystem,
+)
 from stockflow.storage.s3_pages import files_on, listing_on
-from stockflow.storage.s3_requests import S3RequestError, abort_upload, open_uploads, put_new_object
+from stockflow.storage.s3_requests import S3RequestError, abort_upload, checksums_of, open_uploads, put_new_object
 
 
 class S3fsClient:
@@ -33,6 +40,11 @@ class S3fsClient:
         self._policy = policy
         self._lock = threading.Lock()
         self._kept: Any = None
+
+    @property
+    def over_http(self) -> bool:
+        """Whether bytes travel without TLS."""
+        return is_over_http(self._options)
 
     def failure(self, error: Exception) -> Failure:
         """Return what an exception of s3fs, aiohttp or botocore says."""
@@ -104,6 +116,10 @@ class S3fsClient:
     def has_md5_etags(self) -> bool:
         """Return whether ETags may be held against what was sent."""
         return has_md5_etags(self._bucket_at())
+
+    def checksums(self, key: str) -> Mapping[str, str]:
+        """Return what S3 has kept of an object's checksums."""
+        return checksums_of(self._bucket_at(), self._path(key))
 
     def uploads(self) -> Sequence[HalfWritten]:
         """Return the open multipart uploads below the URL."""

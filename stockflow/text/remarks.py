@@ -38,6 +38,7 @@ CODES: Mapping[str, str] = {
     "not-taken": "side files that only models have which do not give them",
     "other-names": "a model whose tensors are the base's under other names",
     "part-kept": "layers that predict further tokens, or a tower, that some models lack and the output has of the base",
+    "over-http": "models that are read without TLS",
     "placeholders": "tensors of no elements where names or other models say that there are some",
     "pair-parted": "head and embedding that are one tensor and are treated in two ways",
     "precision-kept": "tensors that stay finer than the recipe's dtype",

@@ -3,6 +3,7 @@
 The whole matrix, and most of what goes through s3fs, belongs to ``make chaos``.
 """
 
+import base64
 import hashlib
 import random
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 from stockflow.errors import StorageError
 from stockflow.storage import StoreOptions, parts
 from stockflow.storage.base import Stamp
+from stockflow.storage.checksums import checksums_confirm, etag_confirms
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.fs import FsspecStore
 from stockflow.storage.objects import ObjectStore
@@ -309,6 +311,55 @@ def test_a_byte_that_flips_in_an_upload_of_one_request_is_an_error(store: Remote
 
     with pytest.raises(StorageError, match=r"run/big\.bin is not what was sent"):
         upload(store, SMALL)
+
+
+@WITH_BOTH
+@pytest.mark.parametrize("payload", [SMALL, LARGE], ids=["one request", "parts"])
+def test_a_bit_that_flips_in_an_object_that_is_read_whole_is_mended(
+    store: RemoteStore, proxy: FaultyProxy, payload: bytes
+) -> None:
+    upload(store, payload)
+    stamp, whole = store.stamp("big.bin"), bytearray(len(payload))
+    proxy.fail("get", "flip", times=2)
+
+    assert store.read_head("big.bin", len(payload) + 1)[0] == payload
+    proxy.fail("get", "flip", times=1)
+    store.read_into("big.bin", 0, memoryview(whole), stamp)
+
+    assert whole == payload
+    assert (proxy.met["get", "flip"], store.num_retries) == (3, 3)
+
+
+def test_an_etag_that_only_looks_like_a_digest_is_noticed_once(
+    store: RemoteStore, s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with keys of a KMS: what comes twice is what the store has, or the checksum that it keeps says so at once."""
+    reads = type(store._client).read_head
+    stamp = Stamp(len(SMALL), '"' + "0" * 32 + '"')
+    monkeypatch.setattr(type(store._client), "read_head", lambda *args: (reads(*args)[0], stamp))
+    s3 = boto3.client("s3", endpoint_url=s3_endpoint)
+    s3.put_object(Bucket=s3_bucket, Key="run/sha.bin", Body=SMALL, ChecksumAlgorithm="SHA256")
+
+    assert store.read_head("sha.bin", 99_999)[0] == SMALL
+    assert store.num_retries == 0
+    assert store.read_head("a.bin", 99_999)[0] == SMALL
+    assert store.num_retries == 1
+    assert store.read_head("a.bin", 99_999)[0] == SMALL
+    assert store.num_retries == 1
+
+
+def test_checksums_are_those_of_their_catalogue() -> None:
+    told = {
+        "CRC32C": base64.b64encode(0xE3069283.to_bytes(4, "big")).decode(),
+        "CRC64NVME": base64.b64encode(0xAE8B14860A799888.to_bytes(8, "big")).decode(),
+        "CRC32": base64.b64encode(0xCBF43926.to_bytes(4, "big")).decode(),
+    }
+    for name, value in told.items():
+        assert checksums_confirm({name: value}, b"123456789") is True
+        assert checksums_confirm({name: value}, b"123456788") is False
+    assert checksums_confirm({}, b"123456789") is None
+    assert etag_confirms(f'"{hashlib.sha256(SMALL).hexdigest()}"', SMALL) is True
+    assert etag_confirms('W/"5f-16"', SMALL) is None
 
 
 @pytest.mark.parametrize("step", ["create", "complete"])

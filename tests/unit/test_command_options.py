@@ -139,6 +139,7 @@ def test_words_of_a_command_line_say_the_settings_again() -> None:
     given = {
         "memory": "2GiB", "workers": 3, "executor": None, "device": "cuda", "gpus_per_worker": 0.5,
         "shard_size": "5GB", "overwrite": True, "strict": True, "allow_unmerged": True, "random_seed": 7,
+        "verify_inputs": True,
         "labels": {"pool": "spot", "zone": "a b"},
         "worker_timeout": 60.0, "shard_timeout": 1234567.0, "follow_links": ("/x y", "/z"),
     }  # fmt: skip

@@ -26,6 +26,7 @@ from stockflow.text.remarks import Remark
 LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     asked.unmerged,
     asked.snapshots,
+    asked.over_http,
     placeholders.placeholders,
     asked.skipped_tensors,
     layers.modules_left_out,

@@ -30,6 +30,18 @@ def snapshots(proposal: Proposal) -> Iterator[Remark]:
             yield Remark("snapshot", text, "note", (checkpoint.url,))
 
 
+def over_http(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models are read where a bit may flip on the way, and none the wiser."""
+    urls = tuple(dict.fromkeys(redact(each.url) for each in proposal.checkpoints if each.over_http))
+    if urls:
+        text = (
+            f"{counted(len(urls), 'model')} {are(len(urls))} read over http://, where nothing notices a bit that flips "
+            f"in a range of a file: {', '.join(urls[:3])}{' ...' if len(urls) > 3 else ''}; "
+            "--verify-inputs reads each twice and compares, https:// guards them"
+        )
+        yield Remark("over-http", text, "note", urls)
+
+
 def missing_tokenizer(proposal: Proposal) -> Iterator[Remark]:
     """Yield which files of a tokenizer the recipe leaves out."""
     if not proposal.recipe.stockflow.copy_tokenizer:
