@@ -7,9 +7,9 @@ stored otherwise is turned into such by a stage of the engine (``engine.stage``)
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 from stockflow.checkpoints.header import DTYPES
 
@@ -44,6 +44,10 @@ class Decode(Protocol):
     def widths(self) -> tuple[int, ...]:
         """Per extent, the boundary in bytes on which its elements must begin in memory."""
 
+    @property
+    def words(self) -> str:
+        """What its users call it."""
+
     def ranges(self, shape: tuple[int, ...], start: int, stop: int) -> tuple[ByteRange, ...]:
         """Return, per extent, the bytes that elements ``start`` to ``stop`` of a tensor of ``shape`` need."""
 
@@ -71,6 +75,11 @@ class Plain:
         """The width of the only extent."""
         return (self.width,)
 
+    @property
+    def words(self) -> str:
+        """Its dtype."""
+        return self.dtype
+
     def ranges(self, shape: tuple[int, ...], start: int, stop: int) -> tuple[ByteRange, ...]:
         """Return the run itself."""
         del shape
@@ -95,6 +104,11 @@ class Verbatim:
         """One byte."""
         return (1,)
 
+    @property
+    def words(self) -> str:
+        """Its dtype."""
+        return self.dtype
+
     def ranges(self, shape: tuple[int, ...], start: int, stop: int) -> tuple[ByteRange, ...]:
         """Return the run itself."""
         del shape
@@ -103,10 +117,10 @@ class Verbatim:
 
 @dataclass(frozen=True, slots=True)
 class BlockScaled:
-    """Codes of one byte in blocks of a matrix, each block with a scale that multiplies them: block FP8.
+    """Codes of one byte in blocks of a matrix, each block with a scale that multiplies them: FP8 of every grid.
 
     The first extent holds the codes, row by row, the second the scales, a grid of ``ceil(rows / block rows)`` by
-    ``ceil(columns / block columns)``.
+    ``ceil(columns / block columns)`` for each of the matrices that lie one behind the other.
     """
 
     dtype: str
@@ -136,17 +150,137 @@ class BlockScaled:
         """Return the first row of scales that a run of elements needs, and one past the last."""
         if start == stop:
             return 0, 0
-        band = self.block[0] * shape[1]
-        return start // band, -(-stop // band)
+        return self._scale_row(shape, start), self._scale_row(shape, stop - 1) + 1
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return how many rows and columns of scales a matrix has."""
-        rows, columns = shape
+        rows, columns = matrix_of(shape)
         return -(-rows // self.block[0]), -(-columns // self.block[1])
+
+    def _scale_row(self, shape: tuple[int, ...], element: int) -> int:
+        rows, columns = matrix_of(shape)
+        matrix, row = divmod(element // columns, rows)
+        return matrix * self.grid(shape)[0] + row // self.block[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What is at least one."""
+        return self.block
+
+    @property
+    def words(self) -> str:
+        """What its users call it."""
+        return f"FP8 ({self.dtype.removeprefix('F8_')}) with scales of {self.scale_dtype.removeprefix('F8_')}"
 
     @property
     def _scale_width(self) -> int:
         return DTYPES[self.scale_dtype].bits // 8
+
+
+Codes = Literal["I4", "F4"]
+"""Integers from -8, stored with 8 added; or floats with one bit of fraction (E2M1)."""
+Whole = Literal["", "multiplies", "divides"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScaled:
+    """Codes of four bits, two in a byte and the lower first, each ``group`` columns of a row with a scale.
+
+    INT4, MXFP4, NVFP4. The first extent holds the codes, rows filled up to whole containers, the second the scales,
+    ``ceil(columns / group)`` to a row, the third, if there is one, a scale of the whole tensor.
+    """
+
+    dtype: str
+    """of the container: I32 holds eight codes"""
+    codes: Codes
+    scale_dtype: str
+    group: int
+    num_columns: int
+    whole: Whole = ""
+    """what the scale of the whole tensor does to the others"""
+    is_plain: ClassVar = False
+    width: ClassVar = 1
+
+    @property
+    def bytes_per_elem(self) -> float:
+        """Of codes and scales, the filling of rows with them."""
+        return (self.row_bytes + self.scales_per_row * self._scale_width) / self.num_columns
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of a byte of codes and of scales."""
+        return (1, self._scale_width, 4)[: 3 if self.whole else 2]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the codes of a row."""
+        per_container = DTYPES[self.dtype].bits // 4
+        return -(-self.num_columns // per_container) * per_container // 2
+
+    @property
+    def scales_per_row(self) -> int:
+        """Groups of a row, the last of which may be short."""
+        return -(-self.num_columns // self.group)
+
+    def ranges(self, shape: tuple[int, ...], start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return the bytes of codes and the scales that a run touches."""
+        del shape
+        (first, scale), (last, last_scale) = self.place(start), self.place(stop - 1) if stop > start else (-1, -1)
+        width = self._scale_width
+        found = [ByteRange(first, last + 1), ByteRange(scale * width, (last_scale + 1) * width)]
+        if stop <= start:
+            found = [ByteRange(0, 0)] * 2
+        return (*found, ByteRange(0, 4)) if self.whole else tuple(found)
+
+    def place(self, element: int) -> tuple[int, int]:
+        """Return which byte holds the code of an element, and the number of its scale."""
+        row, column = divmod(element, self.num_columns)
+        return row * self.row_bytes + column // 2, row * self.scales_per_row + column // self.group
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What is at least one."""
+        return self.group, self.num_columns
+
+    @property
+    def words(self) -> str:
+        """What its users call it."""
+        if self.whole:
+            return "NVFP4"
+        return f"INT4 in groups of {self.group}" if self.codes == "I4" else "MXFP4"
+
+    @property
+    def _scale_width(self) -> int:
+        return DTYPES[self.scale_dtype].bits // 8
+
+
+_CODED: dict[str, type[BlockScaled | GroupScaled]] = {"blocks": BlockScaled, "groups": GroupScaled}
+
+
+def described(decode: Decode) -> list[object]:
+    """Return a decode of codes as plain JSON: the word for its kind, and its fields."""
+    word = next(word for word, kind in _CODED.items() if isinstance(decode, kind))
+    return [word, *(getattr(decode, each.name) for each in fields(cast(BlockScaled, decode)))]
+
+
+def coded(word: str, *values: object) -> Decode:
+    """Return the decode that ``described`` describes.
+
+    Raises:
+        ValueError: there is none such.
+    """
+    kind = _CODED[word]
+    given: Iterator[Any] = (tuple(value) if isinstance(value, list) else value for value in values)
+    known = kind(**dict(zip([each.name for each in fields(kind)], given, strict=True)))
+    is_known = {known.dtype, known.scale_dtype} <= DTYPES.keys() and all(type(size) is int for size in known.sizes)
+    if not is_known or min(known.sizes) < 1:
+        raise ValueError(f"no tensor is stored as {word} {values!r}")
+    return known
+
+
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of each matrix of a tensor; a vector is one row."""
+    return (shape[-2] if len(shape) > 1 else 1), shape[-1]
 
 
 @cache

@@ -1,7 +1,7 @@
 """Layout of a checkpoint: which tensor lies in which file at which byte, read from the headers of its files."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar, cast
 
@@ -61,6 +61,7 @@ class HeaderCache:
         self._lock = threading.Lock()
         self._parsed: dict[tuple[bytes, int, str], list[PlacedTensor]] = {}
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
+        self._made: dict[Hashable, object] = {}
         self._found: dict[tuple[int, Callable[..., object]], tuple[object, object]] = {}
 
     def found(self, specs: Mapping[str, TensorSpec], find: Callable[[Mapping[str, TensorSpec]], Found]) -> Found:
@@ -69,6 +70,12 @@ class HeaderCache:
         if key not in self._found:
             self._found[key] = specs, find(specs)  # the specs stay: another object never has their id
         return cast(Found, self._found[key][1])
+
+    def shared(self, key: Hashable, make: Callable[[], Found]) -> Found:
+        """Return what was made for a key before, or make it; objects whose ``id`` is in a key must live on."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(Found, self._made[key])
 
     def collect(self, where: str, headers: Mapping[str, list[PlacedTensor]], homes: Homes) -> Layout:
         """Return the tensors of all files together; equal files of equal headers give the same objects.

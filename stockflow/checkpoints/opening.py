@@ -7,7 +7,7 @@ named by ``model.safetensors.index.json``.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from stockflow.checkpoints.beside import look_beside
@@ -17,10 +17,11 @@ from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, UNMERGED, find_modules
+from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.tree import Tree, list_tree
-from stockflow.checkpoints.values import NOTHING_READ, KnownValues, read_values
-from stockflow.checkpoints.weights import Folder, IsSettled, read_weights
+from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
+from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
 from stockflow.storage import LocalStore, Stamp, Store
 from stockflow.text.remarks import Remark
@@ -37,8 +38,9 @@ class Checkpoint:
 
     url: str
     specs: Mapping[str, TensorSpec]
-    """by name, in on-disk order: files by name, tensors by offset"""
+    """by name, in on-disk order: files by name, tensors by offset; what is quantised as the numbers it stands for"""
     extents: Mapping[str, Extent]
+    """of all tensors that lie there; of a quantised one, where its codes do"""
     files: Mapping[str, Stamp]
     """the weight files and the index"""
     config: Mapping[str, object] | None
@@ -59,6 +61,10 @@ class Checkpoint:
     """names of which files and index disagree, and that rules say it need not hold"""
     over_http: bool = False
     """whether its bytes travel without TLS"""
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    """the tensors that are quantised"""
+    static_scales: tuple[str, ...] = ()
+    """names of fixed scales of activations"""
 
 
 Settles = Callable[[int, str], bool]
@@ -92,10 +98,12 @@ def open_checkpoint(
 
     weights = read_weights(Folder(store, tree.files, config, cache, on_file, is_known), group, modules.weights)
     beside = look_beside(store, tree, modules, config, weights.specs.keys(), weights.files.keys())
+    values = read_values(store, weights, config, cache)
+    tensors = _tensors(weights, values, config, cache, store.where())
     return Checkpoint(
         url=store.url,
-        specs=weights.specs,
-        extents=weights.extents,
+        specs=tensors.specs,
+        extents=_extents(weights, tensors),
         files=weights.files,
         config=config,
         side_files=beside.copied,
@@ -103,7 +111,9 @@ def open_checkpoint(
         remarks=(*weights.remarks, *beside.remarks),
         other_files=beside.others,
         missing_files=beside.missing,
-        values=read_values(store, weights, config, cache),
+        values=values,
+        stored=tensors.stored,
+        static_scales=tensors.static_scales,
         settled=frozenset(settled),
         over_http=store.over_http,
     )
@@ -120,6 +130,27 @@ def open_tokenizer(store: Store) -> Checkpoint:
     if not found:
         raise NotFoundError(f"{store.where()} has no tokenizer: expected tokenizer.json, or an older form of one")
     return Checkpoint(store.url, {}, {}, files=found, config=None, side_files=found, omitted_side_files=())
+
+
+def _tensors(
+    weights: Weights, values: KnownValues, config: Mapping[str, object] | None, cache: HeaderCache, where: str
+) -> Tensors:
+    """Return the tensors of a checkpoint as the numbers they stand for; equal checkpoints share them."""
+    shapes = {
+        spec.name: tuple(map(int, numbers))
+        for spec in cache.found(weights.specs, sized_by)
+        if (numbers := as_numbers(values.data.get(weights.extents[spec.name], b""), spec.dtype)) is not None
+    }
+    return cache.shared(
+        (id(weights.specs), hints_of(config), tuple(shapes.items())),
+        lambda: tensors_of(weights.specs, hints_of(config), shapes, where),
+    )
+
+
+def _extents(weights: Weights, tensors: Tensors) -> Mapping[str, Extent]:
+    if not tensors.stored:
+        return weights.extents
+    return {**weights.extents, **{name: weights.extents[each.parts[0].name] for name, each in tensors.stored.items()}}
 
 
 def _without_others(tree: Tree, only: str) -> Tree:

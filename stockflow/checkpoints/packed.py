@@ -77,7 +77,7 @@ def packed_weights(specs: Specs) -> tuple[PackedWeights, ...]:
     candidates = [spec for spec in specs.values() if spec.dtype in _CODE_DTYPES]
     if not candidates:
         return ()
-    modules = _by_module(specs)
+    modules = by_module(specs)
     codes: dict[str, list[str]] = {}
     for spec in candidates:
         module, _, own = spec.name.rpartition(".")
@@ -98,7 +98,8 @@ def _weight_of(scale: str) -> str:
     return f"{re.sub(r'[.](weight_scale(_inv)?|SCB|weight[.]absmax)$', '', scale)}.weight"
 
 
-def _by_module(specs: Specs) -> dict[str, dict[str, TensorSpec]]:
+def by_module(specs: Specs) -> dict[str, dict[str, TensorSpec]]:
+    """Return the tensors of each module, by what their names have beyond the module's."""
     modules: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in specs.items():
         module, _, own = name.rpartition(".")

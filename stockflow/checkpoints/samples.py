@@ -48,7 +48,12 @@ def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> 
 
 def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
     """Return matrices that all checkpoints have alike, from the first to the last of them in equal steps."""
-    matrices = [spec for spec in checkpoints[0].specs.values() if spec.kind == "float" and len(spec.shape) > 1]
+    coded = {name for each in checkpoints for name in each.stored}
+    matrices = [
+        spec
+        for spec in checkpoints[0].specs.values()
+        if spec.kind == "float" and len(spec.shape) > 1 and spec.name not in coded
+    ]
     looked_at = _spread(matrices, 4 * NUM_SAMPLES)
     alike = [spec for spec in looked_at if all(each.specs.get(spec.name) == spec for each in checkpoints)]
     return _spread([spec for spec in alike if spec.num_elems], NUM_SAMPLES)

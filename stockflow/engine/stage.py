@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.decodes import BlockScaled, Decode, Plain, RowRuns
+from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, RowRuns, matrix_of
+from stockflow.checkpoints.header import DTYPES
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
@@ -146,21 +147,61 @@ def _scale_blocks(
 ) -> None:
     codes_at, scales_at = places
     first, last = decode.scale_rows(shape, start, stop)
-    scales_RS = np.empty((last - first, decode.grid(shape)[1]), out_E.dtype)
-    scales = Plain(decode.scale_dtype)
-    _widen(scales, shape, 0, 0, memory, [scales_at], scales_RS.reshape(-1))
+    columns = decode.grid(shape)[1]
+    scales_S = _scales(decode.scale_dtype, memory, scales_at, (last - first) * columns, out_E.dtype)
     codecs.scale_blocks(
         memory.buffer,
         np.uint64(codes_at),
         codecs.numbers_of_codes(decode.dtype, out_E.dtype.name),
-        scales_RS,
+        scales_S.reshape(-1, columns),
         np.uint64(start),
-        np.uint64(shape[1]),
-        np.uint64(decode.block[0]),
-        np.uint64(decode.block[1]),
+        _pair(matrix_of(shape)),
+        _pair(decode.block),
         out_E,
     )
 
 
-_DECODERS: dict[type, Callable[..., Any]] = {Plain: _widen, BlockScaled: _scale_blocks}
+def _scale_groups(
+    decode: GroupScaled, _: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
+) -> None:
+    if start == stop:
+        return
+    codes_at, scales_at, *whole_at = places
+    num_scales = decode.place(stop - 1)[1] - decode.place(start)[1] + 1
+    scales_S = _scales(decode.scale_dtype, memory, scales_at, num_scales, out_E.dtype)
+    for place in whole_at:
+        whole = _scales("F32", memory, place, 1, out_E.dtype)
+        with np.errstate(all="ignore"):  # what is not finite is refused where it is merged
+            scales_S = scales_S * whole if decode.whole == "multiplies" else scales_S / whole
+    codecs.scale_groups(
+        memory.buffer,
+        np.uint64(codes_at),
+        codecs.numbers_of_nibbles(decode.codes, out_E.dtype.name),
+        scales_S,
+        np.uint64(start),
+        np.uint64(decode.num_columns),
+        np.uint64(decode.row_bytes),
+        np.uint64(decode.group),
+        out_E,
+    )
+
+
+def _scales(dtype: str, memory: Memory, place: int, count: int, working: np.dtype[Any]) -> Values:
+    """Return scales in working precision, whatever they are stored in."""
+    codes = memory.buffer[place : place + count]
+    if dtype == "F8_E8M0":
+        return codecs.powers_of_two(codes, working.name)
+    if DTYPES[dtype].kind == "packed":
+        return codecs.numbers_of_codes(dtype, working.name)[codes]
+    scales_S = np.empty(count, working)
+    decode = Plain(dtype)
+    codecs.widen_run(memory.slab, np.uint64(place // decode.width), FORMATS[dtype], scales_S)
+    return scales_S
+
+
+def _pair(sizes: tuple[int, int]) -> tuple[np.uint64, np.uint64]:
+    return np.uint64(sizes[0]), np.uint64(sizes[1])
+
+
+_DECODERS: dict[type, Callable[..., Any]] = {Plain: _widen, BlockScaled: _scale_blocks, GroupScaled: _scale_groups}
 """What every decode is to this stage."""

@@ -17,7 +17,7 @@ from stockflow.methods.ratios import RATIOS
 from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.output.manifest import Manifest
-from stockflow.planning.job import TensorJob, stored
+from stockflow.planning.job import TensorJob, operand_of
 from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.recipe import resolve_location
 from stockflow.run.driver import Inputs
@@ -176,7 +176,7 @@ def _looks(merge: Merge) -> tuple[list[Look], dict[str, str]]:
         elif problem := _problem(merged, job):
             left_out[name] = problem
         else:
-            looks.append(look_at(job, stored(len(merge.plan.checkpoints), merged.specs[name], merged.extents[name])))
+            looks.append(look_at(job, operand_of(len(merge.plan.checkpoints), merged, name)))
     return looks, left_out
 
 

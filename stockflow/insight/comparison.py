@@ -25,7 +25,7 @@ from stockflow.kernels import comparison
 from stockflow.kernels.arrays import Floats, Unsigned, Values
 from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS
 from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS
-from stockflow.planning.job import Operand, Reading, float_bits_of, stored
+from stockflow.planning.job import Operand, Reading, float_bits_of, operand_of
 from stockflow.planning.plan import CheckpointRef
 from stockflow.storage import StorageConfig, open_model, pin_revision
 
@@ -123,7 +123,7 @@ def _matched(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[TensorSpec, Tenso
 
 def _look(a: Checkpoint, b: Checkpoint, spec_a: TensorSpec, spec_b: TensorSpec) -> Look:
     name = spec_a.name
-    operands = stored(0, spec_a, a.extents[name]), stored(1, spec_b, b.extents[name])
+    operands = operand_of(0, a, name), operand_of(1, b, name)
     if spec_a.dtype in FORMATS:
         bits = float_bits_of((spec_a.dtype, spec_b.dtype))
         return Look(Reading(name, spec_a.shape, operands, float_bits=bits), DifferenceExaminer())

@@ -19,7 +19,7 @@ from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import packed
-from stockflow.planning.job import Reading, TensorJob, stored
+from stockflow.planning.job import Reading, TensorJob, operand_of
 from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.recipe import Recipe
@@ -167,6 +167,6 @@ def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:
     found = list(zip(names, checkpoints, strict=True))
     if any(name not in each.specs or each.specs[name].shape != shape for name, each in found):
         return None
-    operands = tuple(stored(number, each.specs[name], each.extents[name]) for number, (name, each) in enumerate(found))
+    operands = tuple(operand_of(number, each, name) for number, (name, each) in enumerate(found))
     bits = planned.reading.float_bits
     return Look(Reading(planned.output.name, shape, operands, float_bits=bits), GramExaminer(), planned)

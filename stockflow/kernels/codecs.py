@@ -19,14 +19,40 @@ def numbers_of_codes(dtype: str, working: str) -> Values:
     Source: Micikevicius et al. 2022, "FP8 formats for deep learning", arXiv:2209.05433: E4M3 has no infinities, and
     one pattern per sign for NaN.
     """
-    if dtype != "F8_E4M3":
-        raise ValueError(f"no codes of {dtype} are known")
+    bits, bias = _FLOAT_CODES[dtype]
     codes_C = np.arange(256)
-    exponents_C, fractions_C = (codes_C >> 3) & 15, codes_C & 7
-    normal_C = np.ldexp(1.0 + fractions_C / 8.0, exponents_C - 7)
-    magnitudes_C = np.where(exponents_C == 0, np.ldexp(fractions_C / 8.0, -6), normal_C)
-    magnitudes_C[(codes_C & 127) == 127] = np.nan
-    return np.where(codes_C < 128, magnitudes_C, -magnitudes_C).astype(working)
+    exponents_C, fractions_C = (codes_C & 127) >> bits, codes_C & (2**bits - 1)
+    normal_C = np.ldexp(1.0 + fractions_C / 2.0**bits, exponents_C - bias)
+    magnitudes_C = np.where(exponents_C == 0, np.ldexp(fractions_C / 2.0**bits, 1 - bias), normal_C)
+    if dtype == "F8_E5M2":
+        magnitudes_C[(codes_C & 124) == 124] = np.nan
+        magnitudes_C[(codes_C & 127) == 124] = np.inf
+    else:
+        magnitudes_C[(codes_C & 127) == 127] = np.nan
+    numbers_C: Values = np.where(codes_C < 128, magnitudes_C, -magnitudes_C).astype(working)
+    return numbers_C
+
+
+_FLOAT_CODES = {"F8_E4M3": (3, 7), "F8_E5M2": (2, 15)}
+"""Bits of the fraction, and the bias of the exponent."""
+_HALVES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+@cache
+def numbers_of_nibbles(codes: str, working: str) -> Values:
+    """Return what each of the 16 codes of four bits stands for.
+
+    Sources: OCP Microscaling Formats v1.0 for E2M1; compressed-tensors for integers, which are stored with 8 added.
+    """
+    numbers_C = np.concatenate([_HALVES, -_HALVES]) if codes == "F4" else np.arange(-8.0, 8.0)
+    return numbers_C.astype(working)
+
+
+def powers_of_two(exponents_S: Bytes, working: str) -> Values:
+    """Return the scales that exponents of eight bits (E8M0) stand for; 255 is no number. Source: OCP, as above."""
+    powers_S = np.ldexp(np.ones(len(exponents_S), working), exponents_S.astype(np.int32) - 127)
+    powers_S[exponents_S == 255] = np.nan
+    return powers_S.astype(working)
 
 
 @jit
@@ -49,9 +75,8 @@ def scale_blocks(
     numbers_C: Values,
     scales_RS: Values,
     start: Index,
-    num_columns: Index,
-    block_rows: Index,
-    block_columns: Index,
+    matrix: tuple[Index, Index],
+    block: tuple[Index, Index],
     out_E: Values,
 ) -> None:
     """Fill ``out_E`` with code times scale, rounded once to its precision.
@@ -61,21 +86,67 @@ def scale_blocks(
         first: where in it they begin.
         numbers_C: what each code stands for.
         scales_RS: the rows of scales that the run touches.
-        start: flat index in the matrix of the first element.
-        num_columns: of the matrix.
-        block_rows: rows of a block.
-        block_columns: columns of a block.
+        start: flat index of the first element.
+        matrix: rows and columns of each matrix.
+        block: rows and columns of a block.
         out_E: receives the numbers.
     """
-    num_elems = np.uint64(len(out_E))
-    first_row = start // num_columns // block_rows
+    num_elems, one = np.uint64(len(out_E)), np.uint64(1)
+    num_rows, num_columns = matrix
+    bands = (num_rows + block[0] - one) // block[0]
+    first_row = start // num_columns
+    first_band = first_row // num_rows * bands + first_row % num_rows // block[0]
     done = np.uint64(0)
     while done < num_elems:
         row, column = (start + done) // num_columns, (start + done) % num_columns
-        block = column // block_columns
-        end = min((block + np.uint64(1)) * block_columns, num_columns)
+        band = row // num_rows * bands + row % num_rows // block[0]
+        place = column // block[1]
+        end = min((place + one) * block[1], num_columns)
         count = min(end - column, num_elems - done)
-        scale = scales_RS[row // block_rows - first_row, block]
+        scale = scales_RS[band - first_band, place]
         for k in range(count):
             out_E[done + k] = numbers_C[codes[first + done + k]] * scale
+        done += count
+
+
+@jit
+def scale_groups(
+    codes: Bytes,
+    first: Index,
+    numbers_C: Values,
+    scales_S: Values,
+    start: Index,
+    num_columns: Index,
+    row_bytes: Index,
+    group: Index,
+    out_E: Values,
+) -> None:
+    """Fill ``out_E`` with code times scale, for codes of four bits, the lower half of a byte first.
+
+    Args:
+        codes: memory that holds the codes of the run.
+        first: where in it the byte with the first one is.
+        numbers_C: what each code stands for.
+        scales_S: the scales that the run touches.
+        start: flat index of the first element.
+        num_columns: of a row.
+        row_bytes: bytes of the codes of a row.
+        group: columns that share a scale.
+        out_E: receives the numbers.
+    """
+    num_elems, one, two = np.uint64(len(out_E)), np.uint64(1), np.uint64(2)
+    per_row = (num_columns + group - one) // group
+    first_byte = start // num_columns * row_bytes + start % num_columns // two
+    first_scale = start // num_columns * per_row + start % num_columns // group
+    done = np.uint64(0)
+    while done < num_elems:
+        row, column = (start + done) // num_columns, (start + done) % num_columns
+        place = column // group
+        count = min(min((place + one) * group, num_columns) - column, num_elems - done)
+        scale = scales_S[row * per_row + place - first_scale]
+        base = first + row * row_bytes - first_byte
+        for k in range(count):
+            at = column + np.uint64(k)
+            code = codes[base + at // two] >> ((at & one) << two)
+            out_E[done + np.uint64(k)] = numbers_C[code & np.uint8(15)] * scale
         done += count

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stockflow.checkpoints.decodes import RowFill, RowRun, RowRuns
+from stockflow.checkpoints.decodes import Decode, RowFill, RowRun, RowRuns, coded, plain
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters
-from stockflow.planning.job import COPIES, COPY, Operand, TensorJob, copying, merging, stored
+from stockflow.planning.job import COPIES, COPY, Operand, TensorJob, copying, merging
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, WrittenFile, canonical_digest
 from stockflow.storage import Stamp
 from stockflow.text.records import MAX_COUNT, Place, RecordKind, count, parse_record, text
@@ -104,7 +104,8 @@ def _problem(job: TensorJob) -> str | None:
     num_tuned = len(reading.operands) - method.has_anchor(result.parameters)
     if not method.min_tuned <= num_tuned <= (method.max_tuned or num_tuned):
         return f"{method.name} of {len(reading.operands)} models"
-    if any(DTYPES[dtype].kind != "float" for dtype in (job.output.dtype, *reading.dtypes)):
+    numbers = [operand.decode.dtype for operand in reading.operands if operand.decode.is_plain]
+    if any(DTYPES[dtype].kind != "float" for dtype in (job.output.dtype, *numbers)):
         return "arithmetic on something else than floating-point numbers"
     if reading.scope not in method.scopes or not reading.num_elems:
         return f"{method.name} with the scope {reading.scope!r} of {reading.num_elems} elements"
@@ -146,13 +147,14 @@ def _fits(parameter: Parameter, value: object) -> bool:
 def _plan(fields: Mapping[str, Any]) -> MergePlan:
     settings = [_setting(*setting) for setting in fields["settings"]]
     checkpoints = tuple(map(_checkpoint, fields["checkpoints"]))
-    maps = [_row_map(*each) for each in fields.get("rows", ())]
+    rows = [_row_map(*each) for each in fields.get("rows", ())]
+    maps = _Tables(checkpoints, rows, [coded(*each) for each in fields.get("decodes", ())])
     if fields["on_nonfinite"] not in ("error", "propagate"):
         raise ValueError(f"on_nonfinite is {fields['on_nonfinite']!r}")
     return MergePlan(
         checkpoints=checkpoints,
         donor=count(fields["donor"]),
-        shards=tuple(_shard(shard, settings, checkpoints, maps) for shard in fields["shards"]),
+        shards=tuple(_shard(shard, settings, maps) for shard in fields["shards"]),
         side_files=tuple(
             SideFile(_below(number, len(checkpoints)), text(key), Stamp(count(size), text(version)))
             for number, key, size, version in fields["side_files"]
@@ -192,64 +194,63 @@ def _row_map(num_rows: int, runs: Sequence[Sequence[int]], fills: Sequence[Any])
 def _shard(
     fields: Mapping[str, Any],
     settings: Sequence[Setting],
-    checkpoints: Sequence[CheckpointRef],
-    maps: Sequence[RowRuns],
+    maps: "_Tables",
 ) -> ShardPlan:
-    jobs = tuple(_job(row, settings, checkpoints, maps) for row in fields["tensors"])
+    jobs = tuple(_job(row, settings, maps) for row in fields["tensors"])
     shard = ShardPlan(text(fields["file"]), jobs)
     if fields["num_bytes"] != shard.num_bytes:
         raise ValueError(f"{shard.file!r} takes {shard.num_bytes:,} bytes, num_bytes says {fields['num_bytes']!r}")
     return shard
 
 
-def _job(
-    row: Sequence[Any],
-    settings: Sequence[Setting],
-    checkpoints: Sequence[CheckpointRef],
-    maps: Sequence[RowRuns],
-) -> TensorJob:
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """What operands refer to by number."""
+
+    checkpoints: Sequence[CheckpointRef]
+    rows: Sequence[RowRuns]
+    decodes: Sequence[Decode]
+
+
+def _job(row: Sequence[Any], settings: Sequence[Setting], maps: _Tables) -> TensorJob:
     name, dtype, shape, number, stored_as, *places = row
     sizes = tuple(map(count, shape))
-    given = [each if isinstance(each, list) else (each, None) for each in stored_as]
-    dtypes = {source_dtype for source_dtype, _ in given}
+    given = [each if isinstance(each, list) else (each,) for each in stored_as]
+    dtypes = {source_dtype for source_dtype, *_ in given}
     if len(sizes) > MAX_DIMENSIONS or not {dtype, *dtypes} <= DTYPES.keys() or not dtypes:
         raise ValueError(f"tensor {name!r} has the dtypes {stored_as!r} and {dtype!r} and {len(sizes)} dimensions")
     method, scope, parameters = settings[_below(number, len(settings))]
     operands = tuple(
-        _operand(
-            TensorSpec(text(name), source_dtype, sizes),
-            None if rows is None else maps[_below(rows, len(maps))],
-            place,
-            checkpoints,
-            len(places),
-        )
-        for (source_dtype, rows), place in zip(given, places, strict=True)
+        _operand(TensorSpec(text(name), source_dtype, sizes), numbers, place, maps, len(places))
+        for (source_dtype, *numbers), place in zip(given, places, strict=True)
     )
     output = TensorSpec(name, dtype, sizes)
-    if method in COPIES and all(rows is None for _, rows in given):
+    if method in COPIES and all(operand.is_plain for operand in operands):
         return copying(output, operands, method)
     return merging(output, operands, method, parameters, scope)
 
 
 def _operand(
-    spec: TensorSpec,
-    rows: RowRuns | None,
-    place: Sequence[Any],
-    checkpoints: Sequence[CheckpointRef],
-    num_operands: int,
+    spec: TensorSpec, numbers: Sequence[int | None], place: Sequence[Any], maps: _Tables, num_operands: int
 ) -> Operand:
-    checkpoint, file, start, *own = place
-    size = checkpoints[_below(checkpoint, len(checkpoints))].files[file].size
+    rows_number, decode_number = (*numbers, None, None)[:2]
+    rows = None if rows_number is None else maps.rows[_below(rows_number, len(maps.rows))]
+    decode = plain(spec.dtype) if decode_number is None else maps.decodes[_below(decode_number, len(maps.decodes))]
+    checkpoint, file, start, *more = place
+    own, others = [each for each in more if isinstance(each, str)], [each for each in more if isinstance(each, list)]
+    shape = spec.shape
     if rows is not None:
         ends = [run.to + run.stop - run.start for run in rows.runs[-1:]] + [fill.stop for fill in rows.fills[-1:]]
-        if max((*ends, 0)) > spec.shape[0] or any(max(fill.of) >= num_operands for fill in rows.fills):
-            raise ValueError(f"tensor {spec.name!r} has rows beyond its {spec.shape[0]:,}, or of models beyond its own")
-        spec = TensorSpec(spec.name, spec.dtype, (rows.num_source_rows, *spec.shape[1:]))
-    if count(start) + spec.num_bytes > size:
-        raise ValueError(f"tensor {spec.name!r} ends beyond the {size:,} bytes of {file!r}")
-    if own:
-        spec = spec._replace(name=text(*own))
-    return stored(checkpoint, spec, Extent(file, start))._replace(rows=rows)
+        if max((*ends, 0)) > shape[0] or any(max(fill.of) >= num_operands for fill in rows.fills):
+            raise ValueError(f"tensor {spec.name!r} has rows beyond its {shape[0]:,}, or of models beyond its own")
+        shape = (rows.num_source_rows, *shape[1:])
+    extents = tuple(Extent(text(key), count(at)) for key, at in ([file, start], *others))
+    files = maps.checkpoints[_below(checkpoint, len(maps.checkpoints))].files
+    for extent, needed in zip(extents, decode.ranges(shape, 0, math.prod(shape)), strict=True):
+        size = files[extent.file].size
+        if extent.start + needed.stop > size:
+            raise ValueError(f"tensor {spec.name!r} ends beyond the {size:,} bytes of {extent.file!r}")
+    return Operand(checkpoint, text(*own) if own else spec.name, extents, decode, rows)
 
 
 def _without_places(canonical: Mapping[str, Any]) -> dict[str, object]:
@@ -265,7 +266,8 @@ def _without_places(canonical: Mapping[str, Any]) -> dict[str, object]:
 
 def _without_place(row: Sequence[Any]) -> list[object]:
     """A job's row without files and offsets; the names that operands of stacked layers have stay."""
-    return [*row[:5], *([checkpoint, *name] for checkpoint, _, _, *name in row[5:] if name)]
+    named = [[place[0], *(each for each in place[3:] if isinstance(each, str))] for place in row[5:]]
+    return [*row[:5], *(place for place in named if len(place) > 1)]
 
 
 def _below(value: object, stop: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from stockflow.checkpoints.decodes import ByteRange, Decode, RowRuns, Verbatim, plain, row_elems, verbatim
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.opening import Checkpoint
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import (
@@ -337,8 +338,16 @@ def working_bits_of(output: str, operands: Collection[str]) -> FloatBits:
 
 
 def stored(checkpoint: int, spec: TensorSpec, extent: Extent) -> Operand:
-    """Return a tensor as it lies in a file, as an operand."""
+    """Return a tensor of plain numbers as it lies in a file, as an operand."""
     return Operand(checkpoint, spec.name, (extent,), plain(spec.dtype))
+
+
+def operand_of(number: int, checkpoint: Checkpoint, name: str) -> Operand:
+    """Return a tensor of a checkpoint, which is the plan's ``number``-th, as an operand."""
+    held = checkpoint.stored.get(name)
+    if held is None:
+        return stored(number, checkpoint.specs[name], checkpoint.extents[name])
+    return Operand(number, name, tuple(checkpoint.extents[part.name] for part in held.parts), held.decode)
 
 
 def merging(

@@ -14,9 +14,10 @@ from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokenizers import Tokenizer, has_tokens
 from stockflow.errors import PlanError
+from stockflow.methods.protocol import Parameters
 from stockflow.planning.config import output_config
 from stockflow.planning.fixed import are_known, carried_over, holds_indices
-from stockflow.planning.job import COPY, Operand, TensorJob, copying, merging, stored
+from stockflow.planning.job import COPY, Operand, TensorJob, copying, merging, operand_of, stored
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
@@ -45,6 +46,8 @@ PACKED_REMEDY = (
     f"FP8 and packed formats are not merged yet; convert the checkpoint, or name {THEM} in a rule with `action: copy`"
 )
 
+PASSTHROUGH, UNSCALED = "passthrough", Parameters(per_model={"scale": (1.0,)})
+"""What takes over the numbers that codes stand for."""
 ROWS_REMEDY = "`tokenizer_source: base` or `union` merges rows by token"
 
 
@@ -124,17 +127,17 @@ def _planned(
     donor = checkpoints[recipe.donor]
     explained = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
     misfits = [misfit for each in outline.unplanned if (misfit := _misfit(each, explained))]
-    jobs, skipped = [], list[str]()
+    jobs, skipped = list[TensorJob](), list[str]()
     known = _Known(explained, kept_above(recipe, checkpoints), OptionalParts(donor))
     for target in outline.targets:
         if _action(recipe, target.spec.name) == "skip":
             skipped.append(target.spec.name)
             continue
-        planned = _plan_tensor(target, known)
-        if isinstance(planned, TensorJob):
-            jobs.append(planned)
-        else:
-            misfits.extend(planned)
+        for planned in _plan_tensor(target, known):
+            if isinstance(planned, TensorJob):
+                jobs.append(planned)
+            else:
+                misfits.append(planned)
     problems = list(explained.values())
     if misfits:
         specs = [each.spec for each in outline.unplanned] + [each.spec for each in outline.targets]
@@ -206,29 +209,30 @@ class _Known(NamedTuple):
     optional: OptionalParts
 
 
-def _plan_tensor(target: OutputTensor, known: _Known) -> TensorJob | list[Misfit]:
-    """The job for one tensor of the output, or what stands against it and is not explained by a checkpoint's layout."""
+def _plan_tensor(target: OutputTensor, known: _Known) -> Sequence[TensorJob] | Sequence[Misfit]:
+    """The jobs for one tensor of the output, or what stands against it, unless a checkpoint's layout explains it."""
     stretch, spec, names, stand = target
     recipe, checkpoints, name = stretch.recipe, stretch.checkpoints, spec.name
     rule = recipe.rule_for(name)
     if _is_copied(recipe, rule, name):
-        return copying(spec, _operands(target, (recipe.donor,)), COPY)
+        return _as_it_is(target, recipe.donor)
     method = recipe.method_for(rule)
     indices = recipe.sources(method)
     absent = [index for index, own in enumerate(names) if own not in checkpoints[index].specs]
     if absent and known.optional.is_lacked(names[0], [checkpoints[index] for index in absent]):
-        return copying(spec, _operands(target, (recipe.donor,)), COPY)
+        return _as_it_is(target, recipe.donor)
     if absent:
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
         told_of = [index for index in absent if stretch.numbers[index] not in known.explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
         return [_of_a_head(missing, stretch, told_of)] if told_of else []
     if recipe.carries_over(name, spec.dtype, stand):
-        return copying(spec, _operands(target, indices), COPY)
+        return _as_it_is(target, *indices)
     alike = spec.kind != "packed" and target.is_alike(indices)
     donor_first = tuple(dict.fromkeys((recipe.donor, *indices)))
     if (spec.kind != "float" or holds_indices(target)) and (alike or are_known(target, donor_first)):
-        return carried_over(target, dict(zip(donor_first, _operands(target, donor_first), strict=True)))
+        carried = carried_over(target, dict(zip(donor_first, _operands(target, donor_first), strict=True)))
+        return [carried] if isinstance(carried, TensorJob) else carried
     problems = [] if alike else _mismatches(target, donor_first)
     if problems:
         return problems
@@ -237,14 +241,31 @@ def _plan_tensor(target: OutputTensor, known: _Known) -> TensorJob | list[Misfit
     output = TensorSpec(name, dtype, spec.shape)
     is_fused = holds_fused_experts(name, len(spec.shape))
     if not output.num_elems:
-        return copying(output, _operands(target, (recipe.donor,)), COPY)
-    return merging(
+        return [copying(output, _operands(target, (recipe.donor,)), COPY)]
+    job = merging(
         output,
         _operands(target, indices),
         method.name,
         recipe.parameters_for(method, name, rule, stand),
         recipe.scope_for(method, name, rule, stand, default="leading" if is_fused else "tensor"),
     )
+    return [job]
+
+
+def _as_it_is(target: OutputTensor, index: int) -> list[TensorJob]:
+    """The jobs that take a tensor over: its bytes, codes and scales alike; or what these stand for, if that is asked.
+
+    Of a tensor that is stored in parts, these follow each other.
+    """
+    spec, operands = target.spec, _operands(target, (index,))
+    number, checkpoint = target.stretch.numbers[index], target.stretch.checkpoints[index]
+    held, asked = checkpoint.stored.get(target.names[index]), target.stretch.recipe.output_dtype
+    if held is None:
+        return [copying(spec, operands, COPY)]
+    if asked is not None:
+        return [merging(spec._replace(dtype=asked), operands, PASSTHROUGH, UNSCALED, "tensor")]
+    parts = [(part, stored(number, part, checkpoint.extents[part.name])) for part in (*held.parts, *held.beside)]
+    return [copying(part, (operand,), COPY) for part, operand in parts]
 
 
 def _is_copied(recipe: Recipe, rule: Rule | None, name: str) -> bool:
@@ -257,7 +278,7 @@ def _is_copied(recipe: Recipe, rule: Rule | None, name: str) -> bool:
 def _operands(target: OutputTensor, indices: Iterable[int]) -> tuple[Operand, ...]:
     numbers, checkpoints, names = target.stretch.numbers, target.stretch.checkpoints, target.names
     found = [(numbers[index], checkpoints[index], names[index]) for index in indices]
-    return tuple([stored(number, each.specs[name], each.extents[name]) for number, each, name in found])
+    return tuple([operand_of(number, each, name) for number, each, name in found])
 
 
 def promoted(dtypes: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from stockflow.checkpoints.decodes import Decode, RowRuns, described
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import folder_of
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
@@ -170,7 +171,7 @@ class MergePlan:
         }
 
     def _canonical(self, *, with_inputs: bool) -> dict[str, object]:
-        settings, maps = _Settings(), _RowMaps()
+        settings, maps = _Settings(), _Maps()
         written = [[file.key, file.size, file.sha256] for file in self.written_files]
         place = _place_of(with_inputs=with_inputs, is_stacked=self.is_stacked)
         shards = [
@@ -196,7 +197,8 @@ class MergePlan:
             "config": self.config,
             "shards": shards,
             **({"stacked": True} if self.is_stacked else {}),
-            **({"rows": maps.written} if maps.written else {}),
+            **({"rows": maps.rows} if maps.rows else {}),
+            **({"decodes": maps.decodes} if maps.decodes else {}),
             **({"written_files": written} if written else {}),
         }
 
@@ -225,34 +227,47 @@ Place = Callable[[Operand], tuple[object, ...]]
 
 def _place_of(*, with_inputs: bool, is_stacked: bool) -> Place | None:
     if with_inputs and is_stacked:
-        return lambda operand: (operand.checkpoint, *operand.extents[0], operand.name)
+        return lambda operand: (operand.checkpoint, *operand.extents[0], operand.name, *operand.extents[1:])
     if with_inputs:
-        return lambda operand: (operand.checkpoint, *operand.extents[0])
+        return lambda operand: (operand.checkpoint, *operand.extents[0], *operand.extents[1:])
     return (lambda operand: (operand.checkpoint, operand.name)) if is_stacked else None
 
 
-class _RowMaps:
-    """The distinct maps of rows, numbered in order of appearance."""
+class _Maps:
+    """The distinct maps of rows and ways of storing other than plain numbers, numbered in order of appearance."""
 
     def __init__(self) -> None:
-        self.written: list[object] = []
+        self.rows: list[object] = []
+        self.decodes: list[object] = []
         self._numbers: dict[int, int] = {}
+        self._decode_numbers: dict[Decode, int] = {}
 
     def stored_as(self, operand: Operand) -> object:
-        """Return the dtype of an operand, with the number of its map if it has one."""
-        rows = operand.rows
-        if rows is None:
+        """Return the dtype of an operand, with the numbers of its map of rows and of its decode if it has them."""
+        if not operand.decode.is_plain:
+            return [operand.decode.dtype, self._map_number(operand.rows), self._decode_number(operand.decode)]
+        if operand.rows is None:
             return operand.decode.dtype
+        return [operand.decode.dtype, self._map_number(operand.rows)]
+
+    def _map_number(self, rows: RowRuns | None) -> int | None:
+        if rows is None:
+            return None
         if id(rows) not in self._numbers:
-            self._numbers[id(rows)] = len(self.written)
-            self.written.append([rows.num_source_rows, rows.runs, rows.fills])
-        return [operand.decode.dtype, self._numbers[id(rows)]]
+            self._numbers[id(rows)] = len(self.rows)
+            self.rows.append([rows.num_source_rows, rows.runs, rows.fills])
+        return self._numbers[id(rows)]
+
+    def _decode_number(self, decode: Decode) -> int:
+        if decode not in self._decode_numbers:
+            self._decode_numbers[decode] = len(self.decodes)
+            self.decodes.append(described(decode))
+        return self._decode_numbers[decode]
 
 
-def _canonical_job(job: TensorJob, settings: _Settings, maps: _RowMaps, place: Place | None) -> list[object]:
+def _canonical_job(job: TensorJob, settings: _Settings, maps: _Maps, place: Place | None) -> list[object]:
     output, reading = job.output, job.reading
-    is_mapped = not reading.is_plain and any(operand.rows for operand in reading.operands)
-    dtypes: object = list(map(maps.stored_as, reading.operands)) if is_mapped else reading.dtypes
+    dtypes: object = reading.dtypes if reading.is_plain else list(map(maps.stored_as, reading.operands))
     row: list[object] = [output.name, output.dtype, output.shape, settings.number(job), dtypes]
     return row + [place(operand) for operand in reading.operands] if place else row
 

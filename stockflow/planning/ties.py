@@ -138,6 +138,9 @@ def _with_alias(checkpoint: Checkpoint, name: str, original: str | None) -> Chec
         checkpoint,
         specs={**checkpoint.specs, name: TensorSpec(name, spec.dtype, spec.shape)},
         extents={**checkpoint.extents, name: checkpoint.extents[original]},
+        stored=checkpoint.stored
+        if original not in checkpoint.stored
+        else {**checkpoint.stored, name: checkpoint.stored[original]},
     )
 
 

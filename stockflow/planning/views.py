@@ -156,6 +156,7 @@ def _view(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
         checkpoint,
         specs={name: spec if spec.name == name else spec._replace(name=name) for name, spec in specs.items()},
         extents={new_names.get(name, name): extent for name, extent in checkpoint.extents.items()},
+        stored={new_names.get(name, name): each for name, each in checkpoint.stored.items()},
     )
 
 

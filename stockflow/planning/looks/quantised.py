@@ -1,5 +1,6 @@
 """Quantisation: what configs and folders say of it where the weights are plain numbers."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from stockflow.checkpoints.configs import quantization_keys
@@ -26,6 +27,52 @@ def removed_quantization(proposal: Proposal) -> Iterator[Remark]:
             f"{' and '.join(removed)} {are(len(removed))} not published"
         )
         yield Remark("quantization-removed", text, "note", (url,), values={"removed": ", ".join([*keys, *files])})
+
+
+def read_codes(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models are quantised, and how they are read."""
+    for checkpoint in proposal.checkpoints:
+        forms = Counter(held.decode.words for held in checkpoint.stored.values())
+        if forms:
+            url = redact(checkpoint.url)
+            said = " and ".join(f"{counted(count, 'tensor')} of {form}" for form, count in forms.items())
+            text = f"{url} holds {said}, read as the numbers that codes and scales stand for"
+            yield Remark("quantised", text, "note", (url,), values={form: str(count) for form, count in forms.items()})
+
+
+def quantised_tunes(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models are quantised where the base is not: the base of their codes is in every task vector."""
+    names: dict[int, list[str]] = {}
+    for job in proposal.jobs:
+        if not job.result.declared.has_anchor(job.result.parameters):
+            continue
+        anchor, *tuned = job.reading.operands
+        for operand in tuned if anchor.decode.is_plain else ():
+            if not operand.decode.is_plain:
+                names.setdefault(operand.checkpoint, []).append(job.output.name)
+    for number, found in names.items():
+        url, base = redact(proposal.checkpoints[number].url), redact(proposal.donor.url)
+        text = (
+            f"{url} has {counted(len(found), 'tensor')} such as {in_a_line(found[0])} as codes, {base} as plain "
+            "numbers: the error of rounding to codes is then in every task vector, and looks like agreement (a "
+            "cosine of 0 reads as 0.45 where changes are a hundredth of the weights, as 0.93 where they are a "
+            "thousandth, in FP8). Give the 16-bit models that were quantised, or the base in the same codes"
+        )
+        yield Remark("quantised-tunes", text, "refusal", (url,), tuple(found))
+
+
+def static_scales(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which fixed scales of activations are not published: nothing of the output is of codes they belong to."""
+    donor = proposal.donor
+    written = {job.output.name for job in proposal.jobs}
+    left = [name for name in donor.static_scales if name not in written]
+    if left:
+        url = redact(donor.url)
+        text = (
+            f"{counted(len(left), 'fixed scale')} of activations of {url}, such as {in_a_line(left[0])}, "
+            f"{are(len(left))} not published: they belong to its codes"
+        )
+        yield Remark("static-scales", text, "note", (url,), tuple(left))
 
 
 def leftover_scales(proposal: Proposal) -> Iterator[Remark]:
