@@ -132,9 +132,9 @@ class Ledger:
 class GramSum:
     """The Gram of whole models, tensor by tensor: products of [w_0, d_1 .. d_N] over all elements so far."""
 
-    def __init__(self, num_checkpoints: int) -> None:
+    def __init__(self, num_models: int) -> None:
         """Begin with no tensor."""
-        self._sources = tuple(range(num_checkpoints))
+        self._sources = tuple(range(num_models))
         self._total_MM: Floats | None = None
 
     def add(self, ledger: Ledger) -> None:

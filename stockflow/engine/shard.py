@@ -17,7 +17,7 @@ from stockflow.kernels.arrays import Bytes
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.budget import NUM_OUT_BUFFERS, Workspace
 from stockflow.planning.job import TensorJob
-from stockflow.planning.plan import CheckpointRef, OnNonfinite, ShardPlan
+from stockflow.planning.plan import CheckpointRef, OnNonfinite, ShardPlan, merged_among
 from stockflow.storage import Sink
 
 OnBytes = Callable[[int, int], None]
@@ -31,7 +31,7 @@ class ShardMerger:
         """Take the session to read through, and the inputs to be named in messages."""
         self.session = session
         self.outs = Pool(session.device.allocate)
-        self.num_checkpoints = len(checkpoints)
+        self.num_models = len(merged_among(checkpoints))
         self._alarm = Alarm(checkpoints, on_nonfinite)
 
     def prepare(self, jobs: Sequence[TensorJob]) -> None:
@@ -65,7 +65,7 @@ class ShardRun:
         self._merger = owner.merger(self._clock)
         self._ledgers: dict[str, Ledger] = {}
         self.facts: list[TensorFacts] = []
-        self.gram = GramSum(owner.num_checkpoints)
+        self.gram = GramSum(owner.num_models)
         self.seconds: dict[str, float] = {}
         self.bytes_read = 0
         self.size, self.sha256 = 0, ""

@@ -136,7 +136,7 @@ def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, .
         if plan.is_stacked:
             _check_slices(plan)
         subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
-    return subjects, plan.models
+    return subjects, tuple(plan.models)
 
 
 def _elsewhere(recipe: Recipe) -> str:

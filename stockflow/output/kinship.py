@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from stockflow.planning.plan import MergePlan
-from stockflow.recipe import Recipe
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 
@@ -12,12 +11,11 @@ Products = Sequence[Sequence[float]]
 """Of [w_0, d_1 .. d_N], over all tensors whose method needs them."""
 
 
-def proved(recipe: Recipe, plan: MergePlan, gram: Products) -> Iterator[Remark]:
+def proved(plan: MergePlan, gram: Products) -> Iterator[Remark]:
     """Yield which models are the base, or each other, in every tensor that was merged by its statistics."""
-    sources = recipe.sources(recipe.method_for(None))
-    if len(sources) != len(gram):
+    if plan.is_stacked or len(plan.models) != len(gram):
         return
-    urls = [redact(plan.checkpoints[index].url) for index in sources]
+    urls = [redact(each.url) for each in plan.models]
     tuned = range(1, len(gram))
     for index in tuned:
         if gram[index][index] == 0.0:

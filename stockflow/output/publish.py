@@ -80,7 +80,7 @@ def commit(
         versions=versions(),
         summary=summarize(receipts),
         gram=gram,
-        remarks=(*plan.remarks, *proved(recipe, plan, gram)),
+        remarks=(*plan.remarks, *proved(plan, gram)),
     )
     check_still_ours(output, plan, receipts)
     try:

@@ -5,7 +5,7 @@ Nothing of memory, workers, device, executor or clock is in a plan: equal plans 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -70,6 +70,11 @@ class CheckpointRef:
     files: Mapping[str, Stamp]
 
 
+def merged_among(checkpoints: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
+    """Return the inputs of a merge, but for one of which only the tokenizer is read."""
+    return tuple(each for each in checkpoints if not all(map(is_tokenizer_or_template, each.files)))
+
+
 @dataclass(frozen=True)
 class SideFile:
     """A file the output takes over from an input."""
@@ -115,9 +120,9 @@ class MergePlan:
     written_files: tuple[WrittenFile, ...] = ()
 
     @property
-    def models(self) -> tuple[CheckpointRef, ...]:
-        """The checkpoints, but for one of which only the tokenizer is read."""
-        return tuple(each for each in self.checkpoints if not all(map(is_tokenizer_or_template, each.files)))
+    def models(self) -> Sequence[CheckpointRef]:
+        """The checkpoints that are merged."""
+        return merged_among(self.checkpoints)
 
     @property
     def indexed(self) -> tuple[ShardPlan, ...]:

@@ -38,7 +38,7 @@ def local_revisions(value: object, path: Path = ()) -> Iterator[Notice]:
     """Yield revisions of models that are folders on this machine, at any depth of a document."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
-        text = written(child) if key in _NAME_MODELS else child if path == ("models",) else None
+        text = written(child) if key in _NAME_MODELS else child if path[-1:] == ("models",) else None
         folder = ignored_revision(text) if isinstance(text, str) else None
         if folder:
             said = f"the folder {shown(folder)} is taken as it is, as folders have no revisions; leave the revision out"

@@ -1,11 +1,11 @@
 """One model under several names: the recipe as if each model had been named in one way."""
 
 from collections.abc import Mapping
-from functools import cached_property
 
 from stockflow.errors import RecipeError
 from stockflow.recipe.checks import find_problems
 from stockflow.recipe.model import ModelEntry, Recipe
+from stockflow.recipe.relocated import relocated
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 
@@ -13,7 +13,7 @@ from stockflow.text.remarks import Remark
 def unified(recipe: Recipe, same: Mapping[str, str]) -> Recipe:
     """Return the recipe with each model under its first location, and a remark for each other one.
 
-    The base among the tunes is so the base; a tune that is listed twice is merged once.
+    The base among the tunes is so the base; a tune that is listed twice is merged once, in slices it is refused.
 
     Args:
         recipe: names a model by several locations.
@@ -22,28 +22,16 @@ def unified(recipe: Recipe, same: Mapping[str, str]) -> Recipe:
     Raises:
         RecipeError: each of the two would have values of its own, or too few models are left.
     """
-    entries: dict[str, ModelEntry] = {}
-    remarks = []
     for entry in recipe.listed:
-        location = same.get(entry.model, entry.model)
         if entry.model in same:
-            _check_no_values(recipe, entry, location)
-            remarks.append(_said(recipe, entry.model, location))
-        entries.setdefault(location, entry.model_copy(update={"model": location}))
-    unique = _naming(recipe, tuple(entries.values())).with_remarks((*recipe.remarks, *remarks))
+            _check_no_values(recipe, entry, same[entry.model])
+    remarks = [_said(recipe, location, same[location]) for location in recipe.checkpoints if location in same]
+    unique = relocated(recipe, lambda location: same.get(location, location))
+    unique = unique.model_copy(update={"models": unique.listed}).with_remarks((*recipe.remarks, *remarks))
     problems = [text for _, text in find_problems(unique)]
     if problems:
         raise RecipeError("; ".join((*map(str, remarks), *dict.fromkeys(problems))))
     return unique
-
-
-def _naming(recipe: Recipe, models: tuple[ModelEntry, ...]) -> Recipe:
-    """Return a recipe with other entries for its models; nothing that was found of the earlier ones is kept."""
-    other = recipe.model_copy(update={"models": models})
-    for name, value in vars(Recipe).items():
-        if isinstance(value, cached_property):
-            other.__dict__.pop(name, None)
-    return other
 
 
 def _check_no_values(recipe: Recipe, entry: ModelEntry, location: str) -> None:
@@ -62,5 +50,10 @@ def _per_model(recipe: Recipe) -> bool:
 
 def _said(recipe: Recipe, location: str, known: str) -> Remark:
     one, other = redact(location), redact(known)
-    counts = "not counted as a model that was tuned from it" if known == recipe.base_model else "merged once"
-    return Remark("same-model", f"{one} is {other} under another name: it is {counts}", models=(one, other))
+    if not recipe.models:
+        becomes = "the layers of both are those of one model"
+    elif known == recipe.base_model:
+        becomes = "it is not counted as a model that was tuned from it"
+    else:
+        becomes = "it is merged once"
+    return Remark("same-model", f"{one} is {other} under another name: {becomes}", models=(one, other))

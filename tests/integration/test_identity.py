@@ -104,7 +104,7 @@ def test_a_copy_on_s3_is_the_model_it_copies(tmp_path: Path, family: Family, s3_
 
     plan = planned(recipe_at(tmp_path, *urls, stockflow=storage))
 
-    assert codes(plan) == ["same-model"]
+    assert codes(plan) == ["same-model", "over-http"]
     assert [ref.url for ref in plan.checkpoints] == [urls[0], urls[2], urls[3]]
 
 
@@ -126,12 +126,76 @@ def test_a_tune_under_two_names_with_a_value_for_each_is_refused(tmp_path: Path,
         Inputs.open(load_recipe(str(recipe)))
 
 
+def stacked(root: Path, base: Path, again: Path, tune: Path, **top_level: Any) -> Path:
+    """Two slices, the second of which names the base in another way."""
+    slices = [
+        {"sources": [{"model": str(model), "layer_range": [start, start + 1]} for model in (first, tune)]}
+        for start, first in enumerate((base, again))
+    ]
+    content = {"merge_method": "linear", "base_model": str(base), "slices": slices} | top_level
+    (root / "recipe.yaml").write_text(yaml.safe_dump({"parameters": {"weight": 0.5}, **content}))
+    return root / "recipe.yaml"
+
+
+def test_slices_that_name_the_base_in_two_ways_mean_the_base(tmp_path: Path, family: Family) -> None:
+    base, again = (snapshot(tmp_path / name, family.base) for name in ("one", "two"))
+
+    plan = planned(stacked(tmp_path, base, again, family.tuned[0]))
+
+    assert codes(plan) == ["same-model"]
+    assert plan.notes[0] == f"{again} is {base} under another name: the layers of both are those of one model"
+    assert plan.plan_id == planned(stacked(tmp_path, base, base, family.tuned[0])).plan_id
+
+
+def test_one_slice_of_a_model_under_two_names_is_refused(tmp_path: Path, family: Family) -> None:
+    tune, again = (snapshot(tmp_path / name, family.tuned[0]) for name in ("one", "two"))
+    recipe = stacked(tmp_path, tune, tune, again, base_model=str(family.base))
+
+    with pytest.raises(RecipeError, match=r"are those of one model; the same model as sources\[0\]"):
+        Inputs.open(load_recipe(str(recipe)))
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer", "side_files_from", "chat_template", "tokens"])
+def test_every_place_that_names_a_model_means_the_same_one(tmp_path: Path, family: Family, key: str) -> None:
+    tune, again = (snapshot(tmp_path / name, family.tuned[0]) for name in ("one", "two"))
+    for folder in (tune, again):
+        (folder / "chat_template.jinja").write_text("{{ 'of the tune' }}")
+
+    def asked(location: Path) -> dict[str, Any]:
+        where = str(location)
+        token = {"source": {"kind": "model_token", "model": where, "token_id": 1}}
+        return {
+            "tokenizer": {"tokenizer": {"source": where}},
+            "tokens": {"tokenizer": {"source": "base", "tokens": {"a": token}}},
+            "side_files_from": {"stockflow": {"side_files_from": where}},
+        }.get(key, {key: where})
+
+    plans = [
+        planned(recipe_at(tmp_path, family.base, tune, again, family.tuned[1], **asked(place))).plan_id
+        for place in (tune, again)
+    ]
+
+    assert plans[0] == plans[1]
+
+
 def test_a_copy_on_disk_is_suspected_before_and_proved_after(tmp_path: Path, family: Family) -> None:
     shutil.copytree(family.base, tmp_path / "copy")
     recipe = recipe_at(tmp_path, family.base, family.tuned[0], tmp_path / "copy", family.tuned[1])
 
     assert codes(planned(recipe)) == ["same-samples"]
     result = runs.merge_here(recipe, tmp_path / "out")
+
+    (proof,) = [remark for remark in result.manifest.remarks if remark.code == "copy"]
+    assert proof.models == (str(tmp_path / "copy"), str(family.base))
+
+
+def test_a_copy_among_the_models_of_a_module_is_proved(tmp_path: Path, family: Family) -> None:
+    shutil.copytree(family.base, tmp_path / "copy")
+    tunes = [{"model": str(place)} for place in (family.tuned[0], tmp_path / "copy", family.tuned[1])]
+    content = {"merge_method": "model_stock", "base_model": str(family.base), "modules": {"default": {"models": tunes}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+
+    result = runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
 
     (proof,) = [remark for remark in result.manifest.remarks if remark.code == "copy"]
     assert proof.models == (str(tmp_path / "copy"), str(family.base))

@@ -190,6 +190,15 @@ def test_another_layout_is_one_problem(tmp_path: Path) -> None:
     assert "has 12 such as 'model.layers.0.experts.0.w', with as many elements" in said
 
 
+def test_modules_in_which_nothing_is_merged_are_refused(tmp_path: Path) -> None:
+    merge = merge_of(tmp_path, llama(), llama(), llama())
+    merge.recipe["modules"] = {"default": {"models": merge.recipe.pop("models")}}
+
+    (said,) = problems(merge, stockflow={"rules": [{"filter": "*", "action": "copy"}]})
+
+    assert said.startswith("nothing is merged: every tensor comes from one model, though `model_stock` is to merge 3")
+
+
 @pytest.mark.parametrize("action", ["copy", "skip"])
 def test_a_merge_in_which_nothing_is_merged_is_refused(tmp_path: Path, action: str) -> None:
     rules = {"rules": [{"filter": "lm_head", "action": "copy"}, {"filter": "*", "action": "copy"}]}

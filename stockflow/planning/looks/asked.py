@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact, scheme_of
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
@@ -62,10 +63,12 @@ def unlisted_base(proposal: Proposal) -> Iterator[Remark]:
     """Yield what becomes of a base that is not among the models of a method which needs none."""
     recipe = proposal.recipe
     method = recipe.method_for(None)
-    if method.base != "ignored" or not recipe.base_model or recipe.lists_base:
+    if method.base != "ignored" or not recipe.base_model:
         return
-    base = redact(recipe.base_model)
-    if recipe.base_counts(method):
+    base, counts = redact(recipe.base_model), any(each.recipe.base_counts(method) for each in slices_of(recipe))
+    if recipe.lists_base and not counts:
+        return
+    if counts:
         names = " and ".join(f"`{name}`" for name in method.required_per_model)
         given = f", with the recipe's own {names}" if names else ""
         own = f" or give each model its own {names}" if names else ""
@@ -103,7 +106,7 @@ def unmerged(proposal: Proposal) -> Iterator[Remark]:
     """Yield that a merge of several models would take every tensor from one, by rules or for want of others."""
     recipe = proposal.recipe
     method = recipe.method_for(None)
-    num_sources = len(set(recipe.sources(method)))
+    num_sources = max(len(set(each.recipe.sources(method))) for each in slices_of(recipe))
     if num_sources < 2 or not proposal.jobs or any(_reads_several(job) for job in proposal.jobs):
         return
     text = f"nothing is merged: every tensor comes from one model, though `{method.name}` is to merge {num_sources}"
