@@ -69,7 +69,6 @@ def look_beside(
         tuple(key for key in left if kind_of(key) == OTHERS),
         (*modules.missing, *missing),
         (
-            *modules.remarks,
             *weights_remark(where, _opened(store, tree, unlisted), merged),
             *files_remark(where, left, tree.cut),
         ),
@@ -81,7 +80,7 @@ def _needed(
 ) -> tuple[list[str], list[str]]:
     """Return what a loader needs, and code that is missing; a link that is not followed is refused, not left out."""
     plain = [key for key in tree.files if is_key(key) and not is_hidden(key) and key not in REPLACED]
-    of_modules = {*module_files(plain, modules.folders), *modules.unmerged}
+    of_modules = set(module_files(plain, modules.folders))
     known = [key for key in tree.files if is_known(key) or key in of_modules]
     store.check_links(key for key in known if is_key(key))
     code, missing = code_files(
@@ -117,7 +116,7 @@ def _opened(store: Store, tree: Tree, keys: Collection[str]) -> dict[str, tuple[
 
     def tensors_of(key: str) -> list[PlacedTensor] | None:
         try:
-            return read_header(store, key, HeaderCache(), unheard)[0] if is_key(key) else None
+            return read_header(store, key, HeaderCache(), unheard)[0].tensors if is_key(key) else None
         except UserError:
             return None
 

@@ -1,8 +1,9 @@
 """Weights of a folder: which of its files hold the model, told from their names.
 
 Loaders ask for ``model.safetensors`` and then for the index of shards, diffusers for ``diffusion_pytorch_model`` in the
-place of ``model``. What loaders would not find without help is read where only one thing can be meant: numbered shards
-without an index, a variant (``model.fp16.safetensors``), or the only weights there are.
+place of ``model``; where there is none of these, for ``pytorch_model.bin`` and its index. What loaders would not find
+without help is read where only one thing can be meant: numbered shards without an index, a variant
+(``model.fp16.safetensors``), or the only weights there are.
 """
 
 import re
@@ -14,15 +15,19 @@ from typing import NamedTuple
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import are
 
-STEMS = ("model", "diffusion_pytorch_model")
-"""What the names of weights begin with, in the order in which they are preferred."""
-SINGLE_FILE = f"{STEMS[0]}.safetensors"
+DIFFUSION_STEM = "diffusion_pytorch_model"
+SUFFIXES = (".safetensors", ".bin")
+"""Of files of weights, in the order in which they are preferred."""
+STEMS = {".safetensors": ("model", DIFFUSION_STEM), ".bin": ("pytorch_model", DIFFUSION_STEM)}
+"""What the names of weights begin with, by how they end, in the order in which they are preferred."""
+SINGLE_FILE = "model.safetensors"
 INDEX_FILE = f"{SINGLE_FILE}.index.json"
 
-_INDEX = re.compile(r"(.+)\.safetensors\.index(?:\.([\w-]+))?\.json")
-_SHARD = re.compile(r"(.+?)-(\d{5,6})-of-(\d{5,6})(?:\.([\w-]+))?\.safetensors")
-_SINGLE = re.compile(r"(.+)\.safetensors")
-_VARIANT = re.compile(rf"({'|'.join(STEMS)})\.([\w-]+)")
+_SUFFIX = rf"({'|'.join(map(re.escape, SUFFIXES))})"
+_INDEX = re.compile(rf"(.+){_SUFFIX}\.index(?:\.([\w-]+))?\.json")
+_SHARD = re.compile(rf"(.+?)-(\d{{5,6}})-of-(\d{{5,6}})(?:\.([\w-]+))?{_SUFFIX}")
+_SINGLE = re.compile(rf"(.+){_SUFFIX}")
+_VARIANT = re.compile(rf"(model|pytorch_model|{DIFFUSION_STEM})\.([\w-]+)")
 NO_MODEL = re.compile(
     r"(adapter_model|adapters?|pytorch_lora_weights|consolidated(\.\d+)?|(\w+_)?(optimizer|scheduler|states?)([-_]\w+)?"
     r"|optim|trainer|ema|random_states(_\d+)?|embeddings|learned_embeds|tokenizer|mm_projector|value_head|v_head)"
@@ -39,6 +44,7 @@ class Naming(NamedTuple):
     stem: str
     variant: str
     """``fp16``; empty where there is none"""
+    suffix: str
     number: int = 0
     """of a shard, from 1; 0: the file is all, or the index"""
     total: int = 0
@@ -51,6 +57,7 @@ class Group:
 
     stem: str
     variant: str
+    suffix: str
     single: str = ""
     index: str = ""
     shards: dict[int, dict[int, str]] = field(default_factory=dict)
@@ -67,31 +74,42 @@ class Group:
         """Whether there is something to read; with an index the headers will tell."""
         return bool(self.single or self.index or self.complete)
 
+    @property
+    def has_usual_stem(self) -> bool:
+        """Whether its names begin as those of weights do."""
+        return self.stem in STEMS[self.suffix]
+
     def __str__(self) -> str:
         """Return what it is called in a message."""
         return in_a_line(self.single or self.index or next(iter(next(iter(self.shards.values())).values())))
 
 
 def naming_of(file: str) -> Naming | None:
-    """Return what a name says; None if it is not that of safetensors weights or their index."""
+    """Return what a name says; None if it is not that of weights or their index."""
     if match := _INDEX.fullmatch(file):
         stem, variant = _split(match[1])
-        return Naming(stem, variant or match[2] or "", is_index=True)
+        return Naming(stem, variant or match[3] or "", match[2], is_index=True)
     if match := _SHARD.fullmatch(file):
         stem, variant = _split(match[1])
-        return Naming(stem, variant or match[4] or "", int(match[2]), int(match[3]))
+        return Naming(stem, variant or match[4] or "", match[5], int(match[2]), int(match[3]))
     if match := _SINGLE.fullmatch(file):
-        return Naming(*_split(match[1]))
+        return Naming(*_split(match[1]), match[2])
     return None
 
 
-def groups_of(names: Collection[str]) -> list[Group]:
-    """Return the weights of a folder, those first that loaders would find."""
-    groups: dict[tuple[str, str], Group] = {}
+def groups_of(names: Collection[str], only: str = "") -> list[Group]:
+    """Return the weights of a folder, those first that loaders would find.
+
+    Args:
+        names: of its files; of what may be anything, such as ``.bin``, those are weights that are called so.
+        only: the one file that was named: it is of weights whatever it is called.
+    """
+    groups: dict[tuple[str, str, str], Group] = {}
     for name in sorted(names):
-        if (said := naming_of(name)) is None:
+        said = naming_of(name)
+        if said is None or not (said.suffix == SUFFIXES[0] or said.stem in STEMS[said.suffix] or name == only):
             continue
-        group = groups.setdefault((said.stem, said.variant), Group(said.stem, said.variant))
+        group = groups.setdefault(said[:3], Group(*said[:3]))
         if said.is_index:
             group.index = name
         elif said.number:
@@ -105,22 +123,22 @@ def chosen_of(groups: Collection[Group], only: str = "") -> Group | None:
     """Return the weights that are meant: those a loader finds, else the only ones; None: it cannot be told.
 
     Args:
-        groups: all weights of a folder.
+        groups: all weights of a folder, in order.
         only: the one file that was named; of several numbered ones it is no model.
     """
     if only:
         return _named(groups, only)
     readable = [group for group in groups if group.is_readable and not NO_MODEL.fullmatch(group.stem)]
-    found = [group for group in readable if group.stem in STEMS and not group.variant]
+    found = [group for group in readable if group.has_usual_stem and not group.variant]
     return found[0] if found else readable[0] if len(readable) == 1 else None
 
 
 def _named(groups: Collection[Group], only: str) -> Group | None:
     for group in groups:
         if group.single == only:
-            return Group(group.stem, group.variant, single=only)
+            return Group(group.stem, group.variant, group.suffix, single=only)
         if group.index == only:
-            return Group(group.stem, group.variant, index=only)
+            return Group(group.stem, group.variant, group.suffix, index=only)
     return None
 
 
@@ -144,6 +162,7 @@ def _split(stem: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (stem, "")
 
 
-def _preference(group: Group) -> tuple[bool, int, str, str]:
-    place = STEMS.index(group.stem) if group.stem in STEMS else len(STEMS)
-    return bool(group.variant), place, group.stem, group.variant
+def _preference(group: Group) -> tuple[bool, int, int, str, str]:
+    stems = STEMS[group.suffix]
+    place = stems.index(group.stem) if group.has_usual_stem else len(stems)
+    return bool(group.variant), SUFFIXES.index(group.suffix), place, group.stem, group.variant

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE, Group, groups_of, lacking, naming_of
+from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE, SUFFIXES, Group, groups_of, lacking, naming_of
 from stockflow.checkpoints.documents import read_json
 from stockflow.errors import CheckpointError, NotFoundError
-from stockflow.storage import LocalStore, Stamp, Store, scheme_of
+from stockflow.storage import Stamp, Store, redact, scheme_of
 from stockflow.text.escaping import in_a_line
 from stockflow.text.redaction import command_line
 from stockflow.text.sizes import are, counted
@@ -29,7 +29,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     (r".+\.gguf", "GGUF, which is for inference and lost precision; take the model it was made from"),
     (
         r"(?!optimizer|scheduler|scaler|training_args|r(ng|andom)_state).+\.(bin|pt|pth|ckpt|pkl)",
-        f"PyTorch's pickles, which are not read yet; {_TO_SAFETENSORS}",
+        f"PyTorch's pickles, of which those are read that are called pytorch_model*.bin; {_TO_SAFETENSORS}",
     ),
     (r".+\.(h5|keras)", f"Keras' weights, which are not read; {_TO_SAFETENSORS}"),
     (r".+\.msgpack", f"Flax' weights, which are not read; {_TO_SAFETENSORS}"),
@@ -57,10 +57,12 @@ class _Place:
 
 def nothing_here(store: Store, files: Mapping[str, Stamp], folders: Sequence[str]) -> str:
     """Return why a folder, or the file that was named, is no checkpoint, and what to do."""
-    if isinstance(store, LocalStore) and store.only:
+    if store.only and store.only not in files:
+        return f"there is no checkpoint at {redact(store.url)}: there is no such file; check the name"
+    if store.only:
         naming = naming_of(store.only)
         number = f"it is one of {naming.total} files of a model" if naming and naming.number else "it is no model"
-        return f"there is no checkpoint at {store.url}: {number}; name its folder, {store.where()}"
+        return f"there is no checkpoint at {redact(store.url)}: {number}; name its folder, {store.where()}"
     place = _Place(store, files, folders, groups_of(files))
     reasons = (reason for look in _LOOKS for reason in look(place))
     return f"there is no checkpoint at {place.where}: {next(reasons)}"
@@ -77,13 +79,13 @@ def _nothing(place: _Place) -> Iterator[str]:
     if place.files or place.folders:
         return
     url = place.store.url
-    if scheme_of(url) != "file" and url.endswith((".safetensors", ".bin", ".gguf", ".json")):
+    if scheme_of(url) != "file" and url.endswith((".gguf", ".json")):
         yield "it names a file; give the folder it is in"
     expected = f"expected {SINGLE_FILE} or {INDEX_FILE}"
     here = os.getcwd()
     relative = f" (a relative path counts from {here})" if url.startswith(f"{here}/") else ""
     unseen = "" if scheme_of(url) == "file" else " (keys with an empty, `.` or `..` segment are not seen)"
-    what = "there is no such file" if url.endswith(".safetensors") else "the folder does not exist or is empty"
+    what = "there is no such file" if url.endswith(SUFFIXES) else "the folder does not exist or is empty"
     yield f"{what}{relative}{unseen}; {expected}"
 
 

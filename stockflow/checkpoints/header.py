@@ -80,6 +80,15 @@ class PlacedTensor(NamedTuple):
     """absolute byte offset in the file"""
 
 
+class FileContents(NamedTuple):
+    """What is in a file of weights."""
+
+    tensors: list[PlacedTensor]
+    """in the order of their bytes"""
+    others: tuple[str, ...] = ()
+    """names of what is no tensor"""
+
+
 def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> bytes:
     """Return the first bytes of a file, complete before any tensor is computed.
 
@@ -163,14 +172,14 @@ def _check_metadata(metadata: object, where: str) -> None:
     if metadata is not None and not isinstance(metadata, dict):
         raise HeaderError(f"{where}: {METADATA_KEY} must map strings to strings")
     if metadata and not all(
-        isinstance(value, str) and _is_text(key) and _is_text(value) for key, value in metadata.items()
+        isinstance(value, str) and is_text(key) and is_text(value) for key, value in metadata.items()
     ):
         raise HeaderError(f"{where}: {METADATA_KEY} must map strings to strings")
 
 
 def _parse_entries(entries: dict[str, object], where: str) -> Iterator[tuple[TensorSpec, int, int]]:
     for name, entry in entries.items():
-        if not _is_text(name):
+        if not is_text(name):
             raise HeaderError(
                 f"{where}: the name of tensor {shown(name)} holds half of a surrogate pair, which is not Unicode"
             )
@@ -202,7 +211,7 @@ def _parse_entries(entries: dict[str, object], where: str) -> Iterator[tuple[Ten
         yield TensorSpec(name, dtype, tuple(shape)), start, stop
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Whether ``value`` can be encoded: JSON's escapes can spell halves of surrogate pairs, which cannot."""
     try:
         value.encode()

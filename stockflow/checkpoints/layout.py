@@ -5,10 +5,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar, cast
 
+from stockflow.checkpoints import torch_files
 from stockflow.checkpoints.disguises import disguise_of
 from stockflow.checkpoints.header import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
+    FileContents,
     PlacedTensor,
     TensorSpec,
     header_bytes,
@@ -59,7 +61,7 @@ class HeaderCache:
     def __init__(self) -> None:
         """Begin empty."""
         self._lock = threading.Lock()
-        self._parsed: dict[tuple[bytes, int, str], list[PlacedTensor]] = {}
+        self._parsed: dict[tuple[Hashable, str], FileContents] = {}
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
         self._made: dict[Hashable, object] = {}
         self._found: dict[tuple[int, Callable[..., object]], tuple[object, object]] = {}
@@ -94,14 +96,15 @@ class HeaderCache:
         layout = self._layouts[key]
         return _settled(where, headers, layout.doubled, homes) if layout.doubled else layout
 
-    def parse(self, head: bytes, file_size: int, where: str, folder: str) -> list[PlacedTensor]:
-        """Return what ``parse_header`` returns, named as tensors of a file in that folder are."""
-        key = head, file_size, folder
+    def parse(self, said: Hashable, folder: str, parse: Callable[[], FileContents]) -> FileContents:
+        """Return what ``parse`` makes of what a file says of itself, named as tensors of a file in that folder are."""
+        key = said, folder
         with self._lock:
-            placed = self._parsed.get(key)
-            if placed is None:
-                placed = self._parsed[key] = in_folder(folder, parse_header(head, file_size, where))
-            return placed
+            contents = self._parsed.get(key)
+            if contents is None:
+                found = parse()
+                contents = self._parsed[key] = found._replace(tensors=in_folder(folder, found.tensors))
+            return contents
 
 
 def folder_of(key: str) -> str:
@@ -120,8 +123,8 @@ def unheard(file: str) -> None:
     """Do nothing."""
 
 
-def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) -> tuple[list[PlacedTensor], Stamp]:
-    """Return the tensors of one file, in the order of their bytes, and its stamp.
+def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) -> tuple[FileContents, Stamp]:
+    """Return what is in one file of weights, and its stamp.
 
     Raises:
         CheckpointError: the file is not there, or its header is malformed.
@@ -131,15 +134,27 @@ def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) ->
         head, stamp = store.read_head(file, FIRST_READ_BYTES)
     except NotFoundError:
         raise CheckpointError(f"{where} was listed and is not there; fetch it again") from None
+    read = _read_torch_file if torch_files.is_torch_file(file) else _read_safetensors
+    contents = read(store, file, head, stamp, cache)
+    on_file(where)
+    return contents, stamp
+
+
+def _read_torch_file(store: Store, file: str, head: bytes, stamp: Stamp, cache: HeaderCache) -> FileContents:
+    said = torch_files.describe(store, file, head, stamp)
+    return cache.parse(said, folder_of(file), lambda: torch_files.contents_of(said, store.where(file)))
+
+
+def _read_safetensors(store: Store, file: str, head: bytes, stamp: Stamp, cache: HeaderCache) -> FileContents:
+    where = store.where(file)
     _refuse_disguise(head, stamp.size, where)
     needed = header_bytes(head, stamp.size, where)
     if needed > len(head):
         rest = bytearray(needed - len(head))
         store.read_into(file, len(head), memoryview(rest), stamp)
         head += bytes(rest)
-    placed = cache.parse(head[:needed], stamp.size, where, folder_of(file))
-    on_file(where)
-    return placed, stamp
+    own = head[:needed]
+    return cache.parse((own, stamp.size), folder_of(file), lambda: FileContents(parse_header(own, stamp.size, where)))
 
 
 def _refuse_disguise(head: bytes, size: int, where: str) -> None:

@@ -3,15 +3,12 @@
 The layout is that of sentence-transformers: https://sbert.net/docs/sentence_transformer/usage/custom_models.html
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from stockflow.checkpoints.documents import is_key
 from stockflow.checkpoints.tree import RECORDS_FOLDER, Tree, is_hidden
 from stockflow.errors import CheckpointError
-from stockflow.text.escaping import in_a_line
-from stockflow.text.remarks import Remark
-from stockflow.text.sizes import gb
 from stockflow.text.strictjson import shown
 
 MODULES_FILE = "modules.json"
@@ -19,8 +16,6 @@ ROUTER_FILE = "router_config.json"
 MODULE_WEIGHTS = "model.safetensors"
 MODULE_INDEX = "model.safetensors.index.json"
 OTHER_WEIGHTS = "pytorch_model.bin"
-UNMERGED = "module-weights"
-"""The code of a refusal that is a merge's alone: what is read of such a model is sound."""
 _WITHOUT_FILES = ("Normalize",)
 """types of modules whose folder is empty, and so is in no copy of the model"""
 
@@ -33,12 +28,9 @@ class Modules:
     types: tuple[str, ...] = ()
     """dotted names of classes: of the library, or of code beside the model"""
     weights: tuple[str, ...] = ()
-    """keys of their weights, in safetensors"""
-    unmerged: tuple[str, ...] = ()
-    """keys of weights of modules that have them in no other format"""
+    """keys of their weights"""
     missing: tuple[str, ...] = ()
     """folders that are not there, of modules that have files"""
-    remarks: tuple[Remark, ...] = ()
 
 
 def find_modules(tree: Tree, documents: Mapping[str, object], where: str) -> Modules:
@@ -58,14 +50,11 @@ def find_modules(tree: Tree, documents: Mapping[str, object], where: str) -> Mod
     for folder in folders:
         if not is_key(folder) or is_hidden(folder) or folder.split("/")[0] == RECORDS_FOLDER:
             raise CheckpointError(f"{where}/{MODULES_FILE} names the folder {shown(folder)}, which is none of a model")
-    unmerged = tuple(key for folder in folders for key in _unmerged(tree, folder))
     return Modules(
         folders,
         tuple(name for _, name in named),
         tuple(key for folder in folders for key in _weights_of(tree, folder)),
-        unmerged,
         tuple(_missing(tree, types)),
-        tuple(_other_formats(tree, unmerged, where)),
     )
 
 
@@ -93,15 +82,9 @@ def _weights_of(tree: Tree, folder: str) -> Iterator[str]:
     below = tree.below(folder)
     for key in below:
         inner, _, name = key.rpartition("/")
-        is_shard = name.endswith(".safetensors") and f"{inner}/{MODULE_INDEX}" in tree.files
-        if name == MODULE_WEIGHTS or (is_shard and f"{inner}/{MODULE_WEIGHTS}" not in tree.files):
-            yield key
-
-
-def _unmerged(tree: Tree, folder: str) -> Iterator[str]:
-    for key in tree.below(folder):
-        inner, _, name = key.rpartition("/")
-        if name == OTHER_WEIGHTS and not {f"{inner}/{MODULE_WEIGHTS}", f"{inner}/{MODULE_INDEX}"} & tree.files.keys():
+        single, index = (f"{inner}/{file}" in tree.files for file in (MODULE_WEIGHTS, MODULE_INDEX))
+        is_shard = name.endswith(".safetensors") and index and not single
+        if name == MODULE_WEIGHTS or is_shard or (name == OTHER_WEIGHTS and not single and not index):
             yield key
 
 
@@ -110,13 +93,3 @@ def _missing(tree: Tree, types: Mapping[str, str]) -> Iterator[str]:
         is_unknown = folder.split("/")[0] in tree.cut or name.rpartition(".")[2] in _WITHOUT_FILES
         if not is_unknown and not tree.below(folder):
             yield folder
-
-
-def _other_formats(tree: Tree, keys: Iterable[str], where: str) -> Iterator[Remark]:
-    for key in keys:
-        size = gb(tree.files[key].size)
-        text = (
-            f"{where}/{in_a_line(key)} ({size}) holds the weights of a module in a format that is not merged: save "
-            f"them as {MODULE_WEIGHTS} beside it. Accepted, those of the model that gives the side files are copied"
-        )
-        yield Remark(UNMERGED, text, "refusal", (where,), values={key: size})

@@ -1,12 +1,13 @@
 """A checkpoint at a URL: its tensors and where their bytes lie, its files and their stamps.
 
-Index, headers and a few values are read. The layout is Hugging Face's: one ``model.safetensors``, or shards
-named by ``model.safetensors.index.json``.
+Index, headers and a few values are read. The layout is Hugging Face's: one ``model.safetensors`` (or
+``pytorch_model.bin``), or shards named by an index.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,14 +17,14 @@ from stockflow.checkpoints.documents import find_json, read_json
 from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
-from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, UNMERGED, find_modules
+from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, find_modules
 from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.tree import Tree, list_tree
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
-from stockflow.storage import LocalStore, Stamp, Store
+from stockflow.storage import Listing, LocalStore, Stamp, Store
 from stockflow.text.remarks import Remark
 
 CONFIG_FILE = "config.json"
@@ -82,9 +83,9 @@ def open_checkpoint(
     """
     if isinstance(store, LocalStore) and os.path.isfile(store.where()) and (said := no_folder(store.where())):
         raise NotFoundError(said)
-    listing = store.listing()
-    only = store.only if isinstance(store, LocalStore) else ""
-    group = chosen_of(groups_of(listing.files), only)
+    listing = _with_named(store, store.listing())
+    only = store.only
+    group = chosen_of(groups_of(listing.files, only), only)
     tree = _without_others(list_tree(store, listing), only)
     modules = find_modules(tree, {key: _document(store, tree, key) for key in (MODULES_FILE, ROUTER_FILE)}, store.url)
     if group is None and not modules.weights:
@@ -153,6 +154,15 @@ def _extents(weights: Weights, tensors: Tensors) -> Mapping[str, Extent]:
     return {**weights.extents, **{name: weights.extents[each.parts[0].name] for name, each in tensors.stored.items()}}
 
 
+def _with_named(store: Store, listing: Listing) -> Listing:
+    """Return a listing with the one file of weights that was named: what has files need not list them."""
+    if not store.only or store.only in listing.files:
+        return listing
+    with suppress(NotFoundError):
+        return replace(listing, files={**listing.files, store.only: store.stamp(store.only)})
+    return listing
+
+
 def _without_others(tree: Tree, only: str) -> Tree:
     """Return the tree of the one file of weights that was named: the others in its folder are other models."""
     if not only:
@@ -195,7 +205,7 @@ def open_checkpoints(
     errors = [each for each in found if isinstance(each, UserError)]
     if settles is None:
         refusals = (remark for each in found if isinstance(each, Checkpoint) for remark in each.remarks)
-        refusals = (remark for remark in refusals if remark.severity == "refusal" and remark.code != UNMERGED)
+        refusals = (remark for remark in refusals if remark.severity == "refusal")
         errors += [CheckpointError(str(remark)) for remark in refusals]
     if errors:
         raise _together(errors)

@@ -6,13 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from stockflow.checkpoints.candidates import STEMS, Group
+from stockflow.checkpoints.candidates import DIFFUSION_STEM, SUFFIXES, Group
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.index import lines_of, mismatch_of, missing_files, read_index
 from stockflow.checkpoints.layout import Extent, HeaderCache, Homes, OnFile, read_header
 from stockflow.checkpoints.ties import aliases_of
 from stockflow.errors import CheckpointError, NotFoundError
-from stockflow.storage import LocalStore, Stamp, Store
+from stockflow.storage import Stamp, Store
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import are, counted, gb
@@ -20,6 +20,8 @@ from stockflow.text.strictjson import shown
 
 NUM_HEADER_READERS = 16
 NUM_NAMED = 3
+MAX_TENSORS = 10_000
+"""names that one remark holds"""
 
 IsSettled = Callable[[str], bool]
 """Whether a recipe's rules say of a tensor that this checkpoint need not hold it."""
@@ -93,10 +95,11 @@ def _read(folder: Folder, files: Sequence[str], homes: Homes | None = None) -> W
     read = partial(read_header, folder.store, cache=folder.cache, on_file=folder.on_file)
     with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
         found = dict(zip(files, pool.map(read, files), strict=True))
-    headers = {file: placed for file, (placed, _) in found.items()}
+    headers = {file: contents.tensors for file, (contents, _) in found.items()}
+    others = [name for contents, _ in found.values() for name in contents.others]
     layout = folder.cache.collect(folder.where, headers, homes or {})
-    doubled = _on_doubled(folder, layout.doubled) if layout.doubled else ()
-    return Weights(layout.specs, layout.extents, {file: stamp for file, (_, stamp) in found.items()}, tuple(doubled))
+    remarks = [*_on_doubled(folder, layout.doubled), *_on_others(folder, others)]
+    return Weights(layout.specs, layout.extents, {file: stamp for file, (_, stamp) in found.items()}, tuple(remarks))
 
 
 def _sharded(folder: Folder, group: Group, homes: Homes) -> Weights:
@@ -156,14 +159,17 @@ def _refuse_missing(folder: Folder, homes: Homes, missing: Sequence[str]) -> Non
 
 def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
     """Yield why files are read that no loader would find, or under another name than an output has."""
-    is_named = isinstance(folder.store, LocalStore) and folder.store.only
-    if group.stem not in STEMS and not is_named:
+    is_named = folder.store.only
+    if not group.has_usual_stem and not is_named:
         yield _chosen(folder, f"{folder.where} has no other weights than {group}: they are read", "note")
     if group.variant and not is_named:
         text = f"{folder.where} has its weights as the variant {shown(group.variant)} only: {group} is read"
         yield _chosen(folder, text, "note")
-    if group.stem in STEMS[1:]:
-        text = f"{folder.where} is a part of a diffusers pipeline: {group} is read. A merge is written as {STEMS[0]}.*"
+    if group.suffix != SUFFIXES[0]:
+        text = f"{folder.where} has its weights in pickles: {group} is read, and nothing that is in it is run"
+        yield _chosen(folder, f"{text}. A merge is written in safetensors", "note")
+    if group.stem == DIFFUSION_STEM:
+        text = f"{folder.where} is a part of a diffusers pipeline: {group} is read. A merge is written as model.*"
         yield _chosen(folder, f"{text}, which diffusers finds once its index or only file has the part's name", "note")
     if not group.single and not group.index:
         count = counted(len(group.complete), "numbered file")
@@ -172,11 +178,23 @@ def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
 
 
 def _on_doubled(folder: Folder, doubled: Sequence[str]) -> Iterator[Remark]:
+    if not doubled:
+        return
     text = (
         f"{folder.where}: {counted(len(doubled), 'tensor')} {are(len(doubled))} in several files, such as "
         f"{shown(doubled[0])}; read from the one that the index names"
     )
     yield Remark("doubled-tensors", text, models=(folder.where,), tensors=tuple(doubled))
+
+
+def _on_others(folder: Folder, others: Sequence[str]) -> Iterator[Remark]:
+    """Yield what files of weights hold that is no tensor, and is in no output."""
+    if others:
+        text = (
+            f"{folder.where}: its files hold {counted(len(others), 'value')} that {are(len(others))} no tensor, "
+            f"such as {shown(others[0])}: left out"
+        )
+        yield Remark("no-tensors", text, "note", (folder.where,), tuple(others[:MAX_TENSORS]))
 
 
 def _on_index(folder: Folder, index: str, homes: Homes, weights: Weights) -> Iterator[Remark]:
@@ -228,7 +246,7 @@ def _on_stale_index(folder: Folder, group: Group, homes: Homes, single: Weights,
 def _ambiguity(folder: Folder, group: Group, others: str, single: Weights, sharded: Weights) -> Remark:
     first = in_a_line(group.single)
     names = f" by naming {folder.where}/{first} or {folder.where}/{others}" if group.index else ""
-    how = f", or choose{names}" if names and isinstance(folder.store, LocalStore) else ""
+    how = f", or choose{names}" if names else ""
     text = (
         f"{folder.where} holds two sets of weights, {first} ({_amounts(single)}) and {others} ({_amounts(sharded)}), "
         f"and nothing tells which is meant: {_difference(single, sharded)}. Remove the one that is not{how}; "

@@ -15,7 +15,7 @@ from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
 _ADAPTER = re.compile(r"[^+]\+(/|\.{1,2}/|~|[a-z0-9]+://)", re.ASCII)
 """Where the adapter of ``model+adapter`` begins; a folder's name may hold a plus, too."""
-_PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt)", re.IGNORECASE)
+_PICKLED = re.compile(r".*\.(pt|pth|ckpt)", re.IGNORECASE)
 
 
 def resolve_location(text: str) -> str:

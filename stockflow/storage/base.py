@@ -111,6 +111,10 @@ class Store(Protocol):
         """Return what an object, or the prefix, is called in messages: without secrets."""
 
     @property
+    def only(self) -> str:
+        """The one file of weights there that is meant; empty: whatever lies under the URL."""
+
+    @property
     def pin(self) -> Pin:
         """How reads are held to a stamp."""
 

@@ -36,11 +36,17 @@ class FsspecStore(RemoteStore):
     """The objects under one URL of any scheme fsspec knows."""
 
     def __init__(
-        self, url: str, options: StoreOptions, policy: RetryPolicy | None = None, *, reads_twice: bool = False
+        self,
+        url: str,
+        options: StoreOptions,
+        policy: RetryPolicy | None = None,
+        *,
+        only: str = "",
+        reads_twice: bool = False,
     ) -> None:
-        """Take the URL and how to reach it; nothing is contacted yet."""
+        """Take the URL, how to reach it, and the one file of weights that is meant; nothing is contacted yet."""
         policy = policy or RetryPolicy()
-        super().__init__(url, partial(_client, url, options, policy), policy, reads_twice=reads_twice)
+        super().__init__(url, partial(_client, url, options, policy), policy, only=only, reads_twice=reads_twice)
 
 
 def _client(url: str, options: StoreOptions, policy: RetryPolicy) -> Client:

@@ -13,7 +13,9 @@ OBJECT_SCHEMES = ("s3", "gs", "az")
 """Schemes served by obstore, readable and writable."""
 WRITABLE_SCHEMES = ("file", "memory", *OBJECT_SCHEMES)
 """Schemes an output may live on; every other fsspec scheme is an input only."""
-_WEIGHTS = re.compile(r"\.safetensors(\.index(\.[\w-]+)?\.json)?$")
+_WEIGHTS = re.compile(r"\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?$")
+_REMOTE_WEIGHTS = re.compile(rf"((?!hf://)\w+://[^/]+|hf://[^/]+/[^/]+)/.+{_WEIGHTS.pattern}")
+"""In a bucket, on a host, or in a model of the hub: not one of these itself."""
 _ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file", "asynclocal": "file"}
 """``local`` is fsspec's own disk, which follows every link"""
 
@@ -84,20 +86,15 @@ def pin_revision(location: str) -> str:
 
 
 def open_model(location: str, config: StorageConfig) -> Store:
-    """Return the store of a model: of its folder, also where one file of weights in a local folder is named.
+    """Return the store of a model: of its folder, also where one file of weights in it is named.
 
     Raises:
         RecipeError: the scheme is unknown.
     """
     url = normalize_url(location)
-    if scheme_of(url) != "file":
-        return _open_remote(url, config, reads_twice=config.reads_twice)
-    if not is_weights(url):
-        return open_store(url, config)
-    from stockflow.storage.local import LocalStore
-
-    folder, _, name = url.rpartition("/")
-    return LocalStore(folder or "/", config.trusted, name)
+    names_file = is_weights(url) if scheme_of(url) == "file" else bool(_REMOTE_WEIGHTS.fullmatch(url))
+    folder, _, only = url.rpartition("/") if names_file else (url, "", "")
+    return _open(folder or "/", config, only=only, reads_twice=config.reads_twice)
 
 
 def is_weights(path: str) -> bool:
@@ -118,19 +115,20 @@ def open_store(location: str, config: StorageConfig, *, writable: bool = False) 
             f"the output {redact(url)} uses {scheme}://, which stockflow only reads; "
             f"expected a local folder or one of {', '.join(s + '://' for s in OBJECT_SCHEMES)}"
         )
+    return _open(url, config)
+
+
+def _open(url: str, config: StorageConfig, *, only: str = "", reads_twice: bool = False) -> Store:
+    scheme = scheme_of(url)
     if scheme == "file":
         from stockflow.storage.local import LocalStore
 
-        return LocalStore(url, config.trusted)
-    return _open_remote(url, config)
-
-
-def _open_remote(url: str, config: StorageConfig, *, reads_twice: bool = False) -> Store:
+        return LocalStore(url, config.trusted, only)
     options = config.for_url(url)
-    if scheme_of(url) in OBJECT_SCHEMES and options.client != "fsspec":
+    if scheme in OBJECT_SCHEMES and options.client != "fsspec":
         from stockflow.storage.objects import ObjectStore
 
-        return ObjectStore(url, options, reads_twice=reads_twice)
+        return ObjectStore(url, options, only=only, reads_twice=reads_twice)
     from stockflow.storage.fs import FsspecStore
 
-    return FsspecStore(url, options, reads_twice=reads_twice)
+    return FsspecStore(url, options, only=only, reads_twice=reads_twice)

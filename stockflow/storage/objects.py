@@ -58,11 +58,17 @@ class ObjectStore(RemoteStore):
     """The objects under one ``s3://``, ``gs://`` or ``az://`` URL."""
 
     def __init__(
-        self, url: str, options: StoreOptions, policy: RetryPolicy | None = None, *, reads_twice: bool = False
+        self,
+        url: str,
+        options: StoreOptions,
+        policy: RetryPolicy | None = None,
+        *,
+        only: str = "",
+        reads_twice: bool = False,
     ) -> None:
-        """Take the URL and how to reach it; nothing is contacted yet."""
+        """Take the URL, how to reach it, and the one file of weights that is meant; nothing is contacted yet."""
         policy = policy or RetryPolicy()
-        super().__init__(url, partial(ObstoreClient, url, options, policy), policy, reads_twice=reads_twice)
+        super().__init__(url, partial(ObstoreClient, url, options, policy), policy, only=only, reads_twice=reads_twice)
 
 
 class ObstoreClient:

@@ -25,7 +25,7 @@ class RemoteStore:
     """A ``Store`` over a client."""
 
     def __init__(
-        self, url: str, connect: Callable[[], Client], policy: RetryPolicy, *, reads_twice: bool = False
+        self, url: str, connect: Callable[[], Client], policy: RetryPolicy, *, only: str = "", reads_twice: bool = False
     ) -> None:
         """Take what makes clients for ``url``; nothing is contacted yet.
 
@@ -33,9 +33,12 @@ class RemoteStore:
             url: normalized.
             connect: returns a client that shares no connection with others.
             policy: how requests are repeated.
+            only: the one file of weights there that is meant; empty: whatever lies under the URL.
             reads_twice: whether what is read is read again by another client, and must be the same.
         """
-        self.url = url
+        self.url = f"{url}/{only}" if only else url
+        self.only = only
+        self._folder = url
         self._client = connect()
         self._witness = connect() if reads_twice else None
         self._policy = policy
@@ -45,7 +48,7 @@ class RemoteStore:
 
     def where(self, key: str = "") -> str:
         """Return the URL of an object, or of the prefix, without secrets."""
-        return redact(f"{self.url}/{key}" if key else self.url)
+        return redact(f"{self._folder}/{key}" if key else self._folder)
 
     @property
     def pin(self) -> Pin:

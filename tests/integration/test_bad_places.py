@@ -116,9 +116,11 @@ def test_an_empty_prefix_says_what_was_expected(told: Told, bucket: str, client:
 
 
 def test_an_object_is_not_taken_for_a_folder(told: Told, bucket: str) -> None:
-    on_s3 = told(f"s3://{bucket}/base/model.safetensors", f"s3://{bucket}/tuned")
+    config = told(f"s3://{bucket}/base/config.json", f"s3://{bucket}/tuned")
+    nothing = told(f"s3://{bucket}/base/other.safetensors", f"s3://{bucket}/tuned")
 
-    assert f"s3://{bucket}/base/model.safetensors: it names a file; give the folder it is in" in on_s3
+    assert f"s3://{bucket}/base/config.json: it names a file; give the folder it is in" in config
+    assert f"no checkpoint at s3://{bucket}/base/other.safetensors: there is no such file; check the name" in nothing
 
 
 @pytest.mark.parametrize(

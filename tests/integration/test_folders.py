@@ -595,7 +595,16 @@ def distributed(folder: Path) -> None:
 
 
 def pickles(folder: Path) -> None:
-    touch(folder, "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "optimizer.pt", "config.json")
+    touch(folder, "lit_model.pth", "model.ckpt", "optimizer.pt", "config.json")
+
+
+def pickles_of_old(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    torch.save(full(1.0), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def numbered_pickles_of_which_one_is_missing(folder: Path) -> None:
+    touch(folder, "pytorch_model-00001-of-00002.bin")
 
 
 def gguf(folder: Path) -> None:
@@ -649,7 +658,9 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     a_run_of_deepspeed: ("a checkpoint of DeepSpeed", "`python -m deepspeed.utils.zero_to_fp32 /"),
     a_run_of_fsdp: ("FSDP's parts", "`accelerate merge-weights"),
     distributed: ("__0_0.distcp and 1 more are of PyTorch's distributed checkpoints", "dcp_to_torch"),
-    pickles: ("pytorch_model-00001-of-00002.bin and 1 more are PyTorch's pickles", "save_pretrained"),
+    pickles: ("lit_model.pth and 1 more are PyTorch's pickles", "save_pretrained"),
+    pickles_of_old: ("was written by a PyTorch of before 1.6", "safetensors.torch.save_file"),
+    numbered_pickles_of_which_one_is_missing: ("pytorch_model-00001-of-00002.bin 2 is missing", "fetch"),
     gguf: ("model-Q4_K_M.gguf is GGUF", "take the model it was made from"),
     numbered_files_of_which_one_is_missing: ("of 3 files like model-00001-of-00003.safetensors", "2 is missing"),
     two_counts_of_numbered_files: ("it has numbered files of 2 and of 3", "move those away that are not meant"),

@@ -8,12 +8,13 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import stockflow
 from stockflow.checkpoints.opening import open_checkpoints
-from stockflow.errors import PlanError
+from stockflow.errors import CheckpointError, PlanError
 from stockflow.recipe import load_recipe
 from stockflow.storage import StorageConfig, open_store
 from stockflow.verification.recompute import SampleOptions
@@ -175,22 +176,20 @@ def test_a_module_that_one_model_lacks_is_refused(family: Family, tmp_path: Path
     assert "which loaders will look for" not in str(caught.value), "the base has it"
 
 
-def test_weights_of_a_module_in_pickle_are_refused_until_accepted(family: Family, tmp_path: Path) -> None:
-    for model in (family.base, *family.tuned):
+def test_weights_of_a_module_in_pickle_are_merged_too(family: Family, tmp_path: Path) -> None:
+    expected = runs.merge_here(recipe_of(family, tmp_path), tmp_path / "expected")
+    for model in (family.base, *family.tuned[:1]):
+        torch.save(load_file(model / "2_Dense" / "model.safetensors"), model / "2_Dense" / "pytorch_model.bin")
         (model / "2_Dense" / "model.safetensors").unlink()
-        (model / "2_Dense" / "pytorch_model.bin").write_bytes(model.name.encode())
 
-    with pytest.raises(PlanError, match=r"2_Dense/pytorch_model.bin \(\d B\) holds the weights of a module") as caught:
-        planned(recipe_of(family, tmp_path), tmp_path / "out")
-    assert "3 problems" in str(caught.value)
-    assert "accept: [module-weights]" in str(caught.value)
+    merged = runs.merge_here(recipe_of(family, tmp_path), tmp_path / "out")
 
-    accepting = recipe_of(family, tmp_path, stockflow={"accept": ["module-weights"]})
-    merged = runs.merge_here(accepting, tmp_path / "out")
-    assert (tmp_path / "out" / "2_Dense" / "pytorch_model.bin").read_bytes() == b"base"
-    assert [remark.code for remark in merged.manifest.remarks] == ["module-weights"] * 3
-    assert stockflow.diff(tmp_path / "out", tmp_path / "out").is_equal, "what is not merged may be looked at"
+    assert runs.expected_digests([merged]) == runs.expected_digests([expected])
+    assert not (tmp_path / "out" / "2_Dense" / "pytorch_model.bin").exists()
     assert verify(str(tmp_path / "out"), StorageConfig()).findings == ()
+    (family.base / "2_Dense" / "pytorch_model.bin").write_bytes(b"\x80\x02}.")
+    with pytest.raises(CheckpointError, match=r"2_Dense/pytorch_model.bin was written by a PyTorch of before 1.6"):
+        planned(recipe_of(family, tmp_path), tmp_path / "again")
 
 
 def test_sharded_weights_of_a_module_are_merged_into_one_file(family: Family, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_weights_in_another_format(tmp_path: Path) -> None:
-    for name in ("pytorch_model.bin", "x.gguf", "notes.txt"):
+    for name in ("model.ckpt", "x.gguf", "notes.txt"):
         (tmp_path / name).write_text("")
 
     with pytest.raises(NotFoundError, match=r"x.gguf is GGUF, which is .*; take the model it was made from"):

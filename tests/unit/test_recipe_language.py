@@ -274,7 +274,7 @@ def test_a_plus_in_a_name_is_no_adapter(name: str) -> None:
     assert len(parse(STOCK.replace("org/a", name)).checkpoints) == 3
 
 
-@pytest.mark.parametrize("name", ["./pytorch_model.bin", "s3://b/m.pt", "x/consolidated.00.pth"])
+@pytest.mark.parametrize("name", ["./model.ckpt", "s3://b/m.pt", "x/consolidated.00.pth"])
 def test_a_file_of_pickled_weights_is_refused_by_name(name: str) -> None:
     assert "is a file of pickled weights" in refusal(STOCK.replace("org/a", name))
 
