@@ -17,11 +17,13 @@ from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, receipt_key, tensors_key
 from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.receipts import Receipt, TensorFacts
-from stockflow.planning.plan import CheckpointRef, MergePlan
+from stockflow.planning.plan import CheckpointRef, MergePlan, merged_among
 from stockflow.progress import file as progress_file
 from stockflow.run.driver import collector_paused
 from stockflow.storage import StorageConfig, open_store, redact
 from stockflow.text.records import parse_record
+from stockflow.text.redaction import without_secrets
+from stockflow.text.remarks import Remark
 from stockflow.verification.contents import MAX_TABLE_BYTES, MAX_UNPLANNED_ROWS
 from stockflow.verification.files import Output
 from stockflow.verification.records import read_plan
@@ -29,6 +31,8 @@ from stockflow.verification.table import decode_apart
 from stockflow.verification.verify import Finding
 
 NUM_READERS = 16
+TOKENIZER = "tokenizer"
+"""The role of an input of which nothing else is read."""
 MAX_RECEIPTS = 20_000
 """A checkpoint of a trillion parameters in shards of 256 MB has 8,000."""
 
@@ -94,9 +98,33 @@ class Evidence:
         return bool(self.models) and self.models[0].letter == "0"
 
     @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What was said of recipe and inputs, without what must not be seen."""
+        return tuple(
+            replace(
+                each,
+                text=without_secrets(each.text),
+                models=tuple(map(redact, each.models)),
+                values={without_secrets(key): without_secrets(value) for key, value in each.values.items()},
+                place=without_secrets(each.place),
+            )
+            for each in self.manifest.remarks
+        )
+
+    @property
+    def merged(self) -> tuple[Model, ...]:
+        """The inputs that were merged, the base among them."""
+        return tuple(model for model in self.models if model.role != TOKENIZER)
+
+    @property
     def tuned(self) -> tuple[Model, ...]:
         """The inputs that task vectors belong to: all but the first."""
-        return self.models[1:]
+        return self.merged[1:]
+
+    @property
+    def counted(self) -> tuple[Model, ...]:
+        """The models that a method counts, from 1, in the names of its facts."""
+        return self.tuned if self.has_base else self.merged
 
 
 def gather(location: str, config: StorageConfig, on_bytes: Callable[[int], None]) -> Evidence:
@@ -225,7 +253,7 @@ def _read_receipt(output: Output, manifest: Manifest, file: str) -> Receipt | Fi
 
 
 def _models(manifest: Manifest, *, has_base: bool) -> Iterator[Model]:
-    letters = iter(ascii_uppercase)
+    letters, num_merged = iter(ascii_uppercase), len(merged_among(manifest.inputs))
     for index, ref in enumerate(manifest.inputs):
         is_base = has_base and index == 0
         url = redact(ref.url)
@@ -234,7 +262,7 @@ def _models(manifest: Manifest, *, has_base: bool) -> Iterator[Model]:
             letter="0" if is_base else next(letters, str(index + (0 if has_base else 1))),
             name=url.rstrip("/").rsplit("/", 1)[-1] or url,
             url=url,
-            role="base" if is_base else "model",
+            role="base" if is_base else "model" if index < num_merged else TOKENIZER,
             pin=manifest.pins[index] if index < len(manifest.pins) else "",
             num_files=len(weights),
             num_bytes=sum(weights),

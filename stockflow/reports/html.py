@@ -32,6 +32,7 @@ MAX_FILES_LISTED = 600
 """of all inputs together"""
 MAX_MODELS = 26
 """in the matrix of cosines, and of curves"""
+MAX_REMARKS = 100
 MAX_TICKS = 6
 MAX_RECIPE_LINES, MAX_RECIPE_WIDTH = 500, 300
 
@@ -119,10 +120,12 @@ def render(evidence: Evidence, geometry: MergeGeometry, course: Course) -> str:
         headline=words.headline(evidence),
         verdict=list(words.verdict(geometry)),
         formula_note=words.formula_note(geometry),
+        remarks=words.remarks_in_order(evidence),
         recipe=without_secrets(evidence.manifest.recipe),
         limits={
             "files": max(MAX_FILES_LISTED // max(len(evidence.models), 1), 5),
             "lanes": MAX_LANES,
+            "remarks": MAX_REMARKS,
             "rows": MAX_ROWS,
         },
         version=__version__,
@@ -149,6 +152,7 @@ def _environment() -> Environment:
         "name": words.printable,
         "counted": counted,
         "method": words.method_name,
+        "fact": words.fact_name,
         "gb": gb,
         "mib": mib,
         "kind": kind_of,

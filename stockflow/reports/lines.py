@@ -6,12 +6,14 @@ from stockflow.reports.course import Course
 from stockflow.reports.evidence import Evidence
 from stockflow.reports.figures import MergeGeometry, Spread
 from stockflow.reports.words import (
+    fact_name,
     formula_note,
     headline,
     method_name,
     moment,
     number,
     printable,
+    remarks_in_order,
     share,
     verdict,
 )
@@ -19,6 +21,7 @@ from stockflow.text.sizes import counted, elapsed, gb, mib
 from stockflow.text.tables import grid
 
 NUM_NOTABLE = 12
+NUM_REMARKS = 12
 MAX_MATRIX = 10
 NUM_CHECKED = 10
 BAR = 24
@@ -35,7 +38,7 @@ def report_lines(evidence: Evidence, geometry: MergeGeometry, course: Course) ->
     yield ""
     yield "inputs"
     for model in evidence.models:
-        role = " (base)" if model.role == "base" else ""
+        role = "" if model.role == "model" else f" ({model.role})"
         size = f"{counted(model.num_files, 'file')}, {gb(model.num_bytes)}"
         yield f"  {model.letter}  {printable(model.url, 200)}{role}: {size}"
     yield "methods"
@@ -43,7 +46,9 @@ def report_lines(evidence: Evidence, geometry: MergeGeometry, course: Course) ->
         parameters = f" ({printable(use.parameters, 120)})" if use.parameters else ""
         decided = f"per {printable(use.scope, 20)}{parameters}"
         yield f"  {counted(use.num_tensors, 'tensor')} by {method_name(use.method)}, {decided}"
+    yield from _remark_lines(evidence)
     yield from _geometry_lines(geometry)
+    yield from _fact_lines(evidence, geometry)
     yield from _course_lines(course)
     yield ""
     yield "records"
@@ -70,11 +75,6 @@ def _geometry_lines(geometry: MergeGeometry) -> Iterator[str]:
         for kind in geometry.kinds
     ]
     yield from grid([heads, *rows])
-    if geometry.method_facts:
-        yield ""
-        spreads = [(fact.name, fact.values) for fact in geometry.method_facts]
-        measured = [(printable(name, 40), f"{values.count:,}", *_three(values)) for name, values in spreads]
-        yield from grid([("fact", "tensors", "median", "least", "largest"), *measured])
     if geometry.matrix:
         yield ""
         yield "cosines between whole models"
@@ -95,6 +95,25 @@ def _geometry_lines(geometry: MergeGeometry) -> Iterator[str]:
             for row in (one.row,)
         ]
         yield from grid([("tensor", "t", "cos", "why"), *named], left=(0, 3))
+
+
+def _remark_lines(evidence: Evidence) -> Iterator[str]:
+    remarks = remarks_in_order(evidence)
+    if remarks:
+        yield "said of recipe and inputs"
+    for remark in remarks[:NUM_REMARKS]:
+        said = "accepted" if remark.severity == "refusal" else remark.severity
+        yield f"  {said}: {printable(remark, 400)} [{remark.code}]"
+    if len(remarks) > NUM_REMARKS:
+        yield f"  and {len(remarks) - NUM_REMARKS:,} more, in manifest.json"
+
+
+def _fact_lines(evidence: Evidence, geometry: MergeGeometry) -> Iterator[str]:
+    if geometry.method_facts:
+        yield ""
+        spreads = [(fact_name(fact.name, evidence.counted), fact.values) for fact in geometry.method_facts]
+        measured = [(name, f"{values.count:,}", *_three(values)) for name, values in spreads]
+        yield from grid([("fact", "tensors", "median", "least", "largest"), *measured])
 
 
 def _three(found: Spread | None) -> tuple[str, str, str]:

@@ -18,6 +18,7 @@ from stockflow.reports.lines import report_lines
 from stockflow.reports.words import headline, verdict
 from stockflow.storage import StorageConfig, open_store, redact
 from stockflow.text import notebook
+from stockflow.text.records import as_plain
 from stockflow.verification.verify import Finding
 
 __all__ = ["Report", "report"]
@@ -54,6 +55,7 @@ class Report:
             "merge_id": evidence.manifest.merge_id,
             "models": [asdict(model) for model in evidence.models],
             "methods": [asdict(use) for use in evidence.methods],
+            "remarks": [as_plain(remark) for remark in evidence.remarks],
             "summary": dict(evidence.manifest.summary),
             "geometry": self.geometry.facts(),
             "course": self.course.facts(),

@@ -1,12 +1,14 @@
 """What page and terminal both say, in words; and names and numbers as they show them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import get_args
 
 from stockflow.reports.course import LATEST
-from stockflow.reports.evidence import Evidence
+from stockflow.reports.evidence import Evidence, Model
 from stockflow.reports.figures import MergeGeometry
 from stockflow.text.escaping import in_a_line
+from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import are, counted
 
 METHOD_NAMES = {
@@ -68,6 +70,20 @@ def method_name(method: str) -> str:
     return METHOD_NAMES.get(method, printable(method, 40))
 
 
+def fact_name(name: str, models: Sequence[Model]) -> str:
+    """Return what a fact is called; one of a model, which ends in its number, with its letter."""
+    stem, _, number = name.rpartition("_")
+    is_of_model = bool(stem) and number.isdecimal() and 1 <= int(number) <= len(models)
+    said = f"{stem} {models[int(number) - 1].letter}" if is_of_model else name
+    return printable(said.replace("_", " "), 40)
+
+
+def remarks_in_order(evidence: Evidence) -> list[Remark]:
+    """Return what was said of recipe and inputs: what was accepted, what was warned of, then what was noted."""
+    order = get_args(Severity)[::-1]
+    return sorted(evidence.remarks, key=lambda remark: order.index(remark.severity))
+
+
 def main_method(evidence: Evidence) -> str:
     """Return the method of most tensors."""
     return next((use.method for use in evidence.methods if use.method not in COPIES), "copy")
@@ -75,7 +91,7 @@ def main_method(evidence: Evidence) -> str:
 
 def headline(evidence: Evidence) -> str:
     """Return what was done, in one line."""
-    num_models = len(evidence.tuned) if evidence.has_base else len(evidence.models)
+    num_models = len(evidence.counted)
     count = NUMBER_WORDS[num_models] if num_models < len(NUMBER_WORDS) else f"{num_models:,}"
     models = "model" if num_models == 1 else "models"
     method = main_method(evidence)

@@ -327,6 +327,9 @@ def test_the_words_of_strangers_are_only_words(output: Path) -> None:
     fields["recipe"] = f"{attack}\nendpoint: https://user:{SECRET}@host.example/\n"
     fields["versions"][attack] = attack
     fields["inputs"][1]["url"] = f"s3://bucket/{attack}?X-Amz-Signature={SECRET}"
+    url = f"s3://bucket/{attack}?X-Amz-Signature={SECRET}"
+    said = {"code": "stranger", "text": f"{attack} at {url}", "severity": "warning", "models": [url], "tensors": []}
+    fields["remarks"] = [{**said, "values": {url: url}, "place": ""}]
     fields["summary"] |= {"peak_memory_bytes": 1e308, "seconds_read": 1e308}
     fields["gram"] = [[1e308] * 4] * 4
     (output / "manifest.json").write_bytes(seal(json.dumps(fields)))
@@ -335,6 +338,7 @@ def test_the_words_of_strangers_are_only_words(output: Path) -> None:
 
     text, page = report.html(), Page(report.html())
     assert (page.elements.count("script"), page.elements.count("img")) == (1, 0)
+    assert SECRET not in json.dumps(report.facts())
     for shown in (text, str(report)):
         assert "\x1b" not in shown
         assert SECRET not in shown
@@ -351,6 +355,27 @@ def test_a_method_without_geometry_has_a_report(tmp_path: Path) -> None:
     assert report.geometry.matrix == ()
     assert "linear averaging" in report.html()
     assert "Cosines and ratios are not on record" in str(report)
+
+
+def test_remarks_and_what_an_elementwise_method_recorded_are_shown(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 2, {"model.layers.0.mlp.up_proj.weight": (8, 40), "bias": (30,)}, buffers=False)
+    rules = [{"filter": "bias", "action": "skip"}]
+    recipe = write_recipe(
+        tmp_path / "r.yaml", "ties", family, parameters={"weight": 0.5, "density": 0.3}, stockflow={"rules": rules}
+    )
+    runs.merge_here(recipe, tmp_path / "out")
+
+    report = stockflow.report(tmp_path / "out")
+
+    facts = Page(report.html()).table("fact", "tensors")
+    assert [row[:3] for row in facts] == [["kept share A", "1", "0.300"], ["kept share B", "1", "0.300"]]
+    remarks = Page(report.html()).table("code")
+    assert (
+        {"skipped", "promise-unkept"} <= {row[0] for row in remarks} == {each.code for each in report.evidence.remarks}
+    )
+    told = str(report)
+    assert "kept share A" in told
+    assert all(f"{said}: {text} [{code}]" in told for code, said, text in remarks)
 
 
 def test_one_tensor_of_one_layer_has_a_report(tmp_path: Path) -> None:
