@@ -1,10 +1,12 @@
 """Heads over the vocabulary and copies of embeddings: which of them is, or may be, an embedding under another name.
 
 Whether two names are one tensor follows from the config, and from which of them are stored with which values.
+transformers writes such a tensor once; indexes of older conversions list all its names. Source: ``_tied_weights_keys``
+of the models there.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,17 +19,22 @@ TIE_KEY = "tie_word_embeddings"
 _HEADS = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "lm_head.decoder.weight",
     "vocab_projector.weight", "output_projection.weight", "output_layer.weight", "generator_lm_head.weight",
-    "output.weight",
+    "pred_layer.proj.weight", "output.weight",
 )  # fmt: skip
 _EMBEDDINGS = (
     "shared.weight", "embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight",
-    "embed_in.weight", "embeddings.weight", "embedding.weight",
+    "embed_in.weight", "word_embedding.weight", "token_embeddings.weight", "token_embedding.weight",
+    "tok_embedding.weight", "embeddings.weight", "embedding.weight",
 )  # fmt: skip
-_COPIES = {
-    "encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
-    "predictions.decoder.bias": "predictions.bias", "lm_head.decoder.bias": "lm_head.bias",
-}  # fmt: skip
-"""Always one tensor, whatever the config says, where both are there."""
+_ONE_TENSOR = (
+    ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    ("predictions.bias", "predictions.decoder.bias"),
+    ("lm_head.bias", "lm_head.decoder.bias"),
+)
+"""Always one tensor, whatever the config says, where several are there; the first is the one that others copy."""
+_COPIES = {copy: original for original, *copies in _ONE_TENSOR for copy in copies}
+_PREFIXES = ("", "model.")
+"""of a stored name, where that of another name of the tensor is none"""
 _ENDS = (*_HEADS, *_EMBEDDINGS, *_COPIES, *_COPIES.values())
 MAX_DOTS = 4
 """``base_model.model.model.embed_tokens.weight``; what lies in layers has more."""
@@ -54,7 +61,7 @@ def tied_names(specs: Specs) -> TiedNames:
     return TiedNames(
         heads=tuple(name for name in found if is_head(name)),
         copies=tuple(name for name in found if _of_kind(name, tuple(_COPIES))),
-        embeddings=tuple(name for name in found if _of_kind(name, _EMBEDDINGS)),
+        embeddings=tuple(filter(_is_embedding, found)),
     )
 
 
@@ -81,6 +88,30 @@ def original_of(name: str, shape: tuple[int | None, ...], names: TiedNames, spec
     return max(alike, key=lambda each: _nearness(name, each), default=None) if is_head(name) else None
 
 
+def aliases_of(names: Iterable[str], stored: Collection[str], config: Config | None) -> Mapping[str, str]:
+    """Return those of ``names`` that are other names of stored tensors, each with the stored one.
+
+    Args:
+        names: of tensors that no file holds.
+        stored: names of those that files hold.
+        config: of the model; a head whose config unties it is no alias.
+    """
+    is_untied = tie_flag(config) is False
+    embeddings = [] if is_untied else [each for each in stored if may_be_tied(each) and _is_embedding(each)]
+    found = {name: _alias_of(name, stored, embeddings) for name in names if may_be_tied(name)}
+    return {name: alias for name, alias in found.items() if alias}
+
+
+def _alias_of(name: str, stored: Collection[str], embeddings: Sequence[str]) -> str | None:
+    for ends in _ONE_TENSOR:
+        for end in ends:
+            prefixes = (name.removesuffix(end), *_PREFIXES) if _of_kind(name, (end,)) else ()
+            alias = next((p + other for other in ends for p in prefixes if p + other in stored), None)
+            if alias:
+                return alias
+    return max(embeddings, key=lambda each: _nearness(name, each), default=None) if is_head(name) else None
+
+
 def tie_flag(config: Config | None) -> bool | None:
     """Return whether a config says that head and embedding are one tensor; None if it leaves that to its class."""
     given = [section[TIE_KEY] for _, section in sections(config or {}) if isinstance(section.get(TIE_KEY), bool)]
@@ -96,6 +127,10 @@ def _untied_within(value: object) -> object:
     if isinstance(value, dict) and any(TIE_KEY in section for _, section in sections(value)):
         return untied(value)
     return value
+
+
+def _is_embedding(name: str) -> bool:
+    return _of_kind(name, _EMBEDDINGS) and not _IN_A_LAYER.search(name)
 
 
 def _of_kind(name: str, ends: tuple[str, ...]) -> bool:
