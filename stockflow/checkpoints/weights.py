@@ -20,6 +20,8 @@ from stockflow.text.strictjson import shown
 
 NUM_HEADER_READERS = 16
 NUM_NAMED = 3
+MAX_COMPARED, COMPARED_BYTES = 64, 4096
+"""Tensors, over all the depth, and bytes of each that are compared where two sets of weights have equal headers."""
 MAX_TENSORS = 10_000
 """names that one remark holds"""
 
@@ -129,11 +131,40 @@ def _true_one(folder: Folder, group: Group, homes: Homes) -> Weights:
     if _is_hollow(sharded, single):
         text = f"{folder.where}: the shards have tensors of no elements where {in_a_line(group.single)} has some"
         return _with(single, _chosen(folder, f"{text}; that file is read", "warning"))
-    return _with(single, _ambiguity(folder, group, others, single, sharded))
+    if single.specs != sharded.specs:
+        return _with(single, _ambiguity(folder, group, others, single, sharded, _difference(single, sharded)))
+    if name := _first_difference(folder.store, single, sharded):
+        why = f"names, shapes and dtypes are equal, and the numbers of {shown(name)} are not"
+        return _with(single, _ambiguity(folder, group, others, single, sharded, why))
+    text = f"{folder.where}/{in_a_line(group.single)} and {others} hold the same, wherever they were looked at"
+    return _with(single, _chosen(folder, f"{text}: the former is read", "warning"))
 
 
 def _with(weights: Weights, remark: Remark) -> Weights:
     return replace(weights, remarks=(*weights.remarks, remark))
+
+
+def _first_difference(store: Store, one: Weights, other: Weights) -> str | None:
+    """Return a tensor whose bytes differ in two sets of weights of equal headers; None: no range that was looked at."""
+    named = [spec for spec in one.specs.values() if spec.num_bytes]
+    looked_at = named[:: -(-len(named) // MAX_COMPARED) or 1]
+
+    def differs(spec: TensorSpec) -> bool:
+        return _middle(store, one, spec) != _middle(store, other, spec)
+
+    with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
+        return next(
+            (spec.name for spec, is_other in zip(looked_at, pool.map(differs, looked_at), strict=True) if is_other),
+            None,
+        )
+
+
+def _middle(store: Store, weights: Weights, spec: TensorSpec) -> bytes:
+    extent, size = weights.extents[spec.name], min(spec.num_bytes, COMPARED_BYTES)
+    payload = bytearray(size)
+    start = extent.start + (spec.num_bytes - size) // 2
+    store.read_into(extent.file, start, memoryview(payload), weights.files[extent.file])
+    return bytes(payload)
 
 
 def _is_hollow(one: Weights, other: Weights) -> bool:
@@ -243,13 +274,13 @@ def _on_stale_index(folder: Folder, group: Group, homes: Homes, single: Weights,
     return _chosen(folder, f"{text}: that file is read", "warning")
 
 
-def _ambiguity(folder: Folder, group: Group, others: str, single: Weights, sharded: Weights) -> Remark:
+def _ambiguity(folder: Folder, group: Group, others: str, single: Weights, sharded: Weights, why: str) -> Remark:
     first = in_a_line(group.single)
     names = f" by naming {folder.where}/{first} or {folder.where}/{others}" if group.index else ""
     how = f", or choose{names}" if names else ""
     text = (
         f"{folder.where} holds two sets of weights, {first} ({_amounts(single)}) and {others} ({_amounts(sharded)}), "
-        f"and nothing tells which is meant: {_difference(single, sharded)}. Remove the one that is not{how}; "
+        f"and nothing tells which is meant: {why}. Remove the one that is not{how}; "
         f"accepted, {first} is read, as loaders do"
     )
     return Remark("two-sets-of-weights", text, "refusal", (folder.where,))
@@ -269,7 +300,7 @@ def _difference(single: Weights, sharded: Weights) -> str:
         ("of another shape or dtype", [name for name in one if name in two and one[name] != two[name]]),
     )
     said = [f"{counted(len(names), 'tensor')} {what}, such as {shown(names[0])}" for what, names in kinds if names]
-    return "; ".join(said) or "names, shapes and dtypes are equal, and what they hold may not be"
+    return "; ".join(said)
 
 
 def _chosen(folder: Folder, text: str, severity: Severity) -> Remark:

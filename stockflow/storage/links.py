@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NoReturn, TypeVar
 
 from stockflow.errors import LinkError, RecipeError
@@ -59,7 +60,7 @@ class Links:
             LinkError: a link on the way is not followed, or leads nowhere; or there is no plain file.
             OSError: as ``os.open``.
         """
-        return self._reach(key, _open_plain)
+        return self._reach(key, partial(_open_plain, self._path(key)))
 
     def stat(self, key: str) -> os.stat_result:
         """Return what the system tells of a file.
@@ -173,22 +174,22 @@ def _stat_unlinked(name: str, folder: int) -> os.stat_result:
     return found
 
 
-def _open_plain(name: str, folder: int) -> int:
-    _check_plain(name, _stat_unlinked(name, folder).st_mode)  # opening a device or a pipe may itself do something
+def _open_plain(where: str, name: str, folder: int) -> int:
+    _check_plain(where, _stat_unlinked(name, folder).st_mode)  # opening a device or a pipe may itself do something
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     try:
-        _check_plain(name, os.fstat(descriptor).st_mode)
+        _check_plain(where, os.fstat(descriptor).st_mode)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _check_plain(name: str, mode: int) -> None:
+def _check_plain(where: str, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
-        raise LinkError(f"{name!r} is no plain file but a pipe, a socket or a device; put a file there")
+        raise LinkError(f"{where} is no plain file but a pipe, a socket or a device; put a file there, or remove it")
 
 
 def _blobs_beside(root: str) -> tuple[str, ...]:

@@ -113,18 +113,17 @@ class LocalStore:
         return self.listing().files
 
     def listing(self) -> Listing:
-        """Return the files and the folders directly in the folder."""
+        """Return the files and the folders directly in the folder; a pipe counts as a file, and cannot be read."""
         files: dict[str, Stamp] = {}
         folders: list[str] = []
         with _named(self.folder, "list"):
             for name in sorted(os.listdir(self.folder)) if os.path.exists(self.folder) else ():
                 with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
                     path, listed = f"{self.folder}/{name}", self._listed(name)
-                    is_file = stat.S_ISREG(listed.st_mode) or _leads_to_no_folder(path, listed)
-                    if is_file and not name.endswith(PARTIAL_SUFFIX):
-                        files[name] = _stamp_of(listed)
-                    elif stat.S_ISDIR(listed.st_mode) and not os.path.islink(path):
+                    if stat.S_ISDIR(listed.st_mode) and not os.path.islink(path):
                         folders.append(name)
+                    elif not os.path.isdir(path) and not name.endswith(PARTIAL_SUFFIX):
+                        files[name] = _stamp_of(listed)
         return Listing(files, tuple(folders))
 
     def _listed(self, key: str) -> os.stat_result:
@@ -306,11 +305,6 @@ def _files_below(top: str) -> Iterator[str]:
         for name in names:
             if not name.endswith(PARTIAL_SUFFIX):
                 yield os.path.join(folder, name)
-
-
-def _leads_to_no_folder(path: str, listed: os.stat_result) -> bool:
-    """Whether this is a link that is not followed, and counts as a file."""
-    return stat.S_ISLNK(listed.st_mode) and not os.path.isdir(path)
 
 
 def _partial_of(path: str) -> str:

@@ -259,7 +259,7 @@ def two_sets_without_an_index(folder: Path) -> None:
 
 
 AMBIGUOUS: Mapping[Build, str] = {
-    two_equal_sets: "names, shapes and dtypes are equal, and what they hold may not be",
+    two_equal_sets: "names, shapes and dtypes are equal, and the numbers of 'model.embed_tokens.weight' are not",
     two_sets_of_which_one_has_more: "1 tensor only in the second, such as 'model.norm.weight'",
     two_sets_of_other_shapes: "3 tensors of another shape or dtype, such as 'model.embed_tokens.weight'",
     two_sets_without_an_index: "the 2 numbered files (3 tensors, 288 B)",
@@ -284,6 +284,16 @@ def test_an_accepted_ambiguity_is_read_as_loaders_do(tmp_path: Path) -> None:
 
     assert is_mean(tensors, 5.5)
     assert "holds two sets of weights" in said
+
+
+def test_a_single_file_beside_shards_that_hold_the_same_is_read_and_said(tmp_path: Path) -> None:
+    write(tmp_path / "subject", shards(5.5), index="auto")
+    save_file(full(5.5), tmp_path / "subject" / "model.safetensors")
+
+    tensors, said = merged(tmp_path, tmp_path / "subject")
+
+    assert is_mean(tensors, 5.5)
+    assert "hold the same, wherever they were looked at: the former is read" in said
 
 
 def test_a_guess_is_an_error_under_strict(tmp_path: Path) -> None:

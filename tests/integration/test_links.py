@@ -190,6 +190,15 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(family: Family, reci
     assert "is no plain file" in cli("plan", recipe, tmp_path / "out").stderr
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json", "LICENSE", "modules.json"])
+def test_a_pipe_in_the_place_of_a_side_file_is_refused(family: Family, recipe: Path, tmp_path: Path, name: str) -> None:
+    file = family.base / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+    assert f"{file} is no plain file but a pipe" in cli("plan", recipe, tmp_path / "out").stderr
+
+
 # ----------------------------------------------------------------------------------------------------- followed
 
 
