@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from stockflow.checkpoints.documents import find_json, is_key
 from stockflow.checkpoints.header import PlacedTensor
-from stockflow.checkpoints.layout import HeaderCache, read_header, unheard
+from stockflow.checkpoints.layout import HeaderCache, folder_of, read_header, unheard
 from stockflow.checkpoints.left_out import OTHERS, REPLACED, files_remark, kind_of, left_out, strays, weights_remark
 from stockflow.checkpoints.modules import Modules
 from stockflow.checkpoints.side_files import code_files, is_known, module_files
@@ -61,6 +61,7 @@ def look_beside(
     needed, missing = _needed(store, tree, modules, config)
     folders = {folder for key in needed for folder in _above(key)}
     copied = {key: tree.files[key] for key in needed if _can_be_copied(key, tree, folders)}
+    used = {*used, *_indexes(tree, {folder_of(key) for key in modules.weights})}
     unlisted = strays(tree, {*used, *needed})
     left = left_out(tree, {*used, *needed, *unlisted})
     return Beside(
@@ -80,7 +81,7 @@ def _needed(
 ) -> tuple[list[str], list[str]]:
     """Return what a loader needs, and code that is missing; a link that is not followed is refused, not left out."""
     plain = [key for key in tree.files if is_key(key) and not is_hidden(key) and key not in REPLACED]
-    of_modules = set(module_files(plain, modules.folders))
+    of_modules = {*module_files(plain, modules.folders), modules.document}
     known = [key for key in tree.files if is_known(key) or key in of_modules]
     store.check_links(key for key in known if is_key(key))
     code, missing = code_files(
@@ -91,6 +92,11 @@ def _needed(
         lambda key: _read_code(store, key),
     )
     return [key for key in tree.files if key in code or key in known], missing
+
+
+def _indexes(tree: Tree, folders: Collection[str]) -> Iterator[str]:
+    """Yield the indexes of the weights of modules."""
+    return (key for key in tree.files if key.endswith(".index.json") and folder_of(key) in folders)
 
 
 def _read_code(store: Store, key: str) -> str:

@@ -102,9 +102,8 @@ def _pipeline(place: _Place) -> Iterator[str]:
     if "model_index.json" not in place.files:
         return
     parts = [name for name, kind in _said(place, "model_index.json").items() if isinstance(kind, list)]
-    there = [name for name in parts if name in place.folders]
-    some = _some(there) or "its folders"
-    yield f"it is a diffusers pipeline of several parts; merge each by itself: {place.where}/PART, of {some}"
+    there = _some([name for name in parts if name in place.folders]) or "none of its folders is there"
+    yield f"it is a diffusers pipeline whose parts ({there}) have no weights; its download or copy did not finish"
 
 
 def _own_layout(place: _Place) -> Iterator[str]:

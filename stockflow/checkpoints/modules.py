@@ -6,6 +6,7 @@ The layout is that of sentence-transformers: https://sbert.net/docs/sentence_tra
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from stockflow.checkpoints.candidates import DIFFUSION_STEM
 from stockflow.checkpoints.documents import is_key
 from stockflow.checkpoints.tree import RECORDS_FOLDER, Tree, is_hidden
 from stockflow.errors import CheckpointError
@@ -31,6 +32,8 @@ class Modules:
     """keys of their weights"""
     missing: tuple[str, ...] = ()
     """folders that are not there, of modules that have files"""
+    document: str = ""
+    """key of what names them, where every loader of the model needs it"""
 
 
 def find_modules(tree: Tree, documents: Mapping[str, object], where: str) -> Modules:
@@ -56,6 +59,13 @@ def find_modules(tree: Tree, documents: Mapping[str, object], where: str) -> Mod
         tuple(key for folder in folders for key in _weights_of(tree, folder)),
         tuple(_missing(tree, types)),
     )
+
+
+def published_as(key: str) -> str:
+    """Return the key under which weights in a folder are published, by the donor's; empty for the model's own."""
+    folder, _, name = key.rpartition("/")
+    file = f"{DIFFUSION_STEM}.safetensors" if name.startswith(DIFFUSION_STEM) else MODULE_WEIGHTS
+    return folder and f"{folder}/{file}"
 
 
 def is_list_of_modules(document: object) -> bool:

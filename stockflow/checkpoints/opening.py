@@ -17,7 +17,8 @@ from stockflow.checkpoints.documents import find_json, read_json
 from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
-from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, find_modules
+from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
+from stockflow.checkpoints.pipelines import PIPELINE_FILE, find_pipeline, pipeline_remark
 from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.tree import Tree, list_tree
@@ -85,9 +86,9 @@ def open_checkpoint(
         raise NotFoundError(said)
     listing = _with_named(store, store.listing())
     only = store.only
-    group = chosen_of(groups_of(listing.files, only), only)
     tree = _without_others(list_tree(store, listing), only)
-    modules = find_modules(tree, {key: _document(store, tree, key) for key in (MODULES_FILE, ROUTER_FILE)}, store.url)
+    modules = _modules(store, tree)
+    group = None if modules.document else chosen_of(groups_of(listing.files, only), only)
     if group is None and not modules.weights:
         raise NotFoundError(nothing_here(store, listing.files, listing.folders))
     config = read_json(store, CONFIG_FILE, MAX_CONFIG_BYTES) if CONFIG_FILE in tree.files else None
@@ -109,7 +110,7 @@ def open_checkpoint(
         config=config,
         side_files=beside.copied,
         omitted_side_files=beside.omitted,
-        remarks=(*weights.remarks, *beside.remarks),
+        remarks=(*weights.remarks, *beside.remarks, *_on_pipeline(modules, store)),
         other_files=beside.others,
         missing_files=beside.missing,
         values=values,
@@ -152,6 +153,20 @@ def _extents(weights: Weights, tensors: Tensors) -> Mapping[str, Extent]:
     if not tensors.stored:
         return weights.extents
     return {**weights.extents, **{name: weights.extents[each.parts[0].name] for name, each in tensors.stored.items()}}
+
+
+def _on_pipeline(modules: Modules, store: Store) -> Iterator[Remark]:
+    if modules.document:
+        yield pipeline_remark(modules, store.where())
+
+
+def _modules(store: Store, tree: Tree) -> Modules:
+    """Return the parts of a model that have folders of their own; of a file that was named alone, no pipeline's."""
+    pipeline = None
+    if not store.only:
+        pipeline = find_pipeline(tree, _document(store, tree, PIPELINE_FILE), store.where())
+    documents = {key: _document(store, tree, key) for key in (MODULES_FILE, ROUTER_FILE)}
+    return pipeline or find_modules(tree, documents, store.url)
 
 
 def _with_named(store: Store, listing: Listing) -> Listing:

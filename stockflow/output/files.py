@@ -13,7 +13,7 @@ from stockflow.planning.plan import MergePlan
 
 _READ = re.compile(
     "|".join(pattern for kind, patterns in KINDS.items() if kind != "licence" for pattern in patterns)
-    + r"|.*config\.json|.+\.py|.+\.jinja"
+    + r"|.*config\.json|model_index\.json|.+\.py|.+\.jinja"
 )
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from stockflow.checkpoints.candidates import SINGLE_FILE
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.layout import Extent, folder_of
-from stockflow.checkpoints.modules import MODULE_WEIGHTS
+from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.modules import published_as
 from stockflow.checkpoints.naming import holds_fused_experts, is_router
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
@@ -319,13 +319,13 @@ def _all_problems(problems: Sequence[str]) -> str:
 
 def _cut_shards(jobs: Sequence[TensorJob], shard_size: int, extents: Mapping[str, Extent]) -> tuple[ShardPlan, ...]:
     """Fill shards in order up to ``shard_size``; what lies in a folder of its own gets one file there."""
-    by_folder: dict[str, list[TensorJob]] = {"": []}
-    folder = lru_cache(maxsize=None)(folder_of)
+    by_file: dict[str, list[TensorJob]] = {"": []}
+    place = lru_cache(maxsize=None)(published_as)
     for job in jobs:
         extent = extents.get(job.output.name)  # layers that are stacked may be more than the donor has
-        by_folder.setdefault(folder(extent.file) if extent else "", []).append(job)
-    contents = list(_filled(by_folder.pop(""), shard_size))
-    modules = (ShardPlan(f"{folder}/{MODULE_WEIGHTS}", tuple(each)) for folder, each in by_folder.items())
+        by_file.setdefault(place(extent.file) if extent else "", []).append(job)
+    contents = list(_filled(by_file.pop(""), shard_size))
+    modules = (ShardPlan(file, tuple(each)) for file, each in by_file.items())
     names = (f"model-{index:05d}-of-{len(contents):05d}.safetensors" for index in range(1, len(contents) + 1))
     own = map(ShardPlan, [SINGLE_FILE] if len(contents) == 1 else names, map(tuple, contents))
     return (*own, *modules)

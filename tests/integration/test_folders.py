@@ -583,7 +583,7 @@ def consolidated_pickles(folder: Path) -> None:
 
 
 def a_pipeline(folder: Path) -> None:
-    touch(folder, "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+    touch(folder, "unet/config.json", "vae/config.json")
     parts = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "safety_checker": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(parts))
 
@@ -663,7 +663,7 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     an_adapter_of_diffusers: ("it holds an adapter, no model", "merge it into its base first"),
     consolidated: ("in the layout of Mistral or Meta", "consolidated.safetensors"),
     consolidated_pickles: ("in the layout of Mistral or Meta", "convert it"),
-    a_pipeline: ("it is a diffusers pipeline of several parts", "/subject/PART, of unet, vae"),
+    a_pipeline: ("it is a diffusers pipeline whose parts (unet, vae) have no weights", "did not finish"),
     a_run: ("the folder of a run (checkpoint-50, checkpoint-100, checkpoint-900, checkpoint-1000)", "/checkpoint-1000"),
     a_run_of_deepspeed: ("a checkpoint of DeepSpeed", "`python -m deepspeed.utils.zero_to_fp32 /"),
     a_run_of_fsdp: ("FSDP's parts", "`accelerate merge-weights"),

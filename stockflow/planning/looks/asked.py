@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from stockflow.checkpoints.pipelines import PIPELINE_FILE
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
@@ -54,7 +55,7 @@ def missing_tokenizer(proposal: Proposal) -> Iterator[Remark]:
 
 def missing_config(proposal: Proposal) -> Iterator[Remark]:
     """Yield that there is no config to publish."""
-    if proposal.donor.config is None:
+    if proposal.donor.config is None and PIPELINE_FILE not in proposal.donor.side_files:
         url = redact(proposal.donor.url)
         yield Remark("no-config", f"{url} has no config.json, so the output will have none", models=(url,))
 

@@ -1,0 +1,73 @@
+"""Pipelines of diffusers: the components that ``model_index.json`` names, and the weights in their folders.
+
+Source: ``DiffusionPipeline.from_pretrained``, https://huggingface.co/docs/diffusers/using-diffusers/loading
+"""
+
+from collections.abc import Iterator
+
+from stockflow.checkpoints.candidates import chosen_of, groups_of, lacking
+from stockflow.checkpoints.documents import is_file_name
+from stockflow.checkpoints.layout import folder_of
+from stockflow.checkpoints.modules import Modules
+from stockflow.checkpoints.tree import RECORDS_FOLDER, Tree, is_hidden
+from stockflow.errors import CheckpointError
+from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
+
+PIPELINE_FILE = "model_index.json"
+
+
+def find_pipeline(tree: Tree, document: object, where: str) -> Modules | None:
+    """Return the components of a pipeline; None if it is none, or no component has weights that are read.
+
+    Args:
+        tree: what lies in its folder.
+        document: what ``model_index.json`` says; None where it is not there, or cannot be read.
+        where: the model, for messages.
+
+    Raises:
+        CheckpointError: a name leaves the folder, or weights of a component are not all there.
+    """
+    types = dict(_components(document, where))
+    folders = tuple(folder for folder in types if tree.below(folder))
+    weights = tuple(key for folder in folders for key in _weights_of(tree, folder, where))
+    if not weights:
+        return None
+    references = tuple(f"{folder}/{name}" for folder, name in types.items())
+    missing = tuple(folder for folder in types if folder not in folders and folder not in tree.cut)
+    return Modules(folders, references, weights, missing, PIPELINE_FILE)
+
+
+def pipeline_remark(components: Modules, where: str) -> Remark:
+    """Return which components are merged, and which are copied."""
+    merged = list(dict.fromkeys(map(folder_of, components.weights)))
+    copied = [folder for folder in components.folders if folder not in merged]
+    rest = f"; {', '.join(copied)} copied" if copied else ""
+    text = f"{where} is a diffusers pipeline: {', '.join(merged)} merged, each in its folder{rest}"
+    return Remark("weights-chosen", text, "note", (where,))
+
+
+def _components(document: object, where: str) -> Iterator[tuple[str, str]]:
+    """Yield folder and class of each component that is used."""
+    for name, value in document.items() if isinstance(document, dict) else ():
+        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)):
+            continue
+        if name.startswith("_"):
+            continue
+        if not is_file_name(name) or is_hidden(name) or name == RECORDS_FOLDER:
+            raise CheckpointError(f"{where}/{PIPELINE_FILE} names the component {shown(name)}, which is no folder")
+        yield name, ".".join(value)
+
+
+def _weights_of(tree: Tree, folder: str, where: str) -> tuple[str, ...]:
+    """Return the weights of a component: those that diffusers finds, else the only ones."""
+    names = [key.removeprefix(f"{folder}/") for key in tree.below(folder)]
+    groups = groups_of([name for name in names if "/" not in name])
+    group = chosen_of(groups)
+    files = (group.single,) if group and group.single else group.complete if group else ()
+    if groups and not files:
+        problem = next(lacking(groups), f"{groups[0]} and {len(groups) - 1} more may be meant")
+        if group is not None:
+            problem = f"{group} names files that are not all there"
+        raise CheckpointError(f"{where}/{folder}: {problem}; fetch the component again, or leave in it what is meant")
+    return tuple(f"{folder}/{file}" for file in files)

@@ -1,0 +1,201 @@
+"""Pipelines of diffusers: components with weights are merged where they lie, and the rest is copied."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import stockflow
+from stockflow.checkpoints.opening import open_checkpoints
+from stockflow.errors import CheckpointError, NotFoundError, UserError
+from stockflow.recipe import load_recipe
+from stockflow.storage import StorageConfig, open_model
+from stockflow.verification.recompute import SampleOptions
+from stockflow.verification.verify import verify
+from tests import oracle, runs
+from tests.checkpoints import Family, Shape, make_tensors, write_recipe
+
+COMPONENTS: dict[str, dict[str, Shape]] = {
+    "unet": {"conv_in.weight": (8, 4, 3, 3), "down_blocks.0.attn.to_q.weight": (33, 65), "conv_in.bias": (8,)},
+    "vae": {"decoder.conv_in.weight": (6, 4, 3, 3)},
+    "text_encoder": {"text_model.embeddings.token_embedding.weight": (97, 24), "text_model.final.bias": (24,)},
+}
+INDEX = {
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.0", "requires_safety_checker": False,
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
+}  # fmt: skip
+COPIED = {
+    "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/vocab.json",
+    "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json",
+}  # fmt: skip
+STEM = "diffusion_pytorch_model"
+
+
+def components(number: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of the base, or of a model tuned from it, by component."""
+    return {
+        folder: {
+            name: make_tensors(f"{folder}.{name}", shape, 2)[number].to(torch.float16) for name, shape in shapes.items()
+        }
+        for folder, shapes in COMPONENTS.items()
+    }
+
+
+def write_pipeline(folder: Path, number: int, index: dict[str, Any] = INDEX) -> Path:
+    for part, tensors in components(number).items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps({"number": number}))
+        stem = "model" if part == "text_encoder" else STEM
+        save_file(tensors, folder / part / f"{stem}.safetensors", {"format": "pt"})
+    for key in COPIED - {"model_index.json"}:
+        (folder / key).parent.mkdir(exist_ok=True)
+        (folder / key).write_text("{}")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def make_sharded(component: Path) -> None:
+    tensors = oracle_tensors(component)
+    (component / f"{STEM}.safetensors").unlink()
+    files = {name: f"{STEM}-0000{place + 1}-of-0000{len(tensors)}.safetensors" for place, name in enumerate(tensors)}
+    for name, file in files.items():
+        save_file({name: tensors[name]}, component / file, {"format": "pt"})
+    (component / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def oracle_tensors(component: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(next(component.glob("*.safetensors")))
+
+
+def make_pickled(component: Path) -> None:
+    tensors = oracle_tensors(component)
+    (component / f"{STEM}.safetensors").unlink()
+    torch.save(tensors, component / f"{STEM}.bin")
+
+
+@pytest.fixture
+def pipelines(tmp_path: Path) -> Family:
+    """The same model in three forms."""
+    base, *tuned = (write_pipeline(tmp_path / "models" / f"m{number}", number) for number in range(3))
+    make_sharded(base / "unet")
+    make_pickled(tuned[0] / "unet")
+    make_pickled(tuned[0] / "vae")
+    return Family(base, tuple(tuned))
+
+
+def recipe_of(family: Family, folder: Path, **more: Any) -> Path:
+    return write_recipe(folder / "recipe.yaml", "model_stock", family, **more)
+
+
+def test_each_component_is_merged_in_its_folder_and_the_rest_is_copied(pipelines: Family, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    merged = runs.merge_here(recipe_of(pipelines, tmp_path), out)
+
+    assert [shard.file for shard in merged.plan.shards] == [
+        f"unet/{STEM}.safetensors", f"vae/{STEM}.safetensors", "text_encoder/model.safetensors"
+    ]  # fmt: skip
+    models = [components(number) for number in range(3)]
+    for folder, shapes in COMPONENTS.items():
+        found = oracle_tensors(out / folder)
+        assert found.keys() == shapes.keys()
+        for name, tensor in found.items():
+            base, *tuned = (model[folder][name].to(torch.float64).numpy() for model in models)
+            expected = oracle.model_stock(base, tuned).out
+            assert np.abs(tensor.to(torch.float64).numpy() - expected).max() <= np.abs(expected).max() * 2**-11
+    assert {side.key for side in merged.plan.side_files} == COPIED
+    assert all((out / key).read_bytes() == (pipelines.base / key).read_bytes() for key in COPIED)
+    assert not (out / "config.json").exists()
+    texts = [remark.text for remark in merged.plan.remarks if remark.code == "weights-chosen"]
+    assert "unet, vae, text_encoder merged, each in its folder; tokenizer, scheduler copied" in texts[0]
+    assert {remark.code for remark in merged.plan.remarks} == {"weights-chosen"}
+    sample = SampleOptions(1.0, seed=0, memory_bytes=2**31, num_threads=2)
+    assert [str(each) for each in verify(str(out), StorageConfig(), sample=sample).findings] == []
+    assert stockflow.diff(out, out).is_equal
+
+
+def test_a_pipeline_on_s3_is_the_same(pipelines: Family, tmp_path: Path, s3_endpoint: str, s3_bucket: str) -> None:
+    local = runs.merge_here(recipe_of(pipelines, tmp_path), tmp_path / "out")
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for path in sorted(path for path in (tmp_path / "models").rglob("*") if path.is_file()):
+        client.upload_file(str(path), s3_bucket, str(path.relative_to(tmp_path / "models")))
+    remote = recipe_of(pipelines, tmp_path, stockflow={"storage": {f"s3://{s3_bucket}/": {"endpoint": s3_endpoint}}})
+    remote.write_text(remote.read_text().replace(str(tmp_path / "models"), f"s3://{s3_bucket}"))
+
+    merged = runs.merge_here(remote, f"s3://{s3_bucket}/out")
+
+    assert runs.expected_digests([merged]) == runs.expected_digests([local])
+    assert verify(f"s3://{s3_bucket}/out", load_recipe(str(remote)).storage).findings == ()
+
+
+def test_a_file_beside_the_folders_is_a_model_of_its_own_where_it_is_named(pipelines: Family, tmp_path: Path) -> None:
+    for number, model in enumerate((pipelines.base, *pipelines.tuned)):
+        save_file({"model.diffusion.weight": torch.full((4, 6), float(number))}, model / "v1-5.safetensors")
+    base, *tuned = (model / "v1-5.safetensors" for model in (pipelines.base, *pipelines.tuned))
+    named = Family(base, tuple(tuned))
+
+    whole = stockflow.plan(recipe_of(pipelines, tmp_path), tmp_path / "out")
+    merged = runs.merge_here(recipe_of(named, tmp_path), tmp_path / "one")
+
+    assert len(whole.plan.shards) == 3
+    assert any("v1-5.safetensors (1 tensor" in note for note in whole.plan.notes), "left out, and said"
+    assert [shard.file for shard in merged.plan.shards] == ["model.safetensors"]
+    assert "model_index.json" not in {side.key for side in merged.plan.side_files}
+
+
+def opened(folder: Path) -> list[str]:
+    [checkpoint] = open_checkpoints([open_model(str(folder), StorageConfig())])
+    return sorted({extent.file for extent in checkpoint.extents.values()})
+
+
+def test_variants_are_read_where_there_is_nothing_else(pipelines: Family) -> None:
+    unet = pipelines.tuned[1] / "unet"
+    (unet / f"{STEM}.safetensors").rename(unet / f"{STEM}.fp16.safetensors")
+
+    assert f"unet/{STEM}.fp16.safetensors" in opened(pipelines.tuned[1])
+    (unet / f"{STEM}.non_ema.safetensors").write_bytes((unet / f"{STEM}.fp16.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"m2/unet: .*and 1 more may be meant.*leave in it what is meant"):
+        opened(pipelines.tuned[1])
+
+
+def test_components_that_are_not_whole_are_named(pipelines: Family) -> None:
+    (pipelines.base / "unet" / f"{STEM}-00002-of-00003.safetensors").unlink()
+
+    with pytest.raises(CheckpointError, match=r"m0/unet: .* names files that are not all there; fetch the component"):
+        opened(pipelines.base)
+
+
+def test_a_component_that_a_model_lacks_is_refused(pipelines: Family, tmp_path: Path) -> None:
+    (pipelines.tuned[0] / "vae" / f"{STEM}.bin").unlink()
+
+    with pytest.raises(UserError, match=r"'vae/decoder.conv_in.weight' is missing in \S+/m1"):
+        stockflow.plan(recipe_of(pipelines, tmp_path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../vae", "a/b", ".hidden", "_stockflow"])
+def test_components_are_folders_of_the_pipeline(name: str, tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "model", 0, INDEX | {name: ["diffusers", "X"]})
+
+    if name.startswith("_"):
+        assert len(opened(folder)) == 3
+    else:
+        with pytest.raises(CheckpointError, match=r"names the component .*, which is no folder"):
+            opened(folder)
+
+
+@pytest.mark.parametrize("document", ["[]", "{", '{"unet": 3, "vae": {"a": []}}', '{"unet": [[], []]}'])
+def test_documents_that_name_no_component_make_no_pipeline(document: str, tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "model", 0)
+    (folder / "model_index.json").write_text(document)
+
+    with pytest.raises(NotFoundError, match="there is no checkpoint at"):
+        opened(folder)
