@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from stockflow.checkpoints.candidates import WRITTEN_STEMS
 from stockflow.checkpoints.documents import find_json, is_key
 from stockflow.checkpoints.header import PlacedTensor
 from stockflow.checkpoints.layout import HeaderCache, folder_of, read_header, unheard
@@ -20,7 +21,9 @@ MAX_DOCUMENT_BYTES = 16_000_000
 MAX_SIDE_FILE_BYTES = 64_000_000
 MAX_STRAYS_OPENED = 16
 """files of weights that are not merged, whose headers are read so that their tensors can be counted"""
-_OWN = re.compile("|".join(map(re.escape, REPLACED)) + r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_OWN = re.compile(
+    "|".join(map(re.escape, REPLACED)) + rf"|({'|'.join(WRITTEN_STEMS)})(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
 """names of files that an output has, none of which can be a folder of it"""
 
 

@@ -20,6 +20,8 @@ SUFFIXES = (".safetensors", ".bin")
 """Of files of weights, in the order in which they are preferred."""
 STEMS = {".safetensors": ("model", DIFFUSION_STEM), ".bin": ("pytorch_model", DIFFUSION_STEM)}
 """What the names of weights begin with, by how they end, in the order in which they are preferred."""
+WRITTEN_STEMS = STEMS[SUFFIXES[0]]
+"""What names of an output's weights may begin with: the latter where it is a part of a diffusers pipeline."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = f"{SINGLE_FILE}.index.json"
 
@@ -95,6 +97,19 @@ def naming_of(file: str) -> Naming | None:
     if match := _SINGLE.fullmatch(file):
         return Naming(*_split(match[1]), match[2])
     return None
+
+
+def written_stem(files: Collection[str]) -> str:
+    """Return what the names of a merge's weights begin with, where its donor is read from these files."""
+    named = (naming_of(file) for file in files)
+    is_part = any(each is not None and each.stem == DIFFUSION_STEM for each in named)
+    return DIFFUSION_STEM if is_part else WRITTEN_STEMS[0]
+
+
+def index_of(shard: str) -> str:
+    """Return the name of the index that lists a shard of an output."""
+    said = naming_of(shard)
+    return f"{said.stem if said else WRITTEN_STEMS[0]}{SUFFIXES[0]}.index.json"
 
 
 def groups_of(names: Collection[str], only: str = "") -> list[Group]:

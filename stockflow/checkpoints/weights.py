@@ -200,8 +200,8 @@ def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
         text = f"{folder.where} has its weights in pickles: {group} is read, and nothing that is in it is run"
         yield _chosen(folder, f"{text}. A merge is written in safetensors", "note")
     if group.stem == DIFFUSION_STEM:
-        text = f"{folder.where} is a part of a diffusers pipeline: {group} is read. A merge is written as model.*"
-        yield _chosen(folder, f"{text}, which diffusers finds once its index or only file has the part's name", "note")
+        text = f"{folder.where} is a part of a diffusers pipeline: {group} is read, and a merge that it gives names to"
+        yield _chosen(folder, f"{text} is written as {DIFFUSION_STEM}.*", "note")
     if not group.single and not group.index:
         count = counted(len(group.complete), "numbered file")
         text = f"{folder.where} has {count} of weights and no index: all of them are read, and no tensor is in two"

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from stockflow.checkpoints.candidates import WRITTEN_STEMS
 from stockflow.errors import AccessDeniedError, CheckpointError, NotFoundError, OutputConflictError
 from stockflow.output import claims, receipts
 from stockflow.output import manifest as manifest_file
@@ -17,7 +18,7 @@ from stockflow.storage import HalfWritten, Stamp, Store, redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import duration
 
-_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+_SHARD = re.compile(rf"({'|'.join(WRITTEN_STEMS)})(-\d{{5,}}-of-\d{{5,}})?\.safetensors")
 """names of what a merge uploads in parts; everything else of an output is one small object"""
 _PLAN_FOLDER = re.compile(re.escape(RECORDS) + r"([0-9a-f]{64})/")
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection
 
-from stockflow.checkpoints.candidates import INDEX_FILE
 from stockflow.checkpoints.left_out import WEIGHT_SUFFIXES
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.checkpoints.side_files import KINDS
@@ -24,7 +23,7 @@ def planned_files(plan: MergePlan, plan_id: str) -> dict[str, int | None]:
     files |= {file.key: file.size for file in plan.written_files}
     files |= dict.fromkeys((CARD_FILE, plan_key(plan_id), tensors_key(plan_id)))
     if plan.indexed:
-        files[INDEX_FILE] = None
+        files[plan.index_file] = None
     if plan.config is not None:
         files[CONFIG_FILE] = None
     return files

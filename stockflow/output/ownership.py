@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stockflow.checkpoints.candidates import INDEX_FILE
+from stockflow.checkpoints.candidates import WRITTEN_STEMS, index_of
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import (
     AlreadyExistsError,
@@ -37,7 +37,7 @@ MAX_CHANGES = 3
 """Files that a message names of those that changed."""
 MAX_NAMED = 20
 """files that a message names of those that go or stay"""
-UNPUBLISHED_FIRST = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
+UNPUBLISHED_FIRST = (MANIFEST_FILE, *(index_of(f"{stem}.safetensors") for stem in WRITTEN_STEMS), CONFIG_FILE)
 """Without these, a loader finds no model."""
 
 States = Mapping[str, Mapping[str, Stamp]]

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 
-from stockflow.checkpoints.candidates import INDEX_FILE
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError
@@ -108,7 +107,7 @@ def _files_in_order(
         **{file.key: partial(bytes, file.payload) for file in plan.written_files},
     }
     if plan.indexed:
-        yield {INDEX_FILE: lambda: encode_index(plan)}
+        yield {plan.index_file: lambda: encode_index(plan)}
     config = plan.config
     if config is not None:
         yield {CONFIG_FILE: lambda: encode_config(config, rows)}

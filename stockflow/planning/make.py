@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from stockflow.checkpoints.candidates import SINGLE_FILE
+from stockflow.checkpoints.candidates import written_stem
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.modules import published_as
@@ -109,7 +109,7 @@ def make_plan(
     return MergePlan(
         checkpoints=tuple(CheckpointRef(each.url, each.files) for each in (*checkpoints, *beside)),
         donor=recipe.donor,
-        shards=_cut_shards(jobs, size, donor.extents),
+        shards=_cut_shards(jobs, size, donor.extents, written_stem(donor.files)),
         side_files=side_files,
         written_files=written,
         config=config,
@@ -317,7 +317,9 @@ def _all_problems(problems: Sequence[str]) -> str:
     return f"these checkpoints cannot be merged as they are, {count}:\n  {shown}{more}"
 
 
-def _cut_shards(jobs: Sequence[TensorJob], shard_size: int, extents: Mapping[str, Extent]) -> tuple[ShardPlan, ...]:
+def _cut_shards(
+    jobs: Sequence[TensorJob], shard_size: int, extents: Mapping[str, Extent], stem: str
+) -> tuple[ShardPlan, ...]:
     """Fill shards in order up to ``shard_size``; what lies in a folder of its own gets one file there."""
     by_file: dict[str, list[TensorJob]] = {"": []}
     place = lru_cache(maxsize=None)(published_as)
@@ -326,8 +328,8 @@ def _cut_shards(jobs: Sequence[TensorJob], shard_size: int, extents: Mapping[str
         by_file.setdefault(place(extent.file) if extent else "", []).append(job)
     contents = list(_filled(by_file.pop(""), shard_size))
     modules = (ShardPlan(file, tuple(each)) for file, each in by_file.items())
-    names = (f"model-{index:05d}-of-{len(contents):05d}.safetensors" for index in range(1, len(contents) + 1))
-    own = map(ShardPlan, [SINGLE_FILE] if len(contents) == 1 else names, map(tuple, contents))
+    names = (f"{stem}-{index:05d}-of-{len(contents):05d}.safetensors" for index in range(1, len(contents) + 1))
+    own = map(ShardPlan, [f"{stem}.safetensors"] if len(contents) == 1 else names, map(tuple, contents))
     return (*own, *modules)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from stockflow.checkpoints.candidates import index_of
 from stockflow.checkpoints.decodes import Decode, RowRuns, described
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import folder_of
@@ -129,6 +130,11 @@ class MergePlan:
         """The shards that an index lists: none if the model is one file; those of modules are in none."""
         own = tuple(shard for shard in self.shards if not shard.folder)
         return own if len(own) > 1 else ()
+
+    @property
+    def index_file(self) -> str:
+        """Name of the index that lists them."""
+        return index_of(self.indexed[0].file)
 
     @property
     def notes(self) -> tuple[str, ...]:

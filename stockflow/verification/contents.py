@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.candidates import INDEX_FILE
 from stockflow.checkpoints.header import PlacedTensor, header_bytes, parse_header
 from stockflow.checkpoints.index import MAX_INDEX_BYTES
 from stockflow.checkpoints.layout import FIRST_READ_BYTES, folder_of, in_folder
@@ -81,23 +80,24 @@ def files_by_tensor(placed: Placed) -> dict[str, str]:
     return {tensor.spec.name: key for key, tensors in placed.items() for tensor in tensors}
 
 
-def check_index(output: Output, found: Mapping[str, str], *, complete: bool) -> Iterator[Finding]:
+def check_index(output: Output, key: str, found: Mapping[str, str], *, complete: bool) -> Iterator[Finding]:
     """Hold the index against the headers.
 
     Args:
         output: where it lies.
+        key: of the index.
         found: the file of every tensor, by name.
         complete: whether every shard's header could be read.
     """
     try:
-        payload = output.read(INDEX_FILE, MAX_INDEX_BYTES)
+        payload = output.read(key, MAX_INDEX_BYTES)
         check_num_values(payload, MAX_INDEX_VALUES)
         index = json.loads(payload)
         stated = {str(name): str(file) for name, file in index["weight_map"].items()}
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        yield Finding(INDEX_FILE, f"cannot be read: {error}")
+        yield Finding(key, f"cannot be read: {error}")
         return
-    yield from _compare(INDEX_FILE, stated, found, complete=complete)
+    yield from _compare(key, stated, found, complete=complete)
 
 
 def read_table(output: Output, key: str, plan: MergePlan | None) -> Table | Finding:

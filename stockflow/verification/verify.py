@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE
+from stockflow.checkpoints.candidates import index_of
 from stockflow.checkpoints.layout import folder_of
 from stockflow.checkpoints.opening import link_notes
 from stockflow.errors import CheckpointError, NotFoundError, UserError
@@ -240,9 +240,10 @@ class _Verifier:
         findings.add(contents.check_doubles(self.placed))
         complete = self.placed.keys() == set(self._shards)
         own = [key for key in self._shards if not folder_of(key)]
-        if own not in ([], [SINGLE_FILE]) and self._is_intact(INDEX_FILE):
+        index = index_of(own[0]) if own else ""
+        if own not in ([], [index.removesuffix(".index.json")]) and self._is_intact(index):
             found = contents.files_by_tensor({key: self.placed[key] for key in own if key in self.placed})
-            findings.add(contents.check_index(self._output, found, complete=complete))
+            findings.add(contents.check_index(self._output, index, found, complete=complete))
         key = tensors_key(self._manifest.plan_id)
         plan = recorded.plan if recorded else None
         table = contents.read_table(self._output, key, plan) if self._is_intact(key) else {}

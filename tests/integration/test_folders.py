@@ -286,6 +286,28 @@ def test_an_accepted_ambiguity_is_read_as_loaders_do(tmp_path: Path) -> None:
     assert "holds two sets of weights" in said
 
 
+@pytest.mark.parametrize("size", ["100", "1MB"])
+def test_a_part_of_a_pipeline_is_written_under_the_names_that_diffusers_asks_for(tmp_path: Path, size: str) -> None:
+    a_part_of_a_pipeline_in_shards(tmp_path / "subject")
+    recipe = {"merge_method": "passthrough", "models": [str(tmp_path / "subject")]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+
+    finished = cli("merge", tmp_path / "r.yaml", tmp_path / "out", "--shard-size", size)
+
+    assert finished.exit_code == 0, finished.output
+    found = {path.name for path in (tmp_path / "out").glob("*.safetensors*")}
+    stem, index = "diffusion_pytorch_model", "diffusion_pytorch_model.safetensors.index.json"
+    numbered = {f"{stem}-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)}
+    assert found == ({f"{stem}.safetensors"} if size == "1MB" else numbered | {index})
+    assert size == "1MB" or {*json.loads((tmp_path / "out" / index).read_text())["weight_map"].values()} == numbered
+    assert cli("verify", tmp_path / "out", "--inputs", "--sample", "100%").exit_code == 0
+    assert cli("diff", tmp_path / "subject", tmp_path / "out").exit_code == 0
+    assert cli("merge", tmp_path / "r.yaml", tmp_path / "out", "--shard-size", size).exit_code == 0
+    if size != "1MB":
+        (tmp_path / "out" / index).write_text("{}")
+        assert cli("verify", tmp_path / "out").exit_code == 4
+
+
 def test_a_single_file_beside_shards_that_hold_the_same_is_read_and_said(tmp_path: Path) -> None:
     write(tmp_path / "subject", shards(5.5), index="auto")
     save_file(full(5.5), tmp_path / "subject" / "model.safetensors")
