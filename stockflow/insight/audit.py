@@ -4,6 +4,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.naming import kind_of, layer_of
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.survey import Look, SurveySpec
@@ -17,8 +19,8 @@ from stockflow.methods.ratios import RATIOS
 from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.output.manifest import Manifest
-from stockflow.planning.job import TensorJob, operand_of
-from stockflow.planning.plan import CheckpointRef, MergePlan
+from stockflow.planning.job import Operand, TensorJob, stored
+from stockflow.planning.plan import CheckpointRef, MergePlan, with_offsets
 from stockflow.recipe import resolve_location
 from stockflow.run.driver import Inputs
 from stockflow.storage import StorageConfig, Store, open_model, pin_revision, redact
@@ -167,7 +169,7 @@ def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_event: OnEven
 def _looks(merge: Merge) -> tuple[list[Look], dict[str, str]]:
     """What to look at, and what to leave out for which reason."""
     looks, left_out = [], {}
-    for job in merge.plan.jobs:
+    for job, offset in with_offsets(merge.plan.jobs):
         name, merged = job.output.name, merge.merged
         if job.result.method != METHOD:
             left_out[name] = "copied" if job.is_copy else f"merged by {job.result.method}"
@@ -176,16 +178,24 @@ def _looks(merge: Merge) -> tuple[list[Look], dict[str, str]]:
         elif problem := _problem(merged, job):
             left_out[name] = problem
         else:
-            looks.append(look_at(job, operand_of(len(merge.plan.checkpoints), merged, name)))
+            looks.append(look_at(job, _part(merged, job, offset, len(merge.plan.checkpoints))))
     return looks, left_out
 
 
+def _part(merged: Checkpoint, job: TensorJob, offset: int, number: int) -> Operand:
+    """Return what a merged checkpoint has of a job, so many elements into the tensor that holds it."""
+    spec, (file, start) = merged.specs[job.stored_name], merged.extents[job.stored_name]
+    part = TensorSpec(job.output.name, spec.dtype, job.output.shape)
+    width = part.num_bytes // part.num_elems
+    return stored(number, part, Extent(file, start + width * offset))
+
+
 def _problem(merged: Checkpoint, job: TensorJob) -> str | None:
-    spec = merged.specs.get(job.output.name)
+    spec, planned = merged.specs.get(job.stored_name), job.whole or job.output
     if spec is None:
         return "not in the merged checkpoint"
-    if spec.shape != job.output.shape:
-        return f"of shape {list(spec.shape)} in the merged checkpoint, expected {list(job.output.shape)}"
+    if spec.shape != planned.shape:
+        return f"of shape {list(spec.shape)} in the merged checkpoint, expected {list(planned.shape)}"
     if spec.dtype not in FORMATS:
         return f"{spec.dtype} in the merged checkpoint; expected BF16, F16, F32 or F64"
     return None

@@ -133,8 +133,9 @@ def _published_meanwhile(output: Store, plan: MergePlan) -> Manifest | None:
 
 def encode_index(plan: MergePlan) -> bytes:
     """Return the index of a sharded checkpoint, as the ecosystem writes it."""
-    total = sum(job.output.num_bytes for shard in plan.indexed for job in shard.jobs)
-    weight_map = {job.output.name: shard.file for shard in plan.indexed for job in shard.jobs}
+    stored = {output: shard.file for shard in plan.indexed for output in shard.outputs}
+    total = sum(output.num_bytes for output in stored)
+    weight_map = {output.name: file for output, file in stored.items()}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stockflow.checkpoints.decodes import Decode, RowFill, RowRun, RowRuns, coded, plain
@@ -196,8 +196,10 @@ def _shard(
     settings: Sequence[Setting],
     maps: "_Tables",
 ) -> ShardPlan:
-    jobs = tuple(_job(row, settings, maps) for row in fields["tensors"])
-    shard = ShardPlan(text(fields["file"]), jobs)
+    jobs = [_job(row, settings, maps) for row in fields["tensors"]]
+    for whole in fields.get("wholes", ()):
+        _join(jobs, *whole)
+    shard = ShardPlan(text(fields["file"]), tuple(jobs))
     if fields["num_bytes"] != shard.num_bytes:
         raise ValueError(f"{shard.file!r} takes {shard.num_bytes:,} bytes, num_bytes says {fields['num_bytes']!r}")
     return shard
@@ -210,6 +212,17 @@ class _Tables:
     checkpoints: Sequence[CheckpointRef]
     rows: Sequence[RowRuns]
     decodes: Sequence[Decode]
+
+
+def _join(jobs: list[TensorJob], name: object, shape: Sequence[object], first: object, num: object) -> None:
+    """Have jobs write one tensor, run by run."""
+    start, stop = count(first), count(first) + count(num)
+    parts = jobs[start:stop]
+    whole = TensorSpec(text(name), parts[0].output.dtype, tuple(map(count, shape)))
+    held = {job.output.dtype for job in parts}, sum(job.result.num_bytes for job in parts), len(parts)
+    if held != ({whole.dtype}, whole.num_bytes, stop - start) or any(job.whole for job in parts):
+        raise ValueError(f"the {stop - start} tensors from number {start} on do not make up {whole}")
+    jobs[start:stop] = [replace(job, whole=whole) for job in parts]
 
 
 def _job(row: Sequence[Any], settings: Sequence[Setting], maps: _Tables) -> TensorJob:

@@ -250,6 +250,13 @@ class TensorJob:
 
     reading: Reading
     results: tuple[Result, ...]
+    whole: TensorSpec | None = None
+    """what it writes the next run of, as the jobs beside it do; None where its outputs are tensors by themselves"""
+
+    @property
+    def stored_name(self) -> str:
+        """Name of what holds its output in a file, which rules and filters look at."""
+        return self.whole.name if self.whole else self.output.name
 
     @property
     def result(self) -> Result:

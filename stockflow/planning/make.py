@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 from stockflow.checkpoints.candidates import written_stem
@@ -16,6 +17,7 @@ from stockflow.checkpoints.tokenizers import Tokenizer, has_tokens
 from stockflow.errors import PlanError
 from stockflow.methods.protocol import Parameters
 from stockflow.planning.config import output_config
+from stockflow.planning.experts import Experts, part_of, seen_one_by_one, unlike_parts
 from stockflow.planning.fixed import are_known, carried_over, holds_indices
 from stockflow.planning.job import COPY, Operand, TensorJob, copying, merging, operand_of, stored
 from stockflow.planning.looks import remarks_on
@@ -82,13 +84,14 @@ def make_plan(
         raise PlanError(_all_problems(unread))
     accepted = {*recipe.stockflow.accept, *accepted}
     checkpoints = without_recomputed(recipe, checkpoints)
-    checkpoints = [under_names_of(checkpoints[recipe.donor], each, accepted) for each in checkpoints]
+    experts = seen_one_by_one(recipe, checkpoints)
+    checkpoints = [under_names_of(experts.checkpoints[recipe.donor], each, accepted) for each in experts.checkpoints]
     checkpoints = with_tied_heads(recipe, checkpoints)
     vocabulary = output_vocabulary(recipe, [*checkpoints, *beside], tokenizers)
     if vocabulary is not None:
         checkpoints = [vocabulary.reshaped(each) for each in checkpoints]
     outline = outline_of(recipe, checkpoints)
-    jobs, skipped, problems = _planned(recipe, checkpoints, outline)
+    jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts)
     if vocabulary is not None:
         jobs = [vocabulary.mapped(job) for job in jobs]
     num_rows = vocabulary.num_rows if vocabulary else None
@@ -121,28 +124,30 @@ def make_plan(
 
 
 def _planned(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], outline: Outline
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], outline: Outline, experts: Experts
 ) -> tuple[list[TensorJob], list[str], list[str]]:
     """Return the jobs in the order of the output, the names that rules skip, and what stands against the rest."""
     donor = checkpoints[recipe.donor]
     explained = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
     misfits = [misfit for each in outline.unplanned if (misfit := _misfit(each, explained))]
-    jobs, skipped = list[TensorJob](), list[str]()
+    jobs, skipped = list[TensorJob](), dict[str, None]()
     known = _Known(explained, kept_above(recipe, checkpoints), OptionalParts(donor))
     for target in outline.targets:
-        if _action(recipe, target.spec.name) == "skip":
-            skipped.append(target.spec.name)
+        whole = experts.whole(target.names[0], target.spec.name) if experts.wholes else None
+        stored_name = whole.name if whole else target.spec.name
+        if _action(recipe, stored_name) == "skip":
+            skipped[stored_name] = None
             continue
-        for planned in _plan_tensor(target, known):
+        for planned in _plan_tensor(target, stored_name, known):
             if isinstance(planned, TensorJob):
-                jobs.append(planned)
+                jobs.append(part_of(planned, whole) if whole else planned)
             else:
-                misfits.append(planned)
-    problems = list(explained.values())
+                misfits.append(replace(planned, remedy="", action="") if whole else planned)
+    problems = [*explained.values(), *unlike_parts(jobs)]
     if misfits:
         specs = [each.spec for each in outline.unplanned] + [each.spec for each in outline.targets]
         problems += told(misfits, {spec.name: spec for spec in specs})
-    return jobs, skipped, problems
+    return jobs, list(skipped), problems
 
 
 def default_shard_size(jobs: Iterable[TensorJob]) -> int:
@@ -164,7 +169,7 @@ def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
     for size in (*sizes, plan.num_output_bytes // enough, plan.num_output_bytes // enough // 2):
         if size and _num_shards(jobs, size) >= enough:
             return [f"{said}; --shard-size {_two_digits(size)} gives enough"]
-    largest = max(job.result.num_bytes for job in jobs)
+    largest = max((job.whole or job.result).num_bytes for job in jobs)
     return [f"{said}, and the largest tensor has {_two_digits(largest)}; ask for fewer workers"]
 
 
@@ -209,25 +214,25 @@ class _Known(NamedTuple):
     optional: OptionalParts
 
 
-def _plan_tensor(target: OutputTensor, known: _Known) -> Sequence[TensorJob] | Sequence[Misfit]:
+def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Sequence[TensorJob] | Sequence[Misfit]:
     """The jobs for one tensor of the output, or what stands against it, unless a checkpoint's layout explains it."""
     stretch, spec, names, stand = target
     recipe, checkpoints, name = stretch.recipe, stretch.checkpoints, spec.name
-    rule = recipe.rule_for(name)
+    rule, is_part = recipe.rule_for(stored_name), stored_name != name
     if _is_copied(recipe, rule, name):
-        return _as_it_is(target, recipe.donor)
+        return _as_it_is(target, recipe.donor, is_part=is_part)
     method = recipe.method_for(rule)
     indices = recipe.sources(method)
     absent = [index for index, own in enumerate(names) if own not in checkpoints[index].specs]
     if absent and known.optional.is_lacked(names[0], [checkpoints[index] for index in absent]):
-        return _as_it_is(target, recipe.donor)
+        return _as_it_is(target, recipe.donor, is_part=is_part)
     if absent:
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
         told_of = [index for index in absent if stretch.numbers[index] not in known.explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
         return [_of_a_head(missing, stretch, told_of)] if told_of else []
-    if recipe.carries_over(name, spec.dtype, stand):
-        return _as_it_is(target, *indices)
+    if recipe.carries_over(stored_name, spec.dtype, stand):
+        return _as_it_is(target, *indices, is_part=is_part)
     alike = spec.kind != "packed" and target.is_alike(indices)
     donor_first = tuple(dict.fromkeys((recipe.donor, *indices)))
     if (spec.kind != "float" or holds_indices(target)) and (alike or are_known(target, donor_first)):
@@ -246,13 +251,13 @@ def _plan_tensor(target: OutputTensor, known: _Known) -> Sequence[TensorJob] | S
         output,
         _operands(target, indices),
         method.name,
-        recipe.parameters_for(method, name, rule, stand),
-        recipe.scope_for(method, name, rule, stand, default="leading" if is_fused else "tensor"),
+        recipe.parameters_for(method, stored_name, rule, stand),
+        recipe.scope_for(method, stored_name, rule, stand, default="leading" if is_fused else "tensor"),
     )
     return [job]
 
 
-def _as_it_is(target: OutputTensor, index: int) -> list[TensorJob]:
+def _as_it_is(target: OutputTensor, index: int, *, is_part: bool) -> list[TensorJob]:
     """The jobs that take a tensor over: its bytes, codes and scales alike; or what these stand for, if that is asked.
 
     Of a tensor that is stored in parts, these follow each other.
@@ -262,8 +267,8 @@ def _as_it_is(target: OutputTensor, index: int) -> list[TensorJob]:
     held, asked = checkpoint.stored.get(target.names[index]), target.stretch.recipe.output_dtype
     if held is None:
         return [copying(spec, operands, COPY)]
-    if asked is not None:
-        return [merging(spec._replace(dtype=asked), operands, PASSTHROUGH, UNSCALED, "tensor")]
+    if asked is not None or is_part:
+        return [merging(spec._replace(dtype=asked or spec.dtype), operands, PASSTHROUGH, UNSCALED, "tensor")]
     parts = [(part, stored(number, part, checkpoint.extents[part.name])) for part in (*held.parts, *held.beside)]
     return [copying(part, (operand,), COPY) for part, operand in parts]
 
@@ -337,12 +342,13 @@ def _filled(jobs: Iterable[TensorJob], shard_size: int) -> Iterator[list[TensorJ
     """Yield the contents of shards; a tensor larger than ``shard_size`` is one alone."""
     content: list[TensorJob] = []
     filled = 0
-    for job in jobs:
-        num_bytes = job.result.num_bytes
+    for _, parts in groupby(jobs, key=lambda job: job.whole or id(job)):
+        tensor = list(parts)
+        num_bytes = sum([job.result.num_bytes for job in tensor])
         if filled and filled + num_bytes > shard_size:
             yield content
             content, filled = [], 0
-        content.append(job)
+        content += tensor
         filled += num_bytes
     if content:
         yield content

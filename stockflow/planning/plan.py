@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 from stockflow.checkpoints.candidates import index_of
@@ -21,7 +22,7 @@ from stockflow.storage import Stamp, redact
 from stockflow.text.records import as_plain
 from stockflow.text.remarks import Remark
 
-NUMERICS = 4
+NUMERICS = 5
 """Bumped with any change of a golden digest."""
 SHARD_METADATA = {"format": "pt"}
 
@@ -38,7 +39,13 @@ class ShardPlan:
     @property
     def outputs(self) -> Iterator[TensorSpec]:
         """The tensors of the file, in order."""
-        return (output for job in self.jobs for output in job.result.outputs)
+        last = None
+        for job in self.jobs:
+            if job.whole is None:
+                yield from job.result.outputs
+            elif job.whole != last:
+                yield job.whole
+            last = job.whole
 
     @property
     def folder(self) -> str:
@@ -190,6 +197,7 @@ class MergePlan:
                 "file": shard.file,
                 "num_bytes": shard.num_bytes,
                 "tensors": [_canonical_job(job, settings, maps, place) for job in shard.jobs],
+                **({"wholes": wholes} if (wholes := _canonical_wholes(shard)) else {}),
             }
             for shard in self.shards
         ]
@@ -281,6 +289,25 @@ def _canonical_job(job: TensorJob, settings: _Settings, maps: _Maps, place: Plac
     dtypes: object = reading.dtypes if reading.is_plain else list(map(maps.stored_as, reading.operands))
     row: list[object] = [output.name, output.dtype, output.shape, settings.number(job), dtypes]
     return row + [place(operand) for operand in reading.operands] if place else row
+
+
+def with_offsets(jobs: Iterable[TensorJob]) -> Iterator[tuple[TensorJob, int]]:
+    """Yield jobs, each with the number of elements that jobs before it write of the same tensor."""
+    last, offset = None, 0
+    for job in jobs:
+        offset = offset if job.whole is not None and job.whole == last else 0
+        yield job, offset
+        last, offset = job.whole, offset + job.output.num_elems
+
+
+def _canonical_wholes(shard: ShardPlan) -> list[list[object]]:
+    """The stored tensors that several jobs write: name, shape, number of the first job and of jobs."""
+    runs: list[list[object]] = []
+    for whole, numbered in groupby(enumerate(shard.jobs), key=lambda pair: pair[1].whole):
+        if whole is not None:
+            numbers = [number for number, _ in numbered]
+            runs.append([whole.name, whole.shape, numbers[0], len(numbers)])
+    return runs
 
 
 def _canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:

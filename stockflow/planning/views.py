@@ -1,7 +1,7 @@
 """Views: a checkpoint under the names of another, where both name the same tensors in two ways, or in two layouts."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -60,7 +60,7 @@ def under_names_of(donor: Checkpoint, other: Checkpoint, accepted: Collection[st
     if not names:
         return other
     remark = _said(donor, other, renamings, len(names))
-    seen = _view(other, names) if remark.severity == "note" or remark.code in accepted else other
+    seen = renamed(other, names) if remark.severity == "note" or remark.code in accepted else other
     return replace(seen, remarks=(*other.remarks, remark))
 
 
@@ -148,7 +148,7 @@ def _common_end(left: Sequence[str], right: Sequence[str]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _view(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """Return a checkpoint with new names for some of its tensors, by what they are called there."""
     new_names = {old: new for new, old in names.items()}
     specs = {new_names.get(name, name): spec for name, spec in checkpoint.specs.items()}

@@ -53,6 +53,10 @@ class Options(Part):
     routers: Literal["merge", "copy"] = Field(
         default="merge", description="whether what chooses among experts is merged, or copied from the base"
     )
+    experts: Literal["separate", "fused"] | None = Field(
+        default=None,
+        description="whether experts are written one by one or all of a layer together; else as the base's",
+    )
     shard_size: Size = Field(default=None, description="largest shard, as 5GB, 256MiB or bytes")
     layers: LayerPattern | None = Field(
         default=None, description="how names in layers begin, as `backbone.stage_{layer}.`; else the common ones"

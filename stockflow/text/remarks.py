@@ -19,6 +19,7 @@ CODES: Mapping[str, str] = {
     "doubled-tensors": "tensors in several files of a checkpoint, of which the one the index names is read",
     "dtypes-differ": "tensors whose sources have several dtypes",
     "heads-differ": "attention heads of several numbers or sizes over equal shapes",
+    "expert-layouts": "experts that are stored one by one in some models and all of a layer together in others",
     "head-untied": "a head of its own where other models, or the published config, tie it to the embedding",
     "index-data": "index data that is stored as floats",
     "index-disagrees": "tensors that an index lists and no file holds, or that files hold and the index does not list",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.header import PlacedTensor, header_bytes, parse_header
+from stockflow.checkpoints.header import PlacedTensor, TensorSpec, header_bytes, parse_header
 from stockflow.checkpoints.index import MAX_INDEX_BYTES
 from stockflow.checkpoints.layout import FIRST_READ_BYTES, folder_of, in_folder
 from stockflow.errors import UserError
@@ -73,6 +73,24 @@ def check_doubles(placed: Placed) -> Iterator[Finding]:
             if name in holder:
                 yield Finding(key, f"holds {quoted(name)}, which {holder[name]} holds too")
             holder[name] = key
+
+
+def by_job(placed: Placed, plan: MergePlan) -> Placed:
+    """Return the tensors as the jobs of a plan write them: what several write one after the other, run by run."""
+    runs: dict[TensorSpec, list[TensorSpec]] = {}
+    for job in plan.jobs:
+        if job.whole:
+            runs.setdefault(job.whole, []).append(job.output)
+    if not runs:
+        return placed
+    return {key: [part for each in tensors for part in _runs(each, runs)] for key, tensors in placed.items()}
+
+
+def _runs(tensor: PlacedTensor, runs: Mapping[TensorSpec, Sequence[TensorSpec]]) -> Iterator[PlacedTensor]:
+    start = tensor.start
+    for spec in runs.get(tensor.spec, (tensor.spec,)):
+        yield PlacedTensor(spec, start)
+        start += spec.num_bytes
 
 
 def files_by_tensor(placed: Placed) -> dict[str, str]:

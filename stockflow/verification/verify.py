@@ -246,6 +246,7 @@ class _Verifier:
             findings.add(contents.check_index(self._output, index, found, complete=complete))
         key = tensors_key(self._manifest.plan_id)
         plan = recorded.plan if recorded else None
+        self.placed = contents.by_job(self.placed, plan) if plan else self.placed
         table = contents.read_table(self._output, key, plan) if self._is_intact(key) else {}
         if isinstance(table, Finding):
             findings.add([table])

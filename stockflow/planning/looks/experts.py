@@ -52,7 +52,7 @@ def kept_parts(proposal: Proposal) -> Iterator[Remark]:
 
 def _part(proposal: Proposal, job: TensorJob, optional: OptionalParts) -> str | None:
     """Which optional part is copied by a job that no rule asks for."""
-    is_kept = job.is_copy and proposal.recipe.rule_for(job.output.name) is None
+    is_kept = job.is_copy and proposal.recipe.rule_for(job.stored_name) is None
     return optional.of(_own_name(job)) if is_kept else None
 
 

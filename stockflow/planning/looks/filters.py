@@ -30,18 +30,15 @@ def unmatched_filters(proposal: Proposal) -> Iterator[Remark]:
 
 def _unmatched(texts: Iterable[str], proposal: Proposal) -> list[str]:
     asked = [text for text in dict.fromkeys(texts) if text not in ("", "*")]
-    written = "\n".join((*(job.output.name for job in proposal.jobs), *proposal.skipped)) if asked else ""
-    return [
-        text
-        for text in asked
-        if text not in written
-        and not any(text in name for each in proposal.checkpoints for name in (*each.settled, *each.specs))
-    ]
+    written = "\n".join((*(job.stored_name for job in proposal.jobs), *proposal.skipped)) if asked else ""
+    parts = {job.output.name for job in proposal.jobs if job.whole}
+    held = {name for each in proposal.checkpoints for name in (*each.settled, *each.specs)} - parts if asked else ()
+    return [text for text in asked if text not in written and not any(text in name for name in held)]
 
 
 def _nearest(text: str, proposal: Proposal) -> str:
     parts: dict[str, None] = {}
-    for name in proposal.donor.specs:
+    for name in dict.fromkeys(job.stored_name for job in proposal.jobs):
         words = [word for word in name.split(".") if not word.isdigit()]
         for first in range(len(words)):
             for last in range(first + 1, min(first + _MOST_PARTS, len(words)) + 1):

@@ -1,0 +1,306 @@
+"""Experts: tensors that hold all of a layer, seen as one per projection and expert; how an output gets such tensors.
+
+What is decided as one is the projection of an expert, however it is stored. In a fused tensor it is a run of bytes, so
+that seeing it costs an offset, and writing it an order.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import NamedTuple
+
+from stockflow.checkpoints.decodes import Decode, plain
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.quantised import Stored
+from stockflow.errors import PlanError
+from stockflow.planning.job import TensorJob
+from stockflow.planning.views import renamed
+from stockflow.recipe import Recipe
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import are, counted
+from stockflow.text.strictjson import shown
+
+_ENDS = (
+    (".gate_up_proj", ".down_proj"),
+    (".gate_up_proj.weight", ".down_proj.weight"),
+    (".input_linear.weight", ".output_linear.weight"),
+)
+"""Of names of what holds gate and up, [E, 2I, H], and of what holds down, [E, H, I]."""
+_ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+_SINGLE = re.compile(rf"(.*\.experts)\.(\d{{1,6}})\.({'|'.join(_ROLES)})\.weight")
+_BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)(?=\.)")
+"""What families call the part of a layer that has experts."""
+
+Parts = Mapping[str, Sequence[TensorSpec]]
+"""By the name of a stored tensor: the projections in it, in the order of their bytes."""
+
+
+class _Pair(NamedTuple):
+    """Two stored tensors that hold the projections of all experts of a layer."""
+
+    gate_up: TensorSpec
+    down: TensorSpec
+
+    def parts(self) -> Parts:
+        num, hidden, inner = self.down.shape
+        stem = self.gate_up.name.removesuffix(".weight").rpartition(".")[0]
+        stem = stem if stem.endswith("experts") else f"{stem}.experts"
+        up, down = self.gate_up.dtype, self.down.dtype
+        return {
+            self.gate_up.name: [
+                TensorSpec(f"{stem}.{number}.{role}.weight", up, (inner, hidden))
+                for number in range(num)
+                for role in ("gate_proj", "up_proj")
+            ],
+            self.down.name: [
+                TensorSpec(f"{stem}.{number}.down_proj.weight", down, (hidden, inner)) for number in range(num)
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Checkpoints with one tensor per projection and expert, and what the output makes of these."""
+
+    checkpoints: Sequence[Checkpoint]
+    wholes: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """by the donor's name of a projection: the tensor of the output of which it is the next run of bytes"""
+
+    def whole(self, own_name: str, name: str) -> TensorSpec | None:
+        """Return the tensor that a target is a part of, None if it is one itself.
+
+        Args:
+            own_name: of the target, in the donor.
+            name: in the output, where layers may have other numbers.
+        """
+        whole = self.wholes.get(own_name)
+        if whole is None or own_name == name:
+            return whole
+        shared = len(_common_end(own_name, name))
+        before, instead = own_name[: len(own_name) - shared], name[: len(name) - shared]
+        return whole._replace(name=instead + whole.name.removeprefix(before))
+
+
+def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Experts:
+    """Return the checkpoints as they are merged: a tensor for each projection of an expert, under the donor's names.
+
+    Raises:
+        PlanError: the recipe asks for a layout or a scope that these cannot have.
+    """
+    asked, widened = recipe.stockflow.experts, recipe.stockflow.scope in ("tensor", "leading")
+    parts = _all_parts(checkpoints)
+    is_fused = asked == "fused" or (asked is None and bool(parts[recipe.donor]))
+    if not any(parts) and not is_fused:
+        return Experts(checkpoints)
+    if widened and is_fused:
+        _refuse_parted(recipe, parts)
+        return Experts(checkpoints)
+    seen = [_separated(*each) for each in zip(checkpoints, parts, strict=True)]
+    donor, wholes = seen[recipe.donor], _wholes(checkpoints[recipe.donor], parts[recipe.donor]) if is_fused else {}
+    if asked == "fused":
+        donor, further = _gathered(donor, wholes)
+        wholes |= further
+    seen[recipe.donor] = _remarked(donor, recipe, checkpoints, parts, is_fused=is_fused)
+    return Experts([each if each is donor else _under_names_of(donor, each) for each in seen], wholes)
+
+
+def part_of(job: TensorJob, whole: TensorSpec) -> TensorJob:
+    """Return a job as one of those that write a tensor of all experts, which has the dtype of its parts."""
+    return replace(job, whole=whole._replace(dtype=job.output.dtype))
+
+
+def unlike_parts(jobs: Iterable[TensorJob]) -> Iterator[str]:
+    """Yield which tensors of all experts would be of several dtypes."""
+    dtypes: dict[str, set[str]] = {}
+    for job in jobs:
+        if job.whole:
+            dtypes.setdefault(job.whole.name, set()).add(job.whole.dtype)
+    for name, found in dtypes.items():
+        if len(found) > 1:
+            several = " and ".join(sorted(found))
+            yield f"the experts of {shown(name)} come as {several}, and a tensor has one dtype; give a `dtype`"
+
+
+def _all_parts(checkpoints: Sequence[Checkpoint]) -> list[Parts]:
+    """Return the parts of each, but of tensors that one of them has as a whole only."""
+    found = {id(each.specs): _parts(each) for each in checkpoints}
+    parts = [found[id(each.specs)] for each in checkpoints]
+    names = {name for own in parts for name in own}
+    whole = {
+        name for each, own in zip(checkpoints, parts, strict=True) for name in names & each.specs.keys() - own.keys()
+    }
+    return [{name: each for name, each in own.items() if name not in whole} for own in parts] if whole else parts
+
+
+def _parts(checkpoint: Checkpoint) -> Parts:
+    parts, specs = dict[str, Sequence[TensorSpec]](), checkpoint.specs
+    for spec in [spec for spec in specs.values() if len(spec.shape) == 3]:
+        for end, other in _ENDS:
+            down = specs.get(spec.name.removesuffix(end) + other) if spec.name.endswith(end) else None
+            if down and spec.kind == down.kind == "float" and _are_straight(spec.shape, down.shape):
+                own = _Pair(spec, down).parts()
+                parts |= own if _are_runs(checkpoint, own) else {}
+    return parts
+
+
+def _are_runs(checkpoint: Checkpoint, parts: Parts) -> bool:
+    """Return whether each part is a run of the bytes of its tensor, and of its scales, and nothing else has its name.
+
+    Rows of gate and up alternate in the tensors of gpt-oss, which have biases.
+    """
+    specs = checkpoint.specs
+    if any(f"{name}_bias" in specs or any(part.name in specs for part in own) for name, own in parts.items()):
+        return False
+    coded = {name: held.decode for name, own in parts.items() if (held := checkpoint.stored.get(name))}
+    return all(_follow(decode, specs[name].shape, parts[name][0].num_elems) for name, decode in coded.items())
+
+
+def _follow(decode: Decode, shape: tuple[int, ...], num_elems: int) -> bool:
+    """Return whether the first elements of codes, and their scales, end where those of the next as many begin."""
+    first, second = (decode.ranges(shape, start, start + num_elems) for start in (0, num_elems))
+    return all(one.stop == two.start or one == two for one, two in zip(first, second, strict=True))
+
+
+def _are_straight(gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool:
+    """Return whether shapes are [E, 2I, H] and [E, H, I]; they cannot be [E, H, 2I] and [E, I, H], too."""
+    num, hidden, inner = down if len(down) == 3 else (0, 0, 0)
+    return gate_up == (num, 2 * inner, hidden) and num * hidden * inner > 0
+
+
+def _separated(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
+    if not parts:
+        return checkpoint
+    specs = {each.name: each for name, spec in checkpoint.specs.items() for each in parts.get(name, (spec,))}
+    extents, stored = dict(checkpoint.extents), {n: held for n, held in checkpoint.stored.items() if n not in parts}
+    for name, own in parts.items():
+        spec = checkpoint.specs[name]
+        held, start = checkpoint.stored.get(name, Stored(plain(spec.dtype), (spec,))), 0
+        for part in own:
+            ranges = held.decode.ranges(spec.shape, start, start + part.num_elems)
+            holders = (part, *(other._replace(name=f"{part.name} {other.name}") for other in held.parts[1:]))
+            for holder, other, run in zip(holders, held.parts, ranges, strict=True):
+                file, first = checkpoint.extents[other.name]
+                extents[holder.name] = Extent(file, first + run.start)
+            if name in checkpoint.stored:
+                stored[part.name] = Stored(held.decode, holders)
+            start += part.num_elems
+    return replace(checkpoint, specs=specs, extents=extents, stored=stored)
+
+
+def _wholes(donor: Checkpoint, parts: Parts) -> dict[str, TensorSpec]:
+    return {part.name: donor.specs[name] for name, own in parts.items() for part in own}
+
+
+def _refuse_parted(recipe: Recipe, parts: Sequence[Parts]) -> None:
+    """Raise where a recipe has several experts decided as one, and not every model stores them so."""
+    if not parts[recipe.donor] or any(own.keys() != parts[recipe.donor].keys() for own in parts):
+        raise PlanError(
+            f"`scope: {recipe.stockflow.scope}` decides the experts of a tensor as one, and some models store them one "
+            "by one; leave the scope out, or say `stockflow: {experts: separate}`"
+        )
+
+
+class _Layer:
+    """The projections of the experts of a layer, which are stored one by one."""
+
+    def __init__(self, stem: str, own: Mapping[tuple[int, str], TensorSpec], url: str) -> None:
+        """Take them by number and role.
+
+        Raises:
+            PlanError: they are not alike.
+        """
+        self._stem, self._own, self._num = stem, own, len(own) // 3
+        if not self._is_whole():
+            found = ", ".join(sorted({f"{spec.dtype} {list(spec.shape)}" for spec in own.values()})[:4])
+            raise PlanError(
+                f"the experts of {shown(stem)} in {redact(url)} cannot be put into one tensor: expected gate, up and "
+                f"down of each, of equal shapes and one dtype, found {counted(len(own), 'tensor')}, {found}; leave "
+                "`experts: fused` out"
+            )
+
+    def _is_whole(self) -> bool:
+        _, dtype, shape = self._own.get((0, "gate"), ("", "", ()))
+        shapes = {"gate": shape, "up": shape, "down": shape[::-1]}
+        expected = {(number, role): (dtype, each) for number in range(self._num) for role, each in shapes.items()}
+        return len(shape) == 2 and {key: spec[1:] for key, spec in self._own.items()} == expected
+
+    def parts(self) -> list[TensorSpec]:
+        """Return them in the order in which a tensor of gate and up, and then one of down, holds them."""
+        gate_up = [self._own[number, role] for number in range(self._num) for role in ("gate", "up")]
+        return gate_up + [self._own[number, "down"] for number in range(self._num)]
+
+    def wholes(self) -> list[TensorSpec]:
+        """Return the tensor that each of these is a part of, in the same order."""
+        _, dtype, (inner, hidden) = self._own[0, "gate"]
+        gate_up = TensorSpec(f"{self._stem}.gate_up_proj", dtype, (self._num, 2 * inner, hidden))
+        down = TensorSpec(f"{self._stem}.down_proj", dtype, (self._num, hidden, inner))
+        return [gate_up] * 2 * self._num + [down] * self._num
+
+
+def _gathered(donor: Checkpoint, done: Collection[str]) -> tuple[Checkpoint, dict[str, TensorSpec]]:
+    """Return the donor with its single projections in the order of tensors that hold all, and these."""
+    stems: dict[str, dict[tuple[int, str], TensorSpec]] = {}
+    for name, spec in donor.specs.items():
+        if name not in done and (single := _SINGLE.fullmatch(name)):
+            stems.setdefault(single[1], {})[int(single[2]), _ROLES[single[3]]] = spec
+    layers = [_Layer(stem, own, donor.url) for stem, own in stems.items()]
+    firsts = [next(iter(own.values())).name for own in stems.values()]
+    order = dict(zip(firsts, layers, strict=True))
+    wholes = {part.name: whole for each in layers for part, whole in zip(each.parts(), each.wholes(), strict=True)}
+    specs: dict[str, TensorSpec] = {}
+    for name, spec in donor.specs.items():
+        own = order[name].parts() if name in order else [] if name in wholes else [spec]
+        specs |= {part.name: part for part in own}
+    return replace(donor, specs=specs), wholes
+
+
+def _under_names_of(donor: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with the donor's names of what families call differently: `w1` and `gate_proj`."""
+    lacking, besides = donor.specs.keys() - other.specs.keys(), other.specs.keys() - donor.specs.keys()
+    if not lacking or not besides:
+        return other
+    theirs = {_of_any_family(name): name for name in besides}
+    names = {name: found for name in lacking if (found := theirs.get(_of_any_family(name)))}
+    if not any(map(_SINGLE.fullmatch, names)):
+        return other
+    url, example = redact(other.url), min(names)
+    text = (
+        f"{counted(len(names), 'tensor')} of {url} {are(len(names))} those of {redact(donor.url)} under the names of "
+        f"another family, {shown(names[example])} for {shown(example)}, and read as such"
+    )
+    remark = Remark("other-names", text, "note", (url,), values={example: names[example]})
+    return replace(renamed(other, names), remarks=(*other.remarks, remark))
+
+
+def _of_any_family(name: str) -> str:
+    """Return a name that is the same in all families."""
+    single = _SINGLE.fullmatch(name)
+    return _BLOCK.sub("moe", f"{single[1]}.{single[2]}.{_ROLES[single[3]]}" if single else name)
+
+
+def _remarked(
+    donor: Checkpoint, recipe: Recipe, checkpoints: Sequence[Checkpoint], parts: Sequence[Parts], *, is_fused: bool
+) -> Checkpoint:
+    """Return the donor with what is to be said of models whose experts are stored otherwise than they are written."""
+    others = [redact(each.url) for each, own in zip(checkpoints, parts, strict=True) if bool(own) != is_fused]
+    if not others:
+        return donor
+    ways = ["one by one", "in tensors that hold all of a layer"]
+    says = "the recipe says" if recipe.stockflow.experts else f"in {redact(donor.url)}"
+    text = (
+        f"{', '.join(others)} {'stores' if len(others) == 1 else 'store'} experts {ways[not is_fused]}; they "
+        f"are read as such, and written {ways[is_fused]}, as {says}"
+    )
+    remark = Remark("expert-layouts", text, "note", tuple(others))
+    return replace(donor, remarks=(*donor.remarks, remark))
+
+
+def _common_end(left: str, right: str) -> str:
+    """Return what two names end in alike."""
+    pairs = zip(reversed(left), reversed(right), strict=False)
+    num = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return left[len(left) - num :]
