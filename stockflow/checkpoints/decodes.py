@@ -7,9 +7,9 @@ stored otherwise is turned into such by a stage of the engine (``engine.stage``)
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from stockflow.checkpoints.header import DTYPES
 
@@ -48,12 +48,39 @@ class Decode(Protocol):
     def words(self) -> str:
         """What its users call it."""
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether rows of the first dimension can only be decoded whole."""
+
+    def run_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that every run needs beside ``bytes_per_elem`` for each element, at most."""
+
+    def scratch_elems(self, shape: tuple[int, ...], num_elems: int) -> int:
+        """Return how many numbers are held, beside the elements, while a run of so many is decoded."""
+
     def ranges(self, shape: tuple[int, ...], start: int, stop: int) -> tuple[ByteRange, ...]:
         """Return, per extent, the bytes that elements ``start`` to ``stop`` of a tensor of ``shape`` need."""
 
 
+class RunByRun:
+    """What holds of decodes whose extents go along with the elements."""
+
+    __slots__ = ()
+    whole_rows = False
+
+    def run_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return nothing."""
+        del shape
+        return 0
+
+    def scratch_elems(self, shape: tuple[int, ...], num_elems: int) -> int:
+        """Return nothing that counts."""
+        del shape, num_elems
+        return 0
+
+
 @dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(RunByRun):
     """Numbers as kernels take them."""
 
     dtype: str
@@ -87,7 +114,7 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True)
-class Verbatim:
+class Verbatim(RunByRun):
     """Bytes that are carried over: an element of the reading is a byte, whatever ``dtype`` makes of them."""
 
     dtype: str
@@ -116,7 +143,7 @@ class Verbatim:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockScaled:
+class BlockScaled(RunByRun):
     """Codes of one byte in blocks of a matrix, each block with a scale that multiplies them: FP8 of every grid.
 
     The first extent holds the codes, row by row, the second the scales, a grid of ``ceil(rows / block rows)`` by
@@ -183,7 +210,7 @@ Whole = Literal["", "multiplies", "divides"]
 
 
 @dataclass(frozen=True, slots=True)
-class GroupScaled:
+class GroupScaled(RunByRun):
     """Codes of four bits, two in a byte and the lower first, each ``group`` columns of a row with a scale.
 
     INT4, MXFP4, NVFP4. The first extent holds the codes, rows filled up to whole containers, the second the scales,
@@ -252,30 +279,6 @@ class GroupScaled:
     @property
     def _scale_width(self) -> int:
         return DTYPES[self.scale_dtype].bits // 8
-
-
-_CODED: dict[str, type[BlockScaled | GroupScaled]] = {"blocks": BlockScaled, "groups": GroupScaled}
-
-
-def described(decode: Decode) -> list[object]:
-    """Return a decode of codes as plain JSON: the word for its kind, and its fields."""
-    word = next(word for word, kind in _CODED.items() if isinstance(decode, kind))
-    return [word, *(getattr(decode, each.name) for each in fields(cast(BlockScaled, decode)))]
-
-
-def coded(word: str, *values: object) -> Decode:
-    """Return the decode that ``described`` describes.
-
-    Raises:
-        ValueError: there is none such.
-    """
-    kind = _CODED[word]
-    given: Iterator[Any] = (tuple(value) if isinstance(value, list) else value for value in values)
-    known = kind(**dict(zip([each.name for each in fields(kind)], given, strict=True)))
-    is_known = {known.dtype, known.scale_dtype} <= DTYPES.keys() and all(type(size) is int for size in known.sizes)
-    if not is_known or min(known.sizes) < 1:
-        raise ValueError(f"no tensor is stored as {word} {values!r}")
-    return known
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:

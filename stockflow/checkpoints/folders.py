@@ -95,7 +95,7 @@ def _adapter(place: _Place) -> Iterator[str]:
         return
     base = _said(place, "adapter_config.json").get("base_model_name_or_path")
     of = f" of {shown(base)}" if isinstance(base, str) and base else ""
-    yield f"it holds an adapter{of}, no model; merge it into its base first (peft: `merge_and_unload()`), and name that"
+    yield f"it holds an adapter{of}, no model; name its base with it: `model: BASE+{in_a_line(place.where)}`"
 
 
 def _pipeline(place: _Place) -> Iterator[str]:

@@ -64,6 +64,7 @@ class HeaderCache:
         self._parsed: dict[tuple[Hashable, str], FileContents] = {}
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
         self._made: dict[Hashable, object] = {}
+        self._locks: dict[Hashable, threading.Lock] = {}
         self._found: dict[tuple[int, Callable[..., object]], tuple[object, object]] = {}
 
     def found(self, specs: Mapping[str, TensorSpec], find: Callable[[Mapping[str, TensorSpec]], Found]) -> Found:
@@ -78,6 +79,16 @@ class HeaderCache:
         if key not in self._made:
             self._made[key] = make()
         return cast(Found, self._made[key])
+
+    def once(self, key: Hashable, make: Callable[[], Found]) -> tuple[Found, bool]:
+        """Return what was made for a key, and whether it was made now; others who ask meanwhile wait."""
+        with self._lock_of(key):
+            is_first = key not in self._made
+            return self.shared(key, make), is_first
+
+    def _lock_of(self, key: Hashable) -> threading.Lock:
+        with self._lock:
+            return self._locks.setdefault(key, threading.Lock())
 
     def collect(self, where: str, headers: Mapping[str, list[PlacedTensor]], homes: Homes) -> Layout:
         """Return the tensors of all files together; equal files of equal headers give the same objects.

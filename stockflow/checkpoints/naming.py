@@ -18,6 +18,11 @@ A name is split at its dots; upper and lower case are the same. The first rule t
 import re
 from typing import NamedTuple
 
+WRAPPERS = frozenset({
+    "model", "module", "language_model", "base_model", "transformer", "backbone",
+    "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+})  # fmt: skip
+"""Parts of names that say what held a model as it was saved, and nothing of the tensor."""
 KINDS = ("embedding", "attention", "mlp", "experts", "router", "norm", "head", "other")
 """Every kind there is, in the order in which reports show them."""
 

@@ -11,11 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from stockflow.checkpoints.adapted import adapted
+from stockflow.checkpoints.adapter_ground import Ground
+from stockflow.checkpoints.adapter_names import BaseNames
+from stockflow.checkpoints.adapters import WithBase, base_named, read_adapter
 from stockflow.checkpoints.beside import look_beside
 from stockflow.checkpoints.candidates import chosen_of, groups_of
 from stockflow.checkpoints.documents import find_json, read_json
 from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.heads import untied
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
 from stockflow.checkpoints.pipelines import PIPELINE_FILE, find_pipeline, pipeline_remark
@@ -25,7 +30,7 @@ from stockflow.checkpoints.tree import Tree, list_tree
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
-from stockflow.storage import Listing, LocalStore, Stamp, Store
+from stockflow.storage import JoinedStore, Listing, LocalStore, Stamp, Store, key_of_adapter
 from stockflow.text.remarks import Remark
 
 CONFIG_FILE = "config.json"
@@ -76,12 +81,14 @@ Settles = Callable[[int, str], bool]
 def open_checkpoint(
     store: Store, cache: HeaderCache, on_file: OnFile = unheard, is_settled: IsSettled = lambda name: False
 ) -> Checkpoint:
-    """Read the index and the headers of the checkpoint in ``store``.
+    """Read the index and the headers of the checkpoint in ``store``, and those of its adapter if that is named.
 
     Raises:
         NotFoundError: there is no checkpoint at this location.
         CheckpointError: index, headers or config are malformed.
     """
+    if isinstance(store, JoinedStore):
+        return _with_adapter(_opened(store.model, cache, on_file, is_settled), store, cache, on_file)
     if isinstance(store, LocalStore) and os.path.isfile(store.where()) and (said := no_folder(store.where())):
         raise NotFoundError(said)
     listing = _with_named(store, store.listing())
@@ -118,6 +125,43 @@ def open_checkpoint(
         static_scales=tensors.static_scales,
         settled=frozenset(settled),
         over_http=store.over_http,
+    )
+
+
+def _completed(
+    store: Store, cache: HeaderCache, on_file: OnFile, is_settled: IsSettled, with_base: WithBase | None
+) -> Checkpoint:
+    """Return the checkpoint in ``store``; of an adapter alone, that of the base which it names, with it."""
+    try:
+        return _opened(store, cache, on_file, is_settled)
+    except NotFoundError as error:
+        if with_base is None or isinstance(store, JoinedStore) or (base := base_named(store)) is None:
+            raise error from None
+    found = open_checkpoint(with_base(store, base), cache, on_file, is_settled)
+    text = f"{store.where()} holds an adapter: it is merged as {found.url}, whose base adapter_config.json names"
+    return replace(found, remarks=(*found.remarks, Remark("adapter-base", text, "note", (found.url,))))
+
+
+def _opened(store: Store, cache: HeaderCache, on_file: OnFile, is_settled: IsSettled) -> Checkpoint:
+    """Return the checkpoint in ``store``, read once for all adapters on it; what was found of it is said once."""
+    found, is_first = cache.once(store.url, lambda: open_checkpoint(store, cache, on_file, is_settled))
+    return found if is_first else replace(found, remarks=())
+
+
+def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_file: OnFile) -> Checkpoint:
+    """Return a checkpoint with what an adapter makes of it; what is equal of both is one object."""
+    adapter = read_adapter(store.adapter, cache, on_file)
+    names = cache.found(base.specs, BaseNames)
+    made = adapted(Ground(store.model.where(), base.specs, base.stored, names, base.config), adapter)
+    extents = {**base.extents, **{key_of_adapter(key): extent for key, extent in adapter.extents.items()}}
+    return replace(
+        base,
+        url=store.url,
+        specs={**base.specs, **made.specs} if made.specs else base.specs,
+        extents={**extents, **{name: extents[each.parts[0].name] for name, each in made.stored.items()}},
+        files={**base.files, **adapter.files},
+        config=untied(base.config) if made.unties and base.config is not None else base.config,
+        stored={**base.stored, **made.stored},
     )
 
 
@@ -191,13 +235,17 @@ def _document(store: Store, tree: Tree, key: str) -> object:
 
 
 def open_checkpoints(
-    stores: Sequence[Store | UserError], on_file: OnFile = unheard, settles: Settles | None = None
+    stores: Sequence[Store | UserError],
+    on_file: OnFile = unheard,
+    settles: Settles | None = None,
+    with_base: WithBase | None = None,
 ) -> list[Checkpoint]:
     """Open several checkpoints, the first one first and the others concurrently, in the order given.
 
     Args:
         stores: where they are, or why that cannot be told.
         on_file: told of each file whose header was read.
+        with_base: finds the base of an adapter that was named alone.
         settles: what rules settle. With it, refusals are left to who makes a plan of these; without it they are raised.
 
     Raises:
@@ -210,7 +258,7 @@ def open_checkpoints(
         if isinstance(store, UserError):
             return store
         try:
-            return open_checkpoint(store, cache, on_file, partial(settles or _settles_nothing, position))
+            return _completed(store, cache, on_file, partial(settles or _settles_nothing, position), with_base)
         except UserError as error:
             return error
 

@@ -56,8 +56,12 @@ class MergekitSettings(TypedDict, total=False):
     multi_gpu: Annotated[bool, _needless("multi-gpu", "--executor ray --gpus-per-worker spreads a merge over GPUs")]
     read_to_gpu: Annotated[bool, _needless("read-to-gpu", "tensors go to the device as they are read")]
     trust_remote_code: Annotated[bool, _needless("trust-remote-code", "no code of a model is run")]
-    lora_merge_cache: Annotated[str | None, _needless("lora-merge-cache", "adapters are not merged", "DIR")]
-    lora_merge_dtype: Annotated[str | None, _needless("lora-merge-dtype", "adapters are not merged", "DTYPE")]
+    lora_merge_cache: Annotated[
+        str | None, _needless("lora-merge-cache", "adapters are added as models are read", "DIR")
+    ]
+    lora_merge_dtype: Annotated[
+        str | None, _needless("lora-merge-dtype", "adapters are added in the working precision, rounded once", "DTYPE")
+    ]
     transformers_cache: Annotated[
         str | None, _needless("transformers-cache", "models on the hub are read by ranges, without a copy", "DIR")
     ]

@@ -19,7 +19,7 @@ from stockflow.planning.budget import LOOKAHEAD_BYTES
 from stockflow.planning.job import Reading, Work
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import ALIGNMENT, Load, Step, gathered
-from stockflow.storage import LocalStore, PinnedFile
+from stockflow.storage import PinnedFile, ReadsInPlace
 
 
 class DirectReader:
@@ -28,7 +28,7 @@ class DirectReader:
     def __init__(
         self,
         checkpoints: Sequence[CheckpointRef],
-        stores: Sequence[LocalStore],
+        stores: Sequence[ReadsInPlace],
         scratch: Scratch,
         stage: DecodingStage,
         on_read: Callable[[int, float], None],

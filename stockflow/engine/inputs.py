@@ -14,7 +14,7 @@ from stockflow.planning.budget import Workspace
 from stockflow.planning.job import Work
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import Step
-from stockflow.storage import LocalStore, StorageConfig, check_stamp, open_model
+from stockflow.storage import ReadsInPlace, StorageConfig, check_stamp, open_model
 
 NUM_LOCAL_READERS = 2
 NUM_OBJECT_READERS = 16
@@ -36,7 +36,7 @@ class Sources:
         """
         self._checkpoints = checkpoints
         self._stores = [open_model(checkpoint.url, config) for checkpoint in checkpoints]
-        self._local_stores = [store for store in self._stores if isinstance(store, LocalStore)]
+        self._local_stores = [store for store in self._stores if isinstance(store, ReadsInPlace)]
         self._slabs = Pool(device.allocate)
         self._scratch = Scratch()
         self._stage = DecodingStage()

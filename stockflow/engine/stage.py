@@ -12,22 +12,14 @@ import numpy as np
 
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, RowRuns, matrix_of
 from stockflow.checkpoints.header import DTYPES
+from stockflow.engine.adapter_stage import adapter_decoders
 from stockflow.engine.buffers import Scratch
+from stockflow.engine.decoding import Memory, Shape, fill, numbers
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
 from stockflow.kernels.arrays import Bytes, Values
-from stockflow.kernels.floats import FORMATS, Slab
+from stockflow.kernels.floats import Slab
 from stockflow.planning.job import Operand, Reading
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """A slab and the bytes it is a view of."""
-
-    slab: Slab
-    buffer: Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +131,7 @@ def _decode_run(
 def _widen(decode: Plain, _: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values) -> None:
     del start, stop
     (place,) = places
-    codecs.widen_run(memory.slab, np.uint64(place // decode.width), FORMATS[decode.dtype], out_E)
+    fill(decode.dtype, memory, place, out_E)
 
 
 def _scale_blocks(
@@ -193,15 +185,14 @@ def _scales(dtype: str, memory: Memory, place: int, count: int, working: np.dtyp
         return codecs.powers_of_two(codes, working.name)
     if DTYPES[dtype].kind == "packed":
         return codecs.numbers_of_codes(dtype, working.name)[codes]
-    scales_S = np.empty(count, working)
-    decode = Plain(dtype)
-    codecs.widen_run(memory.slab, np.uint64(place // decode.width), FORMATS[dtype], scales_S)
-    return scales_S
+    return numbers(dtype, memory, place, count, working)
 
 
 def _pair(sizes: tuple[int, int]) -> tuple[np.uint64, np.uint64]:
     return np.uint64(sizes[0]), np.uint64(sizes[1])
 
 
-_DECODERS: dict[type, Callable[..., Any]] = {Plain: _widen, BlockScaled: _scale_blocks, GroupScaled: _scale_groups}
+_DECODERS: dict[type, Callable[..., Any]] = {
+    Plain: _widen, BlockScaled: _scale_blocks, GroupScaled: _scale_groups, **adapter_decoders(_decode_run),
+}  # fmt: skip
 """What every decode is to this stage."""

@@ -5,6 +5,7 @@ Kernels are compiled once per machine, which takes memory that buffers would not
 
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from stockflow.planning.job import Reading, Work
 
 NUM_ELEMS = 2
 """Of one, all may be kept, or none: nothing is then counted."""
-LONGEST_SLOT = 128
-"""Bytes that are more than any slot takes of two elements."""
+SLOT_BYTES = 128
+"""Multiples of which slots take: on each, elements of every width may begin."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class SmallUnit:
         """Yield the only piece."""
         del last
         reading = self.work.reading
-        memory = np.zeros(LONGEST_SLOT * reading.num_slots, np.uint8)
-        offsets = tuple(range(0, memory.nbytes, LONGEST_SLOT))
+        sizes = [-(-slot.num_bytes // SLOT_BYTES + 1) * SLOT_BYTES for slot in reading.slots(0, NUM_ELEMS)]
+        memory = np.zeros(sum(sizes), np.uint8)
+        offsets = tuple(accumulate(sizes[:-1], initial=0))
         yield DecodingStage().piece(reading, 0, NUM_ELEMS, slab_of(memory), memory, offsets)
 
 

@@ -73,7 +73,7 @@ class Workspace:
         """Most elements of a tensor that are read, and then written, as one: what a slab or an output buffer holds."""
         reading = work.reading
         if not self.direct:
-            most = int((self.slab_bytes - PIECE_OVERHEAD * reading.num_slots) // reading.bytes_per_elem)
+            most = int((self.slab_bytes - overhead_bytes(reading)) // reading.bytes_per_elem)
         elif work.output_width:
             most = self.out_bytes // work.output_width
         else:
@@ -85,7 +85,13 @@ def stage_bytes(reading: Reading) -> int:
     """Return what one thread needs to decode one span of operands that kernels cannot take as they are."""
     if reading.is_plain:
         return 0
-    return len(reading.operands) * min(SPAN_ELEMS, reading.num_elems) * reading.float_bits // 8
+    num_elems = min(SPAN_ELEMS, reading.num_elems)
+    return (len(reading.operands) * num_elems + reading.scratch_elems(num_elems)) * reading.float_bits // 8
+
+
+def overhead_bytes(reading: Reading) -> int:
+    """Return what every piece of a reading takes in a slab beside its elements."""
+    return PIECE_OVERHEAD * reading.num_slots + reading.run_bytes
 
 
 def span_state_bytes(work: Work) -> int:
@@ -180,7 +186,7 @@ def _divided(
 
 def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
     """Large chunks in enough slabs to read ahead, and to hold the largest unit; the least if nothing fits."""
-    overhead = PIECE_OVERHEAD * max(work.reading.num_slots for work, _ in works)
+    overhead = max(overhead_bytes(work.reading) for work, _ in works)
     out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work, _ in works)
     for num_spans in CHUNK_SPANS:
         slab = math.ceil(_widest(works).reading.bytes_per_elem * SPAN_ELEMS * num_spans) + overhead
@@ -204,7 +210,7 @@ def _direct(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
     for num_spans in CHUNK_SPANS:
         widest = _widest(works).reading.bytes_per_elem
         largest = math.ceil(widest * SPAN_ELEMS * min(num_spans, MAX_SHARED_SPANS))
-        slab = max(min(largest, shared), PIECE_OVERHEAD) + PIECE_OVERHEAD * max(map(_num_slots, readings))
+        slab = max(min(largest, shared), PIECE_OVERHEAD) + max(map(overhead_bytes, readings))
         span_out = max(work.output_width for work, _ in works) * SPAN_ELEMS
         out = max(span_out * num_spans, int(slab * out_per_source_byte) + 1)
         num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
@@ -220,11 +226,7 @@ def _widest(works: Counted) -> Work:
 
 def _span_source_bytes(reading: Reading) -> int:
     """What the operands of one span take, each on a boundary of its own."""
-    return math.ceil(min(SPAN_ELEMS, reading.num_elems) * reading.bytes_per_elem) + PIECE_OVERHEAD * reading.num_slots
-
-
-def _num_slots(reading: Reading) -> int:
-    return reading.num_slots
+    return math.ceil(min(SPAN_ELEMS, reading.num_elems) * reading.bytes_per_elem) + overhead_bytes(reading)
 
 
 def _held_bytes(works: Counted) -> int:

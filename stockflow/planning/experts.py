@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import NamedTuple
 
+from stockflow.checkpoints.adapter_decodes import LowRank, part_of_decode
 from stockflow.checkpoints.decodes import Decode, plain
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
@@ -161,6 +162,8 @@ def _are_runs(checkpoint: Checkpoint, parts: Parts) -> bool:
 
 def _follow(decode: Decode, shape: tuple[int, ...], num_elems: int) -> bool:
     """Return whether the first elements of codes, and their scales, end where those of the next as many begin."""
+    if isinstance(decode, LowRank):
+        return not decode.is_transposed and _follow(decode.inner, shape, num_elems)
     first, second = (decode.ranges(shape, start, start + num_elems) for start in (0, num_elems))
     return all(one.stop == two.start or one == two for one, two in zip(first, second, strict=True))
 
@@ -180,13 +183,13 @@ def _separated(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
         spec = checkpoint.specs[name]
         held, start = checkpoint.stored.get(name, Stored(plain(spec.dtype), (spec,))), 0
         for part in own:
-            ranges = held.decode.ranges(spec.shape, start, start + part.num_elems)
+            decode, offsets = part_of_decode(held.decode, spec.shape, start, part.shape)
             holders = (part, *(other._replace(name=f"{part.name} {other.name}") for other in held.parts[1:]))
-            for holder, other, run in zip(holders, held.parts, ranges, strict=True):
+            for holder, other, offset in zip(holders, held.parts, offsets, strict=True):
                 file, first = checkpoint.extents[other.name]
-                extents[holder.name] = Extent(file, first + run.start)
+                extents[holder.name] = Extent(file, first + offset)
             if name in checkpoint.stored:
-                stored[part.name] = Stored(held.decode, holders)
+                stored[part.name] = Stored(decode, holders)
             start += part.num_elems
     return replace(checkpoint, specs=specs, extents=extents, stored=stored)
 

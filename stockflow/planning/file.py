@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stockflow.checkpoints.decodes import Decode, RowFill, RowRun, RowRuns, coded, plain
+from stockflow.checkpoints.decode_records import recorded
+from stockflow.checkpoints.decodes import Decode, RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.errors import CheckpointError
@@ -148,7 +149,7 @@ def _plan(fields: Mapping[str, Any]) -> MergePlan:
     settings = [_setting(*setting) for setting in fields["settings"]]
     checkpoints = tuple(map(_checkpoint, fields["checkpoints"]))
     rows = [_row_map(*each) for each in fields.get("rows", ())]
-    maps = _Tables(checkpoints, rows, [coded(*each) for each in fields.get("decodes", ())])
+    maps = _Tables(checkpoints, rows, list(map(recorded, fields.get("decodes", ()))))
     if fields["on_nonfinite"] not in ("error", "propagate"):
         raise ValueError(f"on_nonfinite is {fields['on_nonfinite']!r}")
     return MergePlan(

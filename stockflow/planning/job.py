@@ -123,7 +123,8 @@ class Reading:
     @cached_property
     def together(self) -> int:
         """Elements that no span parts: a row of the last dimension where these are wanted whole, and short enough."""
-        return min(max(self.shape[-1], 1), SPAN_ELEMS) if self.whole_rows and self.shape else 1
+        are_whole = self.whole_rows or (not self.is_plain and any(each.decode.whole_rows for each in self.operands))
+        return min(max(self.shape[-1], 1), SPAN_ELEMS) if are_whole and self.shape else 1
 
     @property
     def num_groups(self) -> int:
@@ -173,6 +174,20 @@ class Reading:
         if self.is_plain:
             return self.num_elems * sum(self.widths)
         return sum(slot.num_bytes for slot in self.slots(0, self.num_elems))
+
+    @cached_property
+    def run_bytes(self) -> int:
+        """Stored bytes that every run takes beside ``bytes_per_elem`` for each element."""
+        return 0 if self.is_plain else sum(each.decode.run_bytes(self._own_shape(each)) for each in self.operands)
+
+    def scratch_elems(self, num_elems: int) -> int:
+        """Return how many numbers are held, beside the elements, while a run of so many is decoded."""
+        if self.is_plain:
+            return 0
+        return max(each.decode.scratch_elems(self._own_shape(each), num_elems) for each in self.operands)
+
+    def _own_shape(self, operand: Operand) -> tuple[int, ...]:
+        return self.shape if operand.rows is None else (operand.rows.num_source_rows, *self.shape[1:])
 
     @property
     def files(self) -> set[tuple[int, str]]:
@@ -307,7 +322,8 @@ class TensorJob:
         """Equal for jobs that take the same memory."""
         reading = self.reading
         made = [(result.method, result.outputs[0].dtype) for result in self.results]
-        return reading.shape, reading.scope, reading.dtypes, reading.is_plain, *made
+        stored_as = reading.dtypes if reading.is_plain else tuple(each.decode for each in reading.operands)
+        return reading.shape, reading.scope, stored_as, reading.is_plain, *made
 
     def scratch_bytes(self, num_elems: int) -> int:
         """Return what one thread needs, beside the operands, for a span of so many elements."""

@@ -6,6 +6,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
+from stockflow.checkpoints.adapter_decodes import is_adapted
 from stockflow.checkpoints.candidates import written_stem
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
@@ -267,7 +268,7 @@ def _as_it_is(target: OutputTensor, index: int, *, is_part: bool) -> list[Tensor
     held, asked = checkpoint.stored.get(target.names[index]), target.stretch.recipe.output_dtype
     if held is None:
         return [copying(spec, operands, COPY)]
-    if asked is not None or is_part:
+    if asked is not None or is_part or is_adapted(held.decode) or held.decode.is_plain:
         return [merging(spec._replace(dtype=asked or spec.dtype), operands, PASSTHROUGH, UNSCALED, "tensor")]
     parts = [(part, stored(number, part, checkpoint.extents[part.name])) for part in (*held.parts, *held.beside)]
     return [copying(part, (operand,), COPY) for part, operand in parts]

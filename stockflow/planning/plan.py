@@ -12,7 +12,8 @@ from itertools import groupby
 from typing import Literal
 
 from stockflow.checkpoints.candidates import index_of
-from stockflow.checkpoints.decodes import Decode, RowRuns, described
+from stockflow.checkpoints.decode_records import described
+from stockflow.checkpoints.decodes import Decode, RowRuns
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import folder_of
 from stockflow.checkpoints.side_files import is_tokenizer_or_template

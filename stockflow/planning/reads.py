@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from stockflow.planning.budget import PIECE_OVERHEAD, Workspace
+from stockflow.planning.budget import Workspace, overhead_bytes
 from stockflow.planning.job import ExtentRanges, Work
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
 from stockflow.storage.parts import RANGE_BYTES
@@ -92,7 +92,7 @@ def schedule(works: Sequence[Work], workspace: Workspace) -> Iterator[Step]:
                 yield _large(unit, workspace)
                 continue
             size = math.ceil((unit[0].stop - unit[0].start) * reading.bytes_per_elem)
-            size += PIECE_OVERHEAD * reading.num_slots
+            size += overhead_bytes(reading)
             if small and filled + size > workspace.slab_bytes:
                 yield _packed(small)
                 small, filled = [], 0

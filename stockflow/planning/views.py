@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.naming import WRAPPERS
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokenizers import has_tokens
 from stockflow.storage import redact
@@ -13,11 +14,6 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
-WRAPPERS = frozenset({
-    "model", "module", "language_model", "base_model", "transformer", "backbone",
-    "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
-})  # fmt: skip
-"""Parts of names that say what held a model as it was saved, and nothing of the tensor."""
 _TRANSPARENT = frozenset(part for part in WRAPPERS if part.startswith("_"))
 """Those that stand anywhere in a name."""
 NUM_VOTES = 100

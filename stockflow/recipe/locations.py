@@ -9,30 +9,58 @@ from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 from stockflow.errors import RecipeError
 from stockflow.recipe.hub_pages import is_page, model_of_page
 from stockflow.recipe.wording import NOT_YET, shown
-from stockflow.storage import is_weights, normalize_url
+from stockflow.storage import halves_of, is_weights, joined, normalize_url
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
-_ADAPTER = re.compile(r"[^+]\+(/|\.{1,2}/|~|[a-z0-9]+://)", re.ASCII)
-"""Where the adapter of ``model+adapter`` begins; a folder's name may hold a plus, too."""
+_PLUS = re.compile(r"(?<=[^+\s])\s*\+\s*(?=/|\.{1,2}/|~|[a-z0-9]+://)", re.ASCII)
+"""Between ``model+adapter``; a folder's name may hold a plus, too."""
 _PICKLED = re.compile(r".*\.(pt|pth|ckpt)", re.IGNORECASE)
 
 
 def resolve_location(text: str) -> str:
     """Return the normalized path or URL of a model as the recipe names it; a bare ``org/name`` is on the hub.
 
-    A folder on disk has no revisions: what stands behind its ``@`` is left out.
+    Of ``model+adapter`` it is that of both (``storage.joined``). A folder on disk has no revisions: what stands behind
+    its ``@`` is left out.
 
     Raises:
-        RecipeError: empty, an adapter, a file of pickled weights, or a URL with credentials or a query.
+        RecipeError: empty, several adapters, a file of pickled weights, or a URL with credentials or a query.
     """
+    model, *adapters = parts_of(text)
+    found = _resolved(model)
+    for adapter in adapters:
+        found = joined(found, _resolved(adapter))
+    if len(adapters) > 1 or len(halves_of(found)) > 1 + len(adapters):
+        raise RecipeError(
+            f"{shown(text)} names more than a model and one adapter; merge by turns, or rename a folder whose name "
+            "holds a plus between spaces"
+        )
+    return found
+
+
+def parts_of(text: str) -> list[str]:
+    """Return the model and the adapter that ``model+adapter`` names, or the model alone."""
+    path = os.path.expanduser(text)
+    explicit = text.startswith(("/", "./", "../", "~")) or text in (".", "..") or "://" in text
+    if "+" not in text or ("://" not in text and os.path.isdir(path)):
+        return [text]
+    if len(parts := _PLUS.split(text)) > 1:
+        return parts
+    model, _, adapter = text.partition("+")
+    is_there = "://" not in text and (os.path.isdir(os.path.expanduser(model)) or bool(ignored_revision(model)))
+    is_pair = model and adapter and (is_there or not explicit)
+    return [model, adapter] if is_pair else [text]
+
+
+def _resolved(text: str) -> str:
     if not text:
         raise RecipeError("expected a folder, a URL or org/name, found an empty text; name the model")
     path = os.path.expanduser(text)
     explicit = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
     names_folder = "://" not in text and os.path.isdir(path)
-    if not names_folder:
-        _check_kind(text, is_adapter=not explicit and "://" not in text and "+" in text)
+    if not names_folder and _PICKLED.fullmatch(text):
+        raise RecipeError(f"{shown(text)} is a file of pickled weights, which {NOT_YET}; save them as safetensors")
     if "://" in text:
         return _resolve_url(text)
     if is_page(text) and not names_folder:
@@ -49,17 +77,6 @@ def ignored_revision(text: str) -> str | None:
     folder, _, revision = text.rpartition("@")
     is_one = folder and revision and "://" not in text and not os.path.isdir(os.path.expanduser(text))
     return folder if is_one and os.path.isdir(os.path.expanduser(folder)) else None
-
-
-def _check_kind(text: str, *, is_adapter: bool) -> None:
-    base = text.partition("+")[0]
-    if is_adapter or _ADAPTER.search(text) or ("+" in text and os.path.isdir(os.path.expanduser(base))):
-        raise RecipeError(
-            f"mergekit's LoRA reference {shown(text)}, a model and an adapter, {NOT_YET}; merge the adapter into its "
-            "model first (peft: merge_and_unload) and name the folder of the result"
-        )
-    if _PICKLED.fullmatch(text):
-        raise RecipeError(f"{shown(text)} is a file of pickled weights, which {NOT_YET}; save them as safetensors")
 
 
 def normalized(location: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from stockflow.recipe.document import Document, Notice, Path, Problem
-from stockflow.recipe.locations import ignored_revision, written
+from stockflow.recipe.locations import ignored_revision, parts_of, written
 from stockflow.recipe.model import Recipe
 from stockflow.recipe.settings import parameters_of
 from stockflow.recipe.wording import shown
@@ -39,7 +39,7 @@ def local_revisions(value: object, path: Path = ()) -> Iterator[Notice]:
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
         text = written(child) if key in _NAME_MODELS else child if path[-1:] == ("models",) else None
-        folder = ignored_revision(text) if isinstance(text, str) else None
+        folder = next(filter(None, map(ignored_revision, parts_of(text) if isinstance(text, str) else ())), None)
         if folder:
             said = f"the folder {shown(folder)} is taken as it is, as folders have no revisions; leave the revision out"
             yield Notice((*path, key), "local-revision", said)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from stockflow.checkpoints.damage import without_damaged
 from stockflow.checkpoints.identity import same_models
@@ -35,7 +35,18 @@ from stockflow.progress.file import Tracker, progress_file
 from stockflow.recipe import Recipe
 from stockflow.recipe.unify import unified
 from stockflow.run import shard_events
-from stockflow.storage import LocalStore, StorageConfig, Store, is_within, open_model, open_store, pin_revision, redact
+from stockflow.run.bases import with_base
+from stockflow.storage import (
+    ReadsInPlace,
+    StorageConfig,
+    Store,
+    halves_of,
+    is_within,
+    open_model,
+    open_store,
+    pin_revision,
+    redact,
+)
 from stockflow.text.strictjson import shown
 
 if TYPE_CHECKING:
@@ -132,8 +143,11 @@ class Inputs:
         inputs = cls(recipe, [], trusted=trusted, reads_twice=reads_twice)
         found = [_store_or_why_not(location, inputs.storage) for location in recipe.checkpoints]
         with collector_paused():
-            inputs.checkpoints = open_checkpoints(found, on_file, recipe.spares)
-        inputs.stores = [store for store in found if not isinstance(store, UserError)]
+            complete = partial(with_base, storage=inputs.storage)
+            inputs.checkpoints = open_checkpoints(found, on_file, recipe.spares, complete)
+        inputs.stores = [
+            _store_of(store, each, inputs.storage) for store, each in zip(found, inputs.merged, strict=True)
+        ]
         for location in recipe.locations[len(recipe.checkpoints) :]:
             inputs.stores.append(open_model(pin_revision(location), inputs.storage))
             inputs.checkpoints.append(open_tokenizer(inputs.stores[-1]))
@@ -192,6 +206,12 @@ class Inputs:
             )
 
 
+def _store_of(store: Store | UserError, opened: Checkpoint, storage: StorageConfig) -> Store:
+    """Return the store that a checkpoint was read from, which may be of more than was named."""
+    is_same = not isinstance(store, UserError) and store.url == opened.url
+    return cast(Store, store) if is_same else open_model(opened.url, storage)
+
+
 def _store_or_why_not(location: str, storage: StorageConfig) -> Store | UserError:
     """Return a model's store, or that there is no such model: it is told with what else is wrong."""
     try:
@@ -209,7 +229,7 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
     """
     where = output_url(inputs, output)
     for store in inputs.stores:
-        if is_within(where, store.url) or where == store.where():
+        if any(is_within(where, half) for half in halves_of(store.url)) or where == store.where():
             raise PlanError(f"the output {redact(where)} is, or lies in, the input {redact(store.url)}; move it")
     plan = inputs.plan(
         shard_size=options.shard_size,
@@ -254,7 +274,7 @@ def _baseline_bytes(inputs: Inputs, output: str, plan: MergePlan, options: Merge
 
 
 def _is_direct(inputs: Inputs, options: MergeOptions) -> bool:
-    return options.device != "cuda" and all(isinstance(store, LocalStore) for store in inputs.stores)
+    return options.device != "cuda" and all(isinstance(store, ReadsInPlace) for store in inputs.stores)
 
 
 def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: bool) -> Iterator[str]:

@@ -14,6 +14,7 @@ from stockflow.storage.base import (
     check_stamp,
     read_small,
 )
+from stockflow.storage.joined import JoinedStore, ReadsInPlace, halves_of, joined, key_of_adapter
 from stockflow.storage.links import trusted_folders
 from stockflow.storage.local import LocalStore, PinnedFile
 from stockflow.storage.locate import (
@@ -29,11 +30,13 @@ from stockflow.text.redaction import redact
 
 __all__ = [
     "HalfWritten",
+    "JoinedStore",
     "Listing",
     "LocalStore",
     "NewObject",
     "Pin",
     "PinnedFile",
+    "ReadsInPlace",
     "Sink",
     "Stamp",
     "StorageConfig",
@@ -41,8 +44,11 @@ __all__ = [
     "StoreOptions",
     "check_key",
     "check_stamp",
+    "halves_of",
     "is_weights",
     "is_within",
+    "joined",
+    "key_of_adapter",
     "normalize_url",
     "open_model",
     "open_store",

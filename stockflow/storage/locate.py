@@ -3,10 +3,13 @@
 import os
 import re
 from pathlib import Path
+from typing import cast
 from urllib.parse import unquote, urlsplit
 
 from stockflow.errors import RecipeError
 from stockflow.storage.base import StorageConfig, Store, check_plain
+from stockflow.storage.joined import JoinedStore, LocalJoinedStore, halves_of, joined
+from stockflow.storage.local import LocalStore
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials, redact
 
 OBJECT_SCHEMES = ("s3", "gs", "az")
@@ -74,6 +77,8 @@ def pin_revision(location: str) -> str:
     Raises:
         StockflowError: see ``hub.pin_revision`` and ``hub_cache.snapshot_of``.
     """
+    if len(halves := halves_of(location)) > 1:
+        return joined(*map(pin_revision, halves))
     if scheme_of(location) == "file":
         from stockflow.storage.hub_cache import snapshot_of
 
@@ -88,13 +93,22 @@ def pin_revision(location: str) -> str:
 def open_model(location: str, config: StorageConfig) -> Store:
     """Return the store of a model: of its folder, also where one file of weights in it is named.
 
+    That of a model and an adapter reads only.
+
     Raises:
         RecipeError: the scheme is unknown.
     """
+    if len(halves := halves_of(location)) > 1:
+        return _open_joined(*[open_model(half, config) for half in halves])
     url = normalize_url(location)
     names_file = is_weights(url) if scheme_of(url) == "file" else bool(_REMOTE_WEIGHTS.fullmatch(url))
     folder, _, only = url.rpartition("/") if names_file else (url, "", "")
     return _open(folder or "/", config, only=only, reads_twice=config.reads_twice)
+
+
+def _open_joined(model: Store, adapter: Store) -> Store:
+    is_local = isinstance(model, LocalStore) and isinstance(adapter, LocalStore)
+    return cast(Store, (LocalJoinedStore if is_local else JoinedStore)(model, adapter))
 
 
 def is_weights(path: str) -> bool:
@@ -121,8 +135,6 @@ def open_store(location: str, config: StorageConfig, *, writable: bool = False) 
 def _open(url: str, config: StorageConfig, *, only: str = "", reads_twice: bool = False) -> Store:
     scheme = scheme_of(url)
     if scheme == "file":
-        from stockflow.storage.local import LocalStore
-
         return LocalStore(url, config.trusted, only)
     options = config.for_url(url)
     if scheme in OBJECT_SCHEMES and options.client != "fsspec":

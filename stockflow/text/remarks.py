@@ -8,6 +8,7 @@ Severity = Literal["note", "warning", "refusal"]
 """``note``: a fact of what was asked; ``warning``: an error under ``--strict``; ``refusal``: one until accepted."""
 
 CODES: Mapping[str, str] = {
+    "adapter-base": "an adapter that is named alone, and the base that it names",
     "architecture-differs": "models of several architectures",
     "base-not-listed": "a base that no model of the recipe is, with a method that needs none",
     "config-differs": "other facts of configs that give equal tensors another meaning",

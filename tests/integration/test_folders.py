@@ -589,7 +589,7 @@ def an_empty_file(folder: Path) -> None:
 
 def an_adapter(folder: Path) -> None:
     touch(folder, "adapter_model.safetensors", "tokenizer.json")
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base", "r": 8}))
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base", "peft_type": "OFT"}))
 
 
 def an_adapter_of_diffusers(folder: Path) -> None:
@@ -681,8 +681,8 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     a_renamed_gguf: ("is a GGUF file", "take the model it was made from"),
     zeros: ("begins with zeros", "fetch it again"),
     an_empty_file: ("is empty", "fetch it again"),
-    an_adapter: ("an adapter of 'org/base', no model", "merge it into its base first"),
-    an_adapter_of_diffusers: ("it holds an adapter, no model", "merge it into its base first"),
+    an_adapter: ("an adapter of the type 'OFT'", "only LORA is read"),
+    an_adapter_of_diffusers: ("it holds an adapter, no model", "name its base with it: `model: BASE+"),
     consolidated: ("in the layout of Mistral or Meta", "consolidated.safetensors"),
     consolidated_pickles: ("in the layout of Mistral or Meta", "convert it"),
     a_pipeline: ("it is a diffusers pipeline whose parts (unet, vae) have no weights", "did not finish"),

@@ -153,7 +153,9 @@ def test_threads_memory_and_storage_change_no_bit_of_what_is_decoded(
 ) -> None:
     direct = merge(fp8, job_of(fp8.reading()))
     alone = merge(fp8, job_of(fp8.reading()), num_threads=1)
-    monkeypatch.setattr("stockflow.engine.inputs.LocalStore", type("NoStore", (), {}))  # all is read into slabs, ahead
+    monkeypatch.setattr(
+        "stockflow.engine.inputs.ReadsInPlace", type("NoStore", (), {})
+    )  # all is read into slabs, ahead
 
     slabs = merge(fp8, job_of(fp8.reading()))
     tight = merge(fp8, job_of(fp8.reading()), memory_bytes=200 * 2**20)
@@ -195,7 +197,7 @@ def test_rows_are_gathered_by_range(
     for run in rows.runs:
         gathered[run.to : run.to + run.stop - run.start] = own[run.start : run.stop]
     if not is_direct:
-        monkeypatch.setattr("stockflow.engine.inputs.LocalStore", type("NoStore", (), {}))
+        monkeypatch.setattr("stockflow.engine.inputs.ReadsInPlace", type("NoStore", (), {}))
     models = Models(checkpoints, operands, [])
     given = Parameters({"lambda": 1.0, "normalize": False}, {"weight": (0.37,)})
 

@@ -14,7 +14,7 @@ FILES = {
     "a_fine.yaml": FINE,
     "b_warned.yaml": FINE + "normalize: true\n",
     "c_refused.yml": FINE + "dtype: bf16\nname: it\n",
-    "d_unsupported.yaml": FINE.replace("org/a", "org/a+org/lora"),
+    "d_unsupported.yaml": FINE.replace("org/a", "./a.ckpt"),
     "e_stages.yaml": f"name: one\n{FINE}---\n{FINE}",
     "f_moe.yaml": "base_model: org/a\nexperts: [{source_model: org/a}]\n",
     "g_no.yaml": "a: [1\n",

@@ -466,11 +466,20 @@ def test_locations_are_normalized(tmp_path: Path) -> None:
     assert resolve_location("s3://bucket/prefix/") == "s3://bucket/prefix"
 
 
-def test_lora_references_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_model_and_an_adapter_are_one_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
-    for text in ("org/name+org/lora", "org/name@r+x", f"{tmp_path}/base+lora"):
-        with pytest.raises(RecipeError, match="mergekit's LoRA reference"):
-            resolve_location(text)
+    monkeypatch.chdir(tmp_path)
+
+    assert resolve_location("org/name+org/lora") == "hf://org/name + hf://org/lora"
+    assert resolve_location("org/name@r+org/lora@s") == "hf://org/name@r + hf://org/lora@s"
+    assert resolve_location(f"{tmp_path}/base@r+lora") == f"{tmp_path}/base + {tmp_path}/lora"
+    assert resolve_location("s3://b/m + s3://b/l") == resolve_location("s3://b/m+s3://b/l") == "s3://b/m + s3://b/l"
+
+
+@pytest.mark.parametrize("text", ["/x/m+/x/a+/x/b", "s3://b/m+s3://b/a+s3://b/b"])
+def test_several_adapters_of_one_model_are_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="more than a model and one adapter"):
+        resolve_location(text)
 
 
 @pytest.mark.parametrize("url", ["s3://AKIA:hunter2@b/x", "s3://AKIA:hun/ter2@b/x", "https://u:12345@h/x"])

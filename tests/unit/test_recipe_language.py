@@ -7,6 +7,7 @@ import pytest
 from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
 from stockflow.recipe import Recipe, parse_recipe
+from stockflow.storage import halves_of
 from stockflow.text.remarks import objections
 
 STOCK = """\
@@ -243,7 +244,6 @@ def test_a_model_in_the_list_may_be_its_name_alone() -> None:
         ("{path: org/a, revison: v1}", "expected a model as {path, revision}, found the key 'revison'"),
         ("{revision: v1}", "found no path"),
         ("{model: org/a, override_architecture: Llama}", "`override_architecture` is not needed"),
-        ("{model: org/a, lora: org/b}", "mergekit's LoRA reference 'org/a+org/b'"),
     ],
 )
 def test_other_mappings_of_a_model_are_refused(model: str, expected: str) -> None:
@@ -265,8 +265,17 @@ def test_the_revision_of_a_folder_is_passed_over_and_said(tmp_path: Path) -> Non
     "name",
     ["org/a+org/lora", "/x/m0+/x/lora0", "./m0+./lora", "s3://b/m+s3://b/l", "org/a@v1+org/lora@v2", "/c++/m+/c++/l"],
 )
-def test_a_model_with_an_adapter_is_refused_by_name(name: str) -> None:
-    assert "mergekit's LoRA reference" in refusal(STOCK.replace("org/a", f"'{name}'"))
+def test_a_plus_stands_between_a_model_and_its_adapter(name: str) -> None:
+    found = parse(STOCK.replace("org/a", f"'{name}'"))
+
+    assert len(halves_of(found.checkpoints[1])) == 2
+    assert parse(STOCK.replace("org/a", f"'{found.checkpoints[1]}'")).checkpoints == found.checkpoints
+
+
+def test_an_adapter_may_stand_under_a_key_of_its_own() -> None:
+    model = "{model: {path: org/a, revision: v1}, lora: {path: org/l, revision: v2}}"
+
+    assert parse(STOCK.replace("- model: org/a", f"- model: {model}")).checkpoints[1] == "hf://org/a@v1 + hf://org/l@v2"
 
 
 @pytest.mark.parametrize("name", ["/c++/m", "../x+y", "./a+b", "s3://b/a+b/c"])

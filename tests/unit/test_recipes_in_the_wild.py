@@ -1,6 +1,7 @@
 """Recipes in the wild: each published form runs, warns of what has no effect, or is refused with its reason."""
 
 import csv
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 
 import stockflow
 from stockflow.errors import UserError
-from stockflow.recipe import load_recipe, parse_recipe
+from stockflow.recipe import load_recipe
 from stockflow.text.remarks import Remark
 from tests import runs
+from tests.adapters import PROJECTIONS, linear, write_adapter
 from tests.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint
 from tests.token_files import tokenizer_json
 
@@ -27,9 +29,6 @@ REFUSED = {
     "60_linear_one_model_four_ranges.yaml": "",
 }
 """Forms that may either run or be refused: what the refusal names."""
-NOT_YET = {"adapters": ("08_model_stock_lora_everywhere", "79_sce_lora_base")}
-"""Forms that are refused for what is missing here; each leaves this table when it runs."""
-MISSING = {f"{name}.yaml": reason for reason, names in NOT_YET.items() for name in names}
 MERGED_LAYERS = 4
 """Forms of so many layers are merged, larger ones planned."""
 
@@ -70,6 +69,8 @@ def write_models(folder: Path, row: dict[str, str]) -> None:
             config=config_of(num_layers),
             side_files={"tokenizer.json": tokenizer_json(["<unk>", "<turn_start>", "<turn_end>"])},
         )
+    for lora in sorted(set(re.findall(r"lora\d", (FORMS / row["file"]).read_text()))):
+        write_adapter(folder / lora, linear(shapes_of(num_layers), PROJECTIONS, seed=int(lora[-1])))
 
 
 def outcome(folder: Path, row: dict[str, str]) -> Outcome:
@@ -87,14 +88,7 @@ def outcome(folder: Path, row: dict[str, str]) -> Outcome:
     return Outcome("warns" if remarks else "runs", remarks)
 
 
-def params() -> list[object]:
-    marks = {
-        file: [pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)] for file, reason in MISSING.items()
-    }
-    return [pytest.param(row, id=row["file"], marks=marks.get(row["file"], ())) for row in ROWS]
-
-
-@pytest.mark.parametrize("row", params())
+@pytest.mark.parametrize("row", ROWS, ids=[row["file"] for row in ROWS])
 def test_each_form_fares_as_serves_who_brings_it(row: dict[str, str], tmp_path: Path) -> None:
     found = outcome(tmp_path, row)
 
@@ -109,12 +103,6 @@ def test_each_form_fares_as_serves_who_brings_it(row: dict[str, str], tmp_path: 
         assert key in lines[int(line) - 1], remark
 
 
-def test_a_form_that_is_missing_here_is_refused_by_name() -> None:
-    for file in MISSING:
-        with pytest.raises(UserError, match="is not supported by stockflow yet"):
-            parse_recipe((FORMS / file).read_text().replace("{dir}", "/nowhere"), file)
-
-
 def test_the_index_names_every_form() -> None:
     assert {row["file"] for row in ROWS} == {path.name for path in FORMS.glob("*.yaml")}
-    assert set(MISSING) | set(REFUSED) | set(SAYS_MORE) <= {row["file"] for row in ROWS}
+    assert set(REFUSED) | set(SAYS_MORE) <= {row["file"] for row in ROWS}

@@ -7,7 +7,7 @@ from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of
-from stockflow.storage import redact, scheme_of
+from stockflow.storage import halves_of, redact, scheme_of
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
@@ -25,11 +25,11 @@ def skipped_tensors(proposal: Proposal) -> Iterator[Remark]:
 def snapshots(proposal: Proposal) -> Iterator[Remark]:
     """Yield which snapshots are read of folders of the hub's cache."""
     for location, checkpoint in zip(proposal.recipe.checkpoints, proposal.checkpoints, strict=True):
-        if scheme_of(location) == "file" and checkpoint.url != location:
-            text = (
-                f"{location} is a folder of the hub's cache; read is its snapshot {checkpoint.url.rpartition('/')[2]}"
-            )
-            yield Remark("snapshot", text, "note", (checkpoint.url,))
+        given, found = halves_of(location), halves_of(checkpoint.url)
+        for one, read in zip(given, found, strict=True) if len(given) == len(found) else ():
+            if scheme_of(one) == "file" and read != one:
+                text = f"{one} is a folder of the hub's cache; read is its snapshot {read.rpartition('/')[2]}"
+                yield Remark("snapshot", text, "note", (checkpoint.url,))
 
 
 def over_http(proposal: Proposal) -> Iterator[Remark]:

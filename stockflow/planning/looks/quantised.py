@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from stockflow.checkpoints.adapter_decodes import codes_within
 from stockflow.checkpoints.configs import quantization_keys
 from stockflow.checkpoints.packed import packed_weights, scales_of_plain_weights
 from stockflow.planning.looks.proposal import Proposal
@@ -32,7 +33,8 @@ def removed_quantization(proposal: Proposal) -> Iterator[Remark]:
 def read_codes(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are quantised, and how they are read."""
     for checkpoint in proposal.checkpoints:
-        forms = Counter(held.decode.words for held in checkpoint.stored.values())
+        found = (codes_within(held.decode) for held in checkpoint.stored.values())
+        forms = Counter(codes.words for codes in found if codes)
         if forms:
             url = redact(checkpoint.url)
             said = " and ".join(f"{counted(count, 'tensor')} of {form}" for form, count in forms.items())
@@ -47,8 +49,8 @@ def quantised_tunes(proposal: Proposal) -> Iterator[Remark]:
         if not job.result.declared.has_anchor(job.result.parameters):
             continue
         anchor, *tuned = job.reading.operands
-        for operand in tuned if anchor.decode.is_plain else ():
-            if not operand.decode.is_plain:
+        for operand in () if codes_within(anchor.decode) else tuned:
+            if codes_within(operand.decode):
                 names.setdefault(operand.checkpoint, []).append(job.output.name)
     for number, found in names.items():
         url, base = redact(proposal.checkpoints[number].url), redact(proposal.donor.url)

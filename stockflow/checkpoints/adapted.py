@@ -1,0 +1,242 @@
+"""Adapted tensors: which tensors of a base an adapter changes, and how each of them is stored then."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from stockflow.checkpoints.adapter_config import AdapterConfig
+from stockflow.checkpoints.adapter_decodes import Added, Lengths, LowRank, ReplacedRows
+from stockflow.checkpoints.adapter_experts import expert_factors
+from stockflow.checkpoints.adapter_ground import Ground
+from stockflow.checkpoints.adapter_keys import NESTED, by_module
+from stockflow.checkpoints.adapters import Adapter
+from stockflow.checkpoints.decodes import Decode, plain
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.heads import tied_names
+from stockflow.checkpoints.quantised import Stored
+from stockflow.errors import CheckpointError
+from stockflow.storage import key_of_adapter
+from stockflow.text.sizes import counted
+from stockflow.text.strictjson import shown
+
+NUM_NAMED = 5
+Parts = Mapping[str, str]
+"""Keys of a module, by what they are there."""
+
+
+@dataclass(slots=True)
+class Adapted:
+    """What an adapter makes of a base."""
+
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    """of tensors that the base lacks, or has in another shape"""
+    stored: dict[str, Stored] = field(default_factory=dict)
+    """of every tensor that it changes; parts of the adapter by their keys"""
+    unties: bool = False
+    """whether head and embedding are two tensors only because of it"""
+
+
+def adapted(ground: Ground, adapter: Adapter) -> Adapted:
+    """Return what an adapter makes of its base.
+
+    Raises:
+        CheckpointError: a tensor of the adapter has no place there, or does not fit; all of the former are counted.
+    """
+    binder = _Binder(ground, adapter)
+    for module, parts in by_module(adapter.specs).items():
+        binder.bind(module, parts)
+    if binder.left:
+        count = counted(len(binder.left), "tensor")
+        some = ", ".join(map(shown, binder.left[:NUM_NAMED])) + (" ..." if len(binder.left) > NUM_NAMED else "")
+        raise CheckpointError(
+            f"{adapter.where}: {count} of {len(adapter.specs)} have no place in {ground.where}: {some}. Name the base "
+            "that the adapter was trained on"
+        )
+    binder.untie()
+    return binder.made
+
+
+class _Binder:
+    """Finds the place of every tensor of an adapter, module by module."""
+
+    def __init__(self, ground: Ground, adapter: Adapter) -> None:
+        self.ground, self.adapter = ground, adapter
+        self.made = Adapted()
+        self.left: list[str] = []
+
+    def bind(self, module: str, parts: Parts) -> None:
+        """Take all tensors of a module."""
+        left = dict(parts)
+        for take in (self._take_base, self._take_product, self._take_tokens, self._take_replaced):
+            for part in take(module, left):
+                left.pop(part)
+        self.left += left.values()
+
+    def untie(self) -> None:
+        """Give a head of its own to a model that ties it, where an adapter changes the embedding alone."""
+        config, names = self.adapter.config, tied_names(self.ground.specs)
+        if names.heads or config.keeps_ties or "lm_head.weight" in self.made.specs:
+            return
+        for name in names.embeddings:
+            head, stored = _head_beside(name), self.made.stored.get(name)
+            if stored and not _keeps_tie(stored, config, name) and self.ground.tied_original(head) == name:
+                self._part(head, name)
+
+    def _take_base(self, module: str, parts: Parts) -> Iterator[str]:
+        """Take copies of the base's own tensors, which count in its place."""
+        if "base.weight" in parts and (name := self._weight_of(module)):
+            self._replace(name, parts["base.weight"])
+            yield "base.weight"
+        if "base.bias" in parts and (name := self.ground.names.find(f"{module}.bias")):
+            self._replace(name, parts["base.bias"])
+            yield "base.bias"
+
+    def _take_product(self, module: str, parts: Parts) -> Iterator[str]:
+        is_embedding = "lora_embedding_A" in parts
+        pair = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+        if not parts.keys() >= set(pair):
+            return
+        key_a, key_b = (parts[part] for part in pair)
+        name = self._weight_of(module)
+        if name is None:
+            factors = expert_factors(self.ground, self.adapter, module, (key_a, key_b))
+            for each in factors:
+                self._put(each.name, each.decode(self._stored_as(each.name).decode), key_a, key_b)
+            yield from pair if factors else ()
+            return
+        decode = self._product(module, name, key_a, key_b, is_embedding=is_embedding)
+        self._put(name, decode, key_a, key_b)
+        yield from pair
+        if key := parts.get("lengths"):
+            self._put(name, self._lengths(decode, name, key), key)
+            yield "lengths"
+        if key := parts.get("lora_B.bias"):
+            yield from self._add_to_bias(module, key, decode.scale)
+
+    def _product(self, module: str, name: str, key_a: str, key_b: str, *, is_embedding: bool) -> LowRank:
+        config, spec = self.adapter.config, self._spec(name)
+        a, b = self.adapter.specs[key_a], self.adapter.specs[key_b]
+        rank = a.shape[0] if a.shape else 0
+        rows, columns = (spec.shape[0], math.prod(spec.shape[1:])) if spec.shape else (0, 0)
+        fits = rank > 0 and a.num_elems == rank * columns and b.num_elems == rank * rows
+        fits_turned = rank > 0 and a.num_elems == rank * rows and b.num_elems == rank * columns and len(spec.shape) == 2
+        is_transposed = fits_turned and (is_embedding or config.fan_in_fan_out or not fits)
+        if not (fits or is_transposed):
+            raise CheckpointError(
+                f"{self.adapter.where}: {shown(key_a)} {list(a.shape)} and {shown(key_b)} {list(b.shape)} make no "
+                f"change of {shown(name)} {list(spec.shape)} in {self.ground.where}; name the base it was trained on"
+            )
+        self._check_rank(module, rank)
+        scale, matrix = config.scale_of(module, rank), (rows, columns)
+        return LowRank(self._stored_as(name).decode, rank, scale, (a.dtype, b.dtype), matrix, is_transposed)
+
+    def _check_rank(self, module: str, rank: int) -> None:
+        expected = self.adapter.config.ranks_of(module)
+        if rank not in expected:
+            raise CheckpointError(
+                f"{self.adapter.where}: the factors of {shown(module)} have the rank {rank}, and adapter_config.json "
+                f"says {' or '.join(map(str, sorted(expected)))} (`r`, `rank_pattern`); the two do not belong together"
+            )
+
+    def _lengths(self, decode: LowRank, name: str, key: str) -> Decode:
+        found, spec = self.adapter.specs[key], self._spec(name)
+        if decode.is_transposed or found.num_elems != spec.shape[0]:
+            raise CheckpointError(
+                f"{self.adapter.where}: {shown(key)} {list(found.shape)} scales the columns of {shown(name)} "
+                f"{list(spec.shape)} (DoRA of an embedding or a Conv1D), which is not read; merge it with PEFT first"
+            )
+        return Lengths(decode, found.dtype)
+
+    def _add_to_bias(self, module: str, key: str, scale: float) -> Iterator[str]:
+        """Take what LoRA adds to a bias (`lora_bias`)."""
+        if name := self.ground.names.find(f"{module}.bias"):
+            self._check_shape(key, self._spec(name))
+            self._put(name, Added(self._stored_as(name).decode, self.adapter.specs[key].dtype, scale), key)
+            yield "lora_B.bias"
+
+    def _take_tokens(self, module: str, parts: Parts) -> Iterator[str]:
+        name = self.ground.names.find(f"{module}.weight") if "tokens" in parts else None
+        if name:
+            key, spec = parts["tokens"], self._spec(name)
+            indices = self.adapter.config.tokens_of(module)
+            self._check_shape(key, spec._replace(shape=(len(indices), *spec.shape[1:])))
+            if max(indices, default=0) >= spec.shape[0] or len(set(indices)) < len(indices):
+                raise CheckpointError(
+                    f"{self.adapter.where}: `trainable_token_indices` has ids beyond the {spec.shape[0]:,} rows of "
+                    f"{shown(name)}, or one twice"
+                )
+            self._put(name, ReplacedRows(self._stored_as(name).decode, self.adapter.specs[key].dtype, indices), key)
+            yield "tokens"
+
+    def _take_replaced(self, module: str, parts: Parts) -> Iterator[str]:
+        """Take tensors that stand in for those of the base, or that it lacks and a new module has."""
+        for part in list(parts):
+            if part.startswith(("lora_", "lengths", "tokens", "base.")):
+                continue
+            whole = f"{module}.{part}" if module else part
+            name = self.ground.names.find(whole)
+            if name is None and self.adapter.config.saves(module):
+                self.made.specs[whole] = self.adapter.specs[parts[part]]._replace(name=whole)
+                name = whole
+            if name:
+                self._replace(name, parts[part])
+                yield part
+
+    def _weight_of(self, module: str) -> str | None:
+        """Return the name of a module's weight; of a head that the base ties, that of a new one."""
+        whole = f"{module}.weight"
+        name = self.ground.names.find(whole)
+        if name is not None or module.endswith(NESTED):
+            return name
+        original = self.ground.tied_original(whole)
+        if original is None:
+            return None
+        if whole not in self.made.specs:
+            self._part(whole, original)
+        return whole
+
+    def _part(self, head: str, embedding: str) -> None:
+        """Give the model a head of its own, which is what the base ties it to."""
+        self.made.specs[head] = self.ground.specs[embedding]._replace(name=head)
+        self.made.stored[head] = self.ground.stored_as(embedding)
+        self.made.unties = True
+
+    def _replace(self, name: str, key: str) -> None:
+        found = self.adapter.specs[key]
+        if name in self.ground.specs and found.shape != self.ground.specs[name].shape:
+            self.made.specs[name] = self.ground.specs[name]._replace(shape=found.shape)
+        self.made.stored[name] = Stored(plain(found.dtype), (self._part_of(key),))
+
+    def _put(self, name: str, decode: Decode, *keys: str) -> None:
+        self.made.stored[name] = Stored(decode, (*self._stored_as(name).parts, *map(self._part_of, keys)))
+
+    def _part_of(self, key: str) -> TensorSpec:
+        return self.adapter.specs[key]._replace(name=key_of_adapter(key))
+
+    def _stored_as(self, name: str) -> Stored:
+        return self.made.stored.get(name) or self.ground.stored_as(name)
+
+    def _spec(self, name: str) -> TensorSpec:
+        return self.made.specs.get(name) or self.ground.specs[name]
+
+    def _check_shape(self, key: str, expected: TensorSpec) -> None:
+        found = self.adapter.specs[key]
+        if found.shape != expected.shape:
+            raise CheckpointError(
+                f"{self.adapter.where}: {shown(key)} is {list(found.shape)}, expected {list(expected.shape)} for "
+                f"{shown(expected.name)} of {self.ground.where}"
+            )
+
+
+def _keeps_tie(stored: Stored, config: AdapterConfig, name: str) -> bool:
+    """Return whether what an adapter does to an embedding is done to a tied head, too: its rows, or all of the base."""
+    is_whole = len(stored.parts) == 1
+    return isinstance(stored.decode, ReplacedRows) or (is_whole and not config.saves(name.removesuffix(".weight")))
+
+
+def _head_beside(embedding: str) -> str:
+    """Return what a head is called that transformers would save beside an embedding."""
+    *parts, _, _ = ("", *embedding.split("."))
+    if parts[-1:] == ["model"]:
+        return ".".join([*parts[1:-1], "lm_head.weight"])
+    return "lm_head.weight"

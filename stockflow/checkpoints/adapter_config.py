@@ -1,0 +1,216 @@
+"""adapter_config.json: what PEFT writes beside an adapter, held strictly, as what is overlooked changes the result.
+
+Source: https://huggingface.co/docs/peft/package_reference/lora, and ``LoraConfig`` of PEFT 0.21.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from stockflow.errors import CheckpointError
+from stockflow.text.strictjson import shown
+
+CONFIG_KEY = "adapter_config.json"
+Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
+
+_NO_MATTER = frozenset({
+    "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "lora_dropout", "bias", "modules_to_save", "layers_to_transform",
+    "layers_pattern", "megatron_config", "megatron_core", "ensure_weight_tying", "runtime_config", "eva_config",
+    "corda_config", "loftq_config", "lora_ga_config", "qalora_group_size", "enable_lora", "merge_weights",
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias",
+    "init_lora_weights", "trainable_token_indices", "target_parameters", "moe_lora_layout",
+})  # fmt: skip
+"""Keys that are read here, or that say how an adapter was trained and nothing of what its tensors mean."""
+_VARIANTS = {
+    "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "alora_invocation_tokens": "an activated LoRA (aLoRA)",
+    "arrow_config": "Arrow's routing", "kasa_config": "KaSA", "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA", "layer_replication": "layers that are replicated",
+}  # fmt: skip
+_OWN_BASE = re.compile(r"(pissa(_niter_\d+)?|corda|olora|loftq|lora_ga)", re.IGNORECASE)
+_INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+"""Those that leave the base as it is; True and False do, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What decides the meaning of an adapter's tensors."""
+
+    rank: int
+    alpha: float
+    is_rank_stabilised: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    fan_in_fan_out: bool
+    """whether its linear layers store weights as ``[in, out]``"""
+    modules_to_save: tuple[str, ...]
+    token_indices: Mapping[str, tuple[int, ...]]
+    """by the name of a module, the rows that are replaced"""
+    target_parameters: tuple[str, ...]
+    version: tuple[int, ...]
+    """of PEFT; empty if it is not said"""
+    expert_layout: str | None
+    """what is said of the layout of tensors that adapt all experts of a layer; ``unsloth`` where that trained it"""
+    keeps_ties: bool
+    """whether what is done to an embedding is done to the head that is tied to it, too"""
+    base: str | None
+    """what it calls the model it belongs to"""
+
+    def ranks_of(self, module: str) -> set[int]:
+        """Return the ranks that may be meant for a module: files have patterns in another order than trainers."""
+        return {self.rank, *(rank for pattern, rank in self.rank_pattern.items() if _fits(pattern, module))}
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """Return what multiplies the product of a module's factors."""
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.is_rank_stabilised else alpha / rank
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """Return the rows of a module that are replaced."""
+        alike = (indices for name, indices in self.token_indices.items() if _ends_with(module, name))
+        return next(alike, next(iter(self.token_indices.values()), ()))
+
+    def saves(self, module: str) -> bool:
+        """Return whether a module is saved whole."""
+        return any(_ends_with(module, name) for name in self.modules_to_save)
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return f".{module}".endswith(f".{name}")
+
+
+def _is_of_unsloth(given: Mapping[str, object]) -> bool:
+    mapping = given.get("auto_mapping")
+    return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
+
+
+def _by_pattern(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
+    """Return the value of the first pattern that is a module's name or its end, at a dot; a pattern is a regex."""
+    return next((value for pattern, value in patterns.items() if _fits(pattern, module)), default)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def parse_adapter_config(given: object, where: str) -> AdapterConfig:
+    """Return what adapter_config.json says.
+
+    Raises:
+        CheckpointError: it is no LoRA, asks for what is not known here, or is malformed; in one sentence.
+    """
+    try:
+        return _parsed(given)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _parsed(given: object) -> AdapterConfig:
+    if not isinstance(given, dict):
+        raise ValueError(f"expected a mapping, found {shown(given)}")
+    _refuse_others(given)
+    base, revision = given.get("base_model_name_or_path"), given.get("revision")
+    is_pinned = isinstance(revision, str) and revision not in ("", "main")
+    return AdapterConfig(
+        rank=_read(given, "r", _positive, 8),
+        alpha=_read(given, "lora_alpha", _number, 8.0),
+        is_rank_stabilised=_read(given, "use_rslora", _flag, False),
+        rank_pattern=_read(given, "rank_pattern", _patterns(_positive), dict[str, int]()),
+        alpha_pattern=_read(given, "alpha_pattern", _patterns(_number), dict[str, float]()),
+        fan_in_fan_out=_read(given, "fan_in_fan_out", _flag, False),
+        modules_to_save=_read(given, "modules_to_save", _names, ()),
+        token_indices=_read(given, "trainable_token_indices", _tokens, {}),
+        target_parameters=_read(given, "target_parameters", _names, ()),
+        version=tuple(map(int, re.findall(r"\d{1,6}", str(given.get("peft_version") or ""))[:3])),
+        expert_layout=_read(given, "moe_lora_layout", _text, "unsloth" if _is_of_unsloth(given) else "") or None,
+        keeps_ties=_read(given, "ensure_weight_tying", _flag, False),
+        base=f"{base}@{revision}" if base and is_pinned else base if isinstance(base, str) else None,
+    )
+
+
+def _refuse_others(given: Mapping[str, object]) -> None:
+    kind = given.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"it holds an adapter of the type {shown(kind)}; only LORA is read. Merge it with PEFT first")
+    for key, name in _VARIANTS.items():
+        if given.get(key) not in (None, False, [], {}):
+            raise ValueError(f"it asks for {name} (`{key}`), which is not read; merge it with PEFT first")
+    start = given.get("init_lora_weights", True)
+    if isinstance(start, str) and _OWN_BASE.fullmatch(start):
+        raise ValueError(
+            f"it began as {shown(start)}, which changes the base it is trained on: its tensors do not belong to the "
+            "base as it is published. Save it converted (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    if not isinstance(start, bool) and start is not None and str(start).lower() not in _INITIALISATIONS:
+        raise ValueError(f"it began as {shown(start)} (`init_lora_weights`), which is not known here")
+    unknown = [key for key, value in given.items() if key not in _NO_MATTER | _VARIANTS.keys() and value]
+    if unknown:
+        raise ValueError(
+            f"it has the key {shown(unknown[0])}, which is not known here and may change what its tensors mean; "
+            "remove it if it does not, or merge the adapter with what made it"
+        )
+
+
+def _read(given: Mapping[str, object], key: str, read: Callable[[object], Value], default: Value) -> Value:
+    value = given.get(key)
+    if value is None:
+        return default
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"`{key}`: expected {error}, found {shown(value)}") from None
+
+
+def _positive(value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError("a positive integer")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(float(str(value))):
+        raise ValueError("a finite number")
+    return float(str(value))
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    return value
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError("a list of names")
+    return tuple(value)
+
+
+def _patterns(read: Callable[[object], Value]) -> Callable[[object], dict[str, Value]]:
+    def reading(value: object) -> dict[str, Value]:
+        if not isinstance(value, dict):
+            raise ValueError("numbers by pattern")
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error:
+                raise ValueError("patterns that are regular expressions") from None
+        return {pattern: read(each) for pattern, each in value.items()}
+
+    return reading
+
+
+def _tokens(value: object) -> dict[str, tuple[int, ...]]:
+    by_module = cast(dict[str, list[int]], value if isinstance(value, dict) else {"embed_tokens": value})
+    for indices in by_module.values():
+        if not isinstance(indices, list) or not all(type(each) is int and each >= 0 for each in indices):
+            raise ValueError("ids of tokens, or such by module")
+    return {name: tuple(indices) for name, indices in by_module.items()}

@@ -1,0 +1,152 @@
+"""Factors of all experts of a layer at once, as PEFT keeps them for parameters that hold the experts' matrices.
+
+``A`` is ``[experts * rank, in]``, expert by expert; ``B`` is ``[out, rank * experts]``, rank by rank.
+Source: ``ParamWrapper`` of PEFT 0.21.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stockflow.checkpoints.adapter_decodes import LowRank
+from stockflow.checkpoints.adapter_ground import Ground
+from stockflow.checkpoints.adapter_keys import NESTED
+from stockflow.checkpoints.adapters import Adapter
+from stockflow.checkpoints.decodes import Decode
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.errors import CheckpointError
+from stockflow.text.strictjson import shown
+
+LAYOUT = "peft"
+_DECLARED = f'"moe_lora_layout": "{LAYOUT}"'
+_TURNED = frozenset({"gpt_oss"})
+"""Families whose experts' matrices are ``[in, out]``."""
+_SWAPS = (0, 19)
+"""The first version of PEFT that takes matrices of ``[out, in]`` for such."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFactors:
+    """What factors of all experts are to one tensor of the base."""
+
+    name: str
+    matrix: tuple[int, int]
+    rank: int
+    scale: float
+    dtypes: tuple[str, str]
+    num_experts: int
+    is_transposed: bool = False
+    expert: int | None = None
+    first_row: int = 0
+
+    def decode(self, inner: Decode) -> LowRank:
+        """Return how the tensor is stored, given how its base is."""
+        return LowRank(
+            inner,
+            self.rank,
+            self.scale,
+            self.dtypes,
+            self.matrix,
+            self.is_transposed,
+            self.num_experts,
+            self.expert,
+            self.first_row,
+        )
+
+
+def expert_factors(ground: Ground, adapter: Adapter, module: str, keys: tuple[str, str]) -> list[ExpertFactors]:
+    """Return the tensors of the base that two factors change; none if the module holds no parameters of experts.
+
+    Raises:
+        CheckpointError: they do not fit, or nothing says how they are laid out.
+    """
+    root = module.removesuffix(NESTED)
+    targets = _targets(adapter, root)
+    depth = int(module != root)
+    if not targets or depth >= len(targets) or root.endswith(NESTED):
+        return []
+    parameter = targets[len(targets) - 1 - depth]  # the one that is declared first is wrapped first
+    _check_layout(adapter, module)
+    a, b = (adapter.specs[key] for key in keys)
+    name = ground.names.find(f"{root}.{parameter}")
+    if name is not None and len(ground.specs[name].shape) == 3:
+        num_experts, rows, columns = ground.specs[name].shape
+        rank = a.shape[0] // num_experts if len(a.shape) == 2 and num_experts else 0
+        turned = _is_turned(ground, adapter, name, (a, b), rank * num_experts)
+        scale = _scale(adapter, root, parameter, rank)
+        return [ExpertFactors(name, (rows, columns), rank, scale, (a.dtype, b.dtype), num_experts, turned)]
+    return list(_one_by_one(ground, adapter, (root, parameter), (a, b)))
+
+
+def _one_by_one(
+    ground: Ground, adapter: Adapter, place: tuple[str, str], factors: tuple[TensorSpec, TensorSpec]
+) -> Iterator[ExpertFactors]:
+    """Yield what the factors are to matrices that the base stores expert by expert."""
+    (root, parameter), (a, b) = place, factors
+    found = list(ground.names.experts(root, parameter))
+    num_experts = max((expert for expert, _, _ in found), default=-1) + 1
+    if not num_experts or len(a.shape) != 2 or len(b.shape) != 2:
+        return
+    rank, first_row = a.shape[0] // num_experts, 0
+    scale = _scale(adapter, root, parameter, rank)
+    for expert, place_within, name in found:
+        rows, columns = ground.specs[name].shape
+        first_row = first_row if place_within else 0
+        fits = columns == a.shape[1] and first_row + rows <= b.shape[0]
+        if not fits or (rank * num_experts,) != a.shape[:1] or b.shape[1] != rank * num_experts:
+            raise CheckpointError(_misfit(adapter, name, [rows, columns], factors))
+        dtypes = a.dtype, b.dtype
+        yield ExpertFactors(name, (rows, columns), rank, scale, dtypes, num_experts, False, expert, first_row)
+        first_row += rows
+
+
+def _targets(adapter: Adapter, root: str) -> list[str]:
+    """Return the parameters of a module that are adapted, in the order in which models declare them."""
+    found = {
+        parameter
+        for module, _, parameter in (target.rpartition(".") for target in adapter.config.target_parameters)
+        if f".{root}".endswith(f".{module}")
+    }
+    return sorted(found, key=lambda name: ("down" in name or name.endswith("output_linear"), name))
+
+
+def _check_layout(adapter: Adapter, module: str) -> None:
+    config = adapter.config
+    if config.expert_layout != LAYOUT and (config.expert_layout is not None or not config.version):
+        what = f"that of {shown(config.expert_layout)}" if config.expert_layout else "not said"
+        raise CheckpointError(
+            f"{adapter.where}: the layout of the factors of {shown(module)}, for all experts, is {what}; trainers "
+            f"differ there with equal shapes. If it is PEFT's, say so in adapter_config.json: {_DECLARED}"
+        )
+
+
+def _is_turned(
+    ground: Ground, adapter: Adapter, name: str, factors: tuple[TensorSpec, TensorSpec], stacked: int
+) -> bool:
+    """Return whether the base stores its matrices as ``[in, out]``; of square ones, family and version tell it."""
+    rows, columns = ground.specs[name].shape[1:]
+    found = tuple(each.shape for each in factors)
+    straight, turned = ((stacked, columns), (rows, stacked)), ((stacked, rows), (columns, stacked))
+    if not stacked or found not in (straight, turned):
+        raise CheckpointError(_misfit(adapter, name, [rows, columns], factors))
+    if straight == turned:
+        return (ground.config or {}).get("model_type") in _TURNED or adapter.config.version < _SWAPS
+    return found == turned
+
+
+def _scale(adapter: Adapter, root: str, parameter: str, rank: int) -> float:
+    whole = f"{root}.{parameter}"
+    expected = adapter.config.ranks_of(whole) | adapter.config.ranks_of(root)
+    if rank not in expected:
+        raise CheckpointError(
+            f"{adapter.where}: the factors of {shown(whole)} have the rank {rank} per expert, and "
+            f"adapter_config.json says {' or '.join(map(str, sorted(expected)))}; the two do not belong together"
+        )
+    return adapter.config.scale_of(whole, rank)
+
+
+def _misfit(adapter: Adapter, name: str, sizes: list[int], factors: tuple[TensorSpec, TensorSpec]) -> str:
+    shapes = " and ".join(str(list(each.shape)) for each in factors)
+    return (
+        f"{adapter.where}: factors of {shapes} for all experts make no change of {shown(name)}, whose matrices "
+        f"are {sizes}; name the base the adapter was trained on"
+    )

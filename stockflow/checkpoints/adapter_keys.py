@@ -1,0 +1,50 @@
+"""Keys of adapter_model.safetensors: which module of the model a tensor belongs to, and what it is there.
+
+Source: the keys that PEFT 0.21 writes; https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+PREFIX = "base_model.model."
+_FACTORS = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|token_adapter\.trainable_tokens_delta)(\.default)?(?P<end>\.weight|\.bias)?"
+)
+_OWN = re.compile(r"(?P<module>.+)\.(?P<part>base_layer|modules_to_save)(\.default)?(?P<end>\.weight|\.bias)")
+_SHORT = {"token_adapter.trainable_tokens_delta": "tokens", "lora_magnitude_vector": "lengths"}
+NESTED = ".base_layer"
+"""End of the name of a module that wraps another parameter of the same experts."""
+
+
+class KeyPlace(NamedTuple):
+    """What a key says."""
+
+    module: str
+    """as the model calls it"""
+    part: str
+    """``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_embedding_A`` and ``_B``, ``lengths``, ``tokens``,
+    ``base.weight``, ``base.bias``, or the name of a parameter that is replaced"""
+
+
+def place_of(key: str) -> KeyPlace:
+    """Return what a key says."""
+    name = key.removeprefix(PREFIX)
+    if found := _FACTORS.fullmatch(name):
+        part = _SHORT.get(found["part"], found["part"])
+        return KeyPlace(found["module"], f"{part}.bias" if found["end"] == ".bias" else part)
+    if found := _OWN.fullmatch(name):
+        own = "base" if found["part"] == "base_layer" else ""
+        return KeyPlace(found["module"], f"{own}{found['end']}".removeprefix("."))
+    module, _, parameter = name.rpartition(".")
+    return KeyPlace(module, parameter)
+
+
+def by_module(keys: Iterable[str]) -> Mapping[str, Mapping[str, str]]:
+    """Return the keys of each module, by what they are there."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in keys:
+        place = place_of(key)
+        modules.setdefault(place.module, {})[place.part] = key
+    return modules

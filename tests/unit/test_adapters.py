@@ -1,0 +1,315 @@
+"""Adapters as sources: what each feature of PEFT's files makes of a base, and what is refused by name."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from stockflow.errors import CheckpointError, NotFoundError, UserError
+from stockflow.recipe import load_recipe
+from stockflow.run.driver import Inputs
+from tests import adapters, oracle, runs
+from tests.adapters import Adapter, write_adapter
+from tests.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint
+
+CONFIG = LLAMA_CONFIG | {"torch_dtype": "bfloat16"}
+SHAPES = llama_shapes(CONFIG)
+BIASES = {f"{name.removesuffix('.weight')}.bias": shape[:1] for name, shape in SHAPES.items() if "_proj" in name}
+EXPERTS = "model.layers.0.mlp.experts"
+FUSED = {"gate_up_proj": (3, 34, 21), "down_proj": (3, 21, 17)}
+MOE = {f"{EXPERTS}.{name}": shape for name, shape in FUSED.items()}
+TURNED = {f"{EXPERTS}.{name}": (shape[0], shape[2], shape[1]) for name, shape in FUSED.items()}
+FORMS: dict[str, tuple[Callable[[Mapping[str, Any]], Adapter], Mapping[str, tuple[int, ...]]]] = {
+    "plain factors": (adapters.linear, SHAPES),
+    "scaled by the root of the rank": (
+        lambda shapes: adapters.linear(shapes, r=3, lora_alpha=7, use_rslora=True),
+        SHAPES,
+    ),
+    "patterns of rank and alpha": (adapters.patterned, SHAPES),
+    "weights of [in, out]": (adapters.turned, SHAPES),
+    "embedding and head": (adapters.embedded, SHAPES),
+    "modules saved whole": (adapters.saved, SHAPES),
+    "rows of tokens": (adapters.tokens, SHAPES),
+    "rows of given lengths": (adapters.with_lengths, SHAPES),
+    "biases": (adapters.biased, SHAPES | BIASES),
+    "two parameters of experts": (lambda _: adapters.of_experts(EXPERTS, FUSED, list(FUSED)), SHAPES | MOE),
+    "one parameter of experts": (lambda _: adapters.of_experts(EXPERTS, FUSED, ["down_proj"]), SHAPES | MOE),
+    "experts of [in, out]": (
+        lambda _: adapters.of_experts(EXPERTS, FUSED, list(FUSED), is_turned=True),
+        SHAPES | TURNED,
+    ),
+}
+LEAST_CORRECT = 0.9999
+
+
+def write_base(folder: Path, shapes: Mapping[str, tuple[int, ...]], **config: Any) -> dict[str, oracle.Floats]:
+    random = torch.Generator().manual_seed(3)
+    tensors = {name: (0.1 * torch.randn(shape, generator=random)).bfloat16() for name, shape in shapes.items()}
+    write_checkpoint(folder, tensors, config=CONFIG | config, num_shards=2)
+    return {name: tensor.double().numpy() for name, tensor in tensors.items()}
+
+
+def merged(root: Path, model: str, **top_level: Any) -> dict[str, oracle.Stored]:
+    recipe = {"merge_method": "passthrough", "models": [{"model": model}], "dtype": "float32"}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe | top_level))
+    runs.merge_here(root / "recipe.yaml", root / "out")
+    return oracle.load_checkpoint(root / "out")
+
+
+def share_correct(found: oracle.Stored, expected: oracle.Floats) -> float:
+    right = oracle.widen(found.dtype, oracle.round_to(found.dtype, expected)).reshape(found.array.shape)
+    return float((found.array == right).mean())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_base_with_an_adapter_is_what_its_definition_says(form: str, tmp_path: Path) -> None:
+    make, shapes = FORMS[form]
+    base = write_base(tmp_path / "base", shapes)
+    adapter = make(shapes)
+    write_adapter(tmp_path / "lora", adapter)
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    expected = adapter.of(base)
+    assert found.keys() == base.keys()
+    assert adapter.changes
+    for name, values in expected.items():
+        assert share_correct(found[name], values) >= LEAST_CORRECT, name
+        assert (name in adapter.changes) == bool((values != base[name]).any())
+
+
+def test_an_adapter_may_be_a_file_of_torch(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SHAPES)
+    adapter = adapters.linear(SHAPES)
+    write_adapter(tmp_path / "lora", adapter)
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    torch.save(adapter.tensors, tmp_path / "lora" / "adapter_model.bin")
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    for name, values in adapter.of(base).items():
+        assert share_correct(found[name], values) >= LEAST_CORRECT
+
+
+def test_factors_of_all_experts_are_found_where_a_base_has_them_one_by_one(tmp_path: Path) -> None:
+    own = {f"{EXPERTS}.{e}.{name}.weight": (17, 21) for e in range(3) for name in ("gate_proj", "up_proj")}
+    own |= {f"{EXPERTS}.{e}.down_proj.weight": (21, 17) for e in range(3)}
+    base = write_base(tmp_path / "base", SHAPES | own)
+    adapter = adapters.of_experts(EXPERTS, FUSED, list(FUSED))
+    write_adapter(tmp_path / "lora", adapter)
+    fused = {f"{EXPERTS}.{name}": np.zeros(shape) for name, shape in FUSED.items()}
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    deltas = adapter.of(fused)
+    for expert in range(3):
+        gate_up, down = (deltas[f"{EXPERTS}.{name}"][expert] for name in FUSED)
+        for name, delta in (("gate_proj", gate_up[:17]), ("up_proj", gate_up[17:]), ("down_proj", down)):
+            whole = f"{EXPERTS}.{expert}.{name}.weight"
+            assert share_correct(found[whole], base[whole] + delta) >= LEAST_CORRECT
+
+
+@pytest.mark.parametrize(
+    ("in_base", "in_adapter"),
+    [
+        ("language_model.model.", "model.language_model."),
+        ("model.language_model.", "language_model.model."),
+        ("language_model.model.", "model."),
+        ("backbone.", "model."),
+    ],
+)
+def test_names_are_found_through_what_wraps_a_model(in_base: str, in_adapter: str, tmp_path: Path) -> None:
+    shapes = {"model.layers.0.mlp.up_proj.weight": (9, 7), "model.layers.1.mlp.up_proj.weight": (9, 7)}
+    base = write_base(tmp_path / "base", {name.replace("model.", in_base): shape for name, shape in shapes.items()})
+    adapter = adapters.linear(shapes)
+    adapter.tensors = {key.replace("model.model.", f"model.{in_adapter}"): t for key, t in adapter.tensors.items()}
+    write_adapter(tmp_path / "lora", adapter)
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    for name, change in adapter.changes.items():
+        own = name.replace("model.", in_base)
+        assert share_correct(found[own], change(base[own])) >= LEAST_CORRECT
+
+
+TIED = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
+
+
+def tied_and(tmp_path: Path, adapter: Adapter) -> tuple[dict[str, oracle.Floats], dict[str, oracle.Stored], Any]:
+    base = write_base(tmp_path / "base", TIED, tie_word_embeddings=True)
+    write_adapter(tmp_path / "lora", adapter)
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+    return base, found, json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_an_adapted_head_of_a_tied_base_becomes_its_own(tmp_path: Path) -> None:
+    adapter = adapters.linear({"lm_head.weight": SHAPES["lm_head.weight"]}, ["lm_head"])
+
+    base, found, is_tied = tied_and(tmp_path, adapter)
+
+    embedding = base["model.embed_tokens.weight"]
+    assert share_correct(found["lm_head.weight"], adapter.changes["lm_head.weight"](embedding)) >= LEAST_CORRECT
+    assert share_correct(found["model.embed_tokens.weight"], embedding) == 1
+    assert is_tied is False
+
+
+def test_an_adapted_embedding_leaves_a_tied_head_as_it_was(tmp_path: Path) -> None:
+    whole = adapters.embedded(SHAPES)
+    keys = [key for key in whole.tensors if "lora_embedding" in key]
+    adapter = Adapter({key: whole.tensors[key] for key in keys}, {}, {})
+    a, b = (adapter.tensors[key].double().numpy() for key in keys)
+
+    base, found, is_tied = tied_and(tmp_path, adapter)
+
+    embedding = base["model.embed_tokens.weight"]
+    expected = embedding + adapters.ALPHA / adapters.RANK * (b @ a).T
+    assert share_correct(found["model.embed_tokens.weight"], expected) >= LEAST_CORRECT
+    assert share_correct(found["lm_head.weight"], embedding) == 1
+    assert is_tied is False
+
+
+def test_replaced_rows_are_those_of_a_tied_head_too(tmp_path: Path) -> None:
+    adapter = adapters.tokens(TIED)
+
+    base, found, is_tied = tied_and(tmp_path, adapter)
+
+    name = "model.embed_tokens.weight"
+    assert share_correct(found[name], adapter.changes[name](base[name])) == 1
+    assert "lm_head.weight" not in found
+    assert is_tied is True
+
+
+def test_an_adapter_alone_is_read_with_the_base_that_it_names(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SHAPES)
+    adapter = adapters.linear(SHAPES)
+    write_adapter(tmp_path / "lora", adapter, base_model_name_or_path=str(tmp_path / "base"))
+
+    found = merged(tmp_path, str(tmp_path / "lora"))
+
+    for name, values in adapter.of(base).items():
+        assert share_correct(found[name], values) >= LEAST_CORRECT
+    (opened,) = Inputs.open(load_recipe(str(tmp_path / "recipe.yaml"))).checkpoints
+    (said,) = [each for each in opened.remarks if each.code == "adapter-base"]
+    assert str(said) == (
+        f"{tmp_path}/lora holds an adapter: it is merged as {tmp_path}/base + {tmp_path}/lora, whose base "
+        "adapter_config.json names"
+    )
+
+
+def refusal(root: Path, model: str, error: type[UserError] = CheckpointError) -> str:
+    with pytest.raises(error) as caught:
+        merged(root, model)
+    assert not (root / "out" / "manifest.json").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"peft_type": "LOKR"}, "an adapter of the type 'LOKR'"),
+        ({"peft_type": None}, "an adapter of the type None"),
+        ({"init_lora_weights": "pissa"}, "it began as 'pissa', which changes the base"),
+        ({"init_lora_weights": "pissa_niter_16"}, "it began as 'pissa_niter_16', which changes the base"),
+        ({"init_lora_weights": "olora"}, "it began as 'olora', which changes the base"),
+        ({"init_lora_weights": "loftq"}, "it began as 'loftq', which changes the base"),
+        ({"init_lora_weights": "corda"}, "it began as 'corda', which changes the base"),
+        ({"init_lora_weights": "lora_ga"}, "it began as 'lora_ga', which changes the base"),
+        ({"init_lora_weights": "newest"}, "it began as 'newest' (`init_lora_weights`), which is not known here"),
+        ({"use_qalora": True}, "it asks for QALoRA (`use_qalora`)"),
+        ({"use_bdlora": {"nblocks": 2}}, "it asks for BD-LoRA (`use_bdlora`)"),
+        ({"alora_invocation_tokens": [1]}, "an activated LoRA (aLoRA) (`alora_invocation_tokens`)"),
+        ({"arrow_config": {"top_k": 3}}, "it asks for Arrow's routing (`arrow_config`)"),
+        ({"kasa_config": {"beta": 1}}, "it asks for KaSA (`kasa_config`)"),
+        ({"layer_replication": [[0, 2]]}, "it asks for layers that are replicated (`layer_replication`)"),
+        ({"use_new_thing": True}, "it has the key 'use_new_thing', which is not known here"),
+        ({"r": 0}, "`r`: expected a positive integer, found 0"),
+        ({"r": True}, "`r`: expected a positive integer, found True"),
+        ({"lora_alpha": "8"}, "`lora_alpha`: expected a finite number, found '8'"),
+        ({"rank_pattern": {"(": 3}}, "`rank_pattern`: expected patterns that are regular expressions"),
+        ({"rank_pattern": [3]}, "`rank_pattern`: expected numbers by pattern"),
+        ({"use_rslora": "yes"}, "`use_rslora`: expected true or false"),
+        ({"trainable_token_indices": {"embed_tokens": "x"}}, "expected ids of tokens"),
+        ({"r": 6}, "have the rank 5, and adapter_config.json says 6"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(said: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES), **said)
+
+    assert expected in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+
+def without(adapter: Adapter, end: str) -> Adapter:
+    return replace(adapter, tensors={key: t for key, t in adapter.tensors.items() if not key.endswith(end)})
+
+
+def test_every_tensor_of_an_adapter_has_a_place_or_is_named(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    adapter = adapters.linear(SHAPES)
+    for number, key in enumerate(("model.layers.9.mlp.up_proj.lora_A.weight", "model.layers.0.mlp.strange", "extra")):
+        adapter.draw(key, (5, 48 + number), np.random.default_rng(0))
+    write_adapter(tmp_path / "lora", without(adapter, "layers.0.mlp.up_proj.lora_B.weight"))
+
+    said = refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    assert f"4 tensors of {len(adapter.tensors) - 1} have no place in {tmp_path}/base: " in said
+    for key in ("layers.9.mlp.up_proj.lora_A.weight", "layers.0.mlp.up_proj.lora_A.weight", "strange", "extra"):
+        assert key in said
+
+
+def test_factors_that_do_not_fit_their_weight_are_refused(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    wide = {name: (shape[0], shape[1] + 1) for name, shape in SHAPES.items() if "up_proj" in name}
+    write_adapter(tmp_path / "lora", adapters.linear(wide))
+
+    said = refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    assert (
+        "lora_A.weight' [5, 49] and 'base_model.model.model.layers.0.mlp.up_proj.lora_B.weight' [80, 5] make no" in said
+    )
+    assert "change of 'model.layers.0.mlp.up_proj.weight' [80, 48]" in said
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"peft_version": None}, "is not said; trainers differ there with equal shapes"),
+        ({"auto_mapping": {"unsloth_fixed": True}}, "is that of 'unsloth'; trainers differ"),
+    ],
+)
+def test_factors_of_experts_in_a_layout_that_is_not_said_are_refused(
+    said: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "base", SHAPES | MOE)
+    adapter = adapters.of_experts(EXPERTS, FUSED, list(FUSED))
+    write_adapter(tmp_path / "lora", adapter, **said)
+
+    assert expected in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+    write_adapter(tmp_path / "lora", adapter, **said, moe_lora_layout="peft")
+    assert merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+
+def test_places_without_an_adapter_say_what_is_there(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES))
+    (tmp_path / "empty").mkdir()
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    (hollow / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+    assert "there is no adapter at" in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/empty", NotFoundError)
+    assert "and no adapter_model.safetensors; fetch it" in refusal(
+        tmp_path, f"{tmp_path}/base+{tmp_path}/hollow", NotFoundError
+    )
+    said = refusal(tmp_path, str(tmp_path / "lora"))
+    assert said == (
+        f"the adapter at {tmp_path}/lora does not say what its base is; name both: `model: BASE+{tmp_path}/lora`"
+    )
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES), base_model_name_or_path="/data/of/another/machine")
+    assert "/data/of/another/machine" in refusal(tmp_path, str(tmp_path / "lora"), NotFoundError)
