@@ -1,27 +1,33 @@
 """A proxy in front of a real S3 server that does what networks and busy stores do: by request, or by rate and seed."""
 
 import asyncio
+import re
 import socket
 import ssl
 import struct
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from html import unescape
 from random import Random
 from threading import Event, Thread
 from typing import Literal, get_args
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Fault = Literal[
-    *("503", "500", "501", "expired", "denied", "elsewhere"),
+    *("503", "500", "501", "429", "wait", "expired", "denied", "elsewhere", "skewed", "html", "empty", "moved", "gone"),
+    *("no-etag", "wrong-etag", "babble"),
     *("reset", "cut", "truncate", "lost", "stall", "slow", "short", "long", "shifted", "flip", "pass"),
 ]
 """What a request may meet.
 
-The first six are answers of a server. ``reset``: the connection breaks before the store sees the request; ``cut``:
-it breaks within the answer's body; ``truncate``: that body ends early, without an error; ``lost``: the store has
-acted, and nothing comes back; ``stall``: silence, within the answer's body or instead of an answer to a request
+The first line are answers of a server: ``wait`` is a throttle that says how long, ``html`` a page with status 200 as
+of a gateway, ``empty`` nothing with status 200, ``moved`` a redirection. ``no-etag`` and ``wrong-etag``: an answer has
+no ETag, or another one; ``babble``: it is no HTTP; ``reset``: the connection breaks before the store sees the request;
+``cut``: it breaks within the answer's body; ``truncate``: that body ends early, without an error; ``lost``: the store
+has acted, and nothing comes back; ``stall``: silence, within the answer's body or instead of an answer to a request
 that the store never sees; ``slow``: the answer dribbles; ``short`` and ``long``: the answer is sound, and has a byte
 less or more than was asked for; ``shifted``: so is the range, one byte further; ``flip``: one bit is another, on the
 way up if the request has a body, else on the way down; ``pass``: nothing goes wrong.
@@ -29,14 +35,24 @@ way up if the request has a body, else on the way down; ``pass``: nothing goes w
 Step = Literal["head", "get", "list", "put", "create", "part", "complete", "abort", "delete", "other"]
 """What a request asks of S3; ``create`` to ``abort`` are those of a multipart upload."""
 
+XML, HTML = ("Content-Type", "application/xml"), ("Content-Type", "text/html")
 ANSWERS: dict[str, tuple[int, bytes]] = {
     "503": (503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"),
     "500": (500, b"<Error><Code>InternalError</Code><Message>We encountered an internal error</Message></Error>"),
     "501": (501, b"<Error><Code>NotImplemented</Code><Message>A header is not implemented</Message></Error>"),
     "expired": (400, b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"),
     "denied": (403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+    "429": (429, b"<Error><Code>TooManyRequests</Code><Message>Calm down</Message></Error>"),
+    "wait": (429, b"<Error><Code>TooManyRequests</Code><Message>Calm down</Message></Error>"),
+    "skewed": (403, b"<Error><Code>RequestTimeTooSkewed</Code><Message>The time differs too much</Message></Error>"),
+    "gone": (404, b"<Error><Code>NoSuchKey</Code><Message>The specified key does not exist.</Message></Error>"),
+    "html": (200, b"<!doctype html><html><body><h1>Please sign in</h1></body></html>"),
+    "empty": (200, b""),
+    "moved": (307, b"<Error><Code>TemporaryRedirect</Code><Message>Go elsewhere</Message></Error>"),
     "elsewhere": (301, b"<Error><Code>PermanentRedirect</Code><Message>Use another endpoint</Message></Error>"),
 }
+TLS_HELLO = b"\x16"
+"""the first byte of a handshake"""
 STALL_S = 120.0
 """longer than any timeout of a client"""
 SLOW_S = 0.2
@@ -135,6 +151,11 @@ class Answer:
         """Return the answer with another body, its length stated rightly."""
         return Answer(self.status, self.headers, body)
 
+    def with_etag(self, etag: str) -> "Answer":
+        """Return the answer with another ETag, or with none."""
+        kept = tuple((name, value) for name, value in self.headers if name.lower() != "etag")
+        return Answer(self.status, (*kept, ("ETag", etag)) if etag else kept, self.body, self.length)
+
 
 class FaultyProxy:
     """Passes requests on to ``upstream``, save those that meet a fault.
@@ -157,6 +178,11 @@ class FaultyProxy:
         self.steps: list[Step] = []
         self.met: Counter[tuple[Step, Fault]] = Counter()
         """faults that requests met, by step"""
+        self.told: dict[Fault, tuple[tuple[str, str], ...]] = {"wait": (("Retry-After", "1"),)}
+        """further headers of answers"""
+        self.listing_lag_s = 0.0
+        """how long what was written is not listed"""
+        self._written_at: dict[str, float] = {}
         self._flips: Counter[str] = Counter()
         self.num_bytes = 0
         """sent to clients in bodies"""
@@ -239,17 +265,40 @@ class FaultyProxy:
         await asyncio.sleep(self.delays_s.get(request.step, 0.0))
         if fault in ANSWERS:
             status, body = ANSWERS[fault]
-            return await self._send(request, writer, Answer(status, (("Content-Type", "application/xml"),), body))
+            headers = (HTML if fault == "html" else XML, *self.told.get(fault, ()))
+            return await self._send(request, writer, Answer(status, headers, body))
+        if fault == "babble":
+            writer.write(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
+            await writer.drain()
+            return False
         if fault == "reset" or (fault == "stall" and request.body):
             return await self._silence(writer, 0.0 if fault == "reset" else STALL_S)
         answer = await self._forward(_spoiled(request, fault))
+        if self.listing_lag_s:
+            answer = self._lagging(request, answer)
         if fault == "lost":
             return await self._silence(writer, 0.0)
         if fault == "flip" and answer.body and not request.body:
             answer = answer.with_body(_flipped(answer.body, self._words_of_flip(request)))
+        elif fault in ("no-etag", "wrong-etag"):
+            answer = answer.with_etag("" if fault == "no-etag" else '"' + "1" * 32 + '"')
         elif fault in ("short", "long") and answer.body:
             answer = answer.with_body(answer.body[:-1] if fault == "short" else answer.body + b"\0")
         return await self._send(request, writer, answer, fault)
+
+    def _lagging(self, request: Request, answer: Answer) -> Answer:
+        """Return a listing without what was written lately."""
+        now, bucket = time.monotonic(), urlsplit(request.path).path.split("/")[1]
+        if request.step in ("put", "complete"):
+            self._written_at[unquote(urlsplit(request.path).path)] = now
+        if request.step != "list":
+            return answer
+
+        def kept(entry: re.Match[bytes]) -> bytes:
+            written_at = self._written_at.get(f"/{bucket}/{unescape(entry[1].decode())}", now - self.listing_lag_s)
+            return entry[0] if now - written_at >= self.listing_lag_s else b""
+
+        return answer.with_body(re.sub(rb"<Contents>.*?<Key>(.*?)</Key>.*?</Contents>", kept, answer.body, flags=re.S))
 
     def _words_of_flip(self, request: Request) -> str:
         """What decides which bit it is: another one each time that a request is made."""
@@ -331,7 +380,10 @@ async def _read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the first line and the headers."""
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    first = await reader.readexactly(1)
+    if first == TLS_HELLO:
+        raise ConnectionError("no HTTP")
+    lines = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     named = (line.partition(":") for line in lines[1:] if line)
     return lines[0], tuple((name, value.strip()) for name, _, value in named)
 

@@ -15,7 +15,7 @@ from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.storage import scheme_of
-from stockflow.storage.parts import RANGE_BYTES, part_bytes
+from stockflow.storage.parts import RANGE_BYTES, SMALL_BYTES, part_bytes
 
 
 class Kernel(NamedTuple):
@@ -149,10 +149,11 @@ class StoreRequests:
         self.bytes_kept += other.bytes_kept
 
 
-MERGE_GETS, MERGE_PUTS = 11, 18
-"""around the shards, nine listings among the latter: whose prefix it is, claim, plan, table, card, manifest; run"""
-SHARD_GETS, SHARD_PUTS = 6, 3
-"""before and after a shard, two listings among the latter: whose prefix it is, the state it has, its receipt"""
+MERGE_GETS, MERGE_PUTS = 16, 13
+"""around the shards, four listings among the latter: whose prefix it is, claim, plan, table, card, manifest; run"""
+SHARD_GETS, SHARD_PUTS = 7, 1
+"""before and after a shard: whose prefix it is, the state it has, its receipt; a large
+one is looked at once more"""
 UPLOAD_PUTS = 2
 """start and end of an upload in parts"""
 BEAT_PUTS = 2
@@ -178,7 +179,7 @@ def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[
     by_input[work.side_files_from].gets += work.num_side_files * (4 if work.side_files_from in work.read_twice else 2)
     num_further = work.has_config + work.num_side_files + work.num_written_files + work.has_index
     output = StoreRequests(
-        gets=MERGE_GETS + num_further + len(work.shards) * SHARD_GETS,
+        gets=MERGE_GETS + num_further + sum(SHARD_GETS + (shard.num_bytes > SMALL_BYTES) for shard in work.shards),
         puts=MERGE_PUTS
         + num_further
         + len(work.shards) * SHARD_PUTS

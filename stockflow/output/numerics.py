@@ -6,11 +6,11 @@ Each agreement is written exclusively under a next number; nothing is read, chan
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
+from itertools import count
 
-from stockflow.errors import AlreadyExistsError, OutputConflictError, PlanError
+from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError, PlanError
 from stockflow.output.claims import are_others_alive
-from stockflow.output.keys import numerics_folder, numerics_key, receipt_folder
+from stockflow.output.keys import numerics_key, receipt_folder
 from stockflow.storage import Store, redact
 from stockflow.text.records import RecordKind, parse_record
 
@@ -41,10 +41,9 @@ def agree_on_numerics(store: Store, plan_id: str, run: str, found: str, *, repla
         OutputConflictError: an earlier run, or one at work beside this one, computes otherwise.
     """
     while True:
-        records = sorted(store.list(numerics_folder(plan_id)))
-        number = 0
-        if records:
-            agreed = KIND.read(store, records[-1])
+        agreements = _agreements(store, plan_id)
+        if agreements:
+            agreed = agreements[-1]
             if agreed.numerics_class == found:
                 return
             if agreed.run == run:
@@ -59,17 +58,20 @@ def agree_on_numerics(store: Store, plan_id: str, run: str, found: str, *, repla
                     f"computes as {found}: their shards would not fit together bit for bit. Run it on a machine like "
                     "those, choose another output, or end every run and --overwrite to merge all of it anew"
                 )
-            number = _number_of(records[-1]) + 1
         with suppress(AlreadyExistsError):  # somebody was faster: look again
-            store.put_new(numerics_key(plan_id, number), KIND.encode(Agreement(found, run)))
+            store.put_new(numerics_key(plan_id, len(agreements)), KIND.encode(Agreement(found, run)))
 
 
 def agreed_numerics(store: Store, plan_id: str) -> str | None:
     """Return the numerics class that the shards of a plan keep to, None if no worker has come yet."""
-    records = sorted(store.list(numerics_folder(plan_id)))
-    return KIND.read(store, records[-1]).numerics_class if records else None
+    agreements = _agreements(store, plan_id)
+    return agreements[-1].numerics_class if agreements else None
 
 
-def _number_of(key: str) -> int:
-    name = PurePosixPath(key).stem
-    return int(name) if name.isascii() and name.isdigit() else 0
+def _agreements(store: Store, plan_id: str) -> list[Agreement]:
+    """Return what was agreed on, the last one valid; each asked for by its name, as a listing may lag behind."""
+    found: list[Agreement] = []
+    with suppress(NotFoundError):
+        for number in count():
+            found.append(KIND.read(store, numerics_key(plan_id, number)))
+    return found

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from stockflow.checkpoints.candidates import WRITTEN_STEMS, index_of
@@ -14,13 +14,14 @@ from stockflow.errors import (
     NotFoundError,
     OutputConflictError,
     StockflowError,
+    UserError,
 )
-from stockflow.interruption import pause
+from stockflow.interruption import finishing, pause
 from stockflow.output import claims
 from stockflow.output import manifest as manifest_file
-from stockflow.output.claims import Claim, last_seen
+from stockflow.output.claims import Claim, are_others_alive, last_seen
 from stockflow.output.files import loaders_read, planned_files, strangers
-from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, RECORDS, plan_folder, plan_key
+from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, RECORDS, plan_folder, plan_key, receipt_folder
 from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
 from stockflow.output.receipts import Receipt
@@ -301,6 +302,35 @@ def check_owner(store: Store, plan_id: str, numerics_class: str) -> None:
         )
 
 
+@contextmanager
+def given_up_unbegun(store: Store, plan_id: str, run: str) -> Iterator[None]:
+    """Leave no claim if a run ends for what the user must change before any shard is done: the plan will be another."""
+    try:
+        yield
+    except OutputConflictError:
+        raise
+    except UserError:
+        with suppress(StockflowError), finishing():
+            _give_up(store, plan_id, run)
+        raise
+
+
+def _give_up(store: Store, plan_id: str, run: str) -> None:
+    with suppress(NotFoundError, CheckpointError):
+        if claims.read(store).run != run or are_others_alive(store, plan_id, run):
+            return
+        present = store.list(plan_folder(plan_id))
+        if not any(key.startswith(receipt_folder(plan_id)) for key in present):
+            store.delete([*present, CLAIM_FILE])
+
+
+def _unlisted(store: Store, key: str) -> Stamp | None:
+    """Return the state of a file that a listing lacks: it may lag behind what was written."""
+    with suppress(NotFoundError):
+        return store.stamp(key)
+    return None
+
+
 def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt]) -> None:
     """Hold claim and shards against this run, right before its manifest makes them official.
 
@@ -311,7 +341,7 @@ def check_still_ours(store: Store, plan: MergePlan, receipts: Sequence[Receipt])
         check_owner(store, plan.plan_id, numerics_class)
     present = present_files(store, [receipt.file for receipt in receipts])
     for receipt in receipts:
-        found = present.get(receipt.file)
+        found = present.get(receipt.file) or _unlisted(store, receipt.file)
         if found is None or not is_intact(store, receipt, found):
             raise OutputConflictError(
                 f"{redact(store.url)}/{receipt.file} is no longer what this run wrote: another one writes there; "

@@ -23,7 +23,7 @@ from stockflow.output.clean import abort_leftovers
 from stockflow.output.keys import plan_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
-from stockflow.output.ownership import admit, look, overwriting_notes, store_warnings, take
+from stockflow.output.ownership import admit, given_up_unbegun, look, overwriting_notes, store_warnings, take
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.output.shards import valid_receipts
 from stockflow.planning import file as plan_file
@@ -323,6 +323,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     tell = all_of(tracker, on_event)
     tell(Run(run, plan.plan_id))
     with (
+        given_up_unbegun(store, plan.plan_id, run),
         progress_file(store, tracker) as report,
         Heartbeat(store, plan.plan_id, run, report) as heartbeat,
         _swept(store, plan, run, tell),

@@ -59,6 +59,16 @@ class Client(Protocol):
     def checksums(self, key: str) -> Mapping[str, str]:
         """Return what the store has kept of an object's checksums, by S3's names; nothing where it keeps none."""
 
+    @property
+    def endpoint(self) -> str:
+        """The address that requests go to and what names it, in words; empty where it is the service's own."""
+
+    def endpoint_mistake(self) -> str | None:
+        """Return what must be changed about the endpoint, asked there; None if nothing is seen."""
+
+    def asks_to_wait_s(self, key: str) -> float | None:
+        """Return for how long a store that throttles asks to be left alone, where its errors do not tell; or None."""
+
     def uploads(self) -> Sequence[HalfWritten] | None:
         """Return the open multipart uploads below the URL; None where they cannot be listed."""
 

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError, StorageError
@@ -12,6 +13,7 @@ Operation = Literal["stat", "read", "list", "write", "create", "delete", "list u
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "InternalError", "XAmzContentSHA256Mismatch"})
 _CREDENTIAL_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"})
+_CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 _KEY_CODES = frozenset({"SignatureDoesNotMatch", "InvalidAccessKeyId"})
 _REGION_CODES = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
 _LOST_CODES = frozenset({"NoSuchUpload"})
@@ -60,11 +62,19 @@ class Failure:
     """requests the client library made before it gave up, where it repeats them itself and tells"""
     step: str = ""
     """which request of an upload failed, in words, where the library tells"""
+    wait_s: float | None = None
+    """how long a throttle asks to be left alone"""
 
     @property
     def is_untrusted(self) -> bool:
         """Whether the server's certificate was refused."""
-        return self.status is None and "certificate" in self.detail.lower()
+        return self.status is None and any(words in self.detail.lower() for words in ("certificate", "doesn't match"))
+
+    @property
+    def may_be_endpoint(self) -> bool:
+        """Whether it may be no object of ours that failed, but who was asked."""
+        is_elsewhere = self.status in (301, 302, 307, 308, 401, 403) or self.code == "NoSuchBucket"
+        return not self.is_untrusted and self.code not in _CLOCK_CODES and (self.status is None or is_elsewhere)
 
     @property
     def is_transient(self) -> bool:
@@ -73,10 +83,25 @@ class Failure:
             return not self.is_untrusted
         return self.status in _TRANSIENT_STATUSES or self.code in _TRANSIENT_CODES
 
+    @property
+    def is_throttle(self) -> bool:
+        """Whether the store has too much to do."""
+        return self.status in (429, 503)
+
     def __str__(self) -> str:
         """Return status, code and detail in one line."""
         status = f"HTTP {self.status}" if self.status is not None else ""
-        return " ".join(word for word in (status, self.code, self.detail) if word)
+        asks = f"(it asks to wait {self.wait_s:,.0f} s)" if self.wait_s else ""
+        return " ".join(word for word in (status, self.code, self.detail, asks) if word)
+
+
+class RequestError(OSError):
+    """A request failed, of which it is known what that means."""
+
+    def __init__(self, failure: Failure) -> None:
+        """Keep what was said of it."""
+        super().__init__(str(failure))
+        self.failure = failure
 
 
 def user_error(failure: Failure, operation: Operation, where: str) -> StockflowError | None:
@@ -84,7 +109,7 @@ def user_error(failure: Failure, operation: Operation, where: str) -> StockflowE
     if failure.code == _ARCHIVED:
         return AccessDeniedError(_archived(operation, where))
     # Credentials first: S3 answers ExpiredToken with 400.
-    if failure.status in (401, 403) or failure.code in _CREDENTIAL_CODES:
+    if failure.status in (401, 403) or failure.code in _CREDENTIAL_CODES | _CLOCK_CODES:
         return AccessDeniedError(_denied(failure, operation, where))
     if failure.code == "NoSuchBucket":
         return NotFoundError(f"cannot {operation} {where}: the bucket does not exist; check its name and the endpoint")
@@ -109,11 +134,14 @@ def user_error(failure: Failure, operation: Operation, where: str) -> StockflowE
     return None
 
 
-def storage_error(failure: Failure, operation: Operation, where: str, attempts: int) -> StorageError:
+def storage_error(
+    failure: Failure, operation: Operation, where: str, attempts: int, *, endpoint: str = ""
+) -> StorageError:
     """Return the error for a store that keeps failing."""
     times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     step = f" ({failure.step})" if failure.step else ""
-    return StorageError(f"cannot {operation} {where}{step} after {times}: {failure}; run again to resume")
+    asked = f"; the endpoint is {endpoint}" if endpoint and failure.status is None else ""
+    return StorageError(f"cannot {operation} {where}{step} after {times}: {failure}{asked}; run again to resume")
 
 
 def scrub(text: str) -> str:
@@ -136,6 +164,11 @@ def _denied(failure: Failure, operation: Operation, where: str) -> str:
     action = _ACTIONS.get(scheme, {}).get(operation)
     if failure.code in _CREDENTIAL_CODES:
         remedy = "the credentials have expired: sign in again"
+    elif failure.code in _CLOCK_CODES:
+        remedy = (
+            f"this machine's clock says {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, too far from the store's: set it "
+            "right (`timedatectl`, NTP)"
+        )
     elif failure.code in _KEY_CODES:
         remedy = "the access key or its secret is not one that this endpoint knows: check both, and the endpoint"
     elif failure.status == 401 or action is None:

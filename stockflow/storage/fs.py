@@ -17,6 +17,7 @@ from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, Store
 from stockflow.storage.client import Client
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
+from stockflow.storage.redirects import Guard
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
 from stockflow.text.redaction import redact
@@ -69,7 +70,8 @@ class FsspecClient:
             RecipeError: fsspec does not know the scheme, or lacks the package for it.
         """
         self._scheme = scheme = url.split("://", 1)[0]
-        self._fs = _open_filesystem(scheme, url, options)
+        self._guarded = Guard()
+        self._fs = _open_filesystem(scheme, url, options, self._guarded)
         self._root = str(self._fs._strip_protocol(url)).rstrip("/")
         self._guard: AbstractContextManager[object] = _MEMORY_LOCK if scheme == "memory" else nullcontext()
         self._is_buffered = scheme == "memory"
@@ -85,7 +87,13 @@ class FsspecClient:
         return endpoint.startswith("http://")
 
     def failure(self, error: Exception) -> Failure:
-        """Return what an exception of fsspec or of a library below it says."""
+        """Return what an exception of fsspec or of a library below it says.
+
+        Raises:
+            RecipeError: a web server redirects where it is not followed.
+        """
+        if self._guarded.refusal:
+            raise self._guarded.refusal from None
         return failure_of(error)
 
     def stamp(self, key: str) -> Stamp:
@@ -164,6 +172,18 @@ class FsspecClient:
         del key
         return {}
 
+    @property
+    def endpoint(self) -> str:
+        """Nothing: the URL says it."""
+        return ""
+
+    def endpoint_mistake(self) -> None:
+        """Return None: the URL is all there is."""
+
+    def asks_to_wait_s(self, key: str) -> None:
+        """Return None: errors tell."""
+        del key
+
     def uploads(self) -> Sequence[HalfWritten] | None:
         """Return nothing for memory, where nothing outlives a writer; elsewhere fsspec does not tell."""
         return [] if self._is_buffered else None
@@ -211,10 +231,11 @@ class _Collector:
         return len(payload)
 
 
-def _open_filesystem(scheme: str, url: str, options: StoreOptions) -> Any:
+def _open_filesystem(scheme: str, url: str, options: StoreOptions, guard: Guard) -> Any:
     anonymous: dict[str, dict[str, object]] = {"gs": {"token": "anon"}, "az": {"anon": True}}
     try:
-        return fsspec.filesystem(scheme, **(anonymous.get(scheme, {}) if options.anonymous else {}))
+        guarded = guard.client_settings() if scheme in ("http", "https") else {}
+        return fsspec.filesystem(scheme, **guarded, **(anonymous.get(scheme, {}) if options.anonymous else {}))
     except (ImportError, ValueError) as error:
         raise RecipeError(f"cannot open {redact(url)}: {scrub(str(error))}") from None
 

@@ -1,5 +1,6 @@
 """What fsspec and the libraries below it say when a request fails; and an object that appears whole or not at all."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -7,18 +8,17 @@ from typing import Any
 import aiohttp
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.parsers import ResponseParserError
 
 from stockflow.storage.base import Sink
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.s3_requests import failure_of_answer
+from stockflow.storage.throttles import asked_wait_s
 
-ERRORS: tuple[type[Exception], ...] = (OSError, aiohttp.ClientError, BotoCoreError, ClientError)
-_STEPS = {
-    "CreateMultipartUpload": "starting the upload",
-    "UploadPart": "a part",
-    "CompleteMultipartUpload": "completing the upload",
-}
-"""botocore's names for the requests of an upload"""
+ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, asyncio.TimeoutError, aiohttp.ClientError),
+    *(BotoCoreError, ClientError, ResponseParserError),
+)
 
 
 @contextmanager
@@ -44,11 +44,12 @@ def failure_of(error: Exception) -> Failure:
         return failure_of(error.__cause__)  # fsspec's http calls whatever went wrong "not found"
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if isinstance(response, dict):
-        step = _STEPS.get(getattr(error.__cause__ or error, "operation_name", ""), "")
-        return failure_of_answer(response, str(error), step)
+        return failure_of_answer(response, str(error))
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
     code = type(error).__name__
-    return Failure(detail=scrub(str(error)), status=status or _status_of(error), code=code)
+    headers = getattr(response, "headers", None) or getattr(error, "headers", None) or {}
+    wait_s = asked_wait_s(headers)
+    return Failure(detail=scrub(str(error)), status=status or _status_of(error), code=code, wait_s=wait_s)
 
 
 def _status_of(error: Exception) -> int | None:

@@ -4,8 +4,10 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, count, islice
@@ -18,14 +20,17 @@ from obstore import exceptions
 from stockflow.errors import AccessDeniedError, RecipeError
 from stockflow.interruption import pause
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
-from stockflow.storage.faults import Failure, scrub
-from stockflow.storage.obstore_faults import DAMAGED_START, UNNAMED_KEY, detail_of, failure_of
+from stockflow.storage.endpoints import endpoint_mistake
+from stockflow.storage.faults import Failure, RequestError, WrongAnswerError, scrub
+from stockflow.storage.obstore_faults import STARTING, detail_of, failure_of
 from stockflow.storage.parts import PARTS_IN_FLIGHT
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import (
     CONNECT_TIMEOUT,
     Bucket,
+    endpoint_in_words,
+    endpoint_of,
     has_md5_etags,
     is_over_http,
     locate_bucket,
@@ -33,7 +38,7 @@ from stockflow.storage.s3 import (
     require_credentials,
 )
 from stockflow.storage.s3_pages import files_on, listing_on
-from stockflow.storage.s3_requests import S3RequestError, abort_upload, checksums_of, list_pages, open_uploads
+from stockflow.storage.s3_requests import abort_upload, asks_to_wait_s, checksums_of, list_pages, open_uploads
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta, WritableFile
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as Connection
 
 _NO_RETRIES: "RetryConfig" = {"max_retries": 0, "retry_timeout": timedelta(0)}
+ASK_EVERY_S = 5.0
+"""A store that throttles is not asked more often how long to wait."""
 _SLOW_READ = 2
 """A whole answer may take so many times the silence that ends one."""
 
@@ -88,6 +95,7 @@ class ObstoreClient:
         self._policy = policy
         self._lock = threading.Lock()
         self._connections: dict[bool, Connection] = {}
+        self._asked_at = -ASK_EVERY_S
 
     @property
     def over_http(self) -> bool:
@@ -96,7 +104,7 @@ class ObstoreClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return the HTTP status, the store's code and the telling words of an obstore error."""
-        return error.failure if isinstance(error, S3RequestError) else failure_of(error)
+        return error.failure if isinstance(error, RequestError) else failure_of(error)
 
     def stamp(self, key: str) -> Stamp:
         """Return size and ETag of an object, by HEAD."""
@@ -128,19 +136,16 @@ class ObstoreClient:
 
     def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
         """Return all objects below ``folder``, or the first ones by name."""
-        try:
-            pages = obstore.list(self._reader, self._path(folder) or None, chunk_size=1000)
-            return self._by_key(list(islice(chain.from_iterable(pages), at_most)))
-        except exceptions.BaseError as error:
-            despite = self._pages_despite(error, self._path(folder), "", at_most)
-            return dict(islice(files_on(despite, self._root), at_most))
+        if self._scheme == "s3":
+            return dict(islice(files_on(self._pages(self._path(folder), "", at_most), self._root), at_most))
+        pages = obstore.list(self._reader, self._path(folder) or None, chunk_size=1000)
+        return self._by_key(list(islice(chain.from_iterable(pages), at_most)))
 
     def listing(self) -> Listing:
         """Return the objects and the folders directly under the URL."""
-        try:
-            found = obstore.list_with_delimiter(self._reader, self._root or None)
-        except exceptions.BaseError as error:
-            return listing_on(self._pages_despite(error, self._root, "/", None), self._root)
+        if self._scheme == "s3":
+            return listing_on(self._pages(self._root, "/", None), self._root)
+        found = obstore.list_with_delimiter(self._reader, self._root or None)
         folders = tuple(name for prefix in found["common_prefixes"] if (name := prefix.rpartition("/")[2]))
         files = {
             key: stamp for key, stamp in self._by_key(found["objects"]).items() if stamp.size or key not in folders
@@ -187,6 +192,24 @@ class ObstoreClient:
         """Return what S3 has kept of an object's checksums."""
         return checksums_of(self._bucket_at(), self._path(key)) if self._scheme == "s3" else {}
 
+    @property
+    def endpoint(self) -> str:
+        """The endpoint and what names it."""
+        return endpoint_in_words(self._options) if self._scheme == "s3" else ""
+
+    def endpoint_mistake(self) -> str | None:
+        """Return what must be changed about the endpoint."""
+        endpoint = endpoint_of(self._options) if self._scheme == "s3" else None
+        return endpoint_mistake(endpoint, f"/{self._bucket}") if endpoint else None
+
+    def asks_to_wait_s(self, key: str) -> float | None:
+        """Return what a throttle asks for, by a request now and then: obstore shows no headers. AWS never asks."""
+        is_due = time.monotonic() - self._asked_at > ASK_EVERY_S
+        if self._scheme != "s3" or not is_due or (bucket := self._bucket_at()).endpoint is None:
+            return None
+        self._asked_at = time.monotonic()
+        return asks_to_wait_s(bucket, self._path(key), self._policy.read_timeout_s)
+
     def uploads(self) -> Sequence[HalfWritten] | None:
         """Return the open multipart uploads below the URL; known of S3 only."""
         return open_uploads(self._bucket_at(), self._root) if self._scheme == "s3" else None
@@ -230,13 +253,9 @@ class ObstoreClient:
             require_credentials()
         return locate_bucket(self._bucket, self._options)
 
-    def _pages_despite(
-        self, error: Exception, folder: str, delimiter: str, at_most: int | None
-    ) -> Sequence[Mapping[str, Any]]:
-        """Return the pages of a listing that obstore cannot give: one key that it cannot name is enough."""
-        if self._scheme != "s3" or UNNAMED_KEY not in str(error):
-            raise error
-        return list_pages(self._bucket_at(), f"{folder}/" if folder else "", delimiter, at_most)
+    def _pages(self, folder: str, delimiter: str, at_most: int | None) -> Sequence[Mapping[str, Any]]:
+        """Return the pages of a listing of S3, which obstore neither checks nor gives where one key has no path."""
+        return list_pages(self._bucket_at(), folder, delimiter, self._policy.read_timeout_s, at_most)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")
@@ -280,7 +299,7 @@ class _Upload:
         return view.nbytes
 
     def _write_first(self, piece: bytes) -> None:
-        """Write into the first part; start anew, a bounded number of times, if the store's answer was damaged."""
+        """Write into the first part; start anew, a bounded number of times, where obstore gave up the start at once."""
         self._held.append(piece)
         unsent = [piece]
         for number in count(1):
@@ -288,9 +307,13 @@ class _Upload:
                 for part in unsent:
                     self._writer.write(part)
                 break
-            except exceptions.BaseError as error:
-                if number == self._policy.attempts or not any(words in str(error) for words in DAMAGED_START):
+            except (exceptions.BaseError, OSError) as error:
+                failure = failure_of(error)
+                is_once = failure.attempts == 1 and failure.is_transient
+                if not is_once:
                     raise
+                if number == self._policy.attempts:
+                    raise RequestError(replace(failure, attempts=number, step=STARTING)) from None
             pause(self._policy.delay_s(number))
             self._abandon()
             self._writer = self._stack.enter_context(self._start())
@@ -364,7 +387,10 @@ def _retries_of(policy: RetryPolicy) -> "RetryConfig":
 
 
 def _stamp_of(meta: "ObjectMeta") -> Stamp:
-    return Stamp(size=meta["size"], version=meta["e_tag"] or "")
+    """Return size and ETag, which every object of these stores has: an answer without one is of something else."""
+    if not meta["e_tag"]:
+        raise WrongAnswerError("the answer has no ETag")
+    return Stamp(size=meta["size"], version=meta["e_tag"])
 
 
 def _slashes(key: str) -> list[int]:

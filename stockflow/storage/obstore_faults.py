@@ -6,14 +6,11 @@ from obstore import exceptions
 
 from stockflow.storage.faults import Failure, scrub
 
-UNNAMED_KEY = "object with invalid path"
-"""how obstore tells that a key has an empty, `.` or `..` segment"""
 _REDIRECT = "redirect without LOCATION"
 """how obstore tells that the bucket is in another region"""
-DAMAGED_START = ("create multipart response body", "invalid multipart response")
-"""how obstore tells that it cannot read the answer to the start of an upload, which it does not ask for again"""
+STARTING = "starting the upload"
 _STEPS = (
-    (re.compile(r"POST \S+\?uploads\b|" + "|".join(DAMAGED_START)), "starting the upload"),
+    (re.compile(r"POST \S+\?uploads\b"), STARTING),
     (re.compile(r"PUT \S+\?partNumber=(\d+)"), "part {}"),
     (re.compile(r"POST \S+\?uploadId="), "completing the upload"),
 )
@@ -31,7 +28,7 @@ def failure_of(error: Exception) -> Failure:
         detail=scrub(detail_of(text)),
         status=_status_of(error) or (int(status[1]) if status else 301 if _REDIRECT in text else None),
         code=code[1] if code else "",
-        attempts=int(repeats[1]) + 1 if repeats else None,
+        attempts=int(repeats[1]) + 1 if repeats else 1,
         step=_step(text),
     )
 

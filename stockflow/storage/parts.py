@@ -5,6 +5,8 @@ MAX_PARTS = 10_000
 DEFAULT_PART_BYTES = 16 << 20
 """large enough to hide a request's latency, small enough to keep a few in flight; holds to 156 GiB"""
 PARTS_IN_FLIGHT = 6
+SMALL_BYTES = 4 << 20
+"""Most that is kept and written in one request: at the least rate of a line, as long as silence may last."""
 RANGE_BYTES = 8 << 20
 """Largest range request, cheapest for clients: with 32 MiB obstore takes 1.6 times the CPU, for fresh pages."""
 _MIB = 1 << 20

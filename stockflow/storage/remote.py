@@ -3,21 +3,25 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TypeVar
 
-from stockflow.errors import AlreadyExistsError, InputChangedError, StockflowError, StorageError
-from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Sink, Stamp, check_key
+from stockflow.errors import AlreadyExistsError, InputChangedError, RecipeError, StockflowError, StorageError
+from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, check_key
 from stockflow.storage.checksums import WholeObjects
 from stockflow.storage.client import Client
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.faults import Failure, Operation, WrongAnswerError, storage_error, user_error
-from stockflow.storage.parts import RANGE_BYTES, part_bytes
+from stockflow.storage.parts import RANGE_BYTES, SMALL_BYTES, part_bytes
 from stockflow.storage.retry import RetryLoop, RetryPolicy
+from stockflow.storage.sinks import Collected, NamedSink
 from stockflow.text.redaction import redact
 
 T = TypeVar("T")
+LAG_ATTEMPTS = 6
+"""How often a store is asked for what was written here a moment ago; the pauses between add up to three seconds."""
 READS_DIFFER = "two reads of it over two connections gave different bytes: the network or the store damages them"
 
 
@@ -44,6 +48,8 @@ class RemoteStore:
         self._policy = policy
         self._retries = RetryLoop(policy)
         self._known_md5_etags: bool | None = None
+        self._written: set[str] = set()
+        """keys that were written here: what is not found under one of them may be found a moment later"""
         self._whole = WholeObjects(self._client)
 
     def where(self, key: str = "") -> str:
@@ -121,8 +127,14 @@ class RemoteStore:
     def create(self, key: str, *, size: int | None = None) -> Iterator[NewObject]:
         """Write one object, all or nothing; ``size``, if known, keeps the number of parts within limits.
 
-        What arrived is held against what was sent, where the store's ETags are MD5s.
+        What arrived is held against what was sent, where the store's ETags are MD5s. What one request can write is
+        written by ``put``, which repeats it whatever went wrong.
         """
+        if size is not None and size <= min(part_bytes(size), SMALL_BYTES):
+            collected = Collected()
+            yield collected
+            self.put(key, collected.getvalue())
+            return
         refuse = partial(self._refused_upload, key)
         raised: BaseException | None = None
         sent: PartDigests | None = None
@@ -130,7 +142,7 @@ class RemoteStore:
             with self._client.create(check_key(key), part_bytes(size)) as sink:
                 sent = PartDigests(part_bytes(size)) if self._has_md5_etags else None
                 try:
-                    yield _NamedSink(sink, sent, self._client.errors, refuse)
+                    yield NamedSink(sink, sent, self._client.errors, refuse)
                 except BaseException as error:
                     raised = error
                     raise
@@ -141,6 +153,7 @@ class RemoteStore:
             if raised is not None or sent is None or not self._holds(key, sent):
                 raise refuse(error) from None
             return
+        self._written.add(key)
         if sent is not None:
             self._check_upload(key, sent)
 
@@ -152,6 +165,7 @@ class RemoteStore:
                 raise WrongAnswerError("what arrived is not what was sent")
 
         self._run("write", key, attempt)
+        self._written.add(key)
 
     def put_new(self, key: str, payload: bytes) -> None:
         """Write a small object that must not exist yet.
@@ -166,12 +180,14 @@ class RemoteStore:
             if self.num_retries == num_before or self.read_head(key, len(payload) + 1)[0] != payload:
                 raise
             return
+        self._written.add(key)
         if not self._arrived(key, payload, etag):
             self.put(key, payload)  # the key is ours; what lies there is not
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is already gone is no error."""
         if doomed := [check_key(key) for key in keys]:
+            self._written -= set(doomed)
             self._run("delete", doomed[0], partial(self._client.delete, doomed))
 
     def half_written(self) -> Sequence[HalfWritten] | None:
@@ -311,16 +327,32 @@ class RemoteStore:
             raise WrongAnswerError(READS_DIFFER)
 
     def _run(self, operation: Operation, key: str, attempt: Callable[[], T], pinned: Stamp | None = None) -> T:
+        waits: list[float | None] = [None]
+
+        def asked(error: Exception) -> float | None:
+            failure = self._failure(error)
+            asks = failure.is_throttle and failure.wait_s is None
+            waits.append(self._client.asks_to_wait_s(key) if asks else failure.wait_s)
+            return waits[-1]
+
         def judge(error: Exception, attempts: int, is_last: bool) -> StockflowError | None:
             failure = self._failure(error)
+            if (
+                failure.status == 404
+                and key in self._written
+                and operation in ("stat", "read")
+                and attempts < LAG_ATTEMPTS
+            ):
+                return None
             is_another = failure.status in (412, 416) or isinstance(error, WrongAnswerError)
             if pinned is not None and is_another and (found := self.stamp(key)) != pinned:
                 return self._changed(key, pinned, found)
             if failure.is_transient and not is_last:
                 return None
-            return self._final(error, attempts, operation, key)
+            return self._final(replace(failure, wait_s=waits[-1]), attempts, operation, key)
 
-        return self._retries.run(attempt, catch=(*self._client.errors, WrongAnswerError), judge=judge)
+        catch = (*self._client.errors, WrongAnswerError)
+        return self._retries.run(attempt, catch=catch, judge=judge, asked=asked, where=self.where())
 
     def _failure(self, error: Exception) -> Failure:
         return Failure(str(error)) if isinstance(error, WrongAnswerError) else self._client.failure(error)
@@ -329,43 +361,25 @@ class RemoteStore:
         """Return the error for an upload, whose requests the client library repeats."""
         failure = self._failure(error)
         told = failure.attempts or (self._policy.attempts if failure.status is None else 1)
-        return self._final(error, told, "write", key)
+        return self._final(failure, told, "write", key)
 
-    def _final(self, error: Exception, attempts: int, operation: Operation, key: str) -> StockflowError:
-        failure, where = self._failure(error), self.where(key)
+    def _final(self, failure: Failure, attempts: int, operation: Operation, key: str) -> StockflowError:
+        where = self.where(key)
         if operation == "create" and failure.status == 412:
             return AlreadyExistsError(f"{where} already exists")
-        return user_error(failure, operation, where) or storage_error(failure, operation, where, attempts)
+        if failure.may_be_endpoint and (mistake := self._client.endpoint_mistake()):
+            return RecipeError(
+                f"cannot {operation} {where} ({failure}): the endpoint is {self._client.endpoint}, and {mistake}"
+            )
+        return user_error(failure, operation, where) or storage_error(
+            failure, operation, where, attempts, endpoint=self._client.endpoint
+        )
 
     def _changed(self, key: str, expected: Stamp, found: Stamp) -> InputChangedError:
         return InputChangedError(
             f"{self.where(key)} changed since it was planned: expected {_words(expected)}; "
             f"found {_words(found)}. Restore the object, or plan again"
         )
-
-
-class _NamedSink:
-    """A sink that knows what it was given, and whose errors say which object could not be written."""
-
-    def __init__(
-        self,
-        sink: Sink,
-        sent: PartDigests | None,
-        errors: tuple[type[Exception], ...],
-        refuse: Callable[[Exception], StockflowError],
-    ) -> None:
-        self._sink, self._sent, self._errors, self._refuse = sink, sent, errors, refuse
-
-    def write(self, payload: memoryview | bytes, /) -> object:
-        if self._sent is not None:
-            self._sent.update(payload)
-        try:
-            return self._sink.write(payload)
-        except self._errors as error:
-            raise self._refuse(error) from None
-
-    def sync(self) -> None:
-        """Do nothing: what a store has taken is durable."""
 
 
 def _words(stamp: Stamp) -> str:

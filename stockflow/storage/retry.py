@@ -10,11 +10,14 @@ from typing import TypeVar
 
 from stockflow.errors import StockflowError
 from stockflow.interruption import pause
+from stockflow.storage.throttles import MAX_WAIT_S, Throttle
 
 T = TypeVar("T")
 
-Judge = Callable[[Exception, int, bool], StockflowError | None]
+Judge = Callable[[Exception, int, bool], Exception | None]
 """From (error, attempts so far, was it the last) to the error to raise, or None to try again."""
+Asked = Callable[[Exception], float | None]
+"""The seconds for which an error asks to be left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class RetryLoop:
     def __init__(self, policy: RetryPolicy) -> None:
         """Take the policy; nothing has been repeated yet."""
         self._policy = policy
+        self._throttle = Throttle()
         self._lock = threading.Lock()
         self._num_retries = 0
 
@@ -50,8 +54,23 @@ class RetryLoop:
         """Attempts that failed and were repeated."""
         return self._num_retries
 
-    def run(self, attempt: Callable[[], T], *, catch: tuple[type[Exception], ...], judge: Judge) -> T:
+    def run(
+        self,
+        attempt: Callable[[], T],
+        *,
+        catch: tuple[type[Exception], ...],
+        judge: Judge,
+        asked: Asked = lambda error: None,
+        where: str = "",
+    ) -> T:
         """Return what ``attempt`` returns, trying again as long as ``judge`` has no error to raise.
+
+        Args:
+            attempt: makes a request.
+            catch: what it raises when that fails.
+            judge: decides what a failure means.
+            asked: tells what a throttle asks for; all who share this loop wait for it, at most ``MAX_WAIT_S``.
+            where: what is asked, in words.
 
         Raises:
             InterruptedRunError: an attempt failed, and the process is asked to end.
@@ -59,16 +78,21 @@ class RetryLoop:
         deadline = time.monotonic() + self._policy.deadline_s
         for number in count(1):
             pause_s = self._policy.delay_s(number)
+            self._throttle.wait()
             try:
                 return attempt()
             except StockflowError:
                 raise
             except catch as error:
-                is_last = number >= self._policy.attempts or time.monotonic() + pause_s > deadline
+                is_over = number >= self._policy.attempts or time.monotonic() + pause_s > deadline
+                wait_s = 0.0 if is_over else asked(error) or 0.0
+                is_last = is_over or wait_s > MAX_WAIT_S or time.monotonic() + wait_s > deadline
                 refusal = judge(error, number, is_last)
                 if refusal is not None:
                     # `from None`: what a client library says may quote a URL with its query, or a signature.
                     raise refusal from None
+                if wait_s:
+                    self._throttle.obey(wait_s, where)
             with self._lock:
                 self._num_retries += 1
             pause(pause_s)

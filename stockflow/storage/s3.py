@@ -2,7 +2,7 @@
 
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -45,8 +45,19 @@ class Bucket:
 
 def endpoint_of(options: StoreOptions) -> str | None:
     """Return the address that requests go to, None for AWS's own."""
-    environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return options.endpoint or environment or None
+    return options.endpoint or os.environ.get(_endpoint_variable()) or None
+
+
+def _endpoint_variable() -> str:
+    specific, general = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
+    return specific if os.environ.get(specific) else general
+
+
+def endpoint_in_words(options: StoreOptions) -> str:
+    """Return the address that requests go to and what names it; empty for AWS's own."""
+    endpoint = endpoint_of(options)
+    named = "`endpoint` under stockflow.storage" if options.endpoint else _endpoint_variable()
+    return f"{redact(endpoint)} (from {named})" if endpoint else ""
 
 
 def is_over_http(options: StoreOptions) -> bool:
@@ -144,8 +155,8 @@ def obstore_bucket(bucket: Bucket, retries: "RetryConfig", timeouts: "ClientConf
     )
 
 
-def s3fs_filesystem(bucket: Bucket, *, attempts: int, timeout_s: float) -> Any:
-    """Return an s3fs file system for a bucket that makes each request at most ``attempts`` times.
+def s3fs_filesystem(bucket: Bucket, *, timeout_s: float) -> Any:
+    """Return an s3fs file system for a bucket that makes each request once.
 
     ``timeout_s`` is for silence, which for a body that is being sent lasts until the answer.
     """
@@ -156,7 +167,7 @@ def s3fs_filesystem(bucket: Bucket, *, attempts: int, timeout_s: float) -> Any:
         endpoint_url=bucket.endpoint,
         requester_pays=bucket.options.requester_pays,
         client_kwargs={"region_name": bucket.region} | trust(bucket),
-        config_kwargs=client_settings(bucket, attempts, timeout_s),
+        config_kwargs=client_settings(bucket, timeout_s),
         s3_additional_kwargs=encryption(bucket.options),
         fixed_upload_size=True,
         use_listings_cache=False,
@@ -167,12 +178,34 @@ def s3fs_filesystem(bucket: Bucket, *, attempts: int, timeout_s: float) -> Any:
     return filesystem
 
 
-def client_settings(bucket: Bucket, attempts: int, timeout_s: float) -> dict[str, Any]:
-    """Return how botocore makes requests to a bucket: each at most ``attempts`` times."""
+@lru_cache(maxsize=64)
+def single_requests(bucket: Bucket, timeout_s: float) -> Any:
+    """Return a botocore client that makes each request once."""
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    settings = Config(**client_settings(bucket, timeout_s))
+    if bucket.options.anonymous:
+        settings = settings.merge(Config(signature_version=UNSIGNED))
+    client = session().create_client(
+        "s3", region_name=bucket.region, endpoint_url=bucket.endpoint, config=settings, **trust(bucket)
+    )
+    if bucket.endpoint:
+        # botocore asks a redirecting store for the bucket's region, is redirected, asks again ... until the stack ends.
+        client.meta.events.register_first("needs-retry.s3", _follow_no_redirection)
+    return client
+
+
+def _follow_no_redirection(request_dict: Mapping[str, Any], **_: object) -> None:
+    request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+def client_settings(bucket: Bucket, timeout_s: float) -> dict[str, Any]:
+    """Return how botocore makes requests to a bucket: each once."""
     settings: dict[str, Any] = {
         "s3": {"addressing_style": "path" if bucket.path_style else "virtual"},
         "max_pool_connections": 64,
-        "retries": {"mode": "standard", "total_max_attempts": attempts},
+        "retries": {"mode": "standard", "total_max_attempts": 1},
         "connect_timeout": CONNECT_TIMEOUT.total_seconds(),
         "read_timeout": timeout_s,
     }
@@ -234,7 +267,7 @@ def has_md5_etags(bucket: Bucket) -> bool:
 
 def forget_session() -> None:
     """Read credentials, profile and regions again at the next use."""
-    for cached in (session, _async_session, _credentials, bucket_region):
+    for cached in (session, _async_session, _credentials, bucket_region, single_requests):
         cached.cache_clear()
 
 

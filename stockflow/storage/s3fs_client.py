@@ -2,18 +2,22 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from fsspec.asyn import sync
 
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
-from stockflow.storage.faults import Failure, WrongAnswerError
-from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
+from stockflow.storage.endpoints import endpoint_mistake
+from stockflow.storage.faults import Failure, RequestError, WrongAnswerError
+from stockflow.storage.fsspec_faults import ERRORS, failure_of
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import (
     Bucket,
+    endpoint_in_words,
+    endpoint_of,
     has_md5_etags,
     is_over_http,
     locate_bucket,
@@ -21,7 +25,8 @@ from stockflow.storage.s3 import (
     s3fs_filesystem,
 )
 from stockflow.storage.s3_pages import files_on, listing_on
-from stockflow.storage.s3_requests import S3RequestError, abort_upload, checksums_of, open_uploads, put_new_object
+from stockflow.storage.s3_requests import abort_upload, checksums_of, list_pages, open_uploads, put_new_object
+from stockflow.storage.s3fs_upload import PartsUpload
 
 
 class S3fsClient:
@@ -39,7 +44,7 @@ class S3fsClient:
         self._options = options
         self._policy = policy
         self._lock = threading.Lock()
-        self._kept: Any = None
+        self._kept: dict[float, Any] = {}
 
     @property
     def over_http(self) -> bool:
@@ -48,7 +53,7 @@ class S3fsClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return what an exception of s3fs, aiohttp or botocore says."""
-        return error.failure if isinstance(error, S3RequestError) else failure_of(error)
+        return error.failure if isinstance(error, RequestError) else failure_of(error)
 
     def stamp(self, key: str) -> Stamp:
         """Return size and ETag of an object, by HEAD."""
@@ -57,7 +62,7 @@ class S3fsClient:
         except FileNotFoundError:
             # The answer to a HEAD has no body; that of a GET says whether it is the bucket that is missing.
             return self.read(key, 0, 1, None)[1]
-        return Stamp(reply["ContentLength"], reply.get("ETag", ""))
+        return Stamp(reply["ContentLength"], _etag_of(reply))
 
     def read(self, key: str, start: int, stop: int, pinned: Stamp | None) -> tuple[memoryview, Stamp]:
         """Return one range; the server compares the ETag of ``pinned``."""
@@ -68,7 +73,7 @@ class S3fsClient:
         range_sent, _, size = reply.get("ContentRange", f"bytes 0-/{reply['ContentLength']}").rpartition("/")
         if not range_sent.startswith(f"bytes {start}-"):
             raise WrongAnswerError(f"{range_sent} came, expected {span}")
-        return memoryview(payload), Stamp(int(size), reply.get("ETag", ""))
+        return memoryview(payload), Stamp(int(size), _etag_of(reply))
 
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes of an object and its stamp."""
@@ -83,24 +88,29 @@ class S3fsClient:
 
     def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
         """Return all objects below ``folder``, or the first ones by name."""
-        pages = self._pages(self._path(folder), delimiter="")
+        pages = self._pages(self._path(folder), "", at_most)
         return dict(islice(files_on(pages, self._root), at_most))
 
     def listing(self) -> Listing:
         """Return the objects and the folders directly under the URL."""
-        return listing_on(self._pages(self._root, delimiter="/"), self._root)
+        return listing_on(self._pages(self._root, "/", None), self._root)
 
     @contextmanager
     def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
         """Upload parts one after another; leaving by an exception aborts the upload."""
-        path = f"{self._bucket}/{self._path(key)}"
-        filesystem = self._connect(self._policy.attempts, self._policy.write_timeout_s)
-        with open_uncommitted(filesystem, path, part_bytes) as file:
-            yield file
+        call = partial(self._call_on, self._connected(self._policy.write_timeout_s))
+        upload = PartsUpload(call, self._path(key), part_bytes, self._policy, self.errors, self.failure)
+        try:
+            yield upload
+            upload.finish()
+        except BaseException:
+            with suppress(*self.errors):
+                upload.abort()
+            raise
 
     def put(self, key: str, payload: bytes) -> str:
         """Write a small object in one request."""
-        return str(self._call("put_object", Key=self._path(key), Body=payload).get("ETag", ""))
+        return _etag_of(self._call("put_object", Key=self._path(key), Body=payload))
 
     def put_new(self, key: str, payload: bytes) -> str:
         """Write a small object unless there is one."""
@@ -121,6 +131,20 @@ class S3fsClient:
         """Return what S3 has kept of an object's checksums."""
         return checksums_of(self._bucket_at(), self._path(key))
 
+    @property
+    def endpoint(self) -> str:
+        """The endpoint and what names it."""
+        return endpoint_in_words(self._options)
+
+    def endpoint_mistake(self) -> str | None:
+        """Return what must be changed about the endpoint."""
+        endpoint = endpoint_of(self._options)
+        return endpoint_mistake(endpoint, f"/{self._bucket}") if endpoint else None
+
+    def asks_to_wait_s(self, key: str) -> None:
+        """Return None: errors tell."""
+        del key
+
     def uploads(self) -> Sequence[HalfWritten]:
         """Return the open multipart uploads below the URL."""
         return open_uploads(self._bucket_at(), self._root)
@@ -131,14 +155,14 @@ class S3fsClient:
 
     @property
     def _fs(self) -> Any:
-        """The connection for single requests, made once."""
-        with self._lock:
-            if self._kept is None:
-                self._kept = self._connect(1, self._policy.read_timeout_s)
-            return self._kept
+        return self._connected(self._policy.read_timeout_s)
 
-    def _connect(self, attempts: int, timeout_s: float) -> Any:
-        return s3fs_filesystem(self._bucket_at(), attempts=attempts, timeout_s=timeout_s)
+    def _connected(self, timeout_s: float) -> Any:
+        """Return the connection that waits so long for answers, made once."""
+        with self._lock:
+            if timeout_s not in self._kept:
+                self._kept[timeout_s] = s3fs_filesystem(self._bucket_at(), timeout_s=timeout_s)
+            return self._kept[timeout_s]
 
     def _bucket_at(self) -> Bucket:
         if not self._options.anonymous:
@@ -146,22 +170,25 @@ class S3fsClient:
         return locate_bucket(self._bucket, self._options)
 
     def _call(self, method: str, **arguments: object) -> Any:
-        return self._fs.call_s3(method, Bucket=self._bucket, **arguments)
+        return self._call_on(self._fs, method, **arguments)
+
+    def _call_on(self, filesystem: Any, method: str, **arguments: object) -> Any:
+        return filesystem.call_s3(method, Bucket=self._bucket, **arguments)
 
     async def _get(self, **arguments: object) -> tuple[bytes, Mapping[str, Any]]:
         reply = await self._fs._call_s3("get_object", Bucket=self._bucket, **arguments)
         async with reply["Body"] as body:
             return await body.read(), reply
 
-    def _pages(self, folder: str, *, delimiter: str) -> Iterator[Mapping[str, Any]]:
-        more: dict[str, str] = {}
-        while True:
-            prefix = f"{folder}/" if folder else ""
-            page = self._call("list_objects_v2", Prefix=prefix, Delimiter=delimiter, **more)
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+    def _pages(self, folder: str, delimiter: str, at_most: int | None) -> Sequence[Mapping[str, Any]]:
+        return list_pages(self._bucket_at(), folder, delimiter, self._policy.read_timeout_s, at_most)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")
+
+
+def _etag_of(answer: Mapping[str, Any]) -> str:
+    """Return the ETag, which S3 gives to every object: an answer without one is of something else."""
+    if not answer.get("ETag"):
+        raise WrongAnswerError("the answer has no ETag")
+    return str(answer["ETag"])

@@ -6,8 +6,11 @@ The whole matrix, and most of what goes through s3fs, belongs to ``make chaos``.
 import base64
 import hashlib
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import boto3
@@ -23,6 +26,7 @@ from stockflow.storage.objects import ObjectStore
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import Bucket, obstore_bucket
+from stockflow.storage.throttles import asked_wait_s
 from tests.fault_proxy import Fault, FaultyProxy, Step
 from tests.waiting import HANG_S
 
@@ -226,6 +230,89 @@ def test_the_range_that_comes_is_the_range_asked_for(store: RemoteStore, proxy: 
     assert store.num_retries == 1
 
 
+NONSENSE: tuple[Fault, ...] = ("html", "empty", "babble", "no-etag", "429")
+"""answers that are not those of a store, and a throttle that botocore does not repeat"""
+ASKED: dict[str, Request] = {
+    "get": lambda store, stamp: (read(store, stamp), store.read_head("a.bin", 99_999)[0])[1],
+    "head": lambda store, _: store.stamp("a.bin").size * b"x" and SMALL,
+    "list": lambda store, _: SMALL if list(store.list()) == list(store.listing().files) == ["a.bin"] else b"",
+    "put": lambda store, _: (store.put("b.bin", SMALL), store.put_new("c.bin", SMALL), SMALL)[2],
+    "create": lambda store, _: (upload(store), SMALL)[1],
+}
+
+
+@WITH_BOTH
+@pytest.mark.parametrize("step", ASKED)
+def test_nonsense_for_an_answer_is_not_believed_but_asked_again(
+    store: RemoteStore, proxy: FaultyProxy, step: Step
+) -> None:
+    stamp = store.stamp("a.bin")
+    for fault in NONSENSE:
+        proxy.fail(step, fault)
+
+        assert ASKED[step](store, stamp) == SMALL, fault
+        assert proxy.met[step, fault] == 1
+        store.delete(["b.bin", "c.bin", "big.bin"])
+
+
+@pytest.mark.parametrize("fault", [fault for fault in NONSENSE if fault != "babble"])
+@pytest.mark.parametrize("step", ["part", "complete"])
+def test_botocores_uploads_are_repeated_step_by_step(
+    proxy: FaultyProxy, s3_bucket: str, behind: Callable[[str], bytes], step: Step, fault: Fault
+) -> None:
+    """obstore repeats parts itself, and only what says that it failed."""
+    store = FsspecStore(f"s3://{s3_bucket}/run", StoreOptions(endpoint=proxy.url), QUICK)
+    proxy.fail(step, fault, times=2)
+
+    upload(store)
+
+    assert behind("big.bin") == LARGE
+
+
+def test_an_answer_that_is_nonsense_to_obstores_upload_is_one_attempt(store: RemoteStore, proxy: FaultyProxy) -> None:
+    proxy.fail("part", "html")
+
+    with pytest.raises(StorageError, match=r"after 1 attempt: .*ETag.*run again to resume"):
+        upload(store)
+
+
+@WITH_BOTH
+def test_a_throttle_that_says_how_long_is_obeyed_with_one_line(
+    store: RemoteStore, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    stamp = store.stamp("a.bin")
+    proxy.told["wait"] = (("Retry-After", "1"),)
+    proxy.fail("get", "wait", times=2)
+    proxy.fail("head", "wait", times=2)
+    started = time.monotonic()
+
+    assert read(store, stamp) == SMALL[5:4005]
+
+    assert time.monotonic() - started > 0.9
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{store.url} asks to wait 1 s before it is asked again"
+    ]
+
+
+@WITH_BOTH
+def test_a_throttle_that_asks_for_too_much_ends_at_once(store: RemoteStore, proxy: FaultyProxy) -> None:
+    proxy.told["wait"] = (("RateLimit", '"default";r=0;t=3600'),)
+    proxy.fail("head", "wait", times=2)
+
+    with pytest.raises(StorageError, match=r"after 1 attempt: HTTP 429 .*it asks to wait 3,600 s"):
+        store.stamp("a.bin")
+
+
+def test_what_headers_ask_for_is_read_in_every_form() -> None:
+    in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+
+    assert 58 < (asked_wait_s({"Retry-After": in_a_minute}) or 0) <= 60
+    assert asked_wait_s({"retry-after": "7"}) == asked_wait_s({"RateLimit-Reset": "7"}) == 7
+    assert asked_wait_s({"RateLimit": "limit=10, remaining=0, reset=7"}) == 7
+    assert asked_wait_s({"RateLimit": '"default";r=5;t=7'}) is None
+    assert asked_wait_s({"Retry-After": "soon"}) is asked_wait_s({}) is None
+
+
 # What does not pass
 
 
@@ -306,11 +393,14 @@ def test_a_byte_that_flips_in_a_part_is_an_error(store: RemoteStore, proxy: Faul
 
 
 @WITH_BOTH
-def test_a_byte_that_flips_in_an_upload_of_one_request_is_an_error(store: RemoteStore, proxy: FaultyProxy) -> None:
+def test_a_byte_that_flips_in_an_upload_of_one_request_is_mended(
+    store: RemoteStore, proxy: FaultyProxy, behind: Callable[[str], bytes]
+) -> None:
     proxy.fail("PUT", "flip")
 
-    with pytest.raises(StorageError, match=r"run/big\.bin is not what was sent"):
-        upload(store, SMALL)
+    upload(store, SMALL)
+
+    assert (behind("big.bin"), store.num_retries) == (SMALL, 1)
 
 
 @WITH_BOTH

@@ -1,12 +1,15 @@
 """What only an object store can do wrong, through both clients: faults, rights, regions, weaker promises."""
 
+import http.server
 import logging
 import ssl
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import boto3
 import pytest
@@ -88,7 +91,7 @@ def test_a_failed_read_is_repeated_and_counted(store: RemoteStore, proxy: Faulty
     assert PAYLOAD[5:4005] == read(store, "a.bin", 5, 4000, stamp)
     # aiohttp repeats once on its own when a kept connection is reset, and cannot be told not to.
     assert store.num_retries in ({1, 2} if fault == "reset" and isinstance(store, FsspecStore) else {2})
-    assert len(proxy.requests) == 3
+    assert [request.partition(" ")[0] for request in proxy.requests].count("GET") == 3
 
 
 def test_a_store_that_keeps_failing_is_given_up(store: RemoteStore, proxy: FaultyProxy) -> None:
@@ -324,7 +327,107 @@ def test_a_private_authority_is_trusted_when_named(
             opener(f"s3://{s3_bucket}", endpoint=server.url).stamp("a.bin")
 
 
+def test_an_endpoint_of_the_other_kind_is_told_with_what_to_write(
+    opener: Opener, s3_endpoint: str, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = replace(QUICK, attempts=2, read_timeout_s=1.0)
+    with FaultyProxy(s3_endpoint, tls=_self_signed(tmp_path / "ca.pem")) as server:
+        open_one = opener(f"s3://{s3_bucket}", quick, endpoint=server.url.replace("https:", "http:"))
+        with pytest.raises(RecipeError, match=rf"`endpoint` under .*, and it speaks TLS: write {server.url}"):
+            open_one.stamp("a.bin")
+
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint.replace("http:", "https:"))
+        with pytest.raises(RecipeError, match=r"from AWS_ENDPOINT_URL\), and it answers, but not by TLS"):
+            opener(f"s3://{s3_bucket}", quick).list()
+
+
+def test_an_endpoint_that_redirects_is_refused_by_the_name_it_gives(store: RemoteStore, proxy: FaultyProxy) -> None:
+    proxy.told["moved"] = (("Location", "http://127.0.0.1:9/secret?token=1"),)
+    for step in ("get", "list", "put"):
+        proxy.fail(step, "moved", times=99)
+        proxy.fail("head", "moved", times=99)
+        with pytest.raises(RecipeError, match=r"redirects to http://127\.0\.0\.1:9, which is not followed") as caught:
+            {"get": lambda: store.read_head("a", 9), "list": store.list, "put": lambda: store.put("a", b"")}[step]()
+        assert "secret" not in str(caught.value)
+        proxy.faults.clear()
+
+
+def test_an_endpoint_that_breaks_every_connection_is_named_with_what_named_it(
+    opener: Opener, proxy: FaultyProxy, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+    for step in ("get", "head", "list"):
+        proxy.fail(step, "reset", times=99)
+
+    for request in (lambda store: store.stamp("a"), lambda store: store.read_head("a", 1), lambda store: store.list()):
+        with pytest.raises(StorageError, match=rf"the endpoint is {proxy.url} \(from AWS_ENDPOINT_URL_S3\)"):
+            request(opener(f"s3://{s3_bucket}/run", replace(QUICK, attempts=2)))
+
+
+def test_a_clock_that_is_wrong_is_called_so(store: RemoteStore, proxy: FaultyProxy) -> None:
+    proxy.fail("list", "skewed")
+
+    with pytest.raises(AccessDeniedError, match=r"this machine's clock says 20.* UTC, too far from the store's"):
+        store.list()
+
+
 # Over plain HTTP, as any other scheme of fsspec
+
+
+class _Redirecting(http.server.BaseHTTPRequestHandler):
+    """Sends every request of a name on to a place."""
+
+    places: ClassVar = {
+        "circle": "circle",
+        "file": "file:///etc/passwd",
+        "ftp": "ftp://127.0.0.1/a",
+        "link": "http://169.254.169.254/latest/meta-data",
+        "named": "http://[fe80::1]/a",
+    }
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.places[self.path.split("/")[1]])
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+ASKS: tuple[Callable[[RemoteStore], object], ...] = (
+    lambda store: store.stamp("a"),
+    lambda store: store.read_head("a", 9),
+    lambda store: store.listing(),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("circle", "redirects more than 5 times"),
+        ("file", r"scheme than http and https \(file\)"),
+        ("ftp", r"scheme than http and https \(ftp\)"),
+        ("link", "redirects to 169.254.169.254, an address of this machine's own link"),
+        ("named", "redirects to fe80::1, an address"),
+    ],
+)
+def test_a_redirection_to_nowhere_good_is_refused_at_once(name: str, told: str) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Redirecting) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_address[1]}/{name}"
+        for ask in (
+            lambda store: store.stamp("a"),
+            lambda store: store.read_head("a", 9),
+            lambda store: store.listing(),
+        ):
+            store = FsspecStore(place, StoreOptions(), RetryPolicy())
+            with pytest.raises(RecipeError, match=told):
+                ask(store)
+            assert store.num_retries == 0
+        server.shutdown()
 
 
 def test_a_web_server_is_read_by_ranges(s3_endpoint: str, s3_bucket: str) -> None:

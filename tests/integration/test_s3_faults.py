@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -11,7 +12,7 @@ import boto3
 import pytest
 import yaml
 
-from stockflow.errors import AccessDeniedError, StorageError
+from stockflow.errors import AccessDeniedError, InputChangedError, StorageError
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.recipe import load_recipe
 from stockflow.run import places
@@ -182,8 +183,31 @@ def test_a_merge_under_every_fault_at_once_gives_the_same_digests(
     assert all("run again to resume" in failure for failure in failures)
 
 
-_FINAL = {"501", "expired", "denied", "elsewhere", "pass", "flip"}
+_FINAL = {"501", "expired", "denied", "elsewhere", "skewed", "moved", "gone", "wrong-etag", "pass", "flip"}
 """what says no, not now"""
+
+
+def test_a_listing_that_lags_behind_ends_no_merge(place: Place, digests: dict[str, str]) -> None:
+    """Nothing that a run writes is listed before it ends, and what it wrote is missing when it is first asked for."""
+    place.proxy.listing_lag_s = 600.0
+    place.proxy.fail("head", "gone", times=2)
+
+    assert digests == shards(place.merge())
+    assert place.proxy.met["head", "gone"] == 2
+
+
+def test_an_etag_that_was_wrong_while_planning_leaves_no_claim(place: Place, digests: dict[str, str]) -> None:
+    inputs = Inputs.open(load_recipe(str(place.recipe)))
+    files = inputs.checkpoints[1].files
+    wrong = {file: replace(stamp, version='"0"') for file, stamp in files.items()}
+    inputs.checkpoints[1] = replace(inputs.checkpoints[1], files=wrong)
+    options = MergeOptions(1024 * MIB + grown_bytes(), 2, "cpu", SHARD_SIZE)
+
+    with pytest.raises(InputChangedError):
+        merge(inputs, place.output, options, places.in_this_process)
+
+    assert place.found().list() == {}
+    assert digests == shards(place.merge())
 
 
 # What does not pass
