@@ -5,8 +5,10 @@ here. Source: APPNOTE.TXT 6.3.10 of PKWARE, sections 4.3 and 4.5.3.
 """
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from stockflow.errors import CheckpointError
@@ -51,32 +53,46 @@ class _Entry(NamedTuple):
     """where its own header begins"""
 
 
-class _Archive:
-    def __init__(self, store: Store, key: str, stamp: Stamp) -> None:
-        self._store, self._key, self._stamp = store, key, stamp
-        self.where = store.where(key)
-        self.size = stamp.size
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """A zip archive: a file, or a part of one."""
 
-    def read(self, start: int, num_bytes: int) -> bytes:
-        buffer = bytearray(num_bytes)
-        self._store.read_into(self._key, start, memoryview(buffer), self._stamp)
-        return bytes(buffer)
+    where: str
+    """names it in messages"""
+    size: int
+    """in bytes"""
+    read: Callable[[int, int], bytes]
+    """returns so many bytes from a place in it"""
 
     def damaged(self, what: str) -> CheckpointError:
+        """Return what to raise."""
         return CheckpointError(f"{self.where} is a damaged zip archive: {what}; fetch it again, or write it again")
 
 
-def read_members(store: Store, key: str, stamp: Stamp) -> Mapping[str, Member]:
+def file_archive(store: Store, key: str, stamp: Stamp) -> Archive:
+    """Return a whole file as an archive."""
+
+    def read(start: int, num_bytes: int) -> bytes:
+        buffer = bytearray(num_bytes)
+        store.read_into(key, start, memoryview(buffer), stamp)
+        return bytes(buffer)
+
+    return Archive(store.where(key), stamp.size, read)
+
+
+def members_of(archive: Archive, tail_bytes: int = TAIL_BYTES) -> Mapping[str, Member]:
     """Return the members of an archive by name, in the order of their bytes.
+
+    Args:
+        archive: what to read.
+        tail_bytes: of its end, that are read at first.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    archive = _Archive(store, key, stamp)
-    entries, end = _read_directory(archive)
+    entries, end = _read_directory(archive, tail_bytes)
     entries.sort(key=lambda entry: entry.header)
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        starts = [each for found in pool.map(lambda group: _starts(archive, group), _near(entries)) for each in found]
+    starts = [each for found in _on_threads(partial(_starts, archive), list(_near(entries))) for each in found]
     _check_apart(archive, entries, starts, end)
     members = {
         _text(archive, entry): Member(at, entry.size, entry.is_stored)
@@ -87,9 +103,17 @@ def read_members(store: Store, key: str, stamp: Stamp) -> Mapping[str, Member]:
     return members
 
 
-def _read_directory(archive: _Archive) -> tuple[list[_Entry], int]:
+def _on_threads(read: Callable[[list[_Entry]], list[int]], groups: list[list[_Entry]]) -> Iterable[list[int]]:
+    if len(groups) < 2:
+        return map(read, groups)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        return list(pool.map(read, groups))
+
+
+def _read_directory(archive: Archive, tail_bytes: int) -> tuple[list[_Entry], int]:
     """Return what the directory lists, and where it begins."""
-    tail = archive.read(archive.size - min(TAIL_BYTES, archive.size), min(TAIL_BYTES, archive.size))
+    num_read = min(tail_bytes, archive.size)
+    tail = archive.read(archive.size - num_read, num_read)
     count, num_bytes, start = _find_directory(archive, tail)
     if num_bytes > MAX_DIRECTORY_BYTES:
         raise archive.damaged(f"its directory claims {num_bytes:,} bytes, and {MAX_DIRECTORY_BYTES:,} are read")
@@ -103,7 +127,7 @@ def _read_directory(archive: _Archive) -> tuple[list[_Entry], int]:
     return entries, start
 
 
-def _find_directory(archive: _Archive, tail: bytes) -> tuple[int, int, int]:
+def _find_directory(archive: Archive, tail: bytes) -> tuple[int, int, int]:
     """Return how many members the directory lists, its size, and where it begins."""
     place = tail.rfind(b"PK\5\6")
     if place < 0 or len(tail) - place < _END.size:
@@ -126,7 +150,7 @@ def _find_directory(archive: _Archive, tail: bytes) -> tuple[int, int, int]:
     return wide_count, wide_bytes, wide_start
 
 
-def _entries(archive: _Archive, directory: bytes) -> Iterator[_Entry]:
+def _entries(archive: Archive, directory: bytes) -> Iterator[_Entry]:
     at = 0
     while at < len(directory):
         if directory[at : at + 4] != b"PK\1\2" or at + _ENTRY.size > len(directory):
@@ -144,7 +168,7 @@ def _entries(archive: _Archive, directory: bytes) -> Iterator[_Entry]:
         yield _Entry(name, packed, method, is_stored, header)
 
 
-def _of_64_bits(archive: _Archive, extra: bytes, fields: Sequence[int]) -> list[int]:
+def _of_64_bits(archive: Archive, extra: bytes, fields: Sequence[int]) -> list[int]:
     """Return fields with those that do not fit in 32 bits taken from the extra field, where they lie in this order."""
     at = 0
     while at + 4 <= len(extra):
@@ -170,7 +194,7 @@ def _near(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
         yield group
 
 
-def _starts(archive: _Archive, group: Sequence[_Entry]) -> list[int]:
+def _starts(archive: Archive, group: Sequence[_Entry]) -> list[int]:
     """Return where the data of members begin: behind their own headers, whose padding the directory does not tell."""
     first, last = group[0].header, group[-1]
     stop = last.header + _LOCAL.size + len(last.name)
@@ -180,7 +204,7 @@ def _starts(archive: _Archive, group: Sequence[_Entry]) -> list[int]:
     return [_start(archive, entry, payload[entry.header - first :][: _LOCAL.size + len(entry.name)]) for entry in group]
 
 
-def _start(archive: _Archive, entry: _Entry, header: bytes) -> int:
+def _start(archive: Archive, entry: _Entry, header: bytes) -> int:
     fields = _LOCAL.unpack_from(header)
     name_bytes, extra_bytes = int(fields[9]), int(fields[10])
     if fields[0] != b"PK\3\4" or fields[3] != entry.method or header[_LOCAL.size :][:name_bytes] != entry.name:
@@ -188,7 +212,7 @@ def _start(archive: _Archive, entry: _Entry, header: bytes) -> int:
     return entry.header + _LOCAL.size + name_bytes + extra_bytes
 
 
-def _check_apart(archive: _Archive, entries: Sequence[_Entry], starts: Sequence[int], end: int) -> None:
+def _check_apart(archive: Archive, entries: Sequence[_Entry], starts: Sequence[int], end: int) -> None:
     """Refuse members that overlap, or reach into the directory."""
     limits = [*(entry.header for entry in entries[1:]), end]
     for entry, start, limit in zip(entries, starts, limits, strict=True):
@@ -196,7 +220,7 @@ def _check_apart(archive: _Archive, entries: Sequence[_Entry], starts: Sequence[
             raise archive.damaged(f"the member {shown(entry.name.decode(errors='replace'))} overlaps what follows it")
 
 
-def _text(archive: _Archive, entry: _Entry) -> str:
+def _text(archive: Archive, entry: _Entry) -> str:
     try:
         return entry.name.decode()
     except UnicodeDecodeError:

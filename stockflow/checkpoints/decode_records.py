@@ -1,15 +1,16 @@
 """Decodes as plans record them: plain JSON, and back, held against what a decode may be."""
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from stockflow.checkpoints.adapter_decodes import Added, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, plain
 from stockflow.checkpoints.header import DTYPES
+from stockflow.checkpoints.joined import Joined
 
 _KINDS: dict[str, Any] = {
-    "blocks": BlockScaled, "groups": GroupScaled,
+    "blocks": BlockScaled, "groups": GroupScaled, "joined": Joined,
     "low_rank": LowRank, "lengths": Lengths, "added": Added, "rows": ReplacedRows,
 }  # fmt: skip
 MAX_DEPTH = 8
@@ -20,6 +21,7 @@ def described(decode: Decode) -> object:
     """Return a decode as plain JSON: the word for its kind and its fields; of plain numbers, their dtype."""
     if isinstance(decode, Plain):
         return decode.dtype
+    decode = replace(decode, is_verbatim=False) if isinstance(decode, Joined) else decode  # a copy says that itself
     word = next(word for word, kind in _KINDS.items() if isinstance(decode, kind))
     values = [getattr(decode, each.name) for each in fields(_KINDS[word])]
     return [word, *(described(value) if each.name == "inner" else value for each, value in _named(word, values))]

@@ -23,8 +23,7 @@ _TO_SAFETENSORS = "convert it: load it with transformers and `save_pretrained(fo
 _FORMATS: tuple[tuple[str, str], ...] = (
     (
         r".+\.distcp",
-        "of PyTorch's distributed checkpoints (DCP), which are not read yet; make one file of them "
-        "(`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`) and convert that",
+        "of a distributed checkpoint of PyTorch (DCP), and its .metadata is not there; fetch it",
     ),
     (r".+\.gguf", "GGUF, which is for inference and lost precision; take the model it was made from"),
     (
@@ -160,8 +159,8 @@ def _sharded_training(place: _Place) -> Iterator[str]:
     parts = [name for name in place.folders if name.startswith("pytorch_model_fsdp")]
     if parts:
         yield (
-            f"{in_a_line(parts[0])} holds the weights in FSDP's parts; gather them with "
-            f"`{command_line('accelerate', 'merge-weights', place.store.where(parts[0]))} OUTPUT`"
+            f"{in_a_line(parts[0])} holds the weights in FSDP's parts; name it, {place.store.where(parts[0])}, or "
+            f"gather them with `{command_line('accelerate', 'merge-weights', place.store.where(parts[0]))} OUTPUT`"
         )
 
 

@@ -49,6 +49,11 @@ DTYPES: dict[str, Dtype] = {name: Dtype(name, *key) for key, names in _NAMES.ite
 """Every dtype of the format, by its name in a header."""
 
 
+def width_of(dtype: str) -> int:
+    """Return the bytes of an element, of dtypes that fill whole ones."""
+    return DTYPES[dtype].bits // 8
+
+
 class TensorSpec(NamedTuple):
     """Name, element type and shape of one tensor."""
 

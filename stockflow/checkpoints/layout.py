@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple, TypeVar, cast
 
 from stockflow.checkpoints import torch_files
+from stockflow.checkpoints.archives import file_archive
 from stockflow.checkpoints.disguises import disguise_of
 from stockflow.checkpoints.header import (
     LENGTH_BYTES,
@@ -16,6 +18,7 @@ from stockflow.checkpoints.header import (
     header_bytes,
     parse_header,
 )
+from stockflow.checkpoints.joined import Joined
 from stockflow.errors import CheckpointError, HeaderError, NotFoundError
 from stockflow.storage import Stamp, Store
 from stockflow.text.strictjson import shown
@@ -31,6 +34,26 @@ class Extent(NamedTuple):
     file: str
     start: int
     """absolute byte offset in the file"""
+
+
+class Pieces(NamedTuple):
+    """How a tensor lies in several runs of bytes, one after the other."""
+
+    decode: Joined
+    extents: tuple[Extent, ...]
+
+    def part(self, start: int, stop: int) -> "Pieces":
+        """Return how a run of its elements lies."""
+        width = self.decode.width
+        runs = list(self.decode.within(start, stop))
+        extents = [self.extents[number] for number, _, _ in runs]
+        return Pieces(
+            Joined(self.decode.dtype, tuple(accumulate(last - first for _, first, last in runs))),
+            tuple(
+                extent._replace(start=extent.start + width * first)
+                for extent, (_, first, _) in zip(extents, runs, strict=True)
+            ),
+        )
 
 
 Found = TypeVar("Found")
@@ -152,7 +175,7 @@ def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) ->
 
 
 def _read_torch_file(store: Store, file: str, head: bytes, stamp: Stamp, cache: HeaderCache) -> FileContents:
-    said = torch_files.describe(store, file, head, stamp)
+    said = torch_files.describe(file_archive(store, file, stamp), head)
     return cache.parse(said, folder_of(file), lambda: torch_files.contents_of(said, store.where(file)))
 
 

@@ -17,11 +17,12 @@ from stockflow.checkpoints.adapter_names import BaseNames
 from stockflow.checkpoints.adapters import WithBase, base_named, read_adapter
 from stockflow.checkpoints.beside import look_beside
 from stockflow.checkpoints.candidates import chosen_of, groups_of
+from stockflow.checkpoints.chunks import is_distributed, read_distributed
 from stockflow.checkpoints.documents import find_json, read_json
 from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.heads import untied
-from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, unheard
+from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, Pieces, unheard
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
 from stockflow.checkpoints.pipelines import PIPELINE_FILE, find_pipeline, pipeline_remark
 from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
@@ -32,6 +33,7 @@ from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weigh
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
 from stockflow.storage import JoinedStore, Listing, LocalStore, Stamp, Store, key_of_adapter
 from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
 
 CONFIG_FILE = "config.json"
 
@@ -70,6 +72,8 @@ class Checkpoint:
     """whether its bytes travel without TLS"""
     stored: Mapping[str, Stored] = field(default_factory=dict)
     """the tensors that are quantised"""
+    joined: Mapping[str, Pieces] = field(default_factory=dict)
+    """the tensors that lie in several runs of bytes, one after the other"""
     static_scales: tuple[str, ...] = ()
     """names of fixed scales of activations"""
 
@@ -96,7 +100,8 @@ def open_checkpoint(
     tree = _without_others(list_tree(store, listing), only)
     modules = _modules(store, tree)
     group = None if modules.document else chosen_of(groups_of(listing.files, only), only)
-    if group is None and not modules.weights:
+    is_in_shards = group is None and not modules.weights and not only and is_distributed(listing.files)
+    if group is None and not modules.weights and not is_in_shards:
         raise NotFoundError(nothing_here(store, listing.files, listing.folders))
     config = read_json(store, CONFIG_FILE, MAX_CONFIG_BYTES) if CONFIG_FILE in tree.files else None
     settled: set[str] = set()
@@ -105,9 +110,10 @@ def open_checkpoint(
         settled.update([name] if is_settled(name) else [])
         return name in settled
 
-    weights = read_weights(Folder(store, tree.files, config, cache, on_file, is_known), group, modules.weights)
+    folder = Folder(store, tree.files, config, cache, on_file, is_known)
+    weights = read_distributed(folder) if is_in_shards else read_weights(folder, group, modules.weights)
     beside = look_beside(store, tree, modules, config, weights.specs.keys(), weights.files.keys())
-    values = read_values(store, weights, config, cache)
+    values = read_values(store, weights.in_one_run, config, cache)
     tensors = _tensors(weights, values, config, cache, store.where())
     return Checkpoint(
         url=store.url,
@@ -122,6 +128,7 @@ def open_checkpoint(
         missing_files=beside.missing,
         values=values,
         stored=tensors.stored,
+        joined=weights.joined,
         static_scales=tensors.static_scales,
         settled=frozenset(settled),
         over_http=store.over_http,
@@ -150,6 +157,8 @@ def _opened(store: Store, cache: HeaderCache, on_file: OnFile, is_settled: IsSet
 
 def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_file: OnFile) -> Checkpoint:
     """Return a checkpoint with what an adapter makes of it; what is equal of both is one object."""
+    if base.joined:
+        raise CheckpointError(f"{base.url} has tensors in shards, to which no adapter is added; make safetensors of it")
     adapter = read_adapter(store.adapter, cache, on_file)
     names = cache.found(base.specs, BaseNames)
     made = adapted(Ground(store.model.where(), base.specs, base.stored, names, base.config), adapter)
@@ -187,10 +196,14 @@ def _tensors(
         for spec in cache.found(weights.specs, sized_by)
         if (numbers := as_numbers(values.data.get(weights.extents[spec.name], b""), spec.dtype)) is not None
     }
-    return cache.shared(
+    tensors = cache.shared(
         (id(weights.specs), hints_of(config), tuple(shapes.items())),
         lambda: tensors_of(weights.specs, hints_of(config), shapes, where),
     )
+    for name, stored in tensors.stored.items() if weights.joined else ():
+        if any(part.name in weights.joined for part in stored.parts):
+            raise CheckpointError(f"{where}: {shown(name)} is quantised and in shards, which is not read; join them")
+    return tensors
 
 
 def _extents(weights: Weights, tensors: Tensors) -> Mapping[str, Extent]:

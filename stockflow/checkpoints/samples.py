@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stockflow.checkpoints.decodes import plain
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.kernels.arrays import Floats
@@ -67,12 +68,16 @@ def _spread(specs: list[TensorSpec], count: int) -> list[TensorSpec]:
 
 
 def _sample(store: Store, checkpoint: Checkpoint, spec: TensorSpec) -> Sample:
-    extent, width = checkpoint.extents[spec.name], spec.num_bytes // spec.num_elems
     count = min(SAMPLE_ELEMS, spec.num_elems)
-    buffer = bytearray(count * width)
-    start = extent.start + (spec.num_elems - count) // 2 * width
-    store.read_into(extent.file, start, memoryview(buffer), checkpoint.files[extent.file])
-    return Sample(spec.name, bytes(buffer), _as_floats(bytes(buffer), spec.dtype))
+    start = (spec.num_elems - count) // 2
+    decode, extents = checkpoint.joined.get(spec.name) or (plain(spec.dtype), (checkpoint.extents[spec.name],))
+    payload = b""
+    for extent, (first, last) in zip(extents, decode.ranges(spec.shape, start, start + count), strict=True):
+        buffer = bytearray(last - first)
+        if buffer:
+            store.read_into(extent.file, extent.start + first, memoryview(buffer), checkpoint.files[extent.file])
+            payload += buffer
+    return Sample(spec.name, payload, _as_floats(payload, spec.dtype))
 
 
 def _as_floats(payload: bytes, dtype: str) -> Floats:

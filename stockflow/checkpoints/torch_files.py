@@ -7,12 +7,11 @@ range like those of safetensors. Source: ``torch/serialization.py`` and ``torch/
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from stockflow.checkpoints.archives import Member, read_members
+from stockflow.checkpoints.archives import TAIL_BYTES, Archive, Member, members_of
 from stockflow.checkpoints.disguises import disguise_of
-from stockflow.checkpoints.header import DTYPES, MAX_INTEGER, FileContents, PlacedTensor, TensorSpec, is_text
+from stockflow.checkpoints.header import MAX_INTEGER, FileContents, PlacedTensor, TensorSpec, is_text, width_of
 from stockflow.checkpoints.pickles import Global, Made, Pairs, Persistent, read_pickle
 from stockflow.errors import CheckpointError
-from stockflow.storage import Stamp, Store
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
@@ -34,6 +33,15 @@ _DTYPES = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "uint16": "U16", "uint32": "U32", "uint64": "U64",
 }  # fmt: skip
 """of tensors that are saved with the bytes of a storage without a dtype"""
+_BY_NAME = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64", **_DTYPES,
+}  # fmt: skip
+_OTHERS = ("complex32", "complex128", "qint8", "quint8", "qint32", "quint4x2", "quint2x4", "float4_e2m1fn_x2")
+"""which safetensors do not have, or not under a name"""
+DTYPES = frozenset(Global("torch", name) for name in (*_BY_NAME, *_OTHERS))
+"""What PyTorch calls element types."""
+SIZE = Global("torch", "Size")
 _UNTYPED = Global("torch.storage", "UntypedStorage")
 _REBUILD = Global("torch._utils", "_rebuild_tensor")
 _REBUILD_2 = Global("torch._utils", "_rebuild_tensor_v2")
@@ -45,7 +53,7 @@ _PARAMETERS = (
 ALLOWED = frozenset(
     {
         Global("collections", "OrderedDict"),
-        Global("torch", "Size"),
+        SIZE,
         _UNTYPED,
         _REBUILD,
         _REBUILD_2,
@@ -73,22 +81,21 @@ def is_torch_file(name: str) -> bool:
     return name.endswith(SUFFIX)
 
 
-def describe(store: Store, key: str, head: bytes, stamp: Stamp) -> Description:
+def describe(archive: Archive, head: bytes, tail_bytes: int = TAIL_BYTES) -> Description:
     """Return pickle and members of a file.
 
     Args:
-        store: where it lies.
-        key: its name there.
+        archive: where it lies.
         head: its first bytes.
-        stamp: its state.
+        tail_bytes: of its end, that are read at first.
 
     Raises:
         CheckpointError: it is of before PyTorch 1.6, something else, damaged, or its bytes are in another order.
     """
-    where = store.where(key)
+    where = archive.where
     if not head.startswith(b"PK\3\4"):
-        raise CheckpointError(f"{where} {_not_a_zip(head, stamp.size)}")
-    members = read_members(store, key, stamp)
+        raise CheckpointError(f"{where} {_not_a_zip(head, archive.size)}")
+    members = members_of(archive, tail_bytes)
     folder = _folder_of(members, where)
     _refuse_packed(members, where)
 
@@ -96,11 +103,7 @@ def describe(store: Store, key: str, head: bytes, stamp: Stamp) -> Description:
         start, size, _ = members.get(f"{folder}/{name}", Member(0, 0))
         if size > most:
             raise CheckpointError(f"{where}: its {name} has {size:,} bytes, and at most {most:,} are read; {_SPLIT}")
-        if start + size <= len(head):
-            return head[start : start + size]
-        payload = bytearray(size)
-        store.read_into(key, start, memoryview(payload), stamp)
-        return bytes(payload)
+        return head[start : start + size] if start + size <= len(head) else archive.read(start, size)
 
     order = read("byteorder", 64)
     if order not in (b"", b"little"):
@@ -125,6 +128,21 @@ def contents_of(description: Description, where: str) -> FileContents:
     _refuse_scattered(views, where)
     placed = [_placed(name, view, members, where) for name, view in views.items()]
     return FileContents(sorted(placed, key=lambda each: each.start), others)
+
+
+def lone_tensor(archive: Archive, head: bytes, tail_bytes: int, name: str) -> PlacedTensor:
+    """Return the only tensor of a file that holds no mapping.
+
+    Raises:
+        CheckpointError: as ``describe`` and ``contents_of``.
+    """
+    described = describe(archive, head, tail_bytes)
+    found = read_pickle(described.pickle, ALLOWED, MAX_STEPS, archive.where)
+    if not isinstance(found, Made):
+        raise CheckpointError(f"{archive.where}: expected the tensor {shown(name)}, found none; {_AGAIN}")
+    view = _view(name, found, archive.where)
+    _refuse_scattered({name: view}, archive.where)
+    return _placed(name, view, dict(described.members), archive.where)
 
 
 def _not_a_zip(head: bytes, size: int) -> str:
@@ -202,8 +220,8 @@ def _rebuilt(made: Made) -> _View:
     if kind != "storage" or not isinstance(key, str):
         raise ValueError
     dtype = _dtype_of(storage_type, made.args[6] if made.by == _REBUILD_3 else storage_type)
-    width = 1 if storage_type == _UNTYPED else DTYPES[dtype].bits // 8
-    (offset, length), shape, strides = _sizes((offset, length)), _sizes(shape), _sizes(strides)
+    width = 1 if storage_type == _UNTYPED else width_of(dtype)
+    (offset, length), shape, strides = sizes_of((offset, length)), sizes_of(shape), sizes_of(strides)
     if len(shape) != len(strides):
         raise ValueError
     return _View(key, length * width, dtype, offset, shape, strides)
@@ -218,8 +236,17 @@ def _dtype_of(storage: object, dtype: object) -> str:
     return names[dtype.name]
 
 
-def _sizes(values: object) -> tuple[int, ...]:
-    """Return what are plain sizes."""
+def dtype_of(name: str) -> str | None:
+    """Return what safetensors call a dtype of PyTorch; None if they do not have it."""
+    return _BY_NAME.get(name)
+
+
+def sizes_of(values: object) -> tuple[int, ...]:
+    """Return what are plain sizes, of ``torch.Size`` too.
+
+    Raises:
+        ValueError: they are none.
+    """
     if isinstance(values, Made):  # torch.Size
         (values,) = values.args
     if not isinstance(values, tuple | list) or len(values) > MAX_DIMENSIONS:
@@ -256,7 +283,7 @@ def _is_run(view: _View) -> bool:
 def _placed(name: str, view: _View, members: Mapping[str, Member], where: str) -> PlacedTensor:
     spec = TensorSpec(name, view.dtype, view.shape)
     member = members.get(view.storage)
-    start = view.offset * DTYPES[view.dtype].bits // 8
+    start = view.offset * width_of(view.dtype)
     if member is None or view.storage_bytes > member.size or start + spec.num_bytes > view.storage_bytes:
         held = "is not there" if member is None else f"has {member.size:,} bytes"
         raise CheckpointError(

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from stockflow.checkpoints.candidates import DIFFUSION_STEM, SUFFIXES, Group
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.heads import aliases_of
 from stockflow.checkpoints.index import lines_of, mismatch_of, missing_files, read_index
-from stockflow.checkpoints.layout import Extent, HeaderCache, Homes, OnFile, read_header
+from stockflow.checkpoints.layout import Extent, HeaderCache, Homes, OnFile, Pieces, read_header
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store
 from stockflow.text.escaping import in_a_line
@@ -55,6 +55,15 @@ class Weights:
     files: Mapping[str, Stamp]
     """the files they lie in, and the index that was read"""
     remarks: tuple[Remark, ...] = ()
+    joined: Mapping[str, Pieces] = field(default_factory=dict)
+    """the tensors that lie in several runs of bytes"""
+
+    @property
+    def in_one_run(self) -> "Weights":
+        """The same without tensors that lie in several runs."""
+        if not self.joined:
+            return self
+        return replace(self, specs={name: spec for name, spec in self.specs.items() if name not in self.joined})
 
 
 def read_weights(folder: Folder, group: Group | None, of_modules: Sequence[str]) -> Weights:
@@ -100,7 +109,7 @@ def _read(folder: Folder, files: Sequence[str], homes: Homes | None = None) -> W
     headers = {file: contents.tensors for file, (contents, _) in found.items()}
     others = [name for contents, _ in found.values() for name in contents.others]
     layout = folder.cache.collect(folder.where, headers, homes or {})
-    remarks = [*_on_doubled(folder, layout.doubled), *_on_others(folder, others)]
+    remarks = [*_on_doubled(folder, layout.doubled), *others_remark(folder, others)]
     return Weights(layout.specs, layout.extents, {file: stamp for file, (_, stamp) in found.items()}, tuple(remarks))
 
 
@@ -127,17 +136,17 @@ def _true_one(folder: Folder, group: Group, homes: Homes) -> Weights:
     others = in_a_line(group.index) if group.index else f"the {len(group.complete)} numbered files"
     if _is_hollow(single, sharded):
         text = f"{folder.where}/{in_a_line(group.single)} has tensors of no elements where the shards have some: "
-        return _with(sharded, _chosen(folder, f"{text}a stray placeholder; {others} is read", "warning"))
+        return _with(sharded, chosen(folder, f"{text}a stray placeholder; {others} is read", "warning"))
     if _is_hollow(sharded, single):
         text = f"{folder.where}: the shards have tensors of no elements where {in_a_line(group.single)} has some"
-        return _with(single, _chosen(folder, f"{text}; that file is read", "warning"))
+        return _with(single, chosen(folder, f"{text}; that file is read", "warning"))
     if single.specs != sharded.specs:
         return _with(single, _ambiguity(folder, group, others, single, sharded, _difference(single, sharded)))
     if name := _first_difference(folder.store, single, sharded):
         why = f"names, shapes and dtypes are equal, and the numbers of {shown(name)} are not"
         return _with(single, _ambiguity(folder, group, others, single, sharded, why))
     text = f"{folder.where}/{in_a_line(group.single)} and {others} hold the same, wherever they were looked at"
-    return _with(single, _chosen(folder, f"{text}: the former is read", "warning"))
+    return _with(single, chosen(folder, f"{text}: the former is read", "warning"))
 
 
 def _with(weights: Weights, remark: Remark) -> Weights:
@@ -192,20 +201,20 @@ def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
     """Yield why files are read that no loader would find, or under another name than an output has."""
     is_named = folder.store.only
     if not group.has_usual_stem and not is_named:
-        yield _chosen(folder, f"{folder.where} has no other weights than {group}: they are read", "note")
+        yield chosen(folder, f"{folder.where} has no other weights than {group}: they are read", "note")
     if group.variant and not is_named:
         text = f"{folder.where} has its weights as the variant {shown(group.variant)} only: {group} is read"
-        yield _chosen(folder, text, "note")
+        yield chosen(folder, text, "note")
     if group.suffix != SUFFIXES[0]:
         text = f"{folder.where} has its weights in pickles: {group} is read, and nothing that is in it is run"
-        yield _chosen(folder, f"{text}. A merge is written in safetensors", "note")
+        yield chosen(folder, f"{text}. A merge is written in safetensors", "note")
     if group.stem == DIFFUSION_STEM:
         text = f"{folder.where} is a part of a diffusers pipeline: {group} is read, and a merge that it gives names to"
-        yield _chosen(folder, f"{text} is written as {DIFFUSION_STEM}.*", "note")
+        yield chosen(folder, f"{text} is written as {DIFFUSION_STEM}.*", "note")
     if not group.single and not group.index:
         count = counted(len(group.complete), "numbered file")
         text = f"{folder.where} has {count} of weights and no index: all of them are read, and no tensor is in two"
-        yield _chosen(folder, text, "note")
+        yield chosen(folder, text, "note")
 
 
 def _on_doubled(folder: Folder, doubled: Sequence[str]) -> Iterator[Remark]:
@@ -218,12 +227,12 @@ def _on_doubled(folder: Folder, doubled: Sequence[str]) -> Iterator[Remark]:
     yield Remark("doubled-tensors", text, models=(folder.where,), tensors=tuple(doubled))
 
 
-def _on_others(folder: Folder, others: Sequence[str]) -> Iterator[Remark]:
-    """Yield what files of weights hold that is no tensor, and is in no output."""
+def others_remark(folder: Folder, others: Sequence[str]) -> Iterator[Remark]:
+    """Yield what files of weights hold that is no tensor of the model, and is in no output."""
     if others:
         text = (
-            f"{folder.where}: its files hold {counted(len(others), 'value')} that {are(len(others))} no tensor, "
-            f"such as {shown(others[0])}: left out"
+            f"{folder.where}: its files hold {counted(len(others), 'value')} that {are(len(others))} no tensor of the "
+            f"model, such as {shown(others[0])}: left out"
         )
         yield Remark("no-tensors", text, "note", (folder.where,), tuple(others[:MAX_TENSORS]))
 
@@ -271,7 +280,7 @@ def _on_stale_index(folder: Folder, group: Group, homes: Homes, single: Weights,
             f"{shown(lost[0])}. Fetch the files, or remove the index if {in_a_line(group.single)} is the model"
         )
     text = f"{folder.where}: {gone}, and {in_a_line(group.single)} has every tensor it lists"
-    return _chosen(folder, f"{text}: that file is read", "warning")
+    return chosen(folder, f"{text}: that file is read", "warning")
 
 
 def _ambiguity(folder: Folder, group: Group, others: str, single: Weights, sharded: Weights, why: str) -> Remark:
@@ -303,5 +312,6 @@ def _difference(single: Weights, sharded: Weights) -> str:
     return "; ".join(said)
 
 
-def _chosen(folder: Folder, text: str, severity: Severity) -> Remark:
+def chosen(folder: Folder, text: str, severity: Severity) -> Remark:
+    """Return what is said of the files that are read."""
     return Remark("weights-chosen", text, severity, (folder.where,))

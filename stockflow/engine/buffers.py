@@ -2,12 +2,13 @@
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import Slab, slab_of
+from stockflow.planning.reads import ALIGNMENT
 
 Allocate = Callable[[int], Bytes]
 
@@ -18,6 +19,14 @@ def allocate(num_bytes: int) -> Bytes:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)[:num_bytes]
+
+
+def aligned(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return where runs of these sizes begin, one behind the other, each on a boundary; in bytes."""
+    offsets = [0]
+    for size in sizes[:-1]:
+        offsets.append(-(-(offsets[-1] + size) // ALIGNMENT) * ALIGNMENT)
+    return tuple(offsets)
 
 
 class Pool:

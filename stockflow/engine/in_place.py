@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from stockflow.engine.buffers import Scratch
+from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.stage import DecodingStage
 from stockflow.planning.budget import LOOKAHEAD_BYTES
 from stockflow.planning.job import Reading, Work
 from stockflow.planning.plan import CheckpointRef
-from stockflow.planning.reads import ALIGNMENT, Load, Step, gathered
+from stockflow.planning.reads import Load, Step, gathered
 from stockflow.storage import PinnedFile, ReadsInPlace
 
 
@@ -71,7 +71,7 @@ class DirectReader:
             return self._read_slots(reading, start, stop)
         started = time.perf_counter()
         sizes = [width * (stop - start) for width in reading.widths]
-        offsets = _aligned(sizes)
+        offsets = aligned(sizes)
         buffer, slab = self._scratch.of_this_thread(offsets[-1] + sizes[-1])
         for operand, width, size, offset in zip(reading.operands, reading.widths, sizes, offsets, strict=True):
             ((key, first),) = operand.extents
@@ -83,7 +83,7 @@ class DirectReader:
         started = time.perf_counter()
         slots = list(reading.slots(start, stop))
         sizes = [slot.num_bytes for slot in slots]
-        offsets = _aligned(sizes)
+        offsets = aligned(sizes)
         buffer, slab = self._scratch.of_this_thread(offsets[-1] + sizes[-1])
         for slot, offset in zip(slots, offsets, strict=True):
             file = self._file(slot.checkpoint, slot.file)
@@ -114,13 +114,6 @@ def _allow_many_files() -> None:
     """Let this process open as many files as it may: a base and five models of 191 shards each are 1,146."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _aligned(sizes: Sequence[int]) -> tuple[int, ...]:
-    offsets = [0]
-    for size in sizes[:-1]:
-        offsets.append(-(-(offsets[-1] + size) // ALIGNMENT) * ALIGNMENT)
-    return tuple(offsets)
 
 
 @dataclass(frozen=True, slots=True)

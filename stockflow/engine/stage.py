@@ -12,8 +12,9 @@ import numpy as np
 
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, RowRuns, matrix_of
 from stockflow.checkpoints.header import DTYPES
+from stockflow.checkpoints.joined import Joined, is_uncoded
 from stockflow.engine.adapter_stage import adapter_decoders
-from stockflow.engine.buffers import Scratch
+from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.decoding import Memory, Shape, fill, numbers
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
@@ -61,7 +62,12 @@ class DecodingStage:
         return StoredPiece(reading, start, stop, start, Memory(slab, buffer), offsets, self)
 
     def decoded(self, piece: StoredPiece) -> LoadedPiece:
-        """Return a piece with all operands in working precision, valid until this thread decodes again."""
+        """Return a piece with all operands in working precision, valid until this thread decodes again.
+
+        Operands that only lie in several runs of bytes keep their dtypes.
+        """
+        if all(operand.rows is None and is_uncoded(operand.decode) for operand in piece.reading.operands):
+            return self._gathered(piece)
         reading, num_elems = piece.reading, piece.stop - piece.start
         width, num_operands = reading.float_bits // 8, len(reading.operands)
         buffer, slab = self._scratch.of_this_thread(num_operands * num_elems * width)
@@ -78,6 +84,28 @@ class DecodingStage:
         return LoadedPiece(
             reading, piece.start, piece.stop, slab, buffer, starts, (dtype,) * num_operands, (width,) * num_operands
         )
+
+    def _gathered(self, piece: StoredPiece) -> LoadedPiece:
+        reading = piece.reading
+        sizes = [width * (piece.stop - piece.start) for width in reading.widths]
+        starts = aligned(sizes)
+        buffer, slab = self._scratch.of_this_thread(starts[-1] + sizes[-1])
+        slots = iter(piece.offsets)
+        for operand, start, size in zip(reading.operands, starts, sizes, strict=True):
+            _gather(operand, piece, [next(slots) for _ in operand.extents], buffer[start : start + size])
+        return LoadedPiece(reading, piece.start, piece.stop, slab, buffer, starts, reading.dtypes, reading.widths)
+
+
+def _gather(operand: Operand, piece: StoredPiece, offsets: list[int], out: Bytes) -> None:
+    """Put what the slots of an operand hold of a piece one behind the other."""
+    shape = piece.reading.shape
+    held, wanted = (operand.decode.ranges(shape, first, piece.stop) for first in (piece.first, piece.start))
+    at = 0
+    for offset, frm, to in zip(offsets, held, wanted, strict=True):
+        size, place = to.stop - to.start, offset + to.start - frm.start
+        if size:
+            out[at : at + size] = piece.memory.buffer[place : place + size]
+        at += size
 
 
 def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], out_E: Values) -> None:
@@ -132,6 +160,13 @@ def _widen(decode: Plain, _: Shape, start: int, stop: int, memory: Memory, place
     del start, stop
     (place,) = places
     fill(decode.dtype, memory, place, out_E)
+
+
+def _join(decode: Joined, _: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values) -> None:
+    at = 0
+    for number, first, last in decode.within(start, stop):
+        fill(decode.dtype, memory, places[number], out_E[at : at + last - first])
+        at += last - first
 
 
 def _scale_blocks(
@@ -193,6 +228,7 @@ def _pair(sizes: tuple[int, int]) -> tuple[np.uint64, np.uint64]:
 
 
 _DECODERS: dict[type, Callable[..., Any]] = {
-    Plain: _widen, BlockScaled: _scale_blocks, GroupScaled: _scale_groups, **adapter_decoders(_decode_run),
+    Plain: _widen, Joined: _join, BlockScaled: _scale_blocks, GroupScaled: _scale_groups,
+    **adapter_decoders(_decode_run),
 }  # fmt: skip
 """What every decode is to this stage."""

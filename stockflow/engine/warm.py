@@ -33,7 +33,7 @@ class SmallUnit:
         """Yield the only piece."""
         del last
         reading = self.work.reading
-        sizes = [-(-slot.num_bytes // SLOT_BYTES + 1) * SLOT_BYTES for slot in reading.slots(0, NUM_ELEMS)]
+        sizes = [(-(-slot.num_bytes // SLOT_BYTES) + 1) * SLOT_BYTES for slot in reading.slots(0, NUM_ELEMS)]
         memory = np.zeros(sum(sizes), np.uint8)
         offsets = tuple(accumulate(sizes[:-1], initial=0))
         yield DecodingStage().piece(reading, 0, NUM_ELEMS, slab_of(memory), memory, offsets)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from stockflow.checkpoints.decodes import verbatim
 from stockflow.checkpoints.header import DTYPES, TensorSpec
+from stockflow.checkpoints.joined import as_bytes
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
@@ -25,7 +25,7 @@ from stockflow.kernels import comparison
 from stockflow.kernels.arrays import Floats, Unsigned, Values
 from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS
 from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS
-from stockflow.planning.job import Operand, Reading, float_bits_of, operand_of
+from stockflow.planning.job import Reading, float_bits_of, operand_of
 from stockflow.planning.plan import CheckpointRef
 from stockflow.storage import StorageConfig, open_model, pin_revision
 
@@ -127,8 +127,8 @@ def _look(a: Checkpoint, b: Checkpoint, spec_a: TensorSpec, spec_b: TensorSpec) 
     if spec_a.dtype in FORMATS:
         bits = float_bits_of((spec_a.dtype, spec_b.dtype))
         return Look(Reading(name, spec_a.shape, operands, float_bits=bits), DifferenceExaminer())
-    as_bytes: tuple[Operand, ...] = tuple(each._replace(decode=verbatim(spec_a.dtype)) for each in operands)
-    return Look(Reading(name, (spec_a.num_bytes,), as_bytes), DifferenceExaminer())
+    carried = tuple(each._replace(decode=as_bytes(each.decode)) for each in operands)
+    return Look(Reading(name, (spec_a.num_bytes,), carried), DifferenceExaminer())
 
 
 def compared_in(dtype_a: str, dtype_b: str) -> str:

@@ -7,13 +7,13 @@ that seeing it costs an offset, and writing it an order.
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 from stockflow.checkpoints.adapter_decodes import LowRank, part_of_decode
 from stockflow.checkpoints.decodes import Decode, plain
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.layout import Extent, Pieces
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.quantised import Stored
 from stockflow.errors import PlanError
@@ -179,7 +179,11 @@ def _separated(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
         return checkpoint
     specs = {each.name: each for name, spec in checkpoint.specs.items() for each in parts.get(name, (spec,))}
     extents, stored = dict(checkpoint.extents), {n: held for n, held in checkpoint.stored.items() if n not in parts}
+    joined = _parts_of_joined(checkpoint, parts)
+    extents |= {name: pieces.extents[0] for name, pieces in joined.items()}
     for name, own in parts.items():
+        if name in checkpoint.joined:
+            continue
         spec = checkpoint.specs[name]
         held, start = checkpoint.stored.get(name, Stored(plain(spec.dtype), (spec,))), 0
         for part in own:
@@ -191,7 +195,20 @@ def _separated(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
             if name in checkpoint.stored:
                 stored[part.name] = Stored(decode, holders)
             start += part.num_elems
-    return replace(checkpoint, specs=specs, extents=extents, stored=stored)
+    return replace(checkpoint, specs=specs, extents=extents, stored=stored, joined=joined)
+
+
+def _parts_of_joined(checkpoint: Checkpoint, parts: Parts) -> dict[str, Pieces]:
+    """Return the tensors that lie in several runs of bytes, and what is in such tensors in their place."""
+    joined = {name: pieces for name, pieces in checkpoint.joined.items() if name not in parts}
+    for name, own in parts.items():
+        if name in checkpoint.joined:
+            ends = accumulate(part.num_elems for part in own)
+            joined |= {
+                part.name: checkpoint.joined[name].part(end - part.num_elems, end)
+                for part, end in zip(own, ends, strict=True)
+            }
+    return joined
 
 
 def _wholes(donor: Checkpoint, parts: Parts) -> dict[str, TensorSpec]:

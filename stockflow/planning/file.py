@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stockflow.checkpoints.decode_records import recorded
-from stockflow.checkpoints.decodes import Decode, RowFill, RowRun, RowRuns, plain
+from stockflow.checkpoints.decodes import Decode, Plain, RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.header import DTYPES, TensorSpec
+from stockflow.checkpoints.joined import Joined
 from stockflow.checkpoints.layout import Extent
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
@@ -105,7 +106,7 @@ def _problem(job: TensorJob) -> str | None:
     num_tuned = len(reading.operands) - method.has_anchor(result.parameters)
     if not method.min_tuned <= num_tuned <= (method.max_tuned or num_tuned):
         return f"{method.name} of {len(reading.operands)} models"
-    numbers = [operand.decode.dtype for operand in reading.operands if operand.decode.is_plain]
+    numbers = [operand.decode.dtype for operand in reading.operands if isinstance(operand.decode, Plain | Joined)]
     if any(DTYPES[dtype].kind != "float" for dtype in (job.output.dtype, *numbers)):
         return "arithmetic on something else than floating-point numbers"
     if reading.scope not in method.scopes or not reading.num_elems:
@@ -239,7 +240,7 @@ def _job(row: Sequence[Any], settings: Sequence[Setting], maps: _Tables) -> Tens
         for (source_dtype, *numbers), place in zip(given, places, strict=True)
     )
     output = TensorSpec(name, dtype, sizes)
-    if method in COPIES and all(operand.is_plain for operand in operands):
+    if method in COPIES and all(isinstance(operand.decode, Plain | Joined) for operand in operands):
         return copying(output, operands, method)
     return merging(output, operands, method, parameters, scope)
 
@@ -258,6 +259,8 @@ def _operand(
         if max((*ends, 0)) > shape[0] or any(max(fill.of) >= num_operands for fill in rows.fills):
             raise ValueError(f"tensor {spec.name!r} has rows beyond its {shape[0]:,}, or of models beyond its own")
         shape = (rows.num_source_rows, *shape[1:])
+    if isinstance(decode, Joined) and decode.ends[-1] != math.prod(shape):
+        raise ValueError(f"tensor {spec.name!r} has {math.prod(shape):,} elements, and {decode.ends[-1]:,} are read")
     extents = tuple(Extent(text(key), count(at)) for key, at in ([file, start], *others))
     files = maps.checkpoints[_below(checkpoint, len(maps.checkpoints))].files
     for extent, needed in zip(extents, decode.ranges(shape, 0, math.prod(shape)), strict=True):

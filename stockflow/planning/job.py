@@ -8,21 +8,14 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from stockflow.checkpoints.decodes import ByteRange, Decode, RowRuns, Verbatim, plain, row_elems, verbatim
+from stockflow.checkpoints.decodes import ByteRange, Decode, RowRuns, plain, row_elems, verbatim
 from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.joined import as_bytes, is_verbatim, kernels_of
 from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import (
-    Coefficients,
-    Copy,
-    Elementwise,
-    Linear,
-    Method,
-    Parameters,
-    Scope,
-)
+from stockflow.methods.protocol import Coefficients, Copy, Elementwise, Linear, Method, Parameters, Scope
 from stockflow.planning.spans import BLOCK_ELEMS, SPAN_ELEMS
 
 FloatBits = Literal[32, 64]
@@ -144,7 +137,7 @@ class Reading:
     @property
     def is_verbatim(self) -> bool:
         """Whether bytes are looked at or carried over, instead of numbers."""
-        return isinstance(self.operands[0].decode, Verbatim)
+        return is_verbatim(self.operands[0].decode)
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
@@ -313,7 +306,7 @@ class TensorJob:
     @property
     def kind(self) -> Hashable:
         """Equal for jobs that need the same kernels."""
-        decodes = frozenset(operand.decode for operand in self.reading.operands)
+        decodes = frozenset(kernels_of(operand.decode) for operand in self.reading.operands)
         made = tuple((result.method, id(result.parameters), result.encode) for result in self.results)
         return made, decodes, tuple(result.working_bits for result in self.results)
 
@@ -367,6 +360,8 @@ def stored(checkpoint: int, spec: TensorSpec, extent: Extent) -> Operand:
 
 def operand_of(number: int, checkpoint: Checkpoint, name: str) -> Operand:
     """Return a tensor of a checkpoint, which is the plan's ``number``-th, as an operand."""
+    if name in checkpoint.joined:
+        return Operand(number, name, checkpoint.joined[name].extents, checkpoint.joined[name].decode)
     held = checkpoint.stored.get(name)
     if held is None:
         return stored(number, checkpoint.specs[name], checkpoint.extents[name])
@@ -395,6 +390,6 @@ def adding(
 
 def copying(output: TensorSpec, operands: tuple[Operand, ...], method: str) -> TensorJob:
     """Return the job that carries a tensor's bytes over."""
-    as_bytes = tuple(operand._replace(decode=verbatim(operand.decode.dtype)) for operand in operands)
-    reading = Reading(output.name, (output.num_bytes,), as_bytes)
+    carried = tuple(operand._replace(decode=as_bytes(operand.decode)) for operand in operands)
+    reading = Reading(output.name, (output.num_bytes,), carried)
     return TensorJob(reading, (Result((output,), verbatim(output.dtype), method, NO_PARAMETERS),))

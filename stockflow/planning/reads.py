@@ -157,9 +157,9 @@ def _lay_out(pieces: Sequence[LoadPiece]) -> tuple[tuple[Request, ...], tuple[tu
                 whole.append((operand.checkpoint, file, *ends, width, index, number))
             continue
         for number, slot in enumerate(reading.slots(first, last)):
-            if len(slot.ranges) == 1:
+            if len(slot.ranges) == 1 and slot.num_bytes:
                 whole.append((slot.checkpoint, slot.file, *slot.ranges[0], slot.width, index, number))
-            elif slot.ranges:
+            elif slot.num_bytes:
                 scattered.append((slot, index, number))
     requests: list[Request] = []
     offsets = [[0] * work.reading.num_slots for work, _, _ in pieces]

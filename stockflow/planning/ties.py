@@ -138,10 +138,13 @@ def _with_alias(checkpoint: Checkpoint, name: str, original: str | None) -> Chec
         checkpoint,
         specs={**checkpoint.specs, name: TensorSpec(name, spec.dtype, spec.shape)},
         extents={**checkpoint.extents, name: checkpoint.extents[original]},
-        stored=checkpoint.stored
-        if original not in checkpoint.stored
-        else {**checkpoint.stored, name: checkpoint.stored[original]},
+        stored=_with(checkpoint.stored, name, original),
+        joined=_with(checkpoint.joined, name, original),
     )
+
+
+def _with(mapping: Mapping[str, Value], name: str, original: str) -> Mapping[str, Value]:
+    return {**mapping, name: mapping[original]} if original in mapping else mapping
 
 
 def _without(checkpoint: Checkpoint, name: str) -> Checkpoint:

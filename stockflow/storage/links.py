@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 
 from stockflow.errors import LinkError, RecipeError
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".distcp")
 """Of files that may lie where ``--follow-links`` says: they must parse as weights, and are merged, never copied."""
 _CACHES = ("models--", "datasets--", "spaces--")
 """how the hub's cache begins the name of a repository's folder; it holds ``snapshots/<revision>`` and ``blobs``"""

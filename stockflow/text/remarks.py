@@ -34,7 +34,7 @@ CODES: Mapping[str, str] = {
     "narrower-range": "numbers that are written as F16 and come from a wider range",
     "no-config": "the model that gives the config has none",
     "no-effect": "a parameter that no method in use reads where it stands",
-    "no-tensors": "values in files of weights that are no tensors",
+    "no-tensors": "values in files of weights that are no tensors of the model",
     "no-tokenizer": "a model without tokenizer beside others that have one",
     "not-copied": "files of the model that gives the side files which stay behind",
     "not-taken": "side files that only models have which do not give them",

@@ -689,7 +689,7 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     a_run: ("the folder of a run (checkpoint-50, checkpoint-100, checkpoint-900, checkpoint-1000)", "/checkpoint-1000"),
     a_run_of_deepspeed: ("a checkpoint of DeepSpeed", "`python -m deepspeed.utils.zero_to_fp32 /"),
     a_run_of_fsdp: ("FSDP's parts", "`accelerate merge-weights"),
-    distributed: ("__0_0.distcp and 1 more are of PyTorch's distributed checkpoints", "dcp_to_torch"),
+    distributed: (".metadata: its pickle has the instruction", "which no tensor needs"),
     pickles: ("lit_model.pth and 1 more are PyTorch's pickles", "save_pretrained"),
     pickles_of_old: ("was written by a PyTorch of before 1.6", "safetensors.torch.save_file"),
     numbered_pickles_of_which_one_is_missing: ("pytorch_model-00001-of-00002.bin 2 is missing", "fetch"),

@@ -14,10 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stockflow.checkpoints import archives
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import CheckpointError
-from stockflow.storage import StorageConfig, open_model
+from stockflow.storage import LocalStore, StorageConfig, open_model
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -120,7 +119,7 @@ def test_values_that_are_no_tensors_are_left_out_and_said(tmp_path: Path) -> Non
 
     assert list(checkpoint.specs) == ["a"]
     [said] = [remark for remark in checkpoint.remarks if remark.code == "no-tensors"]
-    assert "3 values that are no tensor, such as 'epoch'" in said.text
+    assert "3 values that are no tensor of the model, such as 'epoch'" in said.text
     assert said.tensors == ("epoch", "note", "none")
 
 
@@ -390,10 +389,8 @@ def test_archives_with_sizes_of_64_bits_are_read(tmp_path: Path) -> None:
 def test_many_members_take_few_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path, {f"model.layers.{number}.weight": torch.ones(4) for number in range(2000)})
     reads: list[int] = []
-    read = archives._Archive.read
-    monkeypatch.setattr(
-        archives._Archive, "read", lambda self, start, count: (reads.append(count), read(self, start, count))[1]
-    )
+    read = LocalStore.read_into
+    monkeypatch.setattr(LocalStore, "read_into", lambda *given: (reads.append(given[3].nbytes), read(*given))[1])
 
     assert len(opened(folder).specs) == 2000
     assert len(reads) < 10
