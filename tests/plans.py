@@ -12,8 +12,9 @@ from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.errors import PlanError
 from stockflow.methods.protocol import Parameters, Scope
-from stockflow.planning.job import COPIES, TensorJob, copying, merging, stored
+from stockflow.planning.job import COPIES, TensorJob, copying, merging
 from stockflow.planning.make import make_plan
+from stockflow.planning.operands import stored
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import parse_recipe
 from stockflow.storage import open_store

@@ -173,6 +173,11 @@ class BlockScaled(RunByRun):
         row_bytes = self.grid(shape)[1] * self._scale_width
         return ByteRange(start, stop), ByteRange(first * row_bytes, last * row_bytes)
 
+    def band_elems(self, shape: tuple[int, ...]) -> int:
+        """Return how many elements the blocks of a row of scales are of."""
+        rows, columns = matrix_of(shape)
+        return min(self.block[0], rows) * columns
+
     def scale_rows(self, shape: tuple[int, ...], start: int, stop: int) -> tuple[int, int]:
         """Return the first row of scales that a run of elements needs, and one past the last."""
         if start == stop:
@@ -258,6 +263,11 @@ class GroupScaled(RunByRun):
         if stop <= start:
             found = [ByteRange(0, 0)] * 2
         return (*found, ByteRange(0, 4)) if self.whole else tuple(found)
+
+    def band_elems(self, shape: tuple[int, ...]) -> int:
+        """Return how many elements a row is of."""
+        del shape
+        return self.num_columns
 
     def place(self, element: int) -> tuple[int, int]:
         """Return which byte holds the code of an element, and the number of its scale."""

@@ -26,6 +26,7 @@ from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, Pieces, un
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
 from stockflow.checkpoints.pipelines import PIPELINE_FILE, find_pipeline, pipeline_remark
 from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
+from stockflow.checkpoints.scale_rules import find_rules
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.tree import Tree, list_tree
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
@@ -74,8 +75,10 @@ class Checkpoint:
     """the tensors that are quantised"""
     joined: Mapping[str, Pieces] = field(default_factory=dict)
     """the tensors that lie in several runs of bytes, one after the other"""
-    static_scales: tuple[str, ...] = ()
-    """names of fixed scales of activations"""
+    static_scales: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """fixed scales of activations"""
+    rules: tuple[tuple[str, str], ...] = ()
+    """how scales follow from weights, by kind of tensor, where the data says so"""
 
 
 Settles = Callable[[int, str], bool]
@@ -130,6 +133,7 @@ def open_checkpoint(
         stored=tensors.stored,
         joined=weights.joined,
         static_scales=tensors.static_scales,
+        rules=find_rules(store, weights.files, weights.extents, tensors.stored),
         settled=frozenset(settled),
         over_http=store.over_http,
     )

@@ -60,8 +60,8 @@ class Tensors:
     """by name; quantised ones count as of ``NOMINAL_DTYPE``"""
     stored: Mapping[str, Stored] = field(default_factory=dict)
     """those that are quantised"""
-    static_scales: tuple[str, ...] = ()
-    """names of scales of activations beside them"""
+    static_scales: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """scales of activations beside them"""
 
 
 def sized_by(specs: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -118,7 +118,7 @@ def tensors_of(specs: Mapping[str, TensorSpec], hints: Hints, shapes: Mapping[st
 def _together(specs: Mapping[str, TensorSpec], found: Mapping[str, tuple[str, Shape, Stored]]) -> Tensors:
     """Return the tensors with what is quantised in the place of its codes."""
     within = {each.name for _, _, stored in found.values() for each in (*stored.parts, *stored.beside)}
-    static = tuple(name for name in specs if name.rpartition(".")[2] in STATIC_SCALES)
+    static = {name: spec for name, spec in specs.items() if name.rpartition(".")[2] in STATIC_SCALES}
     within.update(static)
     logical = dict[str, TensorSpec]()
     for name, spec in specs.items():

@@ -20,6 +20,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "sentence embeddings": (
         r"modules\.json", r"config_sentence_transformers\.json", r"sentence_.+_config\.json", r"router_config\.json",
     ),
+    "quantisation": (r"hf_quant_config\.json",),
     "framework": (r"configuration\.json",),
     "licence": (
         r"(?i:(model[-_]|third[-_]party[-_])?(licen[cs]e|copying|notices?)"

@@ -53,5 +53,15 @@ class Alarm:
             f"{donor} and {other}; name it in a rule with `action: copy` to take the former's"
         )
 
+    def refuse_uncoded(self, name: str, words: str) -> None:
+        """Say that a result holds numbers that its format has no code for.
+
+        Raises:
+            NumericsError: always.
+        """
+        raise NumericsError(
+            f"tensor {name!r} has NaN, which {words} cannot say; mend the checkpoint, or name a `dtype` that is written"
+        )
+
     def _url(self, checkpoint: int) -> str:
         return redact(self.checkpoints[checkpoint].url)

@@ -13,6 +13,8 @@ from stockflow.methods.protocol import Coefficients
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.job import Result, TensorJob
 
+SCALES = "scales"
+"""Flag of what belongs to the codes before it."""
 MAX_COEFFICIENT_GROUPS = 1024
 """Coefficients of more groups than this are not recorded one by one."""
 COLUMNS = ("mean_cosine", "min_cosine", "max_cosine", "ratio", "legacy_ratio")
@@ -67,6 +69,22 @@ class Ledger:
             for name, number in counts.items():
                 self.counts[name] = self.counts.get(name, 0) + number
 
+    def of_scales(self) -> list[TensorFacts]:
+        """Return the rows of the scales that follow the codes of the tensor, which say nothing further."""
+        return [
+            TensorFacts(
+                name=output.name,
+                shape=output.shape,
+                dtype=output.dtype,
+                shard=self.shard,
+                method=self.result.method,
+                scope=self.job.reading.scope,
+                num_elems=output.num_elems,
+                flags=(SCALES,),
+            )
+            for output in self.result.outputs[1:]
+        ]
+
     def close(self) -> TensorFacts:
         """Return the row of facts of the finished tensor."""
         reading, output = self.job.reading, self.result.outputs[0]
@@ -91,7 +109,12 @@ class Ledger:
             base_norm=norms[0] if norms else None,
             delta_norms=tuple(norms[1:]),
             flags=("copied",) if self.job.is_copy else tuple(sorted(self._raised())),
-            facts={**grouped, **self._further(), **{name: float(number) for name, number in self.counts.items()}},
+            facts={
+                **grouped,
+                **({"numbers": float(reading.num_elems)} if self.result.rule else {}),
+                **self._further(),
+                **{name: float(number) for name, number in self.counts.items()},
+            },
             coefficients=self._hex_coefficients(),
         )
 

@@ -1,23 +1,22 @@
 """Merging one unit: the procedures of all its results, side by side over the same loaded spans."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from stockflow.engine.buffers import Scratch
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures import PROCEDURES
 from stockflow.engine.procedures.proceeding import Fill, MapSpans, Proceeding, Tools, swept
 from stockflow.engine.units import GroupUnit, Unit, spans_of
 from stockflow.engine.warm import small_units
+from stockflow.engine.ways import Coder, Destination, PartsOf, Way, Written
 from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import count_f16_losses, results_in
 from stockflow.methods.protocol import Elementwise
 from stockflow.planning.job import Result, TensorJob
-
-Out = Callable[[Piece], Bytes]
-"""Returns where the bytes of a piece of a result go; called once per piece, in order."""
 
 
 class UnitMerger:
@@ -26,24 +25,25 @@ class UnitMerger:
     def __init__(self, tools: Tools) -> None:
         """Take what its procedures need."""
         self._tools = tools
+        self._waiting = Scratch()
 
     def prepare(self, jobs: Sequence[TensorJob]) -> None:
         """Compile, or load, every kernel that these tensors will call."""
         for unit in small_units(jobs):
             job = unit.work
             assert isinstance(job, TensorJob)
-            outs = [_discard(result.encode.width) for result in job.results]
+            targets = [_discarded(job, result) for result in job.results]
             try:
-                self.merge(unit, outs, [Ledger(job, result, "") for result in job.results], map)
+                self.merge(unit, targets, [Ledger(job, result, "") for result in job.results], map)
             except NumericsError:  # of parameters that fit no tensor: said of the first that is merged, by its name
                 continue
 
-    def merge(self, unit: Unit, outs: Sequence[Out], ledgers: Sequence[Ledger], map_spans: MapSpans) -> None:
+    def merge(self, unit: Unit, targets: Sequence[Destination], ledgers: Sequence[Ledger], map_spans: MapSpans) -> None:
         """Decide and combine one unit.
 
         Args:
             unit: the elements and their operands.
-            outs: where each result goes.
+            targets: where each result goes.
             ledgers: receive the facts of each result.
             map_spans: how spans are spread over threads.
 
@@ -52,16 +52,27 @@ class UnitMerger:
         """
         job = unit.work
         assert isinstance(job, TensorJob)
+        ways = [
+            self._coder(job, result, target, map_spans) if result.rule else Written(target, result.width)
+            for result, target in zip(job.results, targets, strict=True)
+        ]
         group_elems = job.reading.group_elems
         if unit.stop - unit.start <= group_elems or not _decides_by_group(job):
-            self._merge(job, unit, outs, ledgers, map_spans)
-            return
-        whole = [_parts_of(out, unit, job.results[number].encode.width) for number, out in enumerate(outs)]
-        for start in range(unit.start, unit.stop, group_elems):
-            self._merge(job, GroupUnit(unit, start, start + group_elems), whole, ledgers, map_spans)
+            self._merge(job, unit, ways, ledgers, map_spans)
+        else:
+            parts = [PartsOf(way, unit) for way in ways]
+            for start in range(unit.start, unit.stop, group_elems):
+                self._merge(job, GroupUnit(unit, start, start + group_elems), parts, ledgers, map_spans)
+        for way in ways:
+            way.finish()
+
+    def _coder(self, job: TensorJob, result: Result, target: Destination, map_spans: MapSpans) -> Coder:
+        is_small = map_spans is map  # one of many, side by side: not every thread may keep what the largest takes
+        scratch = Scratch() if is_small else self._waiting
+        return Coder(job, result, target, scratch, map_spans, self._tools.alarm)
 
     def _merge(
-        self, job: TensorJob, unit: Unit, outs: Sequence[Out], ledgers: Sequence[Ledger], map_spans: MapSpans
+        self, job: TensorJob, unit: Unit, ways: Sequence[Way], ledgers: Sequence[Ledger], map_spans: MapSpans
     ) -> None:
         pairs = zip(job.results, ledgers, strict=True)
         proceedings = [
@@ -75,14 +86,16 @@ class UnitMerger:
             for each, wanted in asking:
                 each.tell(states[wanted.key])
         triples = zip(proceedings, job.results, ledgers, strict=True)
-        fills = [(_counting(each.fill, job, result, ledger), result.encode.width) for each, result, ledger in triples]
+        fills = [(_counting(each.fill, job, result, ledger), result.width) for each, result, ledger in triples]
         for piece in unit.sweep(last=True):
-            targets = [out(piece) for out in outs]
+            targets = [way.begin(piece) for way in ways]
 
             def fill(unread: Piece, first: int = piece.start, targets: Sequence[Bytes] = targets) -> None:
                 span = unread.loaded()
-                for (fill_span, width), target in zip(fills, targets, strict=True):
-                    fill_span(span, target[width * (span.start - first) : width * (span.stop - first)])
+                for (fill_span, width), target, way in zip(fills, targets, ways, strict=True):
+                    part = target[width * (span.start - first) : width * (span.stop - first)]
+                    fill_span(span, part)
+                    way.look(span, part)
 
             for _ in map_spans(fill, spans_of(piece)):
                 pass
@@ -106,12 +119,9 @@ def _decides_by_group(job: TensorJob) -> bool:
     return any(isinstance(result.declared.rule, Elementwise) for result in job.results)
 
 
-def _parts_of(out: Out, unit: Unit, width: int) -> Out:
-    """Take the memory of a whole unit, which has one piece, and return what gives its parts out."""
-    (piece,) = unit.sweep(last=False)
-    target = out(piece)
-    return lambda part: target[width * (part.start - unit.start) : width * (part.stop - unit.start)]
-
-
-def _discard(width: int) -> Out:
-    return lambda piece: np.empty(width * (piece.stop - piece.start), np.uint8)
+def _discarded(job: TensorJob, result: Result) -> Destination:
+    codes, *scales = result.encode.ranges(job.reading.shape, 0, job.reading.num_elems)
+    return Destination(
+        lambda piece: np.empty(codes.stop if result.rule else result.width * (piece.stop - piece.start), np.uint8),
+        np.empty(sum(each.stop for each in scales), np.uint8),
+    )

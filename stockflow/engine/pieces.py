@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stockflow.kernels.arrays import Bytes, Unsigned
+from stockflow.kernels.arrays import Bytes, Unsigned, Values
 from stockflow.kernels.floats import FORMATS, Slab
 from stockflow.planning.job import Reading
 
@@ -48,6 +48,8 @@ class LoadedPiece:
     """per operand: as it is stored, or the working precision it was decoded to"""
     widths: tuple[int, ...]
     """per operand, bytes of an element"""
+    stored: "Piece | None" = None
+    """what it was decoded from"""
 
     def narrow(self, start: int, stop: int) -> "LoadedPiece":
         """Return what lies between two elements of the reading."""
@@ -63,6 +65,10 @@ class LoadedPiece:
         """Return the bytes of one operand."""
         first, width = self.offsets[index], self.widths[index]
         return self.buffer[first : first + width * (self.stop - self.start)]
+
+    def numbers(self, index: int) -> Values:
+        """Return one operand that was decoded, in working precision."""
+        return self.operand(index).view(f"f{self.widths[index]}")
 
     @property
     def firsts_M(self) -> Unsigned:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
+
+import numpy as np
 
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Pool
@@ -12,6 +13,7 @@ from stockflow.engine.pieces import Piece
 from stockflow.engine.procedures.proceeding import StageClock, Tools
 from stockflow.engine.session import Session
 from stockflow.engine.units import Unit
+from stockflow.engine.ways import NO_SCALES, Destination
 from stockflow.engine.writer import OrderedWriter
 from stockflow.kernels.arrays import Bytes
 from stockflow.output.receipts import TensorFacts
@@ -64,6 +66,7 @@ class ShardRun:
         self._clock = StageClock()
         self._merger = owner.merger(self._clock)
         self._ledgers: dict[str, Ledger] = {}
+        self._scales: dict[str, Bytes] = {}
         self.facts: list[TensorFacts] = []
         self.gram = GramSum(owner.num_models)
         self.seconds: dict[str, float] = {}
@@ -97,26 +100,30 @@ class ShardRun:
         buffer = writer.buffer()
         ends = [0]
         for unit in units:
-            ends.append(ends[-1] + unit.work.output_width * (unit.stop - unit.start))
-        targets = [buffer[start:stop] for start, stop in pairwise(ends)]
+            ends.append(ends[-1] + self._num_code_bytes(unit, unit.start, unit.stop))
+            ends.append(ends[-1] + (len(self._scales_of(unit)) if _ends_tensor(unit) else 0))
+        codes = [buffer[start:stop] for start, stop in zip(ends[0::2], ends[1::2], strict=False)]
         ledgers = [self._ledger_of(unit) for unit in units]
         distinct = len({unit.work.reading.name for unit in units}) == len(units)
         side_by_side = distinct and self._session.has_enough(units)
 
         def merge(index: int) -> None:
             def out(_: Piece) -> Bytes:
-                return targets[index]
+                return codes[index]
 
             map_spans = map if side_by_side else self._session.map_spans
-            self._merger.merge(units[index], [out], [ledgers[index]], map_spans)
+            target = Destination(out, self._scales_of(units[index]))
+            self._merger.merge(units[index], [target], [ledgers[index]], map_spans)
 
         if side_by_side:
             self._session.side_by_side(merge, units)
         else:
             for index in range(len(units)):
                 merge(index)
-        for unit in units:
-            self._close_ledger_at_end(unit)
+        for unit, start, stop in zip(units, ends[1::2], ends[2::2], strict=True):
+            if stop > start:
+                buffer[start:stop] = self._scales_of(unit)
+            self._close_at_end(unit)
         self._emit(writer, buffer, ends[-1])
 
     def _merge_large(self, unit: Unit, writer: OrderedWriter) -> None:
@@ -126,13 +133,23 @@ class ShardRun:
         def out(piece: Piece) -> Bytes:
             self._emit_all(writer, filled)
             buffer = writer.buffer()
-            num_bytes = unit.work.output_width * (piece.stop - piece.start)
+            num_bytes = self._num_code_bytes(unit, piece.start, piece.stop)
             filled.append((buffer, num_bytes))
             return buffer[:num_bytes]
 
-        self._merger.merge(unit, [out], [self._ledger_of(unit)], self._session.map_spans)
+        target = Destination(out, self._scales_of(unit))
+        self._merger.merge(unit, [target], [self._ledger_of(unit)], self._session.map_spans)
         self._emit_all(writer, filled)
-        self._close_ledger_at_end(unit)
+        if _ends_tensor(unit):
+            self._emit_scales(self._scales_of(unit), writer)
+        self._close_at_end(unit)
+
+    def _emit_scales(self, scales: Bytes, writer: OrderedWriter) -> None:
+        step = self._workspace.out_bytes
+        for start in range(0, len(scales), step):
+            part, buffer = scales[start : start + step], writer.buffer()
+            buffer[: len(part)] = part
+            self._emit(writer, buffer, len(part))
 
     def _emit_all(self, writer: OrderedWriter, filled: list[tuple[Bytes, int]]) -> None:
         while filled:
@@ -152,8 +169,29 @@ class ShardRun:
             self._ledgers[job.reading.name] = Ledger(job, job.result, self._shard.file)
         return self._ledgers[job.reading.name]
 
-    def _close_ledger_at_end(self, unit: Unit) -> None:
-        if unit.stop == unit.work.reading.num_elems:
+    def _scales_of(self, unit: Unit) -> Bytes:
+        """Return the memory of the scales of a tensor that is written in codes; kept until its last unit is done."""
+        job = unit.work
+        assert isinstance(job, TensorJob)
+        num_bytes = job.result.num_scale_bytes
+        if not num_bytes:
+            return NO_SCALES
+        if job.reading.name not in self._scales:
+            self._scales[job.reading.name] = np.empty(num_bytes, np.uint8)
+        return self._scales[job.reading.name]
+
+    def _num_code_bytes(self, unit: Unit, start: int, stop: int) -> int:
+        job = unit.work
+        assert isinstance(job, TensorJob)
+        return job.result.num_code_bytes(job.reading.shape, start, stop)
+
+    def _close_at_end(self, unit: Unit) -> None:
+        if _ends_tensor(unit):
+            self._scales.pop(unit.work.reading.name, None)
             ledger = self._ledgers.pop(unit.work.reading.name)
-            self.facts.append(ledger.close())
+            self.facts += [ledger.close(), *ledger.of_scales()]
             self.gram.add(ledger)
+
+
+def _ends_tensor(unit: Unit) -> bool:
+    return unit.stop == unit.work.reading.num_elems

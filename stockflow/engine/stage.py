@@ -20,7 +20,8 @@ from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
 from stockflow.kernels.arrays import Bytes, Values
 from stockflow.kernels.floats import Slab
-from stockflow.planning.job import Operand, Reading
+from stockflow.planning.job import Reading
+from stockflow.planning.operands import Operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,15 @@ class DecodingStage:
         dtype = f"F{reading.float_bits}"
         starts = tuple(number * num_elems * width for number in range(num_operands))
         return LoadedPiece(
-            reading, piece.start, piece.stop, slab, buffer, starts, (dtype,) * num_operands, (width,) * num_operands
+            reading,
+            piece.start,
+            piece.stop,
+            slab,
+            buffer,
+            starts,
+            (dtype,) * num_operands,
+            (width,) * num_operands,
+            piece,
         )
 
     def _gathered(self, piece: StoredPiece) -> LoadedPiece:
@@ -106,6 +115,24 @@ def _gather(operand: Operand, piece: StoredPiece, offsets: list[int], out: Bytes
         if size:
             out[at : at + size] = piece.memory.buffer[place : place + size]
         at += size
+
+
+def scales_of(span: LoadedPiece, number: int) -> tuple[int, Values]:
+    """Return the scales of an operand that a decoded span touches: the number of the first, and their values.
+
+    They are in memory as long as the span is.
+    """
+    piece = span.stored
+    assert isinstance(piece, StoredPiece)
+    reading, operand = span.reading, span.reading.operands[number]
+    skipped = sum(len(each.extents) for each in reading.operands[:number])
+    offsets = piece.offsets[skipped : skipped + len(operand.extents)]
+    held, wanted = (operand.decode.ranges(reading.shape, first, span.stop)[1] for first in (piece.first, span.start))
+    decode, width = operand.decode, operand.decode.widths[1]
+    assert isinstance(decode, BlockScaled | GroupScaled)
+    count = (wanted.stop - wanted.start) // width
+    place = offsets[1] + wanted.start - held.start
+    return wanted.start // width, _scales(decode.scale_dtype, piece.memory, place, count, np.dtype(np.float32))
 
 
 def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], out_E: Values) -> None:

@@ -88,7 +88,8 @@ class GroupUnit:
 def spans_of(piece: Piece) -> list[Piece]:
     """Return the spans of a piece, in order."""
     num_elems = piece.stop - piece.start
-    bounds = span_bounds(num_elems, min(piece.reading.group_elems, num_elems), piece.reading.together)
+    reading = piece.reading
+    bounds = span_bounds(num_elems, min(reading.group_elems, num_elems), reading.together, reading.band)
     return [piece.narrow(piece.start + start, piece.start + stop) for start, stop in bounds]
 
 

@@ -19,7 +19,8 @@ from stockflow.methods.ratios import RATIOS
 from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.output.manifest import Manifest
-from stockflow.planning.job import Operand, TensorJob, stored
+from stockflow.planning.job import TensorJob
+from stockflow.planning.operands import Operand, stored
 from stockflow.planning.plan import CheckpointRef, MergePlan, with_offsets
 from stockflow.recipe import resolve_location
 from stockflow.run.driver import Inputs

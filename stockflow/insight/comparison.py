@@ -25,8 +25,10 @@ from stockflow.kernels import comparison
 from stockflow.kernels.arrays import Floats, Unsigned, Values
 from stockflow.kernels.comparison import NUM_COUNTS, NUM_SUMS
 from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS
-from stockflow.planning.job import Reading, float_bits_of, operand_of
+from stockflow.planning.job import Reading
+from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef
+from stockflow.planning.precisions import float_bits_of
 from stockflow.storage import StorageConfig, open_model, pin_revision
 
 

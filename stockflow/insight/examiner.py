@@ -40,7 +40,9 @@ from stockflow.kernels.roundings import (
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import Geometry, finite
-from stockflow.planning.job import FloatBits, Operand, Reading, TensorJob
+from stockflow.planning.job import Reading, TensorJob
+from stockflow.planning.operands import Operand
+from stockflow.planning.precisions import FloatBits
 
 NONFINITE, MERGE_NONFINITE = "nonfinite", "nonfinite_merge"
 """Flags: NaN or infinity in a model; in the merge, and in no model."""

@@ -19,7 +19,8 @@ from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import packed
-from stockflow.planning.job import Reading, TensorJob, operand_of
+from stockflow.planning.job import Reading, TensorJob
+from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.recipe import Recipe

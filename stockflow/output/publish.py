@@ -144,7 +144,7 @@ def encode_config(config: Mapping[str, object], rows: Sequence[TensorFacts]) -> 
     """Return config.json with its dtype key, and those of its sub-configs, stating what was written."""
     sizes: dict[str, int] = {}
     for row in rows:
-        if DTYPES[row.dtype].kind == "float" and "copied" not in row.flags:
+        if DTYPES[row.dtype].kind == "float" and not {"copied", "scales"} & set(row.flags):
             sizes[row.dtype] = sizes.get(row.dtype, 0) + row.num_elems
     written = HF_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
     stated = _with_dtype(config, written) if written else dict(config)
@@ -179,7 +179,7 @@ def summarize(receipts: Sequence[Receipt]) -> dict[str, float]:
     stages = sorted({stage for receipt in receipts for stage in receipt.seconds})
     return {
         "tensors": len(rows),
-        "parameters": sum(row.num_elems for row in rows),
+        "parameters": sum(int(row.facts.get("numbers", row.num_elems)) for row in rows if "scales" not in row.flags),
         "bytes_read": sum(receipt.bytes_read for receipt in receipts),
         "bytes_written": sum(receipt.size for receipt in receipts),
         "clamped_tensors": sum("clamped" in row.flags for row in rows),

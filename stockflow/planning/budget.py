@@ -42,6 +42,8 @@ MAX_CHUNK_GROUPS = 2**14
 """At most this many rows are decided together, so that products of very short rows stay few."""
 PIECE_OVERHEAD = 128
 """Alignment loss of one range in a slab."""
+WAITING_BYTES = 4
+"""Of a result that waits for its codes: float32."""
 SPANS_AHEAD = 3
 """Results of spans, per thread, that may wait for their turn to be added up."""
 NUM_GROUP_FACTS = 12
@@ -63,11 +65,14 @@ class Workspace:
     """baseline, clients and the threads' scratch"""
     direct: bool = False
     """whether the threads that compute read large units themselves, span by span and on every sweep"""
+    waiting_bytes: int = 0
+    """results that wait for their codes"""
 
     @property
     def projected_bytes(self) -> int:
         """Peak of the worker process."""
-        return self.fixed_bytes + self.num_slabs * self.slab_bytes + NUM_OUT_BUFFERS * self.out_bytes
+        buffers = self.num_slabs * self.slab_bytes + NUM_OUT_BUFFERS * self.out_bytes
+        return self.fixed_bytes + buffers + self.waiting_bytes
 
     def chunk_elems(self, work: Work) -> int:
         """Most elements of a tensor that are read, and then written, as one: what a slab or an output buffer holds."""
@@ -189,16 +194,29 @@ def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
     overhead = max(overhead_bytes(work.reading) for work, _ in works)
     out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work, _ in works)
     for num_spans in CHUNK_SPANS:
-        slab = math.ceil(_widest(works).reading.bytes_per_elem * SPAN_ELEMS * num_spans) + overhead
+        slab = (
+            max(math.ceil(work.reading.bytes_per_elem * _load_elems(work, num_spans)) for work, _ in works) + overhead
+        )
         out = int(slab * out_per_source_byte) + 1
-        num_slabs = (memory_bytes - fixed_bytes - NUM_OUT_BUFFERS * out) // slab
+        waiting = _waiting_bytes(works, num_spans)
+        num_slabs = (memory_bytes - fixed_bytes - waiting - NUM_OUT_BUFFERS * out) // slab
         if num_slabs >= GOOD_NUM_SLABS:
             break
     lookahead = max(-(-LOOKAHEAD_BYTES // slab), 2)
     holding = min(num_slabs, -(-_held_bytes(works) // (slab - overhead)))
     total = math.ceil(sum(count * work.reading.num_elems * work.reading.bytes_per_elem for work, count in works))
     wanted = min(holding + lookahead, -(-total // (slab - overhead)) + 1)
-    return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed_bytes)
+    return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed_bytes, waiting_bytes=waiting)
+
+
+def _load_elems(work: Work, num_spans: int) -> int:
+    """Return how many elements are loaded at a time if there is room for so many spans: one band at least."""
+    return max(SPAN_ELEMS * num_spans, work.reading.band)
+
+
+def _waiting_bytes(works: Counted, num_spans: int) -> int:
+    """Return what results take that wait in float32 for their codes: a load's, in one buffer and in many small ones."""
+    return max(2 * WAITING_BYTES * _load_elems(work, num_spans) if work.reading.band > 1 else 0 for work, _ in works)
 
 
 def _direct(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
@@ -211,10 +229,11 @@ def _direct(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
         widest = _widest(works).reading.bytes_per_elem
         largest = math.ceil(widest * SPAN_ELEMS * min(num_spans, MAX_SHARED_SPANS))
         slab = max(min(largest, shared), PIECE_OVERHEAD) + max(map(overhead_bytes, readings))
-        span_out = max(work.output_width for work, _ in works) * SPAN_ELEMS
-        out = max(span_out * num_spans, int(slab * out_per_source_byte) + 1)
+        large_out = max(work.output_width * _load_elems(work, num_spans) for work, _ in works)
+        out = max(large_out, int(slab * out_per_source_byte) + 1)
         num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
-        found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, direct=True)
+        waiting = _waiting_bytes(works, num_spans)
+        found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, direct=True, waiting_bytes=waiting)
         if found.projected_bytes <= memory_bytes:
             break
     return found

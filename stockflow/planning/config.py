@@ -5,12 +5,12 @@ The dtype keys alone are stated later, when it is known what was written (``outp
 
 from collections.abc import Sequence
 
-from stockflow.checkpoints.configs import Config, quantization_keys, says_packed
+from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.heads import tie_flag, untied
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.packed import packed_weights
 from stockflow.planning.job import TensorJob
 from stockflow.planning.layer_config import restacked
+from stockflow.planning.stated import stated_quantization
 from stockflow.planning.targets import Stacking
 from stockflow.planning.ties import written_heads
 from stockflow.recipe import Recipe
@@ -38,8 +38,7 @@ def output_config(
     config = donor.config
     if config is None:
         return None
-    if any(quantization_keys(config)) and not packed_weights({job.output.name: job.output for job in jobs}):
-        config = _without_quantization(config)
+    config = stated_quantization(config, recipe, donor, jobs)
     for stacking in stackings:
         config = restacked(config, stacking, checkpoints)
     if tie_flag(config) is not False and any(head.is_parted(donor) for head in written_heads(checkpoints, jobs)):
@@ -54,11 +53,3 @@ def _with_vocab_size(config: Config, num_rows: int) -> dict[str, object]:
         for key, value in config.items()
     }
     return sized | {"vocab_size": num_rows} if "vocab_size" in config else sized
-
-
-def _without_quantization(config: Config) -> dict[str, object]:
-    return {
-        key: _without_quantization(value) if isinstance(value, dict) and key.endswith("_config") else value
-        for key, value in config.items()
-        if not says_packed(key, value)
-    }

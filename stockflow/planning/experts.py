@@ -97,6 +97,8 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
     is_fused = asked == "fused" or (asked is None and bool(parts[recipe.donor]))
     if not any(parts) and not is_fused:
         return Experts(checkpoints)
+    if recipe.keeps_codes and parts[recipe.donor].keys() & checkpoints[recipe.donor].stored.keys():
+        return Experts(checkpoints)  # codes of several experts are written as one tensor
     if widened and is_fused:
         _refuse_parted(recipe, parts)
         return Experts(checkpoints)

@@ -4,17 +4,20 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from stockflow.checkpoints.decode_records import recorded
-from stockflow.checkpoints.decodes import Decode, Plain, RowFill, RowRun, RowRuns, plain
+from stockflow.checkpoints.decodes import BlockScaled, Decode, Plain, RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.joined import Joined
 from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.scale_rules import RULES
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters
-from stockflow.planning.job import COPIES, COPY, Operand, TensorJob, copying, merging
+from stockflow.planning.formats import coded
+from stockflow.planning.job import COPIES, COPY, TensorJob, copying, merging
+from stockflow.planning.operands import Operand
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, WrittenFile, canonical_digest
 from stockflow.storage import Stamp
 from stockflow.text.records import MAX_COUNT, Place, RecordKind, count, parse_record, text
@@ -107,7 +110,7 @@ def _problem(job: TensorJob) -> str | None:
     if not method.min_tuned <= num_tuned <= (method.max_tuned or num_tuned):
         return f"{method.name} of {len(reading.operands)} models"
     numbers = [operand.decode.dtype for operand in reading.operands if isinstance(operand.decode, Plain | Joined)]
-    if any(DTYPES[dtype].kind != "float" for dtype in (job.output.dtype, *numbers)):
+    if any(DTYPES[dtype].kind != "float" for dtype in (result.dtype, *numbers)):
         return "arithmetic on something else than floating-point numbers"
     if reading.scope not in method.scopes or not reading.num_elems:
         return f"{method.name} with the scope {reading.scope!r} of {reading.num_elems} elements"
@@ -228,7 +231,9 @@ def _join(jobs: list[TensorJob], name: object, shape: Sequence[object], first: o
 
 
 def _job(row: Sequence[Any], settings: Sequence[Setting], maps: _Tables) -> TensorJob:
-    name, dtype, shape, number, stored_as, *places = row
+    name, written, shape, number, stored_as, *places = row
+    rule, encode, outputs = written if isinstance(written, list) else ("", None, [])
+    dtype = written if encode is None else "F32"
     sizes = tuple(map(count, shape))
     given = [each if isinstance(each, list) else (each,) for each in stored_as]
     dtypes = {source_dtype for source_dtype, *_ in given}
@@ -242,7 +247,20 @@ def _job(row: Sequence[Any], settings: Sequence[Setting], maps: _Tables) -> Tens
     output = TensorSpec(name, dtype, sizes)
     if method in COPIES and all(isinstance(operand.decode, Plain | Joined) for operand in operands):
         return copying(output, operands, method)
-    return merging(output, operands, method, parameters, scope)
+    job = merging(output, operands, method, parameters, scope)
+    if encode is None:
+        return job
+    return _coded(job, text(rule), maps.decodes[_below(encode, len(maps.decodes))], outputs)
+
+
+def _coded(job: TensorJob, rule: str, encode: Decode, outputs: Sequence[Any]) -> TensorJob:
+    specs = tuple(TensorSpec(text(name), text(dtype), tuple(map(count, shape))) for name, dtype, shape in outputs)
+    sizes = [found.stop for found in encode.ranges(job.reading.shape, 0, job.reading.num_elems)]
+    if rule not in RULES or not {spec.dtype for spec in specs} <= DTYPES.keys():
+        raise ValueError(f"{job.output.name!r} is written in codes by {rule!r} as {outputs!r}")
+    if [spec.num_bytes for spec in specs] != sizes:
+        raise ValueError(f"{job.output.name!r} has codes and scales of {sizes} bytes, the outputs are {outputs!r}")
+    return coded(job, specs, cast(BlockScaled, encode), rule)
 
 
 def _operand(

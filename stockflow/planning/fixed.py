@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stockflow.checkpoints.values import Floats, as_numbers
-from stockflow.planning.job import COPY, COPY_EQUAL, Operand, TensorJob, copying
+from stockflow.planning.job import COPY, COPY_EQUAL, TensorJob, copying
 from stockflow.planning.misfits import THEM, Misfit
+from stockflow.planning.operands import Operand
 from stockflow.planning.targets import OutputTensor
 from stockflow.text.strictjson import shown
 

@@ -1,24 +1,37 @@
 """What is read together, and what is made of it: operands, readings, results, jobs. Pure values of the plan."""
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from stockflow.checkpoints.decodes import ByteRange, Decode, RowRuns, plain, row_elems, verbatim
+from stockflow.checkpoints.decodes import (
+    BlockScaled,
+    Decode,
+    GroupScaled,
+    plain,
+    row_elems,
+    verbatim,
+)
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.joined import as_bytes, is_verbatim, kernels_of
-from stockflow.checkpoints.layout import Extent
-from stockflow.checkpoints.opening import Checkpoint
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import Coefficients, Copy, Elementwise, Linear, Method, Parameters, Scope
+from stockflow.methods.protocol import (
+    Coefficients,
+    Copy,
+    Elementwise,
+    Linear,
+    Method,
+    Parameters,
+    Scope,
+)
+from stockflow.planning.operands import ExtentRanges, Operand
+from stockflow.planning.precisions import FloatBits, float_bits_of, working_bits_of
 from stockflow.planning.spans import BLOCK_ELEMS, SPAN_ELEMS
-
-FloatBits = Literal[32, 64]
 
 COPY = "copy"
 COPY_EQUAL = "copy_equal"
@@ -38,52 +51,6 @@ _BESIDE = {**COPIES, WEIGHTED: Method(WEIGHTED, Linear(_as_given, None), source=
 NO_PARAMETERS = Parameters()
 
 
-class ExtentRanges(NamedTuple):
-    """What one extent of an operand contributes to a run of elements: ranges of its file, one after the other."""
-
-    checkpoint: int
-    file: str
-    ranges: tuple[ByteRange, ...]
-    """absolute in the file"""
-    width: int
-    """boundary in bytes on which it must begin in memory"""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all ranges."""
-        return sum(stop - start for start, stop in self.ranges)
-
-
-class Operand(NamedTuple):
-    """One input of a reading: which bytes, and how rows come out of them."""
-
-    checkpoint: int
-    """index into the plan's checkpoints"""
-    name: str
-    """in its own checkpoint"""
-    extents: tuple[Extent, ...]
-    decode: Decode
-    rows: RowRuns | None = None
-    """None: row r is row r"""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its bytes are what kernels take, row by row."""
-        return self.rows is None and self.decode.is_plain
-
-    def slots(self, shape: tuple[int, ...], start: int, stop: int) -> Iterator[ExtentRanges]:
-        """Yield what each extent contributes to elements ``start`` to ``stop`` of a reading of ``shape``."""
-        if self.rows is None:
-            runs = [self.decode.ranges(shape, start, stop)]
-        else:
-            own = (self.rows.num_source_rows, *shape[1:])
-            found = self.rows.within(start, stop, row_elems(shape))
-            runs = [self.decode.ranges(own, run.start, run.stop) for run in found]
-        for number, (extent, width) in enumerate(zip(self.extents, self.decode.widths, strict=True)):
-            ranges = tuple(ByteRange(extent.start + run[number].start, extent.start + run[number].stop) for run in runs)
-            yield ExtentRanges(self.checkpoint, extent.file, ranges, width)
-
-
 @dataclass(frozen=True)
 class Reading:
     """Elements of one shape that are read together, one operand per source. What is done with them is not said."""
@@ -98,6 +65,8 @@ class Reading:
     """width of what operands are decoded to that kernels cannot take as they are"""
     whole_rows: bool = False
     """whether rows of the last dimension are wanted whole"""
+    band: int = 1
+    """elements of which no load parts any: those whose codes have scales together"""
 
     @cached_property
     def num_elems(self) -> int:
@@ -234,12 +203,40 @@ class Result:
     outputs: tuple[TensorSpec, ...]
     """as it is stored, one after the other in one file; mostly one"""
     encode: Decode
+    """as it is stored: plain numbers, or codes"""
     method: str
     parameters: Parameters
     float_bits: FloatBits = 32
     """width that holds every operand and the output; magnitudes of task vectors are ranked in it"""
     working_bits: FloatBits = 32
     """width of the working precision, finer than the output; results of F64 are computed in pairs of float64"""
+    rule: str = ""
+    """how scales are chosen, if it is written in codes (``kernels.coding``)"""
+
+    @property
+    def dtype(self) -> str:
+        """What numbers are rounded to; those that become codes are so from F32."""
+        return "F32" if self.rule else self.outputs[0].dtype
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number as it is rounded."""
+        return 4 if self.rule else self.encode.width
+
+    def band_elems(self, shape: tuple[int, ...]) -> int:
+        """Return how many elements must be known before their codes are: one if there are none."""
+        encode = self.encode
+        return encode.band_elems(shape) if isinstance(encode, BlockScaled | GroupScaled) else 1
+
+    def num_code_bytes(self, shape: tuple[int, ...], start: int, stop: int) -> int:
+        """Return how many bytes elements ``start`` to ``stop`` become, their scales apart."""
+        codes = self.encode.ranges(shape, start, stop)[0]
+        return codes.stop - codes.start
+
+    @property
+    def num_scale_bytes(self) -> int:
+        """Return the size of what follows the codes of the whole tensor."""
+        return sum([output.num_bytes for output in self.outputs[1:]])
 
     @property
     def declared(self) -> Method:
@@ -288,8 +285,8 @@ class TensorJob:
 
     @cached_property
     def output_width(self) -> int:
-        """Bytes that become of an element."""
-        return sum([result.encode.width for result in self.results])
+        """Bytes that become of an element, rounded up, scales included."""
+        return sum([math.ceil(result.encode.bytes_per_elem) for result in self.results])
 
     @property
     def num_statistic_passes(self) -> int:
@@ -307,7 +304,7 @@ class TensorJob:
     def kind(self) -> Hashable:
         """Equal for jobs that need the same kernels."""
         decodes = frozenset(kernels_of(operand.decode) for operand in self.reading.operands)
-        made = tuple((result.method, id(result.parameters), result.encode) for result in self.results)
+        made = tuple((result.method, id(result.parameters), result.encode, result.rule) for result in self.results)
         return made, decodes, tuple(result.working_bits for result in self.results)
 
     @property
@@ -316,7 +313,7 @@ class TensorJob:
         reading = self.reading
         made = [(result.method, result.outputs[0].dtype) for result in self.results]
         stored_as = reading.dtypes if reading.is_plain else tuple(each.decode for each in reading.operands)
-        return reading.shape, reading.scope, stored_as, reading.is_plain, *made
+        return reading.shape, reading.scope, stored_as, reading.is_plain, reading.band, *made
 
     def scratch_bytes(self, num_elems: int) -> int:
         """Return what one thread needs, beside the operands, for a span of so many elements."""
@@ -335,37 +332,6 @@ class TensorJob:
         rules = [result.declared.rule for result in self.results]
         num_rows = -(-self.reading.num_elems // self.reading.together)
         return sum([num_rows * rule.row_bytes for rule in rules if isinstance(rule, Elementwise)])
-
-
-def float_bits_of(dtypes: Iterable[str]) -> FloatBits:
-    """Return the width that holds all of these dtypes."""
-    return 64 if "F64" in dtypes else 32
-
-
-def working_bits_of(output: str, operands: Collection[str]) -> FloatBits:
-    """Return the width of a working precision that is finer than the output.
-
-    Float32 is not finer enough for F16 of F32 operands: of 100,000 results 18 were wrong where models are as far
-    apart as from 0. Those of BF16 were 3.
-    """
-    if output == "F32" or (output == "F16" and "F32" in operands):
-        return 64
-    return float_bits_of((output, *operands))
-
-
-def stored(checkpoint: int, spec: TensorSpec, extent: Extent) -> Operand:
-    """Return a tensor of plain numbers as it lies in a file, as an operand."""
-    return Operand(checkpoint, spec.name, (extent,), plain(spec.dtype))
-
-
-def operand_of(number: int, checkpoint: Checkpoint, name: str) -> Operand:
-    """Return a tensor of a checkpoint, which is the plan's ``number``-th, as an operand."""
-    if name in checkpoint.joined:
-        return Operand(number, name, checkpoint.joined[name].extents, checkpoint.joined[name].decode)
-    held = checkpoint.stored.get(name)
-    if held is None:
-        return stored(number, checkpoint.specs[name], checkpoint.extents[name])
-    return Operand(number, name, tuple(checkpoint.extents[part.name] for part in held.parts), held.decode)
 
 
 def merging(

@@ -6,7 +6,6 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-from stockflow.checkpoints.adapter_decodes import is_adapted
 from stockflow.checkpoints.candidates import written_stem
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
@@ -20,10 +19,20 @@ from stockflow.methods.protocol import Parameters
 from stockflow.planning.config import output_config
 from stockflow.planning.experts import Experts, part_of, seen_one_by_one, unlike_parts
 from stockflow.planning.fixed import are_known, carried_over, holds_indices
-from stockflow.planning.job import COPY, Operand, TensorJob, copying, merging, operand_of, stored
+from stockflow.planning.formats import (
+    cannot_be_kept,
+    carried,
+    in_codes,
+    is_coded,
+    static_scales,
+    with_codes_only,
+    written,
+)
+from stockflow.planning.job import COPY, TensorJob, copying, merging
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
+from stockflow.planning.operands import Operand, operand_of
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan
@@ -51,6 +60,7 @@ PACKED_REMEDY = (
 
 PASSTHROUGH, UNSCALED = "passthrough", Parameters(per_model={"scale": (1.0,)})
 """What takes over the numbers that codes stand for."""
+ADD_FORMAT = "say what to write: `stockflow: {output_format: bfloat16}`"
 ROWS_REMEDY = "`tokenizer_source: base` or `union` merges rows by token"
 
 
@@ -95,6 +105,8 @@ def make_plan(
     jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts)
     if vocabulary is not None:
         jobs = [vocabulary.mapped(job) for job in jobs]
+    if any(in_codes(job) for job in jobs):
+        jobs += static_scales(checkpoints[recipe.donor], recipe.donor)
     num_rows = vocabulary.num_rows if vocabulary else None
     config = output_config(recipe, checkpoints, jobs, outline.stackings, num_rows)
     stacked = outline.left_out, outline.stackings
@@ -114,7 +126,7 @@ def make_plan(
         checkpoints=tuple(CheckpointRef(each.url, each.files) for each in (*checkpoints, *beside)),
         donor=recipe.donor,
         shards=_cut_shards(jobs, size, donor.extents, written_stem(donor.files)),
-        side_files=side_files,
+        side_files=with_codes_only(side_files, jobs),
         written_files=written,
         config=config,
         on_nonfinite=recipe.stockflow.on_nonfinite,
@@ -255,7 +267,10 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
         recipe.parameters_for(method, stored_name, rule, stand),
         recipe.scope_for(method, stored_name, rule, stand, default="leading" if is_fused else "tensor"),
     )
-    return [job]
+    held = checkpoints[0].stored.get(names[0])
+    if held is not None and recipe.keeps_codes and cannot_be_kept(held):
+        return [Misfit(name, f"{held.decode.words} in {stretch.urls([0])}, which is read and not written", ADD_FORMAT)]
+    return written(recipe, checkpoints[0], stretch.numbers[0], names[0], job)
 
 
 def _as_it_is(target: OutputTensor, index: int, *, is_part: bool) -> list[TensorJob]:
@@ -263,15 +278,14 @@ def _as_it_is(target: OutputTensor, index: int, *, is_part: bool) -> list[Tensor
 
     Of a tensor that is stored in parts, these follow each other.
     """
-    spec, operands = target.spec, _operands(target, (index,))
+    spec, operands, recipe = target.spec, _operands(target, (index,)), target.stretch.recipe
     number, checkpoint = target.stretch.numbers[index], target.stretch.checkpoints[index]
-    held, asked = checkpoint.stored.get(target.names[index]), target.stretch.recipe.output_dtype
+    held = checkpoint.stored.get(target.names[index])
     if held is None:
         return [copying(spec, operands, COPY)]
-    if asked is not None or is_part or is_adapted(held.decode) or held.decode.is_plain:
-        return [merging(spec._replace(dtype=asked or spec.dtype), operands, PASSTHROUGH, UNSCALED, "tensor")]
-    parts = [(part, stored(number, part, checkpoint.extents[part.name])) for part in (*held.parts, *held.beside)]
-    return [copying(part, (operand,), COPY) for part, operand in parts]
+    if recipe.keeps_codes and not is_part and is_coded(held.decode):
+        return carried(spec, held, checkpoint, number)
+    return [merging(spec._replace(dtype=recipe.output_dtype or spec.dtype), operands, PASSTHROUGH, UNSCALED, "tensor")]
 
 
 def _is_copied(recipe: Recipe, rule: Rule | None, name: str) -> bool:

@@ -18,7 +18,8 @@ from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import folder_of
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.methods.protocol import Scope
-from stockflow.planning.job import Operand, TensorJob
+from stockflow.planning.job import TensorJob
+from stockflow.planning.operands import Operand
 from stockflow.storage import Stamp, redact
 from stockflow.text.records import as_plain
 from stockflow.text.remarks import Remark
@@ -265,7 +266,7 @@ class _Maps:
     def stored_as(self, operand: Operand) -> object:
         """Return the dtype of an operand, with the numbers of its map of rows and of its decode if it has them."""
         if not operand.decode.is_plain:
-            return [operand.decode.dtype, self._map_number(operand.rows), self._decode_number(operand.decode)]
+            return [operand.decode.dtype, self._map_number(operand.rows), self.decode_number(operand.decode)]
         if operand.rows is None:
             return operand.decode.dtype
         return [operand.decode.dtype, self._map_number(operand.rows)]
@@ -278,7 +279,8 @@ class _Maps:
             self.rows.append([rows.num_source_rows, rows.runs, rows.fills])
         return self._numbers[id(rows)]
 
-    def _decode_number(self, decode: Decode) -> int:
+    def decode_number(self, decode: Decode) -> int:
+        """Return the number of a way of storing codes."""
         if decode not in self._decode_numbers:
             self._decode_numbers[decode] = len(self.decodes)
             self.decodes.append(described(decode))
@@ -288,7 +290,11 @@ class _Maps:
 def _canonical_job(job: TensorJob, settings: _Settings, maps: _Maps, place: Place | None) -> list[object]:
     output, reading = job.output, job.reading
     dtypes: object = reading.dtypes if reading.is_plain else list(map(maps.stored_as, reading.operands))
-    row: list[object] = [output.name, output.dtype, output.shape, settings.number(job), dtypes]
+    written: object = output.dtype
+    if job.result.rule:
+        written = [job.result.rule, maps.decode_number(job.result.encode), job.result.outputs]
+    shape = reading.shape if job.result.rule else output.shape
+    row: list[object] = [reading.name if job.result.rule else output.name, written, shape, settings.number(job), dtypes]
     return row + [place(operand) for operand in reading.operands] if place else row
 
 

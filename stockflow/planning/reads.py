@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from stockflow.planning.budget import Workspace, overhead_bytes
-from stockflow.planning.job import ExtentRanges, Work
+from stockflow.planning.job import Work
+from stockflow.planning.operands import ExtentRanges
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
 from stockflow.storage.parts import RANGE_BYTES
 
@@ -125,7 +126,7 @@ def _units(work: Work, chunk_elems: int) -> Iterator[list[LoadPiece]]:
 def _chunks(work: Work, chunk_elems: int) -> Iterator[LoadPiece]:
     """Consecutive spans, as many as fit a slab, never beyond the end of a group larger than a span."""
     reading = work.reading
-    step = chunk_step(reading.group_elems, chunk_elems, reading.together)
+    step = chunk_step(reading.group_elems, chunk_elems, reading.together, reading.band)
     stretch = reading.group_elems if reading.group_elems > SPAN_ELEMS else reading.num_elems
     for first in range(0, reading.num_elems, stretch):
         for start in range(first, first + stretch, step):

@@ -14,6 +14,7 @@ from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, as_kind, parame
 from stockflow.recipe.slice_checks import slice_problems
 from stockflow.recipe.slices import Slice, slices_of
 from stockflow.recipe.templates import BUILTIN
+from stockflow.recipe.values import OUTPUT_DTYPES
 from stockflow.recipe.wording import nearest, shown
 from stockflow.storage import redact
 
@@ -40,7 +41,7 @@ def find_problems(recipe: Recipe, unread: Collection[str] = ()) -> Iterator[Prob
         unread: names of parameters that are given where they could not be read.
     """
     problems = [*_location_problems(recipe), *_vocabulary_problems(recipe), *_template_problems(recipe)]
-    problems += [*_rule_problems(recipe), *slice_problems(recipe)]
+    problems += [*_rule_problems(recipe), *_format_problems(recipe), *slice_problems(recipe)]
     slices = tuple(_distinct(slices_of(recipe)))
     for each in slices:
         problems += [(each.within(path), text) for path, text in _problems_of(each, unread)]
@@ -104,6 +105,16 @@ def _vocabulary_problems(recipe: Recipe) -> Iterator[Problem]:
             yield path, f"`token` and `token_id` go with `kind: model_token`, found `kind: {of.kind}`; change one"
         elif of.token_id is not None and of.token_id < 0:
             yield (*path, "token_id"), f"expected the id of a token, found {of.token_id}; correct it"
+
+
+def _format_problems(recipe: Recipe) -> Iterator[Problem]:
+    asked, given = recipe.stockflow.output_format, recipe.out_dtype or recipe.dtype
+    if given and asked in OUTPUT_DTYPES and asked != given:
+        key = "out_dtype" if recipe.out_dtype else "dtype"
+        yield (
+            ("stockflow", "output_format"),
+            f"`{asked}` here and `{key}: {given}` in line {recipe.line((key,))} cannot both be; keep one of them",
+        )
 
 
 def _template_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -121,8 +121,14 @@ class Recipe(Part):
     @property
     def output_dtype(self) -> str | None:
         """The safetensors name of the output dtype; None where each tensor's sources decide."""
-        name = self.out_dtype or self.dtype
-        return OUTPUT_DTYPES[name] if name else None
+        name = self.out_dtype or self.dtype or self.stockflow.output_format or ""
+        return OUTPUT_DTYPES.get(name)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether what the donor has in codes is written in codes."""
+        asked = self.stockflow.output_format
+        return asked == "keep" or (asked is None and self.output_dtype is None)
 
     @property
     def storage(self) -> StorageConfig:

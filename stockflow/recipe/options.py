@@ -7,7 +7,7 @@ from pydantic import Field, StrictBool, StrictInt
 from stockflow.methods.protocol import Scope
 from stockflow.recipe.locations import Endpoint, Location, UrlPrefix
 from stockflow.recipe.settings import Part, Settings
-from stockflow.recipe.values import LayerPattern, MethodName, RemarkCode, Size
+from stockflow.recipe.values import LayerPattern, MethodName, OutputFormat, RemarkCode, Size
 
 
 class Rule(Part):
@@ -49,6 +49,11 @@ class Options(Part):
     )
     keep_precision: StrictBool = Field(
         default=True, description="whether what every model stores finer than the rest of its weights stays so"
+    )
+    output_format: OutputFormat | None = Field(
+        default=None,
+        description="what tensors are written in: `keep` what the base has, the default where it is quantised and no "
+        "`dtype` is given; `fp8_block`; or a float format",
     )
     routers: Literal["merge", "copy"] = Field(
         default="merge", description="whether what chooses among experts is merged, or copied from the base"

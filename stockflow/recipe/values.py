@@ -2,7 +2,7 @@
 
 import re
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
@@ -11,6 +11,7 @@ from stockflow.methods import METHODS
 from stockflow.recipe.wording import NOT_YET, nearest, shown
 from stockflow.text.remarks import CODES
 
+OutputFormat = Literal["keep", "bfloat16", "float16", "float32", "fp8_block"]
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 """Names of dtypes in a recipe, and in a safetensors header."""
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}

@@ -59,7 +59,7 @@ CODES: Mapping[str, str] = {
     "side-files-differ": "a chat template, end token or generation config that goes out, and is that of no tune",
     "skipped": "tensors that rules leave out",
     "snapshot": "a folder of the hub's cache, of which a snapshot is read",
-    "static-scales": "fixed scales of activations that are not published",
+    "static-scales": "fixed scales of activations: the base's, or not published",
     "stranger": "a model as far from the base as if it had nothing to do with it",
     "tied-names": "names in an index of a tensor that is stored under another one",
     "tokens-beyond-rows": "tokens for which an embedding has no row",

@@ -120,7 +120,7 @@ def check_index(output: Output, key: str, found: Mapping[str, str], *, complete:
 
 def read_table(output: Output, key: str, plan: MergePlan | None) -> Table | Finding:
     """Return the table of tensors, or why it cannot be read."""
-    most = sum(len(shard.jobs) for shard in plan.shards) if plan else MAX_UNPLANNED_ROWS
+    most = sum(len(job.result.outputs) for job in plan.jobs) if plan else MAX_UNPLANNED_ROWS
     try:
         rows = decode_apart(output.read(key, MAX_TABLE_BYTES), most)
     except UserError as error:
@@ -149,12 +149,11 @@ def check_planned(where: str, table: Table, plan: MergePlan) -> Iterator[Finding
     """Hold the table against the plan."""
     unplanned = dict(table)
     for shard in plan.shards:
-        for job in shard.jobs:
-            row = unplanned.pop(job.output.name, None)
+        for job, spec in ((each, spec) for each in shard.jobs for spec in each.result.outputs):
+            row = unplanned.pop(spec.name, None)
             if row is None:
-                yield Finding(where, f"has no row for {quoted(job.output.name)}, which the plan has")
+                yield Finding(where, f"has no row for {quoted(spec.name)}, which the plan has")
                 continue
-            spec = job.output
             planned = {
                 "shard": shard.file, "dtype": spec.dtype, "shape": list(spec.shape),
                 "num_elems": spec.num_elems, "method": job.result.method, "scope": job.reading.scope,
@@ -175,7 +174,7 @@ def check_placed(plan: MergePlan, placed: Placed) -> Iterator[Finding]:
         if shard.file not in placed:
             continue
         found = {tensor.spec for tensor in placed[shard.file]}
-        planned = {job.output for job in shard.jobs}
+        planned = {output for job in shard.jobs for output in job.result.outputs}
         for spec in sorted(planned - found):
             yield Finding(
                 shard.file, f"lacks {quoted(spec.name)} of {spec.dtype} {spec.shape}, which the plan puts there"

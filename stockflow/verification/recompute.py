@@ -10,12 +10,13 @@ from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.errors import CheckpointError, NumericsError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
-from stockflow.methods.protocol import Linear, Tolerance
+from stockflow.methods.protocol import Linear, Parameters, Tolerance
 from stockflow.output.keys import plan_key, receipt_key, tensors_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.file import RecordedPlan, check_mergeable
-from stockflow.planning.job import Operand, TensorJob, adding
+from stockflow.planning.job import WEIGHTED, TensorJob, adding
+from stockflow.planning.operands import Operand
 from stockflow.planning.plan import NUMERICS, MergePlan, ShardPlan
 from stockflow.storage import Stamp, StorageConfig
 from stockflow.verification.bits import Difference
@@ -51,6 +52,7 @@ class Target:
     tensor: str
     """the output's tensor that it is, or is a part of"""
     place: Range
+    """codes and the scales behind them are one range"""
     first: int = 0
     """flat index in the tensor of its first element"""
 
@@ -143,14 +145,14 @@ class _Recomputation:
                 self._findings += found
                 changed |= {(number, key)} if found else set()
         places = {
-            tensor.spec: Range(key, tensor.start, tensor.spec.num_bytes)
-            for key, tensors in self._evidence.placed.items()
-            for tensor in tensors
+            tensor.spec: (key, tensor.start) for key, tensors in self._evidence.placed.items() for tensor in tensors
         }
         return [
-            Target(job, job.output.name, places[job.output])
+            Target(job, job.output.name, Range(*places[job.output], job.result.num_bytes))
             for job in jobs
-            if job.output in places and job.output.name in self._evidence.table and not job.reading.files & changed
+            if places.keys() >= set(job.result.outputs)
+            and job.output.name in self._evidence.table
+            and not job.reading.files & changed
         ]
 
     def _merge(self, targets: Sequence[Target]) -> tuple[dict[str, TensorFacts], dict[str, Difference]]:
@@ -282,6 +284,9 @@ def _equal(left: Groups, right: Groups) -> bool:
 def _with_coefficients(target: Target, groups: Groups) -> Iterator[Target]:
     """Yield the jobs that combine a tensor, group by group, with given coefficients instead of its method's."""
     reading, output = target.job.reading, target.job.output
+    if target.job.result.rule or not reading.is_plain:
+        yield from _with_one_group(target, groups)
+        return
     num_elems, width = reading.group_elems, target.job.output_width
     for number, weights in enumerate(groups):
         first = number * num_elems
@@ -296,6 +301,15 @@ def _with_coefficients(target: Target, groups: Groups) -> Iterator[Target]:
             place=Range(target.place.key, target.place.start + width * first, width * num_elems),
             first=first,
         )
+
+
+def _with_one_group(target: Target, groups: Groups) -> Iterator[Target]:
+    """Yield the same for a tensor of which no part can be taken alone: codes share scales."""
+    if len(groups) == 1:
+        anchored = len(groups[0]) == len(target.job.reading.operands) - 1
+        parameters = Parameters({"anchored": anchored}, {"weight": groups[0]})
+        result = replace(target.job.result, method=WEIGHTED, parameters=parameters)
+        yield replace(target, job=replace(target.job, results=(result,)))
 
 
 def _part(operand: Operand, first: int) -> Operand:
@@ -333,7 +347,8 @@ class _ComparingSink:
             target = self._target = self._target or next(self._targets)
             self._portion = self._portion or next(self._published)
             num_bytes = min(len(rest), len(self._portion))
-            dtype, width = target.job.output.dtype, max(DTYPES[target.job.output.dtype].bits // 8, 1)
+            dtype = "U8" if target.job.result.rule else target.job.output.dtype  # of codes and scales, bytes
+            width = max(DTYPES[dtype].bits // 8, 1)
             first = target.first + self._num_done // width
             difference = self._differences.setdefault(target.tensor, Difference())
             difference.add(dtype, first, rest[:num_bytes], self._portion[:num_bytes])

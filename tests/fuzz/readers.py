@@ -22,7 +22,8 @@ from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.output.tables import decode_tensors, encode_tensors
 from stockflow.planning import file as plan_file
 from stockflow.planning.file import check_mergeable
-from stockflow.planning.job import copying, merging, stored
+from stockflow.planning.job import copying, merging
+from stockflow.planning.operands import stored
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile
 from stockflow.recipe import parse_recipe
 from stockflow.storage import Stamp, StorageConfig, open_store

@@ -18,9 +18,12 @@ from stockflow.engine.facts import Ledger
 from stockflow.engine.procedures.proceeding import StageClock
 from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
+from stockflow.engine.ways import Destination
 from stockflow.methods.protocol import Parameters
-from stockflow.planning.job import Operand, Reading, Result, TensorJob, working_bits_of
+from stockflow.planning.job import Reading, Result, TensorJob
+from stockflow.planning.operands import Operand
 from stockflow.planning.plan import CheckpointRef, ShardPlan
+from stockflow.planning.precisions import working_bits_of
 from stockflow.storage import StorageConfig, open_store
 from tests import oracle, runs
 
@@ -263,7 +266,7 @@ def test_several_results_come_from_one_read_and_are_what_each_would_be_alone(fp8
     ledgers = [Ledger(job, result, "shard") for result in results]
     with session.stream([job], session.divide([job]), lambda num_read: None) as stream:
         for (unit,) in stream:
-            merger.merge(unit, [out(name) for name in outs], ledgers, session.map_spans)
+            merger.merge(unit, [Destination(out(name)) for name in outs], ledgers, session.map_spans)
     session.close()
 
     assert job.num_sweeps == 4, "as many as TIES takes alone"

@@ -1,12 +1,19 @@
-"""Quantised models merged as the numbers they stand for: real files in the layouts of published families."""
+"""Quantised models merged as the numbers they stand for, and written again: real files in published layouts.
+
+One model has a module in each of the forms, so that a few merges show what holds of all of them.
+"""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from stockflow.errors import PlanError
 from stockflow.planning import file as plan_file
@@ -18,17 +25,31 @@ MODULE = "model.layers.0.mlp.up_proj"
 SHAPE = (300, 416)
 """Ragged in every block; a third band of 44 rows."""
 LEAST_CORRECT = 0.9999
+NVFP4 = ("modelopt", "NVFP4")
+MIXED = [form for form in FORMS if form not in ("other blocks", "no config", *NVFP4)]
+"""Forms that go into one model, whose config says 128 x 128."""
 
 
 def drawn(seed: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-def inside(made: Quantised) -> Tensors:
-    return {f"{MODULE}.{own}": tensor for own, tensor in made.tensors.items()}
+def family(form: str) -> list[Quantised]:
+    """A base and two tunes of it, in a form."""
+    make, base = FORMS[form][0], drawn(0)
+    return [make(base), *(make(base + 0.3 * drawn(seed)) for seed in (1, 2))]
 
 
-def write_model(folder: Path, tensors: Tensors, said: dict[str, object] | None, num_shards: int = 1) -> Path:
+def module(form: str) -> str:
+    """Of a kind of its own: how scales are chosen is told by kind."""
+    return f"model.layers.0.mlp.{chr(97 + list(FORMS).index(form))}_proj"
+
+
+def inside(made: Quantised, name: str = MODULE) -> Tensors:
+    return {f"{name}.{own}": tensor for own, tensor in made.tensors.items()}
+
+
+def write_model(folder: Path, tensors: Tensors, said: Mapping[str, object] | None, num_shards: int = 1) -> Path:
     config: dict[str, Any] = {"model_type": "llama", "hidden_size": 416}
     if said is not None:
         config["text_config"] = {"quantization_config": {"quant_method": "x", **said}}
@@ -58,41 +79,85 @@ def share_correct(found: oracle.Stored, expected: oracle.Floats) -> float:
     return float((found.array == right).mean())
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_models_of_a_format_merge_as_the_numbers_that_its_definition_says(form: str, tmp_path: Path) -> None:
-    make, said = FORMS[form]
-    base = drawn(0)
-    made = [make(base), *(make(base + 0.3 * drawn(seed)) for seed in (1, 2))]
-    models = [write_model(tmp_path / f"m{n}", inside(each), said, 1 + n) for n, each in enumerate(made)]
+@dataclass(frozen=True)
+class Mixed:
+    """A base and two tunes with a module of every form, and outputs of their merge."""
 
-    found = merged(tmp_path, models, dtype="bfloat16")
+    root: Path
+    made: Mapping[str, list[Quantised]]
+    models: list[Path]
 
-    expected = oracle.model_stock(made[0].values, [each.values for each in made[1:]])
-    assert found.keys() == {f"{MODULE}.weight", "model.norm.weight"}
-    assert found[f"{MODULE}.weight"].dtype == "BF16"
-    assert share_correct(found[f"{MODULE}.weight"], expected.out) >= LEAST_CORRECT
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    def expected(self, form: str) -> oracle.Floats:
+        base, *tuned = self.made[form]
+        return oracle.model_stock(base.values, [each.values for each in tuned]).out
+
+    def merge(self, name: str, **top_level: Any) -> Path:
+        root = self.root / name
+        root.mkdir()
+        runs.merge_here(write_recipe(root, self.models, **top_level), root / "out", memory_bytes=600 * runs.MIB)
+        return root / "out"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    root = tmp_path_factory.mktemp("mixed")
+    made = {form: family(form) for form in MIXED}
+    models = []
+    for number in range(3):
+        tensors = {name: t for form in MIXED for name, t in inside(made[form][number], module(form)).items()}
+        models.append(write_model(root / f"m{number}", tensors, quantised.DEEPSEEK, 1 + number))
+    return Mixed(root, made, models)
+
+
+@pytest.fixture(scope="module")
+def widened(mixed: Mixed) -> Path:
+    return mixed.merge("widened", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def kept(mixed: Mixed) -> Path:
+    return mixed.merge("kept")
+
+
+@pytest.mark.parametrize("form", MIXED)
+def test_models_of_a_format_merge_as_the_numbers_that_its_definition_says(
+    form: str, mixed: Mixed, widened: Path
+) -> None:
+    found = oracle.load_checkpoint(widened)
+
+    assert found.keys() == {*(f"{module(form)}.weight" for form in MIXED), "model.norm.weight"}
+    assert found[f"{module(form)}.weight"].dtype == "BF16"
+    assert share_correct(found[f"{module(form)}.weight"], mixed.expected(form)) >= LEAST_CORRECT
+    config = json.loads((widened / "config.json").read_text())
     assert "quantization_config" not in config["text_config"]
 
 
-def test_one_decoded_model_has_the_bits_of_the_definition(tmp_path: Path) -> None:
-    for number, (make, said) in enumerate(FORMS.values()):
-        made, root = make(drawn(3)), tmp_path / str(number)
-        model = write_model(root / "m", inside(made), said)
+@pytest.mark.parametrize("form", ["other blocks", "no config", *NVFP4])
+def test_what_goes_with_no_other_merges_alone(form: str, tmp_path: Path) -> None:
+    made = family(form)
+    models = [write_model(tmp_path / f"m{n}", inside(each), FORMS[form][1]) for n, each in enumerate(made)]
 
-        recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}], "dtype": "float32"}
-        (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        runs.merge_here(root / "recipe.yaml", root / "out")
+    found = merged(tmp_path, models, stockflow={"output_format": "bfloat16"})[f"{MODULE}.weight"]
 
-        found = oracle.load_checkpoint(root / "out")[f"{MODULE}.weight"]
-        assert share_correct(found, made.values) == 1, list(FORMS)[number]
+    expected = oracle.model_stock(made[0].values, [each.values for each in made[1:]])
+    assert share_correct(found, expected.out) >= LEAST_CORRECT
+
+
+def test_decoded_models_have_the_bits_of_their_definitions(mixed: Mixed, tmp_path: Path) -> None:
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(mixed.models[0])}], "dtype": "float32"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    found = oracle.load_checkpoint(tmp_path / "out")
+
+    for form in MIXED:
+        assert share_correct(found[f"{module(form)}.weight"], mixed.made[form][0].values) == 1, form
 
 
 @pytest.mark.parametrize("columns", [203, 416])
 def test_rows_of_codes_that_fill_no_container_are_as_long_as_their_shape_says(columns: int, tmp_path: Path) -> None:
-    said: dict[str, object] = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}}}
     made = [quantised.int4(drawn(seed, (90, columns)).double().numpy()) for seed in range(3)]
-    models = [write_model(tmp_path / f"m{n}", inside(each), said) for n, each in enumerate(made)]
+    models = [write_model(tmp_path / f"m{n}", inside(each), quantised.INT4) for n, each in enumerate(made)]
 
     found = merged(tmp_path, models, dtype="float32")[f"{MODULE}.weight"]
 
@@ -101,18 +166,28 @@ def test_rows_of_codes_that_fill_no_container_are_as_long_as_their_shape_says(co
     assert share_correct(found, expected.out) >= LEAST_CORRECT
 
 
-def test_experts_in_one_tensor_merge_one_by_one(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.experts.gate_up_proj"
+@pytest.mark.parametrize("scope", ["kept", "widened"])
+def test_experts_in_one_tensor_merge_one_by_one(scope: str, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
     values = [drawn(seed, (3, 40, 96)).double().numpy() for seed in range(3)]
-    made = [quantised.mxfp4_blocks(each) for each in values]
-    tensors = [{f"{name}{own.removeprefix('gate_up_proj')}": t for own, t in each.tensors.items()} for each in made]
+    made = [quantised.mxfp4_blocks(each, "down_proj") for each in values]
+    tensors = [{f"{name}{own.removeprefix('down_proj')}": t for own, t in each.tensors.items()} for each in made]
     models = [write_model(tmp_path / f"m{n}", each, {}) for n, each in enumerate(tensors)]
+    expected = oracle.model_stock(made[0].values, [each.values for each in made[1:]], scope="leading").out
 
-    found = merged(tmp_path, models, dtype="bfloat16")[name]
-
-    expected = oracle.model_stock(made[0].values, [each.values for each in made[1:]], scope="leading")
-    assert found.array.shape == (3, 40, 96)
-    assert share_correct(found, expected.out) >= LEAST_CORRECT
+    if scope == "widened":
+        found = merged(tmp_path, models, dtype="bfloat16")[name]
+        assert found.array.shape == (3, 40, 96)
+        assert share_correct(found, expected) >= LEAST_CORRECT
+        return
+    runs.merge_here(write_recipe(tmp_path, models), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {key: tensor.shape for key, tensor in found.items() if name in key} == {
+        key: tensor.shape for key, tensor in tensors[0].items()
+    }
+    again = quantised.mxfp4_blocks(expected, "down_proj").tensors
+    assert same_codes(found[f"{name}_blocks"], again["down_proj_blocks"], is_f4=True) >= 0.999
+    assert torch.equal(found[f"{name}_scales"], again["down_proj_scales"])
 
 
 def test_formats_meet_and_the_plan_is_read_back_as_it_was(tmp_path: Path) -> None:
@@ -129,28 +204,35 @@ def test_formats_meet_and_the_plan_is_read_back_as_it_was(tmp_path: Path) -> Non
 
     expected = oracle.model_stock(made[0].values, [made[1].values, plain.double().numpy()])
     assert share_correct(found[f"{MODULE}.weight"], expected.out) >= LEAST_CORRECT
-    (path,) = (tmp_path / "out" / "_stockflow").glob("*/plan.json")
+
+
+def test_an_output_in_codes_is_what_its_plan_says_and_is_merged_again_the_same(kept: Path) -> None:
+    (path,) = (kept / "_stockflow").glob("*/plan.json")
     recorded = plan_file.parse(path.read_bytes(), str(path))
     assert recorded.plan.plan_id == recorded.plan_id == recorded.digest
     assert recorded.plan.merge_id == recorded.merge_id == recorded.copies_digest
-    assert runs.run("verify", tmp_path / "out", "--sample", "100%").returncode == 0
+    verified = runs.run("verify", kept, "--sample", "100%")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-@pytest.mark.parametrize("memory", [340, 600, 1200])
-def test_the_bytes_are_those_of_every_budget_and_number_of_threads(memory: int, tmp_path: Path) -> None:
-    made = [quantised.fp8(drawn(seed, (1200, 2048)), (128, 128)) for seed in range(3)]
-    models = [
-        write_model(tmp_path / f"m{n}", inside(each), {"weight_block_size": [128, 128]}) for n, each in enumerate(made)
-    ]
-    recipe = write_recipe(tmp_path, models, dtype="bfloat16")
-
-    digests = set()
-    for threads in (1, 2):
-        output = tmp_path / f"out{threads}"
-        runs.merge_here(recipe, output, memory_bytes=memory * runs.MIB, num_threads=threads)
-        digests.add((output / "model.safetensors").read_bytes())
-
-    assert len(digests) == 1
+@pytest.mark.parametrize("columns", [4096])
+def test_codes_and_numbers_are_the_same_for_every_budget_and_number_of_threads(columns: int, tmp_path: Path) -> None:
+    """Bands of 128 rows are longer than a span here."""
+    shape, names = (300, columns), ("DeepSeek-V3", "Kimi-K2")
+    models = []
+    for number in range(3):
+        tensors: Tensors = {}
+        for form in names:
+            make = FORMS[form][0]
+            tensors |= inside(make(drawn(0, shape) + 0.3 * number * drawn(number, shape)), module(form))
+        models.append(write_model(tmp_path / f"m{number}", tensors, {}))
+    for asked in ({}, {"dtype": "bfloat16"}):
+        recipe, digests = write_recipe(tmp_path, models, **asked), set()
+        for memory, threads in ((340, 1), (420, 2), (1200, 2)):
+            output = tmp_path / f"out{memory}{len(asked)}"
+            runs.merge_here(recipe, output, memory_bytes=memory * runs.MIB, num_threads=threads)
+            digests.add((output / "model.safetensors").read_bytes())
+        assert len(digests) == 1
 
 
 def test_quantised_tunes_of_a_plain_base_are_refused_until_accepted(tmp_path: Path) -> None:
@@ -162,9 +244,95 @@ def test_quantised_tunes_of_a_plain_base_are_refused_until_accepted(tmp_path: Pa
 
     with pytest.raises(PlanError) as caught:
         merged(tmp_path, models)
-    assert f"{models[1]} has 1 tensor such as {MODULE}.weight as codes, {models[0]} as plain numbers" in str(
-        caught.value
-    )
+    said = f"{models[1]} has 1 tensor such as {MODULE}.weight as codes, {models[0]} as plain numbers"
+    assert said in str(caught.value)
     assert "Give the 16-bit models that were quantised, or the base in the same codes" in str(caught.value)
 
     assert f"{MODULE}.weight" in merged(tmp_path, models, stockflow={"accept": ["quantised-tunes"]})
+
+
+def test_equal_models_come_out_in_the_bytes_of_their_codes_and_scales(mixed: Mixed, tmp_path: Path) -> None:
+    copies = [mixed.models[0], tmp_path / "copy", tmp_path / "another"]
+    tensors = load_file(copies[0] / "model.safetensors")
+    for folder in copies[1:]:
+        write_checkpoint(folder, tensors, config=json.loads((copies[0] / "config.json").read_text()), side_files={})
+
+    runs.merge_here(write_recipe(tmp_path, copies, stockflow={"accept": ["same-samples"]}), tmp_path / "out")
+
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"]["quantization_config"] == {"quant_method": "x", **quantised.DEEPSEEK}
+
+
+def same_codes(found: torch.Tensor, expected: torch.Tensor, *, is_f4: bool = False) -> float:
+    """Share of equal bytes; zeros of either sign are equal."""
+    pairs = [each.view(torch.uint8).numpy().astype(int) for each in (found, expected)]
+    if is_f4:
+        pairs = [np.stack([np.where(half == 8, 0, half) for half in (each & 15, each >> 4)]) for each in pairs]
+    return float((pairs[0] == pairs[1]).mean())
+
+
+@pytest.mark.parametrize("form", MIXED)
+def test_what_changed_is_written_in_the_codes_of_the_base_by_its_own_rule(form: str, mixed: Mixed, kept: Path) -> None:
+    """Those that numpy makes of the float64 result, but where float32 rounds to the other side of a tie."""
+    again = FORMS[form][0](torch.from_numpy(np.asarray(mixed.expected(form), np.float32)))
+    found = load_file(kept / "model.safetensors")
+
+    for own, tensor in again.tensors.items():
+        written = found[f"{module(form)}.{own}"]
+        assert (written.dtype, written.shape) == (tensor.dtype, tensor.shape)
+        if tensor.dtype == torch.float32:
+            torch.testing.assert_close(written, tensor, rtol=1e-6, atol=0)
+        else:
+            assert same_codes(written, tensor, is_f4=form in ("Kimi-K3", "DeepSeek-V4's experts")) >= 0.9995
+
+
+def test_scales_that_are_powers_of_two_stay_so_whatever_they_are_stored_in(tmp_path: Path) -> None:
+    made = []
+    for seed in range(3):
+        each = quantised.fp8(drawn(seed), (128, 128), scale="E8M0")
+        exponents = each.tensors["weight_scale_inv"].view(torch.uint8).int() - 127
+        made.append(Quantised(each.tensors | {"weight_scale_inv": torch.exp2(exponents.float())}, each.values))
+    models = [write_model(tmp_path / f"m{n}", inside(each), {}) for n, each in enumerate(made)]
+
+    runs.merge_here(write_recipe(tmp_path, models), tmp_path / "out", memory_bytes=600 * runs.MIB)
+
+    scales = load_file(tmp_path / "out" / "model.safetensors")[f"{MODULE}.weight_scale_inv"]
+    assert (torch.frexp(scales)[0] == 0.5).all()
+
+
+def test_a_format_that_is_only_read_is_refused_with_the_words_to_add(tmp_path: Path) -> None:
+    made = family("modelopt")
+    models = [write_model(tmp_path / f"m{n}", inside(each), {}) for n, each in enumerate(made)]
+
+    with pytest.raises(PlanError, match=r"NVFP4 in .*which is read and not written.*output_format: bfloat16"):
+        merged(tmp_path, models)
+
+
+def test_one_block_that_nothing_changed_in_keeps_its_codes_while_others_change(tmp_path: Path) -> None:
+    """As they are, though their scales are none that the rule would choose."""
+    base = drawn(0, (256, 256))
+    made = quantised.fp8(base, (128, 128))
+    odd = {"weight": made.tensors["weight"], "weight_scale_inv": made.tensors["weight_scale_inv"] * 1.37}
+    codes = odd["weight"].view(torch.uint8).clone()
+    codes[:128, :128] = codes[:128, :128].roll(1, 0)
+    tuned = odd | {"weight": codes.view(torch.float8_e4m3fn)}
+    both = [inside(Quantised(each, made.values)) for each in (odd, tuned)]
+    models = [write_model(tmp_path / f"m{n}", each, {}) for n, each in enumerate(both)]
+
+    recipe = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1.0}} for m in models]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    codes, scales = (found[f"{MODULE}.{own}"] for own in ("weight", "weight_scale_inv"))
+    same = codes.view(torch.uint8) == odd["weight"].view(torch.uint8)
+    assert same[128:].all()
+    assert same[:, 128:].all()
+    assert not same[:128, :128].all()
+    assert torch.equal(scales.flatten()[1:], odd["weight_scale_inv"].flatten()[1:])
+    assert scales[0, 0] != odd["weight_scale_inv"][0, 0]

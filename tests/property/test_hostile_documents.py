@@ -19,7 +19,8 @@ from stockflow.output import manifest
 from stockflow.output.keys import plan_key
 from stockflow.output.ownership import earlier_plan
 from stockflow.planning.file import check_mergeable
-from stockflow.planning.job import COPY, copying, stored
+from stockflow.planning.job import COPY, copying
+from stockflow.planning.operands import stored
 from stockflow.storage import StorageConfig, check_key, open_store
 from tests.fuzz.readers import MANIFEST, NASTY, READERS, SHARD, Reader, attempt, places
 

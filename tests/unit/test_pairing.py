@@ -134,7 +134,7 @@ def test_scales_of_activations_are_no_weights() -> None:
     )
 
     assert found.specs.keys() == {f"{M}.weight", f"{M}.bias"}
-    assert found.static_scales == (f"{M}.input_scale",)
+    assert found.static_scales.keys() == {f"{M}.input_scale"}
 
 
 def test_a_config_says_blocks_and_groups_wherever_it_has_them() -> None:

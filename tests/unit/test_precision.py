@@ -52,11 +52,11 @@ def test_what_every_model_stores_finer_than_its_rest_stays_so_and_that_is_said(m
 
     assert {job.output.dtype for job in plan.jobs if job.output.name == name} == {"F32"}
     assert {job.output.dtype for job in plan.jobs if not job.is_copy and job.output.name != name} == {"BF16"}
-    (said,) = plan.remarks
+    (said,) = (remark for remark in plan.remarks if remark.code != "routers-merged")
     assert (said.code, said.severity, said.tensors) == ("precision-kept", "note", (name,))
     assert "is written as F32 instead of BF16" in said.text
     assert {job.output.dtype for job in blind.jobs if not job.is_copy} == {"BF16"}
-    assert codes(blind) == []
+    assert set(codes(blind)) <= {"routers-merged"}
 
 
 def test_a_kept_tensor_is_merged_to_the_last_bit_of_its_own_precision(merge: Merge, tmp_path: Path) -> None:

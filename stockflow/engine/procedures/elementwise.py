@@ -15,7 +15,8 @@ from stockflow.kernels import doubled, elementwise
 from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import FORMATS, results_in
 from stockflow.methods.protocol import Block, Elementwise, Rounds, Statistic, UnitContext, Update
-from stockflow.planning.job import FloatBits, Result
+from stockflow.planning.job import Result
+from stockflow.planning.precisions import FloatBits
 from stockflow.planning.spans import BLOCK_ELEMS
 
 
@@ -75,7 +76,7 @@ def _after_rounds(rounds: Rounds, unit: Unit, result: Result, ledger: Ledger, to
 
 def _filler(decided: Update, num_elems: int, result: Result, ledger: Ledger, tools: Tools) -> Fill:
     ledger.record_means(decided.facts, num_elems)
-    dtype, width = result.outputs[0].dtype, result.encode.width
+    dtype, width = result.dtype, result.width
     is_doubled = dtype == "F64"
 
     def added(block: Block, target: Bytes) -> bool:

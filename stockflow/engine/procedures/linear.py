@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.methods.gram import Gram, Products
 from stockflow.methods.protocol import Coefficients, Linear
-from stockflow.planning.job import FloatBits, Result
+from stockflow.planning.job import Result
+from stockflow.planning.precisions import FloatBits
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +93,18 @@ def _decided(rule: Linear, unit: Unit, result: Result, gram: Gram, ledger: Ledge
     return decided
 
 
+def _taken(decided: Coefficients) -> Coefficients:
+    """Return coefficients that take one source as it is, where they come to that: codes are then what they were."""
+    weights_GM = decided.weights_GM
+    takes = (weights_GM == 1).sum(axis=1) + (weights_GM == 0).sum(axis=1) == weights_GM.shape[1]
+    if not decided.anchored or not (takes & (weights_GM.sum(axis=1) == 1)).all():
+        return decided
+    return replace(decided, weights_GM=np.insert(weights_GM, 0, 0.0, axis=1), anchored=False)
+
+
 def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools) -> Fill:
-    group_elems, dtype = unit.work.reading.group_elems, result.outputs[0].dtype
+    group_elems, dtype = unit.work.reading.group_elems, result.dtype
+    decided = _taken(decided) if result.rule else decided
 
     def fill(span: LoadedPiece, target: Bytes) -> None:
         started = time.perf_counter()

@@ -16,7 +16,8 @@ def kept_precision(proposal: Proposal) -> Iterator[Remark]:
     asked = proposal.recipe.output_dtype
     if asked is None or not proposal.recipe.stockflow.keep_precision:
         return
-    kept = {job.output.name: job.output.dtype for job in proposal.jobs if job.output.dtype != asked and not job.is_copy}
+    merged = (job for job in proposal.jobs if not job.is_copy and not job.result.rule)
+    kept = {job.output.name: job.output.dtype for job in merged if job.output.dtype != asked}
     if kept:
         text = (
             f"{_such(list(kept))} {are(len(kept))} written as {' and '.join(sorted(set(kept.values())))} instead of "

@@ -6,21 +6,22 @@ from collections.abc import Iterator
 from stockflow.checkpoints.adapter_decodes import codes_within
 from stockflow.checkpoints.configs import quantization_keys
 from stockflow.checkpoints.packed import packed_weights, scales_of_plain_weights
+from stockflow.planning.formats import QUANTIZATION_FILE, outputs_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+QUANTIZATION_FILES = (QUANTIZATION_FILE, "quantize_config.json", "quant_config.json")
 
 
 def removed_quantization(proposal: Proposal) -> Iterator[Remark]:
     """Yield what of the published config, and beside it, speaks of packed weights that are not there."""
     donor = proposal.donor
     keys = list(quantization_keys(donor.config or {}))
-    files = [file for file in QUANTIZATION_FILES if file in donor.other_files]
-    if (keys or files) and not packed_weights({job.output.name: job.output for job in proposal.jobs}):
+    files = [file for file in QUANTIZATION_FILES if file in (*donor.other_files, *donor.side_files)]
+    if (keys or files) and not packed_weights(outputs_of(proposal.jobs)):
         url = redact(donor.url)
         removed = [*(f"`{in_a_line(key)}` of its config" for key in keys), *files]
         text = (
@@ -64,17 +65,17 @@ def quantised_tunes(proposal: Proposal) -> Iterator[Remark]:
 
 
 def static_scales(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which fixed scales of activations are not published: nothing of the output is of codes they belong to."""
+    """Yield what becomes of fixed scales of activations: what they were measured on is another model's."""
     donor = proposal.donor
-    written = {job.output.name for job in proposal.jobs}
-    left = [name for name in donor.static_scales if name not in written]
-    if left:
-        url = redact(donor.url)
+    names = list(donor.static_scales)
+    if names:
+        url, written = redact(donor.url), names[0] in outputs_of(proposal.jobs)
+        becomes = "the base's, as no model was run" if written else "not published: they belong to its codes"
         text = (
-            f"{counted(len(left), 'fixed scale')} of activations of {url}, such as {in_a_line(left[0])}, "
-            f"{are(len(left))} not published: they belong to its codes"
+            f"{counted(len(names), 'fixed scale')} of activations of {url}, such as {in_a_line(names[0])}, "
+            f"{are(len(names))} {becomes}"
         )
-        yield Remark("static-scales", text, "note", (url,), tuple(left))
+        yield Remark("static-scales", text, "note", (url,), tuple(names))
 
 
 def leftover_scales(proposal: Proposal) -> Iterator[Remark]:

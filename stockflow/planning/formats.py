@@ -1,0 +1,131 @@
+"""Output formats: a merged tensor as plain numbers, or in codes: those of the donor, or FP8 in blocks."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled
+from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.quantised import Stored
+from stockflow.checkpoints.scale_rules import AMAX, kind_of, usual_rule
+from stockflow.planning.job import COPY, TensorJob, copying
+from stockflow.planning.operands import stored
+from stockflow.planning.plan import SideFile
+from stockflow.planning.precisions import float_bits_of
+from stockflow.recipe import Recipe
+
+QUANTIZATION_FILE = "hf_quant_config.json"
+CODE_NAMES = ("weight_packed", "_blocks")
+FP8_BLOCK = BlockScaled("F8_E4M3", "F32", (128, 128))
+_MULTIPLIED = re.compile(r"(_proj|\.w[123]|\.w[qkvo](_[ab])?|\.wkv|query_key_value|dense\w*|fc\d)\.weight$")
+"""Matrices that inputs are multiplied by: embeddings, heads, norms and routers stay as they are."""
+_KEPT_PLAIN = re.compile(r"(embed|lm_head|norm|router|vision|visual|audio|projector|eh_proj|(^|\.)mlp\.gate\.)")
+
+
+def coded(job: TensorJob, outputs: tuple[TensorSpec, ...], encode: BlockScaled | GroupScaled, rule: str) -> TensorJob:
+    """Return a job whose result is written in codes, these first and their scales behind them."""
+    bits = float_bits_of(job.reading.dtypes)
+    reading = replace(job.reading, band=encode.band_elems(job.reading.shape), float_bits=bits)
+    result = replace(job.result, outputs=outputs, encode=encode, rule=rule, float_bits=bits, working_bits=bits)
+    return TensorJob(reading, (result,))
+
+
+def written(recipe: Recipe, donor: Checkpoint, number: int, own_name: str, job: TensorJob) -> list[TensorJob]:
+    """Return the jobs that write a merged tensor in the format that is asked for.
+
+    Args:
+        recipe: says the format.
+        donor: whose format is kept.
+        number: of the donor among the plan's checkpoints.
+        own_name: of the tensor in the donor.
+        job: which merges it, to be written as plain numbers.
+    """
+    held = donor.stored.get(own_name)
+    encode = codes_of(held.decode) if held and recipe.keeps_codes else None
+    if held and encode and _fits(encode, held, job.output):
+        parts = held.parts[: len(encode.widths)]
+        outputs = tuple(part._replace(name=_renamed(part.name, job.output.name)) for part in parts)
+        kept = coded(job, outputs, encode, _rule_of(encode, own_name, dict(donor.rules)))
+        return [kept, *_beside(job.output, held, donor, number)]
+    if recipe.stockflow.output_format == "fp8_block" and _is_multiplied(job.output):
+        scale = TensorSpec(f"{job.output.name}_scale_inv", "F32", FP8_BLOCK.grid(job.output.shape))
+        return [coded(job, (job.output._replace(dtype="F8_E4M3"), scale), FP8_BLOCK, AMAX)]
+    return [job]
+
+
+def carried(output: TensorSpec, held: Stored, donor: Checkpoint, number: int) -> list[TensorJob]:
+    """Return the jobs that carry codes and scales over as they are."""
+    return [_copying(output, part, donor, number) for part in (*held.parts, *held.beside)]
+
+
+def static_scales(donor: Checkpoint, number: int) -> Iterator[TensorJob]:
+    """Yield the jobs that carry over the fixed scales of activations."""
+    for name in donor.static_scales:
+        spec = donor.static_scales[name]
+        yield copying(spec, (stored(number, spec, donor.extents[name]),), COPY)
+
+
+def outputs_of(jobs: Iterable[TensorJob]) -> dict[str, TensorSpec]:
+    """Return all tensors that jobs write, by name."""
+    return {output.name: output for job in jobs for output in job.result.outputs}
+
+
+def in_codes(job: TensorJob) -> bool:
+    """Return whether a job writes codes that need scales."""
+    return bool(job.result.rule) or job.output.kind == "packed" or job.output.name.endswith(CODE_NAMES)
+
+
+def with_codes_only(side_files: tuple[SideFile, ...], jobs: Iterable[TensorJob]) -> tuple[SideFile, ...]:
+    """Return the files beside an output: what speaks of codes, only where there are some."""
+    if any(map(in_codes, jobs)):
+        return side_files
+    return tuple(file for file in side_files if file.key != QUANTIZATION_FILE)
+
+
+def codes_of(decode: Decode) -> BlockScaled | GroupScaled | None:
+    """Return how the codes are stored that a decode is of, also within what adds to them; None for plain numbers."""
+    while not is_coded(decode) and hasattr(decode, "inner"):
+        decode = decode.inner
+    return decode if isinstance(decode, BlockScaled | GroupScaled) else None
+
+
+def is_coded(decode: Decode) -> bool:
+    """Return whether a decode is one of codes, and of nothing else."""
+    return isinstance(decode, BlockScaled | GroupScaled)
+
+
+def cannot_be_kept(held: Stored) -> bool:
+    """Return whether the donor's codes are only read: a scale of a whole tensor is not known before its end."""
+    encode = codes_of(held.decode)
+    return isinstance(encode, GroupScaled) and bool(encode.whole)
+
+
+def _rule_of(encode: BlockScaled | GroupScaled, own_name: str, rules: Mapping[str, str]) -> str:
+    """Return how scales of a tensor are chosen: as was found in its kind, else as is usual in its format."""
+    return rules.get(kind_of(own_name)) or usual_rule(encode)
+
+
+def _fits(encode: BlockScaled | GroupScaled, held: Stored, output: TensorSpec) -> bool:
+    """Return whether the donor's parts have the shape of what is written: rows by token may be others."""
+    ranges = encode.ranges(output.shape, 0, output.num_elems)
+    return all(found.stop == part.num_bytes for found, part in zip(ranges, held.parts, strict=False))
+
+
+def _beside(output: TensorSpec, held: Stored, donor: Checkpoint, number: int) -> Iterator[TensorJob]:
+    yield from (_copying(output, part, donor, number) for part in held.beside)
+
+
+def _copying(output: TensorSpec, part: TensorSpec, donor: Checkpoint, number: int) -> TensorJob:
+    spec = part._replace(name=_renamed(part.name, output.name))
+    return copying(spec, (stored(number, part, donor.extents[part.name]),), COPY)
+
+
+def _renamed(part: str, output: str) -> str:
+    """Return the name of a part of a tensor that has another name in the output."""
+    return f"{output.rpartition('.')[0]}.{part.rpartition('.')[2]}".removeprefix(".")
+
+
+def _is_multiplied(output: TensorSpec) -> bool:
+    is_matrix = len(output.shape) == 2 and output.kind == "float"
+    return is_matrix and bool(_MULTIPLIED.search(output.name)) and not _KEPT_PLAIN.search(output.name)
