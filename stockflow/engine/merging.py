@@ -14,9 +14,9 @@ from stockflow.engine.warm import small_units
 from stockflow.engine.ways import Coder, Destination, PartsOf, Way, Written
 from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes
-from stockflow.kernels.floats import count_f16_losses, results_in
+from stockflow.kernels.floats import count_losses
 from stockflow.methods.protocol import Elementwise
-from stockflow.planning.job import Result, TensorJob
+from stockflow.planning.job import Result, TensorJob, has_smaller_range
 
 
 class UnitMerger:
@@ -103,13 +103,14 @@ class UnitMerger:
 
 def _counting(fill: Fill, job: TensorJob, result: Result, ledger: Ledger) -> Fill:
     """Return what fills, and counts what is lost where a result has a smaller range than its operands."""
-    if job.is_copy or result.outputs[0].dtype != "F16" or set(job.reading.dtypes) <= {"F16"}:
+    dtype = result.outputs[0].dtype
+    if job.is_copy or not has_smaller_range(dtype, job.reading.dtypes):
         return fill
 
     def filling(span: LoadedPiece, target: Bytes) -> None:
         fill(span, target)
         lost = np.zeros(2, np.int64)
-        count_f16_losses(span.slab, span.firsts_M, span.formats_M, results_in(target, "F16"), lost)
+        count_losses(span.slab, span.firsts_M, span.formats_M, target, dtype, lost)
         ledger.count({"zeroed": int(lost[0]), "subnormal": int(lost[1])})
 
     return filling

@@ -236,8 +236,8 @@ def result_lines(result: Merged) -> Iterator[str]:
         yield f"  unchanged in at least one model: {counted(facts['zero_delta_tensors'], 'tensor')}"
     if facts.get("zeroed_elements") or facts.get("subnormal_elements"):
         yield (
-            f"  lost to F16's range: {counted(facts['zeroed_elements'], 'element')} written as 0 where a source is not"
-            f", {counted(facts['subnormal_elements'], 'element')} with fewer digits"
+            f"  lost to the range of their dtype: {counted(facts['zeroed_elements'], 'element')} written as 0 where a "
+            f"source is not, {counted(facts['subnormal_elements'], 'element')} with fewer digits"
         )
     if facts["retries"]:
         yield f"  retried: {counted(facts['retries'], 'read')}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stockflow.kernels.arrays import Bits, Bytes, Counts, Floats, Halves, Singles, Unsigned, Values
+from stockflow.kernels.arrays import Bits, Bytes, Counts, Floats, Halves, Patterns, Singles, Unsigned, Values
 from stockflow.kernels.jit import jit
 
 TILE = 512
@@ -149,20 +149,35 @@ def _round_to_f16(bits: Bits, floats: Singles, count: Index, out: Values, first:
         out[first + k] = np.uint16(rounded | (sign >> np.uint32(16)))
 
 
-@jit
-def count_f16_losses(slab: Slab, firsts_M: Unsigned, formats_M: Unsigned, out: Halves, counts: Counts) -> None:
-    """Count what F16 results lost to its range, from the bits alone; added to what is there.
+def count_losses(slab: Slab, firsts_M: Unsigned, formats_M: Unsigned, out: Bytes, dtype: str, counts: Counts) -> None:
+    """Count what results lost to the range of their dtype, from the bits alone; added to what is there.
 
     Args:
         slab: holds the sources.
         firsts_M: where each source's part of the span begins, in its elements.
         formats_M: format of each source.
         out: the results.
+        dtype: of the results.
         counts: zeros of which a source is not zero, and subnormal numbers.
     """
+    width, exponents = WIDTHS[dtype], EXPONENTS[dtype]
+    magnitudes, normal = np.uint64((1 << (8 * width - 1)) - 1), np.uint64(exponents & -exponents)
+    _count_losses(slab, firsts_M, formats_M, out.view(f"u{width}"), magnitudes, normal, counts)
+
+
+@jit
+def _count_losses(
+    slab: Slab,
+    firsts_M: Unsigned,
+    formats_M: Unsigned,
+    out: Patterns,
+    magnitudes: Index,
+    smallest_normal: Index,
+    counts: Counts,
+) -> None:
     for k in range(np.uint64(len(out))):
-        magnitude = out[k] & np.uint16(0x7FFF)
-        if magnitude == np.uint16(0):
+        magnitude = np.uint64(out[k]) & magnitudes
+        if magnitude == np.uint64(0):
             is_lost = False
             for m in range(len(firsts_M)):
                 place = firsts_M[m] + k
@@ -173,7 +188,7 @@ def count_f16_losses(slab: Slab, firsts_M: Unsigned, formats_M: Unsigned, out: H
                 else:
                     is_lost |= (slab.halves[place] & np.uint16(0x7FFF)) != np.uint16(0)
             counts[0] += is_lost
-        elif magnitude < np.uint16(0x0400):
+        elif magnitude < smallest_normal:
             counts[1] += 1
 
 

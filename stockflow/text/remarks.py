@@ -31,7 +31,7 @@ CODES: Mapping[str, str] = {
     "missing-files": "code and modules that the configs which go out name, and that are not there",
     "missing-module": "modules of a model for sentence embeddings that are not there",
     "module-left-out": "tensors that belong to no module of the recipe",
-    "narrower-range": "numbers that are written as F16 and come from a wider range",
+    "narrower-range": "numbers that are written in a narrower range than that of their sources",
     "no-config": "the model that gives the config has none",
     "no-effect": "a parameter that no method in use reads where it stands",
     "no-tensors": "values in files of weights that are no tensors of the model",

@@ -229,6 +229,23 @@ def test_what_f16_loses_is_counted(merge: Merge, tmp_path: Path, method: str, dt
     assert "narrower-range" in codes(result.plan)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 7), ("float32", 23)])
+def test_what_is_lost_of_f64_is_counted(merge: Merge, tmp_path: Path, dtype: str, bits: int) -> None:
+    exponents = torch.linspace(-160, -110, 3000, dtype=F64).reshape(30, 100)
+    tensors = [2.0**exponents * (1 + 0.01 * seed) for seed in range(3)]
+    tensors[0][0, :7] = tensors[1][0, :7] = tensors[2][0, :7] = 0
+    add(merge, "w", *tensors).write(config={})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(merge.recipe | {"dtype": dtype}))
+    result = runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    written = load_file(tmp_path / "out" / "model.safetensors")["w"].double().numpy()
+    is_zero = (written == 0) & (tensors[1].numpy() != 0)
+    facts = runs.tensor_facts(tmp_path / "out")["w"]["facts"]
+    assert facts["zeroed"] == is_zero.sum() == (tensors[1].numpy() < 2.0 ** (-127 - bits)).sum() - 7
+    assert facts["subnormal"] == ((written != 0) & (written < 2.0**-126)).sum() > 100
+    assert "narrower-range" in codes(result.plan)
+
+
 def test_f16_of_f16_is_not_counted(merge: Merge, tmp_path: Path) -> None:
     for own in merge.models:
         own.update({name: each.to(F16) for name, each in own.items() if each.is_floating_point()})

@@ -2,13 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 
+from stockflow.planning.job import has_smaller_range
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
 RUNNING_STATISTICS = (".running_mean", ".running_var", ".moving_mean", ".moving_variance")
-_WIDER_THAN_F16 = frozenset({"BF16", "F32", "F64"})
+_ENDS = {
+    "F16": ("65,504", "6.1e-5", "3e-8"),
+    "BF16": ("3.39e38", "1.2e-38", "4.6e-41"),
+    "F32": ("3.40e38", "1.2e-38", "7e-46"),
+}
+"""Largest number, smallest normal one, and half of the smallest subnormal one."""
 
 
 def kept_precision(proposal: Proposal) -> Iterator[Remark]:
@@ -56,19 +62,21 @@ def running_statistics(proposal: Proposal) -> Iterator[Remark]:
 
 
 def narrower_range(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that numbers of a wider range are written as F16: what that loses is counted while merging."""
-    if proposal.recipe.output_dtype != "F16":  # else one is chosen that holds all
+    """Yield that numbers of a wider range are written in a narrower one: what that loses is counted while merging."""
+    asked = proposal.recipe.output_dtype
+    if asked not in _ENDS:  # where none is asked for, one is chosen that holds all
         return
     names = [
         job.output.name
         for job in proposal.jobs
-        if job.output.dtype == "F16" and not job.is_copy and not _WIDER_THAN_F16.isdisjoint(job.reading.dtypes)
+        if job.output.dtype == asked and not job.is_copy and has_smaller_range(asked, job.reading.dtypes)
     ]
     if names:
+        beyond, digits, everything = _ENDS[asked]
         text = (
-            f"{_such(names)} {are(len(names))} written as F16, whose range is smaller than that of their sources: "
-            "beyond 65,504 the merge stops, below 6.1e-5 digits are lost, below 3e-8 everything. Both are counted: "
-            "`subnormal` and `zeroed` in the facts of tensors.parquet, and in the manifest's summary"
+            f"{_such(names)} {are(len(names))} written as {asked}, whose range is smaller than that of their sources: "
+            f"beyond {beyond} the merge stops, below {digits} digits are lost, below {everything} everything. Both are "
+            "counted: `subnormal` and `zeroed` in the facts of tensors.parquet, and in the manifest's summary"
         )
         yield Remark("narrower-range", text, "note", tensors=tuple(names))
 
