@@ -165,6 +165,8 @@ MEANING = (
     trait("activation", "hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn",
          "mlp_hidden_act", read=activation),
     trait("id2label", read=labels),
+    trait("is_causal", default=True),
+    trait("use_bidirectional_attention", default=False),
     trait("experts per token", "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
     *map(trait, (
         "layer_types", "layers_block_type", "full_attention_interval", "sliding_window_pattern", "max_window_layers",
@@ -185,6 +187,14 @@ MEANING = (
     )),
 )  # fmt: skip
 """What gives equal tensors another meaning; the published config decides it for all."""
+FOUND_LATER = frozenset({
+    "layer_types", "layers_block_type", "sliding_window_pattern", "full_attention_interval", "no_rope_layers",
+    "no_rope_layer_interval", "rope_local_base_freq", "original_max_position_embeddings", "rope_interleave",
+    "scale_attn_weights", "use_parallel_residual",
+})  # fmt: skip
+"""What newer versions of a class write, some in the place of others, and older ones left to it."""
+NEVER_ALONE = frozenset({"max_window_layers", "id2label", "problem_type", "is_decoder"})
+"""What says nothing without other keys, or of no weight that is merged."""
 CONTEXT = (
     trait("context length", "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length",
          "max_seq_len", "model_max_length"),
@@ -199,6 +209,13 @@ _QUIET = re.compile(
     r"|.*name_or_path|model_name|license|num_nextn_predict_layers|num_key_value_groups|id2label"
 )
 """Keys that say nothing of how a model computes, or what shapes and other looks show."""
+
+
+def says_nothing(value: object) -> bool:
+    """Return whether a value is as if nothing were said: off, none, a factor of one, the same kind of every layer."""
+    if isinstance(value, list):
+        return all(item == value[0] for item in value)
+    return value is not True and (value is None or value in (False, 0, 1, "", {}, "default"))
 
 
 def further_keys(section: Config) -> Config:

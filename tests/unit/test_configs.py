@@ -255,6 +255,35 @@ def test_what_gives_equal_shapes_another_meaning_is_said_with_all_values(merge: 
         assert found.values[one] == found.values[two]
 
 
+ALONE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
+    "an activation": (CONFIG, "warning", {"model_type": "x"}, {"model_type": "x", "hidden_act": "gelu"}, "activation"),
+    "a flag that is on": (CONFIG, "warning", LLAMA, {**LLAMA, "use_qk_norm": True}, "use_qk_norm"),
+    "a multiplier": (CONFIG, "warning", LLAMA, {**LLAMA, "residual_multiplier": 0.2}, "residual_multiplier"),
+    "within a section": (CONFIG, "warning", CLIP, within(CLIP, "text_config", logit_scale=2.0), "text_config.logit"),
+    "what is published": (CONFIG, "note", {**LLAMA, "scale_emb": 12}, LLAMA, "scale_emb"),
+    "what newer versions write": (CONFIG, "note", LLAMA, {**LLAMA, "no_rope_layers": [0, 1]}, "no_rope_layers"),
+    "what nobody knows": (KEYS, "note", LLAMA, {**LLAMA, "flux": 2}, "flux"),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_what_only_some_configs_say_is_said(merge: Merge, case: str) -> None:
+    code, severity, first, second, name = ALONE[case]
+    give(merge, first, second, second)
+
+    (found,) = [each for each in merge.plan().remarks if name in each.text]
+
+    assert (found.code, found.severity) == (code, severity)
+    assert code == KEYS or "is said by some models only" in found.text
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 1, 1.0, "", [], {}, "default", ["full_attention"] * 3])
+def test_what_is_as_if_nothing_were_said_is_quiet(merge: Merge, value: object) -> None:
+    give(merge, LLAMA, {**LLAMA, "logit_scale": value, "flux": value}, LLAMA)
+
+    assert merge.plan().notes == ()
+
+
 @pytest.mark.parametrize("case", [case for case in LOUD if SEVERITIES[LOUD[case][0]] == "refusal"])
 def test_other_heads_and_architectures_are_refused_until_accepted(merge: Merge, case: str) -> None:
     code, first, second, name = LOUD[case]

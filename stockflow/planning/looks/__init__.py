@@ -45,6 +45,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     configs.other_architectures,
     configs.other_heads,
     configs.other_meanings,
+    configs.meanings_of_some,
     configs.other_contexts,
     configs.other_keys,
     precision.kept_precision,

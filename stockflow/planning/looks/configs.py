@@ -6,17 +6,20 @@ from typing import NamedTuple
 from stockflow.checkpoints.configs import (
     ARCHITECTURE,
     CONTEXT,
+    FOUND_LATER,
     HEADS,
     MEANING,
+    NEVER_ALONE,
     Config,
     Trait,
     further_keys,
+    says_nothing,
     sections,
     trait,
 )
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
-from stockflow.text.remarks import Remark
+from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
 
 MAX_ITEMS_SHOWN = 6
@@ -60,6 +63,20 @@ def other_meanings(proposal: Proposal) -> Iterator[Remark]:
         yield _remark(proposal, "config-differs", "warning", found, means)
 
 
+def meanings_of_some(proposal: Proposal) -> Iterator[Remark]:
+    """Yield what some models alone say, where it is no default of most classes; a warning if it is not published."""
+    donor = redact(proposal.donor.url)
+    for name, said, silent in _said_by_some(proposal, MEANING):
+        values = {url: shown(value) for url, value in said.items()}
+        text = (
+            f"{name} is said by some models only: {_said(proposal, Disagreement(name, said))}; not by "
+            f"{', '.join(silent)}{' (published)' * (donor in silent)}: loaders take what the class of a model has by "
+            "default, which need not be that"
+        )
+        severity: Severity = "warning" if donor in silent and name.rpartition(".")[2] not in FOUND_LATER else "note"
+        yield Remark("config-differs", text, severity, (*said, *silent), values=values)
+
+
 def other_contexts(proposal: Proposal) -> Iterator[Remark]:
     """Yield that models are said to take texts of different lengths."""
     for found in _disagreements(proposal, CONTEXT):
@@ -69,7 +86,9 @@ def other_contexts(proposal: Proposal) -> Iterator[Remark]:
 def other_keys(proposal: Proposal) -> Iterator[Remark]:
     """Yield which keys differ that stockflow does not know."""
     known = {key for config in _configs(proposal).values() for each in config.values() for key in further_keys(each)}
-    found = list(_disagreements(proposal, [trait(key) for key in sorted(known)]))
+    traits = [trait(key) for key in sorted(known)]
+    found = [*_disagreements(proposal, traits)]
+    found += [Disagreement(name, said) for name, said, _ in _said_by_some(proposal, traits)]
     if found:
         said = "; ".join(f"{shown(each.name)}: {_said(proposal, each)}" for each in found)
         text = f"configs differ in keys that are not known to give weights another meaning: {said}"
@@ -141,6 +160,22 @@ def _disagreements(proposal: Proposal, traits: Iterable[Trait]) -> Iterator[Disa
             found = _values(each, own)
             if any(value != next(iter(found.values())) for value in found.values()):
                 yield Disagreement(path + each.name, found)
+
+
+def _said_by_some(proposal: Proposal, traits: Sequence[Trait]) -> Iterator[tuple[str, dict[str, object], list[str]]]:
+    """Yield what some models say in one voice and others do not say: its name, the values, and who is silent."""
+    configs = _configs(proposal)
+    paths = dict.fromkeys(path for config in configs.values() for path in config)
+    for path in paths if len(configs) > 1 else ():
+        own = {url: config[path] for url, config in configs.items() if path in config}
+        for each in traits:
+            values = {url: each.read(section) for url, section in own.items()} if each.default is None else {}
+            said = {url: value for url, value in values.items() if not says_nothing(value)}
+            others = FOUND_LATER.difference(each.keys) if FOUND_LATER.intersection(each.keys) else frozenset[str]()
+            silent = [url for url, value in values.items() if value is None and others.isdisjoint(own[url])]
+            is_one_voice = all(value == next(iter(said.values())) for value in said.values())
+            if said and silent and is_one_voice and not NEVER_ALONE.intersection(each.keys):
+                yield path + each.name, said, silent
 
 
 def _values(each: Trait, own: Mapping[str, Config]) -> dict[str, object]:
