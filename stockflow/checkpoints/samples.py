@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from stockflow.checkpoints.decodes import plain
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.values import WIDENED, as_numbers
 from stockflow.kernels.arrays import Floats
 from stockflow.storage import Store
 
@@ -33,7 +32,7 @@ Samples = Sequence[Sequence[Sample]]
 
 
 def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> Samples:
-    """Return samples of matrices that all checkpoints have alike, over all their depth: one small read each.
+    """Return samples of matrices that all checkpoints have, over all their depth: one small read each.
 
     Raises:
         StockflowError: reading failed after retries, or an input changed.
@@ -48,7 +47,7 @@ def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> 
 
 
 def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
-    """Return matrices that all checkpoints have alike, from the first to the last of them in equal steps."""
+    """Return matrices of floats that all checkpoints have, from the first to the last of them in equal steps."""
     coded = {name for each in checkpoints for name in each.stored}
     matrices = [
         spec
@@ -56,8 +55,14 @@ def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
         if spec.kind == "float" and len(spec.shape) > 1 and spec.name not in coded
     ]
     looked_at = _spread(matrices, 4 * NUM_SAMPLES)
-    alike = [spec for spec in looked_at if all(each.specs.get(spec.name) == spec for each in checkpoints)]
+    alike = [spec for spec in looked_at if all(_has_alike(each, spec) for each in checkpoints)]
     return _spread([spec for spec in alike if spec.num_elems], NUM_SAMPLES)
+
+
+def _has_alike(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
+    """Return whether a checkpoint has the same tensor, of whatever float dtype."""
+    own = checkpoint.specs.get(spec.name)
+    return own is spec or (own is not None and own.shape == spec.shape and {own.dtype, spec.dtype} <= WIDENED)
 
 
 def _spread(specs: list[TensorSpec], count: int) -> list[TensorSpec]:
@@ -68,19 +73,15 @@ def _spread(specs: list[TensorSpec], count: int) -> list[TensorSpec]:
 
 
 def _sample(store: Store, checkpoint: Checkpoint, spec: TensorSpec) -> Sample:
-    count = min(SAMPLE_ELEMS, spec.num_elems)
+    own, count = checkpoint.specs[spec.name], min(SAMPLE_ELEMS, spec.num_elems)
     start = (spec.num_elems - count) // 2
-    decode, extents = checkpoint.joined.get(spec.name) or (plain(spec.dtype), (checkpoint.extents[spec.name],))
+    decode, extents = checkpoint.joined.get(spec.name) or (plain(own.dtype), (checkpoint.extents[spec.name],))
     payload = b""
     for extent, (first, last) in zip(extents, decode.ranges(spec.shape, start, start + count), strict=True):
         buffer = bytearray(last - first)
         if buffer:
             store.read_into(extent.file, extent.start + first, memoryview(buffer), checkpoint.files[extent.file])
             payload += buffer
-    return Sample(spec.name, payload, _as_floats(payload, spec.dtype))
-
-
-def _as_floats(payload: bytes, dtype: str) -> Floats:
-    if dtype == "BF16":
-        return (np.frombuffer(payload, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-    return np.frombuffer(payload, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float64)
+    numbers = as_numbers(payload, own.dtype)
+    assert numbers is not None
+    return Sample(spec.name, payload, numbers)

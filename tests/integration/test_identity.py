@@ -9,6 +9,7 @@ from typing import Any
 import boto3
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
@@ -18,7 +19,7 @@ from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, MergeOptions, plan_merge
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
-from tests.checkpoints import LLAMA_CONFIG, Family, make_family
+from tests.checkpoints import LLAMA_CONFIG, Family, make_family, write_checkpoint
 from tests.hub_server import COMMIT, hub_server
 
 TIED = LLAMA_CONFIG | {"tie_word_embeddings": True}
@@ -187,6 +188,14 @@ def test_a_copy_on_disk_is_suspected_before_and_proved_after(tmp_path: Path, fam
 
     (proof,) = [remark for remark in result.manifest.remarks if remark.code == "copy"]
     assert proof.models == (str(tmp_path / "copy"), str(family.base))
+
+
+def test_a_copy_in_another_dtype_is_suspected(tmp_path: Path, family: Family) -> None:
+    tune = load_file(family.tuned[0] / "model.safetensors")
+    finer = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tune.items()}
+    copy = write_checkpoint(tmp_path / "finer", finer, config=TIED)
+
+    assert "same-samples" in codes(planned(recipe_at(tmp_path, family.base, family.tuned[0], copy)))
 
 
 def test_a_copy_among_the_models_of_a_module_is_proved(tmp_path: Path, family: Family) -> None:

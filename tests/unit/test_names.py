@@ -199,6 +199,34 @@ def test_modules_in_which_nothing_is_merged_are_refused(tmp_path: Path) -> None:
     assert said.startswith("nothing is merged: every tensor comes from one model, though `model_stock` is to merge 3")
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "cause"),
+    [
+        ("task_arithmetic", {"weight": 1.0, "lambda": 0}, "lambda: 0"),
+        ("ties", {"weight": 0, "density": 0.5}, "weight: 0"),
+        ("dare_ties", {"weight": 1.0, "density": 0}, "density: 0"),
+        ("nearswap", {"t": 0}, "t: 0"),
+        ("slerp", {"t": [0, 0]}, "t: 0"),
+        ("sce", {"select_topk": 0}, "select_topk: 0"),
+    ],
+)
+def test_values_by_which_nothing_is_merged_are_refused(
+    tmp_path: Path, method: str, parameters: dict[str, Any], cause: str
+) -> None:
+    merge = merge_of(tmp_path, llama(), llama(), llama())
+    if method in ("slerp", "nearswap"):
+        merge.recipe["models"].pop()
+    given: dict[str, Any] = {"merge_method": method, "parameters": parameters}
+
+    (said,) = problems(merge, **given)
+
+    assert said.startswith(f"nothing is merged: with `{cause}` every tensor comes from one model")
+    assert merge.plan(**given, stockflow={"accept": ["unmerged"]})
+    some = {name: [value, 0.5] if value == 0 else value for name, value in parameters.items()}
+    if method != "slerp":
+        assert merge.plan(**given | {"parameters": some})
+
+
 @pytest.mark.parametrize("action", ["copy", "skip"])
 def test_a_merge_in_which_nothing_is_merged_is_refused(tmp_path: Path, action: str) -> None:
     rules = {"rules": [{"filter": "lm_head", "action": "copy"}, {"filter": "*", "action": "copy"}]}

@@ -25,6 +25,7 @@ from stockflow.text.remarks import Remark
 
 LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     asked.unmerged,
+    asked.without_effect,
     asked.snapshots,
     asked.over_http,
     placeholders.placeholders,

@@ -12,6 +12,9 @@ from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 
+_LEAVE_THE_BASE = ("lambda", "t", "select_topk")
+"""Parameters of which zero leaves the base as it is."""
+
 
 def skipped_tensors(proposal: Proposal) -> Iterator[Remark]:
     """Yield which tensors rules leave out."""
@@ -112,6 +115,26 @@ def unmerged(proposal: Proposal) -> Iterator[Remark]:
         return
     text = f"nothing is merged: every tensor comes from one model, though `{method.name}` is to merge {num_sources}"
     yield Remark("unmerged", f"{text}; change the rules or the models (--allow-unmerged obeys them)", "refusal")
+
+
+def without_effect(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that by the values of the recipe every tensor that is merged comes from one model."""
+    merged = [job for job in proposal.jobs if not job.is_copy and _reads_several(job)]
+    causes = {_cause(job) for job in merged}
+    if merged and None not in causes:
+        said = " and ".join(sorted(f"`{cause}`" for cause in causes if cause))
+        text = f"nothing is merged: with {said} every tensor comes from one model; change the values"
+        yield Remark("unmerged", f"{text} (--allow-unmerged obeys them)", "refusal")
+
+
+def _cause(job: TensorJob) -> str | None:
+    """Return the value by which a tensor is that of one model; None if it is merged."""
+    given = job.result.parameters
+    if not job.result.declared.has_anchor(given):
+        return None
+    shared = [f"{name}: 0" for name in _LEAVE_THE_BASE if given.shared.get(name) == 0.0]
+    zero = [f"{name}: 0" for name in ("weight", "density") if given.per_model.get(name) and not any(given.each(name))]
+    return next(iter((*shared, *zero)), None)
 
 
 def _reads_several(job: TensorJob) -> bool:

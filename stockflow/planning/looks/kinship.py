@@ -17,7 +17,7 @@ STRANGER = 1.0
 def copies(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are the same wherever they were looked at."""
     for (left, ours), (right, theirs) in combinations(_sampled(proposal), 2):
-        if ours and [each.payload for each in ours] == [each.payload for each in theirs]:
+        if ours and all(_are_equal(one, other) for one, other in zip(ours, theirs, strict=True)):
             text = (
                 f"{left} and {right} hold the same numbers in all {len(ours)} places that were looked at: "
                 "one may be a copy of the other"
@@ -42,6 +42,10 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
 
 def _sampled(proposal: Proposal) -> list[tuple[str, Sequence[Sample]]]:
     return [(redact(each.url), own) for each, own in zip(proposal.checkpoints, proposal.samples, strict=False)]
+
+
+def _are_equal(one: Sample, other: Sample) -> bool:
+    return one.payload == other.payload or np.array_equal(one.values, other.values, equal_nan=True)
 
 
 def _relative_distance(base: Sequence[Sample], other: Sequence[Sample]) -> float | None:
