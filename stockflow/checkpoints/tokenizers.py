@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
+from stockflow.checkpoints.cutting import Cutting, flags_of
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.naming import kind_of
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.vocabularies import FORMS, Ids, decoder_tokens, json_of, token_map
+from stockflow.checkpoints.vocabularies import FORMS, Ids, decoder_tokens, fast_tokenizer, json_of, token_map
 from stockflow.storage import Stamp, Store
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ class Tokenizer:
     """tokenizer_config.json"""
     document: Mapping[str, object] | None = None
     """tokenizer.json, where it was asked for and is there"""
+    cutting: Cutting = field(default_factory=dict)
+    """how texts are cut, as far as tokenizer.json and flags of the config say"""
 
 
 def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int:
@@ -193,7 +196,16 @@ def _tokenizer(files: _Files) -> Tokenizer:
     eos = settings.get("eos_token") or files.json(SPECIAL_TOKENS).get("eos_token")
     vocabulary, template = _vocabulary(files, settings), _template(files, settings)
     document = files.json(FAST) if files.reader.with_documents and FAST in files.stamps else None
-    return Tokenizer(files.num_rows, vocabulary, template, _content(eos), _generation(files), settings, document)
+    generation, cutting = _generation(files), _cutting(files, settings)
+    return Tokenizer(files.num_rows, vocabulary, template, _content(eos), generation, settings, document, cutting)
+
+
+def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:
+    try:
+        own = files.parsed(FAST, fast_tokenizer).cutting if FAST in files.stamps else {}
+    except ValueError:  # said of its vocabulary
+        own = {}
+    return {**own, **flags_of(settings)}
 
 
 def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | None:
@@ -202,7 +214,7 @@ def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | N
         others = sorted(key for key in files.stamps if _OTHER_FORMS.fullmatch(key))
         return _unread(files, others, f"{others[0]} is of no form that is read here") if others else None
     try:
-        ids = files.parsed(key, read)
+        ids = files.parsed(FAST, fast_tokenizer).ids if key == FAST else files.parsed(key, read)
         added = files.parsed(ADDED_TOKENS, token_map) if ADDED_TOKENS in files.stamps else {}
         added = decoder_tokens(settings.get("added_tokens_decoder") or {}) | added
     except ValueError as error:

@@ -8,8 +8,9 @@ import base64
 import binascii
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from stockflow.checkpoints.cutting import Cutting, cutting_of
 from stockflow.text.strictjson import check_num_values, parse_json, shown
 
 Ids = dict[str, int]
@@ -42,13 +43,33 @@ def as_letters(token: bytes) -> str:
     return "".join(map(_BYTE_LETTERS.__getitem__, token))
 
 
+class FastTokenizer(NamedTuple):
+    """What a ``tokenizer.json`` says."""
+
+    ids: Ids
+    cutting: Cutting
+
+
+def fast_tokenizer(payload: bytes) -> FastTokenizer:
+    """Return vocabulary and cutting of a ``tokenizer.json``.
+
+    Raises:
+        ValueError: as for ``tokenizer_json``.
+    """
+    document = json_of(payload)
+    return FastTokenizer(_ids_of(document), cutting_of(document))
+
+
 def tokenizer_json(payload: bytes) -> Ids:
     """Return the vocabulary of a ``tokenizer.json``: BPE, WordPiece, WordLevel or Unigram, and the added tokens.
 
     Raises:
         ValueError: it is none; in one short line, as for all forms.
     """
-    document = json_of(payload)
+    return _ids_of(json_of(payload))
+
+
+def _ids_of(document: Mapping[str, object]) -> Ids:
     model = document.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):

@@ -16,7 +16,8 @@ from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import count_losses
 from stockflow.methods.protocol import Elementwise
-from stockflow.planning.job import Result, TensorJob, has_smaller_range
+from stockflow.planning.job import Result, TensorJob
+from stockflow.planning.precision import has_smaller_range
 
 
 class UnitMerger:

@@ -40,6 +40,7 @@ from stockflow.planning.precision import kept_above, kept_dtype
 from stockflow.planning.recomputed import without_recomputed
 from stockflow.planning.targets import Outline, OutputTensor, Stretch, Unplanned, outline_of
 from stockflow.planning.ties import missing_head_remedy, with_tied_heads
+from stockflow.planning.token_ids import following
 from stockflow.planning.tokenizer_files import published_tokenizer
 from stockflow.planning.views import other_layout, under_names_of
 from stockflow.planning.vocabulary import output_vocabulary
@@ -109,10 +110,11 @@ def make_plan(
         jobs += static_scales(checkpoints[recipe.donor], recipe.donor)
     num_rows = vocabulary.num_rows if vocabulary else None
     config = output_config(recipe, checkpoints, jobs, outline.stackings, num_rows)
+    followed = following(recipe, config, tokenizers, vocabulary)
     stacked = outline.left_out, outline.stackings
     of_merged = tokenizers[:num_merged]
     remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, of_merged, samples, *stacked))
-    remarks += tuple(remark for each in beside for remark in each.remarks)
+    remarks += (*followed.remarks, *(remark for each in beside for remark in each.remarks))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))
@@ -121,14 +123,16 @@ def make_plan(
         reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"
         raise PlanError(f"nothing is left to write: {reason}")
     size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs)
-    side_files, written = published_tokenizer(recipe, [*checkpoints, *beside], tokenizers, vocabulary)
+    side_files, written = published_tokenizer(
+        recipe, [*checkpoints, *beside], tokenizers, vocabulary, followed.generation
+    )
     return MergePlan(
         checkpoints=tuple(CheckpointRef(each.url, each.files) for each in (*checkpoints, *beside)),
         donor=recipe.donor,
         shards=_cut_shards(jobs, size, donor.extents, written_stem(donor.files)),
         side_files=with_codes_only(side_files, jobs),
         written_files=written,
-        config=config,
+        config=followed.config,
         on_nonfinite=recipe.stockflow.on_nonfinite,
         skipped=tuple(skipped),
         remarks=remarks,

@@ -1,11 +1,19 @@
-"""Precision: tensors that every model stores finer than the rest of its weights keep their dtype."""
+"""Precision: tensors that every model stores finer than the rest of its weights keep their dtype; ranges of dtypes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.targets import OutputTensor
 from stockflow.recipe import Recipe
+
+_WIDER = {"F16": {"BF16", "F32", "F64"}, "BF16": {"F64"}, "F32": {"F64"}}
+"""dtypes of floats that reach farther than another one"""
+
+
+def has_smaller_range(output: str, operands: Collection[str]) -> bool:
+    """Return whether numbers of operands may be beyond what the output holds, at either end."""
+    return not _WIDER.get(output, set()).isdisjoint(operands)
 
 
 def main_dtype(specs: Mapping[str, TensorSpec]) -> str | None:

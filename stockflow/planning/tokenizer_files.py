@@ -4,9 +4,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
-from stockflow.checkpoints.tokenizers import FAST, TEMPLATE_FILE, TEMPLATE_JSON, TOKENIZER_CONFIG, Tokenizer
+from stockflow.checkpoints.tokenizers import (
+    FAST,
+    GENERATION_CONFIG,
+    TEMPLATE_FILE,
+    TEMPLATE_JSON,
+    TOKENIZER_CONFIG,
+    Tokenizer,
+)
 from stockflow.checkpoints.vocabularies import Ids
 from stockflow.errors import PlanError
 from stockflow.planning.plan import SideFile, WrittenFile
@@ -28,8 +36,16 @@ def published_tokenizer(
     checkpoints: Sequence[Checkpoint],
     tokenizers: Sequence[Tokenizer],
     vocabulary: OutputVocabulary | None,
+    generation: Config | None = None,
 ) -> Published:
     """Return the files that are copied beside the weights, and those that are written anew.
+
+    Args:
+        recipe: says whose they are.
+        checkpoints: in the order of its locations.
+        tokenizers: theirs.
+        vocabulary: that is written, if rows move.
+        generation: what generation_config.json is to say, if something else than the donor's.
 
     Raises:
         PlanError: tokens are added to a tokenizer that has no tokenizer.json, or to one that cannot hold them.
@@ -42,6 +58,8 @@ def published_tokenizer(
         copied = {
             key: side for key, side in copied.items() if not is_tokenizer_or_template(key) or "/" in key or key in KEPT
         }
+    if generation is not None and GENERATION_CONFIG in copied:
+        written[GENERATION_CONFIG] = _text(generation)
     template = chosen_template(recipe, tokenizers) if tokenizers else None
     if template is not None:
         settings = json.loads(written[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in written else tokenizers[source].settings

@@ -62,6 +62,8 @@ CODES: Mapping[str, str] = {
     "static-scales": "fixed scales of activations: the base's, or not published",
     "stranger": "a model as far from the base as if it had nothing to do with it",
     "tied-names": "names in an index of a tensor that is stored under another one",
+    "tokenizers-differ": "tokenizers of equal tokens that cut texts in different ways",
+    "token-ids": "ids of tokens in configs, which follow the vocabulary that is written",
     "tokens-beyond-rows": "tokens for which an embedding has no row",
     "tokens-missing": "tokens that some models have and others lack",
     "tied-head": "a head that is stored beside its embedding in some models only",

@@ -297,6 +297,39 @@ def test_the_tokenizer_of_a_model_that_is_not_merged(three: Models) -> None:
     assert [ref.url for ref in seen.checkpoints] == [str(folder) for folder in three.folders]
 
 
+def test_ids_of_tokens_in_configs_follow_the_vocabulary(three: Models) -> None:
+    """The base's end and a token of its own, in lists and within, and what is no token of it."""
+    three.recipe("model_stock")
+    own = three.ids[0]
+    ids = {"eos_token_id": [own["<|end|>"], own["Ġ"]], "text_config": {"pad_token_id": own["Ġ"]}, "bos_token_id": None}
+    config = json.loads((three.folders[0] / "config.json").read_text()) | ids | {"image_token_index": 10**6}
+    (three.folders[0] / "config.json").write_text(json.dumps(config))
+    generation = {"eos_token_id": own["<|end|>"], "suppress_tokens": [own["Ġ"]], "top_k": own["Ġ"]}
+    (three.folders[0] / "generation_config.json").write_text(json.dumps(generation))
+
+    out = three.merged("model_stock", tokenizer_source=str(three.folders[2]))
+
+    new = three.ids[2]
+    assert new["<|end|>"] != own["<|end|>"] or new["Ġ"] != own["Ġ"]
+    written = json.loads((out / "config.json").read_text())
+    assert written["eos_token_id"] == [new["<|end|>"], new["Ġ"]]
+    assert (written["text_config"]["pad_token_id"], written["image_token_index"]) == (new["Ġ"], 10**6)
+    found = json.loads((out / "generation_config.json").read_text())
+    assert found == {"eos_token_id": new["<|end|>"], "suppress_tokens": [new["Ġ"]], "top_k": own["Ġ"]}
+    assert not stockflow.verify(out).findings
+
+
+def test_a_token_that_configs_name_and_the_output_lacks_is_said(three: Models) -> None:
+    config = json.loads((three.folders[0] / "config.json").read_text())
+    (token, number), *_ = ((token, number) for token, number in three.ids[0].items() if token not in three.ids[2])
+    (three.folders[0] / "config.json").write_text(json.dumps(config | {"pad_token_id": number}))
+
+    plan = Inputs.open(load_recipe(str(three.recipe("model_stock", tokenizer_source=str(three.folders[2]))))).plan()
+
+    (said,) = [each for each in plan.remarks if each.code == "token-ids" and each.severity == "warning"]
+    assert dict(said.values) == {token: str(number)}
+
+
 def test_a_tokenizer_that_is_not_there_or_damaged_is_refused(three: Models) -> None:
     other = tokens_of_another(three, english())
     recipe = load_recipe(str(three.recipe("model_stock", tokenizer_source=str(other))))

@@ -134,7 +134,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "sce": ("sce", {}, {}),
     "sce of some": ("sce", {"parameters": {"select_topk": 0.3}}, {"topk": 0.3}),
-    "sce of nothing": ("sce", {"parameters": {"select_topk": 0.0}}, {"topk": 0.0}),
+    "sce of nothing": (
+        "sce",
+        {"parameters": {"select_topk": 0.0}, "stockflow": {"accept": ["unmerged"]}},
+        {"topk": 0.0},
+    ),
     "arcee_fusion": ("arcee_fusion", {"num_tuned": 1}, {}),
     "ram": ("ram", {"parameters": {"epsilon": 9e-4}}, {"epsilon": 9e-4}),
     "ramplus_tl": (
@@ -217,7 +221,8 @@ def test_of_equal_magnitudes_the_first_are_kept_exactly_k(density: float, dtype:
     signs = torch.tensor([1.0, -1.0, -1.0]).repeat(n // 3 + 1)[:n].to(dtype)
     family = write(tmp_path / "family", [torch.zeros(n, dtype=dtype), signs])
 
-    found = merged(tmp_path, "ties", family, parameters={"weight": 1.0, "density": density})["w"].array
+    asked = {"parameters": {"weight": 1.0, "density": density}, "stockflow": {"accept": ["unmerged"]}}
+    found = merged(tmp_path, "ties", family, **asked)["w"].array
 
     k = 0 if density == 0 else n if density == 1 else max(1, int(density * n))
     assert np.array_equal(found[:k], signs[:k].double().numpy())

@@ -338,3 +338,57 @@ def test_what_programs_read_has_every_token_and_who_has_it(tmp_path: Path) -> No
 
     assert said.values == {"3": "'é' here and 'd' there", "7": "'\\x07' here and 'h' there"}
     assert said.models == tuple(map(str, (*models.folders[1:], models.folders[0])))
+
+
+def step(**parts: Any) -> Files:
+    return {"tokenizer.json": json.dumps(json.loads(tokenizer_json(LETTERS)) | parts)}
+
+
+def of_model(**options: Any) -> Files:
+    document = json.loads(tokenizer_json(LETTERS))
+    return {"tokenizer.json": json.dumps(document | {"model": document["model"] | options})}
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+CUT: dict[str, tuple[Files, Files, str, str]] = {
+    "normalizer": (FAST, step(normalizer={"type": "Lowercase"}), "warning", "normalizer"),
+    "pre-tokenizer": (step(pre_tokenizer=BYTE_LEVEL), step(pre_tokenizer={"type": "Whitespace"}), "warning", "pre_tok"),
+    "around": (FAST, step(post_processor={"type": "BertProcessing", "sep": ["a", 0]}), "warning", "post_processor"),
+    "decoder": (FAST, step(decoder={"type": "ByteLevel"}), "note", "decoder"),
+    "merges": (FAST, of_model(merges=[["a", "b"]]), "warning", "merges"),
+    "fallback": (FAST, of_model(byte_fallback=True), "warning", "model"),
+    "begin": (FAST | config(add_bos_token=True), FAST | config(add_bos_token=False), "warning", "add_bos_token"),
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_tokenizers_that_cut_texts_in_other_ways_are_said(tmp_path: Path, case: str) -> None:
+    base, one, severity, part = CUT[case]
+
+    (said,) = [each for each in Models(tmp_path, base, one).plan().remarks if each.code == "tokenizers-differ"]
+
+    assert said.severity == severity
+    assert said.models == (str(tmp_path / "one"), str(tmp_path / "two"))
+    assert part in said.text
+
+
+SAME_CUT: dict[str, tuple[Files, Files]] = {
+    "merges as pairs": (of_model(merges=["a b"]), of_model(merges=[["a", "b"]])),
+    "what newer versions write": (
+        step(pre_tokenizer=BYTE_LEVEL),
+        step(pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, padding={"strategy": "BatchLongest"}),
+    ),
+    "options that are off": (FAST, of_model(ignore_merges=False, dropout=None, byte_fallback=False)),
+    "a prefix in two spellings": (
+        step(decoder={"type": "Metaspace", "replacement": "_", "add_prefix_space": True}),
+        step(decoder={"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}),
+    ),
+    "a flag that one says": (FAST, config(add_bos_token=True)),
+}
+
+
+@pytest.mark.parametrize("case", SAME_CUT)
+def test_tokenizers_that_cut_alike_are_quiet(tmp_path: Path, case: str) -> None:
+    plan = Models(tmp_path, *SAME_CUT[case]).plan()
+
+    assert [each for each in plan.remarks if each.code == "tokenizers-differ"] == []

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from stockflow.planning.looks import (
     asked,
     configs,
+    cutting,
     experts,
     files,
     filters,
@@ -68,6 +69,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     kinship.copies,
     kinship.strangers,
     tokenizers.differing_vocabularies,
+    cutting.other_cutting,
     tokenizers.tokens_beyond_rows,
     tokenizers.missing_tokenizers,
     tokenizers.words_of_no_tune,

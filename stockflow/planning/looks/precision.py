@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from stockflow.planning.job import has_smaller_range
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.precision import has_smaller_range
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown

@@ -225,15 +225,18 @@ def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
         for index, location in enumerate(recipe.checkpoints)
         if location != recipe.base_model and proposal.tokenizers
     ]
+    found = False
     for what, of in WORDS.items():
-        if what == "chat template" and recipe.chat_template is not None:
+        if (what == "chat template" and recipe.chat_template is not None) or (what == "end token's id" and found):
             continue
-        donor = recipe.side_files_donor if what == "generation config" else recipe.vocabulary_donor
+        of_files = what in ("generation config", "end token's id")
+        donor = recipe.side_files_donor if of_files else recipe.vocabulary_donor
         if donor >= len(proposal.tokenizers):  # a model that is asked for its tokenizer alone
             continue
         own = of(proposal, donor) if tunes else None
         others = {index: of(proposal, index) for index in tunes if index != donor}
         if any(others.values()) and own not in others.values():
+            found = True
             url = redact(proposal.checkpoints[donor].url)
             word = CHOOSES_TEMPLATE if what == "chat template" else CHOOSES
             text = f"the {what} of {url} goes out ({_brief(own)}), and every tune has another; {word}"
@@ -245,7 +248,14 @@ WORDS: Mapping[str, Callable[[Proposal, int], object]] = {
     "chat template": lambda proposal, index: proposal.tokenizers[index].template,
     "end token": lambda proposal, index: proposal.tokenizers[index].eos,
     "generation config": lambda proposal, index: proposal.tokenizers[index].generation,
+    "end token's id": lambda proposal, index: _eos_id(proposal, index),
 }
+"""The last only where the others are silent: it stands in one of two files."""
+
+
+def _eos_id(proposal: Proposal, index: int) -> object:
+    generation, config = proposal.tokenizers[index].generation or {}, proposal.checkpoints[index].config or {}
+    return generation.get("eos_token_id", config.get("eos_token_id"))
 
 
 def _urls(proposal: Proposal, indices: Sequence[int]) -> tuple[str, ...]:

@@ -1,0 +1,71 @@
+"""Cutting: how a tokenizer cuts texts into tokens and what it puts around them, in a form that can be compared."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from stockflow.text.strictjson import shown
+
+Cutting = Mapping[str, str]
+"""Digests of what decides how texts are cut, by part of a ``tokenizer.json``, and flags of its config."""
+
+STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
+"""of ``tokenizer_config.json``"""
+ADDED = "the added token"
+_SAYS_NOTHING = {"use_regex": True, "split": True, "trim_offsets": True}
+"""what newer versions write of what older ones do, too"""
+
+
+def cutting_of(document: Mapping[str, object]) -> Cutting:
+    """Return how a ``tokenizer.json`` cuts texts; padding, truncation and what is off or absent say nothing."""
+    model = document.get("model")
+    options = dict(model) if isinstance(model, dict) else {}
+    vocab, merges = options.pop("vocab", None), options.pop("merges", None)
+    return {
+        **{step: _digest(document.get(step)) for step in STEPS},
+        "model": _digest(options),
+        "merges": _of_lines(each if isinstance(each, str) else " ".join(map(str, each)) for each in _list(merges)),
+        "scores": _of_lines(str(each[1:]) for each in _list(vocab) if isinstance(each, list)),
+        **{
+            f"{ADDED} {shown(entry.get('content'))}": _digest({**entry, "id": None, "content": None})
+            for entry in _list(document.get("added_tokens"))
+            if isinstance(entry, dict)
+        },
+    }
+
+
+def flags_of(settings: Mapping[str, object]) -> Cutting:
+    """Return what a ``tokenizer_config.json`` says of it in so many words."""
+    return {flag: str(settings[flag]) for flag in FLAGS if isinstance(settings.get(flag), bool)}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _plain(value: object) -> object:
+    """Return a value without what says nothing, older spellings by the newer one."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    own = dict(value)
+    if own.get("type") == "Metaspace" and "prepend_scheme" not in own:
+        own["prepend_scheme"] = "always" if own.get("add_prefix_space", True) else "never"
+    if own.get("type") == "Metaspace":
+        own.pop("add_prefix_space", None)
+    return {
+        key: _plain(each)
+        for key, each in own.items()
+        if each is not None and each is not False and _SAYS_NOTHING.get(key) is not each and key != "trim_offsets"
+    }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()
+
+
+def _of_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()

@@ -1,0 +1,39 @@
+"""Tokenizers of one vocabulary that cut texts in different ways, or put other tokens around them."""
+
+from collections.abc import Iterator
+
+from stockflow.checkpoints.cutting import ADDED
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark, Severity
+
+MAX_SHOWN = 4
+
+
+def other_cutting(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models were tuned on texts that were cut in another way than the tokenizer that goes out does."""
+    donor = proposal.recipe.vocabulary_donor
+    if not proposal.tokenizers or donor >= len(proposal.tokenizers):
+        return
+    published = proposal.tokenizers[donor]
+    by_parts: dict[tuple[str, ...], list[str]] = {}
+    for checkpoint, own in zip(proposal.checkpoints, proposal.tokenizers, strict=True):
+        if own.vocabulary == published.vocabulary:
+            both = (part for part in own.cutting if part in published.cutting)
+            parts = tuple(part for part in both if own.cutting[part] != published.cutting[part])
+            by_parts.setdefault(parts, []).append(redact(checkpoint.url))
+    for parts, urls in by_parts.items():
+        if parts:
+            more = f" and {len(parts) - MAX_SHOWN:,} more" if len(parts) > MAX_SHOWN else ""
+            where = redact(proposal.checkpoints[donor].url)
+            text = (
+                f"{', '.join(urls)}: the same tokens as in {where}, whose tokenizer goes out, but texts were cut in "
+                f"another way, or other tokens put around them: {', '.join(parts[:MAX_SHOWN])}{more} differ"
+            )
+            severity: Severity = "note" if all(map(_says_little, parts)) else "warning"
+            yield Remark("tokenizers-differ", text, severity, tuple(urls), values=dict.fromkeys(parts, "differs"))
+
+
+def _says_little(part: str) -> bool:
+    """Whether it decides how ids are shown, or how a single token is found."""
+    return part == "decoder" or part.startswith(ADDED)
