@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stockflow.cli.cluster import status, submit
+from stockflow.cli.exits import with_errors_somewhere
 from stockflow.cli.looking import audit, clean, diff, inspect, report, verify
 from stockflow.cli.mergekit import mergekit_yaml
 from stockflow.cli.merging import demo, merge
@@ -59,5 +60,6 @@ def main() -> None:
     """Run the command line."""
     # Importing makes some hundred thousand objects that stay; walking them again and again took a fifth of the start.
     gc.set_threshold(200_000, 20, 20)
+    with_errors_somewhere()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here multiplies matrices; idle threads of numpy spin
     app()

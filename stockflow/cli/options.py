@@ -1,5 +1,6 @@
 """What commands share: arguments, options made of settings, how they tell of their progress and print their answer."""
 
+import errno
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, g
 import typer
 
 from stockflow.cli.exits import exit_codes, say, tell
-from stockflow.errors import EXIT_BUG, UserError
+from stockflow.errors import EXIT_BUG, EXIT_USER, UserError
 from stockflow.settings import Setting, checked, choices_of, flag_of, settings_of
 
 if TYPE_CHECKING:
@@ -125,11 +126,13 @@ def command(
                 said["progress"] = "none"
             with _told(said, delays=delays, resumes=resumes) as told:
                 answer = function(**given, told=told)
-            if told.as_json:
-                sys.stdout.writelines(answer.json_parts())
-                sys.stdout.flush()
-            elif answer.insists or not told.quiet:
-                say(answer.words(), flush=True)
+            try:
+                _print(answer, told)
+            except BrokenPipeError:
+                raise
+            except OSError as error:  # what was done is done, whoever reads of it
+                tell(f"stockflow: cannot write to standard output: {error.strerror or error}")
+                raise typer.Exit(answer.code or (0 if resumes else EXIT_USER)) from None
             for aside in answer.asides:
                 tell(aside)
             if answer.code:
@@ -190,6 +193,16 @@ def _option(name: str, declared: Any, setting: Setting, default: object) -> Para
     bounds = {"min": setting.least, "max": setting.most} if {int, float} & {declared, *get_args(declared)} else {}
     option = typer.Option(flag_of(name, setting), metavar=setting.metavar, help=setting.help, **bounds)  # type: ignore[arg-type]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _print(answer: Answer, told: Told) -> None:
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "it is closed")
+    if told.as_json:
+        sys.stdout.writelines(answer.json_parts())
+        sys.stdout.flush()
+    elif answer.insists or not told.quiet:
+        say(answer.words(), flush=True)
 
 
 @contextmanager

@@ -89,6 +89,10 @@ def normalized(location: str) -> str:
         return normalize_url(location)
     except RecipeError:
         raise
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{shown(location)} is relative to the current folder, which was removed: change to one that is there"
+        ) from None
     except (RuntimeError, OSError, ValueError) as error:
         raise RecipeError(f"{shown(location)} is no usable location: {error}; correct it") from None
 

@@ -26,6 +26,7 @@ from stockflow.output.numerics import agreed_numerics
 from stockflow.output.ownership import admit, given_up_unbegun, look, overwriting_notes, store_warnings, take
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.output.shards import valid_receipts
+from stockflow.output.target import check_room, check_target, missing_bytes, no_room
 from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note, make_plan
@@ -280,7 +281,11 @@ def _is_direct(inputs: Inputs, options: MergeOptions) -> bool:
 def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: bool) -> Iterator[str]:
     """Yield what a merge would find at its output; nothing is written."""
     store = open_store(output, inputs.storage, writable=True)
+    check_target(store, plan)
     found = look(store, plan)
+    missing = missing_bytes(store, plan)
+    if missing and not found.finished:
+        yield f"{no_room(store, missing)}: a merge would refuse"
     if found.finished:
         yield "this plan's output is there already, finished: a merge would do nothing"
     elif found.is_ours:
@@ -315,9 +320,11 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     on_event(Stage("planning"))
     plan, _ = plan_merge(inputs, output, options)
     store = open_store(output, inputs.storage, writable=True)
+    check_target(store, plan)
     found = admit(store, plan, overwrite=options.overwrite)
     if found.finished and not options.overwrite:
         return Merged("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
+    check_room(store, plan)
     run = new_run()
     tracker = Tracker(plan, run)
     tell = all_of(tracker, on_event)

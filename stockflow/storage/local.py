@@ -9,20 +9,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
-from pathlib import Path
 from typing import BinaryIO
 
 from stockflow.errors import (
-    AccessDeniedError,
     AlreadyExistsError,
     InputChangedError,
     LinkError,
-    NotFoundError,
-    StockflowError,
-    StorageError,
 )
 from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, check_key
 from stockflow.storage.links import Links
+from stockflow.storage.local_faults import named
 
 PARTIAL_SUFFIX = ".stockflow-partial"
 """Ending of files that are being written; never part of an output."""
@@ -53,13 +49,13 @@ class LocalStore:
     def stamp(self, key: str) -> Stamp:
         """Return size and modification time of a file."""
         path = self._path(key)
-        with _named(path, "stat"):
+        with named(path, "stat"):
             return _stamp_of(self.links.stat(check_key(key)))
 
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes and the stamp, taken from one open file."""
         path = self._path(key)
-        with _named(path, "read"), self.opened(key) as descriptor:
+        with named(path, "read"), self.opened(key) as descriptor:
             stamp = _stamp_of(os.fstat(descriptor))
             wanted = min(num_bytes, stamp.size)
             payload = bytearray(wanted)
@@ -76,7 +72,7 @@ class LocalStore:
     def open_pinned(self, key: str, stamp: Stamp) -> Iterator["PinnedFile"]:
         """Keep a file open, from which nothing is read but the state that ``stamp`` describes."""
         path = self._path(key)
-        with _named(path, "read"), self.opened(key) as descriptor:
+        with named(path, "read"), self.opened(key) as descriptor:
             file = PinnedFile(path, descriptor, stamp)
             file.check()
             yield file
@@ -93,14 +89,14 @@ class LocalStore:
     def check_links(self, keys: Iterable[str]) -> None:
         """Refuse a link that is not followed, or leads nowhere; it was listed as the link that it is."""
         for key in keys:
-            with _named(self._path(key), "stat"), suppress(FileNotFoundError):  # removed by a neighbour meanwhile
+            with named(self._path(key), "stat"), suppress(FileNotFoundError):  # removed by a neighbour meanwhile
                 self.links.stat(key)
 
     def list(self, prefix: str = "", *, at_most: int | None = None) -> dict[str, Stamp]:
         """Return all files below ``prefix``, or the first ones found; files being written left out."""
         top = self._path(check_key(prefix.rstrip("/"))) if prefix else self.folder
         found: dict[str, Stamp] = {}
-        with _named(top, "list"):
+        with named(top, "list"):
             self.links.check_folder(prefix)
             for path in islice(_files_below(top), at_most):
                 key = os.path.relpath(path, self.folder)
@@ -116,7 +112,7 @@ class LocalStore:
         """Return the files and the folders directly in the folder; a pipe counts as a file, and cannot be read."""
         files: dict[str, Stamp] = {}
         folders: list[str] = []
-        with _named(self.folder, "list"):
+        with named(self.folder, "list"):
             for name in sorted(os.listdir(self.folder)) if os.path.exists(self.folder) else ():
                 with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
                     path, listed = f"{self.folder}/{name}", self._listed(name)
@@ -139,7 +135,7 @@ class LocalStore:
         del size  # a file grows as it is written
         path = self._path(key)
         partial = _partial_of(path)
-        with _named(path, "write"):
+        with named(path, "write"):
             self.links.check_folder(os.path.dirname(key))
             _make_folder(os.path.dirname(path))
             try:
@@ -164,7 +160,7 @@ class LocalStore:
         """Write a small file that must not exist: a hard link is exclusive and appears whole."""
         path = self._path(key)
         partial = _partial_of(path)
-        with _named(path, "create"):
+        with named(path, "create"):
             self.links.check_folder(os.path.dirname(key))
             _make_folder(os.path.dirname(path))
             try:
@@ -185,12 +181,12 @@ class LocalStore:
         folders: dict[str, None] = {}
         for key in keys:
             path = self._path(key)
-            with _named(path, "delete"), suppress(FileNotFoundError):
+            with named(path, "delete"), suppress(FileNotFoundError):
                 self.links.check_folder(os.path.dirname(key))
                 os.unlink(path)
                 folders[os.path.dirname(path)] = None
         for folder in folders:
-            with _named(folder, "delete"):
+            with named(folder, "delete"):
                 _sync_folder(folder)
 
     def half_written(self) -> Sequence[HalfWritten]:
@@ -201,7 +197,7 @@ class LocalStore:
                 partial = os.path.join(folder, name)
                 if not (name.startswith(".") and name.endswith(PARTIAL_SUFFIX)):
                     continue
-                with _named(partial, "read"):
+                with named(partial, "read"):
                     if _is_abandoned(partial):
                         key = os.path.join(os.path.relpath(folder, self.folder), _key_of_partial(name))
                         found.append(HalfWritten(os.path.normpath(key), name, is_abandoned=True))
@@ -258,7 +254,7 @@ class PinnedFile:
             InputChangedError: it was written to.
             StorageError: the disk failed.
         """
-        with _named(self._path, "read"):
+        with named(self._path, "read"):
             num_read = _read_up_to(self._descriptor, buffer, start)
             self.check()
         if num_read < buffer.nbytes:
@@ -366,27 +362,3 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _named(path: str | Path, action: str) -> Iterator[None]:
-    """Turn an OSError into an error that says which file, what was tried and what to do."""
-    try:
-        yield
-    except StockflowError:
-        raise
-    except FileNotFoundError as error:
-        raise NotFoundError(f"cannot {action} {path}: no such file or folder") from error
-    except NotADirectoryError as error:
-        raise NotFoundError(f"cannot {action} {path}: a file is where a folder should be") from error
-    except IsADirectoryError as error:
-        raise NotFoundError(f"cannot {action} {path}: a folder is where a file should be") from error
-    except PermissionError as error:
-        raise AccessDeniedError(f"cannot {action} {path}: permission denied") from error
-    except OSError as error:
-        hint = {
-            errno.ENOSPC: "free space on the disk and run again to resume",
-            errno.EDQUOT: "raise the disk quota and run again to resume",
-            errno.EROFS: "the file system is read-only; choose another output",
-        }.get(error.errno or 0, "run again to resume")
-        raise StorageError(f"cannot {action} {path}: {error.strerror or error}; {hint}") from error

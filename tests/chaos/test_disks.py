@@ -112,8 +112,8 @@ def test_a_target_that_is_read_only_is_said_at_once(recipe: Path, disk: Disk) ->
 
     refused = run(*arguments(recipe, disk.folder / "out"))
 
-    assert refused.returncode == 3
-    assert "the file system is read-only; choose another output" in refused.stderr
+    assert refused.returncode == 2
+    assert "its file system is read-only. Choose another output" in refused.stderr
     assert refused.stderr.count("\n") == 1
 
 

@@ -375,7 +375,7 @@ def test_a_full_disk_never_publishes_half_a_file(tmp_path: Path, write: str) -> 
     """The kernel takes what still fits and raises nothing; a limit on file sizes does the same."""
     script = (
         "import resource, signal, sys\n"
-        "from stockflow.errors import StorageError\n"
+        "from stockflow.errors import RecipeError\n"
         "from stockflow.storage import StorageConfig, open_store\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -386,14 +386,14 @@ def test_a_full_disk_never_publishes_half_a_file(tmp_path: Path, write: str) -> 
         "            file.write(memoryview(bytes(2000)))\n"
         "    else:\n"
         "        getattr(store, sys.argv[2])('a.json', bytes(2000))\n"
-        "except StorageError as error:\n"
+        "except RecipeError as error:\n"
         "    print(error)\n"
     )
     finished = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path), write], capture_output=True, text=True, check=True
     )
 
-    assert "run again to resume" in finished.stdout
+    assert "File too large" in finished.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,111 @@
+"""Targets: what stands in the way of an output in a local folder, seen before the first byte is written."""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+
+from stockflow.errors import PlanError
+from stockflow.output.files import planned_files
+from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, run_key
+from stockflow.planning.plan import MergePlan
+from stockflow.storage import LocalStore, Store
+from stockflow.text.sizes import gb
+
+MAX_NAMED = 5
+
+
+def check_target(store: Store, plan: MergePlan) -> None:
+    """Refuse a local folder that cannot become the output; objects have neither kinds nor a room that is known.
+
+    Raises:
+        PlanError: a folder is where a file will be, or a file where a folder; a name is too long; nothing can be
+            written there.
+    """
+    if not isinstance(store, LocalStore):
+        return
+    keys = [*planned_files(plan, plan.plan_id), MANIFEST_FILE, CLAIM_FILE, run_key(plan.plan_id, "0" * 16)]
+    found = list(dict.fromkeys(_obstacles(store.folder, keys)))
+    if found:
+        more = f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+        raise PlanError(f"cannot write to {store.where()}: {'; '.join(found[:MAX_NAMED])}{more}. Choose another output")
+
+
+def missing_bytes(store: Store, plan: MergePlan) -> int:
+    """Return how many bytes a local target has too few of for a plan's files, less what it holds of them already."""
+    if not isinstance(store, LocalStore):
+        return 0
+    sizes = planned_files(plan, plan.plan_id).items()
+    needed = sum(size - _size(f"{store.folder}/{key}") for key, size in sizes if size is not None)
+    return max(needed - free_bytes(store.folder), 0)
+
+
+def check_room(store: Store, plan: MergePlan) -> None:
+    """Refuse a local target that is too small.
+
+    Raises:
+        PlanError: it is.
+    """
+    missing = missing_bytes(store, plan)
+    if missing:
+        raise PlanError(f"{no_room(store, missing)}: free it, or choose another output")
+
+
+def no_room(store: Store, missing: int) -> str:
+    """Return in words that a local target is too small."""
+    return f"{store.where()} has no room for this output: {gb(missing)} more are needed than are free there"
+
+
+def free_bytes(folder: str) -> int:
+    """Return what may be written below a folder, which need not exist yet."""
+    found = os.statvfs(_nearest(folder))
+    return found.f_bavail * found.f_frsize
+
+
+def _obstacles(folder: str, keys: Iterable[str]) -> Iterator[str]:
+    try:
+        nearest = _nearest(folder)
+    except OSError as error:
+        yield os.strerror(error.errno or errno.EIO).lower()
+        return
+    if not os.path.isdir(nearest):
+        yield f"{nearest} is a file"
+        return
+    if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        yield "its file system is read-only"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        yield f"permission denied in {nearest}"
+    if nearest == folder:
+        yield from _clashes(folder, keys)
+
+
+def _nearest(folder: str) -> str:
+    """Return the folder, or what is there of the way to it.
+
+    Raises:
+        OSError: the system takes no such name.
+    """
+    while True:
+        try:
+            os.lstat(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            folder = os.path.dirname(folder)
+        else:
+            return folder
+
+
+def _clashes(folder: str, keys: Iterable[str]) -> Iterator[str]:
+    for key in keys:
+        if os.path.isdir(f"{folder}/{key}"):
+            yield f"{key} is a folder there, and a file of the output"
+        parents = key.split("/")[:-1]
+        for depth in range(1, len(parents) + 1):
+            parent = "/".join(parents[:depth])
+            if os.path.lexists(f"{folder}/{parent}") and not os.path.isdir(f"{folder}/{parent}"):
+                yield f"{parent} is a file there, and a folder of the output"
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
