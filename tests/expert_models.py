@@ -57,8 +57,37 @@ def granite(layer: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
     }
 
 
+def llama4(layer: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Tensors:
+    """As Llama 4 has them, but for the name of the block; Qwen3-VL-MoE with this one."""
+    gate_up = torch.cat([gate, up], 1).transpose(1, 2).contiguous()
+    return {
+        f"{layer}.feed_forward.experts.gate_up_proj": gate_up,
+        f"{layer}.feed_forward.experts.down_proj": down.transpose(1, 2).contiguous(),
+    }
+
+
+def qwen_vl(layer: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Tensors:
+    """As Qwen3-VL-MoE has them."""
+    found = llama4(layer, gate, up, down)
+    return {name.replace("feed_forward", "mlp"): value for name, value in found.items()}
+
+
+def gpt_oss(layer: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Tensors:
+    """As gpt-oss has them in BF16: gate and up by turns."""
+    gate_up = torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2).contiguous()
+    stem = f"{layer}.mlp.experts"
+    return {
+        f"{stem}.gate_up_proj": gate_up,
+        f"{stem}.gate_up_proj_bias": torch.ones(gate.shape[0], 2 * gate.shape[1], dtype=gate.dtype),
+        f"{stem}.down_proj": down.transpose(1, 2).contiguous(),
+        f"{stem}.down_proj_bias": torch.ones(down.shape[:2], dtype=down.dtype),
+    }
+
+
 Layout = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], Tensors]
-LAYOUTS: Mapping[str, Layout] = {each.__name__: each for each in (separate, mixtral, fused, granite)}
+LAYOUTS: Mapping[str, Layout] = {
+    each.__name__: each for each in (separate, mixtral, fused, granite, llama4, qwen_vl, gpt_oss)
+}
 
 
 def models(
@@ -66,7 +95,8 @@ def models(
 ) -> list[Tensors]:
     """Return a base and models tuned from it in BF16, each in its layout."""
     named = {number: layouts if isinstance(layouts, str) else layouts[number] for number in range(num_tuned + 1)}
-    blocks = {number: "block_sparse_moe" if name in ("mixtral", "granite") else "mlp" for number, name in named.items()}
+    of_family = {"mixtral": "block_sparse_moe", "granite": "block_sparse_moe", "llama4": "feed_forward"}
+    blocks = {number: of_family.get(name, "mlp") for number, name in named.items()}
     found: list[Tensors] = [{} for _ in named]
     for number, each in enumerate(_drawn("embed_tokens", num_tuned, (11, sizes.hidden))):
         found[number][f"{prefix}embed_tokens.weight"] = each

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 from stockflow.checkpoints.decodes import ByteRange, Decode
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import is_uncoded
+from stockflow.checkpoints.transposed import Transposed
 
 Shape = tuple[int, ...]
 NOTHING = ByteRange(0, 0)
@@ -309,7 +310,7 @@ def codes_within(decode: Decode) -> Decode | None:
     """Return how the codes of the innermost decode are stored, None if it is one of plain numbers."""
     while isinstance(decode, _Around):
         decode = decode.inner
-    return None if is_uncoded(decode) else decode
+    return None if is_uncoded(decode) or isinstance(decode, Transposed) else decode
 
 
 def _widths(*dtypes: str) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ from stockflow.checkpoints.adapter_decodes import Added, Lengths, LowRank, Repla
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, plain
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import Joined
+from stockflow.checkpoints.transposed import Transposed
 
 _KINDS: dict[str, Any] = {
-    "blocks": BlockScaled, "groups": GroupScaled, "joined": Joined,
+    "blocks": BlockScaled, "groups": GroupScaled, "joined": Joined, "transposed": Transposed,
     "low_rank": LowRank, "lengths": Lengths, "added": Added, "rows": ReplacedRows,
 }  # fmt: skip
 MAX_DEPTH = 8

@@ -16,9 +16,10 @@ from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.stage import DecodingStage
 from stockflow.planning.budget import LOOKAHEAD_BYTES
-from stockflow.planning.job import Reading, Work
+from stockflow.planning.job import Reading
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import Load, Step, gathered
+from stockflow.planning.work import Work
 from stockflow.storage import PinnedFile, ReadsInPlace
 
 

@@ -11,9 +11,9 @@ from stockflow.engine.prefetch import Prefetcher
 from stockflow.engine.stage import DecodingStage
 from stockflow.engine.units import LargeUnit, PackedUnit, Unit
 from stockflow.planning.budget import Workspace
-from stockflow.planning.job import Work
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import Step
+from stockflow.planning.work import Work
 from stockflow.storage import ReadsInPlace, StorageConfig, check_stamp, open_model
 
 NUM_LOCAL_READERS = 2

@@ -15,10 +15,10 @@ from stockflow.engine.inputs import OnRead, Sources, Stream
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.units import Unit
 from stockflow.planning.budget import BASELINE_BYTES, SPANS_AHEAD, Workspace, client_bytes, divide
-from stockflow.planning.job import Work
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import schedule
 from stockflow.planning.spans import SPAN_ELEMS
+from stockflow.planning.work import Work
 from stockflow.storage import StorageConfig
 from stockflow.text.sizes import MIB
 

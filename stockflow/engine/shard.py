@@ -5,8 +5,9 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from stockflow.engine import arranging
 from stockflow.engine.alarm import Alarm
-from stockflow.engine.buffers import Pool
+from stockflow.engine.buffers import Pool, Scratch
 from stockflow.engine.facts import GramSum, Ledger
 from stockflow.engine.merging import UnitMerger
 from stockflow.engine.pieces import Piece
@@ -33,12 +34,17 @@ class ShardMerger:
         """Take the session to read through, and the inputs to be named in messages."""
         self.session = session
         self.outs = Pool(session.device.allocate)
+        self.ordering = Scratch()
         self.num_models = len(merged_among(checkpoints))
         self._alarm = Alarm(checkpoints, on_nonfinite)
 
     def prepare(self, jobs: Sequence[TensorJob]) -> None:
         """Compile, or load, every kernel that these tensors will call."""
-        self.session.prepare(lambda: self.merger(StageClock()).prepare(jobs))
+        self.session.prepare(lambda: self._prepare(jobs))
+
+    def _prepare(self, jobs: Sequence[TensorJob]) -> None:
+        self.merger(StageClock()).prepare(jobs)
+        arranging.prepare(jobs)
 
     def merger(self, clock: StageClock) -> UnitMerger:
         """Return what merges units and counts its seconds on a clock."""
@@ -65,6 +71,7 @@ class ShardRun:
         self._shard, self._workspace, self._on_bytes = shard, workspace, on_bytes
         self._clock = StageClock()
         self._merger = owner.merger(self._clock)
+        self._ordering = owner.ordering
         self._ledgers: dict[str, Ledger] = {}
         self._scales: dict[str, Bytes] = {}
         self.facts: list[TensorFacts] = []
@@ -81,7 +88,7 @@ class ShardRun:
             stream = stack.enter_context(self._session.stream(self._shard.jobs, self._workspace, self._count_read))
             writer.write_header(self._shard.header)
             for units in stream:
-                if len(units) > 1:
+                if len(units) > 1 or units[0].work.place_beside[1]:
                     self._merge_packed(units, writer)
                 else:
                     self._merge_large(units[0], writer)
@@ -124,6 +131,8 @@ class ShardRun:
             if stop > start:
                 buffer[start:stop] = self._scales_of(unit)
             self._close_at_end(unit)
+        places = list(zip(ends[0::2], ends[1::2], strict=False))
+        arranging.arrange(units, places, buffer, self._ordering, self._session.map_spans)
         self._emit(writer, buffer, ends[-1])
 
     def _merge_large(self, unit: Unit, writer: OrderedWriter) -> None:

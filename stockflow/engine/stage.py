@@ -13,13 +13,15 @@ import numpy as np
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, RowRuns, matrix_of
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import Joined, is_uncoded
+from stockflow.checkpoints.transposed import Transposed
 from stockflow.engine.adapter_stage import adapter_decoders
 from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.decoding import Memory, Shape, fill, numbers
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
 from stockflow.kernels.arrays import Bytes, Values
-from stockflow.kernels.floats import Slab
+from stockflow.kernels.floats import FORMATS, Slab, slab_of
+from stockflow.kernels.turning import turn
 from stockflow.planning.job import Reading
 from stockflow.planning.operands import Operand
 
@@ -254,8 +256,21 @@ def _pair(sizes: tuple[int, int]) -> tuple[np.uint64, np.uint64]:
     return np.uint64(sizes[0]), np.uint64(sizes[1])
 
 
+def _transpose(
+    decode: Transposed, shape: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
+) -> None:
+    (place,), (rows, columns) = places, shape
+    first, last = start // columns, -(-stop // columns)
+    num_bytes = decode.num_beside * rows * columns * decode.width
+    stored_CR = memory.buffer[place : place + num_bytes].view(f"u{decode.width}").reshape(columns, -1)
+    turned_RC = np.empty((last - first, columns), stored_CR.dtype)
+    turn(stored_CR[:, decode.places(rows, first, last)], turned_RC)
+    wanted = turned_RC.reshape(-1)[start - first * columns : stop - first * columns]
+    codecs.widen_run(slab_of(wanted.view(np.uint8)), np.uint64(0), FORMATS[decode.dtype], out_E)
+
+
 _DECODERS: dict[type, Callable[..., Any]] = {
-    Plain: _widen, Joined: _join, BlockScaled: _scale_blocks, GroupScaled: _scale_groups,
+    Plain: _widen, Joined: _join, BlockScaled: _scale_blocks, GroupScaled: _scale_groups, Transposed: _transpose,
     **adapter_decoders(_decode_run),
 }  # fmt: skip
 """What every decode is to this stage."""

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from stockflow.checkpoints.transposed import placed_beside
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.devices import Device
 from stockflow.engine.inputs import OnRead
@@ -58,6 +59,11 @@ class Look:
     """nothing is kept of rows"""
 
     @property
+    def place_beside(self) -> tuple[int, int]:
+        """Its place among looks whose readings are read at once, and their number; (0, 0) if it stands alone."""
+        return placed_beside(operand.decode for operand in self.reading.operands)
+
+    @property
     def num_sweeps(self) -> int:
         """How often its elements go by."""
         return self.examiner.num_sweeps
@@ -72,7 +78,7 @@ class Look:
     def costs(self) -> Hashable:
         """Equal for looks that take the same memory."""
         reading = self.reading
-        return reading.shape, reading.scope, reading.dtypes, reading.is_plain, self.kind
+        return reading.shape, reading.scope, reading.dtypes, reading.is_plain, self.place_beside, self.kind
 
     def scratch_bytes(self, num_elems: int) -> int:
         """Return what one thread needs, beside the operands, for a span of so many elements."""

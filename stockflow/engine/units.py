@@ -6,9 +6,9 @@ from typing import Protocol
 from stockflow.engine.pieces import Piece
 from stockflow.engine.prefetch import LoadedSlab, Prefetcher
 from stockflow.engine.stage import DecodingStage
-from stockflow.planning.job import Work
 from stockflow.planning.reads import Step
 from stockflow.planning.spans import span_bounds
+from stockflow.planning.work import Work
 
 
 class Unit(Protocol):

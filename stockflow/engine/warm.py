@@ -13,7 +13,8 @@ import numpy as np
 from stockflow.engine.pieces import Piece
 from stockflow.engine.stage import DecodingStage
 from stockflow.kernels.floats import slab_of
-from stockflow.planning.job import Reading, Work
+from stockflow.planning.job import Reading
+from stockflow.planning.work import Work
 
 NUM_ELEMS = 2
 """Of one, all may be kept, or none: nothing is then counted."""

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.naming import kind_of, layer_of
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
+from stockflow.checkpoints.transposed import Transposed
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
 from stockflow.events import Done, Note, OnEvent, Stage, ignore
@@ -187,7 +189,10 @@ def _part(merged: Checkpoint, job: TensorJob, offset: int, number: int) -> Opera
     """Return what a merged checkpoint has of a job, so many elements into the tensor that holds it."""
     spec, (file, start) = merged.specs[job.stored_name], merged.extents[job.stored_name]
     part = TensorSpec(job.output.name, spec.dtype, job.output.shape)
-    width = part.num_bytes // part.num_elems
+    width, encode = part.num_bytes // part.num_elems, job.result.encode
+    if isinstance(encode, Transposed):
+        beside = Extent(file, start + width * (offset - encode.number * part.num_elems))
+        return Operand(number, part.name, (beside,), replace(encode, dtype=spec.dtype))
     return stored(number, part, Extent(file, start + width * offset))
 
 

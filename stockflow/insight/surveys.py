@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stockflow.checkpoints.opening import Checkpoint
 from stockflow.engine.procedures.linear import GramSweep
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
 from stockflow.engine.survey import Examiner, Look, SurveySpec
@@ -19,6 +20,7 @@ from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import packed
+from stockflow.planning.experts import seen_one_by_one
 from stockflow.planning.job import Reading, TensorJob
 from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef, MergePlan
@@ -136,7 +138,8 @@ def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, .
         plan = inputs.plan()
         if plan.is_stacked:
             _check_slices(plan)
-        subjects = [Subject(job, _look_at(inputs, job)) for job in plan.jobs]
+        checkpoints = seen_one_by_one(recipe, inputs.merged).checkpoints
+        subjects = [Subject(job, _look_at(checkpoints, job)) for job in plan.jobs]
     return subjects, tuple(plan.models)
 
 
@@ -155,19 +158,18 @@ def _check_slices(plan: MergePlan) -> None:
             )
 
 
-def _look_at(inputs: Inputs, planned: TensorJob) -> Look | None:
+def _look_at(checkpoints: Sequence[Checkpoint], planned: TensorJob) -> Look | None:
     """The base's tensor and those of all other models, whatever the method reads of them."""
     if planned.is_copy or not planned.reading.num_elems:
         return None
-    name, shape, checkpoints = planned.output.name, planned.reading.shape, inputs.merged
-    own = {operand.checkpoint: operand.name for operand in planned.reading.operands}
+    own = {operand.checkpoint: operand for operand in planned.reading.operands}
     if any(operand.rows for operand in planned.reading.operands):  # rows by token
         is_whole = list(own) == list(range(len(checkpoints)))
         return Look(replace(planned.reading, scope="tensor"), GramExaminer(), planned) if is_whole else None
-    names = [own.get(number, name) for number in range(len(checkpoints))]
-    found = list(zip(names, checkpoints, strict=True))
-    if any(name not in each.specs or each.specs[name].shape != shape for name, each in found):
+    name, shape, bits = planned.output.name, planned.reading.shape, planned.reading.float_bits
+    others = [(number, each) for number, each in enumerate(checkpoints) if number not in own]
+    if any(name not in each.specs or each.specs[name].shape != shape for _, each in others):
         return None
-    operands = tuple(operand_of(number, each, name) for number, (name, each) in enumerate(found))
-    bits = planned.reading.float_bits
-    return Look(Reading(planned.output.name, shape, operands, float_bits=bits), GramExaminer(), planned)
+    own |= {number: operand_of(number, each, name) for number, each in others}
+    operands = tuple(own[number] for number in range(len(checkpoints)))
+    return Look(Reading(name, shape, operands, float_bits=bits), GramExaminer(), planned)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from stockflow.errors import BudgetError
 from stockflow.methods.protocol import FLOAT_BYTES
-from stockflow.planning.job import Reading, Work
+from stockflow.planning.job import Reading
 from stockflow.planning.spans import SPAN_ELEMS
+from stockflow.planning.work import Work
 from stockflow.storage.parts import upload_bytes
 from stockflow.text.sizes import MIB, mib
 
@@ -77,6 +78,8 @@ class Workspace:
     def chunk_elems(self, work: Work) -> int:
         """Most elements of a tensor that are read, and then written, as one: what a slab or an output buffer holds."""
         reading = work.reading
+        if work.place_beside[1]:
+            return reading.num_elems + SPAN_ELEMS
         if not self.direct:
             most = int((self.slab_bytes - overhead_bytes(reading)) // reading.bytes_per_elem)
         elif work.output_width:
@@ -97,6 +100,11 @@ def stage_bytes(reading: Reading) -> int:
 def overhead_bytes(reading: Reading) -> int:
     """Return what every piece of a reading takes in a slab beside its elements."""
     return PIECE_OVERHEAD * reading.num_slots + reading.run_bytes
+
+
+def beside_elems(work: Work) -> int:
+    """Return how many elements must be in memory at once for a work that is not read as suits the memory; else 0."""
+    return work.place_beside[1] * work.reading.num_elems
 
 
 def span_state_bytes(work: Work) -> int:
@@ -144,10 +152,11 @@ def divide(
     counted = _counted(works)
     found, least = _divided(counted, memory_bytes, num_threads, baseline_bytes, direct)
     if counted and least > memory_bytes:
-        widest = _widest(counted).reading
+        widest = max((work for work, _ in counted), key=lambda work: (beside_elems(work), _width(work))).reading
+        most = max(SPAN_ELEMS, *(beside_elems(work) for work, _ in counted))
         raise BudgetError(
             f"tensor {widest.name!r} needs at least {mib(least)} of memory for its smallest chunk "
-            f"({SPAN_ELEMS:,} elements x {len(widest.operands)} checkpoints x {num_threads} threads, "
+            f"({most:,} elements x {len(widest.operands)} checkpoints x {num_threads} threads, "
             f"{mib(baseline_bytes)} of it for the process itself); the limit is {mib(memory_bytes)}. "
             f"Raise --memory{' or lower --workers' if num_threads > 1 else ''}"
         )
@@ -183,8 +192,9 @@ def _divided(
     per_thread = max(work.scratch_bytes(SPAN_ELEMS) for work, _ in works)
     per_thread += (SPANS_AHEAD + 1) * max(span_state_bytes(work) for work, _ in works)
     per_thread += max(stage_bytes(work.reading) for work, _ in works)
+    fixed_bytes = baseline_bytes + _out_beside(works)  # where results are put in order before they are written
     per_thread += direct * max(_span_source_bytes(work.reading) for work, _ in works)
-    fixed = baseline_bytes + num_threads * per_thread + max(decision_bytes(work) for work, _ in works)
+    fixed = fixed_bytes + num_threads * per_thread + max(decision_bytes(work) for work, _ in works)
     found = _direct(works, memory_bytes, fixed) if direct else _streamed(works, memory_bytes, fixed)
     return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
 
@@ -197,7 +207,8 @@ def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
         slab = (
             max(math.ceil(work.reading.bytes_per_elem * _load_elems(work, num_spans)) for work, _ in works) + overhead
         )
-        out = int(slab * out_per_source_byte) + 1
+        slab = max(slab, _slab_beside(works))
+        out = max(int(slab * out_per_source_byte) + 1, _out_beside(works))
         waiting = _waiting_bytes(works, num_spans)
         num_slabs = (memory_bytes - fixed_bytes - waiting - NUM_OUT_BUFFERS * out) // slab
         if num_slabs >= GOOD_NUM_SLABS:
@@ -229,8 +240,9 @@ def _direct(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
         widest = _widest(works).reading.bytes_per_elem
         largest = math.ceil(widest * SPAN_ELEMS * min(num_spans, MAX_SHARED_SPANS))
         slab = max(min(largest, shared), PIECE_OVERHEAD) + max(map(overhead_bytes, readings))
+        slab = max(slab, _slab_beside(works))
         large_out = max(work.output_width * _load_elems(work, num_spans) for work, _ in works)
-        out = max(large_out, int(slab * out_per_source_byte) + 1)
+        out = max(large_out, int(slab * out_per_source_byte) + 1, _out_beside(works))
         num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
         waiting = _waiting_bytes(works, num_spans)
         found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, direct=True, waiting_bytes=waiting)
@@ -240,7 +252,25 @@ def _direct(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
 
 
 def _widest(works: Counted) -> Work:
-    return max((work for work, _ in works), key=lambda work: work.reading.bytes_per_elem)
+    return max((work for work, _ in works), key=_width)
+
+
+def _width(work: Work) -> float:
+    return work.reading.bytes_per_elem
+
+
+def _slab_beside(works: Counted) -> int:
+    """What a slab must hold at least: all that is read at once of some tensors."""
+    return max(
+        math.ceil(beside_elems(work) * work.reading.bytes_per_elem)
+        + work.place_beside[1] * overhead_bytes(work.reading)
+        for work, _ in works
+    )
+
+
+def _out_beside(works: Counted) -> int:
+    """What an output buffer must hold at least: all that is written at once."""
+    return max(beside_elems(work) * work.output_width for work, _ in works)
 
 
 def _span_source_bytes(reading: Reading) -> int:

@@ -16,6 +16,7 @@ from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, Pieces
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.quantised import Stored
+from stockflow.checkpoints.transposed import Transposed
 from stockflow.errors import PlanError
 from stockflow.planning.job import TensorJob
 from stockflow.planning.views import renamed
@@ -36,8 +37,18 @@ _SINGLE = re.compile(rf"(.*\.experts)\.(\d{{1,6}})\.({'|'.join(_ROLES)})\.weight
 _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)(?=\.)")
 """What families call the part of a layer that has experts."""
 
-Parts = Mapping[str, Sequence[TensorSpec]]
-"""By the name of a stored tensor: the projections in it, in the order of their bytes."""
+
+class Fused(NamedTuple):
+    """A stored tensor that holds projections of all experts of a layer."""
+
+    parts: Sequence[TensorSpec]
+    """in the order of its bytes; those that share them in the order of their columns"""
+    transposed: Transposed | None = None
+    """how the first of those that share bytes is stored; None where each is a run of them"""
+
+
+Parts = Mapping[str, Fused]
+"""What stored tensors hold, by their names."""
 
 
 class _Pair(NamedTuple):
@@ -46,21 +57,38 @@ class _Pair(NamedTuple):
     gate_up: TensorSpec
     down: TensorSpec
 
-    def parts(self) -> Parts:
+    @property
+    def is_straight(self) -> bool:
+        """Whether shapes are [E, 2I, H] and [E, H, I]; they cannot be those of the other way, too."""
         num, hidden, inner = self.down.shape
-        stem = self.gate_up.name.removesuffix(".weight").rpartition(".")[0]
-        stem = stem if stem.endswith("experts") else f"{stem}.experts"
+        return self.gate_up.shape == (num, 2 * inner, hidden)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether shapes are [E, H, 2I] and [E, I, H]."""
+        num, inner, hidden = self.down.shape
+        return self.gate_up.shape == (num, hidden, 2 * inner)
+
+    def parts(self, *, by_turns: bool) -> dict[str, Fused]:
+        """Return the projections in each."""
+        (num, hidden, inner), straight = self.down.shape, self.is_straight
+        if not straight:
+            hidden, inner = inner, hidden
         up, down = self.gate_up.dtype, self.down.dtype
+        stem = self.gate_up.name.removesuffix(".weight").rpartition(".")[0]
+        each = [f"{stem}.{number}" if stem.endswith("experts") else f"{stem}.experts.{number}" for number in range(num)]
+        gates_ups = [
+            TensorSpec(f"{one}.{role}.weight", up, (inner, hidden)) for one in each for role in ("gate_proj", "up_proj")
+        ]
+        downs = [TensorSpec(f"{one}.down_proj.weight", down, (hidden, inner)) for one in each]
         return {
-            self.gate_up.name: [
-                TensorSpec(f"{stem}.{number}.{role}.weight", up, (inner, hidden))
-                for number in range(num)
-                for role in ("gate_proj", "up_proj")
-            ],
-            self.down.name: [
-                TensorSpec(f"{stem}.{number}.down_proj.weight", down, (hidden, inner)) for number in range(num)
-            ],
+            self.gate_up.name: Fused(gates_ups, None if straight else Transposed(up, 0, 2, by_turns)),
+            self.down.name: Fused(downs, None if straight else Transposed(down)),
         }
+
+
+Known = dict[tuple[_Pair, bool], dict[str, Fused]]
+"""What pairs hold, with gate and up by turns or not: the same in all models, and of the same objects."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +97,9 @@ class Experts:
 
     checkpoints: Sequence[Checkpoint]
     wholes: Mapping[str, TensorSpec] = field(default_factory=dict)
-    """by the donor's name of a projection: the tensor of the output of which it is the next run of bytes"""
+    """by the donor's name of a projection: the tensor of the output that holds it"""
+    encodes: Mapping[str, Transposed] = field(default_factory=dict)
+    """by the same name: how it is stored there, where that is no run of bytes"""
 
     def whole(self, own_name: str, name: str) -> TensorSpec | None:
         """Return the tensor that a target is a part of, None if it is one itself.
@@ -94,7 +124,13 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
     """
     asked, widened = recipe.stockflow.experts, recipe.stockflow.scope in ("tensor", "leading")
     parts = _all_parts(checkpoints)
-    is_fused = asked == "fused" or (asked is None and bool(parts[recipe.donor]))
+    in_codes = recipe.stockflow.output_format == "fp8_block"
+    is_fused = asked == "fused" or (asked is None and bool(parts[recipe.donor]) and not in_codes)
+    if asked == "fused" and (in_codes or (recipe.keeps_codes and checkpoints[recipe.donor].stored)):
+        raise PlanError(
+            "`experts: fused` writes plain numbers; leave it out, or ask for them: "
+            "`stockflow: {output_format: bfloat16}`"
+        )
     if not any(parts) and not is_fused:
         return Experts(checkpoints)
     if recipe.keeps_codes and parts[recipe.donor].keys() & checkpoints[recipe.donor].stored.keys():
@@ -103,17 +139,23 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
         _refuse_parted(recipe, parts)
         return Experts(checkpoints)
     seen = [_separated(*each) for each in zip(checkpoints, parts, strict=True)]
-    donor, wholes = seen[recipe.donor], _wholes(checkpoints[recipe.donor], parts[recipe.donor]) if is_fused else {}
+    donor, own = seen[recipe.donor], parts[recipe.donor] if is_fused else {}
+    wholes = {part.name: checkpoints[recipe.donor].specs[name] for name, each in own.items() for part in each.parts}
+    encodes = {part.name: decode for each in own.values() for part, decode in _decodes(each) if decode}
     if asked == "fused":
         donor, further = _gathered(donor, wholes)
         wholes |= further
     seen[recipe.donor] = _remarked(donor, recipe, checkpoints, parts, is_fused=is_fused)
-    return Experts([each if each is donor else _under_names_of(donor, each) for each in seen], wholes)
+    return Experts([each if each is donor else _under_names_of(donor, each) for each in seen], wholes, encodes)
 
 
-def part_of(job: TensorJob, whole: TensorSpec) -> TensorJob:
+def part_of(job: TensorJob, whole: TensorSpec, encode: Transposed | None) -> TensorJob:
     """Return a job as one of those that write a tensor of all experts, which has the dtype of its parts."""
-    return replace(job, whole=whole._replace(dtype=job.output.dtype))
+    dtype = job.output.dtype
+    results = (
+        tuple([replace(each, encode=replace(encode, dtype=dtype)) for each in job.results]) if encode else job.results
+    )
+    return replace(job, whole=whole._replace(dtype=dtype), results=results)
 
 
 def unlike_parts(jobs: Iterable[TensorJob]) -> Iterator[str]:
@@ -130,7 +172,8 @@ def unlike_parts(jobs: Iterable[TensorJob]) -> Iterator[str]:
 
 def _all_parts(checkpoints: Sequence[Checkpoint]) -> list[Parts]:
     """Return the parts of each, but of tensors that one of them has as a whole only."""
-    found = {id(each.specs): _parts(each) for each in checkpoints}
+    known: Known = {}
+    found = {id(each.specs): _parts(each, known) for each in checkpoints}
     parts = [found[id(each.specs)] for each in checkpoints]
     names = {name for own in parts for name in own}
     whole = {
@@ -139,27 +182,35 @@ def _all_parts(checkpoints: Sequence[Checkpoint]) -> list[Parts]:
     return [{name: each for name, each in own.items() if name not in whole} for own in parts] if whole else parts
 
 
-def _parts(checkpoint: Checkpoint) -> Parts:
-    parts, specs = dict[str, Sequence[TensorSpec]](), checkpoint.specs
-    for spec in [spec for spec in specs.values() if len(spec.shape) == 3]:
+def _parts(checkpoint: Checkpoint, known: Known) -> Parts:
+    parts, specs = dict[str, Fused](), checkpoint.specs
+    for spec in [spec for spec in specs.values() if len(spec.shape) == 3 and spec.num_elems]:
         for end, other in _ENDS:
             down = specs.get(spec.name.removesuffix(end) + other) if spec.name.endswith(end) else None
-            if down and spec.kind == down.kind == "float" and _are_straight(spec.shape, down.shape):
-                own = _Pair(spec, down).parts()
-                parts |= own if _are_runs(checkpoint, own) else {}
+            if down and spec.kind == down.kind == "float" and len(down.shape) == 3:
+                parts |= _parts_of(checkpoint, _Pair(spec, down), known)
     return parts
 
 
-def _are_runs(checkpoint: Checkpoint, parts: Parts) -> bool:
-    """Return whether each part is a run of the bytes of its tensor, and of its scales, and nothing else has its name.
+def _parts_of(checkpoint: Checkpoint, pair: _Pair, known: Known) -> Parts:
+    """Return what a pair holds, nothing if its shapes do not say so.
 
-    Rows of gate and up alternate in the tensors of gpt-oss, which have biases.
+    Gate and up alternate in the tensors of gpt-oss, which have biases.
     """
-    specs = checkpoint.specs
-    if any(f"{name}_bias" in specs or any(part.name in specs for part in own) for name, own in parts.items()):
-        return False
-    coded = {name: held.decode for name, own in parts.items() if (held := checkpoint.stored.get(name))}
-    return all(_follow(decode, specs[name].shape, parts[name][0].num_elems) for name, decode in coded.items())
+    has_bias = f"{pair.gate_up.name}_bias" in checkpoint.specs
+    if not (pair.is_transposed or (pair.is_straight and not has_bias)):
+        return {}
+    parts = known.get((pair, has_bias)) or known.setdefault((pair, has_bias), pair.parts(by_turns=has_bias))
+    is_taken = any(part.name in checkpoint.specs for each in parts.values() for part in each.parts)
+    return parts if not is_taken and all(_can_be_parted(checkpoint, *each) for each in parts.items()) else {}
+
+
+def _can_be_parted(checkpoint: Checkpoint, name: str, fused: Fused) -> bool:
+    """Return whether numbers are plain, or the codes of each part are a run, and so are their scales."""
+    held = checkpoint.stored.get(name)
+    if held is None:
+        return fused.transposed is None or name not in checkpoint.joined
+    return fused.transposed is None and _follow(held.decode, checkpoint.specs[name].shape, fused.parts[0].num_elems)
 
 
 def _follow(decode: Decode, shape: tuple[int, ...], num_elems: int) -> bool:
@@ -179,42 +230,60 @@ def _are_straight(gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool:
 def _separated(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
     if not parts:
         return checkpoint
-    specs = {each.name: each for name, spec in checkpoint.specs.items() for each in parts.get(name, (spec,))}
+    specs: dict[str, TensorSpec] = {}
+    for name, spec in checkpoint.specs.items():
+        if name in parts:
+            specs |= {part.name: part for part in parts[name].parts}
+        else:
+            specs[name] = spec
     extents, stored = dict(checkpoint.extents), {n: held for n, held in checkpoint.stored.items() if n not in parts}
     joined = _parts_of_joined(checkpoint, parts)
     extents |= {name: pieces.extents[0] for name, pieces in joined.items()}
-    for name, own in parts.items():
+    for name, fused in parts.items():
         if name in checkpoint.joined:
             continue
-        spec = checkpoint.specs[name]
-        held, start = checkpoint.stored.get(name, Stored(plain(spec.dtype), (spec,))), 0
-        for part in own:
-            decode, offsets = part_of_decode(held.decode, spec.shape, start, part.shape)
-            holders = (part, *(other._replace(name=f"{part.name} {other.name}") for other in held.parts[1:]))
-            for holder, other, offset in zip(holders, held.parts, offsets, strict=True):
-                file, first = checkpoint.extents[other.name]
-                extents[holder.name] = Extent(file, first + offset)
-            if name in checkpoint.stored:
-                stored[part.name] = Stored(decode, holders)
-            start += part.num_elems
+        if fused.transposed is None and name not in checkpoint.stored:  # as nearly all are
+            (file, start), size = checkpoint.extents[name], fused.parts[0].num_bytes
+            extents |= {part.name: Extent(file, start + number * size) for number, part in enumerate(fused.parts)}
+            continue
+        for part, held, places in _places(checkpoint, name, fused):
+            extents |= zip([holder.name for holder in held.parts], places, strict=True)
+            stored |= {} if held.decode.is_plain else {part.name: held}
     return replace(checkpoint, specs=specs, extents=extents, stored=stored, joined=joined)
 
 
 def _parts_of_joined(checkpoint: Checkpoint, parts: Parts) -> dict[str, Pieces]:
     """Return the tensors that lie in several runs of bytes, and what is in such tensors in their place."""
     joined = {name: pieces for name, pieces in checkpoint.joined.items() if name not in parts}
-    for name, own in parts.items():
+    for name, fused in parts.items():
         if name in checkpoint.joined:
-            ends = accumulate(part.num_elems for part in own)
+            ends = accumulate(part.num_elems for part in fused.parts)
             joined |= {
                 part.name: checkpoint.joined[name].part(end - part.num_elems, end)
-                for part, end in zip(own, ends, strict=True)
+                for part, end in zip(fused.parts, ends, strict=True)
             }
     return joined
 
 
-def _wholes(donor: Checkpoint, parts: Parts) -> dict[str, TensorSpec]:
-    return {part.name: donor.specs[name] for name, own in parts.items() for part in own}
+def _places(checkpoint: Checkpoint, name: str, fused: Fused) -> Iterator[tuple[TensorSpec, Stored, list[Extent]]]:
+    """Yield each part of a tensor, how it is stored, and where what holds it begins."""
+    spec, start = checkpoint.specs[name], 0
+    whole = checkpoint.stored.get(name, Stored(plain(spec.dtype), (spec,)))
+    for part, transposed in _decodes(fused):
+        first = start - (transposed.number * part.num_elems if transposed else 0)
+        decode, offsets = part_of_decode(whole.decode, spec.shape, first, part.shape)
+        others = [other._replace(name=f"{part.name} {other.name}") for other in whole.parts[1:]]
+        files = [checkpoint.extents[other.name] for other in whole.parts]
+        places = [Extent(file, at + offset) for (file, at), offset in zip(files, offsets, strict=True)]
+        yield part, Stored(transposed or decode, (part, *others)), places
+        start += part.num_elems
+
+
+def _decodes(fused: Fused) -> Iterator[tuple[TensorSpec, Transposed | None]]:
+    """Yield each part with how it is stored, None if it is a run of what holds it."""
+    first = fused.transposed
+    for index, part in enumerate(fused.parts):
+        yield part, first and replace(first, number=index % first.num_beside)
 
 
 def _refuse_parted(recipe: Recipe, parts: Sequence[Parts]) -> None:

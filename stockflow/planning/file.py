@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from stockflow.checkpoints.decode_records import recorded
@@ -12,9 +12,11 @@ from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.joined import Joined
 from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.scale_rules import RULES
+from stockflow.checkpoints.transposed import Transposed
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters
+from stockflow.planning.experts import part_of
 from stockflow.planning.formats import coded
 from stockflow.planning.job import COPIES, COPY, TensorJob, copying, merging
 from stockflow.planning.operands import Operand
@@ -219,15 +221,35 @@ class _Tables:
     decodes: Sequence[Decode]
 
 
-def _join(jobs: list[TensorJob], name: object, shape: Sequence[object], first: object, num: object) -> None:
-    """Have jobs write one tensor, run by run."""
+def _join(
+    jobs: list[TensorJob], name: object, shape: Sequence[object], first: object, num: object, *layout: object
+) -> None:
+    """Have jobs write one tensor, run by run or beside each other."""
     start, stop = count(first), count(first) + count(num)
     parts = jobs[start:stop]
     whole = TensorSpec(text(name), parts[0].output.dtype, tuple(map(count, shape)))
     held = {job.output.dtype for job in parts}, sum(job.result.num_bytes for job in parts), len(parts)
     if held != ({whole.dtype}, whole.num_bytes, stop - start) or any(job.whole for job in parts):
         raise ValueError(f"the {stop - start} tensors from number {start} on do not make up {whole}")
-    jobs[start:stop] = [replace(job, whole=whole) for job in parts]
+    jobs[start:stop] = [
+        part_of(job, whole, encode) for job, encode in zip(parts, _encodes(parts, *layout), strict=True)
+    ]
+
+
+def _encodes(jobs: Sequence[TensorJob], *layout: object) -> list[Transposed | None]:
+    """Return how jobs store what they write of one tensor.
+
+    Raises:
+        ValueError: no matrices of one shape can be stored so.
+    """
+    if not layout:
+        return [None] * len(jobs)
+    num_beside, by_turns = layout
+    each = count(num_beside)
+    is_possible = each >= 1 and len(jobs) % each == 0 and len({job.output.shape for job in jobs}) == 1
+    if not is_possible or len(jobs[0].output.shape) != 2 or not isinstance(by_turns, bool):
+        raise ValueError(f"{len(jobs)} tensors are not stored beside each other as {layout!r}")
+    return [Transposed(job.output.dtype, number % each, each, by_turns) for number, job in enumerate(jobs)]
 
 
 def _job(row: Sequence[Any], settings: Sequence[Setting], maps: _Tables) -> TensorJob:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from stockflow.checkpoints.decodes import (
 )
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.joined import as_bytes, is_verbatim, kernels_of
+from stockflow.checkpoints.transposed import Transposed, placed_beside
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import (
@@ -103,6 +103,11 @@ class Reading:
         """Whether kernels can take all operands as they are stored."""
         return all(operand.rows is None and operand.decode.is_plain for operand in self.operands)
 
+    @cached_property
+    def num_beside(self) -> int:
+        """How many readings share bytes so closely that they are read at once; 0 where any run can be read alone."""
+        return 0 if self.is_plain else placed_beside(operand.decode for operand in self.operands)[1]
+
     @property
     def is_verbatim(self) -> bool:
         """Whether bytes are looked at or carried over, instead of numbers."""
@@ -135,6 +140,8 @@ class Reading:
         """Stored bytes of all operands, each read once."""
         if self.is_plain:
             return self.num_elems * sum(self.widths)
+        if self.num_beside:
+            return math.ceil(self.num_elems * self.bytes_per_elem)
         return sum(slot.num_bytes for slot in self.slots(0, self.num_elems))
 
     @cached_property
@@ -160,40 +167,6 @@ class Reading:
         """Yield what the extents of all operands contribute to elements ``start`` to ``stop``, in order."""
         for operand in self.operands:
             yield from operand.slots(self.shape, start, stop)
-
-
-class Work(Protocol):
-    """What is done with a reading, as far as reading it and memory go. All sizes in bytes."""
-
-    @property
-    def reading(self) -> Reading:
-        """What is read."""
-
-    @property
-    def num_sweeps(self) -> int:
-        """How often its elements go by."""
-
-    @property
-    def kind(self) -> Hashable:
-        """Equal for works that need the same kernels."""
-
-    @property
-    def costs(self) -> Hashable:
-        """Equal for works that take the same memory."""
-
-    @property
-    def output_width(self) -> int:
-        """Bytes that become of an element."""
-
-    def scratch_bytes(self, num_elems: int) -> int:
-        """Return what one thread needs, beside the operands, for a span of so many elements."""
-
-    def span_state_bytes(self, num_groups: int) -> int:
-        """Return what one sweep leaves behind of a span of so many groups."""
-
-    @property
-    def kept_bytes(self) -> int:
-        """What is kept of the rows of a unit until it is decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +203,8 @@ class Result:
 
     def num_code_bytes(self, shape: tuple[int, ...], start: int, stop: int) -> int:
         """Return how many bytes elements ``start`` to ``stop`` become, their scales apart."""
+        if isinstance(self.encode, Transposed):
+            return self.encode.width * (stop - start)
         codes = self.encode.ranges(shape, start, stop)[0]
         return codes.stop - codes.start
 
@@ -288,6 +263,13 @@ class TensorJob:
         """Bytes that become of an element, rounded up, scales included."""
         return sum([math.ceil(result.encode.bytes_per_elem) for result in self.results])
 
+    @cached_property
+    def place_beside(self) -> tuple[int, int]:
+        """Its place among jobs that are read and written at once, and their number; (0, 0) if it stands alone."""
+        if self.reading.is_plain and self.results[0].encode.is_plain:  # as nearly all are
+            return 0, 0
+        return placed_beside([*(each.decode for each in self.reading.operands), self.results[0].encode])
+
     @property
     def num_statistic_passes(self) -> int:
         """How often the operands go by before they are combined."""
@@ -313,7 +295,7 @@ class TensorJob:
         reading = self.reading
         made = [(result.method, result.outputs[0].dtype) for result in self.results]
         stored_as = reading.dtypes if reading.is_plain else tuple(each.decode for each in reading.operands)
-        return reading.shape, reading.scope, stored_as, reading.is_plain, reading.band, *made
+        return reading.shape, reading.scope, stored_as, reading.is_plain, reading.band, self.place_beside, *made
 
     def scratch_bytes(self, num_elems: int) -> int:
         """Return what one thread needs, beside the operands, for a span of so many elements."""

@@ -157,7 +157,7 @@ def _planned(
             continue
         for planned in _plan_tensor(target, stored_name, known):
             if isinstance(planned, TensorJob):
-                jobs.append(part_of(planned, whole) if whole else planned)
+                jobs.append(part_of(planned, whole, experts.encodes.get(target.names[0])) if whole else planned)
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
     problems = [*explained.values(), *unlike_parts(jobs)]

@@ -5,7 +5,7 @@ Nothing of memory, workers, device, executor or clock is in a plan: equal plans 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -17,6 +17,7 @@ from stockflow.checkpoints.decodes import Decode, RowRuns
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import folder_of
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
+from stockflow.checkpoints.transposed import Transposed
 from stockflow.methods.protocol import Scope
 from stockflow.planning.job import TensorJob
 from stockflow.planning.operands import Operand
@@ -298,6 +299,17 @@ def _canonical_job(job: TensorJob, settings: _Settings, maps: _Maps, place: Plac
     return row + [place(operand) for operand in reading.operands] if place else row
 
 
+def with_beside(jobs: Iterable[TensorJob], names: Collection[str]) -> Iterator[TensorJob]:
+    """Yield the jobs that write tensors of these names, with those whose results are stored beside theirs."""
+    beside: list[TensorJob] = []
+    for job in jobs:
+        encode = job.result.encode
+        beside.append(job)
+        if not isinstance(encode, Transposed) or encode.number + 1 == encode.num_beside:
+            yield from beside if any(each.output.name in names for each in beside) else ()
+            beside = []
+
+
 def with_offsets(jobs: Iterable[TensorJob]) -> Iterator[tuple[TensorJob, int]]:
     """Yield jobs, each with the number of elements that jobs before it write of the same tensor."""
     last, offset = None, 0
@@ -308,12 +320,18 @@ def with_offsets(jobs: Iterable[TensorJob]) -> Iterator[tuple[TensorJob, int]]:
 
 
 def _canonical_wholes(shard: ShardPlan) -> list[list[object]]:
-    """The stored tensors that several jobs write: name, shape, number of the first job and of jobs."""
+    """The stored tensors that several jobs write: name, shape, number of the first job and of jobs, and the layout.
+
+    That is how many of them are stored beside each other column by column, and whether by turns; nothing if none is.
+    """
     runs: list[list[object]] = []
     for whole, numbered in groupby(enumerate(shard.jobs), key=lambda pair: pair[1].whole):
         if whole is not None:
-            numbers = [number for number, _ in numbered]
-            runs.append([whole.name, whole.shape, numbers[0], len(numbers)])
+            jobs = list(numbered)
+            (first, job), *_ = jobs
+            encode = job.result.encode
+            layout = [encode.num_beside, encode.by_turns] if isinstance(encode, Transposed) else []
+            runs.append([whole.name, whole.shape, first, len(jobs), *layout])
     return runs
 
 

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from stockflow.planning.budget import Workspace, overhead_bytes
-from stockflow.planning.job import Work
 from stockflow.planning.operands import ExtentRanges
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
+from stockflow.planning.work import Work
 from stockflow.storage.parts import RANGE_BYTES
 
 ALIGNMENT = 64
@@ -81,26 +81,50 @@ class Step:
 
 def schedule(works: Sequence[Work], workspace: Workspace) -> Iterator[Step]:
     """Yield the steps that go through ``works`` in order within ``workspace``."""
-    small: list[LoadPiece] = []
-    filled = 0
+    packing = _Packing(workspace.slab_bytes)
     for work in works:
-        reading = work.reading
-        for unit in _units(work, workspace.chunk_elems(work) if reading.num_elems else 0):
-            if len(unit) > 1 or (workspace.direct and unit[-1].stop - unit[0].start > SPAN_ELEMS):
-                if small:
-                    yield _packed(small)
-                    small, filled = [], 0
+        for unit in _units(work, workspace.chunk_elems(work) if work.reading.num_elems else 0):
+            is_large = workspace.direct and unit[-1].stop - unit[0].start > SPAN_ELEMS and not work.place_beside[1]
+            if len(unit) > 1 or is_large:
+                yield from packing.flushed()
                 yield _large(unit, workspace)
-                continue
-            size = math.ceil((unit[0].stop - unit[0].start) * reading.bytes_per_elem)
-            size += overhead_bytes(reading)
-            if small and filled + size > workspace.slab_bytes:
-                yield _packed(small)
-                small, filled = [], 0
-            small.append(unit[0])
-            filled += size
-    if small:
-        yield _packed(small)
+            else:
+                yield from packing.flushed_for(unit[0])
+    yield from packing.flushed()
+
+
+class _Packing:
+    """Small units on their way into one load."""
+
+    def __init__(self, slab_bytes: int) -> None:
+        self._slab_bytes = slab_bytes
+        self._pieces: list[LoadPiece] = []
+        self._filled = 0
+        self._num_expected = 0
+        """pieces that share the bytes of the last but for their place, so that these are counted already"""
+
+    def flushed(self) -> Iterator[Step]:
+        """Yield a step of what is there, if anything is."""
+        if self._pieces:
+            yield _packed(self._pieces)
+        self._pieces, self._filled, self._num_expected = [], 0, 0
+
+    def flushed_for(self, piece: LoadPiece) -> Iterator[Step]:
+        """Add a piece; yield a step of what was there if both do not fit."""
+        number, num_beside = piece.work.place_beside
+        size = 0 if number and self._num_expected else _slab_bytes(piece)
+        if self._pieces and self._filled + size > self._slab_bytes:
+            yield from self.flushed()
+        self._num_expected = max(self._num_expected - 1, 0) if number else max(num_beside - 1, 0)
+        self._pieces.append(piece)
+        self._filled += size
+
+
+def _slab_bytes(piece: LoadPiece) -> int:
+    """What a piece takes in a slab, with those beside it."""
+    reading = piece.work.reading
+    size = math.ceil((piece.stop - piece.start) * reading.bytes_per_elem) + overhead_bytes(reading)
+    return size * max(piece.work.place_beside[1], 1)
 
 
 def _units(work: Work, chunk_elems: int) -> Iterator[list[LoadPiece]]:

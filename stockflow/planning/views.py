@@ -151,7 +151,7 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     return replace(
         checkpoint,
         specs={name: spec if spec.name == name else spec._replace(name=name) for name, spec in specs.items()},
-        extents={new_names.get(name, name): extent for name, extent in checkpoint.extents.items()},
+        extents={**checkpoint.extents, **{new: checkpoint.extents[old] for old, new in new_names.items()}},
         stored={new_names.get(name, name): each for name, each in checkpoint.stored.items()},
         joined={new_names.get(name, name): each for name, each in checkpoint.joined.items()},
     )

@@ -1,5 +1,6 @@
 """Experts in several layouts: the same models merge to the same numbers, however each of them was saved."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from stockflow.run.driver import Merged
+from stockflow.storage import StorageConfig, open_store
 from tests import oracle, runs
 from tests.checkpoints import Family, write_checkpoint, write_recipe
 from tests.expert_models import SMALL, Sizes, Tensors, family, models
@@ -29,7 +31,12 @@ MIXED: Mapping[str, Mapping[int, str] | str] = {
     "all fused": "fused",
     "families": {0: "separate", 1: "mixtral", 2: "fused"},
     "mixtral's base": {0: "mixtral", 1: "fused", 2: "separate"},
-    "granite's base": {0: "granite", 1: "granite", 2: "granite"},
+    "granite": "granite",
+    "transposed": "qwen_vl",
+    "transposed base": {0: "qwen_vl", 1: "separate", 2: "fused"},
+    "transposed tunes": {0: "fused", 1: "qwen_vl", 2: "llama4"},
+    "transposed tune of one by one": {0: "separate", 1: "llama4", 2: "separate"},
+    "by turns": "gpt_oss",
 }
 ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w2": "down", "w3": "up"}
 SINGLE = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
@@ -60,9 +67,15 @@ def projections(stored: Tensors) -> dict[tuple[str, str, str], torch.Tensor]:
             found[layer, single[1], ROLES[single[2]]] = value
         elif name.endswith(("gate_up_proj", "input_linear.weight")):
             for number, both in enumerate(value):
-                found[layer, str(number), "gate"], found[layer, str(number), "up"] = both.chunk(2)
+                halves = both.chunk(2) if len(both) > both.shape[1] else both.T.chunk(2)
+                if f"{name}_bias" in stored:
+                    halves = both.T[::2], both.T[1::2]
+                found[layer, str(number), "gate"], found[layer, str(number), "up"] = halves
         elif name.endswith(("experts.down_proj", "output_linear.weight")):
-            found |= {(layer, str(number), "down"): each for number, each in enumerate(value)}
+            is_straight = value.shape[1] > value.shape[2]
+            found |= {
+                (layer, str(number), "down"): each if is_straight else each.T for number, each in enumerate(value)
+            }
     return found
 
 
@@ -83,7 +96,8 @@ def test_no_layout_changes_a_number(one_by_one: tuple[str, Path], tmp_path: Path
     ours, theirs = projections(tensors(reference)), projections(tensors(tmp_path))
     assert ours.keys() == theirs.keys()
     assert len(ours) == SMALL.num_layers * SMALL.num_experts * 3
-    assert all(torch.equal(value.view(torch.int16), theirs[key].view(torch.int16)) for key, value in ours.items())
+    for key, value in ours.items():
+        assert torch.equal(value.contiguous().view(torch.int16), theirs[key].contiguous().view(torch.int16)), key
 
 
 @pytest.mark.parametrize("mixed", MIXED)
@@ -92,7 +106,7 @@ def test_every_projection_has_its_own_ratio_in_every_layout(tmp_path: Path, mixe
     merged(tmp_path / "alike", "separate", "model_stock")
 
     ratios = [
-        sorted(row["ratio"] for name, row in runs.tensor_facts(tmp_path / each / "out").items() if ".experts." in name)
+        sorted(row["ratio"] for name, row in runs.tensor_facts(tmp_path / each / "out").items() if SINGLE.search(name))
         for each in ("mixed", "alike")
     ]
 
@@ -100,10 +114,10 @@ def test_every_projection_has_its_own_ratio_in_every_layout(tmp_path: Path, mixe
     assert len(set(ratios[0])) == SMALL.num_layers * SMALL.num_experts * 3
 
 
-@pytest.mark.parametrize("layout", ["separate", "fused", "mixtral", "granite"])
+@pytest.mark.parametrize("layout", ["separate", "fused", "mixtral", "granite", "llama4", "qwen_vl", "gpt_oss"])
 def test_the_output_has_the_layout_of_the_base(tmp_path: Path, layout: str) -> None:
     others = "separate" if layout == "fused" else "fused"
-    others = "granite" if layout == "granite" else others
+    others = layout if layout in ("granite", "gpt_oss") else others
 
     merged(tmp_path, {0: layout, 1: others, 2: others}, "task_arithmetic")
 
@@ -142,27 +156,51 @@ def test_the_recipe_may_ask_for_a_layout(tmp_path: Path, asked: str) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("layouts", [{0: "fused", 1: "separate", 2: "fused"}, {0: "separate", 1: "fused", 2: "fused"}])
+@pytest.mark.parametrize("donor", ["fused", "separate", "qwen_vl"])
 @pytest.mark.parametrize("method", ["model_stock", "dare_ties"])
-def test_memory_threads_and_shards_change_no_byte(tmp_path: Path, method: str, layouts: Mapping[int, str]) -> None:
-    models = family(tmp_path, 2, layouts, LARGE)
-    recipe = write_recipe(tmp_path / "recipe.yaml", method, models, **METHODS[method])
+def test_memory_threads_places_and_shards_change_no_byte(tmp_path: Path, method: str, donor: str) -> None:
+    own = family(tmp_path, 2, {0: donor, 1: "separate", 2: "qwen_vl"}, LARGE)
+    recipe = write_recipe(tmp_path / "recipe.yaml", method, own, **METHODS[method])
+    copies = write_recipe(tmp_path / "copies.yaml", method, in_memory(own, tmp_path.name), **METHODS[method])
+
     merge_here(recipe, tmp_path / "much", memory_bytes=2048 * MIB)
     merge_here(recipe, tmp_path / "little", memory_bytes=190 * MIB, num_threads=1)
+    merge_here(copies, tmp_path / "streamed", memory_bytes=2048 * MIB)
+    merge_here(copies, tmp_path / "in passing", memory_bytes=420 * MIB, num_threads=1)
     merge_here(recipe, tmp_path / "shards", shard_size=1_000_000)
 
-    whole, little = ({**load_file(tmp_path / each / "model.safetensors")} for each in ("much", "little"))
-    assert runs.shard_digests(tmp_path / "much") == runs.shard_digests(tmp_path / "little")
+    outputs = [runs.shard_digests(tmp_path / each) for each in ("much", "little", "streamed", "in passing")]
+    whole = load_file(tmp_path / "much" / "model.safetensors")
     parts = [load_file(path) for path in sorted((tmp_path / "shards").glob("*.safetensors"))]
     assert len(parts) > 2
+    assert outputs == [outputs[0]] * 4
     together = {name: value for part in parts for name, value in part.items()}
-    assert together.keys() == whole.keys() == little.keys()
+    assert together.keys() == whole.keys()
     assert all(torch.equal(together[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("layout", ["fused", "separate"])
+def in_memory(own: Family, name: str) -> Family:
+    """Return copies that are no local files, so that they are read into slabs."""
+    urls = [f"memory://{name}-{number}" for number in range(1 + len(own.tuned))]
+    for source, url in zip((own.base, *own.tuned), urls, strict=True):
+        store = open_store(url, StorageConfig())
+        for path in source.iterdir():
+            store.put(path.name, path.read_bytes())
+    return Family(urls[0], tuple(urls[1:]))  # type: ignore[arg-type]
+
+
+def test_what_is_transposed_is_read_once(tmp_path: Path) -> None:
+    own = family(tmp_path, 2, "qwen_vl", LARGE)
+    copies = write_recipe(tmp_path / "copies.yaml", "linear", in_memory(own, tmp_path.name), parameters={"weight": 1.0})
+
+    result = merge_here(copies, tmp_path / "out", memory_bytes=2048 * MIB)
+
+    assert result.manifest.summary["bytes_read"] == result.plan.num_source_bytes
+
+
+@pytest.mark.parametrize("layout", ["fused", "separate", "llama4"])
 def test_outputs_of_mixed_layouts_are_verified_and_gone_on_with(tmp_path: Path, layout: str) -> None:
-    others = {"fused": "separate", "separate": "fused"}[layout]
+    others = {"fused": "separate", "separate": "llama4", "llama4": "fused"}[layout]
     result = merged(tmp_path, {0: layout, 1: others, 2: others}, "model_stock")
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
 
@@ -176,6 +214,12 @@ def test_outputs_of_mixed_layouts_are_verified_and_gone_on_with(tmp_path: Path, 
 
     audited = runs.run("audit", output, "--json")
     assert audited.returncode == 0, audited.stderr
+    looked = runs.run("inspect", recipe, "--json")
+    assert looked.returncode == 0, looked.stderr
+    cosines = {row["name"]: row["mean_cosine"] for row in json.loads(looked.stdout)["tensors"]}
+    facts = runs.tensor_facts(output)
+    assert cosines.keys() == facts.keys()
+    assert all(abs(facts[name]["mean_cosine"] - cosine) < 1e-9 for name, cosine in cosines.items())
 
 
 def test_a_byte_that_changed_in_a_fused_output_is_found(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from stockflow.engine.in_place import Lookahead
 from stockflow.planning.budget import Workspace, divide
-from stockflow.planning.job import Work
 from stockflow.planning.reads import Load, schedule
+from stockflow.planning.work import Work
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs, Merged, MergeOptions, plan_merge
 from stockflow.storage import StorageConfig, open_store

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from stockflow.errors import CheckpointError
+from stockflow.errors import BudgetError, CheckpointError
 from stockflow.planning import file as plan_file
+from stockflow.planning.budget import divide
 from stockflow.planning.plan import MergePlan
-from tests.expert_models import SMALL, Tensors, models
+from stockflow.planning.reads import schedule
+from tests.expert_models import SMALL, Sizes, Tensors, models
 from tests.plans import Merge, jobs_of, rule
 
 GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
@@ -70,7 +72,15 @@ def test_what_is_read_as_what_is_said(tmp_path: Path) -> None:
     assert stored(plan) == {name: tuple(value.shape) for name, value in merge.models[0].items()}
 
 
-@pytest.mark.parametrize("layouts", [("fused", "separate", "fused"), ("separate", "fused", "mixtral")])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("fused", "separate", "fused"),
+        ("separate", "fused", "mixtral"),
+        ("qwen_vl", "separate", "llama4"),
+        ("gpt_oss",) * 3,
+    ],
+)
 def test_a_plan_of_mixed_layouts_is_read_back_as_it_was(tmp_path: Path, layouts: tuple[str, ...]) -> None:
     plan = laid_out(tmp_path, *layouts).plan()
 
@@ -202,9 +212,9 @@ def test_slices_renumber_fused_tensors(tmp_path: Path) -> None:
 
 
 def test_what_is_fused_otherwise_stays_as_it_is(tmp_path: Path) -> None:
-    """Transposed, or without the tensor beside it that tells how it lies."""
+    """Without the tensor beside it that tells how it lies, or of no two projections."""
     odd: Tensors = {
-        "model.layers.0.mlp.experts.gate_up_proj": torch.ones(3, 6, 8).bfloat16(),
+        "model.layers.0.mlp.experts.gate_up_proj": torch.ones(3, 6, 9).bfloat16(),
         "model.layers.0.mlp.experts.down_proj": torch.ones(3, 4, 6).bfloat16(),
         "model.layers.1.mlp.experts.gate_up_proj": torch.ones(3, 8, 6).bfloat16(),
     }
@@ -216,9 +226,37 @@ def test_what_is_fused_otherwise_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_plan_whose_runs_do_not_make_up_a_tensor_is_refused(tmp_path: Path) -> None:
-    plan = laid_out(tmp_path, "fused", "fused", "fused").plan()
-    for change in (lambda each: each.__setitem__(3, 2), lambda each: each.__setitem__(1, [3, 8, 5])):
+    plan = laid_out(tmp_path, "qwen_vl", "fused", "fused").plan()
+    for place, value in ((3, 2), (1, [3, 8, 5]), (4, 0), (4, 4), (4, "2"), (5, 1), (2, 10**6)):
         fields = json.loads(plan_file.encode(plan))
-        change(fields["shards"][0]["wholes"][0])
-        with pytest.raises(CheckpointError, match="do not make up"):
+        fields["shards"][0]["wholes"][0][place] = value
+        with pytest.raises(CheckpointError):
             plan_file.parse(json.dumps(fields).encode(), "plan.json")
+
+
+def test_an_expert_that_is_transposed_must_fit(tmp_path: Path) -> None:
+    sizes = Sizes(num_experts=1, hidden=1024, inner=512, num_layers=1)
+    planned = merge_of(tmp_path, *models(2, "qwen_vl", sizes)).plan()
+    jobs = [job for job in planned.jobs if ".experts." in job.output.name]
+    block = 2 * sizes.hidden * sizes.inner
+
+    for direct in (False, True):
+        workspace = divide(jobs, 2**30, num_threads=1, baseline_bytes=0, direct=direct)
+        assert workspace.slab_bytes >= 3 * 2 * block
+        assert workspace.out_bytes >= 2 * block
+        steps = list(schedule(jobs, workspace))
+        assert sum(each.stop - each.start for step in steps for each in step.loads[0].requests) == 3 * 3 * block
+        with pytest.raises(BudgetError, match="needs at least"):
+            divide(jobs, 2 * 3 * 2 * block, num_threads=1, baseline_bytes=0, direct=direct)
+
+
+def test_codes_are_written_one_by_one(tmp_path: Path) -> None:
+    merge = laid_out(tmp_path, "fused", "separate", "qwen_vl")
+
+    plan = merge.plan(stockflow={"output_format": "fp8_block"})
+
+    assert {name for name in stored(plan) if ".experts." in name and name.endswith(".weight")} == {
+        name for name in merge.models[1] if ".experts." in name
+    }
+    refusal = merge.refusal(stockflow={"output_format": "fp8_block", "experts": "fused"})
+    assert "`experts: fused` writes plain numbers" in refusal

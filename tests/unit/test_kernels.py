@@ -10,6 +10,7 @@ import torch
 from stockflow.kernels import linear
 from stockflow.kernels.arrays import Singles
 from stockflow.kernels.floats import FORMATS, TILE, first_nonfinite, narrow, slab_of, widen
+from stockflow.kernels.turning import turn
 
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -113,3 +114,17 @@ def test_the_first_nonfinite_element_is_found(dtype: str) -> None:
     values[5], values[7] = -math.inf, math.nan
 
     assert first_nonfinite(values.view(torch.uint8).numpy(), dtype) == 5
+
+
+@pytest.mark.parametrize("dtype", ["u2", "u4", "u8"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 70), (64, 32), (33, 31)])
+def test_matrices_are_turned_into_rows_and_back(shape: tuple[int, int], dtype: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 2**16, (shape[1], 3 * shape[0])).astype(dtype)
+    rows, back = np.zeros(shape, dtype), stored.copy()
+
+    turn(stored[:, 1::3], rows)
+    back[:, 1::3] = 0
+    turn(rows, back[:, 1::3])
+
+    assert np.array_equal(rows, stored[:, 1::3].T)
+    assert np.array_equal(back, stored)
