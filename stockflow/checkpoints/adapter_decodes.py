@@ -66,6 +66,38 @@ class _Around:
 
 
 @dataclass(frozen=True, slots=True)
+class Anchored(_Around):
+    """Another decode of the bytes that the first operand of a reading is made of: none of them is read again."""
+
+    inner: Decode
+
+    @property
+    def bytes_per_elem(self) -> float:
+        """Nothing."""
+        return 0.0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the extents within, of which nothing is read."""
+        return self.inner.widths
+
+    @property
+    def words(self) -> str:
+        """What its users call it."""
+        return self.inner.words
+
+    def run_bytes(self, shape: Shape) -> int:
+        """Return nothing."""
+        del shape
+        return 0
+
+    def ranges(self, shape: Shape, start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return no bytes of each extent."""
+        del shape, start, stop
+        return (NOTHING,) * len(self.widths)
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank(_Around):
     """``W + scale * B A``: then the extents of A and B.
 
@@ -299,6 +331,31 @@ def part_of_decode(decode: Decode, shape: Shape, start: int, part: Shape) -> tup
     inner, offsets = part_of_decode(decode.inner, shape, start, part)
     own = replace(decode, inner=inner, matrix=(part[0], part[1]), expert=expert, first_row=within // columns)
     return own, (*offsets, 0, 0)
+
+
+def on_anchor(decode: Decode, anchor: Decode) -> Decode | None:
+    """Return a decode with the anchor's in the place of the innermost, None if that is another."""
+    if decode == anchor:
+        return Anchored(anchor)
+    if not isinstance(decode, LowRank | Lengths | Added | ReplacedRows):
+        return None
+    inner = on_anchor(decode.inner, anchor)
+    return None if inner is None else replace(decode, inner=inner)
+
+
+def reads_anchor(decode: Decode) -> bool:
+    """Return whether the innermost decode is the anchor's."""
+    while isinstance(decode, _Around):
+        if isinstance(decode, Anchored):
+            return True
+        decode = decode.inner
+    return False
+
+
+def is_known_change(decode: Decode) -> bool:
+    """Return whether a decode differs from the anchor's by nothing, or by a product that its factors alone tell."""
+    is_product = isinstance(decode, LowRank) and isinstance(decode.inner, Anchored) and decode.num_experts == 1
+    return is_product or isinstance(decode, Anchored)
 
 
 def is_adapted(decode: Decode) -> bool:

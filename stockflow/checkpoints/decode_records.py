@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from stockflow.checkpoints.adapter_decodes import Added, Lengths, LowRank, ReplacedRows
+from stockflow.checkpoints.adapter_decodes import Added, Anchored, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, plain
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import Joined
@@ -12,7 +12,7 @@ from stockflow.checkpoints.transposed import Transposed
 
 _KINDS: dict[str, Any] = {
     "blocks": BlockScaled, "groups": GroupScaled, "joined": Joined, "transposed": Transposed,
-    "low_rank": LowRank, "lengths": Lengths, "added": Added, "rows": ReplacedRows,
+    "anchor": Anchored, "low_rank": LowRank, "lengths": Lengths, "added": Added, "rows": ReplacedRows,
 }  # fmt: skip
 MAX_DEPTH = 8
 """Decodes within each other."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.adapter_decodes import Added, Lengths, LowRank, ReplacedRows
+from stockflow.checkpoints.adapter_decodes import Added, Anchored, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes import row_elems
 from stockflow.engine.decoding import DecodeRun, Memory, Shape, numbers
 from stockflow.kernels import low_rank
@@ -17,8 +17,29 @@ from stockflow.kernels.arrays import Values
 
 def adapter_decoders(within: DecodeRun) -> dict[type, DecodeRun]:
     """Return the decoders of adapters, given what decodes that which they change."""
-    kinds: dict[type, Any] = {LowRank: _add_product, Lengths: _set_lengths, Added: _add, ReplacedRows: _replace_rows}
+    kinds: dict[type, Any] = {
+        Anchored: _copy_anchor,
+        LowRank: _add_product,
+        Lengths: _set_lengths,
+        Added: _add,
+        ReplacedRows: _replace_rows,
+    }
     return {kind: partial(decoder, within) for kind, decoder in kinds.items()}
+
+
+def _copy_anchor(
+    within: DecodeRun,
+    decode: Anchored,
+    shape: Shape,
+    start: int,
+    stop: int,
+    memory: Memory,
+    places: list[int],
+    out_E: Values,
+) -> None:
+    del within, decode, shape, start, stop, places
+    assert memory.anchor_E is not None
+    out_E[:] = memory.anchor_E
 
 
 def _add_product(

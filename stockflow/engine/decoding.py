@@ -12,6 +12,8 @@ from stockflow.kernels.arrays import Bytes, Values
 from stockflow.kernels.floats import FORMATS, Slab
 
 Shape = tuple[int, ...]
+FLOATS = {"F32": "float32", "F64": "float64"}
+"""Dtypes that numpy has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class Memory:
 
     slab: Slab
     buffer: Bytes
+    anchor_E: Values | None = None
+    """the run of the first operand that is to be decoded, once that is done"""
 
 
 DecodeRun = Callable[[Decode, Shape, int, int, Memory, list[int], Values], None]
@@ -27,7 +31,9 @@ DecodeRun = Callable[[Decode, Shape, int, int, Memory, list[int], Values], None]
 
 
 def numbers(dtype: str, memory: Memory, place: int, count: int, working: np.dtype[Any]) -> Values:
-    """Return plain numbers in working precision."""
+    """Return plain numbers in working precision: those in memory themselves where they are stored in it."""
+    if FLOATS.get(dtype) == working.name:
+        return memory.buffer[place : place + count * working.itemsize].view(working)
     found_E: Values = np.empty(count, working)
     fill(dtype, memory, place, found_E)
     return found_E

@@ -40,6 +40,7 @@ class Ledger:
     """facts of units, each with the elements it speaks of"""
     counts: dict[str, int] = field(default_factory=dict)
     """elements of a kind"""
+    _base_squares: dict[int, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, coefficients: Coefficients, gram: Gram | None) -> None:
@@ -62,6 +63,11 @@ class Ledger:
         """Add facts that speak of ``num_elems`` elements at once."""
         for name, value in facts.items():
             self.means.setdefault(name, []).append((value, num_elems))
+
+    def add_base(self, start: int, square: float) -> None:
+        """Add |w_0|^2 of the span from element ``start`` on, where no Gram has it; from any thread."""
+        with self._lock:
+            self._base_squares[start] = square
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Add to the counts of elements; from any thread."""
@@ -87,6 +93,7 @@ class Ledger:
 
     def close(self) -> TensorFacts:
         """Return the row of facts of the finished tensor."""
+        self._complete()
         reading, output = self.job.reading, self.result.outputs[0]
         num_groups = reading.num_groups
         grouped = {"groups": float(num_groups)} if num_groups > 1 else {}
@@ -117,6 +124,16 @@ class Ledger:
             },
             coefficients=self._hex_coefficients(),
         )
+
+    def _complete(self) -> None:
+        """Put |w_0|^2 where the products leave it out, its spans added in order."""
+        if not self._base_squares or self.gram_MM is None:
+            return
+        total = 0.0
+        for _, square in sorted(self._base_squares.items()):
+            total += square
+        self.gram_MM[0, 0] = total
+        self.squares[0][:, 0] = total
 
     def _raised(self) -> Iterable[str]:
         return (name for name, count in self.flags.items() if count)

@@ -8,15 +8,17 @@ import math
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.stage import DecodingStage
+from stockflow.kernels.arrays import Bytes
 from stockflow.planning.budget import LOOKAHEAD_BYTES
 from stockflow.planning.job import Reading
+from stockflow.planning.operands import ExtentRanges
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import Load, Step, gathered
 from stockflow.planning.work import Work
@@ -48,6 +50,7 @@ class DirectReader:
         self._scratch = scratch
         self._stage = stage
         self._on_read = on_read
+        self._threads = threading.local()
         self._opened = ExitStack()
         self._files: dict[tuple[int, str], PinnedFile] = {}
         self._opening = threading.Lock()
@@ -70,6 +73,7 @@ class DirectReader:
         """
         if not reading.is_plain:
             return self._read_slots(reading, start, stop)
+        self._threads.held = None, start, {}
         started = time.perf_counter()
         sizes = [width * (stop - start) for width in reading.widths]
         offsets = aligned(sizes)
@@ -86,13 +90,25 @@ class DirectReader:
         sizes = [slot.num_bytes for slot in slots]
         offsets = aligned(sizes)
         buffer, slab = self._scratch.of_this_thread(offsets[-1] + sizes[-1])
+        held = self._held_in(buffer, start)
+        num_read = 0
         for slot, offset in zip(slots, offsets, strict=True):
+            if held.get(offset) == slot:
+                continue
+            num_read += slot.num_bytes
             file = self._file(slot.checkpoint, slot.file)
             for request in gathered(slot, offset):
                 end = request.offset + request.stop - request.start
                 file.read_into(request.start, buffer.data[request.offset : end])
-        self._on_read(sum(sizes), time.perf_counter() - started)
+        self._threads.held = buffer, start, dict(zip(offsets, slots, strict=True))
+        self._on_read(num_read, time.perf_counter() - started)
         return self._stage.piece(reading, start, stop, slab, buffer, offsets)
+
+    def _held_in(self, buffer: Bytes, start: int) -> Mapping[int, ExtentRanges]:
+        """Return what this thread still holds of another span, by where it lies: factors that all spans share."""
+        held_in, before, held = getattr(self._threads, "held", (None, start, {}))
+        self._threads.held = None, start, {}
+        return held if held_in is buffer and before != start else {}
 
     def read_soon(self, load: Load) -> None:
         """Let the disk begin with what will be read later."""

@@ -1,6 +1,6 @@
 """Pieces: runs of elements of one reading, in memory as kernels take them, or about to be."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -69,6 +69,10 @@ class LoadedPiece:
     def numbers(self, index: int) -> Values:
         """Return one operand that was decoded, in working precision."""
         return self.operand(index).view(f"f{self.widths[index]}")
+
+    def first(self) -> "LoadedPiece":
+        """Return it with its first operand alone."""
+        return replace(self, offsets=self.offsets[:1], dtypes=self.dtypes[:1], widths=self.widths[:1])
 
     @property
     def firsts_M(self) -> Unsigned:

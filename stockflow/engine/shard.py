@@ -1,22 +1,22 @@
 """Merging a shard: its tensors, streamed through a session into a sink, in order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
-from stockflow.engine import arranging
+from stockflow.engine import arranging, rank_space
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Pool, Scratch
 from stockflow.engine.facts import GramSum, Ledger
 from stockflow.engine.merging import UnitMerger
 from stockflow.engine.pieces import Piece
-from stockflow.engine.procedures.proceeding import StageClock, Tools
+from stockflow.engine.procedures.proceeding import StageClock, Tools, known_nowhere
 from stockflow.engine.session import Session
 from stockflow.engine.units import Unit
 from stockflow.engine.ways import NO_SCALES, Destination
 from stockflow.engine.writer import OrderedWriter
-from stockflow.kernels.arrays import Bytes
+from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.budget import NUM_OUT_BUFFERS, Workspace
 from stockflow.planning.job import TensorJob
@@ -25,6 +25,11 @@ from stockflow.storage import Sink
 
 OnBytes = Callable[[int, int], None]
 """Told of bytes read and bytes written, from several threads."""
+
+
+def _nothing_known(job: TensorJob) -> Floats:
+    """Return zeros, for tensors that only have their kernels loaded."""
+    return np.zeros((len(job.reading.operands),) * 2)
 
 
 class ShardMerger:
@@ -43,12 +48,13 @@ class ShardMerger:
         self.session.prepare(lambda: self._prepare(jobs))
 
     def _prepare(self, jobs: Sequence[TensorJob]) -> None:
-        self.merger(StageClock()).prepare(jobs)
+        rank_space.compile_kernels()
+        self.merger(StageClock(), _nothing_known).prepare(jobs)
         arranging.prepare(jobs)
 
-    def merger(self, clock: StageClock) -> UnitMerger:
-        """Return what merges units and counts its seconds on a clock."""
-        return UnitMerger(Tools(self.session.device, self._alarm, clock))
+    def merger(self, clock: StageClock, known: Callable[[TensorJob], Floats] = known_nowhere) -> UnitMerger:
+        """Return what merges units and counts its seconds on a clock; ``known`` are products that need no sweep."""
+        return UnitMerger(Tools(self.session.device, self._alarm, clock, known))
 
     def merge(self, shard: ShardPlan, workspace: Workspace, sink: Sink, on_bytes: OnBytes) -> "ShardRun":
         """Read, merge and write a shard, and return what was learned and what it took.
@@ -70,7 +76,8 @@ class ShardRun:
         self._session, self._outs = owner.session, owner.outs
         self._shard, self._workspace, self._on_bytes = shard, workspace, on_bytes
         self._clock = StageClock()
-        self._merger = owner.merger(self._clock)
+        self._grams: Mapping[str, Floats] = {}
+        self._merger = owner.merger(self._clock, lambda job: self._grams[job.reading.name])
         self._ordering = owner.ordering
         self._ledgers: dict[str, Ledger] = {}
         self._scales: dict[str, Bytes] = {}
@@ -82,6 +89,8 @@ class ShardRun:
 
     def execute(self, sink: Sink) -> None:
         """Read, merge and write everything."""
+        known = rank_space.known_grams(self._session, self._shard.jobs, self._workspace, self._count_read)
+        self._grams = known.by_tensor
         self._outs.fit(self._workspace.out_bytes, NUM_OUT_BUFFERS)
         with ExitStack() as stack:
             writer = stack.enter_context(OrderedWriter(sink, pool=self._outs, num_buffers=NUM_OUT_BUFFERS))
@@ -93,7 +102,7 @@ class ShardRun:
                 else:
                     self._merge_large(units[0], writer)
             self.size, self.sha256 = writer.finish()
-        self.bytes_read = stream.bytes_read
+        self.bytes_read = known.bytes_read + stream.bytes_read
         self.seconds = {
             **self._clock.seconds,
             **stream.seconds,

@@ -76,9 +76,10 @@ class DecodingStage:
         buffer, slab = self._scratch.of_this_thread(num_operands * num_elems * width)
         rows_ME = buffer[: num_operands * num_elems * width].view(f"f{width}").reshape(num_operands, num_elems)
         slots = iter(piece.offsets)
+        anchored = replace(piece, memory=replace(piece.memory, anchor_E=rows_ME[0]))
         for row_E, operand in zip(rows_ME, reading.operands, strict=True):
             offsets = [next(slots) for _ in operand.extents]
-            _decode_operand(operand, piece, offsets, row_E)
+            _decode_operand(operand, anchored, offsets, row_E)
         for row_E, operand in zip(rows_ME, reading.operands, strict=True):
             if operand.rows is not None and operand.rows.fills:
                 _fill_rows(operand.rows, piece, row_E, rows_ME)

@@ -10,6 +10,7 @@ from stockflow.checkpoints.layout import folder_of
 from stockflow.methods.protocol import Linear
 from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.planning.budget import Workspace
+from stockflow.planning.factors import factors_of
 from stockflow.planning.job import TensorJob
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
@@ -243,15 +244,21 @@ def _shard_amounts(shard: ShardPlan, workspace: Workspace, passes: Counter[int])
     for job in shard.jobs:
         amounts.elems[kernel_of(job)] += job.reading.num_elems
         amounts.num_pieces += job.reading.num_slots
+    for step in schedule([*factors_of(shard.jobs)], workspace):
+        _add_reads(amounts, step)
     for step in schedule(shard.jobs, workspace):
-        for load in step.loads:
-            for checkpoint, size, num_requests in _requests(load, step):
-                reads = amounts.reads.setdefault(checkpoint, CheckpointReads())
-                reads.num_requests += num_requests * step.num_reads
-                reads.num_bytes += size * step.num_reads
-                reads.num_bytes_once += size
+        _add_reads(amounts, step)
         passes[step.num_reads] += sum(piece.stop == piece.work.reading.num_elems for piece in step.loads[-1].pieces)
     return amounts
+
+
+def _add_reads(amounts: ShardAmounts, step: Step) -> None:
+    for load in step.loads:
+        for checkpoint, size, num_requests in _requests(load, step):
+            reads = amounts.reads.setdefault(checkpoint, CheckpointReads())
+            reads.num_requests += num_requests * step.num_reads
+            reads.num_bytes += size * step.num_reads
+            reads.num_bytes_once += size
 
 
 def _requests(load: Load, step: Step) -> Iterator[tuple[int, int, int]]:

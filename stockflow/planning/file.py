@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from stockflow.checkpoints.adapter_decodes import reads_anchor
 from stockflow.checkpoints.decode_records import recorded
 from stockflow.checkpoints.decodes import BlockScaled, Decode, Plain, RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.header import DTYPES, TensorSpec
@@ -266,6 +267,8 @@ def _job(row: Sequence[Any], settings: Sequence[Setting], maps: _Tables) -> Tens
         _operand(TensorSpec(text(name), source_dtype, sizes), numbers, place, maps, len(places))
         for (source_dtype, *numbers), place in zip(given, places, strict=True)
     )
+    if reads_anchor(operands[0].decode) or any(each.rows and reads_anchor(each.decode) for each in operands):
+        raise ValueError(f"tensor {name!r} has an anchor that is read as another operand, or by rows of its own")
     output = TensorSpec(name, dtype, sizes)
     if method in COPIES and all(isinstance(operand.decode, Plain | Joined) for operand in operands):
         return copying(output, operands, method)

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from stockflow.checkpoints.adapter_decodes import LowRank, is_known_change
 from stockflow.checkpoints.decodes import (
     BlockScaled,
     Decode,
@@ -21,6 +22,7 @@ from stockflow.checkpoints.transposed import Transposed, placed_beside
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import (
+    FLOAT_BYTES,
     Coefficients,
     Copy,
     Elementwise,
@@ -270,9 +272,22 @@ class TensorJob:
             return 0, 0
         return placed_beside([*(each.decode for each in self.reading.operands), self.results[0].encode])
 
+    @cached_property
+    def has_known_changes(self) -> bool:
+        """Whether the products of its changes follow from factors of low rank, without a look at the elements."""
+        (result, *others), reading = self.results, self.reading
+        rule, given = result.declared.rule, result.parameters
+        if reading.is_plain or others or reading.num_groups != 1 or not isinstance(rule, Linear) or not rule.needs_gram:
+            return False
+        return rule.products_for(given) == "changes" and all(
+            is_known_change(each.decode) for each in reading.operands[1:]
+        )
+
     @property
     def num_statistic_passes(self) -> int:
         """How often the operands go by before they are combined."""
+        if self.has_known_changes:
+            return 0
         return max(
             [result.declared.rule.num_statistic_passes(result.float_bits, result.parameters) for result in self.results]
         )
@@ -311,6 +326,9 @@ class TensorJob:
     @property
     def kept_bytes(self) -> int:
         """What is kept of the rows of a unit until it is decided."""
+        if self.has_known_changes:
+            factors = (each.decode for each in self.reading.operands if isinstance(each.decode, LowRank))
+            return sum(4 * each.rank * sum(each.matrix) * FLOAT_BYTES for each in factors)
         rules = [result.declared.rule for result in self.results]
         num_rows = -(-self.reading.num_elems // self.reading.together)
         return sum([num_rows * rule.row_bytes for rule in rules if isinstance(rule, Elementwise)])

@@ -220,3 +220,58 @@ def test_adapters_on_a_quantised_base_change_the_numbers_it_stands_for(tmp_path:
     found = oracle.load_checkpoint(tmp_path / "out")[name]
     right = oracle.model_stock(made.values, [adapter.changes[name](made.values) for adapter in loras])
     assert share_correct(found, right.out) >= LEAST_CORRECT
+
+
+def test_changes_of_low_rank_are_known_from_factors_and_the_base_is_read_once(models: Models, tmp_path: Path) -> None:
+    result = runs.merge_here(models.recipe("model_stock"), tmp_path / "out")
+
+    facts = runs.tensor_facts(tmp_path / "out")
+    jobs = {job.output.name: job for job in result.plan.jobs}
+    for name, base in models.base.items():
+        sources = [source[name] for source in models.sources]
+        right = oracle.model_stock(base, sources).facts
+        is_known = name != LENGTHY
+        assert jobs[name].num_statistic_passes == int(not is_known)
+        if name != "model.norm.weight":
+            assert facts[name]["ratio"] == pytest.approx(float(right["ratio"][0]), abs=1e-9 if is_known else 1e-4)
+        assert facts[name]["base_norm"] == pytest.approx(float(np.linalg.norm(base)), rel=1e-12)
+        norms = [float(np.linalg.norm(source - base)) for source in sources]
+        assert facts[name]["delta_norms"] == pytest.approx(norms, rel=1e-9 if is_known else 1e-4)
+    (receipt,) = runs.receipts(tmp_path / "out")
+    base_bytes = sum(2 * values.size for values in models.base.values())
+    factors = sum(4 * tensor.numel() for adapter in models.adapters for tensor in adapter.tensors.values())
+    assert receipt["bytes_read"] >= base_bytes + factors
+    again = jobs[f"{MODULE}.up_proj.weight"].reading.run_bytes * 2
+    assert receipt["bytes_read"] <= base_bytes + jobs[LENGTHY].reading.num_bytes + 3 * factors + again
+    told = sum(
+        4 * tensor.numel() for each in models.adapters for key, tensor in each.tensors.items() if "down_proj" not in key
+    )
+    assert [str(each) for each in result.plan.remarks if each.code == "adapters"] == [
+        f"4 of 5 tensors take no statistics pass: their changes are products of low rank, and {told / 1000:.1f} kB of "
+        "factors tell their geometry. What models have of one base is read once"
+    ]
+
+
+@pytest.mark.parametrize("method", ["ties", "slerp", "nuslerp", "karcher"])
+def test_other_methods_take_what_adapters_make_of_the_base(method: str, models: Models, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"parameters": {"t": 0.5}} if method == "slerp" else {}
+    recipe = yaml.safe_load(models.recipe(method).read_text()) | given
+    if method == "karcher":
+        del recipe["base_model"]
+    recipe["models"] = recipe["models"][:1] if method == "slerp" else recipe["models"]
+    recipe["models"] = recipe["models"][:2] if method == "nuslerp" else recipe["models"]
+    for model in recipe["models"] if method in ("ties", "nuslerp") else ():
+        model["parameters"] = {"weight": 0.5, **({"density": 0.6} if method == "ties" else {})}
+    whole = []
+    for number, source in enumerate(models.sources):
+        folder = tmp_path / f"whole{number}"
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in source.items()}
+        whole.append(str(write_checkpoint(folder, {name: tensor.float() for name, tensor in tensors.items()})))
+    dense = recipe | {"models": [each | {"model": model} for each, model in zip(recipe["models"], whole, strict=False)]}
+    for name, content in (("adapted", recipe), ("dense", dense)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        runs.merge_here(tmp_path / f"{name}.yaml", tmp_path / name)
+
+    found, expected = (oracle.load_checkpoint(tmp_path / name) for name in ("adapted", "dense"))
+    for name, (_, values) in expected.items():
+        assert (found[name].array == values).mean() >= 0.999, name

@@ -15,7 +15,7 @@ from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.methods.gram import Gram, Products
 from stockflow.methods.protocol import Coefficients, Linear
-from stockflow.planning.job import Result
+from stockflow.planning.job import Result, TensorJob
 from stockflow.planning.precisions import FloatBits
 
 
@@ -68,6 +68,9 @@ def decide(unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Steps | 
     """
     rule = result.declared.rule
     assert isinstance(rule, Linear)
+    job = unit.work
+    if isinstance(job, TensorJob) and job.has_known_changes:
+        return _filler(_known(job, unit, result, ledger, tools), unit, result, tools, ledger)
     if rule.needs_gram:
         return _after_gram(rule, unit, result, ledger, tools)
     num_operands = len(unit.work.reading.operands)
@@ -79,6 +82,17 @@ def _after_gram(rule: Linear, unit: Unit, result: Result, ledger: Ledger, tools:
     products = rule.products_for(result.parameters)
     gram = Gram((yield GramSweep(unit, tools, products, float_bits=result.working_bits)))
     return _filler(_decided(rule, unit, result, gram, ledger), unit, result, tools)
+
+
+def _known(job: TensorJob, unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Coefficients:
+    rule, gram_MM = result.declared.rule, tools.known(job)
+    assert isinstance(rule, Linear)
+    if not np.isfinite(gram_MM).all() and tools.alarm.on_nonfinite == "error":
+        raise NumericsError(
+            f"tensor {job.reading.name!r}: an adapter has NaN or infinity, or its changes overflow; mend it, or set "
+            "`stockflow: {on_nonfinite: propagate}`"
+        )
+    return _decided(rule, unit, result, Gram(gram_MM[np.newaxis].copy()), ledger)
 
 
 def _decided(rule: Linear, unit: Unit, result: Result, gram: Gram, ledger: Ledger) -> Coefficients:
@@ -102,7 +116,8 @@ def _taken(decided: Coefficients) -> Coefficients:
     return replace(decided, weights_GM=np.insert(weights_GM, 0, 0.0, axis=1), anchored=False)
 
 
-def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools) -> Fill:
+def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools, anchored: Ledger | None = None) -> Fill:
+    """Return what adds the sources up, and tells a ledger of the anchor's norm that no sweep has seen."""
     group_elems, dtype = unit.work.reading.group_elems, result.dtype
     decided = _taken(decided) if result.rule else decided
 
@@ -111,6 +126,8 @@ def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools) -> 
         first = (span.start - unit.start) // group_elems
         weights_GM = decided.weights_GM[first : -(-(span.stop - unit.start) // group_elems)]
         weighted = Weighted(weights_GM, decided.anchored, dtype, result.working_bits)
+        if anchored is not None:
+            anchored.add_base(span.start, float(tools.arithmetic.gram(span.first(), span.stop - span.start)[0, 0, 0]))
         if not tools.arithmetic.combine(span, weighted, target):
             tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
         tools.clock.add("combine", started)

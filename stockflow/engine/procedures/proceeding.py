@@ -11,8 +11,8 @@ from stockflow.engine.arithmetic import Arithmetic
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.units import Unit, spans_of
-from stockflow.kernels.arrays import Bytes
-from stockflow.planning.job import Result
+from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.planning.job import Result, TensorJob
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,6 +59,11 @@ class StageClock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
 
 
+def known_nowhere(job: TensorJob) -> Floats:
+    """Refuse: no factors were read."""
+    raise LookupError(f"nothing was read of the changes of {job.reading.name!r}")
+
+
 @dataclass(frozen=True)
 class Tools:
     """What procedures share."""
@@ -69,6 +74,8 @@ class Tools:
     """what is said of numbers that cannot be merged"""
     clock: StageClock
     """receives the seconds of statistics and combine"""
+    known: Callable[[TensorJob], Floats] = known_nowhere
+    """products (M, M) of a tensor whose changes are known, zero for the anchor"""
     threads: threading.local = field(default_factory=threading.local)
     """scratch of each thread"""
 

@@ -6,6 +6,7 @@ A look is a pure function that yields remarks; it sees headers, configs and what
 from collections.abc import Callable, Iterable
 
 from stockflow.planning.looks import (
+    adapters,
     asked,
     configs,
     cutting,
@@ -66,6 +67,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     quantised.quantised_tunes,
     quantised.static_scales,
     quantised.leftover_scales,
+    adapters.known_changes,
     kinship.copies,
     kinship.strangers,
     tokenizers.differing_vocabularies,

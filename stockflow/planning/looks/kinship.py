@@ -7,7 +7,7 @@ import numpy as np
 
 from stockflow.checkpoints.samples import Sample
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.storage import redact
+from stockflow.storage import halves_of, redact
 from stockflow.text.remarks import Remark
 
 STRANGER = 1.0
@@ -16,7 +16,8 @@ STRANGER = 1.0
 
 def copies(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are the same wherever they were looked at."""
-    for (left, ours), (right, theirs) in combinations(_sampled(proposal), 2):
+    whole = [each for each in _sampled(proposal) if len(halves_of(each[0])) == 1]  # adapters leave most of a base alone
+    for (left, ours), (right, theirs) in combinations(whole, 2):
         if ours and all(_are_equal(one, other) for one, other in zip(ours, theirs, strict=True)):
             text = (
                 f"{left} and {right} hold the same numbers in all {len(ours)} places that were looked at: "

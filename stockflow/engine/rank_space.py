@@ -1,0 +1,127 @@
+"""Gram matrices in rank space: of changes that are known as products of low rank, from the factors alone.
+
+Shape suffixes: M sources, K and L ranks, R rows, C columns.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stockflow.checkpoints.adapter_decodes import LowRank
+from stockflow.engine.decoding import Memory, numbers
+from stockflow.engine.inputs import OnRead
+from stockflow.engine.session import Session
+from stockflow.engine.units import Unit, spans_of
+from stockflow.kernels import low_rank
+from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.kernels.floats import slab_of
+from stockflow.planning.budget import Workspace
+from stockflow.planning.factors import Factor, factors_of
+from stockflow.planning.job import TensorJob
+
+
+class _KnownChange(NamedTuple):
+    """``scale`` times the product of two factors, both with a row per rank."""
+
+    scale: float
+    left_KR: Floats
+    right_KC: Floats
+
+
+class KnownGrams(NamedTuple):
+    """The Gram matrices of tensors whose changes are known, and the bytes that were read for them."""
+
+    by_tensor: Mapping[str, Floats]
+    """(M, M), by the name of the reading; of the anchor nothing but zeros"""
+    bytes_read: int
+
+
+def known_grams(session: Session, jobs: Sequence[TensorJob], workspace: Workspace, on_read: OnRead) -> KnownGrams:
+    """Read the factors of all tensors whose changes are known, and return their products.
+
+    Raises:
+        InputChangedError: an adapter is not the planned one any more.
+        StorageError: reading failed after retries.
+    """
+    known = [job for job in jobs if job.has_known_changes]
+    factors = list(factors_of(known))
+    grams = {job.reading.name: _gram(session, job, {}) for job in known if not any(factors_of([job]))}
+    if not factors:
+        return KnownGrams(grams, 0)
+    held: dict[tuple[int, bool], Bytes] = {}
+    with session.stream(factors, workspace, on_read) as stream:
+        for unit in (unit for units in stream for unit in units):
+            factor = unit.work
+            assert isinstance(factor, Factor)
+            held[factor.operand, factor.is_b] = _bytes_of(unit)
+            if len(held) == 2 * _num_changed(factor.job):
+                grams[factor.job.reading.name] = _gram(session, factor.job, held)
+                held = {}
+        return KnownGrams(grams, stream.bytes_read)
+
+
+def compile_kernels() -> None:
+    """Compile, or load, what products in rank space take."""
+    one_KC = np.ones((low_rank.FILLED, low_rank.FILLED))
+    low_rank.cross_products(one_KC, one_KC, one_KC.copy())
+    low_rank.sum_of_products(one_KC, one_KC)
+
+
+def _num_changed(job: TensorJob) -> int:
+    return sum(isinstance(operand.decode, LowRank) for operand in job.reading.operands)
+
+
+def _bytes_of(unit: Unit) -> Bytes:
+    found: Bytes = np.empty(-(-(unit.stop - unit.start) // 8) * 8, np.uint8)
+    for piece in unit.sweep(last=True):
+        for unread in spans_of(piece):
+            span = unread.loaded()
+            found[span.start : span.stop] = span.operand(0)
+    return found
+
+
+def _gram(session: Session, job: TensorJob, held: Mapping[tuple[int, bool], Bytes]) -> Floats:
+    num_sources = len(job.reading.operands)
+    changes = {number: _change(job, number, held) for number, is_b in held if is_b}
+    pairs = [(i, j) for i in changes for j in changes if i <= j]
+    gram_MM: Floats = np.zeros((num_sources, num_sources))
+
+    def product(pair: tuple[int, int]) -> float:
+        return _product(changes[pair[0]], changes[pair[1]])
+
+    for (i, j), value in zip(pairs, session.map_spans(product, pairs), strict=True):
+        gram_MM[i, j] = gram_MM[j, i] = value
+    return gram_MM
+
+
+def _change(job: TensorJob, number: int, held: Mapping[tuple[int, bool], Bytes]) -> _KnownChange:
+    decode = job.reading.operands[number].decode
+    assert isinstance(decode, LowRank)
+    a_KC = _numbers(held[number, False], decode.dtypes[0], decode.rank * decode.num_a_columns)
+    b_RK = _numbers(held[number, True], decode.dtypes[1], decode.rank * decode.num_b_rows)
+    a_KC, b_KR = _filled(a_KC.reshape(decode.rank, -1)), _filled(b_RK.reshape(-1, decode.rank).T)
+    return _KnownChange(decode.scale, a_KC, b_KR) if decode.is_transposed else _KnownChange(decode.scale, b_KR, a_KC)
+
+
+def _numbers(payload: Bytes, dtype: str, count: int) -> Floats:
+    return numbers(dtype, Memory(slab_of(payload), payload), 0, count, np.dtype(np.float64))
+
+
+def _filled(factor_KC: Floats) -> Floats:
+    """Return a factor with zeros up to the sizes that kernels take, which change no sum."""
+    rows, columns = factor_KC.shape
+    filled_KC: Floats = np.zeros(
+        (-(-rows // low_rank.FILLED) * low_rank.FILLED, -(-columns // low_rank.FILLED) * low_rank.FILLED)
+    )
+    filled_KC[:rows, :columns] = factor_KC
+    return filled_KC
+
+
+def _product(one: _KnownChange, other: _KnownChange) -> float:
+    """Return the product of two changes, element by element, summed."""
+    shape = len(one.left_KR), len(other.left_KR)
+    left_KL, right_KL = np.empty(shape), np.empty(shape)
+    low_rank.cross_products(one.left_KR, other.left_KR, left_KL)
+    low_rank.cross_products(one.right_KC, other.right_KC, right_KL)
+    return one.scale * other.scale * low_rank.sum_of_products(left_KL, right_KL)

@@ -1,0 +1,24 @@
+"""Adapters: what is known of changes before a look at the elements, and what models have in common."""
+
+from collections.abc import Iterator
+
+from stockflow.checkpoints.adapter_decodes import reads_anchor
+from stockflow.methods.protocol import Linear
+from stockflow.planning.factors import factors_of
+from stockflow.planning.looks.proposal import Proposal
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import counted, gb
+
+
+def known_changes(proposal: Proposal) -> Iterator[Remark]:
+    """Yield how many tensors take no statistics pass, as adapters tell their geometry, and that a base is read once."""
+    if not any(reads_anchor(operand.decode) for job in proposal.jobs for operand in job.reading.operands[1:]):
+        return
+    asking = [job for job in proposal.jobs if isinstance(rule := job.result.declared.rule, Linear) and rule.needs_gram]
+    known = [job for job in asking if job.has_known_changes]
+    num_bytes = sum(factor.reading.num_elems for factor in factors_of(known))
+    passes = (
+        f"{len(known):,} of {counted(len(asking), 'tensor')} take no statistics pass: their changes are products of "
+        f"low rank, and {gb(num_bytes)} of factors tell their geometry. "
+    )
+    yield Remark("adapters", f"{passes if asking else ''}What models have of one base is read once", "note")
