@@ -48,6 +48,7 @@ from stockflow.storage import (
     pin_revision,
     redact,
 )
+from stockflow.storage.sightings import Sightings
 from stockflow.text.strictjson import shown
 
 if TYPE_CHECKING:
@@ -119,11 +120,15 @@ class Inputs:
     """folders that links of weights may lead into"""
     reads_twice: bool = False
     """whether what is read of remote models is read again and compared"""
+    sightings: Sightings = field(default_factory=Sightings)
+    """of local files, from planning on"""
 
     @property
     def storage(self) -> StorageConfig:
         """How inputs and output are reached: the recipe's options, the links that are followed, how often is read."""
-        return replace(self.recipe.storage, trusted=self.trusted, reads_twice=self.reads_twice)
+        return replace(
+            self.recipe.storage, trusted=self.trusted, reads_twice=self.reads_twice, sightings=self.sightings
+        )
 
     @classmethod
     def open(

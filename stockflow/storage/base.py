@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Literal, Protocol
 
 from stockflow.errors import InputChangedError, RecipeError
+from stockflow.storage.sightings import Sightings
 from stockflow.text.strictjson import shown
 
 Pin = Literal["if-match", "open-etag", "stat"]
@@ -73,6 +74,8 @@ class StorageConfig:
     by_prefix: Mapping[str, StoreOptions] = field(default_factory=dict)
     trusted: tuple[str, ...] = ()
     """local folders, resolved, that links of weights may lead into; named by who runs the merge, never by a recipe"""
+    sightings: Sightings | None = field(default=None, compare=False)
+    """of the run that reads local models"""
     reads_twice: bool = False
     """whether what is read of remote models is read again over another connection and compared"""
 

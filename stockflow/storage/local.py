@@ -19,6 +19,7 @@ from stockflow.errors import (
 from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, check_key
 from stockflow.storage.links import Links
 from stockflow.storage.local_faults import named
+from stockflow.storage.sightings import Sightings
 
 PARTIAL_SUFFIX = ".stockflow-partial"
 """Ending of files that are being written; never part of an output."""
@@ -33,30 +34,34 @@ class LocalStore:
     num_retries = 0
     over_http = False
 
-    def __init__(self, root: str, trusted: Sequence[str] = (), only: str = "") -> None:
+    def __init__(
+        self, root: str, trusted: Sequence[str] = (), only: str = "", sightings: Sightings | None = None
+    ) -> None:
         """Take a folder.
 
         Args:
             root: absolute path; it need not exist yet.
             trusted: folders that links of weights may lead into.
             only: the one file of weights there that is meant; empty: whatever the folder holds.
+            sightings: of a run that only reads here.
         """
         self.folder = root
         self.only = only
         self.url = os.path.join(root, only) if only else root
         self.links = Links(root, trusted)
+        self._sightings = sightings
 
     def stamp(self, key: str) -> Stamp:
         """Return size and modification time of a file."""
         path = self._path(key)
         with named(path, "stat"):
-            return _stamp_of(self.links.stat(check_key(key)))
+            return self._sighted(key, self.links.stat(check_key(key)))
 
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes and the stamp, taken from one open file."""
         path = self._path(key)
         with named(path, "read"), self.opened(key) as descriptor:
-            stamp = _stamp_of(os.fstat(descriptor))
+            stamp = self._sighted(key, os.fstat(descriptor))
             wanted = min(num_bytes, stamp.size)
             payload = bytearray(wanted)
             if (num_read := _read_up_to(descriptor, memoryview(payload), 0)) < wanted:
@@ -73,7 +78,7 @@ class LocalStore:
         """Keep a file open, from which nothing is read but the state that ``stamp`` describes."""
         path = self._path(key)
         with named(path, "read"), self.opened(key) as descriptor:
-            file = PinnedFile(path, descriptor, stamp)
+            file = PinnedFile(path, descriptor, stamp, self._sightings)
             file.check()
             yield file
 
@@ -101,7 +106,7 @@ class LocalStore:
             for path in islice(_files_below(top), at_most):
                 key = os.path.relpath(path, self.folder)
                 with suppress(FileNotFoundError):  # removed by a neighbour meanwhile
-                    found[key] = _stamp_of(self._listed(key))
+                    found[key] = self._sighted(key, self._listed(key))
         return dict(sorted(found.items()))
 
     def list_top(self) -> dict[str, Stamp]:
@@ -119,8 +124,13 @@ class LocalStore:
                     if stat.S_ISDIR(listed.st_mode) and not os.path.islink(path):
                         folders.append(name)
                     elif not os.path.isdir(path) and not name.endswith(PARTIAL_SUFFIX):
-                        files[name] = _stamp_of(listed)
+                        files[name] = self._sighted(name, listed)
         return Listing(files, tuple(folders))
+
+    def _sighted(self, key: str, found: os.stat_result) -> Stamp:
+        if self._sightings:
+            self._sightings.hold(self._path(key), found)
+        return _stamp_of(found)
 
     def _listed(self, key: str) -> os.stat_result:
         """Return what the system tells of a file, or of a link that is not followed: it is there all the same."""
@@ -228,8 +238,9 @@ class LocalStore:
 class PinnedFile:
     """An open file in the state of its stamp."""
 
-    def __init__(self, path: str, descriptor: int, stamp: Stamp) -> None:
+    def __init__(self, path: str, descriptor: int, stamp: Stamp, sightings: Sightings | None = None) -> None:
         """Take an open descriptor; who opened it closes it."""
+        self._sightings = sightings
         self._path = path
         self._descriptor = descriptor
         self._stamp = stamp
@@ -240,7 +251,10 @@ class PinnedFile:
         Raises:
             InputChangedError: it was written to.
         """
-        found = _stamp_of(os.fstat(self._descriptor))
+        opened = os.fstat(self._descriptor)
+        found = _stamp_of(opened)
+        if found == self._stamp and self._sightings:
+            self._sightings.hold(self._path, opened)
         if found != self._stamp:
             raise InputChangedError(
                 f"{self._path} changed since it was planned: expected {self._stamp.size} bytes, "

@@ -10,6 +10,7 @@ from stockflow.errors import RecipeError
 from stockflow.storage.base import StorageConfig, Store, check_plain
 from stockflow.storage.joined import JoinedStore, LocalJoinedStore, halves_of, joined
 from stockflow.storage.local import LocalStore
+from stockflow.storage.sightings import Sightings
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials, redact
 
 OBJECT_SCHEMES = ("s3", "gs", "az")
@@ -103,6 +104,8 @@ def open_model(location: str, config: StorageConfig) -> Store:
     url = normalize_url(location)
     names_file = is_weights(url) if scheme_of(url) == "file" else bool(_REMOTE_WEIGHTS.fullmatch(url))
     folder, _, only = url.rpartition("/") if names_file else (url, "", "")
+    if scheme_of(url) == "file":
+        return LocalStore(folder or "/", config.trusted, only, config.sightings or Sightings())
     return _open(folder or "/", config, only=only, reads_twice=config.reads_twice)
 
 
@@ -135,7 +138,7 @@ def open_store(location: str, config: StorageConfig, *, writable: bool = False) 
 def _open(url: str, config: StorageConfig, *, only: str = "", reads_twice: bool = False) -> Store:
     scheme = scheme_of(url)
     if scheme == "file":
-        return LocalStore(url, config.trusted, only)
+        return LocalStore(url, config.trusted)
     options = config.for_url(url)
     if scheme in OBJECT_SCHEMES and options.client != "fsspec":
         from stockflow.storage.objects import ObjectStore

@@ -1,6 +1,7 @@
 """An input replaced at any moment, on any store, is an error with its name and both stamps; never a mixed model."""
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -241,7 +242,6 @@ def test_an_input_replaced_after_the_merge_is_named_with_both_stamps(place: Plac
 
 @pytest.mark.parametrize("change", ["grows", "shrinks", "an older time", "a nanosecond"])
 def test_a_file_is_known_by_its_size_and_its_time(change: str, tmp_path: Path) -> None:
-    """With the size and the time put back it would not be: docs/promises.md#storage."""
     place = OnDisk(tmp_path, make_family(tmp_path / "family", 2, SHAPES))
     payload, (accessed, modified) = place.read(), place._times
 
@@ -255,6 +255,42 @@ def test_a_file_is_known_by_its_size_and_its_time(change: str, tmp_path: Path) -
         merge_at(place, at_the_start(replace))
 
     assert place.file in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["rewritten in place", "replaced by another file", "replaced by its copy"])
+def test_a_file_whose_size_and_time_are_put_back_is_noticed_within_a_run(how: str, tmp_path: Path) -> None:
+    place = OnDisk(tmp_path, make_family(tmp_path / "family", 2, SHAPES))
+    payload, planned = place.read(), place.stamp()
+
+    def change() -> None:
+        if how == "rewritten in place":
+            place.replace(other_bytes(payload))
+        else:
+            copy = tmp_path / "copy"
+            copy.write_bytes(payload if how == "replaced by its copy" else other_bytes(payload))
+            copy.replace(place.file)
+        os.utime(place.file, ns=place._times)
+        assert place.stamp() == planned
+
+    told = "it was written to" if how == "rewritten in place" else "another file is there"
+    with pytest.raises(InputChangedError, match=rf"its size and time are the same, but {told}") as caught:
+        merge_at(place, at_the_start(change))
+
+    assert place.file in str(caught.value)
+    assert caught.value.exit_code == 2
+    place.restore(payload)
+    assert merge_at(place).outcome == "merged"
+
+
+def test_what_only_this_machine_knows_of_a_file_is_in_no_plan(tmp_path: Path) -> None:
+    place = OnDisk(tmp_path, make_family(tmp_path / "family", 2, SHAPES))
+    first = Inputs.open(load_recipe(str(place.recipe)))
+    place.restore(place.read())
+
+    assert first.plan().plan_id == Inputs.open(load_recipe(str(place.recipe))).plan().plan_id
+    sent = pickle.loads(pickle.dumps(first.storage))
+    assert sent == first.storage
+    assert sent.sightings._seen == {} != first.sightings._seen
 
 
 def test_the_same_bytes_written_again_are_the_same_on_s3(tmp_path: Path, s3_endpoint: str, s3_bucket: str) -> None:
