@@ -11,8 +11,11 @@ from stockflow.checkpoints.vocabularies import Ids
 from stockflow.planning.vocabulary import OutputVocabulary
 from stockflow.recipe import Recipe
 from stockflow.text.remarks import Remark
+from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
+NUM_SHOWN, MAX_NAMED = 3, 20
+"""tokens in a sentence, and in what programs read"""
 _KEY = re.compile(r".*_token_(ids?|index)|suppress_tokens|begin_suppress_tokens|bad_words_ids")
 
 
@@ -66,6 +69,23 @@ class Renumbering:
             yield Remark("token-ids", text, values={token: str(number) for token, number in self.lost.items()})
 
 
+def _changed_tokens(vocabulary: OutputVocabulary) -> Iterator[Remark]:
+    """Yield which tokens of the models have no row in the output, and which of its tokens no model has."""
+    merged = {token: number for ids in vocabulary.own for token, number in ids.items()}
+    dropped = sorted(merged.keys() - vocabulary.ids.keys())
+    if dropped:
+        text = f"{_such(dropped)} of the models are not in the vocabulary that is written: their rows are dropped"
+        yield Remark("tokens-missing", text, "note", values=dict.fromkeys(dropped[:MAX_NAMED], "dropped"))
+    unknown = sorted(vocabulary.ids.keys() - merged.keys() - vocabulary.defaults.keys())
+    if unknown:
+        text = f"{_such(unknown)} are in none of the merged models: their rows are zeros, and were never trained"
+        yield Remark("tokens-missing", text, values=dict.fromkeys(unknown[:MAX_NAMED], "zeros"))
+
+
+def _such(tokens: Sequence[str]) -> str:
+    return f"{counted(len(tokens), 'token')} such as {', '.join(map(shown, tokens[:NUM_SHOWN]))}"
+
+
 @dataclass(frozen=True, slots=True)
 class Followed:
     """Configs that follow the output's vocabulary."""
@@ -83,7 +103,7 @@ def following(
     if vocabulary is None:
         return Followed(config)
     base = tokenizers[recipe.donor].vocabulary
-    remarks: list[Remark] = []
+    remarks = list(_changed_tokens(vocabulary))
 
     def renumbered(given: Config | None, donor: int, file: str) -> Config | None:
         known = tokenizers[donor].vocabulary or base

@@ -291,6 +291,10 @@ def test_the_tokenizer_of_a_model_that_is_not_merged(three: Models) -> None:
         assert (out / file).read_bytes() == (other / file).read_bytes()
     assert not (out / "notes.txt").exists()
     assert not load_file(str(out / "model.safetensors"))[ROWS[0]][made.token_to_id("<|nobody|>")].any()
+    manifest = json.loads((out / "manifest.json").read_text())
+    dropped, unknown = (each for each in manifest["remarks"] if each["code"] == "tokens-missing")
+    assert (dropped["severity"], unknown["severity"]) == ("note", "warning")
+    assert "<|nobody|>" in unknown["values"]
     assert f"{other}` | tokenizer |" in (out / "README.md").read_text()
     assert not stockflow.verify(out, inputs=True, sample=1.0, memory=2**30).findings
     seen = stockflow.inspect(three.root / "recipe.yaml", device="cpu")

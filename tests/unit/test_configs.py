@@ -1,13 +1,15 @@
 """Configs of all models held against each other, and what the published one promises: real models' keys and values."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.checkpoints import write_checkpoint
+import stockflow
+from tests.checkpoints import LLAMA_CONFIG, llama_shapes, make_family, write_checkpoint, write_recipe
 from tests.plans import Merge
 
 LLAMA = {
@@ -356,3 +358,30 @@ def test_promises_that_no_tensor_keeps_are_said(tmp_path: Path, case: str) -> No
 
     assert [remark.code for remark in said] == (["promise-unkept"] if broken else [])
     assert not broken or f"the published config says {broken}, as that of {merge.folders[0]} does, but " in said[0].text
+
+
+LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "rows": ({"vocab_size": 128}, "vocab_size: 128, which makes 128 where .* have 97"),
+    "width": ({"hidden_size": 64}, "hidden_size: 64"),
+    "inner": ({"intermediate_size": 81}, "intermediate_size: 81"),
+    "groups": ({"num_key_value_heads": 4}, "num_key_value_heads: 4, which makes 48 where .* have 24"),
+    "groups of a size": ({"head_dim": None}, ""),
+    "nothing": ({}, ""),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_sizes_that_no_tensor_has_are_said(tmp_path: Path, case: str, nested: bool) -> None:
+    changed, broken = LIES[case]
+    config: dict[str, Any] = {**LLAMA_CONFIG, **changed}
+    family = make_family(tmp_path, 2, llama_shapes(), buffers=False)
+    for folder in (family.base, *family.tuned):
+        (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+
+    plan = stockflow.plan(write_recipe(tmp_path / "r.yaml", "model_stock", family), tmp_path / "out").plan
+
+    said = [remark for remark in plan.remarks if remark.code == "promise-unkept"]
+    assert len(said) == bool(broken)
+    assert not said or re.search(broken, said[0].text)
+    assert not said or said[0].severity == "warning"

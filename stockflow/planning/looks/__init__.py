@@ -19,6 +19,7 @@ from stockflow.planning.looks import (
     precision,
     promises,
     quantised,
+    sizes,
     ties,
     tokenizers,
 )
@@ -59,6 +60,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     experts.kept_parts,
     promises.missing_layers,
     promises.missing_predictions,
+    sizes.broken_sizes,
     ties.own_heads,
     ties.parted_pairs,
     ties.missing_heads,
