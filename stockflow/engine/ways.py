@@ -186,16 +186,17 @@ class Coder:
         step = max(SPAN_ELEMS // band, 1) * band
         runs = [(start, min(start + step, waiting.stop)) for start in range(waiting.start, waiting.stop, step)]
         scales_S = np.empty(waiting.kept_KS.shape[1], np.float32)
-        if isinstance(self._result.encode, GroupScaled):
-            waiting.target[:] = 0  # rows may be filled up
+        encode = self._result.encode
+        if isinstance(encode, GroupScaled) and encode.row_bytes * 2 > encode.num_columns:
+            waiting.target[:] = 0  # rows are filled up
 
-        def encode(run: tuple[int, int]) -> int:
+        def code(run: tuple[int, int]) -> int:
             return self._encode(waiting, scales_S, *run)
 
-        if sum(self._map_spans(encode, runs)):
-            self._alarm.refuse_uncoded(self._result.outputs[0].name, self._result.encode.words)
+        if sum(self._map_spans(code, runs)):
+            self._alarm.refuse_uncoded(self._result.outputs[0].name, encode.words)
         first, last = self._scale_bytes(waiting.start, waiting.stop)
-        self._target.scales[first:last] = _stored_scales(scales_S, self._result.encode)
+        self._target.scales[first:last] = _stored_scales(scales_S, encode)
 
     def _encode(self, waiting: _Waiting, scales_S: Singles, start: int, stop: int) -> int:
         encode, ranges = self._result.encode, self._result.encode.ranges

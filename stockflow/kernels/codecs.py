@@ -4,10 +4,11 @@ Shape suffixes: E elements of a run, C codes, R rows and S columns of a grid of 
 """
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from stockflow.kernels.arrays import Bytes, Values
+from stockflow.kernels.arrays import Bits, Bytes, Singles, Values
 from stockflow.kernels.floats import TILE, Index, Slab, widen
 from stockflow.kernels.jit import jit
 
@@ -92,6 +93,9 @@ def scale_blocks(
         out_E: receives the numbers.
     """
     num_elems, one = np.uint64(len(out_E)), np.uint64(1)
+    is_e4m3 = numbers_C[0x7F] != numbers_C[0x7F] and numbers_C[0x7E] == 448.0
+    bits = np.empty(TILE, np.uint32)
+    floats = bits.view(np.float32)
     num_rows, num_columns = matrix
     bands = (num_rows + block[0] - one) // block[0]
     first_row = start // num_columns
@@ -104,9 +108,37 @@ def scale_blocks(
         end = min((place + one) * block[1], num_columns)
         count = min(end - column, num_elems - done)
         scale = scales_RS[band - first_band, place]
-        for k in range(count):
-            out_E[done + k] = numbers_C[codes[first + done + k]] * scale
+        if is_e4m3:
+            _scale_e4m3(codes, first + done, count, scale, bits, floats, out_E, done)
+        else:
+            for k in range(count):
+                out_E[done + k] = numbers_C[codes[first + done + k]] * scale
         done += count
+
+
+@jit
+def _scale_e4m3(
+    codes: Bytes,
+    first: Index,
+    count: Index,
+    scale: Any,
+    bits: Bits,
+    floats: Singles,
+    out_E: Values,
+    at: Index,
+) -> None:
+    """Move exponent and fraction into a float32 and mend the exponent's bias by a multiplication, which is exact."""
+    done = np.uint64(0)
+    while done < count:
+        num = min(count - done, np.uint64(TILE))
+        for k in range(num):
+            code = np.uint32(codes[first + done + k])
+            magnitude = (code & np.uint32(0x7F)) << np.uint32(20)
+            magnitude = np.uint32(0x7FC0_0000) if magnitude == np.uint32(0x7F0_0000) else magnitude
+            bits[k] = magnitude | ((code & np.uint32(0x80)) << np.uint32(24))
+        for k in range(num):
+            out_E[at + done + k] = floats[k] * np.float32(2.0**120) * scale
+        done += num
 
 
 @jit
@@ -144,9 +176,39 @@ def scale_groups(
         place = column // group
         count = min(min((place + one) * group, num_columns) - column, num_elems - done)
         scale = scales_S[row * per_row + place - first_scale]
-        base = first + row * row_bytes - first_byte
-        for k in range(count):
-            at = column + np.uint64(k)
-            code = codes[base + at // two] >> ((at & one) << two)
-            out_E[done + np.uint64(k)] = numbers_C[code & np.uint8(15)] * scale
+        byte = first + row * row_bytes - first_byte + column // two
+        if (column | count) & one:
+            for k in range(count):
+                at = column % two + np.uint64(k)
+                code = codes[byte + at // two] >> ((at & one) << two)
+                out_E[done + np.uint64(k)] = numbers_C[code & np.uint8(15)] * scale
+        elif numbers_C[0] == -8.0:
+            _scale_i4(codes, byte, count // two, scale, out_E, done)
+        else:
+            _scale_f4(codes, byte, count // two, scale, out_E, done)
         done += count
+
+
+@jit
+def _scale_i4(codes: Bytes, first: Index, num_bytes: Index, scale: Any, out_E: Values, at: Index) -> None:
+    for k in range(num_bytes):
+        both = np.int32(codes[first + k])
+        out_E[at + k + k] = np.float32((both & np.int32(15)) - np.int32(8)) * scale
+        out_E[at + k + k + np.uint64(1)] = np.float32((both >> np.int32(4)) - np.int32(8)) * scale
+
+
+@jit
+def _scale_f4(codes: Bytes, first: Index, num_bytes: Index, scale: Any, out_E: Values, at: Index) -> None:
+    for k in range(num_bytes):
+        both = np.int32(codes[first + k])
+        out_E[at + k + k] = _half_of_f4(both & np.int32(15)) * scale
+        out_E[at + k + k + np.uint64(1)] = _half_of_f4(both >> np.int32(4)) * scale
+
+
+@jit
+def _half_of_f4(code: Any) -> Any:
+    """Return the number of a code of E2M1: 0, 0.5, 1, 1.5, then in steps of 1 and of 2."""
+    size = code & np.int32(7)
+    far = np.int32(2) * size - np.int32(4) if size < 6 else np.int32(4) * size - np.int32(16)
+    value = np.float32(size if size < 4 else far) * np.float32(0.5)
+    return -value if code & np.int32(8) else value

@@ -125,11 +125,8 @@ def encode(
             target.scales_S[base + place] = scale
         for r in range(row, last):
             byte = target.first_byte + r * target.row_bytes
-            for place in range(used):
-                lost += _write_block_row(
-                    numbers_E, r * columns, place * grid.block_columns, grid, target.scales_S[base + place],
-                    code_format, tile, target.codes, byte,
-                )  # fmt: skip
+            scales_B = target.scales_S[base : base + used]
+            lost += _write_row(numbers_E, r * columns, grid, scales_B, code_format, tile, target.codes, byte)
         row = last
     return lost
 
@@ -147,34 +144,49 @@ def _note_largest(numbers_E: Singles, first: Index, grid: BlockGrid, amax_B: Sin
 
 
 @jit
-def _write_block_row(
+def _write_row(
     numbers_E: Singles,
     first: Index,
-    column: Index,
     grid: BlockGrid,
-    scale: Any,
+    scales_B: Singles,
     code_format: int,
     tile: Singles,
     codes: Bytes,
     byte: Index,
 ) -> int:
-    """Write the codes of what a row has of a block; return how many numbers have none."""
-    stop = min(min(column + grid.block_columns, grid.columns), np.uint64(len(numbers_E)) - first)
+    """Write the codes of a row; return how many numbers have none."""
+    num_columns = min(grid.columns, np.uint64(len(numbers_E)) - first)
+    bits, nibbles = tile.view(np.uint32), np.zeros(TILE, np.uint8)
     lost = 0
-    while column < stop:
-        count = min(stop - column, np.uint64(TILE))
-        for k in range(count):
-            tile[k] = numbers_E[first + column + k] / scale
+    for column in range(np.uint64(0), num_columns, np.uint64(TILE)):
+        count = min(num_columns - column, np.uint64(TILE))
+        _divide(numbers_E, first, column, count, grid.block_columns, scales_B, tile)
         if code_format == E4M3:
-            _to_e4m3(tile, tile.view(np.uint32), count, codes, byte + column)
+            _to_e4m3(tile, bits, count, codes, byte + column)
         elif code_format == E5M2:
-            _to_e5m2(tile, tile.view(np.uint32), count, codes, byte + column)
-        elif code_format == I4:
-            lost += _to_i4(tile, count, codes, byte, column)
+            _to_e5m2(tile, bits, count, codes, byte + column)
         else:
-            lost += _to_f4(tile, count, codes, byte, column)
-        column += count
+            if code_format == I4:
+                lost += _to_i4(tile, count, nibbles)
+            else:
+                lost += _to_f4(tile, count, nibbles)
+            _pack(nibbles, count, codes, byte + column // np.uint64(2))
     return lost
+
+
+@jit
+def _divide(
+    numbers_E: Singles, first: Index, column: Index, count: Index, width: Index, scales_B: Singles, tile: Singles
+) -> None:
+    """Fill a tile with numbers of a row over the scales of their blocks."""
+    done = np.uint64(0)
+    while done < count:
+        place = (column + done) // width
+        end = min((place + np.uint64(1)) * width - column, count)
+        scale = scales_B[place]
+        for k in range(done, end):
+            tile[k] = numbers_E[first + column + k] / scale
+        done = end
 
 
 @jit
@@ -259,35 +271,36 @@ def _to_e5m2(tile: Singles, bits: Bits, count: Index, codes: Bytes, first: Index
 
 
 @jit
-def _to_i4(tile: Singles, count: Index, codes: Bytes, row: Index, column: Index) -> int:
+def _to_i4(tile: Singles, count: Index, nibbles: Bytes) -> int:
     """Round to integers from -8 to 7, stored with 8 added; NaN has no code. Scales decide whether -8 is in use."""
     lost = 0
     for k in range(count):
-        lost += tile[k] != tile[k]
-        value = min(max(np.rint(tile[k]), np.float32(-8)), np.float32(7)) if tile[k] == tile[k] else np.float32(0)
-        _put(codes, row, column + np.uint64(k), np.uint8(value + np.float32(8)))
+        value = tile[k]
+        lost += value != value
+        kept = min(max(np.rint(value), np.float32(-8)), np.float32(7)) if value == value else np.float32(0)
+        nibbles[k] = np.uint8(np.int32(kept) + np.int32(8))
     return lost
 
 
 @jit
-def _to_f4(tile: Singles, count: Index, codes: Bytes, row: Index, column: Index) -> int:
+def _to_f4(tile: Singles, count: Index, nibbles: Bytes) -> int:
     """Round to E2M1, ties to the even code; beyond 6 is 6; NaN has no code."""
     lost = 0
     for k in range(count):
         value = tile[k]
         lost += value != value
         size = abs(value)
-        code = np.uint8(size > 0.25) + np.uint8(size >= 0.75) + np.uint8(size > 1.25) + np.uint8(size >= 1.75)
-        code += np.uint8(size > 2.5) + np.uint8(size >= 3.5) + np.uint8(size > 5.0)
-        _put(codes, row, column + np.uint64(k), np.uint8(code) | (np.uint8(8) if np.signbit(value) else np.uint8(0)))
+        code = np.int32(size > np.float32(0.25)) + np.int32(size >= np.float32(0.75))
+        code += np.int32(size > np.float32(1.25)) + np.int32(size >= np.float32(1.75))
+        code += np.int32(size > np.float32(2.5)) + np.int32(size >= np.float32(3.5)) + np.int32(size > np.float32(5))
+        nibbles[k] = np.uint8(code + (np.int32(8) if np.signbit(value) else np.int32(0)))
     return lost
 
 
 @jit
-def _put(codes: Bytes, row: Index, column: Index, code: Any) -> None:
-    """Store a code of four bits, the even columns in the lower half of a byte; they come first."""
-    at = row + column // np.uint64(2)
-    if column & np.uint64(1):
-        codes[at] = np.uint8(codes[at] | np.uint8(code << np.uint8(4)))
-    else:
-        codes[at] = np.uint8(code)
+def _pack(nibbles: Bytes, count: Index, codes: Bytes, first: Index) -> None:
+    """Store codes of four bits two to a byte, the first in the lower half; of an odd number the last is alone."""
+    for k in range(count // np.uint64(2)):
+        codes[first + k] = nibbles[k + k] | np.uint8(nibbles[k + k + np.uint64(1)] << np.uint8(4))
+    if count & np.uint64(1):
+        codes[first + count // np.uint64(2)] = nibbles[count - np.uint64(1)]
