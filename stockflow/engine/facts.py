@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from stockflow.engine.noise import Seen, facts_of
 from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Coefficients
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.job import Result, TensorJob
 
+ROUNDING_NOISE = "rounding_noise"
+"""Flag of tensors that a model changes by less than the error of rounding to codes."""
 SCALES = "scales"
 """Flag of what belongs to the codes before it."""
 MAX_COEFFICIENT_GROUPS = 1024
@@ -41,6 +44,8 @@ class Ledger:
     counts: dict[str, int] = field(default_factory=dict)
     """elements of a kind"""
     _base_squares: dict[int, float] = field(default_factory=dict)
+    seen: list[Seen] = field(default_factory=list)
+    """of changes beside the error of codes"""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, coefficients: Coefficients, gram: Gram | None) -> None:
@@ -75,6 +80,11 @@ class Ledger:
             for name, number in counts.items():
                 self.counts[name] = self.counts.get(name, 0) + number
 
+    def see(self, seen: Sequence[Seen]) -> None:
+        """Add what a span says of changes beside the error of codes; from any thread."""
+        with self._lock:
+            self.seen.extend(seen)
+
     def of_scales(self) -> list[TensorFacts]:
         """Return the rows of the scales that follow the codes of the tensor, which say nothing further."""
         return [
@@ -99,7 +109,9 @@ class Ledger:
         grouped = {"groups": float(num_groups)} if num_groups > 1 else {}
         if num_groups > 1 and self.flags.get("clamped"):
             grouped["clamped_groups"] = float(self.flags["clamped"])
-        norms = self._norms()
+        norms, noise = self._norms(), facts_of(self.seen)
+        if noise.get("rounding_signal", 1.0) < 1:
+            self.flags[ROUNDING_NOISE] = num_groups
         return TensorFacts(
             name=output.name,
             shape=output.shape,
@@ -120,6 +132,7 @@ class Ledger:
                 **grouped,
                 **({"numbers": float(reading.num_elems)} if self.result.rule else {}),
                 **self._further(),
+                **noise,
                 **{name: float(number) for name, number in self.counts.items()},
             },
             coefficients=self._hex_coefficients(),

@@ -6,6 +6,7 @@ import numpy as np
 
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.facts import Ledger
+from stockflow.engine.noise import is_looked_at, look
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures import PROCEDURES
 from stockflow.engine.procedures.proceeding import Fill, MapSpans, Proceeding, Tools, swept
@@ -88,6 +89,7 @@ class UnitMerger:
                 each.tell(states[wanted.key])
         triples = zip(proceedings, job.results, ledgers, strict=True)
         fills = [(_counting(each.fill, job, result, ledger), result.width) for each, result, ledger in triples]
+        has_noise = is_looked_at(job)
         for piece in unit.sweep(last=True):
             targets = [way.begin(piece) for way in ways]
 
@@ -97,6 +99,8 @@ class UnitMerger:
                     part = target[width * (span.start - first) : width * (span.stop - first)]
                     fill_span(span, part)
                     way.look(span, part)
+                if has_noise:
+                    ledgers[0].see(look(span))
 
             for _ in map_spans(fill, spans_of(piece)):
                 pass

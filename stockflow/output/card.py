@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from stockflow.checkpoints.naming import KINDS, kind_of
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.output.receipts import TensorFacts
+from stockflow.output.rounding import proved_of_codes
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
@@ -38,7 +39,7 @@ This checkpoint was made by stockflow {__version__}.
 
 {code_block(recipe.text.strip(), "yaml")}
 
-{_said(plan)}## Summary
+{_said(plan, rows)}## Summary
 
 t is the share of the models' average change that was kept, cosine the mean over pairs of models.
 
@@ -66,7 +67,7 @@ def summary_table(rows: Sequence[TensorFacts]) -> str:
         ]
         clamped = sum("clamped" in row.flags for row in members)
         lines.append(
-            f"| {kind} | {len(members):,} | {sum(row.num_elems for row in members):,} "
+            f"| {kind} | {len(members):,} | {sum(row.num_parameters for row in members):,} "
             f"| {' | '.join(numbers)} | {clamped:,} |"
         )
     return "\n".join(lines)
@@ -76,7 +77,8 @@ def by_kind(rows: Sequence[TensorFacts]) -> dict[str, list[TensorFacts]]:
     """Return the rows grouped by kind of module, in the order of ``KINDS``."""
     groups: dict[str, list[TensorFacts]] = {kind: [] for kind in KINDS}
     for row in rows:
-        groups[kind_of(row.name)].append(row)
+        if "scales" not in row.flags:
+            groups[kind_of(row.name)].append(row)
     return {kind: members for kind, members in groups.items() if members}
 
 
@@ -101,8 +103,9 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _said(plan: MergePlan) -> str:
-    lines = [f"- {code_cell(remark)}" for remark in plan.remarks if remark.severity != "note"]
+def _said(plan: MergePlan, rows: Sequence[TensorFacts]) -> str:
+    remarks = (*plan.remarks, *proved_of_codes(plan, rows))
+    lines = [f"- {code_cell(remark)}" for remark in remarks if remark.severity != "note"]
     return "\n".join(("## Known of these inputs", "", *lines, "", "")) if lines else ""
 
 

@@ -18,6 +18,7 @@ from stockflow.output.kinship import proved
 from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.ownership import check_still_ours
 from stockflow.output.receipts import Receipt, TensorFacts, total_gram
+from stockflow.output.rounding import proved_of_codes
 from stockflow.output.tables import encode_tensors
 from stockflow.planning import file as plan_file
 from stockflow.planning.plan import NUMERICS, MergePlan, SideFile
@@ -79,7 +80,7 @@ def commit(
         versions=versions(),
         summary=summarize(receipts),
         gram=gram,
-        remarks=(*plan.remarks, *proved(plan, gram)),
+        remarks=(*plan.remarks, *proved(plan, gram), *proved_of_codes(plan, rows)),
     )
     check_still_ours(output, plan, receipts)
     try:
@@ -178,8 +179,8 @@ def summarize(receipts: Sequence[Receipt]) -> dict[str, float]:
     rows = [row for receipt in receipts for row in receipt.tensors]
     stages = sorted({stage for receipt in receipts for stage in receipt.seconds})
     return {
-        "tensors": len(rows),
-        "parameters": sum(int(row.facts.get("numbers", row.num_elems)) for row in rows if "scales" not in row.flags),
+        "tensors": sum("scales" not in row.flags for row in rows),
+        "parameters": sum(row.num_parameters for row in rows),
         "bytes_read": sum(receipt.bytes_read for receipt in receipts),
         "bytes_written": sum(receipt.size for receipt in receipts),
         "clamped_tensors": sum("clamped" in row.flags for row in rows),

@@ -38,11 +38,16 @@ class TensorFacts:
     delta_norms: tuple[float, ...] = ()
     """one per tuned model"""
     flags: tuple[str, ...] = ()
-    """zero_delta, clamped, copied"""
+    """zero_delta, clamped, copied; rounding_noise, scales"""
     facts: Mapping[str, float] = field(default_factory=dict)
     """further numbers of the method or scope, such as the number of groups and of clamped ones"""
     coefficients: tuple[tuple[str, ...], ...] | None = None
     """per group, as hex floats; None where there are none or too many to keep"""
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that it stands for: of codes as many as they are, of scales none."""
+        return 0 if "scales" in self.flags else int(self.facts.get("numbers", self.num_elems))
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def _kinds(rows: Sequence[TensorFacts]) -> Iterator[KindSummary]:
             yield KindSummary(
                 kind,
                 len(members),
-                sum(row.num_elems for row in members),
+                sum(row.num_parameters for row in members),
                 spread(row.ratio for row in members),
                 spread(row.mean_cosine for row in members),
                 spread(change for row in members for change in relative_changes(row)),

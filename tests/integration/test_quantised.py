@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -336,3 +337,51 @@ def test_one_block_that_nothing_changed_in_keeps_its_codes_while_others_change(t
     assert not same[:128, :128].all()
     assert torch.equal(scales.flatten()[1:], odd["weight_scale_inv"].flatten()[1:])
     assert scales[0, 0] != odd["weight_scale_inv"][0, 0]
+
+
+def stored_rows(output: Path) -> dict[str, dict[str, Any]]:
+    (table,) = (output / "_stockflow").glob("*/tensors.parquet")
+    return {row["name"]: row | {"facts": dict(row["facts"])} for row in pq.read_table(table).to_pylist()}
+
+
+@pytest.mark.parametrize(("change", "is_noisy"), [(0.1, False), (0.001, True)])
+def test_changes_that_are_smaller_than_the_error_of_their_codes_are_flagged(
+    change: float, is_noisy: bool, tmp_path: Path
+) -> None:
+    """Against the truth, which only whoever drew the weights knows: the error of both codes in the change."""
+    base = drawn(0, (256, 256))
+    changes = [change * drawn(seed, (256, 256)) for seed in (1, 2)]
+    made = [quantised.fp8(each, (128, 128)) for each in (base, *(base + each for each in changes))]
+    models = [write_model(tmp_path / f"m{n}", inside(each), {}) for n, each in enumerate(made)]
+
+    runs.merge_here(write_recipe(tmp_path, models), tmp_path / "out")
+
+    row = stored_rows(tmp_path / "out")[f"{MODULE}.weight"]
+    signal, changed = row["facts"]["rounding_signal"], row["facts"]["changed_codes"]
+    assert ("rounding_noise" in row["flags"]) is is_noisy
+    assert (signal < 1) is is_noisy
+    found = [each.values - made[0].values for each in made[1:]]
+    truth = [np.linalg.norm(d) / np.linalg.norm(d - true.numpy()) for d, true in zip(found, changes, strict=True)]
+    assert is_noisy or signal == pytest.approx(min(truth), rel=0.2)
+    codes = [each.tensors["weight"].view(torch.uint8) for each in made]
+    assert changed == pytest.approx(np.mean([(each != codes[0]).float().mean() for each in codes[1:]]), rel=0.2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("in 1 of 1 tensor in codes a model differs from the base by less" in card) is is_noisy
+
+
+def test_tunes_of_what_a_base_was_before_it_was_rounded_are_told_from_those_of_its_codes(tmp_path: Path) -> None:
+    base = drawn(0, (256, 256))
+    made = quantised.fp8(base, (128, 128))
+    for name, master in (("before", base), ("after", torch.from_numpy(made.values).float())):
+        models = [write_model(tmp_path / name / "base", inside(made), {})]
+        for seed in (1, 2):
+            tuned = (master + 0.001 * drawn(seed, (256, 256))).bfloat16()
+            models.append(write_model(tmp_path / name / f"m{seed}", {f"{MODULE}.weight": tuned}, None))
+        runs.merge_here(write_recipe(tmp_path / name, models), tmp_path / name / "out")
+
+    codes = {
+        name: {each["code"] for each in json.loads((tmp_path / name / "out" / "manifest.json").read_text())["remarks"]}
+        for name in ("before", "after")
+    }
+    assert "other-master" in codes["before"]
+    assert "other-master" not in codes["after"]
