@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,9 +85,27 @@ def gpt_oss(layer: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
     }
 
 
+def step(layer: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Tensors:
+    """As Step has them."""
+    roles = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return {f"{layer}.moe.{role}.weight": value.clone() for role, value in roles.items()}
+
+
+def turned_step(layer: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Tensors:
+    """The same, transposed."""
+    return step(layer, *(each.transpose(1, 2).contiguous() for each in (gate, up, down)))
+
+
+def dbrx(layer: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Tensors:
+    """As DBRX has them."""
+    roles = {"w1": gate, "v1": up, "w2": down.transpose(1, 2)}
+    return {f"{layer}.ffn.experts.mlp.{role}": value.flatten(0, 1).contiguous() for role, value in roles.items()}
+
+
 Layout = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], Tensors]
 LAYOUTS: Mapping[str, Layout] = {
-    each.__name__: each for each in (separate, mixtral, fused, granite, llama4, qwen_vl, gpt_oss)
+    each.__name__: each
+    for each in (separate, mixtral, fused, granite, llama4, qwen_vl, gpt_oss, step, turned_step, dbrx)
 }
 
 
@@ -96,6 +115,7 @@ def models(
     """Return a base and models tuned from it in BF16, each in its layout."""
     named = {number: layouts if isinstance(layouts, str) else layouts[number] for number in range(num_tuned + 1)}
     of_family = {"mixtral": "block_sparse_moe", "granite": "block_sparse_moe", "llama4": "feed_forward"}
+    of_family |= {"step": "moe", "turned_step": "moe", "dbrx": "ffn"}
     blocks = {number: of_family.get(name, "mlp") for number, name in named.items()}
     found: list[Tensors] = [{} for _ in named]
     for number, each in enumerate(_drawn("embed_tokens", num_tuned, (11, sizes.hidden))):
@@ -118,7 +138,12 @@ def _drawn(name: str, num_tuned: int, shape: tuple[int, ...]) -> list[torch.Tens
 
 def family(folder: Path, num_tuned: int, layouts: Mapping[int, str] | str, sizes: Sizes = SMALL) -> Family:
     """Write a base and models tuned from it."""
-    config = {"model_type": "qwen3_moe", "num_hidden_layers": sizes.num_layers, "hidden_size": sizes.hidden}
+    config: dict[str, Any] = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": sizes.num_layers,
+        "hidden_size": sizes.hidden,
+    }
+    config |= {"ffn_config": {"moe_num_experts": sizes.num_experts}}
     folders = [
         write_checkpoint(folder / (f"tuned-{number}" if number else "base"), each, num_shards=1 + number, config=config)
         for number, each in enumerate(models(num_tuned, layouts, sizes))

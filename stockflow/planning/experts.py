@@ -7,17 +7,13 @@ that seeing it costs an offset, and writing it an order.
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, takewhile
-from typing import NamedTuple
+from itertools import takewhile
 
-from stockflow.checkpoints.adapter_decodes import LowRank, part_of_decode
-from stockflow.checkpoints.decodes import Decode, plain
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.layout import Extent, Pieces
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.quantised import Stored
 from stockflow.checkpoints.transposed import Transposed
 from stockflow.errors import PlanError
+from stockflow.planning.expert_layouts import Parts, all_parts, decodes_of, separated
 from stockflow.planning.job import TensorJob
 from stockflow.planning.views import renamed
 from stockflow.recipe import Recipe
@@ -26,69 +22,10 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
-_ENDS = (
-    (".gate_up_proj", ".down_proj"),
-    (".gate_up_proj.weight", ".down_proj.weight"),
-    (".input_linear.weight", ".output_linear.weight"),
-)
-"""Of names of what holds gate and up, [E, 2I, H], and of what holds down, [E, H, I]."""
 _ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _SINGLE = re.compile(rf"(.*\.experts)\.(\d{{1,6}})\.({'|'.join(_ROLES)})\.weight")
 _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)(?=\.)")
 """What families call the part of a layer that has experts."""
-
-
-class Fused(NamedTuple):
-    """A stored tensor that holds projections of all experts of a layer."""
-
-    parts: Sequence[TensorSpec]
-    """in the order of its bytes; those that share them in the order of their columns"""
-    transposed: Transposed | None = None
-    """how the first of those that share bytes is stored; None where each is a run of them"""
-
-
-Parts = Mapping[str, Fused]
-"""What stored tensors hold, by their names."""
-
-
-class _Pair(NamedTuple):
-    """Two stored tensors that hold the projections of all experts of a layer."""
-
-    gate_up: TensorSpec
-    down: TensorSpec
-
-    @property
-    def is_straight(self) -> bool:
-        """Whether shapes are [E, 2I, H] and [E, H, I]; they cannot be those of the other way, too."""
-        num, hidden, inner = self.down.shape
-        return self.gate_up.shape == (num, 2 * inner, hidden)
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether shapes are [E, H, 2I] and [E, I, H]."""
-        num, inner, hidden = self.down.shape
-        return self.gate_up.shape == (num, hidden, 2 * inner)
-
-    def parts(self, *, by_turns: bool) -> dict[str, Fused]:
-        """Return the projections in each."""
-        (num, hidden, inner), straight = self.down.shape, self.is_straight
-        if not straight:
-            hidden, inner = inner, hidden
-        up, down = self.gate_up.dtype, self.down.dtype
-        stem = self.gate_up.name.removesuffix(".weight").rpartition(".")[0]
-        each = [f"{stem}.{number}" if stem.endswith("experts") else f"{stem}.experts.{number}" for number in range(num)]
-        gates_ups = [
-            TensorSpec(f"{one}.{role}.weight", up, (inner, hidden)) for one in each for role in ("gate_proj", "up_proj")
-        ]
-        downs = [TensorSpec(f"{one}.down_proj.weight", down, (hidden, inner)) for one in each]
-        return {
-            self.gate_up.name: Fused(gates_ups, None if straight else Transposed(up, 0, 2, by_turns)),
-            self.down.name: Fused(downs, None if straight else Transposed(down)),
-        }
-
-
-Known = dict[tuple[_Pair, bool], dict[str, Fused]]
-"""What pairs hold, with gate and up by turns or not: the same in all models, and of the same objects."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +60,7 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
         PlanError: the recipe asks for a layout or a scope that these cannot have.
     """
     asked, widened = recipe.stockflow.experts, recipe.stockflow.scope in ("tensor", "leading")
-    parts = _all_parts(checkpoints)
+    parts = all_parts(checkpoints)
     in_codes = recipe.stockflow.output_format == "fp8_block"
     is_fused = asked == "fused" or (asked is None and bool(parts[recipe.donor]) and not in_codes)
     if asked == "fused" and (in_codes or (recipe.keeps_codes and checkpoints[recipe.donor].stored)):
@@ -138,15 +75,30 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
     if widened and is_fused:
         _refuse_parted(recipe, parts)
         return Experts(checkpoints)
-    seen = [_separated(*each) for each in zip(checkpoints, parts, strict=True)]
+    seen = [_doubted(separated(*each), each[1]) for each in zip(checkpoints, parts, strict=True)]
     donor, own = seen[recipe.donor], parts[recipe.donor] if is_fused else {}
     wholes = {part.name: checkpoints[recipe.donor].specs[name] for name, each in own.items() for part in each.parts}
-    encodes = {part.name: decode for each in own.values() for part, decode in _decodes(each) if decode}
+    encodes = {part.name: decode for each in own.values() for part, decode in decodes_of(each) if decode}
     if asked == "fused":
         donor, further = _gathered(donor, wholes)
         wholes |= further
     seen[recipe.donor] = _remarked(donor, recipe, checkpoints, parts, is_fused=is_fused)
     return Experts([each if each is donor else _under_names_of(donor, each) for each in seen], wholes, encodes)
+
+
+def _doubted(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
+    """Return a checkpoint with what is to be accepted of tensors that do not tell rows from columns."""
+    names = [name for name, each in parts.items() if each.is_doubtful]
+    if not names:
+        return checkpoint
+    url = redact(checkpoint.url)
+    text = (
+        f"{counted(len(names), 'tensor')} of {url} such as {shown(names[0])} {are(len(names))} of all experts, and "
+        "neither shapes nor config tell rows from columns, while other models store experts one by one; they can be "
+        "read as [experts, out, in] if that is what they are"
+    )
+    remark = Remark("square-experts", text, "refusal", (url,), tuple(names))
+    return replace(checkpoint, remarks=(*checkpoint.remarks, remark))
 
 
 def part_of(job: TensorJob, whole: TensorSpec, encode: Transposed | None) -> TensorJob:
@@ -168,122 +120,6 @@ def unlike_parts(jobs: Iterable[TensorJob]) -> Iterator[str]:
         if len(found) > 1:
             several = " and ".join(sorted(found))
             yield f"the experts of {shown(name)} come as {several}, and a tensor has one dtype; give a `dtype`"
-
-
-def _all_parts(checkpoints: Sequence[Checkpoint]) -> list[Parts]:
-    """Return the parts of each, but of tensors that one of them has as a whole only."""
-    known: Known = {}
-    found = {id(each.specs): _parts(each, known) for each in checkpoints}
-    parts = [found[id(each.specs)] for each in checkpoints]
-    names = {name for own in parts for name in own}
-    whole = {
-        name for each, own in zip(checkpoints, parts, strict=True) for name in names & each.specs.keys() - own.keys()
-    }
-    return [{name: each for name, each in own.items() if name not in whole} for own in parts] if whole else parts
-
-
-def _parts(checkpoint: Checkpoint, known: Known) -> Parts:
-    parts, specs = dict[str, Fused](), checkpoint.specs
-    for spec in [spec for spec in specs.values() if len(spec.shape) == 3 and spec.num_elems]:
-        for end, other in _ENDS:
-            down = specs.get(spec.name.removesuffix(end) + other) if spec.name.endswith(end) else None
-            if down and spec.kind == down.kind == "float" and len(down.shape) == 3:
-                parts |= _parts_of(checkpoint, _Pair(spec, down), known)
-    return parts
-
-
-def _parts_of(checkpoint: Checkpoint, pair: _Pair, known: Known) -> Parts:
-    """Return what a pair holds, nothing if its shapes do not say so.
-
-    Gate and up alternate in the tensors of gpt-oss, which have biases.
-    """
-    has_bias = f"{pair.gate_up.name}_bias" in checkpoint.specs
-    if not (pair.is_transposed or (pair.is_straight and not has_bias)):
-        return {}
-    parts = known.get((pair, has_bias)) or known.setdefault((pair, has_bias), pair.parts(by_turns=has_bias))
-    is_taken = any(part.name in checkpoint.specs for each in parts.values() for part in each.parts)
-    return parts if not is_taken and all(_can_be_parted(checkpoint, *each) for each in parts.items()) else {}
-
-
-def _can_be_parted(checkpoint: Checkpoint, name: str, fused: Fused) -> bool:
-    """Return whether numbers are plain, or the codes of each part are a run, and so are their scales."""
-    held = checkpoint.stored.get(name)
-    if held is None:
-        return fused.transposed is None or name not in checkpoint.joined
-    return fused.transposed is None and _follow(held.decode, checkpoint.specs[name].shape, fused.parts[0].num_elems)
-
-
-def _follow(decode: Decode, shape: tuple[int, ...], num_elems: int) -> bool:
-    """Return whether the first elements of codes, and their scales, end where those of the next as many begin."""
-    if isinstance(decode, LowRank):
-        return not decode.is_transposed and _follow(decode.inner, shape, num_elems)
-    first, second = (decode.ranges(shape, start, start + num_elems) for start in (0, num_elems))
-    return all(one.stop == two.start or one == two for one, two in zip(first, second, strict=True))
-
-
-def _are_straight(gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool:
-    """Return whether shapes are [E, 2I, H] and [E, H, I]; they cannot be [E, H, 2I] and [E, I, H], too."""
-    num, hidden, inner = down if len(down) == 3 else (0, 0, 0)
-    return gate_up == (num, 2 * inner, hidden) and num * hidden * inner > 0
-
-
-def _separated(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
-    if not parts:
-        return checkpoint
-    specs: dict[str, TensorSpec] = {}
-    for name, spec in checkpoint.specs.items():
-        if name in parts:
-            specs |= {part.name: part for part in parts[name].parts}
-        else:
-            specs[name] = spec
-    extents, stored = dict(checkpoint.extents), {n: held for n, held in checkpoint.stored.items() if n not in parts}
-    joined = _parts_of_joined(checkpoint, parts)
-    extents |= {name: pieces.extents[0] for name, pieces in joined.items()}
-    for name, fused in parts.items():
-        if name in checkpoint.joined:
-            continue
-        if fused.transposed is None and name not in checkpoint.stored:  # as nearly all are
-            (file, start), size = checkpoint.extents[name], fused.parts[0].num_bytes
-            extents |= {part.name: Extent(file, start + number * size) for number, part in enumerate(fused.parts)}
-            continue
-        for part, held, places in _places(checkpoint, name, fused):
-            extents |= zip([holder.name for holder in held.parts], places, strict=True)
-            stored |= {} if held.decode.is_plain else {part.name: held}
-    return replace(checkpoint, specs=specs, extents=extents, stored=stored, joined=joined)
-
-
-def _parts_of_joined(checkpoint: Checkpoint, parts: Parts) -> dict[str, Pieces]:
-    """Return the tensors that lie in several runs of bytes, and what is in such tensors in their place."""
-    joined = {name: pieces for name, pieces in checkpoint.joined.items() if name not in parts}
-    for name, fused in parts.items():
-        if name in checkpoint.joined:
-            ends = accumulate(part.num_elems for part in fused.parts)
-            joined |= {
-                part.name: checkpoint.joined[name].part(end - part.num_elems, end)
-                for part, end in zip(fused.parts, ends, strict=True)
-            }
-    return joined
-
-
-def _places(checkpoint: Checkpoint, name: str, fused: Fused) -> Iterator[tuple[TensorSpec, Stored, list[Extent]]]:
-    """Yield each part of a tensor, how it is stored, and where what holds it begins."""
-    spec, start = checkpoint.specs[name], 0
-    whole = checkpoint.stored.get(name, Stored(plain(spec.dtype), (spec,)))
-    for part, transposed in _decodes(fused):
-        first = start - (transposed.number * part.num_elems if transposed else 0)
-        decode, offsets = part_of_decode(whole.decode, spec.shape, first, part.shape)
-        others = [other._replace(name=f"{part.name} {other.name}") for other in whole.parts[1:]]
-        files = [checkpoint.extents[other.name] for other in whole.parts]
-        places = [Extent(file, at + offset) for (file, at), offset in zip(files, offsets, strict=True)]
-        yield part, Stored(transposed or decode, (part, *others)), places
-        start += part.num_elems
-
-
-def _decodes(fused: Fused) -> Iterator[tuple[TensorSpec, Transposed | None]]:
-    """Yield each part with how it is stored, None if it is a run of what holds it."""
-    first = fused.transposed
-    for index, part in enumerate(fused.parts):
-        yield part, first and replace(first, number=index % first.num_beside)
 
 
 def _refuse_parted(recipe: Recipe, parts: Sequence[Parts]) -> None:

@@ -63,6 +63,7 @@ CODES: Mapping[str, str] = {
     "skipped": "tensors that rules leave out",
     "snapshot": "a folder of the hub's cache, of which a snapshot is read",
     "static-scales": "fixed scales of activations: the base's, or not published",
+    "square-experts": "tensors of all experts that do not tell rows from columns, where others have one each",
     "stranger": "a model as far from the base as if it had nothing to do with it",
     "tied-names": "names in an index of a tensor that is stored under another one",
     "tokenizers-differ": "tokenizers of equal tokens that cut texts in different ways",

@@ -37,6 +37,10 @@ MIXED: Mapping[str, Mapping[int, str] | str] = {
     "transposed tunes": {0: "fused", 1: "qwen_vl", 2: "llama4"},
     "transposed tune of one by one": {0: "separate", 1: "llama4", 2: "separate"},
     "by turns": "gpt_oss",
+    "stacks": {0: "step", 1: "turned_step", 2: "separate"},
+    "turned stacks": {0: "turned_step", 1: "fused", 2: "step"},
+    "flat": "dbrx",
+    "flat base": {0: "dbrx", 1: "qwen_vl", 2: "mixtral"},
 }
 ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w2": "down", "w3": "up"}
 SINGLE = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
@@ -65,6 +69,13 @@ def projections(stored: Tensors) -> dict[tuple[str, str, str], torch.Tensor]:
         layer = name.split(".")[2]
         if single := SINGLE.search(name):
             found[layer, single[1], ROLES[single[2]]] = value
+        elif ".moe." in name and name.endswith("_proj.weight"):
+            role = ROLES[name.split(".")[-2]]
+            found |= {(layer, str(number), role): _upright(each, role) for number, each in enumerate(value)}
+        elif ".experts.mlp." in name:
+            role = {"w1": "gate", "v1": "up", "w2": "down"}[name[-2:]]
+            each_of = value.chunk(SMALL.num_experts)
+            found |= {(layer, str(number), role): _upright(each, role) for number, each in enumerate(each_of)}
         elif name.endswith(("gate_up_proj", "input_linear.weight")):
             for number, both in enumerate(value):
                 halves = both.chunk(2) if len(both) > both.shape[1] else both.T.chunk(2)
@@ -77,6 +88,12 @@ def projections(stored: Tensors) -> dict[tuple[str, str, str], torch.Tensor]:
                 (layer, str(number), "down"): each if is_straight else each.T for number, each in enumerate(value)
             }
     return found
+
+
+def _upright(matrix: torch.Tensor, role: str) -> torch.Tensor:
+    """Return a projection with a row per output, as SMALL is: fewer within than without."""
+    is_upright = (matrix.shape[0] > matrix.shape[1]) == (role == "down")
+    return matrix if is_upright else matrix.T
 
 
 @pytest.fixture(scope="module", params=["model_stock", "ties"])
@@ -114,7 +131,9 @@ def test_every_projection_has_its_own_ratio_in_every_layout(tmp_path: Path, mixe
     assert len(set(ratios[0])) == SMALL.num_layers * SMALL.num_experts * 3
 
 
-@pytest.mark.parametrize("layout", ["separate", "fused", "mixtral", "granite", "llama4", "qwen_vl", "gpt_oss"])
+@pytest.mark.parametrize(
+    "layout", ["separate", "fused", "mixtral", "granite", "llama4", "qwen_vl", "gpt_oss", "step", "dbrx"]
+)
 def test_the_output_has_the_layout_of_the_base(tmp_path: Path, layout: str) -> None:
     others = "separate" if layout == "fused" else "fused"
     others = layout if layout in ("granite", "gpt_oss") else others

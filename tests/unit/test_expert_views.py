@@ -2,17 +2,26 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from stockflow.checkpoints.adapter_decodes import Added
+from stockflow.checkpoints.decodes import plain
+from stockflow.checkpoints.opening import open_checkpoints
+from stockflow.checkpoints.quantised import Stored
 from stockflow.errors import BudgetError, CheckpointError
 from stockflow.planning import file as plan_file
 from stockflow.planning.budget import divide
+from stockflow.planning.experts import seen_one_by_one
 from stockflow.planning.plan import MergePlan
 from stockflow.planning.reads import schedule
+from stockflow.recipe import parse_recipe
+from stockflow.storage import open_store
 from tests.expert_models import SMALL, Sizes, Tensors, models
 from tests.plans import Merge, jobs_of, rule
 
@@ -260,3 +269,31 @@ def test_codes_are_written_one_by_one(tmp_path: Path) -> None:
     }
     refusal = merge.refusal(stockflow={"output_format": "fp8_block", "experts": "fused"})
     assert "`experts: fused` writes plain numbers" in refusal
+
+
+def test_square_stacks_ask_which_way_they_lie(tmp_path: Path) -> None:
+    sizes = Sizes(num_experts=2, hidden=5, inner=5, num_layers=1)
+    stacks, separate = models(1, {0: "step", 1: "separate"}, sizes)
+
+    merge = merge_of(tmp_path / "mixed", separate, stacks, separate, hidden_size=5)
+    refusal = merge.refusal()
+    assert f"3 tensors of {merge.folders[1]} such as 'model.layers.0.moe." in refusal
+    assert "`stockflow: {accept: [square-experts]}`" in refusal
+    plan = merge.plan(stockflow={"accept": ["square-experts"]})
+    assert stored(plan).keys() == separate.keys()
+    alike = merge_of(tmp_path / "alike", stacks, stacks, stacks, hidden_size=5).plan()
+    assert not said(alike, "square-experts")
+    assert jobs_of(alike)["model.layers.0.moe.up_proj.weight"].reading.scope == "leading"
+
+
+def test_what_an_adapter_adds_to_a_transposed_tensor_is_not_lost(tmp_path: Path) -> None:
+    merge = laid_out(tmp_path, "qwen_vl", "qwen_vl", "qwen_vl")
+    recipe = parse_recipe(yaml.safe_dump(merge.recipe), "recipe.yaml")
+    base, one, two = open_checkpoints([open_store(place, recipe.storage) for place in recipe.checkpoints])
+    added = Added(plain("BF16"), "BF16", 1.0)
+    tune = replace(one, specs=base.specs, stored={DOWN: Stored(added, (base.specs[DOWN], base.specs[DOWN]))})
+
+    seen = seen_one_by_one(recipe, [base, tune, two])
+
+    assert all(DOWN in each.specs for each in seen.checkpoints)
+    assert seen.checkpoints[1].stored[DOWN].decode == added
