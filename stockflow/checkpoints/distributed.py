@@ -43,12 +43,13 @@ ALLOWED = frozenset(
 )  # fmt: skip
 """What metadata may name, beside dtypes."""
 _TRAINING = re.compile(
-    r"(optim\w*|lr_schedulers?|schedulers?|dataloaders?|train_state|trainer|rng\w*|client_state|iteration|step)(\..+)?"
+    r"optim\w*|lr_schedulers?|schedulers?|dataloaders?|train_state|trainer|rng\w*|client_state"
+    r"|(chained_\d+\.)?optim(izer)?\.(state|param_groups|param_state)\..+"
 )
-"""Keys of the state of a run beside the model."""
+"""Keys of the state of a run beside the model's."""
 _EXTRA = re.compile(r"(.+\.)?_extra_state(\W.*|\d*)")
 _AROUND = ("model", "state_dict", "module", "app", "model_state_dict")
-"""Keys under which a model's tensors are saved, beside an optimizer's."""
+"""Keys under which a model's tensors are saved beside an optimizer's."""
 
 
 class Chunk(NamedTuple):
@@ -104,18 +105,16 @@ def _contents(found: object, where: str, is_settled: Callable[[str], bool]) -> C
     state = _attributes(found, _WHOLE)
     places = {_index_of(key): _place_of(value, where) for key, value in _pairs(state["storage_data"])}
     paths = {_text(name): _path(path) for name, path in _pairs(state.get("planner_data") or Pairs())}
-    tensors, others = dict[str, Made](), list[str]()
-    for key, value in _pairs(state["state_dict_metadata"]):
-        name = _text(key)
-        is_state = _TRAINING.fullmatch(paths.get(name, (name,))[0]) or _EXTRA.fullmatch(name)
-        if isinstance(value, Made) and value.by == _TENSOR and not is_state:
-            tensors[name] = value
-        else:
-            others.append(name)
-    names = _names({name: paths.get(name, (name,)) for name in tensors})
-    wanted = {key: made for key, made in tensors.items() if not is_settled(names[key])}
+    entries = {_text(name): made for name, made in _pairs(state["state_dict_metadata"])}
+    tensors = {
+        key: made
+        for key, made in entries.items()
+        if isinstance(made, Made) and made.by == _TENSOR and not _EXTRA.fullmatch(key)
+    }
+    names = _names({key: paths.get(key, (key,)) for key in tensors})
     return Contents(
-        tuple(_sharded(key, names[key], made, places, where) for key, made in wanted.items()), tuple(others)
+        tuple(_sharded(key, name, tensors[key], places, where) for key, name in names.items() if not is_settled(name)),
+        tuple(key for key in entries if key not in names),
     )
 
 
@@ -176,16 +175,16 @@ def _is_run(offsets: Offsets, sizes: Offsets, shape: Sequence[int]) -> bool:
 
 
 def _names(paths: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return what tensors are called within the model: without what all of them are saved under."""
-    num_around = 0
-    while (
-        paths
-        and all(len(path) > num_around + 1 and path[num_around] in _AROUND for path in paths.values())
-        and len({path[num_around] for path in paths.values()}) == 1
-    ):
-        num_around += 1
-    names = {key: ".".join(path[num_around:]) for key, path in paths.items()}
-    return names if len(set(names.values())) == len(names) else {key: key for key in paths}
+    """Return what the tensors of the model are called in it; where one key holds a model, the others hold none."""
+    own = dict(paths)
+    while True:
+        own = {key: path for key, path in own.items() if not _TRAINING.fullmatch(path[0])}
+        around = {path[0] for path in own.values() if len(path) > 1 and path[0] in _AROUND}
+        if len(around) != 1:
+            break
+        own = {key: path[1:] for key, path in own.items() if len(path) > 1 and path[0] in around}
+    names = {key: ".".join(path) for key, path in own.items()}
+    return names if len(set(names.values())) == len(names) else {key: key for key in own}
 
 
 def _attributes(made: object, by: Global) -> dict[str, object]:

@@ -1,16 +1,20 @@
 """Everything that reads what others wrote: valid documents, and readers that must refuse by a typed error."""
 
+import io
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stockflow.checkpoints import torch_files
 from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import Extent, HeaderCache
 from stockflow.checkpoints.opening import open_checkpoint
+from stockflow.checkpoints.pickles import read_pickle
 from stockflow.errors import CheckpointError, RecipeError, StockflowError
 from stockflow.methods.protocol import Parameters
 from stockflow.output import claims, manifest, receipts
@@ -110,6 +114,24 @@ stockflow:
 HEADER = encode_header([TensorSpec("a", "F32", (2, 3)), TensorSpec("b", "U8", ())], {"format": "pt"})
 
 
+TORCH_NAME = "pytorch_model.bin"
+TORCH_PICKLE = (
+    b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02((X\x07\x00\x00\x00storageq\x03"
+    b"ctorch\nFloatStorage\nq\x04X\x01\x00\x00\x000q\x05X\x03\x00\x00\x00cpuq\x06K\x06tq\x07QK\x00K\x02K\x03\x86q\x08K\x03"
+    b"K\x01\x86q\x09\x89ccollections\nOrderedDict\nq\x0a)Rq\x0btq\x0cRq\x0dX\x01\x00\x00\x00bq\x0eK\x05u."
+)
+"""of a tensor and a number, as PyTorch writes them"""
+
+
+def _torch_file() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", TORCH_PICKLE)
+        archive.writestr("x/byteorder", b"little")
+        archive.writestr("x/data/0", bytes(24))
+    return file.getvalue()
+
+
 @dataclass(frozen=True)
 class Reader:
     """A reader, what it reads, and how it may refuse."""
@@ -149,6 +171,18 @@ def _open(folder: Path) -> object:
     checkpoint = open_checkpoint(open_store(str(folder), StorageConfig()), HeaderCache())
     json.dumps([checkpoint.config, *checkpoint.specs], ensure_ascii=False, sort_keys=True).encode()
     return checkpoint
+
+
+def _open_torch_file(folder: Path) -> object:
+    checkpoint = open_checkpoint(open_store(str(folder), StorageConfig()), HeaderCache())
+    size = (folder / TORCH_NAME).stat().st_size
+    for name, extent in checkpoint.extents.items():
+        assert 0 <= extent.start <= size - checkpoint.specs[name].num_bytes
+    return checkpoint
+
+
+def _read_pickle(payload: bytes) -> object:
+    return read_pickle(payload, torch_files.ALLOWED, 10_000, "x.bin")
 
 
 def _read_manifest(payload: bytes) -> object:
@@ -201,6 +235,8 @@ def _read_table(payload: bytes) -> object:
 
 READERS: Mapping[str, Reader] = {
     "header": Reader(_read_header, HEADER + bytes(25)),
+    "pickle": Reader(_read_pickle, TORCH_PICKLE),
+    "torch file": Reader(_in_a_folder(TORCH_NAME, _open_torch_file), _torch_file()),
     "index": Reader(
         _in_a_folder(INDEX_FILE, _open),
         json.dumps({"metadata": {"total_size": 25}, "weight_map": {"a": SHARD, "b": SHARD}}).encode(),

@@ -102,7 +102,7 @@ def test_on_s3_within_other_memory_it_is_the_same(
     )
     recipe.write_text(recipe.read_text().replace(str(tmp_path / "models"), f"s3://{s3_bucket}"))
 
-    merged = runs.merge_here(recipe, f"s3://{s3_bucket}/out", num_threads=1)
+    merged = runs.merge_here(recipe, f"s3://{s3_bucket}/out", num_threads=1, memory_bytes=400 * 2**20)
 
     assert runs.expected_digests([merged]) == runs.expected_digests([local])
     assert merged.plan.merge_id == local.plan.merge_id

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stockflow.checkpoints.opening import open_checkpoints
+from stockflow.errors import NotFoundError
 from stockflow.recipe import load_recipe
-from stockflow.storage import StorageConfig
+from stockflow.storage import StorageConfig, open_model
 from stockflow.verification.recompute import SampleOptions
 from stockflow.verification.verify import verify
 from tests import oracle, runs
@@ -109,3 +111,41 @@ def test_a_tied_head_is_one_tensor_with_its_embedding(tmp_path: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         np.testing.assert_array_equal(found[name].array, expected["model.embed_tokens.weight"].out.astype(np.float32))
     assert "tied-head" in {remark.code for remark in merged.plan.remarks}
+
+
+def test_a_file_is_read_by_its_http_address_where_nothing_is_listed(
+    family: Family, tmp_path: Path, s3_endpoint: str, s3_bucket: str
+) -> None:
+    pickled = saved_by_torch(family.tuned[0])
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for path in (family.base / "model.safetensors", pickled / "pytorch_model.bin"):
+        client.upload_file(str(path), s3_bucket, f"{path.parent.name}/{path.name}", {"ACL": "public-read"})
+    root = f"{s3_endpoint}/{s3_bucket}"
+    stores = [
+        open_model(f"{root}/{name}", StorageConfig())
+        for name in ("base/model.safetensors", "tuned-1-bin/pytorch_model.bin")
+    ]
+
+    remote = open_checkpoints(stores)
+
+    local = open_checkpoints([open_model(str(each), StorageConfig()) for each in (family.base, pickled)])
+    assert [each.specs for each in remote] == [each.specs for each in local]
+    assert [each.extents for each in remote] == [each.extents for each in local]
+    with pytest.raises(NotFoundError, match=r"/base/none.safetensors: there is no such file; check the name"):
+        open_checkpoints([open_model(f"{root}/base/none.safetensors", StorageConfig())])
+
+
+def test_blocks_of_fp8_in_pickles_are_paired_with_their_scales(tmp_path: Path) -> None:
+    random, models = torch.Generator().manual_seed(0), []
+    for number in range(3):
+        codes = torch.randn(200, 130, generator=random).to(torch.float8_e4m3fn)
+        tensors = {"a.weight": codes, "a.weight_scale_inv": torch.rand(2, 2, generator=random) + 0.5}
+        models.append(write_checkpoint(tmp_path / f"m{number}", tensors, config={"model_type": "llama"}))
+    twins = Family(models[0], tuple(models[1:]))
+    pickled = Family(saved_by_torch(models[0]), tuple(map(saved_by_torch, models[1:])))
+    given = {"dtype": "bfloat16"}
+    expected = runs.merge_here(write_recipe(tmp_path / "twins.yaml", "model_stock", twins, **given), tmp_path / "twins")
+
+    merged = runs.merge_here(write_recipe(tmp_path / "recipe.yaml", "model_stock", pickled, **given), tmp_path / "out")
+
+    assert runs.expected_digests([merged]) == runs.expected_digests([expected])

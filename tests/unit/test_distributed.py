@@ -101,12 +101,37 @@ def test_extra_states_are_left_out_and_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("around", "names"),
     [((), "layers.0.weight"), (("model",), "layers.0.weight"), (("app", "model"), "layers.0.weight"),
-     (("ema",), "ema.layers.0.weight")],
+     (("ema",), "ema.layers.0.weight"), (("state_dict",), "layers.0.weight")],
 )  # fmt: skip
 def test_tensors_have_the_names_that_they_have_in_the_model(
     around: tuple[str, ...], names: str, tmp_path: Path
 ) -> None:
     assert names in opened(save_distributed(tmp_path, TENSORS, around=around)).specs
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_keys_beside_the_model_are_left_out_and_said(flat: bool, tmp_path: Path) -> None:
+    """As torchtitan, accelerate and Megatron save them."""
+    names = ("optimizer.state.exp_avg.layers.0.weight", "chained_0.optimizer.state.step.x")
+    beside = {name: torch.ones(2) for name in names}
+    if flat:
+        folder = save_distributed(tmp_path, TENSORS | beside)
+    else:
+        dcp.save({"app": {"model": dict(TENSORS), "optim": {"x": torch.ones(2)}}, "ema": dict(TENSORS), "epoch": 3},
+                 checkpoint_id=tmp_path, no_dist=True)  # fmt: skip
+        folder = tmp_path
+
+    checkpoint = opened(folder)
+
+    assert checkpoint.specs.keys() == TENSORS.keys()
+    [said] = [remark for remark in checkpoint.remarks if remark.code == "no-tensors"]
+    assert len(said.tensors) == (len(beside) if flat else 2 + len(TENSORS))
+
+
+def test_names_of_modules_are_no_keys_of_a_run(tmp_path: Path) -> None:
+    tensors = {name: torch.ones(3) for name in ("scheduler.weight", "step.bias", "optimizer.weight", "model.step")}
+
+    assert opened(save_distributed(tmp_path, tensors)).specs.keys() == tensors.keys()
 
 
 def columns(tensor: torch.Tensor) -> list[Chunk]:
