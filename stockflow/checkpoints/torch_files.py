@@ -21,7 +21,8 @@ MAX_PICKLE_BYTES = 32_000_000
 MAX_STEPS = 8_000_000
 MAX_DIMENSIONS = 64
 """of PyTorch"""
-NUM_NAMED = 3
+_WRAPPER = "state_dict"
+"""Key under which trainers put the tensors beside what they know of a run."""
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -121,7 +122,9 @@ def contents_of(description: Description, where: str) -> FileContents:
             bytes; it names what tensors do not need, or is damaged.
     """
     found = read_pickle(description.pickle, ALLOWED, MAX_STEPS, where)
-    entries = _entries(found, where)
+    if not isinstance(found, Pairs):
+        raise CheckpointError(f"{where} holds no mapping from names to tensors; {_AS_SAFETENSORS}")
+    entries = _entries(_unwrapped(found), where)
     members = dict(description.members)
     others = tuple(name for name, value in entries.items() if not isinstance(value, Made))
     views = {name: _view(name, value, where) for name, value in entries.items() if isinstance(value, Made)}
@@ -170,9 +173,14 @@ def _refuse_packed(members: Mapping[str, Member], where: str) -> None:
         )
 
 
-def _entries(found: object, where: str) -> dict[str, object]:
-    if not isinstance(found, Pairs):
-        raise CheckpointError(f"{where} holds no mapping from names to tensors; {_AS_SAFETENSORS}")
+def _unwrapped(found: Pairs) -> Pairs:
+    """Return what a file holds, with the tensors that it has under ``state_dict`` in the place of that."""
+    inner = [value for name, value in found if name == _WRAPPER and isinstance(value, Pairs)]
+    beside = [(name, value) for name, value in found if name != _WRAPPER]
+    return Pairs([*inner[0], *beside]) if len(inner) == 1 else found
+
+
+def _entries(found: Pairs, where: str) -> dict[str, object]:
     entries = {}
     for name, value in found:
         if not isinstance(name, str) or name in entries or not is_text(name):

@@ -258,9 +258,18 @@ def test_descriptions_of_tensors_are_held_against_their_storages(payload: bytes,
 
 
 def test_tensors_one_level_down_are_refused_by_their_key(tmp_path: Path) -> None:
-    folder = save(tmp_path, {"epoch": 1, "state_dict": {"a": torch.ones(2)}})
+    folder = save(tmp_path, {"epoch": 1, "model": {"a": torch.ones(2)}})
 
-    assert "tensors lie one level down, under 'state_dict'" in words(folder)
+    assert "tensors lie one level down, under 'model'" in words(folder)
+
+
+def test_a_state_dict_within_a_file_is_the_model(tmp_path: Path) -> None:
+    folder = save(tmp_path, {"epoch": 1, "state_dict": OrderedDict(a=torch.arange(3.0)), "lr": 0.1})
+
+    checkpoint = opened(folder)
+
+    assert stored(folder, checkpoint) == {"a": bytes_of(torch.arange(3.0))}
+    assert [each.tensors for each in checkpoint.remarks if each.code == "no-tensors"] == [("epoch", "lr")]
 
 
 def test_files_of_before_pytorch_1_6_are_refused_in_a_sentence(tmp_path: Path) -> None:
