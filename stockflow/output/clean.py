@@ -108,7 +108,9 @@ def check_abandoned(store: Store) -> float | None:
 
 
 def abort_leftovers(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
-    """Remove what writers of this output who died left half-written; nothing of a run that is still at work.
+    """Remove what writers of this output left half-written; nothing of another run that is still at work.
+
+    A worker of ours that hangs beyond our reach may hold a temporary file: without it nothing of it can appear.
 
     Uploads are listed before other runs are looked for: a run says that it is alive before it uploads. Runs of every
     plan count: shards of two plans have equal names, and an upload does not say whose it is.
@@ -119,7 +121,7 @@ def abort_leftovers(store: Store, plan_id: str, run: str, files: Collection[str]
         run: this run.
         files: what is uploaded in parts.
     """
-    ours = [piece for piece in store.half_written() or () if _is_of_output(piece, files)]
+    ours = [piece for piece in store.half_written(also_held=True) or () if _is_of_output(piece, files)]
     if not all(piece.is_abandoned for piece in ours) and is_anyone_else_alive(store, plan_id, run):
         ours = [piece for piece in ours if piece.is_abandoned]
     store.discard(ours)

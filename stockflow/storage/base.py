@@ -182,8 +182,12 @@ class Store(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is already gone is no error."""
 
-    def half_written(self) -> Sequence[HalfWritten] | None:
-        """Return what writers left, or are still writing, below the prefix; None where the store does not tell."""
+    def half_written(self, *, also_held: bool = False) -> Sequence[HalfWritten] | None:
+        """Return what writers left, or are still writing, below the prefix; None where the store does not tell.
+
+        Args:
+            also_held: whether files count that a process holds; of uploads no store tells who holds them.
+        """
 
     def discard(self, leftovers: Iterable[HalfWritten]) -> None:
         """Remove what ``half_written`` returned; what is already gone is no error."""

@@ -199,8 +199,8 @@ class LocalStore:
             with named(folder, "delete"):
                 _sync_folder(folder)
 
-    def half_written(self) -> Sequence[HalfWritten]:
-        """Return the files that writers who died were writing: those that nobody holds a lock on."""
+    def half_written(self, *, also_held: bool = False) -> Sequence[HalfWritten]:
+        """Return the files that writers who died were writing: those that nobody holds a lock on, or all."""
         found = []
         for folder, _, names in os.walk(self.folder):
             for name in names:
@@ -208,9 +208,10 @@ class LocalStore:
                 if not (name.startswith(".") and name.endswith(PARTIAL_SUFFIX)):
                     continue
                 with named(partial, "read"):
-                    if _is_abandoned(partial):
+                    is_abandoned = _is_abandoned(partial)
+                    if is_abandoned or (also_held and is_abandoned is not None):
                         key = os.path.join(os.path.relpath(folder, self.folder), _key_of_partial(name))
-                        found.append(HalfWritten(os.path.normpath(key), name, is_abandoned=True))
+                        found.append(HalfWritten(os.path.normpath(key), name, bool(is_abandoned)))
         return sorted(found, key=lambda piece: (piece.key, piece.name))
 
     def discard(self, leftovers: Iterable[HalfWritten]) -> None:
@@ -322,17 +323,19 @@ def _partial_of(path: str) -> str:
     return os.path.join(folder, f".{name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
 
 
-def _is_abandoned(partial: str) -> bool:
-    """Whether nobody holds a lock on a file. What is no plain file, such as a link, no writer of ours made."""
+def _is_abandoned(partial: str) -> bool | None:
+    """Whether nobody holds a lock on a file; None: it is gone, or no plain file, which no writer of ours makes."""
     try:
         descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
-            return False
+            return None
         raise
     try:
         found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or time.time() - found.st_mtime <= LOCKED_WITHIN_S:
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        if time.time() - found.st_mtime <= LOCKED_WITHIN_S:
             return False
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

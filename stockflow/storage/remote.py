@@ -190,8 +190,9 @@ class RemoteStore:
             self._written -= set(doomed)
             self._run("delete", doomed[0], partial(self._client.delete, doomed))
 
-    def half_written(self) -> Sequence[HalfWritten] | None:
+    def half_written(self, *, also_held: bool = False) -> Sequence[HalfWritten] | None:
         """Return the open multipart uploads below the URL, those of live writers included."""
+        del also_held
 
         def attempt() -> Sequence[HalfWritten] | None:
             try:

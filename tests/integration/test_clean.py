@@ -13,9 +13,10 @@ import boto3
 import pytest
 
 from stockflow.errors import NotFoundError, OutputConflictError
-from stockflow.output.clean import find_leftovers, leftover_facts, remove
+from stockflow.output.claims import Heartbeat
+from stockflow.output.clean import abort_leftovers, find_leftovers, leftover_facts, remove
 from stockflow.output.keys import CLAIM_FILE
-from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
+from stockflow.storage import LocalStore, StorageConfig, Store, StoreOptions, open_store
 from stockflow.verification.verify import verify
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
@@ -268,3 +269,27 @@ def test_a_store_without_uploads_has_none() -> None:
     store.put(CLAIM_FILE, json.dumps({"plan_id": "a" * 64, "heartbeat": 0.0, "run": "b" * 16}).encode())
 
     assert find_leftovers(store).count == 0
+
+
+def test_what_a_worker_that_hangs_was_writing_is_swept_and_never_appears(tmp_path: Path) -> None:
+    """Its file is locked, and it may go on when the output is long published."""
+    store = LocalStore(str(tmp_path))
+
+    def hang_and_go_on() -> None:
+        with store.create("model.safetensors") as file:
+            file.write(b"half")
+            abort_leftovers(store, "plan", "run", {"model.safetensors"})
+            assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    with pytest.raises(NotFoundError):
+        hang_and_go_on()
+    assert store.list() == {}
+
+
+def test_what_a_neighbour_is_writing_is_left_alone(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    with Heartbeat(store, "plan", "another"), store.create("model.safetensors") as file:
+        file.write(b"whole")
+        abort_leftovers(store, "plan", "run", {"model.safetensors"})
+
+    assert store.read_head("model.safetensors", 9)[0] == b"whole"
