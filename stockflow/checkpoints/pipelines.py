@@ -3,18 +3,22 @@
 Source: ``DiffusionPipeline.from_pretrained``, https://huggingface.co/docs/diffusers/using-diffusers/loading
 """
 
+import re
 from collections.abc import Iterator
 
 from stockflow.checkpoints.candidates import chosen_of, groups_of, lacking
 from stockflow.checkpoints.documents import is_file_name
 from stockflow.checkpoints.layout import folder_of
 from stockflow.checkpoints.modules import Modules
-from stockflow.checkpoints.tree import RECORDS_FOLDER, Tree, is_hidden
+from stockflow.checkpoints.tree import Tree, is_hidden
 from stockflow.errors import CheckpointError
+from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
 PIPELINE_FILE = "model_index.json"
+_UNREAD = re.compile(r".+\.(pt|pth|ckpt|msgpack|h5|onnx|onnx_data|gguf|pb|tflite|pdparams)", re.IGNORECASE)
+"""Weights in other formats."""
 
 
 def find_pipeline(tree: Tree, document: object, where: str) -> Modules | None:
@@ -50,19 +54,24 @@ def pipeline_remark(components: Modules, where: str) -> Remark:
 def _components(document: object, where: str) -> Iterator[tuple[str, str]]:
     """Yield folder and class of each component that is used."""
     for name, value in document.items() if isinstance(document, dict) else ():
-        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)):
+        is_class = isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
+        if not is_class or name.startswith("_"):
             continue
-        if name.startswith("_"):
-            continue
-        if not is_file_name(name) or is_hidden(name) or name == RECORDS_FOLDER:
+        if not is_file_name(name) or is_hidden(name):
             raise CheckpointError(f"{where}/{PIPELINE_FILE} names the component {shown(name)}, which is no folder")
         yield name, ".".join(value)
 
 
 def _weights_of(tree: Tree, folder: str, where: str) -> tuple[str, ...]:
     """Return the weights of a component: those that diffusers finds, else the only ones."""
-    names = [key.removeprefix(f"{folder}/") for key in tree.below(folder)]
-    groups = groups_of([name for name in names if "/" not in name])
+    names = [name for key in tree.below(folder) if "/" not in (name := key.removeprefix(f"{folder}/"))]
+    groups = groups_of(names)
+    unread = [name for name in names if _UNREAD.fullmatch(name)]
+    if unread and not groups:
+        raise CheckpointError(
+            f"{where}/{folder}: its only weights, {in_a_line(unread[0])}, are in a format that is not read; save the "
+            "component as safetensors beside them"
+        )
     group = chosen_of(groups)
     files = (group.single,) if group and group.single else group.complete if group else ()
     if groups and not files:

@@ -174,6 +174,15 @@ def test_components_that_are_not_whole_are_named(pipelines: Family) -> None:
         opened(pipelines.base)
 
 
+def test_a_component_in_another_format_is_refused(pipelines: Family) -> None:
+    """A copied config without its weights would be a pipeline that nobody can load."""
+    vae = pipelines.base / "vae"
+    (vae / f"{STEM}.safetensors").rename(vae / f"{STEM}.msgpack")
+
+    with pytest.raises(CheckpointError, match=rf"m0/vae: its only weights, {STEM}.msgpack, are in a format"):
+        opened(pipelines.base)
+
+
 def test_a_component_that_a_model_lacks_is_refused(pipelines: Family, tmp_path: Path) -> None:
     (pipelines.tuned[0] / "vae" / f"{STEM}.bin").unlink()
 
