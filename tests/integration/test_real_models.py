@@ -12,6 +12,8 @@ from stockflow.planning.make import make_plan
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import parse_recipe
 from stockflow.storage import open_store
+from tests.checkpoints import Family, write_recipe
+from tests.runs import merge_here
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,6 +35,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2Config", "Qwen2ForCausalLM", SMALL),
     "Qwen3, tied": ("Qwen3Config", "Qwen3ForCausalLM", SMALL | {"head_dim": 8, "tie_word_embeddings": True}),
     "Qwen3 MoE": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", SMALL | EXPERTS),
+    "Mixtral": ("MixtralConfig", "MixtralForCausalLM", SMALL | EXPERTS),
     "Gemma 2": ("Gemma2Config", "Gemma2ForCausalLM", SMALL | {"head_dim": 8}),
     "Gemma 3": ("Gemma3TextConfig", "Gemma3ForCausalLM", SMALL | {"head_dim": 8}),
     "Mistral": ("MistralConfig", "MistralForCausalLM", SMALL),
@@ -50,7 +53,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "text_config": SIDES | {"vocab_size": 96}, "vision_config": SIDES | {"image_size": 32, "patch_size": 8},
     }),
 }  # fmt: skip
-DTYPES = {"precision-kept", "index-data"}
+RIGHTLY = {"precision-kept", "index-data", "routers-merged"}
 """What is rightly said of some of them."""
 
 
@@ -75,7 +78,7 @@ def test_nothing_is_said_of_models_that_fit_together(tmp_path: Path, family: str
 
     plan = planned(folders)
 
-    assert [remark.text for remark in plan.remarks if remark.code not in DTYPES] == []
+    assert [remark.text for remark in plan.remarks if remark.code not in RIGHTLY] == []
     assert plan.config is not None
 
 
@@ -107,3 +110,31 @@ def test_an_untied_tune_of_a_tied_model_is_refused_or_untied(tmp_path: Path, fam
     assert plan.config is not None
     assert plan.config["tie_word_embeddings"] is False
     assert "lm_head.weight" in {job.output.name for job in plan.jobs}
+
+
+@pytest.mark.parametrize("family", ["Qwen3 MoE", "Mixtral"])
+def test_experts_that_transformers_saved_in_two_ways_merge_to_one_model(tmp_path: Path, family: str) -> None:
+    """One by one, as models are published, and all of a layer together, as they are in memory."""
+    config_class, model_class, options = FAMILIES[family]
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options)).to(torch.bfloat16)
+        for is_published in (True, False):
+            model.save_pretrained(tmp_path / f"{seed}-{is_published}", save_original_format=is_published)
+        models.append(model)
+
+    merged = {}
+    for mixture in ((True, True, True), (True, False, False), (False, True, False)):
+        folders = [tmp_path / f"{seed}-{is_published}" for seed, is_published in enumerate(mixture)]
+        output = tmp_path / "-".join(map(str, mixture))
+        recipe = write_recipe(output.with_suffix(".yaml"), "model_stock", Family(folders[0], tuple(folders[1:])))
+        merge_here(recipe, output)
+        loaded = getattr(transformers, model_class).from_pretrained(output, dtype=torch.bfloat16)
+        merged[mixture] = loaded.state_dict()
+
+    first, *others = merged.values()
+    assert first.keys() == models[0].state_dict().keys()
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert not torch.equal(first[name], models[0].state_dict()[name])
