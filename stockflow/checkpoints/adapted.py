@@ -43,7 +43,13 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
         CheckpointError: a tensor of the adapter has no place there, or does not fit; all of the former are counted.
     """
     binder = _Binder(ground, adapter)
-    for module, parts in by_module(adapter.specs).items():
+    for spec in (each for each in adapter.specs.values() if each.kind != "float"):
+        raise CheckpointError(f"{adapter.where}: {shown(spec.name)} is of {spec.dtype}, expected plain numbers")
+    try:
+        modules = by_module(adapter.specs)
+    except ValueError as error:
+        raise CheckpointError(f"{adapter.where}: {error}") from None
+    for module, parts in modules.items():
         binder.bind(module, parts)
     if binder.left:
         count = counted(len(binder.left), "tensor")
@@ -63,10 +69,12 @@ class _Binder:
         self.ground, self.adapter = ground, adapter
         self.made = Adapted()
         self.left: list[str] = []
+        self._owners: dict[str, str] = {}
+        self._module = ""
 
     def bind(self, module: str, parts: Parts) -> None:
         """Take all tensors of a module."""
-        left = dict(parts)
+        left, self._module = dict(parts), module
         for take in (self._take_base, self._take_product, self._take_tokens, self._take_replaced):
             for part in take(module, left):
                 left.pop(part)
@@ -201,13 +209,24 @@ class _Binder:
         self.made.stored[head] = self.ground.stored_as(embedding)
         self.made.unties = True
 
+    def _claim(self, name: str) -> None:
+        """Note whose a tensor of the base is, and refuse a second module that is found to be the same."""
+        owner = self._owners.setdefault(name, self._module)
+        if owner != self._module:
+            raise CheckpointError(
+                f"{self.adapter.where}: {shown(owner)} and {shown(self._module)} are both {shown(name)} in "
+                f"{self.ground.where}; the adapter is of another model"
+            )
+
     def _replace(self, name: str, key: str) -> None:
+        self._claim(name)
         found = self.adapter.specs[key]
         if name in self.ground.specs and found.shape != self.ground.specs[name].shape:
             self.made.specs[name] = self.ground.specs[name]._replace(shape=found.shape)
         self.made.stored[name] = Stored(plain(found.dtype), (self._part_of(key),))
 
     def _put(self, name: str, decode: Decode, *keys: str) -> None:
+        self._claim(name)
         self.made.stored[name] = Stored(decode, (*self._stored_as(name).parts, *map(self._part_of, keys)))
 
     def _part_of(self, key: str) -> TensorSpec:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from stockflow.text.strictjson import shown
+
 PREFIX = "base_model.model."
 _FACTORS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
@@ -42,9 +44,14 @@ def place_of(key: str) -> KeyPlace:
 
 
 def by_module(keys: Iterable[str]) -> Mapping[str, Mapping[str, str]]:
-    """Return the keys of each module, by what they are there."""
+    """Return the keys of each module, by what they are there.
+
+    Raises:
+        ValueError: two keys say the same.
+    """
     modules: dict[str, dict[str, str]] = {}
     for key in keys:
         place = place_of(key)
-        modules.setdefault(place.module, {})[place.part] = key
+        if (other := modules.setdefault(place.module, {}).setdefault(place.part, key)) != key:
+            raise ValueError(f"{shown(other)} and {shown(key)} are two of one tensor; remove one")
     return modules

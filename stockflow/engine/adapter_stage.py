@@ -70,7 +70,8 @@ def _add_product(
     for expert in range(first, last):
         base = 0 if decode.expert is not None else expert * rows * columns
         begin, end = max(start, base), min(stop, base + rows * columns)
-        left_RK, right_KC = _factors(decode, a_XKC[expert - first], b_RKX[..., expert], (begin - base) // columns)
+        touched = slice((begin - base) // columns, -(-(end - base) // columns))
+        left_RK, right_KC = _factors(decode, a_XKC[expert - first], b_RKX[..., expert], touched)
         column = (begin - base) % columns
         low_rank.add_product(left_RK, right_KC, scale, column, out_E[begin - start : end - start])
 
@@ -79,12 +80,12 @@ def _a_columns(decode: LowRank, rows: int, columns: int) -> int:
     return rows if decode.is_transposed else columns
 
 
-def _factors(decode: LowRank, a_KC: Values, b_RK: Values, row: int) -> tuple[Values, Values]:
-    """Return the left factor from a row of the matrix on, and the right one."""
+def _factors(decode: LowRank, a_KC: Values, b_RK: Values, rows: slice) -> tuple[Values, Values]:
+    """Return the left factor of some rows of the matrix, and the right one."""
     if decode.is_transposed:
-        return np.ascontiguousarray(a_KC.T[row:]), np.ascontiguousarray(b_RK.T)
+        return np.ascontiguousarray(a_KC.T[rows]), np.ascontiguousarray(b_RK.T)
     is_whole = decode.num_experts > 1 and decode.expert is None
-    return np.ascontiguousarray(b_RK[row:] if is_whole else b_RK), a_KC
+    return np.ascontiguousarray(b_RK[rows] if is_whole else b_RK), a_KC
 
 
 def _set_lengths(

@@ -70,9 +70,10 @@ class LoadedPiece:
         """Return one operand that was decoded, in working precision."""
         return self.operand(index).view(f"f{self.widths[index]}")
 
-    def first(self) -> "LoadedPiece":
-        """Return it with its first operand alone."""
-        return replace(self, offsets=self.offsets[:1], dtypes=self.dtypes[:1], widths=self.widths[:1])
+    def only(self, index: int) -> "LoadedPiece":
+        """Return it with one operand alone."""
+        offset, dtype, width = self.offsets[index], self.dtypes[index], self.widths[index]
+        return replace(self, offsets=(offset,), dtypes=(dtype,), widths=(width,))
 
     @property
     def firsts_M(self) -> Unsigned:

@@ -183,7 +183,7 @@ class DifferenceSweep:
         if span.reading.is_verbatim:
             _compare_bits(span, counts)
             return num_elems, sums, counts
-        dtype = compared_in(*span.reading.dtypes)
+        dtype = compared_in(*span.dtypes)
         comparison.compare(
             span.slab,
             span.firsts_M,

@@ -4,7 +4,7 @@ Shape suffixes: M sources, N tuned models, G groups, K formulas, C candidates (f
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,13 +29,12 @@ from stockflow.insight.formulas import (
     ratio_errors,
     ratios_of,
 )
+from stockflow.insight.steps import StepsSweep, as_stored
 from stockflow.kernels.arrays import Floats
 from stockflow.kernels.roundings import (
     count_roundings,
-    fraction_bits,
     patterns_in,
     squared_steps,
-    sum_of_steps,
 )
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
@@ -103,34 +102,6 @@ class Tally:
                 setattr(self, name, mine + value)
 
 
-@dataclass(frozen=True, eq=False)
-class StepsSweep:
-    """Squared distances of representable numbers around the elements of one operand, added up."""
-
-    operand: int
-    dtype: str
-    steps_X: Floats
-
-    @property
-    def key(self) -> Hashable:
-        """Its own: nobody else asks for it."""
-        return id(self)
-
-    def begin(self) -> float:
-        """Return zero."""
-        return 0.0
-
-    def look(self, span: LoadedPiece) -> float:
-        """Return the sum over a span."""
-        patterns_E = patterns_in(span.operand(self.operand), self.dtype)
-        return float(sum_of_steps(patterns_E, fraction_bits(self.dtype), self.steps_X))
-
-    def add(self, state: float, start: int, said: float) -> float:
-        """Add it."""
-        del start
-        return state + said
-
-
 @dataclass(frozen=True)
 class AuditExaminer(Examiner):
     """Holds tensors against the formulas; with ``has_merged`` the last source is the merged tensor."""
@@ -181,7 +152,8 @@ class AuditExaminer(Examiner):
         """Return the Gram of each group, and the squared steps around the elements of the output."""
         shown = len(look.reading.operands) - 1 if self.has_merged else 0
         dtype = look.reading.dtypes[shown]
-        steps = StepsSweep(shown, dtype, squared_steps(dtype, rounded_to(look)))
+        dtype = dtype if DTYPES[dtype].kind == "float" else rounded_to(look)
+        steps = StepsSweep(shown, dtype, squared_steps(dtype, rounded_to(look)), tools)
         gram = GramSweep(unit, tools, refuses=False, float_bits=self._float_bits(look))
         total_GMM, total_steps = swept(unit, [gram, steps], map_spans, last=not self.has_merged)
         return total_GMM, total_steps
@@ -261,7 +233,7 @@ class AuditExaminer(Examiner):
                 np.zeros(num_candidates, np.int64), np.zeros(num_candidates), np.zeros(num_candidates),
                 np.zeros((num_candidates, num_candidates), np.int64),
             )  # fmt: skip
-            merged = loaded.operand(num_tuned + 1)
+            merged = as_stored(loaded, num_tuned + 1, dtype, tools)
             models = _without_last(loaded)
             results_CB = np.empty((num_candidates, merged.nbytes), np.uint8)
             first = (loaded.start - unit.start) // group_elems

@@ -328,7 +328,7 @@ class TensorJob:
         """What is kept of the rows of a unit until it is decided."""
         if self.has_known_changes:
             factors = (each.decode for each in self.reading.operands if isinstance(each.decode, LowRank))
-            return sum(4 * each.rank * sum(each.matrix) * FLOAT_BYTES for each in factors)
+            return sum(3 * each.rank * sum(each.matrix) * FLOAT_BYTES for each in factors)
         rules = [result.declared.rule for result in self.results]
         num_rows = -(-self.reading.num_elems // self.reading.together)
         return sum([num_rows * rule.row_bytes for rule in rules if isinstance(rule, Elementwise)])

@@ -11,17 +11,20 @@ import pytest
 import torch
 import yaml
 
+from stockflow.insight.comparison import compare_checkpoints
 from stockflow.planning import file as plan_file
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Inputs, MergeOptions, merge
 from stockflow.run.executors.ray import RayOptions, connected
+from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig
 from stockflow.verification.sample import SampleOptions
 from stockflow.verification.verify import verify
 from tests import adapters, oracle, quantised, runs
 from tests.adapters import Adapter, write_adapter
 from tests.checkpoints import write_checkpoint
+from tests.integration.test_audit import audited, options
 
 MODULE = "model.layers.0.mlp"
 SHAPES = {
@@ -275,3 +278,20 @@ def test_other_methods_take_what_adapters_make_of_the_base(method: str, models: 
     found, expected = (oracle.load_checkpoint(tmp_path / name) for name in ("adapted", "dense"))
     for name, (_, values) in expected.items():
         assert (found[name].array == values).mean() >= 0.999, name
+
+
+def test_audit_and_diff_look_at_what_adapters_make_of_the_base(models: Models, tmp_path: Path) -> None:
+    runs.merge_here(models.recipe("model_stock"), tmp_path / "out")
+    whole = {name: torch.from_numpy(np.ascontiguousarray(values)).float() for name, values in models.sources[0].items()}
+    write_checkpoint(tmp_path / "whole", whole)
+
+    found = audited(models.recipe("model_stock"), tmp_path / "out")
+    adapted = f"{models.folder}/base + {models.folder}/lora0"
+    differing = compare_checkpoints(
+        str(tmp_path / "whole"), adapted, StorageConfig(), options(), survey_in_this_process
+    )
+
+    for row in found.rows:
+        assert row["equal_share"] >= 0.999, row["name"]
+    for each in differing.tensors:
+        assert each.distance <= 1e-6 * each.norm_a, each.name

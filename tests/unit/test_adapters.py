@@ -313,3 +313,34 @@ def test_places_without_an_adapter_say_what_is_there(tmp_path: Path) -> None:
     )
     write_adapter(tmp_path / "lora", adapters.linear(SHAPES), base_model_name_or_path="/data/of/another/machine")
     assert "/data/of/another/machine" in refusal(tmp_path, str(tmp_path / "lora"), NotFoundError)
+
+
+def drawn_with(key: str, tensor: torch.Tensor) -> Adapter:
+    adapter = adapters.linear(SHAPES)
+    adapter.tensors[f"{adapters.PREFIX}{key}"] = tensor
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "expected"),
+    [
+        ("model.layers.0.mlp.up_proj.lora_A.weight", torch.ones(5, 48, dtype=torch.int8), "is of I8, expected plain"),
+        ("model.layers.0.mlp.up_proj.lora_A.weight", torch.ones(240), "make no change of"),
+        ("model.layers.0.mlp.up_proj.lora_A.weight", torch.ones(()), "make no change of"),
+        ("model.layers.0.mlp.up_proj.lora_A.weight", torch.ones(0, 48), "make no change of"),
+        ("model.layers.0.mlp.up_proj.lora_A.default.weight", torch.ones(5, 48), "are two of one tensor; remove one"),
+        ("model.layers.0.mlp.up_proj.lora_magnitude_vector", torch.ones(3), "scales the columns of"),
+        ("layers.0.mlp.up_proj.weight", torch.ones(80, 48), "are both 'model.layers.0.mlp.up_proj.weight' in"),
+        ("model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(1, 48), "expected [0, 48] for"),
+    ],
+)
+def test_tensors_that_make_no_sense_are_told_in_a_sentence(
+    key: str, tensor: torch.Tensor, expected: str, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", drawn_with(key, tensor))
+
+    said = refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    assert expected in said
+    assert "\n" not in said

@@ -127,7 +127,7 @@ def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools, anc
         weights_GM = decided.weights_GM[first : -(-(span.stop - unit.start) // group_elems)]
         weighted = Weighted(weights_GM, decided.anchored, dtype, result.working_bits)
         if anchored is not None:
-            anchored.add_base(span.start, float(tools.arithmetic.gram(span.first(), span.stop - span.start)[0, 0, 0]))
+            anchored.add_base(span.start, float(tools.arithmetic.gram(span.only(0), span.stop - span.start)[0, 0, 0]))
         if not tools.arithmetic.combine(span, weighted, target):
             tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
         tools.clock.add("combine", started)
