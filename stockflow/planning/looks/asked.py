@@ -12,6 +12,7 @@ from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 
+MERGED = "merged"
 _LEAVE_THE_BASE = ("lambda", "t", "select_topk")
 """Parameters of which zero leaves the base as it is."""
 
@@ -119,22 +120,26 @@ def unmerged(proposal: Proposal) -> Iterator[Remark]:
 
 def without_effect(proposal: Proposal) -> Iterator[Remark]:
     """Yield that by the values of the recipe every tensor that is merged comes from one model."""
-    merged = [job for job in proposal.jobs if not job.is_copy and _reads_several(job)]
-    causes = {_cause(job) for job in merged}
-    if merged and None not in causes:
-        said = " and ".join(sorted(f"`{cause}`" for cause in causes if cause))
+    causes: set[str] = set()
+    for job in proposal.jobs:
+        cause = None if job.is_copy or not _reads_several(job) else _cause(job)
+        if cause == MERGED:
+            return
+        causes.update([cause] if cause else [])
+    if causes:
+        said = " and ".join(sorted(f"`{cause}`" for cause in causes))
         text = f"nothing is merged: with {said} every tensor comes from one model; change the values"
         yield Remark("unmerged", f"{text} (--allow-unmerged obeys them)", "refusal")
 
 
-def _cause(job: TensorJob) -> str | None:
-    """Return the value by which a tensor is that of one model; None if it is merged."""
+def _cause(job: TensorJob) -> str:
+    """Return the value by which a tensor is that of one model, or that it is merged."""
     given = job.result.parameters
     if not job.result.declared.has_anchor(given):
-        return None
+        return MERGED
     shared = [f"{name}: 0" for name in _LEAVE_THE_BASE if given.shared.get(name) == 0.0]
     zero = [f"{name}: 0" for name in ("weight", "density") if given.per_model.get(name) and not any(given.each(name))]
-    return next(iter((*shared, *zero)), None)
+    return next(iter((*shared, *zero)), MERGED)
 
 
 def _reads_several(job: TensorJob) -> bool:
