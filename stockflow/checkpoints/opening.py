@@ -205,8 +205,10 @@ def _tensors(
         lambda: tensors_of(weights.specs, hints_of(config), shapes, where),
     )
     for name, stored in tensors.stored.items() if weights.joined else ():
-        if any(part.name in weights.joined for part in stored.parts):
+        if any(part.name in weights.joined for part in (*stored.parts, *stored.beside)):
             raise CheckpointError(f"{where}: {shown(name)} is quantised and in shards, which is not read; join them")
+    if split := [name for name in tensors.static_scales if name in weights.joined]:
+        raise CheckpointError(f"{where}: {shown(split[0])} is a scale in shards, which is not read; join them")
     return tensors
 
 

@@ -134,6 +134,22 @@ def test_names_of_modules_are_no_keys_of_a_run(tmp_path: Path) -> None:
     assert opened(save_distributed(tmp_path, tensors)).specs.keys() == tensors.keys()
 
 
+@pytest.mark.parametrize("cut", ["a.weight", "a.weight_scale_inv", "a.input_scale"])
+def test_codes_and_scales_in_shards_are_refused_by_name(cut: str, tmp_path: Path) -> None:
+    """Those that are whole are read."""
+    tensors = {
+        "a.weight": torch.ones(256, 128).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.ones(2, 1),
+        "a.input_scale": torch.ones(2),
+    }
+    whole: dict[str, list[Chunk]] = {name: [((0,) * each.dim(), each)] for name, each in tensors.items()}
+    checkpoint = opened(save_distributed(tmp_path / "whole", tensors, chunks=whole))
+
+    assert checkpoint.stored.keys() == {"a.weight"}
+    message = words(save_distributed(tmp_path / "cut", tensors, chunks={k: v for k, v in whole.items() if k != cut}))
+    assert "in shards, which is not read; join them" in message
+
+
 def columns(tensor: torch.Tensor) -> list[Chunk]:
     return [((0, 0), tensor[:, :2].contiguous()), ((0, 2), tensor[:, 2:].contiguous())]
 
