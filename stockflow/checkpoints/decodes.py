@@ -173,6 +173,10 @@ class BlockScaled(RunByRun):
         row_bytes = self.grid(shape)[1] * self._scale_width
         return ByteRange(start, stop), ByteRange(first * row_bytes, last * row_bytes)
 
+    def num_code_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the size of the codes of a tensor."""
+        return math.prod(shape)
+
     def band_elems(self, shape: tuple[int, ...]) -> int:
         """Return how many elements the blocks of a row of scales are of."""
         rows, columns = matrix_of(shape)
@@ -263,6 +267,10 @@ class GroupScaled(RunByRun):
         if stop <= start:
             found = [ByteRange(0, 0)] * 2
         return (*found, ByteRange(0, 4)) if self.whole else tuple(found)
+
+    def num_code_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the size of the codes of a tensor."""
+        return math.prod(shape[:-1]) * self.row_bytes
 
     def band_elems(self, shape: tuple[int, ...]) -> int:
         """Return how many elements a row is of."""

@@ -7,8 +7,9 @@ Mistral, Kimi and gpt-oss are published in; compressed-tensors; modelopt; OCP Mi
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
-from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Whole
+from stockflow.checkpoints.decodes import BlockScaled, Codes, Decode, GroupScaled, Whole
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.packed import by_module
 from stockflow.errors import CheckpointError
@@ -151,6 +152,20 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value > 0
 
 
+@cache
+def block_scaled(dtype: str, scale_dtype: str, block: tuple[int, int]) -> BlockScaled:
+    """Return the one value for these: a plan has a million operands."""
+    return BlockScaled(dtype, scale_dtype, block)
+
+
+@cache
+def group_scaled(
+    dtype: str, codes: Codes, scale_dtype: str, group: int, num_columns: int, whole: Whole = ""
+) -> GroupScaled:
+    """Return the one value for these."""
+    return GroupScaled(dtype, codes, scale_dtype, group, num_columns, whole)
+
+
 Pair = tuple[str, Shape, Stored]
 """The last part of a tensor's name, its shape and how it is stored."""
 
@@ -182,7 +197,7 @@ def _eight_bits(own: str, code: TensorSpec, siblings: Siblings, hints: Hints) ->
     if isinstance(block, str):
         return f"has the shape {list(code.shape)} and {shown(scale.name)} {list(scale.shape)}: {block}"
     scale_dtype = "F8_E8M0" if is_exponent else scale.dtype
-    return own, code.shape, Stored(BlockScaled(code.dtype, scale_dtype, block), (code, scale))
+    return own, code.shape, Stored(block_scaled(code.dtype, scale_dtype, block), (code, scale))
 
 
 def _grid_of(shape: Shape) -> Shape:
@@ -239,7 +254,7 @@ def _compressed(code: TensorSpec, siblings: Siblings, hints: Hints, shapes: Mapp
         group = columns
     if not group or -(-columns // group) != num_groups or not room - 8 < columns <= room:
         return _no_groups(code, scale, hints.group, known)
-    stored = GroupScaled("I32", "I4", scale.dtype, group, columns)
+    stored = group_scaled("I32", "I4", scale.dtype, group, columns)
     return "weight", (code.shape[0], columns), Stored(stored, (code, scale), beside)
 
 
@@ -258,7 +273,7 @@ def _blocks(own: str, code: TensorSpec, siblings: Siblings) -> Pair | None:
     if scale is None or code.shape[:-1] != scale.shape or code.shape[-1] * 2 != MX_GROUP or scale.dtype != "U8":
         return None
     columns = code.shape[-2] * MX_GROUP
-    stored = GroupScaled(code.dtype, "F4", "F8_E8M0", MX_GROUP, columns)
+    stored = group_scaled(code.dtype, "F4", "F8_E8M0", MX_GROUP, columns)
     return own, (*code.shape[:-2], columns), Stored(stored, (code, scale))
 
 
@@ -290,10 +305,10 @@ def _nibbles(
     if whole is None:
         if scale.dtype not in _EXPONENTS:
             return None
-        stored = GroupScaled(code.dtype, "F4", "F8_E8M0", group, columns)
+        stored = group_scaled(code.dtype, "F4", "F8_E8M0", group, columns)
         return own, (code.shape[0], columns), Stored(stored, (code, scale), beside)
     if scale.dtype != "F8_E4M3" or whole.dtype != "F32" or whole.num_elems != 1:
         found = f"has {scale.dtype} scales and {shown(whole.name)} of {whole.dtype} {list(whole.shape)}"
         return f"{found}, expected F8_E4M3 and one F32"
-    stored = GroupScaled(code.dtype, "F4", scale.dtype, group, columns, does)
+    stored = group_scaled(code.dtype, "F4", scale.dtype, group, columns, does)
     return own, (code.shape[0], columns), Stored(stored, (code, scale, whole), beside)

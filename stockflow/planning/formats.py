@@ -1,15 +1,15 @@
 """Output formats: a merged tensor as plain numbers, or in codes: those of the donor, or FP8 in blocks."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.packed import packed_weights
 from stockflow.checkpoints.quantised import Stored
 from stockflow.checkpoints.scale_rules import AMAX, kind_of, usual_rule
-from stockflow.planning.job import COPY, TensorJob, copying
+from stockflow.planning.job import COPY, Reading, Result, TensorJob, copying
 from stockflow.planning.operands import stored
 from stockflow.planning.plan import SideFile
 from stockflow.planning.precisions import float_bits_of
@@ -26,9 +26,10 @@ _KEPT_PLAIN = re.compile(r"(embed|lm_head|norm|router|vision|visual|audio|projec
 def coded(job: TensorJob, outputs: tuple[TensorSpec, ...], encode: BlockScaled | GroupScaled, rule: str) -> TensorJob:
     """Return a job whose result is written in codes, these first and their scales behind them."""
     bits = float_bits_of(job.reading.dtypes)
-    reading = replace(job.reading, band=encode.band_elems(job.reading.shape), float_bits=bits)
-    result = replace(job.result, outputs=outputs, encode=encode, rule=rule, float_bits=bits, working_bits=bits)
-    return TensorJob(reading, (result,))
+    read, made = job.reading, job.result
+    band = encode.band_elems(read.shape)
+    reading = Reading(read.name, read.shape, read.operands, read.scope, bits, read.whole_rows, band)
+    return TensorJob(reading, (Result(outputs, encode, made.method, made.parameters, bits, bits, rule),))
 
 
 def written(recipe: Recipe, donor: Checkpoint, number: int, own_name: str, job: TensorJob) -> list[TensorJob]:
@@ -46,7 +47,8 @@ def written(recipe: Recipe, donor: Checkpoint, number: int, own_name: str, job: 
     if held and encode and _fits(encode, held, job.output):
         parts = held.parts[: len(encode.widths)]
         outputs = tuple(part._replace(name=_renamed(part.name, job.output.name)) for part in parts)
-        kept = coded(job, outputs, encode, _rule_of(encode, own_name, dict(donor.rules)))
+        rule = dict(donor.rules).get(kind_of(own_name)) if donor.rules else None
+        kept = coded(job, outputs, encode, rule or usual_rule(encode))
         return [kept, *_beside(job.output, held, donor, number)]
     if recipe.stockflow.output_format == "fp8_block" and _is_multiplied(job.output):
         scale = TensorSpec(f"{job.output.name}_scale_inv", "F32", FP8_BLOCK.grid(job.output.shape))
@@ -69,6 +71,11 @@ def static_scales(donor: Checkpoint, number: int) -> Iterator[TensorJob]:
 def outputs_of(jobs: Iterable[TensorJob]) -> dict[str, TensorSpec]:
     """Return all tensors that jobs write, by name."""
     return {output.name: output for job in jobs for output in job.result.outputs}
+
+
+def has_codes(jobs: Sequence[TensorJob]) -> bool:
+    """Return whether anything that jobs write is codes, of whatever format."""
+    return any(job.result.rule for job in jobs) or bool(packed_weights(outputs_of(jobs)))
 
 
 def in_codes(job: TensorJob) -> bool:
@@ -101,15 +108,9 @@ def cannot_be_kept(held: Stored) -> bool:
     return isinstance(encode, GroupScaled) and bool(encode.whole)
 
 
-def _rule_of(encode: BlockScaled | GroupScaled, own_name: str, rules: Mapping[str, str]) -> str:
-    """Return how scales of a tensor are chosen: as was found in its kind, else as is usual in its format."""
-    return rules.get(kind_of(own_name)) or usual_rule(encode)
-
-
 def _fits(encode: BlockScaled | GroupScaled, held: Stored, output: TensorSpec) -> bool:
-    """Return whether the donor's parts have the shape of what is written: rows by token may be others."""
-    ranges = encode.ranges(output.shape, 0, output.num_elems)
-    return all(found.stop == part.num_bytes for found, part in zip(ranges, held.parts, strict=False))
+    """Return whether the donor's codes have the shape of what is written: rows by token may be others."""
+    return encode.num_code_bytes(output.shape) == held.parts[0].num_bytes
 
 
 def _beside(output: TensorSpec, held: Stored, donor: Checkpoint, number: int) -> Iterator[TensorJob]:

@@ -309,7 +309,10 @@ class TensorJob:
         """Equal for jobs that take the same memory."""
         reading = self.reading
         made = [(result.method, result.outputs[0].dtype) for result in self.results]
-        stored_as = reading.dtypes if reading.is_plain else tuple(each.decode for each in reading.operands)
+        stored_as: Hashable = reading.dtypes
+        if not reading.is_plain:  # codes are one object for each way of storing, which is quicker told than compared
+            decodes = [each.decode for each in reading.operands]
+            stored_as = tuple([id(each) if isinstance(each, BlockScaled | GroupScaled) else each for each in decodes])
         return reading.shape, reading.scope, stored_as, reading.is_plain, reading.band, self.place_beside, *made
 
     def scratch_bytes(self, num_elems: int) -> int:

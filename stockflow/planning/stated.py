@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from stockflow.checkpoints.configs import Config, quantization_keys, says_packed
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.packed import packed_weights
-from stockflow.planning.formats import FP8_BLOCK, in_codes, outputs_of
+from stockflow.planning.formats import FP8_BLOCK, has_codes, in_codes
 from stockflow.planning.job import TensorJob
 from stockflow.recipe import Recipe
 
@@ -18,7 +17,7 @@ def stated_quantization(config: Config, recipe: Recipe, donor: Checkpoint, jobs:
     made = [job for job in jobs if job.result.rule]
     if made and not recipe.keeps_codes:
         return {**_without(config), "quantization_config": _fp8_block(jobs)}
-    if not packed_weights(outputs_of(jobs)):
+    if not has_codes(jobs):
         return _without(config) if any(quantization_keys(config)) else config
     coded = {_module(job.output.name) for job in jobs if in_codes(job)}
     written = {_module(job.output.name) for job in jobs}

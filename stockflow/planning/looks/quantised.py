@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from stockflow.checkpoints.adapter_decodes import codes_within
 from stockflow.checkpoints.configs import quantization_keys
-from stockflow.checkpoints.packed import packed_weights, scales_of_plain_weights
-from stockflow.planning.formats import QUANTIZATION_FILE, outputs_of
+from stockflow.checkpoints.packed import scales_of_plain_weights
+from stockflow.planning.formats import QUANTIZATION_FILE, has_codes, outputs_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
@@ -21,7 +21,7 @@ def removed_quantization(proposal: Proposal) -> Iterator[Remark]:
     donor = proposal.donor
     keys = list(quantization_keys(donor.config or {}))
     files = [file for file in QUANTIZATION_FILES if file in (*donor.other_files, *donor.side_files)]
-    if (keys or files) and not packed_weights(outputs_of(proposal.jobs)):
+    if (keys or files) and not has_codes(proposal.jobs):
         url = redact(donor.url)
         removed = [*(f"`{in_a_line(key)}` of its config" for key in keys), *files]
         text = (
