@@ -101,7 +101,8 @@ def connected(options: RayOptions, num_items: int) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        if has_own_node():  # else it would end this process
+            ray.shutdown()
 
 
 def starts_here(options: RayOptions) -> bool:
@@ -163,6 +164,38 @@ def draining_nodes() -> frozenset[str]:
 
         nodes.update(state.get_draining_nodes())
     return frozenset(nodes)
+
+
+def check_own_node() -> None:
+    """See whether the raylet of the driver's node is there: without it Ray ends the driver, with 1 and no word (2.60).
+
+    Raises:
+        ComputeLostError: it is gone.
+    """
+    if not has_own_node():
+        raise ComputeLostError(
+            f"the Ray node of this driver ended ({os.uname().nodename}: its raylet is gone); start it again, then run "
+            "again to resume"
+        )
+
+
+def has_own_node() -> bool:
+    """Return whether the raylet of the driver's node answers at its socket; True where it has none to be seen."""
+    name = ""
+    with _optional():
+        from ray._private import worker
+
+        name = str(getattr(worker._global_node, "raylet_socket_name", ""))
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(PROBE_S)
+            if name.startswith("/"):
+                probe.connect(name)
+    except (ConnectionRefusedError, FileNotFoundError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _living_nodes() -> list[dict[str, Any]]:

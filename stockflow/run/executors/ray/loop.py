@@ -17,9 +17,11 @@ from stockflow.run.executors.ray.actor import Actor, Counters, Work
 from stockflow.run.executors.ray.cluster import (
     RayOptions,
     brief,
+    check_own_node,
     connected,
     describe_resources,
     draining_nodes,
+    has_own_node,
     refuse_impossible,
     starts_here,
     worker_count,
@@ -156,7 +158,9 @@ class _Loop(Generic[T, R]):
         return results
 
     def close(self) -> None:
-        """Let items in work clean up for a moment, then end every actor."""
+        """Let items in work clean up for a moment, then end every actor; without a node nobody hears of it."""
+        if not has_own_node():
+            return
         handles = [*self._handles.values(), *self._ending]
         busy = [handle for handle in handles if handle.is_up and handle.call is not None]
         calls = [handle.call for handle in busy]
@@ -271,6 +275,7 @@ class _Loop(Generic[T, R]):
     def _poll(self) -> None:
         """Ask actors what they have counted, without waiting for answers; see what has been too long."""
         self._polled = time.monotonic()
+        check_own_node()
         self._scheduler.drain(draining_nodes())
         if self._options.num_workers is None:  # nodes that have joined meanwhile
             self._scheduler.want(worker_count(self._options, self._num_items))
