@@ -129,7 +129,7 @@ class LocalStore:
 
     def _sighted(self, key: str, found: os.stat_result) -> Stamp:
         if self._sightings:
-            self._sightings.hold(self._path(key), found)
+            self._sightings.hold(f"{self.folder}/{key}", found)
         return _stamp_of(found)
 
     def _listed(self, key: str) -> os.stat_result:

@@ -252,7 +252,7 @@ def test_several_results_come_from_one_read_and_are_what_each_would_be_alone(fp8
     refs = [CheckpointRef(each.url, each.files) for each in fp8.checkpoints]
     job = TensorJob(fp8.reading(), tuple(results))
     outs = {result.outputs[0].name: bytearray() for result in results}
-    session = Session(refs, StorageConfig(), memory_bytes=2**31, num_threads=2, device="cpu")
+    session = Session(refs, StorageConfig(), memory_bytes=2**31 + runs.grown_bytes(), num_threads=2, device="cpu")
     merger = ShardMerger(session, refs, "error").merger(StageClock())
     memory: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in outs}
 

@@ -64,7 +64,7 @@ def test_a_merge_of_pickles_is_that_of_the_oracle(method: str, family: Family, t
         else:
             np.testing.assert_array_equal(found[name].array, result.out)
     assert "weights-chosen" in {remark.code for remark in merged.plan.remarks}
-    sample = SampleOptions(1.0, seed=0, memory_bytes=2**31, num_threads=2)
+    sample = SampleOptions(1.0, seed=0, memory_bytes=2**31 + runs.grown_bytes(), num_threads=2)
     assert [str(each) for each in verify(str(tmp_path / "out"), StorageConfig(), sample=sample).findings] == []
 
 
