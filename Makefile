@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser test-install test-pythons bench-prediction
+.PHONY: help demo test lint types bench bench-peers bench-s3 bench-quantised bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser test-install test-pythons bench-prediction
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here (two minutes; installs torch and Ray first)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-peers  verdicts on real output of mergekit, in an environment of its own"
 	@echo "make fuzz        malformed inputs for every reader, guided by coverage (8 minutes)"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
+	@echo "make bench-quantised  CPU per element of FP8, INT4 and MXFP4 beside BF16 of equal shapes"
 	@echo "make bench-prediction  what stockflow plan predicts against what merges take; docs/insight.md#how-well-it-predicts"
 	@echo "make bench-scale how well 1 to 16 Ray workers share a merge, each one's rate capped (25 minutes)"
 	@echo "make makespans   simulated merges of 10**12 parameters on 8 to 512 workers"
@@ -115,6 +116,9 @@ bench-s3: $(VENV)/.installed-dev
 
 bench-prediction: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.prediction $(ARGS)
+
+bench-quantised: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.quantised $(ARGS)
 
 bench-scale: $(VENV)/.installed-dev
 	for workers in 16 8 4 2 1; do $(BIN)/python -m tests.benchmarks.scale_out --workers $$workers $(ARGS) || exit; done

@@ -17,6 +17,8 @@ from stockflow.recipe import Recipe
 
 QUANTIZATION_FILE = "hf_quant_config.json"
 CODE_NAMES = ("weight_packed", "_blocks")
+CONTAINERS = ("I8", "U8")
+"""Of codes of four bits that have the name of a weight."""
 FP8_BLOCK = BlockScaled("F8_E4M3", "F32", (128, 128))
 _MULTIPLIED = re.compile(r"(_proj|\.w[123]|\.w[qkvo](_[ab])?|\.wkv|query_key_value|dense\w*|fc\d)\.weight$")
 """Matrices that inputs are multiplied by: embeddings, heads, norms and routers stay as they are."""
@@ -80,7 +82,9 @@ def has_codes(jobs: Sequence[TensorJob]) -> bool:
 
 def in_codes(job: TensorJob) -> bool:
     """Return whether a job writes codes that need scales."""
-    return bool(job.result.rule) or job.output.kind == "packed" or job.output.name.endswith(CODE_NAMES)
+    output = job.output
+    is_container = output.dtype in CONTAINERS and output.name.endswith(".weight")
+    return bool(job.result.rule) or output.kind == "packed" or output.name.endswith(CODE_NAMES) or is_container
 
 
 def with_codes_only(side_files: tuple[SideFile, ...], jobs: Iterable[TensorJob]) -> tuple[SideFile, ...]:

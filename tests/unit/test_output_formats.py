@@ -88,6 +88,20 @@ def test_a_copy_is_of_codes_and_scales_where_these_are_kept_and_of_numbers_else(
     assert written(widened)[f"{WEIGHT}.weight"] == ("F16", "")
 
 
+def test_what_is_written_as_numbers_among_codes_is_listed_in_the_config(merge: Merge) -> None:
+    """A rule that casts one of two modules; and codes in integers, which are copied, are codes all the same."""
+    add_codes(merge, WEIGHT)
+    for tensors in merge.models:
+        made = quantised.mxfp4(torch.randn(4, 64, dtype=torch.float64).numpy(), "I8")
+        tensors |= {f"{OTHER}.{own}": tensor for own, tensor in made.tensors.items()}
+    merge.write(config={"quantization_config": FP8})
+
+    plan = merge.plan(stockflow=rule(filter="layers.1.mlp", action="copy"))
+
+    assert written(plan)[f"{OTHER}.weight"] == ("I8", "")
+    assert plan.config == {"quantization_config": FP8}
+
+
 def test_fp8_blocks_are_made_of_matrices_that_inputs_are_multiplied_by(merge: Merge) -> None:
     names = (f"{WEIGHT}.weight", "lm_head.weight", "layers.0.mlp.gate.weight", "layers.0.self_attn.q_norm.weight")
     add_plain(merge, *names)
