@@ -58,8 +58,25 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
             f"{adapter.where}: {count} of {len(adapter.specs)} have no place in {ground.where}: {some}. Name the base "
             "that the adapter was trained on"
         )
+    _check_promises(ground, adapter, modules)
     binder.untie()
     return binder.made
+
+
+def _check_promises(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> None:
+    """Hold what a config says is there against the tensors: what is lost would leave the base as it is."""
+    config = adapter.config
+    if config.has_lengths and not any("lengths" in parts for parts in modules.values()):
+        raise CheckpointError(
+            f"{adapter.where}: the config says `use_dora`, and no tensor is a `lora_magnitude_vector`; fetch it again"
+        )
+    for name in config.modules_to_save:
+        is_there = any(f".{tensor}".endswith((f".{name}.weight", f".{name}.bias")) for tensor in ground.specs)
+        if is_there and not any(f".{module}".endswith(f".{name}") for module in modules):
+            raise CheckpointError(
+                f"{adapter.where}: the config says that {shown(name)} is saved whole (`modules_to_save`), and no "
+                "tensor is of it; fetch it again"
+            )
 
 
 class _Binder:

@@ -46,6 +46,8 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     fan_in_fan_out: bool
     """whether its linear layers store weights as ``[in, out]``"""
+    has_lengths: bool
+    """whether it is of DoRA, which stores the lengths of rows beside the factors"""
     modules_to_save: tuple[str, ...]
     token_indices: Mapping[str, tuple[int, ...]]
     """by the name of a module, the rows that are replaced"""
@@ -116,11 +118,12 @@ def _parsed(given: object) -> AdapterConfig:
     is_pinned = isinstance(revision, str) and revision not in ("", "main")
     return AdapterConfig(
         rank=_read(given, "r", _positive, 8),
-        alpha=_read(given, "lora_alpha", _number, 8.0),
+        alpha=_read(given, "lora_alpha", _number, 0.0),
         is_rank_stabilised=_read(given, "use_rslora", _flag, False),
         rank_pattern=_read(given, "rank_pattern", _patterns(_positive), dict[str, int]()),
         alpha_pattern=_read(given, "alpha_pattern", _patterns(_number), dict[str, float]()),
         fan_in_fan_out=_read(given, "fan_in_fan_out", _flag, False),
+        has_lengths=_read(given, "use_dora", _flag, False),
         modules_to_save=_read(given, "modules_to_save", _names, ()),
         token_indices=_read(given, "trainable_token_indices", _tokens, {}),
         target_parameters=_read(given, "target_parameters", _names, ()),
@@ -132,6 +135,8 @@ def _parsed(given: object) -> AdapterConfig:
 
 
 def _refuse_others(given: Mapping[str, object]) -> None:
+    if given.get("lora_alpha") is None and given.get("peft_type") == "LORA":
+        raise ValueError("it has no `lora_alpha`, which PEFT writes and no tensor shows: the scale of its factors")
     kind = given.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"it holds an adapter of the type {shown(kind)}; only LORA is read. Merge it with PEFT first")

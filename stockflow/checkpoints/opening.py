@@ -175,7 +175,24 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
         files={**base.files, **adapter.files},
         config=untied(base.config) if made.unties and base.config is not None else base.config,
         stored={**base.stored, **made.stored},
+        remarks=(*base.remarks, *_on_base(store, adapter.config.base)),
     )
+
+
+def _on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:
+    """Yield that an adapter says it belongs to a model of another name than the one it is put on."""
+    base = store.model.where()
+    if named and _bare(named) != _bare(base):
+        text = (
+            f"{store.adapter.where()} says that its base is {shown(named)}, and is put on {base}: if these are not the "
+            "same weights, what it adds means nothing"
+        )
+        yield Remark("adapter-elsewhere", text, "note", (store.url,))
+
+
+def _bare(location: str) -> str:
+    """Return the name of a model without where it lies and which revision it is."""
+    return location.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
 
 
 def open_tokenizer(store: Store) -> Checkpoint:

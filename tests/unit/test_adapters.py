@@ -202,6 +202,20 @@ def test_an_adapter_alone_is_read_with_the_base_that_it_names(tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize(("named", "is_said"), [("org/Base@main", False), ("org/another", True), (None, False)])
+def test_an_adapter_that_names_another_model_than_the_one_it_is_put_on_is_said(
+    named: str | None, is_said: bool, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES), base_model_name_or_path=named)
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{tmp_path}/base+{tmp_path}/lora"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    (opened,) = Inputs.open(load_recipe(str(tmp_path / "recipe.yaml"))).checkpoints
+
+    assert ("adapter-elsewhere" in {each.code for each in opened.remarks}) is is_said
+
+
 def refusal(root: Path, model: str, error: type[UserError] = CheckpointError) -> str:
     with pytest.raises(error) as caught:
         merged(root, model)
@@ -231,6 +245,12 @@ def refusal(root: Path, model: str, error: type[UserError] = CheckpointError) ->
         ({"r": 0}, "`r`: expected a positive integer, found 0"),
         ({"r": True}, "`r`: expected a positive integer, found True"),
         ({"lora_alpha": "8"}, "`lora_alpha`: expected a finite number, found '8'"),
+        ({"lora_alpha": None}, "it has no `lora_alpha`, which PEFT writes"),
+        ({"use_dora": True}, "the config says `use_dora`, and no tensor is a `lora_magnitude_vector`"),
+        (
+            {"modules_to_save": ["embed_tokens"]},
+            "'embed_tokens' is saved whole (`modules_to_save`), and no tensor is of",
+        ),
         ({"rank_pattern": {"(": 3}}, "`rank_pattern`: expected patterns that are regular expressions"),
         ({"rank_pattern": [3]}, "`rank_pattern`: expected numbers by pattern"),
         ({"use_rslora": "yes"}, "`use_rslora`: expected true or false"),
