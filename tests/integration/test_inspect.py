@@ -165,7 +165,7 @@ def test_the_command_prints_a_summary_and_leaves_both_files(tmp_path: Path) -> N
     family = make_family(tmp_path, 3, LAYERS)
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
 
-    finished = runs.run("inspect", recipe, "--out", tmp_path / "found", "--device", "cpu")
+    finished = runs.run("inspect", recipe, "--out", tmp_path / "found", "--device", "cpu", "--progress", "none")
 
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "inspected 6 of 9 tensors" in finished.stdout
