@@ -104,7 +104,8 @@ def make_plan(
     if vocabulary is not None:
         checkpoints = [vocabulary.reshaped(each) for each in checkpoints]
     outline = outline_of(recipe, checkpoints)
-    jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts)
+    by_token = vocabulary.tensors if vocabulary else frozenset[str]()
+    jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts, by_token)
     if vocabulary is not None:
         jobs = [vocabulary.mapped(job) for job in jobs]
     jobs = with_shared_reads(jobs, checkpoints)
@@ -143,14 +144,14 @@ def make_plan(
 
 
 def _planned(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], outline: Outline, experts: Experts
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], outline: Outline, experts: Experts, by_token: Collection[str]
 ) -> tuple[list[TensorJob], list[str], list[str]]:
     """Return the jobs in the order of the output, the names that rules skip, and what stands against the rest."""
     donor = checkpoints[recipe.donor]
     explained = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
     misfits = [misfit for each in outline.unplanned if (misfit := _misfit(each, explained))]
     jobs, skipped = list[TensorJob](), dict[str, None]()
-    known = _Known(explained, kept_above(recipe, checkpoints), OptionalParts(donor))
+    known = _Known(explained, kept_above(recipe, checkpoints), OptionalParts(donor), by_token)
     for target in outline.targets:
         whole = experts.whole(target.names[0], target.spec.name) if experts.wholes else None
         stored_name = whole.name if whole else target.spec.name
@@ -231,6 +232,8 @@ class _Known(NamedTuple):
     above: Sequence[int]
     """how many bits are meant finer, per checkpoint"""
     optional: OptionalParts
+    by_token: Collection[str]
+    """names of tensors whose rows follow a vocabulary; what is in codes there is written as numbers"""
 
 
 def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Sequence[TensorJob] | Sequence[Misfit]:
@@ -238,20 +241,21 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
     stretch, spec, names, stand = target
     recipe, checkpoints, name = stretch.recipe, stretch.checkpoints, spec.name
     rule, is_part = recipe.rule_for(stored_name), stored_name != name
+    keeps_codes = recipe.keeps_codes and name not in known.by_token
     if _is_copied(recipe, rule, name):
-        return _as_it_is(target, recipe.donor, is_part=is_part)
+        return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes and not is_part)
     method = recipe.method_for(rule)
     indices = recipe.sources(method)
     absent = [index for index, own in enumerate(names) if own not in checkpoints[index].specs]
     if absent and known.optional.is_lacked(names[0], [checkpoints[index] for index in absent]):
-        return _as_it_is(target, recipe.donor, is_part=is_part)
+        return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes and not is_part)
     if absent:
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
         told_of = [index for index in absent if stretch.numbers[index] not in known.explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
         return [_of_a_head(missing, stretch, told_of)] if told_of else []
     if recipe.carries_over(stored_name, spec.dtype, stand):
-        return _as_it_is(target, *indices, is_part=is_part)
+        return _as_it_is(target, *indices, keeps_codes=keeps_codes and not is_part)
     alike = spec.kind != "packed" and target.is_alike(indices)
     donor_first = tuple(dict.fromkeys((recipe.donor, *indices)))
     if (spec.kind != "float" or holds_indices(target)) and (alike or are_known(target, donor_first)):
@@ -274,12 +278,14 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
         recipe.scope_for(method, stored_name, rule, stand, default="leading" if is_fused else "tensor"),
     )
     held = checkpoints[0].stored.get(names[0])
-    if held is not None and recipe.keeps_codes and cannot_be_kept(held):
+    if held is not None and keeps_codes and cannot_be_kept(held):
         return [Misfit(name, f"{held.decode.words} in {stretch.urls([0])}, which is read and not written", ADD_FORMAT)]
+    if name in known.by_token:
+        return [job]
     return written(recipe, checkpoints[0], stretch.numbers[0], names[0], job)
 
 
-def _as_it_is(target: OutputTensor, index: int, *, is_part: bool) -> list[TensorJob]:
+def _as_it_is(target: OutputTensor, index: int, *, keeps_codes: bool) -> list[TensorJob]:
     """The jobs that take a tensor over: its bytes, codes and scales alike; or what these stand for, if that is asked.
 
     Of a tensor that is stored in parts, these follow each other.
@@ -289,7 +295,7 @@ def _as_it_is(target: OutputTensor, index: int, *, is_part: bool) -> list[Tensor
     held = checkpoint.stored.get(target.names[index])
     if held is None:
         return [copying(spec, operands, COPY)]
-    if recipe.keeps_codes and not is_part and is_coded(held.decode):
+    if keeps_codes and is_coded(held.decode):
         return carried(spec, held, checkpoint, number)
     return [merging(spec._replace(dtype=recipe.output_dtype or spec.dtype), operands, PASSTHROUGH, UNSCALED, "tensor")]
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import stockflow
 from stockflow.errors import NotFoundError, PlanError
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import Inputs
-from tests import oracle, runs
+from tests import oracle, quantised, runs
 from tests.checkpoints import LLAMA_CONFIG, llama_shapes, make_tensors, write_checkpoint
 
 CORPORA = (
@@ -165,6 +165,26 @@ def test_a_union_has_every_token_and_each_row_is_its_tokens(three: Models, metho
     assert ids.keys() == {token for each in merged for token in each}
     assert ids.items() >= merged[0].items()
     assert sorted(ids.values()) == list(range(len(ids)))
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+def test_rows_in_codes_are_taken_by_token_and_written_as_numbers(tmp_path: Path, form: str) -> None:
+    """Though the output has as many rows as the base, whose codes would fit it."""
+    three = Models(tmp_path, [english(), english("<|tool|>"), trained(CORPORA[1], ["<|tool|>"])], padding=(0, 0, 0))
+    for folder, tensors in zip(three.folders, three.tensors, strict=True):
+        stored = dict(tensors)
+        for name in ROWS:
+            weight = stored.pop(name).float()
+            made = (
+                quantised.fp8(weight, tuple(weight.shape), name="weight_scale")
+                if form == "fp8"
+                else quantised.int4(weight.double().numpy(), HIDDEN)
+            )
+            stored |= {f"{name.removesuffix('weight')}{own}": tensor for own, tensor in made.tensors.items()}
+            tensors[name] = torch.from_numpy(made.values)
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    assert_rows(three, three.merged("model_stock", tokenizer_source="base"), "model_stock")
 
 
 @pytest.mark.parametrize("source", ["base", "one", "two"])
