@@ -88,14 +88,11 @@ class HeaderCache:
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
         self._made: dict[Hashable, object] = {}
         self._locks: dict[Hashable, threading.Lock] = {}
-        self._found: dict[tuple[int, Callable[..., object]], tuple[object, object]] = {}
 
     def found(self, specs: Mapping[str, TensorSpec], find: Callable[[Mapping[str, TensorSpec]], Found]) -> Found:
         """Return what ``find`` says of the tensors of a checkpoint; equal layouts are asked once."""
-        key = id(specs), find
-        if key not in self._found:
-            self._found[key] = specs, find(specs)  # the specs stay: another object never has their id
-        return cast(Found, self._found[key][1])
+        _, found = self.shared((id(specs), find), lambda: (specs, find(specs)))  # kept, so that no other has its id
+        return found
 
     def shared(self, key: Hashable, make: Callable[[], Found]) -> Found:
         """Return what was made for a key before, or make it; objects whose ``id`` is in a key must live on."""

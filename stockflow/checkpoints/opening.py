@@ -77,7 +77,7 @@ class Checkpoint:
     """the tensors that lie in several runs of bytes, one after the other"""
     static_scales: Mapping[str, TensorSpec] = field(default_factory=dict)
     """fixed scales of activations"""
-    rules: tuple[tuple[str, str], ...] = ()
+    rules: Mapping[str, str] = field(default_factory=dict)
     """how scales follow from weights, by kind of tensor, where the data says so"""
 
 
@@ -217,9 +217,9 @@ def _tensors(
         for spec in cache.found(weights.specs, sized_by)
         if (numbers := as_numbers(values.data.get(weights.extents[spec.name], b""), spec.dtype)) is not None
     }
+    hints = hints_of(config)
     tensors = cache.shared(
-        (id(weights.specs), hints_of(config), tuple(shapes.items())),
-        lambda: tensors_of(weights.specs, hints_of(config), shapes, where),
+        (id(weights.specs), hints, tuple(shapes.items())), lambda: tensors_of(weights.specs, hints, shapes, where)
     )
     for name, stored in tensors.stored.items() if weights.joined else ():
         if any(part.name in weights.joined for part in (*stored.parts, *stored.beside)):

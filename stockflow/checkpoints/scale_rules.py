@@ -34,7 +34,7 @@ def kind_of(name: str) -> str:
 
 def find_rules(
     store: Store, files: Mapping[str, Stamp], extents: Mapping[str, Extent], stored: Mapping[str, Stored]
-) -> tuple[tuple[str, str], ...]:
+) -> dict[str, str]:
     """Return the rule of each kind of tensor where it is not the usual one of its format.
 
     Raises:
@@ -64,7 +64,7 @@ def find_rules(
                 if decode.codes == "F4" and _largest_of_groups(codes, decode.group, THREE):
                     yield kind, CEIL
 
-    return tuple(found())
+    return dict(found())
 
 
 def usual_rule(decode: BlockScaled | GroupScaled) -> str:

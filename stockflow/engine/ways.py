@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, matrix_of
+from stockflow.checkpoints.scale_rules import RULES
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.pieces import LoadedPiece, Piece
@@ -210,7 +211,7 @@ class Coder:
             self._geometry,
             waiting.changed_KS,
             waiting.kept_KS,
-            coding.RULES.index(self._result.rule),
+            RULES.index(self._result.rule),
             coding.SCALES[encode.scale_dtype],
             coding.CODES[codes],
             coding.Coded(

@@ -15,9 +15,8 @@ from stockflow.kernels.arrays import Bits, Bytes, Singles
 from stockflow.kernels.floats import TILE, Index
 from stockflow.kernels.jit import jit
 
-RULES = ("amax", "power_of_two", "seven", "seven_and_half", "floor", "even", "ceil")
 AMAX, POWER, SEVEN, SEVEN_AND_HALF, FLOOR, EVEN, CEIL = range(7)
-"""How a scale follows from the largest magnitude of its block."""
+"""In the order of ``checkpoints.scale_rules``: how a scale follows from the largest magnitude of its block."""
 E4M3, E5M2, I4, F4 = range(4)
 CODES = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "I4": I4, "F4": F4}
 AS_F32, AS_BF16, AS_F16, AS_POWER = range(4)

@@ -15,23 +15,17 @@ RUN = 256
 @jit
 def add_magnitudes(rows_RE: Values, sums_R: Floats) -> None:
     """Add the sum of the magnitudes of each row; element k of a row belongs to partial sum ``k % 16``."""
-    run, lanes = np.empty(RUN), np.empty(LANES)
-    for r in range(len(rows_RE)):
-        row = rows_RE[r]
-        lanes[:] = 0.0
-        num_elems = np.uint64(len(row))
-        for start in range(np.uint64(0), num_elems, np.uint64(RUN)):
-            count = min(np.uint64(RUN), num_elems - start)
-            for k in range(count):
-                run[k] = abs(np.float64(row[start + k]))
-            run[count:] = 0.0
-            add_run(run, lanes)
-        sums_R[r] += total_of(lanes)
+    _add_rows(rows_RE, False, sums_R)
 
 
 @jit
 def add_squares(rows_RE: Values, sums_R: Floats) -> None:
     """Add the sum of the squares of each row, in the same order."""
+    _add_rows(rows_RE, True, sums_R)
+
+
+@jit
+def _add_rows(rows_RE: Values, is_squared: bool, sums_R: Floats) -> None:
     run, lanes = np.empty(RUN), np.empty(LANES)
     for r in range(len(rows_RE)):
         row = rows_RE[r]
@@ -39,8 +33,12 @@ def add_squares(rows_RE: Values, sums_R: Floats) -> None:
         num_elems = np.uint64(len(row))
         for start in range(np.uint64(0), num_elems, np.uint64(RUN)):
             count = min(np.uint64(RUN), num_elems - start)
-            for k in range(count):
-                run[k] = np.float64(row[start + k]) * np.float64(row[start + k])
+            if is_squared:
+                for k in range(count):
+                    run[k] = np.float64(row[start + k]) * np.float64(row[start + k])
+            else:
+                for k in range(count):
+                    run[k] = abs(np.float64(row[start + k]))
             run[count:] = 0.0
             add_run(run, lanes)
         sums_R[r] += total_of(lanes)

@@ -49,9 +49,9 @@ def written(recipe: Recipe, donor: Checkpoint, number: int, own_name: str, job: 
     if held and encode and _fits(encode, held, job.output):
         parts = held.parts[: len(encode.widths)]
         outputs = tuple(part._replace(name=_renamed(part.name, job.output.name)) for part in parts)
-        rule = dict(donor.rules).get(kind_of(own_name)) if donor.rules else None
+        rule = donor.rules.get(kind_of(own_name)) if donor.rules else None
         kept = coded(job, outputs, encode, rule or usual_rule(encode))
-        return [kept, *_beside(job.output, held, donor, number)]
+        return [kept, *(_copying(job.output, part, donor, number) for part in held.beside)]
     if recipe.stockflow.output_format == "fp8_block" and _is_multiplied(job.output):
         scale = TensorSpec(f"{job.output.name}_scale_inv", "F32", FP8_BLOCK.grid(job.output.shape))
         return [coded(job, (job.output._replace(dtype="F8_E4M3"), scale), FP8_BLOCK, AMAX)]
@@ -65,8 +65,7 @@ def carried(output: TensorSpec, held: Stored, donor: Checkpoint, number: int) ->
 
 def static_scales(donor: Checkpoint, number: int) -> Iterator[TensorJob]:
     """Yield the jobs that carry over the fixed scales of activations."""
-    for name in donor.static_scales:
-        spec = donor.static_scales[name]
+    for name, spec in donor.static_scales.items():
         yield copying(spec, (stored(number, spec, donor.extents[name]),), COPY)
 
 
@@ -89,9 +88,8 @@ def in_codes(job: TensorJob) -> bool:
 
 def with_codes_only(side_files: tuple[SideFile, ...], jobs: Iterable[TensorJob]) -> tuple[SideFile, ...]:
     """Return the files beside an output: what speaks of codes, only where there are some."""
-    if any(map(in_codes, jobs)):
-        return side_files
-    return tuple(file for file in side_files if file.key != QUANTIZATION_FILE)
+    without = tuple(file for file in side_files if file.key != QUANTIZATION_FILE)
+    return side_files if len(without) == len(side_files) or any(map(in_codes, jobs)) else without
 
 
 def codes_of(decode: Decode) -> BlockScaled | GroupScaled | None:
@@ -115,10 +113,6 @@ def cannot_be_kept(held: Stored) -> bool:
 def _fits(encode: BlockScaled | GroupScaled, held: Stored, output: TensorSpec) -> bool:
     """Return whether the donor's codes have the shape of what is written: rows by token may be others."""
     return encode.num_code_bytes(output.shape) == held.parts[0].num_bytes
-
-
-def _beside(output: TensorSpec, held: Stored, donor: Checkpoint, number: int) -> Iterator[TensorJob]:
-    yield from (_copying(output, part, donor, number) for part in held.beside)
 
 
 def _copying(output: TensorSpec, part: TensorSpec, donor: Checkpoint, number: int) -> TensorJob:

@@ -57,7 +57,8 @@ GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
 """With so many the last, half-empty round weighs little (docs/clusters.md#measured) if one takes well over a second."""
 
 PACKED_REMEDY = (
-    f"FP8 and packed formats are not merged yet; convert the checkpoint, or name {THEM} in a rule with `action: copy`"
+    "codes are numbers only with their scales, and here one is without the other; fetch the checkpoint again, or name "
+    f"{THEM} in a rule with `action: copy`"
 )
 
 PASSTHROUGH, UNSCALED = "passthrough", Parameters(per_model={"scale": (1.0,)})
@@ -109,7 +110,7 @@ def make_plan(
     if vocabulary is not None:
         jobs = [vocabulary.mapped(job) for job in jobs]
     jobs = with_shared_reads(jobs, checkpoints)
-    if any(in_codes(job) for job in jobs):
+    if checkpoints[recipe.donor].static_scales and any(map(in_codes, jobs)):
         jobs += static_scales(checkpoints[recipe.donor], recipe.donor)
     num_rows = vocabulary.num_rows if vocabulary else None
     config = output_config(recipe, checkpoints, jobs, outline.stackings, num_rows)

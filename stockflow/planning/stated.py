@@ -14,14 +14,15 @@ _LEFT_PLAIN = ("ignore", "ignored_layers", "modules_to_not_convert")
 
 def stated_quantization(config: Config, recipe: Recipe, donor: Checkpoint, jobs: Sequence[TensorJob]) -> Config:
     """Return the donor's config with what it says of quantised weights true of what the jobs write."""
-    made = [job for job in jobs if job.result.rule]
-    if made and not recipe.keeps_codes:
+    if not recipe.keeps_codes and any(job.result.rule for job in jobs):
         return {**_without(config), "quantization_config": _fp8_block(jobs)}
+    if not any(quantization_keys(config)):
+        return config
     if not has_codes(jobs):
-        return _without(config) if any(quantization_keys(config)) else config
+        return _without(config)
     coded = {_module(job.output.name) for job in jobs if in_codes(job)}
     written = {_module(job.output.name) for job in jobs}
-    plain = [name for held in map(_module, donor.stored) if (name := held) in written and name not in coded]
+    plain = [module for module in map(_module, donor.stored) if module in written - coded]
     return _mapped(config, lambda section: _listing(section, plain)) if plain else config
 
 
