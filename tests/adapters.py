@@ -156,13 +156,18 @@ def biased(shapes: Shapes) -> Adapter:
 
 
 def of_experts(
-    module: str, shapes: Mapping[str, tuple[int, int, int]], targets: Sequence[str], *, is_turned: bool = False
+    module: str,
+    shapes: Mapping[str, tuple[int, int, int]],
+    targets: Sequence[str],
+    *,
+    is_turned: bool = False,
+    seed: int = 0,
 ) -> Adapter:
     """Return factors of all experts of a module at once; of two targets the first is the inner one.
 
     ``shapes`` are ``[experts, out, in]``, of the matrices as they are applied; ``is_turned``: stored as ``[in, out]``.
     """
-    random, made = np.random.default_rng(17), Adapter()
+    random, made = np.random.default_rng([17, seed]), Adapter()
     made.config["target_parameters"] = [f"{module.split('.', 3)[-1]}.{target}" for target in targets]
     for depth, target in enumerate(reversed(targets)):
         num_experts, rows, columns = shapes[target]

@@ -179,3 +179,13 @@ FORMS: dict[str, tuple[Maker, dict[str, object]]] = {
     "NVFP4": (by_numpy(nvfp4, "compressed"), {}),
 }
 """How published families store a weight, and what their config says of it."""
+NVFP4 = ("modelopt", "NVFP4")
+"""Those that are read, and not written."""
+
+
+def same_codes(found: torch.Tensor, expected: torch.Tensor, *, is_f4: bool = False) -> float:
+    """Share of equal bytes; zeros of either sign are equal."""
+    pairs = [each.view(torch.uint8).numpy().astype(int) for each in (found, expected)]
+    if is_f4:
+        pairs = [np.stack([np.where(half == 8, 0, half) for half in (each & 15, each >> 4)]) for each in pairs]
+    return float((pairs[0] == pairs[1]).mean())

@@ -21,7 +21,7 @@ from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig
 from stockflow.verification.sample import SampleOptions
 from stockflow.verification.verify import verify
-from tests import adapters, oracle, quantised, runs
+from tests import adapters, oracle, runs
 from tests.adapters import Adapter, write_adapter
 from tests.checkpoints import write_checkpoint
 from tests.integration.test_audit import audited, options
@@ -205,26 +205,6 @@ def test_from_s3_to_s3_on_ray_the_bytes_are_those_on_disk(
     assert found == expected.keys() - {"model.safetensors.index.json"}
     runs.merge_here(recipe, models.folder / "from-s3", shard_size=300_000)
     assert runs.shard_digests(models.folder / "from-s3") == expected
-
-
-def test_adapters_on_a_quantised_base_change_the_numbers_it_stands_for(tmp_path: Path) -> None:
-    made = quantised.fp8(0.05 * torch.randn(701, 416, generator=torch.Generator().manual_seed(0)), (128, 128))
-    name = f"{MODULE}.up_proj.weight"
-    tensors = {f"{MODULE}.up_proj.{own}": tensor for own, tensor in made.tensors.items()}
-    said = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    write_checkpoint(tmp_path / "base", tensors, config={"model_type": "llama", **said}, side_files={})
-    loras = [adapters.linear({name: (701, 416)}, seed=number) for number in range(3)]
-    for number, adapter in enumerate(loras):
-        write_adapter(tmp_path / f"lora{number}", adapter)
-    models = [{"model": f"{tmp_path}/base+{tmp_path}/lora{number}"} for number in range(3)]
-    recipe = {"merge_method": "model_stock", "base_model": f"{tmp_path}/base", "models": models, "dtype": "bfloat16"}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-
-    runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
-
-    found = oracle.load_checkpoint(tmp_path / "out")[name]
-    right = oracle.model_stock(made.values, [adapter.changes[name](made.values) for adapter in loras])
-    assert share_correct(found, right.out) >= LEAST_CORRECT
 
 
 def test_changes_of_low_rank_are_known_from_factors_and_the_base_is_read_once(models: Models, tmp_path: Path) -> None:

@@ -20,13 +20,12 @@ from stockflow.errors import PlanError
 from stockflow.planning import file as plan_file
 from tests import oracle, quantised, runs
 from tests.checkpoints import write_checkpoint
-from tests.quantised import FORMS, Quantised, Tensors
+from tests.quantised import FORMS, NVFP4, Quantised, Tensors, same_codes
 
 MODULE = "model.layers.0.mlp.up_proj"
 SHAPE = (300, 416)
 """Ragged in every block; a third band of 44 rows."""
 LEAST_CORRECT = 0.9999
-NVFP4 = ("modelopt", "NVFP4")
 MIXED = [form for form in FORMS if form not in ("other blocks", "no config", *NVFP4)]
 """Forms that go into one model, whose config says 128 x 128."""
 
@@ -267,14 +266,6 @@ def test_equal_models_come_out_in_the_bytes_of_their_codes_and_scales(mixed: Mix
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text_config"]["quantization_config"] == {"quant_method": "x", **quantised.DEEPSEEK}
-
-
-def same_codes(found: torch.Tensor, expected: torch.Tensor, *, is_f4: bool = False) -> float:
-    """Share of equal bytes; zeros of either sign are equal."""
-    pairs = [each.view(torch.uint8).numpy().astype(int) for each in (found, expected)]
-    if is_f4:
-        pairs = [np.stack([np.where(half == 8, 0, half) for half in (each & 15, each >> 4)]) for each in pairs]
-    return float((pairs[0] == pairs[1]).mean())
 
 
 @pytest.mark.parametrize("form", MIXED)
