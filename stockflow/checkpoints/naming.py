@@ -52,6 +52,8 @@ _RULES = tuple(
     )
 )
 _FUSED = re.compile(r"expert|(^|\.)\w*moe(\.|$)|(^|\.)(input|output)_linear\.", re.I)
+_ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+_PROJECTION = re.compile(rf"(.*\.experts)\.(\d{{1,6}})\.({'|'.join(_ROLES)})\.weight")
 _OTHER_GATE = re.compile(r"attn|attention|shared_expert_gate", re.I)
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d{1,9})(?:\.|$)", re.I)
 
@@ -112,3 +114,19 @@ def holds_fused_experts(name: str, num_dimensions: int) -> bool:
     ``block_sparse_moe.input_linear.weight``.
     """
     return num_dimensions >= 3 and _FUSED.search(name) is not None
+
+
+class Projection(NamedTuple):
+    """A projection of one expert of a layer."""
+
+    stem: str
+    """what names of the layer's experts begin with"""
+    expert: int
+    role: str
+    """``gate``, ``up`` or ``down``"""
+
+
+def projection_of(name: str) -> Projection | None:
+    """Return which projection of which expert a tensor is, by the names that most families use; None if it is none."""
+    found = _PROJECTION.fullmatch(name)
+    return Projection(found[1], int(found[2]), _ROLES[found[3]]) if found else None

@@ -64,6 +64,14 @@ class Ledger:
         for name, flags_G in flags.items():
             self.flags[name] = self.flags.get(name, 0) + int(np.count_nonzero(flags_G))
 
+    def take_over(self, decided: "Ledger", own: Gram | None) -> None:
+        """Add what was decided for a unit that the tensor is a part of; products and norms are its own."""
+        for name in ("facts", "flags", "coefficients", "means"):
+            setattr(self, name, getattr(decided, name).copy())
+        if own is not None:
+            self.gram_MM = own.products_GMM[0]
+            self.squares = [np.diagonal(own.products_GMM, axis1=1, axis2=2).copy()]
+
     def record_means(self, facts: Mapping[str, float], num_elems: int) -> None:
         """Add facts that speak of ``num_elems`` elements at once."""
         for name, value in facts.items():

@@ -6,6 +6,7 @@ import numpy as np
 
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.facts import Ledger
+from stockflow.engine.layers import Layers
 from stockflow.engine.noise import is_looked_at, look
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures import PROCEDURES
@@ -24,9 +25,9 @@ from stockflow.planning.precision import has_smaller_range
 class UnitMerger:
     """Merges units of one plan; safe to use from several threads."""
 
-    def __init__(self, tools: Tools) -> None:
-        """Take what its procedures need."""
-        self._tools = tools
+    def __init__(self, tools: Tools, layers: Layers) -> None:
+        """Take what its procedures need, and what is decided ahead."""
+        self._tools, self._layers = tools, layers
         self._waiting = Scratch()
 
     def prepare(self, jobs: Sequence[TensorJob]) -> None:
@@ -76,19 +77,9 @@ class UnitMerger:
     def _merge(
         self, job: TensorJob, unit: Unit, ways: Sequence[Way], ledgers: Sequence[Ledger], map_spans: MapSpans
     ) -> None:
-        pairs = zip(job.results, ledgers, strict=True)
-        proceedings = [
-            Proceeding(PROCEDURES[type(result.declared.rule)](unit, result, ledger, self._tools))
-            for result, ledger in pairs
-        ]
-        for _ in range(job.num_statistic_passes):
-            asking = [(each, each.wanted) for each in proceedings if each.wanted is not None]
-            sweeps = {wanted.key: wanted for _, wanted in asking}  # results that want the same share it
-            states = dict(zip(sweeps, swept(unit, list(sweeps.values()), map_spans, last=False), strict=True))
-            for each, wanted in asking:
-                each.tell(states[wanted.key])
-        triples = zip(proceedings, job.results, ledgers, strict=True)
-        fills = [(_counting(each.fill, job, result, ledger), result.width) for each, result, ledger in triples]
+        decided = self._decided(job, unit, ledgers, map_spans)
+        triples = zip(decided, job.results, ledgers, strict=True)
+        fills = [(_counting(fill, job, result, ledger), result.width) for fill, result, ledger in triples]
         has_noise = is_looked_at(job)
         for piece in unit.sweep(last=True):
             targets = [way.begin(piece) for way in ways]
@@ -104,6 +95,23 @@ class UnitMerger:
 
             for _ in map_spans(fill, spans_of(piece)):
                 pass
+
+    def _decided(self, job: TensorJob, unit: Unit, ledgers: Sequence[Ledger], map_spans: MapSpans) -> list[Fill]:
+        """Return what fills each result."""
+        if job.decided_in:
+            return [self._layers.fill(job, ledger) for ledger in ledgers]
+        pairs = zip(job.results, ledgers, strict=True)
+        proceedings = [
+            Proceeding(PROCEDURES[type(result.declared.rule)](unit, result, ledger, self._tools))
+            for result, ledger in pairs
+        ]
+        for _ in range(job.num_statistic_passes):
+            asking = [(each, each.wanted) for each in proceedings if each.wanted is not None]
+            sweeps = {wanted.key: wanted for _, wanted in asking}  # results that want the same share it
+            states = dict(zip(sweeps, swept(unit, list(sweeps.values()), map_spans, last=False), strict=True))
+            for each, wanted in asking:
+                each.tell(states[wanted.key])
+        return [each.fill for each in proceedings]
 
 
 def _counting(fill: Fill, job: TensorJob, result: Result, ledger: Ledger) -> Fill:

@@ -9,6 +9,7 @@ from stockflow.engine import arranging, rank_space
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Pool, Scratch
 from stockflow.engine.facts import GramSum, Ledger
+from stockflow.engine.layers import Layers
 from stockflow.engine.merging import UnitMerger
 from stockflow.engine.pieces import Piece
 from stockflow.engine.procedures.proceeding import StageClock, Tools, known_nowhere
@@ -49,12 +50,12 @@ class ShardMerger:
 
     def _prepare(self, jobs: Sequence[TensorJob]) -> None:
         rank_space.compile_kernels()
-        self.merger(StageClock(), _nothing_known).prepare(jobs)
+        UnitMerger(self.tools(StageClock(), _nothing_known), Layers()).prepare(jobs)
         arranging.prepare(jobs)
 
-    def merger(self, clock: StageClock, known: Callable[[TensorJob], Floats] = known_nowhere) -> UnitMerger:
-        """Return what merges units and counts its seconds on a clock; ``known`` are products that need no sweep."""
-        return UnitMerger(Tools(self.session.device, self._alarm, clock, known))
+    def tools(self, clock: StageClock, known: Callable[[TensorJob], Floats] = known_nowhere) -> Tools:
+        """Return what procedures share that count their seconds on a clock; ``known`` are products without a sweep."""
+        return Tools(self.session.device, self._alarm, clock, known)
 
     def merge(self, shard: ShardPlan, workspace: Workspace, sink: Sink, on_bytes: OnBytes) -> "ShardRun":
         """Read, merge and write a shard, and return what was learned and what it took.
@@ -77,7 +78,9 @@ class ShardRun:
         self._shard, self._workspace, self._on_bytes = shard, workspace, on_bytes
         self._clock = StageClock()
         self._grams: Mapping[str, Floats] = {}
-        self._merger = owner.merger(self._clock, lambda job: self._grams[job.reading.name])
+        self._tools = owner.tools(self._clock, lambda job: self._grams[job.reading.name])
+        self._layers = Layers()
+        self._merger = UnitMerger(self._tools, self._layers)
         self._ordering = owner.ordering
         self._ledgers: dict[str, Ledger] = {}
         self._scales: dict[str, Bytes] = {}
@@ -91,6 +94,7 @@ class ShardRun:
         """Read, merge and write everything."""
         known = rank_space.known_grams(self._session, self._shard.jobs, self._workspace, self._count_read)
         self._grams = known.by_tensor
+        ahead = self._layers.decide(self._session, self._shard.jobs, self._workspace, self._count_read, self._tools)
         self._outs.fit(self._workspace.out_bytes, NUM_OUT_BUFFERS)
         with ExitStack() as stack:
             writer = stack.enter_context(OrderedWriter(sink, pool=self._outs, num_buffers=NUM_OUT_BUFFERS))
@@ -102,7 +106,7 @@ class ShardRun:
                 else:
                     self._merge_large(units[0], writer)
             self.size, self.sha256 = writer.finish()
-        self.bytes_read = known.bytes_read + stream.bytes_read
+        self.bytes_read = known.bytes_read + ahead + stream.bytes_read
         self.seconds = {
             **self._clock.seconds,
             **stream.seconds,

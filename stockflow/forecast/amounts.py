@@ -12,6 +12,7 @@ from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.planning.budget import Workspace
 from stockflow.planning.factors import factors_of
 from stockflow.planning.job import TensorJob
+from stockflow.planning.layer_units import layer_units
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
 from stockflow.planning.spans import SPAN_ELEMS
@@ -244,6 +245,9 @@ def _shard_amounts(shard: ShardPlan, workspace: Workspace, passes: Counter[int])
     for job in shard.jobs:
         amounts.elems[kernel_of(job)] += job.reading.num_elems
         amounts.num_pieces += job.reading.num_slots
+    for unit in layer_units(shard.jobs):
+        for step in schedule(unit.members, workspace):
+            _add_reads(amounts, replace(step, num_sweeps=unit.members[0].num_statistic_passes, held=False), again=True)
     for step in schedule([*factors_of(shard.jobs)], workspace):
         _add_reads(amounts, step)
     for step in schedule(shard.jobs, workspace):
@@ -252,13 +256,13 @@ def _shard_amounts(shard: ShardPlan, workspace: Workspace, passes: Counter[int])
     return amounts
 
 
-def _add_reads(amounts: ShardAmounts, step: Step) -> None:
+def _add_reads(amounts: ShardAmounts, step: Step, *, again: bool = False) -> None:
     for load in step.loads:
         for checkpoint, size, num_requests in _requests(load, step):
             reads = amounts.reads.setdefault(checkpoint, CheckpointReads())
             reads.num_requests += num_requests * step.num_reads
             reads.num_bytes += size * step.num_reads
-            reads.num_bytes_once += size
+            reads.num_bytes_once += 0 if again else size
 
 
 def _requests(load: Load, step: Step) -> Iterator[tuple[int, int, int]]:

@@ -135,6 +135,8 @@ def _check_method(plan: MergePlan) -> None:
             f"an audit tells readings of Model Stock apart, and this merge is by {', '.join(methods) or 'copying'}; "
             "`stockflow inspect` shows the geometry for any method"
         )
+    if any(job.decided_in for job in plan.jobs):
+        raise PlanError("an audit looks at tensors one by one, and this merge decides all experts of a layer as one")
 
 
 def audit(merge: Merge, options: SurveyOptions, survey: Survey, on_event: OnEvent) -> Audit:

@@ -43,7 +43,7 @@ _breadcrumbs = partial(
     source=SOURCE,
     min_tuned=1,
     parameters=sparse.parameters(GAMMA, normalize=False, rescale=False),
-    scopes=("tensor", "leading"),
+    scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(selection.num_rounds),
     state_bytes=2 * selection.STATE_BYTES,
     facts=("kept_share", "rescale"),

@@ -67,7 +67,7 @@ _dare = partial(
     source=SOURCE,
     min_tuned=1,
     parameters=sparse.parameters(SEED, normalize=False, rescale=True, rescales=RESCALES),
-    scopes=("tensor", "leading"),
+    scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(),
     facts=("kept_share", "rescale"),
 )

@@ -92,7 +92,7 @@ _della = partial(
     elementwise_method,
     source=SOURCE,
     min_tuned=1,
-    scopes=("tensor", "leading"),
+    scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(),
     temporaries=4,
     whole_rows=True,

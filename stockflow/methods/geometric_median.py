@@ -28,7 +28,7 @@ def _no_weight(parameters: Parameters) -> str | None:
         Parameter("max_iter", "integer", default=10_000, minimum=0),
         Parameter("tol", "number", default=1e-12, minimum=0.0),
     ),
-    scopes=("tensor", "row", "leading"),
+    scopes=("tensor", "row", "leading", "layer"),
     facts=("mean_cosine", "min_cosine", "max_cosine", "angle", "share", "iterations"),
     tolerance=Tolerance(fact=_fact_tolerance),
     refuses=_no_weight,

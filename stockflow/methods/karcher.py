@@ -21,7 +21,7 @@ def _fact_tolerance(name: str, mean_cosine: float | None, num_tuned: int) -> flo
         Parameter("max_iter", "integer", default=10, minimum=0),
         Parameter("tol", "number", default=1e-5, minimum=0.0),
     ),
-    scopes=("tensor", "row", "leading"),
+    scopes=("tensor", "row", "leading", "layer"),
     products="vectors",
     facts=("mean_cosine", "min_cosine", "max_cosine", "angle", "spread", "iterations"),
     tolerance=Tolerance(

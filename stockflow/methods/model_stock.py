@@ -41,7 +41,7 @@ def _coefficient_tolerance(coefficient: float, num_tuned: int) -> float:
         Parameter("filter_wise", "flag", default=False),
         Parameter("on_negative", "word", default="clamp", choices=("clamp", "extrapolate", "error")),
     ),
-    scopes=("tensor", "row", "leading"),
+    scopes=("tensor", "row", "leading", "layer"),
     rows_if=("filter_wise", True),
     facts=("mean_cosine", "min_cosine", "max_cosine", "ratio", "legacy_ratio"),
     tolerance=Tolerance(_fact_tolerance, _coefficient_tolerance),

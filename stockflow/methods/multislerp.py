@@ -23,7 +23,7 @@ CANCELLED = 1e-8
         Parameter("normalize_weights", "flag", default=True),
         Parameter("eps", "number", default=0.0, minimum=0.0),
     ),
-    scopes=("tensor", "row", "leading"),
+    scopes=("tensor", "row", "leading", "layer"),
     products="vectors",
     facts=("mean_cosine", "min_cosine", "max_cosine", "angle", "direction_length"),
     tolerance=Tolerance(

@@ -33,7 +33,7 @@ def _columns(parameters: Parameters) -> str | None:
         Parameter("nuslerp_flatten", "flag", default=True),
         Parameter("nuslerp_row_wise", "flag", default=False),
     ),
-    scopes=("tensor", "row", "leading"),
+    scopes=("tensor", "row", "leading", "layer"),
     products="vectors",
     facts=("mean_cosine", "min_cosine", "max_cosine", "angle"),
     tolerance=Tolerance(

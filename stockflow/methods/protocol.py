@@ -19,8 +19,8 @@ from stockflow.methods.gram import Gram, Products
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values
 
-Scope = Literal["tensor", "row", "leading"]
-"""What gets its own decision: a whole tensor, a row of the last dimension, an index of the first of three or more."""
+Scope = Literal["tensor", "row", "leading", "layer"]
+"""What gets its own decision: a tensor, a row, an index of the first of three, a layer's experts."""
 
 Scalar = bool | float | str
 Kind = Literal["number", "integer", "flag", "word"]
@@ -102,7 +102,7 @@ class Block:
 
     name: str
     start: int
-    """flat index of the first element in the tensor"""
+    """flat index of the first element in the tensor, or in what this is decided with"""
     shape: tuple[int, ...]
     """of the whole tensor"""
     base_E: "Values"

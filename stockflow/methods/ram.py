@@ -17,7 +17,7 @@ SOURCE = "arXiv:2601.13572"
 EPSILON = Parameter("epsilon", "number", default=1e-5, minimum=0.0)
 
 
-@elementwise_method("ram", source=SOURCE, min_tuned=1, parameters=(EPSILON,), scopes=("tensor", "leading"))
+@elementwise_method("ram", source=SOURCE, min_tuned=1, parameters=(EPSILON,), scopes=("tensor", "leading", "layer"))
 def ram(context: UnitContext, parameters: Parameters) -> Update:
     """Return ``w_0`` plus the mean of those ``d_i`` that are larger than ``epsilon`` in size, element by element.
 
@@ -35,7 +35,7 @@ def ram(context: UnitContext, parameters: Parameters) -> Update:
         Parameter("alpha", "number", default=0.2, minimum=0.0),
         EPSILON,
     ),
-    scopes=("tensor", "leading"),
+    scopes=("tensor", "leading", "layer"),
     num_rounds=lambda float_bits, given: 1,
     facts=("unique_factor", "shared_share", "unique_share"),
 )

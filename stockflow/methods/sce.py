@@ -28,7 +28,7 @@ def _num_rounds(float_bits: int, given: Parameters) -> int:
     source="Wan et al. 2024, arXiv:2408.07990",
     min_tuned=1,
     parameters=(Parameter("select_topk", "number", default=1.0, minimum=0.0, maximum=1.0),),
-    scopes=("tensor", "leading"),
+    scopes=("tensor", "leading", "layer"),
     num_rounds=_num_rounds,
     state_bytes=selection.STATE_BYTES,
     temporaries=3,

@@ -195,6 +195,7 @@ def _divided(
     fixed_bytes = baseline_bytes + _out_beside(works)  # where results are put in order before they are written
     per_thread += direct * max(_span_source_bytes(work.reading) for work, _ in works)
     fixed = fixed_bytes + num_threads * per_thread + max(decision_bytes(work) for work, _ in works)
+    fixed += sum(count * work.kept_bytes for work, count in works if work.reading.scope == "layer")  # decided ahead
     found = _direct(works, memory_bytes, fixed) if direct else _streamed(works, memory_bytes, fixed)
     return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.naming import projection_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.transposed import Transposed
 from stockflow.errors import PlanError
@@ -22,8 +23,6 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
-_ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
-_SINGLE = re.compile(rf"(.*\.experts)\.(\d{{1,6}})\.({'|'.join(_ROLES)})\.weight")
 _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)(?=\.)")
 """What families call the part of a layer that has experts."""
 
@@ -172,8 +171,8 @@ def _gathered(donor: Checkpoint, done: Collection[str]) -> tuple[Checkpoint, dic
     """Return the donor with its single projections in the order of tensors that hold all, and these."""
     stems: dict[str, dict[tuple[int, str], TensorSpec]] = {}
     for name, spec in donor.specs.items():
-        if name not in done and (single := _SINGLE.fullmatch(name)):
-            stems.setdefault(single[1], {})[int(single[2]), _ROLES[single[3]]] = spec
+        if name not in done and (single := projection_of(name)):
+            stems.setdefault(single.stem, {})[single.expert, single.role] = spec
     layers = [_Layer(stem, own, donor.url) for stem, own in stems.items()]
     firsts = [next(iter(own.values())).name for own in stems.values()]
     order = dict(zip(firsts, layers, strict=True))
@@ -192,7 +191,7 @@ def _under_names_of(donor: Checkpoint, other: Checkpoint) -> Checkpoint:
         return other
     theirs = {_of_any_family(name): name for name in besides}
     names = {name: found for name in lacking if (found := theirs.get(_of_any_family(name)))}
-    if not any(map(_SINGLE.fullmatch, names)):
+    if not any(map(projection_of, names)):
         return other
     url, example = redact(other.url), min(names)
     text = (
@@ -205,8 +204,8 @@ def _under_names_of(donor: Checkpoint, other: Checkpoint) -> Checkpoint:
 
 def _of_any_family(name: str) -> str:
     """Return a name that is the same in all families."""
-    single = _SINGLE.fullmatch(name)
-    return _BLOCK.sub("moe", f"{single[1]}.{single[2]}.{_ROLES[single[3]]}" if single else name)
+    single = projection_of(name)
+    return _BLOCK.sub("moe", f"{single.stem}.{single.expert}.{single.role}" if single else name)
 
 
 def _remarked(

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from stockflow.checkpoints.adapter_decodes import reads_anchor
 from stockflow.checkpoints.decode_records import recorded
@@ -16,10 +16,11 @@ from stockflow.checkpoints.scale_rules import RULES
 from stockflow.checkpoints.transposed import Transposed
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
-from stockflow.methods.protocol import Parameter, Parameters
+from stockflow.methods.protocol import Parameter, Parameters, Scope
 from stockflow.planning.experts import part_of
 from stockflow.planning.formats import coded
 from stockflow.planning.job import COPIES, COPY, TensorJob, copying, merging
+from stockflow.planning.layer_units import unlike_members
 from stockflow.planning.operands import Operand
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, WrittenFile, canonical_digest
 from stockflow.storage import Stamp
@@ -89,7 +90,7 @@ def read(store: Place, key: str) -> RecordedPlan:
     return KIND.read(store, key)
 
 
-def check_mergeable(jobs: Iterable[TensorJob], where: str) -> None:
+def check_mergeable(jobs: Sequence[TensorJob], where: str) -> None:
     """Hold jobs read back from a file against the declarations of their methods, before anything merges them.
 
     Raises:
@@ -99,6 +100,8 @@ def check_mergeable(jobs: Iterable[TensorJob], where: str) -> None:
         problem = _problem(job)
         if problem:
             raise CheckpointError(f"{where} asks for {shown(job.output.name)} what no recipe can: {problem}")
+    for problem in unlike_members(jobs):
+        raise CheckpointError(f"{where} asks for what no recipe can: {problem}")
 
 
 def _problem(job: TensorJob) -> str | None:
@@ -183,7 +186,7 @@ Setting = tuple[str, Any, Parameters]
 
 
 def _setting(method: str, scope: str, shared: Mapping[str, Any], per_model: Mapping[str, Sequence[float]]) -> Setting:
-    if scope not in ("tensor", "row", "leading"):
+    if scope not in get_args(Scope):
         raise ValueError(f"scope is {scope!r}")
     values = {text(name): tuple(map(float, each)) for name, each in per_model.items()}
     return text(method), scope, Parameters(dict(shared.items()), values)

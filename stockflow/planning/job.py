@@ -18,6 +18,7 @@ from stockflow.checkpoints.decodes import (
 )
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.joined import as_bytes, is_verbatim, kernels_of
+from stockflow.checkpoints.naming import projection_of
 from stockflow.checkpoints.transposed import Transposed, placed_beside
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
@@ -256,6 +257,14 @@ class TensorJob:
         return self.results[0].method
 
     @cached_property
+    def decided_in(self) -> str:
+        """Name of the experts of its layer that it is decided with; none where it is decided by itself."""
+        if self.reading.scope != "layer":
+            return ""
+        part = projection_of(self.reading.name)
+        return f"{part.stem}.{'down_proj' if part.role == 'down' else 'gate_up_proj'}" if part else self.reading.name
+
+    @cached_property
     def is_copy(self) -> bool:
         """Whether bytes are carried over instead of computed."""
         return self.method in COPIES
@@ -277,7 +286,9 @@ class TensorJob:
         """Whether the products of its changes follow from factors of low rank, without a look at the elements."""
         (result, *others), reading = self.results, self.reading
         rule, given = result.declared.rule, result.parameters
-        if reading.is_plain or others or reading.num_groups != 1 or not isinstance(rule, Linear) or not rule.needs_gram:
+        if reading.is_plain or others or reading.num_groups != 1 or self.decided_in:
+            return False
+        if not isinstance(rule, Linear) or not rule.needs_gram:
             return False
         return rule.products_for(given) == "changes" and all(
             is_known_change(each.decode) for each in reading.operands[1:]
@@ -294,8 +305,8 @@ class TensorJob:
 
     @property
     def num_sweeps(self) -> int:
-        """The statistics passes and the last one, which combines."""
-        return self.num_statistic_passes + 1
+        """The statistics passes and the last one, which combines; that one alone where it is decided with others."""
+        return 1 if self.decided_in else self.num_statistic_passes + 1
 
     @property
     def kind(self) -> Hashable:

@@ -10,7 +10,7 @@ from stockflow.checkpoints.candidates import written_stem
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.modules import published_as
-from stockflow.checkpoints.naming import holds_fused_experts, is_router
+from stockflow.checkpoints.naming import holds_fused_experts, is_router, projection_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokenizers import Tokenizer, has_tokens
@@ -30,6 +30,7 @@ from stockflow.planning.formats import (
     written,
 )
 from stockflow.planning.job import COPY, TensorJob, copying, merging
+from stockflow.planning.layer_units import unlike_members, with_layers_together
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
@@ -109,7 +110,7 @@ def make_plan(
     jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts, by_token)
     if vocabulary is not None:
         jobs = [vocabulary.mapped(job) for job in jobs]
-    jobs = with_shared_reads(jobs, checkpoints)
+    jobs = with_layers_together(with_shared_reads(jobs, checkpoints))
     if checkpoints[recipe.donor].static_scales and any(map(in_codes, jobs)):
         jobs += static_scales(checkpoints[recipe.donor], recipe.donor)
     num_rows = vocabulary.num_rows if vocabulary else None
@@ -164,7 +165,7 @@ def _planned(
                 jobs.append(part_of(planned, whole, experts.encodes.get(target.names[0])) if whole else planned)
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
-    problems = [*explained.values(), *unlike_parts(jobs)]
+    problems = [*explained.values(), *unlike_parts(jobs), *unlike_members(jobs)]
     if misfits:
         specs = [each.spec for each in outline.unplanned] + [each.spec for each in outline.targets]
         problems += told(misfits, {spec.name: spec for spec in specs})
@@ -271,12 +272,13 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
     is_fused = holds_fused_experts(name, len(spec.shape))
     if not output.num_elems:
         return [copying(output, _operands(target, (recipe.donor,)), COPY)]
+    scope = recipe.scope_for(method, stored_name, rule, stand, default="leading" if is_fused else "tensor")
     job = merging(
         output,
         _operands(target, indices),
         method.name,
         recipe.parameters_for(method, stored_name, rule, stand),
-        recipe.scope_for(method, stored_name, rule, stand, default="leading" if is_fused else "tensor"),
+        "tensor" if scope == "layer" and not projection_of(name) else scope,
     )
     held = checkpoints[0].stored.get(names[0])
     if held is not None and keeps_codes and cannot_be_kept(held):
@@ -370,7 +372,7 @@ def _filled(jobs: Iterable[TensorJob], shard_size: int) -> Iterator[list[TensorJ
     """Yield the contents of shards; a tensor larger than ``shard_size`` is one alone."""
     content: list[TensorJob] = []
     filled = 0
-    for _, parts in groupby(jobs, key=lambda job: job.whole or id(job)):
+    for _, parts in groupby(jobs, key=lambda job: job.decided_in or job.whole or id(job)):
         tensor = list(parts)
         num_bytes = sum([job.result.num_bytes for job in tensor])
         if filled and filled + num_bytes > shard_size:

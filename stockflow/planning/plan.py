@@ -300,13 +300,14 @@ def _canonical_job(job: TensorJob, settings: _Settings, maps: _Maps, place: Plac
 
 
 def with_beside(jobs: Iterable[TensorJob], names: Collection[str]) -> Iterator[TensorJob]:
-    """Yield the jobs that write tensors of these names, with those whose results are stored beside theirs."""
-    beside: list[TensorJob] = []
+    """Yield the jobs that write tensors of these names, with those that are stored beside or decided with them."""
+    jobs, beside = list(jobs), list[TensorJob]()
+    layers = {job.decided_in for job in jobs if job.decided_in and job.output.name in names}
     for job in jobs:
         encode = job.result.encode
         beside.append(job)
         if not isinstance(encode, Transposed) or encode.number + 1 == encode.num_beside:
-            yield from beside if any(each.output.name in names for each in beside) else ()
+            yield from beside if any(each.output.name in names or each.decided_in in layers for each in beside) else ()
             beside = []
 
 

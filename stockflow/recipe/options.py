@@ -42,7 +42,7 @@ class Options(Part):
     on_nonfinite: Literal["error", "propagate"] = Field(default="error", description="what NaN and infinity do")
     scope: Scope | None = Field(
         default=None,
-        description="what is decided as one: a tensor, a row, a leading index (an expert)",
+        description="what is decided as one: a tensor, a row, a leading index (an expert), all experts of a layer",
     )
     seed: StrictInt = Field(
         default=0, ge=0, lt=2**63, description="what random methods draw by; part of their plan, and of no other"

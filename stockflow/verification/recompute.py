@@ -1,5 +1,6 @@
 """Sampled verification: tensors merged again from the inputs, compared with what was written and recorded."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -128,7 +129,7 @@ class _Recomputation:
                 num_recorded=kinds.count("recorded"),
                 num_decided=kinds.count("decided"),
                 num_copied=kinds.count("copied"),
-                num_left_out=len(chosen) - len(targets),
+                num_left_out=len(set(chosen) - {target.tensor for target in targets}),
             ),
             self._findings,
         )
@@ -148,13 +149,16 @@ class _Recomputation:
         places = {
             tensor.spec: (key, tensor.start) for key, tensors in self._evidence.placed.items() for tensor in tensors
         }
-        return [
+        usable = [
             Target(job, job.output.name, Range(*places[job.output], job.result.num_bytes))
             for job in jobs
             if places.keys() >= set(job.result.outputs)
             and job.output.name in self._evidence.table
             and not job.reading.files & changed
         ]
+        planned, left = (Counter(job.decided_in for job in each) for each in (jobs, [each.job for each in usable]))
+        whole = {"", *(name for name in left if left[name] == planned[name])}
+        return [each for each in usable if each.job.decided_in in whole]
 
     def _merge(self, targets: Sequence[Target]) -> tuple[dict[str, TensorFacts], dict[str, Difference]]:
         """Merge into a comparison instead of a file; return facts by job and differences by tensor."""

@@ -121,4 +121,5 @@ def block_of(span: LoadedPiece, tools: Tools, float_bits: FloatBits, *, with_low
     else:
         elementwise.load_task_vectors(span.slab, span.firsts_M, span.formats_M, base_E, deltas_NE)
     lows = lows_NE if with_lows else None
-    return Block(reading.name, span.start, reading.shape, base_E, deltas_NE, lows, reading.together)
+    start = tools.firsts.get(reading.name, 0) + span.start
+    return Block(reading.name, start, reading.shape, base_E, deltas_NE, lows, reading.together)

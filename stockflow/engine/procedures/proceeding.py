@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -76,6 +76,8 @@ class Tools:
     """receives the seconds of statistics and combine"""
     known: Callable[[TensorJob], Floats] = known_nowhere
     """products (M, M) of a tensor whose changes are known, zero for the anchor"""
+    firsts: Mapping[str, int] = field(default_factory=dict)
+    """flat index of a reading's first element in a unit that it is a part of, by its name"""
     threads: threading.local = field(default_factory=threading.local)
     """scratch of each thread"""
 
