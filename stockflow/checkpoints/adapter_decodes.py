@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from stockflow.checkpoints.decodes import ByteRange, Decode
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import is_uncoded
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.transposed import ByRows, Transposed
 
 Shape = tuple[int, ...]
 NOTHING = ByteRange(0, 0)
@@ -365,7 +365,7 @@ def is_adapted(decode: Decode) -> bool:
 
 def codes_within(decode: Decode) -> Decode | None:
     """Return how the codes of the innermost decode are stored, None if it is one of plain numbers."""
-    while isinstance(decode, _Around):
+    while isinstance(decode, _Around | ByRows):
         decode = decode.inner
     return None if is_uncoded(decode) or isinstance(decode, Transposed) else decode
 

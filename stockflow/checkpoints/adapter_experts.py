@@ -129,7 +129,8 @@ def _is_turned(
     if not stacked or found not in (straight, turned):
         raise CheckpointError(_misfit(adapter, name, [rows, columns], factors))
     if straight == turned:
-        return (ground.config or {}).get("model_type") in _TURNED or adapter.config.version < _SWAPS
+        is_turned = (ground.config or {}).get("model_type") in _TURNED or adapter.config.version < _SWAPS
+        return is_turned != ground.stored_as(name).is_in_blocks
     return found == turned
 
 

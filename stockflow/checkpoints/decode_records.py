@@ -8,10 +8,10 @@ from stockflow.checkpoints.adapter_decodes import Added, Anchored, Lengths, LowR
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, plain
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import Joined
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.transposed import ByRows, Transposed
 
 _KINDS: dict[str, Any] = {
-    "blocks": BlockScaled, "groups": GroupScaled, "joined": Joined, "transposed": Transposed,
+    "blocks": BlockScaled, "groups": GroupScaled, "joined": Joined, "transposed": Transposed, "by_rows": ByRows,
     "anchor": Anchored, "low_rank": LowRank, "lengths": Lengths, "added": Added, "rows": ReplacedRows,
 }  # fmt: skip
 MAX_DEPTH = 8

@@ -282,6 +282,10 @@ class GroupScaled(RunByRun):
         row, column = divmod(element, self.num_columns)
         return row * self.row_bytes + column // 2, row * self.scales_per_row + column // self.group
 
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return how many rows and columns of scales a matrix has."""
+        return matrix_of(shape)[0], self.scales_per_row
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """What is at least one."""

@@ -30,6 +30,8 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 _EXPONENTS = ("F8_E8M0", "U8")
 _GRIDS = ((128, 128), (1, 128), (64, 64), (32, 32), (256, 256), (1, 64), (1, 32), (1, 16))
 """Blocks that are in use, for models whose config names none."""
+BLOCKS = "_blocks"
+"""End of the names of codes of gpt-oss."""
 MX_GROUP, NV_GROUP = 32, 16
 
 
@@ -42,6 +44,11 @@ class Stored:
     """what holds it, in the order of the decode's extents, by names of its checkpoint"""
     beside: tuple[TensorSpec, ...] = ()
     """what only says how large it is"""
+
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether codes lie as gpt-oss has them: row by row, while plain numbers of that model are transposed."""
+        return self.parts[0].name.endswith(BLOCKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +183,8 @@ def _paired(
     """Return what a code stands for, what is wrong with it, or None if it is none that is read."""
     if own == "weight_packed":
         return _compressed(code, siblings, hints, shapes)
-    if own.endswith("_blocks") and code.dtype == "U8" and len(code.shape) > 2:
-        return _blocks(own.removesuffix("_blocks"), code, siblings)
+    if own.endswith(BLOCKS) and code.dtype == "U8" and len(code.shape) > 2:
+        return _blocks(own.removesuffix(BLOCKS), code, siblings)
     if code.dtype in _FP8 and not own.endswith(("_scale", "scale", "scale_inv")):
         return _eight_bits(own, code, siblings, hints)
     if code.dtype in ("U8", "I8") and own == "weight" and len(code.shape) == 2:

@@ -1,9 +1,9 @@
-"""Transposed projections of experts: how they are stored beside each other, column by column. Values of the plan."""
+"""Projections of experts stored beside each other: column by column, or row by row by turns. Values of the plan."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from stockflow.checkpoints.decodes import ByteRange, Decode, RunByRun
 from stockflow.checkpoints.header import DTYPES
@@ -70,7 +70,99 @@ class Transposed(RunByRun):
         return slice(self.number * num_rows + first, self.number * num_rows + last)
 
 
+@dataclass(frozen=True, slots=True)
+class ByRows:
+    """A matrix that is a part of a larger one, of which only the whole can be decoded: rows by turns, or half of them.
+
+    The extents are those of the whole, which has ``num_beside`` matrices of one shape: their rows by turns, as in the
+    codes of gpt-oss, or one behind the other, where blocks of codes reach from one into the next.
+    """
+
+    inner: Decode
+    """of the whole"""
+    number: int = 0
+    """of this one"""
+    num_beside: int = 2
+    """with this one"""
+    by_turns: bool = True
+    is_plain: ClassVar = False
+
+    def __post_init__(self) -> None:
+        """Hold the fields against each other.
+
+        Raises:
+            ValueError: no matrix is stored so.
+        """
+        are_right = type(self.number) is type(self.num_beside) is int and isinstance(self.by_turns, bool)
+        if not are_right or not 0 <= self.number < self.num_beside or isinstance(self.inner, ByRows | Transposed):
+            raise ValueError(f"no matrix is number {self.number!r} of {self.num_beside!r} rows of {self.inner!r}"[:300])
+
+    @property
+    def dtype(self) -> str:
+        """Of the first extent."""
+        return self.inner.dtype
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of the first extent."""
+        return self.inner.width
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return self.inner.widths
+
+    @property
+    def bytes_per_elem(self) -> float:
+        """Of the whole: what is read at once is shared."""
+        return self.inner.bytes_per_elem
+
+    @property
+    def words(self) -> str:
+        """What its users call it."""
+        return self.inner.words
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether the whole wants them."""
+        return self.inner.whole_rows
+
+    def run_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return what a run of the whole takes."""
+        return self.inner.run_bytes(self.whole_shape(shape))
+
+    def scratch_elems(self, shape: tuple[int, ...], num_elems: int) -> int:
+        """Return the elements of rows of all."""
+        return 2 * self.num_beside * (num_elems + 2 * shape[-1]) if self.by_turns else 0
+
+    def ranges(self, shape: tuple[int, ...], start: int, stop: int) -> tuple[ByteRange, ...]:
+        """Return what holds the rows of the run, with those of the others between them."""
+        return self.inner.ranges(self.whole_shape(shape), *self.run(shape, start, stop))
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return the shape of the whole."""
+        return self.num_beside * shape[0], shape[1]
+
+    def run(self, shape: tuple[int, ...], start: int, stop: int) -> tuple[int, int]:
+        """Return which elements of the whole hold a run: with by turns, whole rows of all."""
+        if not self.by_turns:
+            first = self.number * math.prod(shape)
+            return first + start, first + stop
+        row_elems, first = self.num_beside * shape[1], start // shape[1]
+        return first * row_elems, row_elems * (-(-stop // shape[1]) if stop > start else first)
+
+
 def placed_beside(decodes: Iterable[Decode]) -> tuple[int, int]:
     """Return the place among what is read and written at once that decodes give, and how many these are."""
-    found = {(each.number, each.num_beside) for each in decodes if isinstance(each, Transposed)}
+    found = {(each.number, each.num_beside) for each in decodes if is_beside(each)}
     return max(found, key=lambda place: place[1], default=(0, 0))
+
+
+def within_rows(decode: Decode) -> Decode:
+    """Return how a matrix would be stored alone."""
+    return decode.inner if isinstance(decode, ByRows) else decode
+
+
+def is_beside(decode: Decode) -> TypeGuard[Transposed | ByRows]:
+    """Return whether a matrix has its elements among those of others."""
+    return isinstance(decode, Transposed) or (isinstance(decode, ByRows) and decode.by_turns)

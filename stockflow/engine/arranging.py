@@ -1,11 +1,11 @@
-"""Arranging: results that are stored column by column, put in that order before they are written."""
+"""Arranging: results that are stored column by column, or row by row by turns, put in that order before they go out."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.transposed import Transposed, is_beside
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.procedures.proceeding import MapSpans
 from stockflow.engine.units import Unit
@@ -32,9 +32,17 @@ def arrange(
     for unit, (start, stop) in zip(units, places, strict=True):
         assert isinstance(unit.work, TensorJob)
         encode = unit.work.result.encode
-        if isinstance(encode, Transposed) and encode.number + 1 == encode.num_beside:
-            first = stop - encode.num_beside * (stop - start)
-            _turn(encode, unit.work.output.shape, buffer[first:stop], scratch, map_spans)
+        if is_beside(encode) and encode.number + 1 == encode.num_beside:
+            stored = buffer[stop - encode.num_beside * (stop - start) : stop]
+            if isinstance(encode, Transposed):
+                _turn(encode, unit.work.output.shape, stored, scratch, map_spans)
+            else:
+                stored[:] = by_turns(stored.reshape(encode.num_beside, unit.work.reading.shape[0], -1))
+
+
+def by_turns(matrices_MRB: Bytes) -> Bytes:
+    """Return rows of matrices of one shape, by turns one of each."""
+    return matrices_MRB.transpose(1, 0, 2).reshape(-1)
 
 
 def prepare(jobs: Iterable[TensorJob]) -> None:

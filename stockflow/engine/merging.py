@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stockflow.checkpoints.transposed import within_rows
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.facts import Ledger
 from stockflow.engine.layers import Layers
@@ -134,7 +135,7 @@ def _decides_by_group(job: TensorJob) -> bool:
 
 
 def _discarded(job: TensorJob, result: Result) -> Destination:
-    codes, *scales = result.encode.ranges(job.reading.shape, 0, job.reading.num_elems)
+    codes, *scales = within_rows(result.encode).ranges(job.reading.shape, 0, job.reading.num_elems)
     return Destination(
         lambda piece: np.empty(codes.stop if result.rule else result.width * (piece.stop - piece.start), np.uint8),
         np.empty(sum(each.stop for each in scales), np.uint8),

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, matrix_of
+from stockflow.checkpoints.transposed import within_rows
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.stage import scales_of
 from stockflow.planning.job import TensorJob
+from stockflow.planning.operands import Operand
 
 LOOKED_AT = 4096
 """Elements of a span."""
@@ -42,9 +44,13 @@ class Seen(NamedTuple):
 def is_looked_at(job: TensorJob) -> bool:
     """Return whether a job measures models from a base, and any of them is stored in codes."""
     operands = job.reading.operands
-    has_codes = any(isinstance(operand.decode, BlockScaled | GroupScaled) for operand in operands)
+    has_codes = any(map(_is_coded, operands))
     has_rows = any(operand.rows for operand in operands)
     return has_codes and not has_rows and job.result.declared.has_anchor(job.result.parameters)
+
+
+def _is_coded(operand: Operand) -> bool:
+    return isinstance(within_rows(operand.decode), BlockScaled | GroupScaled)
 
 
 def look(span: LoadedPiece) -> list[Seen]:
@@ -53,7 +59,7 @@ def look(span: LoadedPiece) -> list[Seen]:
     base_E = span.numbers(0)[:num].astype(np.float64)
     found = []
     for number in range(1, len(operands)):
-        coded = [each for each in (number, 0) if isinstance(operands[each].decode, BlockScaled | GroupScaled)]
+        coded = [each for each in (number, 0) if _is_coded(operands[each])]
         if not coded:
             continue
         changes_E = np.abs(span.numbers(number)[:num] - base_E)
@@ -96,7 +102,7 @@ def _signal(seen: Sequence[Seen]) -> float | None:
 
 def _steps(span: LoadedPiece, number: int, num: int) -> Any:
     """Return the distance between neighbouring codes at each of the first numbers of an operand."""
-    decode, shape = span.reading.operands[number].decode, span.reading.shape
+    decode, shape = within_rows(span.reading.operands[number].decode), span.reading.shape
     first, scales_S = scales_of(span, number)
     places_E = _places(decode, shape, np.arange(span.start, span.start + num)) - first
     scales_E = scales_S[places_E].astype(np.float64)

@@ -1,10 +1,13 @@
 """Merging a shard: its tensors, streamed through a session into a sink, in order."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 
 import numpy as np
 
+from stockflow.checkpoints.decodes import BlockScaled, GroupScaled
+from stockflow.checkpoints.transposed import ByRows, within_rows
 from stockflow.engine import arranging, rank_space
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Pool, Scratch
@@ -84,6 +87,7 @@ class ShardRun:
         self._ordering = owner.ordering
         self._ledgers: dict[str, Ledger] = {}
         self._scales: dict[str, Bytes] = {}
+        self._last_of_wholes = _last_of_wholes(shard.jobs)
         self.facts: list[TensorFacts] = []
         self.gram = GramSum(owner.num_models)
         self.seconds: dict[str, float] = {}
@@ -102,9 +106,12 @@ class ShardRun:
             writer.write_header(self._shard.header)
             for units in stream:
                 if len(units) > 1 or units[0].work.place_beside[1]:
-                    self._merge_packed(units, writer)
+                    for part in self._parted(units):
+                        self._merge_packed(part, writer)
+                        self._emit_scales_of_whole(part[-1], writer)
                 else:
                     self._merge_large(units[0], writer)
+                    self._emit_scales_of_whole(units[0], writer)
             self.size, self.sha256 = writer.finish()
         self.bytes_read = known.bytes_read + ahead + stream.bytes_read
         self.seconds = {
@@ -115,13 +122,21 @@ class ShardRun:
             "wait_write": writer.wait_s,
         }
 
+    def _parted(self, units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
+        """Yield units that share a load, up to each behind which scales of several tensors are written."""
+        start = 0
+        for number, unit in enumerate(units, 1):
+            if number == len(units) or (_ends_tensor(unit) and unit.work.reading.name in self._last_of_wholes):
+                yield units[start:number]
+                start = number
+
     def _merge_packed(self, units: Sequence[Unit], writer: OrderedWriter) -> None:
         """Merge the units that share a load: side by side if there are enough, else span by span."""
         buffer = writer.buffer()
         ends = [0]
         for unit in units:
             ends.append(ends[-1] + self._num_code_bytes(unit, unit.start, unit.stop))
-            ends.append(ends[-1] + (len(self._scales_of(unit)) if _ends_tensor(unit) else 0))
+            ends.append(ends[-1] + (len(self._scales_of(unit)) if _ends_alone(unit) else 0))
         codes = [buffer[start:stop] for start, stop in zip(ends[0::2], ends[1::2], strict=False)]
         ledgers = [self._ledger_of(unit) for unit in units]
         distinct = len({unit.work.reading.name for unit in units}) == len(units)
@@ -162,9 +177,22 @@ class ShardRun:
         target = Destination(out, self._scales_of(unit))
         self._merger.merge(unit, [target], [self._ledger_of(unit)], self._session.map_spans)
         self._emit_all(writer, filled)
-        if _ends_tensor(unit):
+        if _ends_alone(unit):
             self._emit_scales(self._scales_of(unit), writer)
         self._close_at_end(unit)
+
+    def _emit_scales_of_whole(self, unit: Unit, writer: OrderedWriter) -> None:
+        """Write the scales of a tensor of all experts, if this ends it: of one that has rows by turns, by turns."""
+        jobs = self._last_of_wholes.get(unit.work.reading.name, ()) if _ends_tensor(unit) else ()
+        beside: list[Bytes] = []
+        for job in jobs:
+            encode = job.result.encode
+            beside.append(self._scales.pop(job.reading.name))
+            if len(beside) == (encode.num_beside if isinstance(encode, ByRows) else 1):
+                self._emit_scales(
+                    arranging.by_turns(np.stack(beside).reshape(len(beside), _num_bands(job), -1)), writer
+                )
+                beside = []
 
     def _emit_scales(self, scales: Bytes, writer: OrderedWriter) -> None:
         step = self._workspace.out_bytes
@@ -209,10 +237,30 @@ class ShardRun:
 
     def _close_at_end(self, unit: Unit) -> None:
         if _ends_tensor(unit):
-            self._scales.pop(unit.work.reading.name, None)
+            if _ends_alone(unit):
+                self._scales.pop(unit.work.reading.name, None)
             ledger = self._ledgers.pop(unit.work.reading.name)
             self.facts += [ledger.close(), *ledger.of_scales()]
             self.gram.add(ledger)
+
+
+def _ends_alone(unit: Unit) -> bool:
+    """Return whether a unit ends a tensor whose scales, if it has any, follow its codes."""
+    job = unit.work
+    assert isinstance(job, TensorJob)
+    return _ends_tensor(unit) and len(job.wholes) < 2
+
+
+def _num_bands(job: TensorJob) -> int:
+    encode = within_rows(job.result.encode)
+    assert isinstance(encode, BlockScaled | GroupScaled)
+    return encode.grid(job.reading.shape)[0]
+
+
+def _last_of_wholes(jobs: Iterable[TensorJob]) -> dict[str, Sequence[TensorJob]]:
+    """Return the jobs that write codes and scales of one tensor of all experts, by name of the last."""
+    runs = ([*run] for wholes, run in groupby(jobs, key=lambda job: job.wholes) if len(wholes) > 1)
+    return {run[-1].reading.name: run for run in runs}
 
 
 def _ends_tensor(unit: Unit) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, RowRuns, matrix_of
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import Joined, is_uncoded
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.transposed import ByRows, Transposed, within_rows
 from stockflow.engine.adapter_stage import adapter_decoders
 from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.decoding import Memory, Shape, fill, numbers
@@ -131,11 +131,18 @@ def scales_of(span: LoadedPiece, number: int) -> tuple[int, Values]:
     skipped = sum(len(each.extents) for each in reading.operands[:number])
     offsets = piece.offsets[skipped : skipped + len(operand.extents)]
     held, wanted = (operand.decode.ranges(reading.shape, first, span.stop)[1] for first in (piece.first, span.start))
-    decode, width = operand.decode, operand.decode.widths[1]
+    decode, width = within_rows(operand.decode), operand.decode.widths[1]
     assert isinstance(decode, BlockScaled | GroupScaled)
     count = (wanted.stop - wanted.start) // width
     place = offsets[1] + wanted.start - held.start
-    return wanted.start // width, _scales(decode.scale_dtype, piece.memory, place, count, np.dtype(np.float32))
+    scales_S = _scales(decode.scale_dtype, piece.memory, place, count, np.dtype(np.float32))
+    if not isinstance(operand.decode, ByRows):
+        return wanted.start // width, scales_S
+    own = decode.ranges(reading.shape, span.start, span.stop)[1]
+    rows_RMS = scales_S.reshape(-1, operand.decode.num_beside, decode.grid(reading.shape)[1])
+    skipped = own.start // width % rows_RMS.shape[2]
+    count = (own.stop - own.start) // width
+    return own.start // width, rows_RMS[:, operand.decode.number].reshape(-1)[skipped : skipped + count]
 
 
 def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], out_E: Values) -> None:
@@ -270,8 +277,23 @@ def _transpose(
     codecs.widen_run(slab_of(wanted.view(np.uint8)), np.uint64(0), FORMATS[decode.dtype], out_E)
 
 
+def _take_rows(
+    decode: ByRows, shape: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
+) -> None:
+    whole, (first, last) = decode.whole_shape(shape), decode.run(shape, start, stop)
+    if not decode.by_turns:
+        _decode_run(decode.inner, whole, first, last, memory, places, out_E)
+        return
+    all_E = np.empty(last - first, out_E.dtype)
+    _decode_run(decode.inner, whole, first, last, memory, places, all_E)
+    own_RC = all_E.reshape(-1, decode.num_beside, shape[1])[:, decode.number]
+    skipped = start % shape[1]
+    out_E[:] = own_RC.reshape(-1)[skipped : skipped + len(out_E)]
+
+
 _DECODERS: dict[type, Callable[..., Any]] = {
     Plain: _widen, Joined: _join, BlockScaled: _scale_blocks, GroupScaled: _scale_groups, Transposed: _transpose,
+    ByRows: _take_rows,
     **adapter_decoders(_decode_run),
 }  # fmt: skip
 """What every decode is to this stage."""

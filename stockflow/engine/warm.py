@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stockflow.checkpoints.transposed import ByRows
 from stockflow.engine.pieces import Piece
 from stockflow.engine.stage import DecodingStage
 from stockflow.kernels.floats import slab_of
@@ -34,10 +35,10 @@ class SmallUnit:
         """Yield the only piece."""
         del last
         reading = self.work.reading
-        sizes = [(-(-slot.num_bytes // SLOT_BYTES) + 1) * SLOT_BYTES for slot in reading.slots(0, NUM_ELEMS)]
+        sizes = [(-(-slot.num_bytes // SLOT_BYTES) + 1) * SLOT_BYTES for slot in reading.slots(0, self.stop)]
         memory = np.zeros(sum(sizes), np.uint8)
         offsets = tuple(accumulate(sizes[:-1], initial=0))
-        yield DecodingStage().piece(reading, 0, NUM_ELEMS, slab_of(memory), memory, offsets)
+        yield DecodingStage().piece(reading, 0, self.stop, slab_of(memory), memory, offsets)
 
 
 def small_units(works: Iterable[Any]) -> Iterator[SmallUnit]:
@@ -47,9 +48,13 @@ def small_units(works: Iterable[Any]) -> Iterator[SmallUnit]:
         if work.reading.num_elems and not work.reading.is_verbatim:  # bytes are carried over without kernels
             distinct.setdefault(work.kind, work)
     for work in distinct.values():
-        yield SmallUnit(replace(work, reading=_of_two_elements(work.reading)))
+        reading = _of_few_elements(work.reading)
+        yield SmallUnit(replace(work, reading=reading), stop=reading.num_elems)
 
 
-def _of_two_elements(reading: Reading) -> Reading:
+def _of_few_elements(reading: Reading) -> Reading:
+    """Return a reading of two elements; of a row, where rows of several tensors are stored by turns."""
     operands = tuple(operand._replace(rows=None) for operand in reading.operands)
-    return replace(reading, shape=(1,) * (len(reading.shape) - 1) + (NUM_ELEMS,), scope="tensor", operands=operands)
+    are_rows = any(isinstance(operand.decode, ByRows) for operand in operands)
+    shape = (1,) * (len(reading.shape) - 1) + (reading.shape[-1] if are_rows else NUM_ELEMS,)
+    return replace(reading, shape=shape, scope="tensor", operands=operands)

@@ -4,13 +4,14 @@ What a source stores alike, and nothing changed in, keeps its scale, so that its
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, matrix_of
 from stockflow.checkpoints.scale_rules import RULES
+from stockflow.checkpoints.transposed import within_rows
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.pieces import LoadedPiece, Piece
@@ -88,6 +89,13 @@ class PartsOf:
         """Do nothing: the unit goes on."""
 
 
+def _are_alike(one: Decode, other: Decode) -> bool:
+    """Return whether codes and scales of two are the same for the same numbers, whatever containers hold the codes."""
+    if isinstance(one, GroupScaled) and isinstance(other, GroupScaled):
+        return replace(one, dtype=other.dtype) == other
+    return one == other
+
+
 def _geometry_of(decode: Decode, shape: tuple[int, ...]) -> coding.BlockGrid:
     """Return where the blocks of a tensor lie."""
     if isinstance(decode, GroupScaled):
@@ -129,12 +137,12 @@ class Coder:
         """
         self._result, self._target = result, target
         self._map_spans, self._alarm = map_spans, alarm
-        self._shape = job.reading.shape
-        self._geometry = _geometry_of(result.encode, self._shape)
+        self._shape, self._encoding = job.reading.shape, within_rows(result.encode)
+        self._geometry = _geometry_of(self._encoding, self._shape)
         self._alike = [
             number
             for number, operand in enumerate(job.reading.operands)
-            if operand.decode == result.encode and operand.rows is None
+            if _are_alike(within_rows(operand.decode), self._encoding) and operand.rows is None
         ]
         self._scratch = scratch
         self._waiting: _Waiting | None = None
@@ -187,7 +195,7 @@ class Coder:
         step = max(SPAN_ELEMS // band, 1) * band
         runs = [(start, min(start + step, waiting.stop)) for start in range(waiting.start, waiting.stop, step)]
         scales_S = np.empty(waiting.kept_KS.shape[1], np.float32)
-        encode = self._result.encode
+        encode = self._encoding
         if isinstance(encode, GroupScaled) and encode.row_bytes * 2 > encode.num_columns:
             waiting.target[:] = 0  # rows are filled up
 
@@ -200,7 +208,7 @@ class Coder:
         self._target.scales[first:last] = _stored_scales(scales_S, encode)
 
     def _encode(self, waiting: _Waiting, scales_S: Singles, start: int, stop: int) -> int:
-        encode, ranges = self._result.encode, self._result.encode.ranges
+        encode, ranges = self._encoding, self._encoding.ranges
         first_byte = ranges(self._shape, start, stop)[0].start - ranges(self._shape, waiting.start, stop)[0].start
         row_bytes = encode.row_bytes if isinstance(encode, GroupScaled) else self._shape[-1]
         codes = encode.codes if isinstance(encode, GroupScaled) else encode.dtype
@@ -224,12 +232,12 @@ class Coder:
         )
 
     def _scale_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        found = self._result.encode.ranges(self._shape, start, stop)[1]
+        found = self._encoding.ranges(self._shape, start, stop)[1]
         return found.start, found.stop
 
     def _scale_numbers(self, start: int, stop: int) -> tuple[int, int]:
         first, last = self._scale_bytes(start, stop)
-        width = self._result.encode.widths[1]
+        width = self._encoding.widths[1]
         return first // width, last // width
 
 

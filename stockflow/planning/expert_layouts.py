@@ -8,15 +8,17 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
-from stockflow.checkpoints.adapter_decodes import LowRank, part_of_decode
+from stockflow.checkpoints.adapter_decodes import LowRank, is_adapted, part_of_decode
 from stockflow.checkpoints.configs import sections
-from stockflow.checkpoints.decodes import Decode, plain
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.decodes import Decode, GroupScaled, plain
+from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.layout import Extent, Pieces
 from stockflow.checkpoints.naming import holds_fused_experts
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.quantised import Stored
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.scale_rules import kind_of
+from stockflow.checkpoints.transposed import ByRows, Transposed
+from stockflow.planning.formats import codes_of
 
 _PAIRS = (
     (".gate_up_proj", ".down_proj"),
@@ -34,11 +36,34 @@ class Fused(NamedTuple):
     """A stored tensor that holds projections of all experts of a layer."""
 
     parts: Sequence[TensorSpec]
-    """in the order of its bytes; those that share them in the order of their columns"""
+    """in the order of its bytes; those that share them in the order of their columns, or rows"""
     transposed: Transposed | None = None
-    """how the first of those that share bytes is stored; None where each is a run of them"""
+    """how the first of those that share bytes is stored, if that is column by column"""
+    num_by_turns: int = 1
+    """of projections whose rows are stored by turns; 1 where each is a run of bytes, or of columns"""
     is_doubtful: bool = False
     """whether its shape does not tell rows from columns; they are then taken to be as in a single projection"""
+
+    @property
+    def num_beside(self) -> int:
+        """How many projections share bytes."""
+        return self.transposed.num_beside if self.transposed else self.num_by_turns
+
+    @property
+    def is_in_runs(self) -> bool:
+        """Whether each part is a run of bytes."""
+        return self.transposed is None and self.num_by_turns == 1
+
+    def beside(self, number: int, decode: Decode) -> Transposed | ByRows | None:
+        """Return how the part of this number among those that share bytes is stored, None if it is a run of them.
+
+        Args:
+            number: of the part.
+            decode: of all, where they are not transposed.
+        """
+        if self.transposed:
+            return replace(self.transposed, number=number)
+        return ByRows(decode, number, self.num_by_turns) if self.num_by_turns > 1 else None
 
 
 Parts = Mapping[str, Fused]
@@ -74,7 +99,11 @@ class _Pair(NamedTuple):
         gates_ups = [part for pair in zip(gates, ups, strict=True) for part in pair]
         downs = _single(stem, "down_proj", num, down, (hidden, inner))
         return {
-            self.gate_up.name: Fused(gates_ups, None if straight else Transposed(up, 0, 2, by_turns)),
+            self.gate_up.name: Fused(
+                gates_ups,
+                None if straight else Transposed(up, 0, 2, by_turns),
+                2 if straight and by_turns else 1,
+            ),
             self.down.name: Fused(downs, None if straight else Transposed(down)),
         }
 
@@ -93,6 +122,12 @@ def all_parts(checkpoints: Sequence[Checkpoint]) -> list[Parts]:
     whole = {name for each, own in pairs for name in names & each.specs.keys() - own.keys()}
     whole |= {name for name in names if all(name in own and own[name].is_doubtful for own in parts)}
     return [{name: each for name, each in own.items() if name not in whole} for own in parts] if whole else parts
+
+
+def is_in_blocks(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether a tensor is stored as gpt-oss has its codes: row by row, while its numbers are transposed."""
+    held = checkpoint.stored.get(name)
+    return held is not None and held.is_in_blocks
 
 
 def _hidden(section: Mapping[str, object]) -> int | None:
@@ -120,10 +155,10 @@ def _parts_of_pair(checkpoint: Checkpoint, pair: _Pair, known: Known) -> Parts:
 
     Gate and up alternate in the tensors of gpt-oss, which have biases.
     """
-    has_bias = f"{pair.gate_up.name}_bias" in checkpoint.specs
-    if not (pair.is_transposed or (pair.is_straight and not has_bias)):
+    by_turns = f"{pair.gate_up.name}_bias" in checkpoint.specs or is_in_blocks(checkpoint, pair.gate_up.name)
+    if not (pair.is_transposed or pair.is_straight):
         return {}
-    return known.get((pair, has_bias)) or known.setdefault((pair, has_bias), pair.parts(by_turns=has_bias))
+    return known.get((pair, by_turns)) or known.setdefault((pair, by_turns), pair.parts(by_turns=by_turns))
 
 
 def _parts_of_stack(checkpoint: Checkpoint, stem: str, ups: Sequence[str], down: str, hidden: set[int]) -> Parts:
@@ -142,7 +177,8 @@ def _parts_of_stack(checkpoint: Checkpoint, stem: str, ups: Sequence[str], down:
         spec, shape = specs[name], (second, first) if turned else (first, second)
         role = name.removesuffix(".weight").rpartition(".")[2]
         own = _single(stem, role, num, spec.dtype, shape)
-        parts[name] = Fused(own, Transposed(spec.dtype) if turned else None, is_straight == is_transposed)
+        transposed = Transposed(spec.dtype) if turned else None
+        parts[name] = Fused(own, transposed, is_doubtful=is_straight == is_transposed)
     return parts
 
 
@@ -171,12 +207,15 @@ def _can_be_parted(checkpoint: Checkpoint, name: str, fused: Fused) -> bool:
 
     Nothing is parted whose parts have the names of tensors that are there.
     """
-    held = checkpoint.stored.get(name)
+    held, share_bytes = checkpoint.stored.get(name), fused.transposed is not None or fused.num_by_turns > 1
     if any(part.name in checkpoint.specs for part in fused.parts):
         return False
     if held is None:
-        return fused.transposed is None or name not in checkpoint.joined
-    return fused.transposed is None and _follow(held.decode, checkpoint.specs[name].shape, fused.parts[0].num_elems)
+        return not share_bytes or name not in checkpoint.joined
+    if share_bytes and (fused.transposed or is_adapted(held.decode)):
+        return False
+    num_elems = fused.num_by_turns * fused.parts[0].num_elems
+    return _follow(held.decode, checkpoint.specs[name].shape, num_elems)
 
 
 def _follow(decode: Decode, shape: tuple[int, ...], num_elems: int) -> bool:
@@ -198,19 +237,22 @@ def separated(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
         else:
             specs[name] = spec
     extents, stored = dict(checkpoint.extents), {n: held for n, held in checkpoint.stored.items() if n not in parts}
+    rules = dict(checkpoint.rules)
     joined = _parts_of_joined(checkpoint, parts)
     extents |= {name: pieces.extents[0] for name, pieces in joined.items()}
     for name, fused in parts.items():
         if name in checkpoint.joined:
             continue
-        if fused.transposed is None and name not in checkpoint.stored:  # as nearly all are
+        if fused.is_in_runs and name not in checkpoint.stored:  # as nearly all are
             (file, start), size = checkpoint.extents[name], fused.parts[0].num_bytes
             extents |= {part.name: Extent(file, start + number * size) for number, part in enumerate(fused.parts)}
             continue
+        if rule := rules.get(kind_of(name)):
+            rules |= {kind_of(part.name): rule for part in fused.parts[:2]}
         for part, held, places in _places(checkpoint, name, fused):
             extents |= zip([holder.name for holder in held.parts], places, strict=True)
             stored |= {} if held.decode.is_plain else {part.name: held}
-    return replace(checkpoint, specs=specs, extents=extents, stored=stored, joined=joined)
+    return replace(checkpoint, specs=specs, extents=extents, stored=stored, joined=joined, rules=rules)
 
 
 def _parts_of_joined(checkpoint: Checkpoint, parts: Parts) -> dict[str, Pieces]:
@@ -230,18 +272,39 @@ def _places(checkpoint: Checkpoint, name: str, fused: Fused) -> Iterator[tuple[T
     """Yield each part of a tensor, how it is stored, and where what holds it begins."""
     spec, start = checkpoint.specs[name], 0
     whole = checkpoint.stored.get(name, Stored(plain(spec.dtype), (spec,)))
-    for part, transposed in decodes_of(fused):
-        first = start - (transposed.number * part.num_elems if transposed else 0)
-        decode, offsets = part_of_decode(whole.decode, spec.shape, first, part.shape)
-        others = [other._replace(name=f"{part.name} {other.name}") for other in whole.parts[1:]]
+    for index, part in enumerate(fused.parts):
+        number = index % fused.num_beside
+        decode, offsets = part_of_decode(whole.decode, spec.shape, start - number * part.num_elems, part.shape)
         files = [checkpoint.extents[other.name] for other in whole.parts]
         places = [Extent(file, at + offset) for (file, at), offset in zip(files, offsets, strict=True)]
-        yield part, Stored(transposed or decode, (part, *others)), places
+        yield part, Stored(fused.beside(number, decode) or decode, _holders(part, name, whole)), places
         start += part.num_elems
 
 
-def decodes_of(fused: Fused) -> Iterator[tuple[TensorSpec, Transposed | None]]:
-    """Yield each part with how it is stored, None if it is a run of what holds it."""
-    first = fused.transposed
-    for index, part in enumerate(fused.parts):
-        yield part, first and replace(first, number=index % first.num_beside)
+def _holders(part: TensorSpec, name: str, whole: Stored) -> tuple[TensorSpec, ...]:
+    """Return what holds a part of a tensor, as if it were stored alone: codes and scales, and whatever adds to them."""
+    encode = codes_of(whole.decode)
+    if encode is None:
+        return (part, *(other._replace(name=f"{part.name} {other.name}") for other in whole.parts[1:]))
+    (_, scale, *others), shape = whole.parts, part.shape
+    if isinstance(encode, GroupScaled):
+        shape = part.shape[0], encode.row_bytes * 8 // DTYPES[encode.dtype].bits
+    end = scale.name.removeprefix(name) if scale.name.startswith(f"{name}_") else "_scale"
+    codes = TensorSpec(part.name, encode.dtype, shape)
+    scales = TensorSpec(f"{part.name}{end}", scale.dtype, encode.grid(part.shape))
+    return (codes, scales, *(other._replace(name=f"{part.name} {other.name}") for other in others))
+
+
+def without_shared_scales(parts: list[Parts], donor: Checkpoint, own: Parts) -> list[Parts]:
+    """Return the parts but for those of tensors whose codes the donor has in blocks that several parts share."""
+    shared = {name for name, fused in own.items() if name in donor.stored and _share_scales(donor, name, fused)}
+    return [{name: each for name, each in found.items() if name not in shared} for found in parts] if shared else parts
+
+
+def _share_scales(donor: Checkpoint, name: str, fused: Fused) -> bool:
+    encode, shape = codes_of(donor.stored[name].decode), donor.specs[name].shape
+    if encode is None:
+        return False
+    num_elems = fused.parts[0].num_elems if fused.is_in_runs else shape[-1]
+    first, second = (encode.ranges(shape, start, start + num_elems)[1] for start in (0, num_elems))
+    return first.stop != second.start

@@ -5,16 +5,19 @@ that seeing it costs an offset, and writing it an order.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import cycle, takewhile
+from typing import NamedTuple
 
+from stockflow.checkpoints.decodes import plain
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.naming import projection_of
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.transposed import ByRows, Transposed
 from stockflow.errors import PlanError
-from stockflow.planning.expert_layouts import Parts, all_parts, decodes_of, separated
+from stockflow.planning.expert_layouts import Fused, Parts, all_parts, is_in_blocks, separated, without_shared_scales
+from stockflow.planning.formats import codes_of
 from stockflow.planning.job import TensorJob
 from stockflow.planning.views import renamed
 from stockflow.recipe import Recipe
@@ -27,18 +30,32 @@ _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)(?=\.)")
 """What families call the part of a layer that has experts."""
 
 
+class Whole(NamedTuple):
+    """What of the output a projection is a part of."""
+
+    numbers: TensorSpec
+    """the tensor, if plain numbers are written"""
+    encode: Transposed | ByRows | None = None
+    """how it is stored there, where that is no run of bytes"""
+    codes: tuple[TensorSpec, ...] = ()
+    """codes and scales, where these are kept"""
+
+    def named(self, rename: Callable[[str], str]) -> "Whole":
+        """Return the same under other names."""
+        numbers, *codes = (each._replace(name=rename(each.name)) for each in (self.numbers, *self.codes))
+        return self._replace(numbers=numbers, codes=tuple(codes))
+
+
 @dataclass(frozen=True)
 class Experts:
     """Checkpoints with one tensor per projection and expert, and what the output makes of these."""
 
     checkpoints: Sequence[Checkpoint]
-    wholes: Mapping[str, TensorSpec] = field(default_factory=dict)
-    """by the donor's name of a projection: the tensor of the output that holds it"""
-    encodes: Mapping[str, Transposed] = field(default_factory=dict)
-    """by the same name: how it is stored there, where that is no run of bytes"""
+    wholes: Mapping[str, Whole] = field(default_factory=dict)
+    """by the donor's name of a projection"""
 
-    def whole(self, own_name: str, name: str) -> TensorSpec | None:
-        """Return the tensor that a target is a part of, None if it is one itself.
+    def whole(self, own_name: str, name: str) -> Whole | None:
+        """Return what a target is a part of, None if it is a tensor itself.
 
         Args:
             own_name: of the target, in the donor.
@@ -49,7 +66,7 @@ class Experts:
             return whole
         shared = len(_common_end(own_name, name))
         before, instead = own_name[: len(own_name) - shared], name[: len(name) - shared]
-        return whole._replace(name=instead + whole.name.removeprefix(before))
+        return whole.named(lambda each: instead + each.removeprefix(before))
 
 
 def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Experts:
@@ -61,6 +78,8 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
     asked, widened = recipe.stockflow.experts, recipe.stockflow.scope in ("tensor", "leading")
     parts = all_parts(checkpoints)
     in_codes = recipe.stockflow.output_format == "fp8_block"
+    if recipe.keeps_codes:
+        parts = without_shared_scales(parts, checkpoints[recipe.donor], parts[recipe.donor])
     is_fused = asked == "fused" or (asked is None and bool(parts[recipe.donor]) and not in_codes)
     if asked == "fused" and (in_codes or (recipe.keeps_codes and checkpoints[recipe.donor].stored)):
         raise PlanError(
@@ -69,20 +88,37 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
         )
     if not any(parts) and not is_fused:
         return Experts(checkpoints)
-    if recipe.keeps_codes and parts[recipe.donor].keys() & checkpoints[recipe.donor].stored.keys():
-        return Experts(checkpoints)  # codes of several experts are written as one tensor
     if widened and is_fused:
-        _refuse_parted(recipe, parts)
+        _refuse_parted(recipe, checkpoints[recipe.donor], parts)
         return Experts(checkpoints)
     seen = [_doubted(separated(*each), each[1]) for each in zip(checkpoints, parts, strict=True)]
     donor, own = seen[recipe.donor], parts[recipe.donor] if is_fused else {}
-    wholes = {part.name: checkpoints[recipe.donor].specs[name] for name, each in own.items() for part in each.parts}
-    encodes = {part.name: decode for each in own.values() for part, decode in decodes_of(each) if decode}
+    wholes = {
+        part.name: whole
+        for name, each in own.items()
+        for part, whole in zip(each.parts, _wholes(checkpoints[recipe.donor], name, each), strict=False)
+    }
     if asked == "fused":
         donor, further = _gathered(donor, wholes)
-        wholes |= further
+        wholes |= {name: Whole(spec) for name, spec in further.items()}
     seen[recipe.donor] = _remarked(donor, recipe, checkpoints, parts, is_fused=is_fused)
-    return Experts([each if each is donor else _under_names_of(donor, each) for each in seen], wholes, encodes)
+    return Experts([each if each is donor else _under_names_of(donor, each) for each in seen], wholes)
+
+
+def _wholes(donor: Checkpoint, name: str, fused: Fused) -> Iterator[Whole]:
+    """Yield what each projection in a tensor of the donor is a part of, as it is written; those of gpt-oss over again.
+
+    Plain numbers of gpt-oss are transposed, and its codes are not.
+    """
+    spec, held = donor.specs[name], donor.stored.get(name)
+    encode = codes_of(held.decode) if held else None
+    codes = held.parts[: len(encode.widths)] if held and encode else ()
+    if held and held.is_in_blocks:
+        numbers = spec._replace(shape=(spec.shape[0], spec.shape[2], spec.shape[1]))
+        for number in cycle(range(fused.num_beside)):
+            yield Whole(numbers, Transposed(spec.dtype, number, fused.num_beside, by_turns=True), codes)
+    for number in cycle(range(fused.num_beside)):
+        yield Whole(spec, fused.beside(number, plain(spec.dtype)), codes)
 
 
 def _doubted(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
@@ -100,13 +136,17 @@ def _doubted(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:
     return replace(checkpoint, remarks=(*checkpoint.remarks, remark))
 
 
-def part_of(job: TensorJob, whole: TensorSpec, encode: Transposed | None) -> TensorJob:
+def part_of(job: TensorJob, whole: Whole) -> TensorJob:
     """Return a job as one of those that write a tensor of all experts, which has the dtype of its parts."""
-    dtype = job.output.dtype
-    results = (
-        tuple([replace(each, encode=replace(encode, dtype=dtype)) for each in job.results]) if encode else job.results
-    )
-    return replace(job, whole=whole._replace(dtype=dtype), results=results)
+    if job.result.rule:
+        return replace(job, wholes=whole.codes)
+    dtype, encode = job.output.dtype, whole.encode
+    if isinstance(encode, Transposed):
+        encode = replace(encode, dtype=dtype)
+    elif encode:
+        encode = replace(encode, inner=plain(dtype))
+    results = tuple([replace(each, encode=encode) for each in job.results]) if encode else job.results
+    return replace(job, wholes=(whole.numbers._replace(dtype=dtype),), results=results)
 
 
 def unlike_parts(jobs: Iterable[TensorJob]) -> Iterator[str]:
@@ -121,8 +161,13 @@ def unlike_parts(jobs: Iterable[TensorJob]) -> Iterator[str]:
             yield f"the experts of {shown(name)} come as {several}, and a tensor has one dtype; give a `dtype`"
 
 
-def _refuse_parted(recipe: Recipe, parts: Sequence[Parts]) -> None:
+def _refuse_parted(recipe: Recipe, donor: Checkpoint, parts: Sequence[Parts]) -> None:
     """Raise where a recipe has several experts decided as one, and not every model stores them so."""
+    if not recipe.keeps_codes and any(is_in_blocks(donor, name) for name in parts[recipe.donor]):
+        raise PlanError(
+            f"`scope: {recipe.stockflow.scope}` decides the experts of a tensor as one, and the codes of "
+            f"{redact(donor.url)} lie otherwise than its plain numbers, which are transposed; leave the scope out"
+        )
     if not parts[recipe.donor] or any(own.keys() != parts[recipe.donor].keys() for own in parts):
         raise PlanError(
             f"`scope: {recipe.stockflow.scope}` decides the experts of a tensor as one, and some models store them one "

@@ -3,26 +3,34 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from stockflow.checkpoints.adapter_decodes import reads_anchor
 from stockflow.checkpoints.decode_records import recorded
-from stockflow.checkpoints.decodes import BlockScaled, Decode, Plain, RowFill, RowRun, RowRuns, plain
+from stockflow.checkpoints.decodes import Decode, Plain, RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.joined import Joined
 from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.scale_rules import RULES
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.transposed import ByRows, Transposed, placed_beside, within_rows
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters, Scope
-from stockflow.planning.experts import part_of
+from stockflow.planning.experts import Whole, part_of
 from stockflow.planning.formats import coded
 from stockflow.planning.job import COPIES, COPY, TensorJob, copying, merging
 from stockflow.planning.layer_units import unlike_members
 from stockflow.planning.operands import Operand
-from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan, SideFile, WrittenFile, canonical_digest
+from stockflow.planning.plan import (
+    IN_ROWS,
+    CheckpointRef,
+    MergePlan,
+    ShardPlan,
+    SideFile,
+    WrittenFile,
+    canonical_digest,
+)
 from stockflow.storage import Stamp
 from stockflow.text.records import MAX_COUNT, Place, RecordKind, count, parse_record, text
 from stockflow.text.remarks import Remark
@@ -228,19 +236,45 @@ class _Tables:
 def _join(
     jobs: list[TensorJob], name: object, shape: Sequence[object], first: object, num: object, *layout: object
 ) -> None:
-    """Have jobs write one tensor, run by run or beside each other."""
+    """Have jobs write one tensor, run by run or beside each other; of codes, that and the one of their scales."""
     start, stop = count(first), count(first) + count(num)
     parts = jobs[start:stop]
-    whole = TensorSpec(text(name), parts[0].output.dtype, tuple(map(count, shape)))
-    held = {job.output.dtype for job in parts}, sum(job.result.num_bytes for job in parts), len(parts)
-    if held != ({whole.dtype}, whole.num_bytes, stop - start) or any(job.whole for job in parts):
-        raise ValueError(f"the {stop - start} tensors from number {start} on do not make up {whole}")
+    scales = [TensorSpec(text(own), text(dtype), tuple(map(count, sizes))) for own, dtype, sizes in _lists(layout)]
+    wholes = (TensorSpec(text(name), parts[0].output.dtype, tuple(map(count, shape))), *scales)
+    written = list(zip(*(job.result.outputs for job in parts), strict=True))
+    held = [({output.dtype for output in each}, sum(output.num_bytes for output in each)) for each in written]
+    expected = [({whole.dtype}, whole.num_bytes) for whole in wholes]
+    if held != expected or len(parts) != stop - start or any(job.whole for job in parts):
+        raise ValueError(f"the {stop - start} tensors from number {start} on do not make up {wholes}")
+    if scales:
+        jobs[start:stop] = [part_of(job, Whole(wholes[0], codes=wholes)) for job in _in_turn(parts)]
+        return
     jobs[start:stop] = [
-        part_of(job, whole, encode) for job, encode in zip(parts, _encodes(parts, *layout), strict=True)
+        part_of(job, Whole(wholes[0], encode)) for job, encode in zip(parts, _encodes(parts, *layout), strict=True)
     ]
 
 
-def _encodes(jobs: Sequence[TensorJob], *layout: object) -> list[Transposed | None]:
+def _lists(values: Sequence[object]) -> list[list[Any]]:
+    return [each for each in values if isinstance(each, list)]
+
+
+def _in_turn(jobs: Sequence[TensorJob]) -> Sequence[TensorJob]:
+    """Return jobs that write codes of one tensor.
+
+    Raises:
+        ValueError: they are stored in several ways, or not beside those that they say.
+    """
+    encodes = [job.result.encode for job in jobs]
+    num = placed_beside(encodes[:1])[1] or 1
+    first = encodes[0]
+    in_turn = [replace(first, number=number) if isinstance(first, ByRows) else first for number in range(num)]
+    is_whole = len(jobs) % num == 0 and len({job.reading.shape for job in jobs}) == 1 and bool(jobs[0].result.rule)
+    if not is_whole or encodes != in_turn * (len(jobs) // num):
+        raise ValueError(f"{len(jobs)} tensors are not stored in turn as {encodes[0]!r}"[:300])
+    return jobs
+
+
+def _encodes(jobs: Sequence[TensorJob], *layout: object) -> Sequence[Transposed | ByRows | None]:
     """Return how jobs store what they write of one tensor.
 
     Raises:
@@ -251,7 +285,10 @@ def _encodes(jobs: Sequence[TensorJob], *layout: object) -> list[Transposed | No
     num_beside, by_turns = layout
     each = count(num_beside)
     is_possible = each >= 1 and len(jobs) % each == 0 and len({job.output.shape for job in jobs}) == 1
-    if not is_possible or len(jobs[0].output.shape) != 2 or not isinstance(by_turns, bool):
+    is_possible = is_possible and len(jobs[0].output.shape) == 2
+    if is_possible and by_turns == IN_ROWS:
+        return [ByRows(plain(job.output.dtype), number % each, each) for number, job in enumerate(jobs)]
+    if not is_possible or not isinstance(by_turns, bool):
         raise ValueError(f"{len(jobs)} tensors are not stored beside each other as {layout!r}")
     return [Transposed(job.output.dtype, number % each, each, by_turns) for number, job in enumerate(jobs)]
 
@@ -283,12 +320,12 @@ def _job(row: Sequence[Any], settings: Sequence[Setting], maps: _Tables) -> Tens
 
 def _coded(job: TensorJob, rule: str, encode: Decode, outputs: Sequence[Any]) -> TensorJob:
     specs = tuple(TensorSpec(text(name), text(dtype), tuple(map(count, shape))) for name, dtype, shape in outputs)
-    sizes = [found.stop for found in encode.ranges(job.reading.shape, 0, job.reading.num_elems)]
+    sizes = [found.stop for found in within_rows(encode).ranges(job.reading.shape, 0, job.reading.num_elems)]
     if rule not in RULES or not {spec.dtype for spec in specs} <= DTYPES.keys():
         raise ValueError(f"{job.output.name!r} is written in codes by {rule!r} as {outputs!r}")
     if [spec.num_bytes for spec in specs] != sizes:
         raise ValueError(f"{job.output.name!r} has codes and scales of {sizes} bytes, the outputs are {outputs!r}")
-    return coded(job, specs, cast(BlockScaled, encode), rule)
+    return coded(job, specs, encode, rule)
 
 
 def _operand(

@@ -7,8 +7,9 @@ from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import packed_weights
-from stockflow.checkpoints.quantised import Stored
+from stockflow.checkpoints.quantised import BLOCKS, Stored
 from stockflow.checkpoints.scale_rules import AMAX, kind_of, usual_rule
+from stockflow.checkpoints.transposed import ByRows, within_rows
 from stockflow.planning.job import COPY, Reading, Result, TensorJob, copying
 from stockflow.planning.operands import stored
 from stockflow.planning.plan import SideFile
@@ -16,7 +17,7 @@ from stockflow.planning.precisions import float_bits_of
 from stockflow.recipe import Recipe
 
 QUANTIZATION_FILE = "hf_quant_config.json"
-CODE_NAMES = ("weight_packed", "_blocks")
+CODE_NAMES = ("weight_packed", BLOCKS)
 CONTAINERS = ("I8", "U8")
 """Of codes of four bits that have the name of a weight."""
 FP8_BLOCK = BlockScaled("F8_E4M3", "F32", (128, 128))
@@ -25,16 +26,24 @@ _MULTIPLIED = re.compile(r"(_proj|\.w[123]|\.w[qkvo](_[ab])?|\.wkv|query_key_val
 _KEPT_PLAIN = re.compile(r"(embed|lm_head|norm|router|vision|visual|audio|projector|eh_proj|(^|\.)mlp\.gate\.)")
 
 
-def coded(job: TensorJob, outputs: tuple[TensorSpec, ...], encode: BlockScaled | GroupScaled, rule: str) -> TensorJob:
-    """Return a job whose result is written in codes, these first and their scales behind them."""
+def coded(job: TensorJob, outputs: tuple[TensorSpec, ...], encode: Decode, rule: str) -> TensorJob:
+    """Return a job whose result is written in codes, these first and their scales behind them.
+
+    Raises:
+        ValueError: there are no such codes.
+    """
     bits = float_bits_of(job.reading.dtypes)
-    read, made = job.reading, job.result
-    band = encode.band_elems(read.shape)
+    read, made, codes = job.reading, job.result, within_rows(encode)
+    if not isinstance(codes, BlockScaled | GroupScaled):
+        raise ValueError(f"no codes are stored as {encode!r}")
+    band = codes.band_elems(read.shape)
     reading = Reading(read.name, read.shape, read.operands, read.scope, bits, read.whole_rows, band)
     return TensorJob(reading, (Result(outputs, encode, made.method, made.parameters, bits, bits, rule),))
 
 
-def written(recipe: Recipe, donor: Checkpoint, number: int, own_name: str, job: TensorJob) -> list[TensorJob]:
+def written(
+    recipe: Recipe, donor: Checkpoint, number: int, own_name: str, job: TensorJob, *, is_part: bool = False
+) -> list[TensorJob]:
     """Return the jobs that write a merged tensor in the format that is asked for.
 
     Args:
@@ -43,6 +52,7 @@ def written(recipe: Recipe, donor: Checkpoint, number: int, own_name: str, job: 
         number: of the donor among the plan's checkpoints.
         own_name: of the tensor in the donor.
         job: which merges it, to be written as plain numbers.
+        is_part: whether it becomes a part of a tensor that is stored like the donor's.
     """
     held = donor.stored.get(own_name)
     encode = codes_of(held.decode) if held and recipe.keeps_codes else None
@@ -50,7 +60,8 @@ def written(recipe: Recipe, donor: Checkpoint, number: int, own_name: str, job: 
         parts = held.parts[: len(encode.widths)]
         outputs = tuple(part._replace(name=_renamed(part.name, job.output.name)) for part in parts)
         rule = donor.rules.get(kind_of(own_name)) if donor.rules else None
-        kept = coded(job, outputs, encode, rule or usual_rule(encode))
+        stored_as = held.decode if is_part and isinstance(held.decode, ByRows) else encode
+        kept = coded(job, outputs, stored_as, rule or usual_rule(encode))
         return [kept, *(_copying(job.output, part, donor, number) for part in held.beside)]
     if recipe.stockflow.output_format == "fp8_block" and _is_multiplied(job.output):
         scale = TensorSpec(f"{job.output.name}_scale_inv", "F32", FP8_BLOCK.grid(job.output.shape))

@@ -19,7 +19,7 @@ from stockflow.checkpoints.decodes import (
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.joined import as_bytes, is_verbatim, kernels_of
 from stockflow.checkpoints.naming import projection_of
-from stockflow.checkpoints.transposed import Transposed, placed_beside
+from stockflow.checkpoints.transposed import Transposed, placed_beside, within_rows
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import (
@@ -201,14 +201,14 @@ class Result:
 
     def band_elems(self, shape: tuple[int, ...]) -> int:
         """Return how many elements must be known before their codes are: one if there are none."""
-        encode = self.encode
+        encode = within_rows(self.encode)
         return encode.band_elems(shape) if isinstance(encode, BlockScaled | GroupScaled) else 1
 
     def num_code_bytes(self, shape: tuple[int, ...], start: int, stop: int) -> int:
         """Return how many bytes elements ``start`` to ``stop`` become, their scales apart."""
         if isinstance(self.encode, Transposed):
             return self.encode.width * (stop - start)
-        codes = self.encode.ranges(shape, start, stop)[0]
+        codes = within_rows(self.encode).ranges(shape, start, stop)[0]
         return codes.stop - codes.start
 
     @property
@@ -233,8 +233,13 @@ class TensorJob:
 
     reading: Reading
     results: tuple[Result, ...]
-    whole: TensorSpec | None = None
-    """what it writes the next run of, as the jobs beside it do; None where its outputs are tensors by themselves"""
+    wholes: tuple[TensorSpec, ...] = ()
+    """what its outputs are the next runs of, as those of jobs beside it; nothing where they are tensors themselves"""
+
+    @property
+    def whole(self) -> TensorSpec | None:
+        """What its first output is the next run of."""
+        return self.wholes[0] if self.wholes else None
 
     @property
     def stored_name(self) -> str:
@@ -324,7 +329,8 @@ class TensorJob:
         if not reading.is_plain:  # codes are one object for each way of storing, which is quicker told than compared
             decodes = [each.decode for each in reading.operands]
             stored_as = tuple([id(each) if isinstance(each, BlockScaled | GroupScaled) else each for each in decodes])
-        return reading.shape, reading.scope, stored_as, reading.is_plain, reading.band, self.place_beside, *made
+        beside = self.place_beside, self._scale_bytes
+        return reading.shape, reading.scope, stored_as, reading.is_plain, reading.band, *beside, *made
 
     def scratch_bytes(self, num_elems: int) -> int:
         """Return what one thread needs, beside the operands, for a span of so many elements."""
@@ -345,7 +351,12 @@ class TensorJob:
             return sum(3 * each.rank * sum(each.matrix) * FLOAT_BYTES for each in factors)
         rules = [result.declared.rule for result in self.results]
         num_rows = -(-self.reading.num_elems // self.reading.together)
-        return sum([num_rows * rule.row_bytes for rule in rules if isinstance(rule, Elementwise)])
+        return self._scale_bytes + sum([num_rows * rule.row_bytes for rule in rules if isinstance(rule, Elementwise)])
+
+    @cached_property
+    def _scale_bytes(self) -> int:
+        """What is kept of scales until all codes before them are written."""
+        return sum([each.num_bytes for each in (self.wholes or self.results[0].outputs)[1:]])
 
 
 def merging(

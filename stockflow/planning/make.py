@@ -156,13 +156,13 @@ def _planned(
     known = _Known(explained, kept_above(recipe, checkpoints), OptionalParts(donor), by_token)
     for target in outline.targets:
         whole = experts.whole(target.names[0], target.spec.name) if experts.wholes else None
-        stored_name = whole.name if whole else target.spec.name
+        stored_name = whole.numbers.name if whole else target.spec.name
         if _action(recipe, stored_name) == "skip":
             skipped[stored_name] = None
             continue
         for planned in _plan_tensor(target, stored_name, known):
             if isinstance(planned, TensorJob):
-                jobs.append(part_of(planned, whole, experts.encodes.get(target.names[0])) if whole else planned)
+                jobs.append(part_of(planned, whole) if whole else planned)
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
     problems = [*explained.values(), *unlike_parts(jobs), *unlike_members(jobs)]
@@ -191,7 +191,7 @@ def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
     for size in (*sizes, plan.num_output_bytes // enough, plan.num_output_bytes // enough // 2):
         if size and _num_shards(jobs, size) >= enough:
             return [f"{said}; --shard-size {_two_digits(size)} gives enough"]
-    largest = max((job.whole or job.result).num_bytes for job in jobs)
+    largest = max(sum(each.num_bytes for each in job.wholes or job.result.outputs) for job in jobs)
     return [f"{said}, and the largest tensor has {_two_digits(largest)}; ask for fewer workers"]
 
 
@@ -245,19 +245,19 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
     rule, is_part = recipe.rule_for(stored_name), stored_name != name
     keeps_codes = recipe.keeps_codes and name not in known.by_token
     if _is_copied(recipe, rule, name):
-        return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes and not is_part)
+        return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes, is_part=is_part)
     method = recipe.method_for(rule)
     indices = recipe.sources(method)
     absent = [index for index, own in enumerate(names) if own not in checkpoints[index].specs]
     if absent and known.optional.is_lacked(names[0], [checkpoints[index] for index in absent]):
-        return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes and not is_part)
+        return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes, is_part=is_part)
     if absent:
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
         told_of = [index for index in absent if stretch.numbers[index] not in known.explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
         return [_of_a_head(missing, stretch, told_of)] if told_of else []
     if recipe.carries_over(stored_name, spec.dtype, stand):
-        return _as_it_is(target, *indices, keeps_codes=keeps_codes and not is_part)
+        return _as_it_is(target, *indices, keeps_codes=keeps_codes, is_part=is_part)
     alike = spec.kind != "packed" and target.is_alike(indices)
     donor_first = tuple(dict.fromkeys((recipe.donor, *indices)))
     if (spec.kind != "float" or holds_indices(target)) and (alike or are_known(target, donor_first)):
@@ -285,22 +285,26 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
         return [Misfit(name, f"{held.decode.words} in {stretch.urls([0])}, which is read and not written", ADD_FORMAT)]
     if name in known.by_token:
         return [job]
-    return written(recipe, checkpoints[0], stretch.numbers[0], names[0], job)
+    return written(recipe, checkpoints[0], stretch.numbers[0], names[0], job, is_part=is_part)
 
 
-def _as_it_is(target: OutputTensor, index: int, *, keeps_codes: bool) -> list[TensorJob]:
+def _as_it_is(target: OutputTensor, index: int, *, keeps_codes: bool, is_part: bool) -> list[TensorJob]:
     """The jobs that take a tensor over: its bytes, codes and scales alike; or what these stand for, if that is asked.
 
-    Of a tensor that is stored in parts, these follow each other.
+    Of a tensor that is stored in parts, these follow each other. What is a part itself has its codes made again, which
+    gives the same as nothing changed.
     """
     spec, operands, recipe = target.spec, _operands(target, (index,)), target.stretch.recipe
     number, checkpoint = target.stretch.numbers[index], target.stretch.checkpoints[index]
     held = checkpoint.stored.get(target.names[index])
     if held is None:
         return [copying(spec, operands, COPY)]
-    if keeps_codes and is_coded(held.decode):
+    if keeps_codes and is_coded(held.decode) and not is_part:
         return carried(spec, held, checkpoint, number)
-    return [merging(spec._replace(dtype=recipe.output_dtype or spec.dtype), operands, PASSTHROUGH, UNSCALED, "tensor")]
+    output = spec._replace(dtype=recipe.output_dtype or spec.dtype)
+    job = merging(output, operands, PASSTHROUGH, UNSCALED, "tensor")
+    donor, own_name = target.stretch.checkpoints[0], target.names[0]
+    return written(recipe, donor, target.stretch.numbers[0], own_name, job, is_part=True) if is_part else [job]
 
 
 def _is_copied(recipe: Recipe, rule: Rule | None, name: str) -> bool:
@@ -372,7 +376,7 @@ def _filled(jobs: Iterable[TensorJob], shard_size: int) -> Iterator[list[TensorJ
     """Yield the contents of shards; a tensor larger than ``shard_size`` is one alone."""
     content: list[TensorJob] = []
     filled = 0
-    for _, parts in groupby(jobs, key=lambda job: job.decided_in or job.whole or id(job)):
+    for _, parts in groupby(jobs, key=lambda job: job.decided_in or job.wholes or id(job)):
         tensor = list(parts)
         num_bytes = sum([job.result.num_bytes for job in tensor])
         if filled and filled + num_bytes > shard_size:

@@ -17,7 +17,7 @@ from stockflow.checkpoints.decodes import Decode, RowRuns
 from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.checkpoints.layout import folder_of
 from stockflow.checkpoints.side_files import is_tokenizer_or_template
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.transposed import ByRows, Transposed, is_beside
 from stockflow.methods.protocol import Scope
 from stockflow.planning.job import TensorJob
 from stockflow.planning.operands import Operand
@@ -27,6 +27,8 @@ from stockflow.text.remarks import Remark
 
 NUMERICS = 5
 """Bumped with any change of a golden digest."""
+IN_ROWS = "rows"
+"""Where a plan says whether columns are by turns: rows are."""
 SHARD_METADATA = {"format": "pt"}
 
 OnNonfinite = Literal["error", "propagate"]
@@ -44,10 +46,10 @@ class ShardPlan:
         """The tensors of the file, in order."""
         last = None
         for job in self.jobs:
-            if job.whole is None:
+            if not job.wholes:
                 yield from job.result.outputs
             elif job.whole != last:
-                yield job.whole
+                yield from job.wholes
             last = job.whole
 
     @property
@@ -306,7 +308,7 @@ def with_beside(jobs: Iterable[TensorJob], names: Collection[str]) -> Iterator[T
     for job in jobs:
         encode = job.result.encode
         beside.append(job)
-        if not isinstance(encode, Transposed) or encode.number + 1 == encode.num_beside:
+        if not is_beside(encode) or encode.number + 1 == encode.num_beside:
             yield from beside if any(each.output.name in names or each.decided_in in layers for each in beside) else ()
             beside = []
 
@@ -324,16 +326,22 @@ def _canonical_wholes(shard: ShardPlan) -> list[list[object]]:
     """The stored tensors that several jobs write: name, shape, number of the first job and of jobs, and the layout.
 
     That is how many of them are stored beside each other column by column, and whether by turns; nothing if none is.
+    Of codes, how jobs write them says that, and the tensors of their scales follow.
     """
     runs: list[list[object]] = []
-    for whole, numbered in groupby(enumerate(shard.jobs), key=lambda pair: pair[1].whole):
-        if whole is not None:
+    for wholes, numbered in groupby(enumerate(shard.jobs), key=lambda pair: pair[1].wholes):
+        if wholes:
             jobs = list(numbered)
             (first, job), *_ = jobs
-            encode = job.result.encode
-            layout = [encode.num_beside, encode.by_turns] if isinstance(encode, Transposed) else []
-            runs.append([whole.name, whole.shape, first, len(jobs), *layout])
+            (whole, *scales), encode = wholes, job.result.encode
+            runs.append([whole.name, whole.shape, first, len(jobs), *([] if scales else _beside(encode)), *scales])
     return runs
+
+
+def _beside(encode: Decode) -> list[object]:
+    if isinstance(encode, Transposed):
+        return [encode.num_beside, encode.by_turns]
+    return [encode.num_beside, IN_ROWS] if isinstance(encode, ByRows) else []
 
 
 def _canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:

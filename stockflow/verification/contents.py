@@ -79,8 +79,8 @@ def by_job(placed: Placed, plan: MergePlan) -> Placed:
     """Return the tensors as the jobs of a plan write them: what several write one after the other, run by run."""
     runs: dict[TensorSpec, list[TensorSpec]] = {}
     for job in plan.jobs:
-        if job.whole:
-            runs.setdefault(job.whole, []).append(job.output)
+        for whole, output in zip(job.wholes, job.result.outputs, strict=bool(job.wholes)):
+            runs.setdefault(whole, []).append(output)
     if not runs:
         return placed
     return {key: [part for each in tensors for part in _runs(each, runs)] for key, tensors in placed.items()}

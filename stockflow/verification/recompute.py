@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from stockflow.checkpoints.header import DTYPES, TensorSpec
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.transposed import is_beside
 from stockflow.engine.devices import Device, open_device
 from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
@@ -54,7 +55,9 @@ class Target:
     tensor: str
     """the output's tensor that it is, or is a part of"""
     place: Range
-    """codes and the scales behind them are one range"""
+    """codes and the scales behind them are one range, if these follow at once"""
+    scales: Range | None = None
+    """of codes in a tensor of all experts, whose scales are another tensor"""
     first: int = 0
     """flat index in the tensor of its first element"""
 
@@ -150,7 +153,7 @@ class _Recomputation:
             tensor.spec: (key, tensor.start) for key, tensors in self._evidence.placed.items() for tensor in tensors
         }
         usable = [
-            Target(job, job.output.name, Range(*places[job.output], job.result.num_bytes))
+            _target(job, places)
             for job in jobs
             if places.keys() >= set(job.result.outputs)
             and job.output.name in self._evidence.table
@@ -165,14 +168,15 @@ class _Recomputation:
         if not targets:
             return {}, {}
         shard = ShardPlan("sample", tuple(target.job for target in targets))
+        written = list(_as_written(targets))
         differences: dict[str, Difference] = {}
         session = self._session()
         try:
             with ThreadPoolExecutor(NUM_AHEAD, thread_name_prefix="compare") as pool:
                 published = self._evidence.output.read_ahead(
-                    (target.place for target in targets), self._evidence.stamps.__getitem__, pool, NUM_AHEAD
+                    (target.place for target in written), self._evidence.stamps.__getitem__, pool, NUM_AHEAD
                 )
-                sink = _ComparingSink(len(shard.header), targets, published, differences)
+                sink = _ComparingSink(len(shard.header), written, published, differences)
                 self._on_event(Stage("merging a sample again", total_bytes=shard.source_bytes))
                 facts = self._merge_into(sink, shard, session)
         finally:
@@ -219,7 +223,7 @@ class _Recomputation:
                             f"the inputs give {quoted(found)}",
                         )
                     )
-                if not isinstance(target.job.result.encode, Transposed):  # whose groups lie in no run of bytes
+                if not is_beside(target.job.result.encode):  # whose groups lie in no run of bytes
                     combine_again.append((target, recorded))
                     continue
             exact = self._same_class or self._kind(target.job) != "decided" or not _needs_gram(target.job)
@@ -266,6 +270,21 @@ class _Recomputation:
         if job.result.method == "model_stock" and job.reading.num_groups == 1 and isinstance(ratio, float):
             return ((ratio / num_tuned,) * num_tuned,), where
         return None, where
+
+
+def _target(job: TensorJob, places: Mapping[TensorSpec, tuple[str, int]]) -> Target:
+    codes, *scales = (Range(*places[output], output.num_bytes) for output in job.result.outputs)
+    if len(job.wholes) > 1:
+        return Target(job, job.output.name, codes, scales[0])
+    return Target(job, job.output.name, codes._replace(num_bytes=job.result.num_bytes))
+
+
+def _as_written(targets: Sequence[Target]) -> Iterator[Target]:
+    """Yield targets in the order of their bytes: scales of all experts follow the codes of all."""
+    for _, run in groupby(targets, key=lambda target: target.job.wholes or id(target)):
+        together = list(run)
+        yield from together
+        yield from (replace(each, place=each.scales) for each in together if each.scales)
 
 
 def _needs_gram(job: TensorJob) -> bool:
