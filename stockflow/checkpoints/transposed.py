@@ -159,8 +159,8 @@ def placed_beside(decodes: Iterable[Decode]) -> tuple[int, int]:
 
 
 def within_rows(decode: Decode) -> Decode:
-    """Return how a matrix would be stored alone."""
-    return decode.inner if isinstance(decode, ByRows) else decode
+    """Return how a matrix would be stored without those whose rows are among its own."""
+    return decode.inner if isinstance(decode, ByRows) and decode.by_turns else decode
 
 
 def is_beside(decode: Decode) -> TypeGuard[Transposed | ByRows]:

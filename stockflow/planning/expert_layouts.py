@@ -3,6 +3,7 @@
 Sources: the layouts that Qwen, Llama 4, gpt-oss, GraniteMoE, Step and DBRX are published in.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -39,20 +40,21 @@ class Fused(NamedTuple):
     """in the order of its bytes; those that share them in the order of their columns, or rows"""
     transposed: Transposed | None = None
     """how the first of those that share bytes is stored, if that is column by column"""
-    num_by_turns: int = 1
-    """of projections whose rows are stored by turns; 1 where each is a run of bytes, or of columns"""
+    in_rows: ByRows | None = None
+    """how it is stored, given how all are, if its rows are among those of others, or in blocks of codes with these"""
     is_doubtful: bool = False
     """whether its shape does not tell rows from columns; they are then taken to be as in a single projection"""
 
     @property
     def num_beside(self) -> int:
         """How many projections share bytes."""
-        return self.transposed.num_beside if self.transposed else self.num_by_turns
+        way = self.transposed or self.in_rows
+        return way.num_beside if way else 1
 
     @property
     def is_in_runs(self) -> bool:
         """Whether each part is a run of bytes."""
-        return self.transposed is None and self.num_by_turns == 1
+        return not (self.transposed or self.in_rows)
 
     def beside(self, number: int, decode: Decode) -> Transposed | ByRows | None:
         """Return how the part of this number among those that share bytes is stored, None if it is a run of them.
@@ -63,7 +65,7 @@ class Fused(NamedTuple):
         """
         if self.transposed:
             return replace(self.transposed, number=number)
-        return ByRows(decode, number, self.num_by_turns) if self.num_by_turns > 1 else None
+        return self.in_rows and replace(self.in_rows, inner=decode, number=number)
 
 
 Parts = Mapping[str, Fused]
@@ -102,7 +104,7 @@ class _Pair(NamedTuple):
             self.gate_up.name: Fused(
                 gates_ups,
                 None if straight else Transposed(up, 0, 2, by_turns),
-                2 if straight and by_turns else 1,
+                ByRows(plain(up)) if straight and by_turns else None,
             ),
             self.down.name: Fused(downs, None if straight else Transposed(down)),
         }
@@ -147,7 +149,8 @@ def _parts(checkpoint: Checkpoint, hidden: set[int], known: Known) -> Parts:
                 stem = spec.name.removesuffix(up)
                 parts |= _parts_of_stack(checkpoint, stem, [spec.name, stem + gate], stem + down_end, hidden)
     parts |= _parts_of_dbrx(checkpoint)
-    return {name: each for name, each in parts.items() if _can_be_parted(checkpoint, name, each)}
+    found = ((name, _as_parted(checkpoint, name, each)) for name, each in parts.items())
+    return {name: each for name, each in found if each}
 
 
 def _parts_of_pair(checkpoint: Checkpoint, pair: _Pair, known: Known) -> Parts:
@@ -202,20 +205,24 @@ def _single(stem: str, role: str, num: int, dtype: str, shape: tuple[int, int]) 
     return [TensorSpec(f"{experts}.{number}.{role}.weight", dtype, shape) for number in range(num)]
 
 
-def _can_be_parted(checkpoint: Checkpoint, name: str, fused: Fused) -> bool:
-    """Return whether numbers are plain, or the codes of each part are a run, and so are their scales.
+def _as_parted(checkpoint: Checkpoint, name: str, fused: Fused) -> Fused | None:
+    """Return what a tensor holds, as far as it can be taken apart: codes, and their scales, at the ends of experts.
 
     Nothing is parted whose parts have the names of tensors that are there.
     """
-    held, share_bytes = checkpoint.stored.get(name), fused.transposed is not None or fused.num_by_turns > 1
+    held, shape = checkpoint.stored.get(name), checkpoint.specs[name].shape
     if any(part.name in checkpoint.specs for part in fused.parts):
-        return False
+        return None
     if held is None:
-        return not share_bytes or name not in checkpoint.joined
-    if share_bytes and (fused.transposed or is_adapted(held.decode)):
-        return False
-    num_elems = fused.num_by_turns * fused.parts[0].num_elems
-    return _follow(held.decode, checkpoint.specs[name].shape, num_elems)
+        return fused if fused.is_in_runs or name not in checkpoint.joined else None
+    num_elems = fused.parts[0].num_elems
+    if fused.is_in_runs and _follow(held.decode, shape, num_elems):
+        return fused
+    if fused.transposed or is_adapted(held.decode):
+        return None
+    by_rows = fused.in_rows or ByRows(held.decode, 0, math.prod(shape[1:]) // num_elems, by_turns=False)
+    is_possible = _follow(held.decode, shape, by_rows.num_beside * num_elems)
+    return fused._replace(in_rows=by_rows) if is_possible else None
 
 
 def _follow(decode: Decode, shape: tuple[int, ...], num_elems: int) -> bool:
@@ -295,16 +302,16 @@ def _holders(part: TensorSpec, name: str, whole: Stored) -> tuple[TensorSpec, ..
     return (codes, scales, *(other._replace(name=f"{part.name} {other.name}") for other in others))
 
 
-def without_shared_scales(parts: list[Parts], donor: Checkpoint, own: Parts) -> list[Parts]:
-    """Return the parts but for those of tensors whose codes the donor has in blocks that several parts share."""
-    shared = {name for name, fused in own.items() if name in donor.stored and _share_scales(donor, name, fused)}
-    return [{name: each for name, each in found.items() if name not in shared} for found in parts] if shared else parts
+def shared_codes(donor: Checkpoint, parts: Parts) -> list[str]:
+    """Return the tensors whose codes are in blocks that reach from one part into another, or share a scale with it."""
+    return [name for name, fused in parts.items() if name in donor.stored and _share_scales(donor, name, fused)]
 
 
 def _share_scales(donor: Checkpoint, name: str, fused: Fused) -> bool:
     encode, shape = codes_of(donor.stored[name].decode), donor.specs[name].shape
     if encode is None:
         return False
-    num_elems = fused.parts[0].num_elems if fused.is_in_runs else shape[-1]
+    by_turns = fused.in_rows is not None and fused.in_rows.by_turns
+    num_elems = shape[-1] if by_turns else fused.parts[0].num_elems
     first, second = (encode.ranges(shape, start, start + num_elems)[1] for start in (0, num_elems))
     return first.stop != second.start

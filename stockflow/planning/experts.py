@@ -16,7 +16,7 @@ from stockflow.checkpoints.naming import projection_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.transposed import ByRows, Transposed
 from stockflow.errors import PlanError
-from stockflow.planning.expert_layouts import Fused, Parts, all_parts, is_in_blocks, separated, without_shared_scales
+from stockflow.planning.expert_layouts import Fused, Parts, all_parts, is_in_blocks, separated, shared_codes
 from stockflow.planning.formats import codes_of
 from stockflow.planning.job import TensorJob
 from stockflow.planning.views import renamed
@@ -78,8 +78,6 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
     asked, widened = recipe.stockflow.experts, recipe.stockflow.scope in ("tensor", "leading")
     parts = all_parts(checkpoints)
     in_codes = recipe.stockflow.output_format == "fp8_block"
-    if recipe.keeps_codes:
-        parts = without_shared_scales(parts, checkpoints[recipe.donor], parts[recipe.donor])
     is_fused = asked == "fused" or (asked is None and bool(parts[recipe.donor]) and not in_codes)
     if asked == "fused" and (in_codes or (recipe.keeps_codes and checkpoints[recipe.donor].stored)):
         raise PlanError(
@@ -88,6 +86,11 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
         )
     if not any(parts) and not is_fused:
         return Experts(checkpoints)
+    if recipe.keeps_codes and is_fused and (shared := shared_codes(checkpoints[recipe.donor], parts[recipe.donor])):
+        checkpoints = _shared_kept(recipe.donor, checkpoints, shared)
+        parts = [{name: each for name, each in own.items() if name not in shared} for own in parts]
+        if not any(parts):
+            return Experts(checkpoints)
     if widened and is_fused:
         _refuse_parted(recipe, checkpoints[recipe.donor], parts)
         return Experts(checkpoints)
@@ -173,6 +176,34 @@ def _refuse_parted(recipe: Recipe, donor: Checkpoint, parts: Sequence[Parts]) ->
             f"`scope: {recipe.stockflow.scope}` decides the experts of a tensor as one, and some models store them one "
             "by one; leave the scope out, or say `stockflow: {experts: separate}`"
         )
+
+
+def _shared_kept(number: int, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> Sequence[Checkpoint]:
+    """Return the checkpoints, with what is to be said where the donor's codes are kept that projections share.
+
+    Raises:
+        PlanError: not every model stores these as one.
+    """
+    donor = checkpoints[number]
+    are_shared = (
+        f"{counted(len(names), 'tensor')} of {redact(donor.url)} such as {shown(names[0])} {are(len(names))} in blocks "
+        "of codes that reach from one projection into the next"
+    )
+    others = [
+        each.url
+        for each in checkpoints
+        if any(name not in each.specs or each.specs[name].shape != donor.specs[name].shape for name in names)
+    ]
+    if others:
+        raise PlanError(
+            f"{are_shared}, and kept only where all models store them as one: {', '.join(map(redact, others))} do not. "
+            "Write codes one by one, `stockflow: {experts: separate}`, or plain numbers, `stockflow: {output_format: "
+            "bfloat16}`"
+        )
+    text = f"{are_shared}: gate and up of an expert are decided together"
+    remark = Remark("expert-layouts", text, "note", (redact(donor.url),), tuple(names))
+    kept = replace(donor, remarks=(*donor.remarks, remark))
+    return [kept if each is donor else each for each in checkpoints]
 
 
 class _Layer:

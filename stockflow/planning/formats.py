@@ -9,7 +9,7 @@ from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import packed_weights
 from stockflow.checkpoints.quantised import BLOCKS, Stored
 from stockflow.checkpoints.scale_rules import AMAX, kind_of, usual_rule
-from stockflow.checkpoints.transposed import ByRows, within_rows
+from stockflow.checkpoints.transposed import within_rows
 from stockflow.planning.job import COPY, Reading, Result, TensorJob, copying
 from stockflow.planning.operands import stored
 from stockflow.planning.plan import SideFile
@@ -60,7 +60,7 @@ def written(
         parts = held.parts[: len(encode.widths)]
         outputs = tuple(part._replace(name=_renamed(part.name, job.output.name)) for part in parts)
         rule = donor.rules.get(kind_of(own_name)) if donor.rules else None
-        stored_as = held.decode if is_part and isinstance(held.decode, ByRows) else encode
+        stored_as = held.decode if is_part and within_rows(held.decode) == encode else encode
         kept = coded(job, outputs, stored_as, rule or usual_rule(encode))
         return [kept, *(_copying(job.output, part, donor, number) for part in held.beside)]
     if recipe.stockflow.output_format == "fp8_block" and _is_multiplied(job.output):
