@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.stage import DecodingStage
-from stockflow.kernels.arrays import Bytes
-from stockflow.planning.budget import LOOKAHEAD_BYTES
+from stockflow.kernels.arrays import Bytes, Floats
+from stockflow.planning.budget import LOOKAHEAD_BYTES, SLOT_ROOM
 from stockflow.planning.job import Reading
 from stockflow.planning.operands import ExtentRanges
 from stockflow.planning.plan import CheckpointRef
@@ -87,9 +87,8 @@ class DirectReader:
     def _read_slots(self, reading: Reading, start: int, stop: int) -> Piece:
         started = time.perf_counter()
         slots = list(reading.slots(start, stop))
-        sizes = [slot.num_bytes for slot in slots]
-        offsets = aligned(sizes)
-        buffer, slab = self._scratch.of_this_thread(offsets[-1] + sizes[-1])
+        offsets = aligned([-(-slot.num_bytes // SLOT_ROOM) * SLOT_ROOM for slot in slots])
+        buffer, slab = self._scratch.of_this_thread(offsets[-1] + slots[-1].num_bytes)
         held = self._held_in(buffer, start)
         num_read = 0
         for slot, offset in zip(slots, offsets, strict=True):
@@ -149,6 +148,10 @@ class UnreadPiece:
     def loaded(self) -> LoadedPiece:
         """Read it into this thread's scratch."""
         return self.reader.read(self.reading, self.start, self.stop).loaded()
+
+    def added_up(self, weights_N: Floats) -> LoadedPiece:
+        """Read it into this thread's scratch, and add the changes up there."""
+        return self.reader.read(self.reading, self.start, self.stop).added_up(weights_N)
 
 
 class Lookahead:

@@ -11,7 +11,7 @@ from stockflow.engine.layers import Layers
 from stockflow.engine.noise import is_looked_at, look
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures import PROCEDURES
-from stockflow.engine.procedures.proceeding import Fill, MapSpans, Proceeding, Tools, swept
+from stockflow.engine.procedures.proceeding import Fill, MapSpans, Proceeding, Tools, Write, swept
 from stockflow.engine.units import GroupUnit, Unit, spans_of
 from stockflow.engine.warm import small_units
 from stockflow.engine.ways import Coder, Destination, PartsOf, Way, Written
@@ -81,12 +81,13 @@ class UnitMerger:
         decided = self._decided(job, unit, ledgers, map_spans)
         triples = zip(decided, job.results, ledgers, strict=True)
         fills = [(_counting(fill, job, result, ledger), result.width) for fill, result, ledger in triples]
+        load = decided[0].load
         has_noise = is_looked_at(job)
         for piece in unit.sweep(last=True):
             targets = [way.begin(piece) for way in ways]
 
             def fill(unread: Piece, first: int = piece.start, targets: Sequence[Bytes] = targets) -> None:
-                span = unread.loaded()
+                span = load(unread)
                 for (fill_span, width), target, way in zip(fills, targets, ways, strict=True):
                     part = target[width * (span.start - first) : width * (span.stop - first)]
                     fill_span(span, part)
@@ -115,14 +116,14 @@ class UnitMerger:
         return [each.fill for each in proceedings]
 
 
-def _counting(fill: Fill, job: TensorJob, result: Result, ledger: Ledger) -> Fill:
+def _counting(fill: Fill, job: TensorJob, result: Result, ledger: Ledger) -> Write:
     """Return what fills, and counts what is lost where a result has a smaller range than its operands."""
     dtype = result.outputs[0].dtype
     if job.is_copy or not has_smaller_range(dtype, job.reading.dtypes):
-        return fill
+        return fill.write
 
     def filling(span: LoadedPiece, target: Bytes) -> None:
-        fill(span, target)
+        fill.write(span, target)
         lost = np.zeros(2, np.int64)
         count_losses(span.slab, span.firsts_M, span.formats_M, target, dtype, lost)
         ledger.count({"zeroed": int(lost[0]), "subnormal": int(lost[1])})

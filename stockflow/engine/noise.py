@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stockflow.checkpoints.adapter_decodes import reads_anchor
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, matrix_of
 from stockflow.checkpoints.transposed import within_rows
 from stockflow.engine.pieces import LoadedPiece
@@ -42,8 +43,10 @@ class Seen(NamedTuple):
 
 
 def is_looked_at(job: TensorJob) -> bool:
-    """Return whether a job measures models from a base, and any of them is stored in codes."""
+    """Return whether a job measures models from a base, any of them is in codes, and not all changes are known."""
     operands = job.reading.operands
+    if all(reads_anchor(operand.decode) for operand in operands[1:]):
+        return False
     has_codes = any(map(_is_coded, operands))
     has_rows = any(operand.rows for operand in operands)
     return has_codes and not has_rows and job.result.declared.has_anchor(job.result.parameters)
@@ -60,7 +63,7 @@ def look(span: LoadedPiece) -> list[Seen]:
     found = []
     for number in range(1, len(operands)):
         coded = [each for each in (number, 0) if _is_coded(operands[each])]
-        if not coded:
+        if not coded or reads_anchor(operands[number].decode):
             continue
         changes_E = np.abs(span.numbers(number)[:num] - base_E)
         steps_E = _steps(span, coded[0], num)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stockflow.kernels.arrays import Bytes, Unsigned, Values
+from stockflow.kernels.arrays import Bytes, Floats, Unsigned, Values
 from stockflow.kernels.floats import FORMATS, Slab
 from stockflow.planning.job import Reading
 
@@ -30,6 +30,9 @@ class Piece(Protocol):
 
     def loaded(self) -> "LoadedPiece":
         """Return it as kernels take it, in memory, for the thread that asks."""
+
+    def added_up(self, weights_N: Floats) -> "LoadedPiece":
+        """Return it as two operands: the first, and what the known changes of the others take from it, weighted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,10 @@ class LoadedPiece:
     def loaded(self) -> "LoadedPiece":
         """Return itself."""
         return self
+
+    def added_up(self, weights_N: Floats) -> "LoadedPiece":
+        """Refuse: no change of numbers as they are stored is known before a look at them."""
+        raise NotImplementedError(f"{self.reading.name!r} is plain, and none of its changes is known")
 
     def operand(self, index: int) -> Bytes:
         """Return the bytes of one operand."""

@@ -20,12 +20,15 @@ from stockflow.planning.budget import Workspace
 from stockflow.planning.factors import Factor, factors_of
 from stockflow.planning.job import TensorJob
 
+_SUMMED = 512
+"""Elements of a row of which products are summed before they are added to those of others: they stay in a cache."""
+
 
 class _KnownChange(NamedTuple):
-    """``scale`` times the product of two factors, both with a row per rank."""
+    """``scale`` times the product of two factors."""
 
     scale: float
-    left_KR: Floats
+    left_RK: Floats
     right_KC: Floats
 
 
@@ -63,9 +66,8 @@ def known_grams(session: Session, jobs: Sequence[TensorJob], workspace: Workspac
 
 def compile_kernels() -> None:
     """Compile, or load, what products in rank space take."""
-    one_KC = np.ones((low_rank.FILLED, low_rank.FILLED))
-    low_rank.cross_products(one_KC, one_KC, one_KC.copy())
-    low_rank.sum_of_products(one_KC, one_KC)
+    one = np.ones((1, 1))
+    _product(_KnownChange(1.0, one, one), _KnownChange(1.0, one, one))
 
 
 def _num_changed(job: TensorJob) -> int:
@@ -100,28 +102,26 @@ def _change(job: TensorJob, number: int, held: Mapping[tuple[int, bool], Bytes])
     assert isinstance(decode, LowRank)
     a_KC = _numbers(held[number, False], decode.dtypes[0], decode.rank * decode.num_a_columns)
     b_RK = _numbers(held[number, True], decode.dtypes[1], decode.rank * decode.num_b_rows)
-    a_KC, b_KR = _filled(a_KC.reshape(decode.rank, -1)), _filled(b_RK.reshape(-1, decode.rank).T)
-    return _KnownChange(decode.scale, a_KC, b_KR) if decode.is_transposed else _KnownChange(decode.scale, b_KR, a_KC)
+    a_KC, b_RK = a_KC.reshape(decode.rank, -1), b_RK.reshape(-1, decode.rank)
+    return _KnownChange(decode.scale, *((a_KC.T, b_RK.T) if decode.is_transposed else (b_RK, a_KC)))
 
 
 def _numbers(payload: Bytes, dtype: str, count: int) -> Floats:
     return numbers(dtype, Memory(slab_of(payload), payload), 0, count, np.dtype(np.float64))
 
 
-def _filled(factor_KC: Floats) -> Floats:
-    """Return a factor with zeros up to the sizes that kernels take, which change no sum."""
-    rows, columns = factor_KC.shape
-    filled_KC: Floats = np.zeros(
-        (-(-rows // low_rank.FILLED) * low_rank.FILLED, -(-columns // low_rank.FILLED) * low_rank.FILLED)
-    )
-    filled_KC[:rows, :columns] = factor_KC
-    return filled_KC
-
-
 def _product(one: _KnownChange, other: _KnownChange) -> float:
     """Return the product of two changes, element by element, summed."""
-    shape = len(one.left_KR), len(other.left_KR)
-    left_KL, right_KL = np.empty(shape), np.empty(shape)
-    low_rank.cross_products(one.left_KR, other.left_KR, left_KL)
-    low_rank.cross_products(one.right_KC, other.right_KC, right_KL)
+    left_KL = _summed(one.left_RK.T, other.left_RK)
+    right_KL = _summed(one.right_KC, other.right_KC.T)
     return one.scale * other.scale * low_rank.sum_of_products(left_KL, right_KL)
+
+
+def _summed(left_KC: Floats, right_CL: Floats) -> Floats:
+    """Return the product of two matrices, in an order of additions that is the same on every processor."""
+    product_KL: Floats = np.zeros((len(left_KC), right_CL.shape[1]))
+    for start in range(0, len(right_CL), _SUMMED):
+        some = slice(start, start + _SUMMED)
+        left, right = np.ascontiguousarray(left_KC[:, some]), np.ascontiguousarray(right_CL[some])
+        low_rank.add_product(left, right, 1.0, 0, product_KL.reshape(-1))
+    return product_KL

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stockflow.checkpoints.adapter_decodes import LowRank
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, RowRuns, matrix_of
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import Joined, is_uncoded
@@ -19,7 +20,7 @@ from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.decoding import Memory, Shape, fill, numbers
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
-from stockflow.kernels.arrays import Bytes, Values
+from stockflow.kernels.arrays import Bytes, Floats, Values
 from stockflow.kernels.floats import FORMATS, Slab, slab_of
 from stockflow.kernels.turning import turn
 from stockflow.planning.job import Reading
@@ -40,6 +41,10 @@ class StoredPiece:
     """per slot, where in the memory its bytes begin, counted from element ``first``"""
     stage: "DecodingStage"
 
+    def on(self, anchor_E: Values) -> "StoredPiece":
+        """Return it with the numbers that anchored operands begin with."""
+        return replace(self, memory=replace(self.memory, anchor_E=anchor_E))
+
     def narrow(self, start: int, stop: int) -> "StoredPiece":
         """Return what lies between two elements of the reading."""
         return replace(self, start=start, stop=stop)
@@ -47,6 +52,16 @@ class StoredPiece:
     def loaded(self) -> LoadedPiece:
         """Decode it into this thread's scratch."""
         return self.stage.decoded(self)
+
+    def added_up(self, weights_N: Floats) -> LoadedPiece:
+        """Decode the first operand, and add up what is known of the others, in this thread's scratch."""
+        return self.stage.added_up(self, weights_N)
+
+
+def _placed(piece: StoredPiece) -> list[tuple[Operand, list[int]]]:
+    """Return the operands of a piece, and where in its memory the slots of each begin."""
+    slots = iter(piece.offsets)
+    return [(operand, [next(slots) for _ in operand.extents]) for operand in piece.reading.operands]
 
 
 class DecodingStage:
@@ -71,40 +86,46 @@ class DecodingStage:
         """
         if all(operand.rows is None and is_uncoded(operand.decode) for operand in piece.reading.operands):
             return self._gathered(piece)
-        reading, num_elems = piece.reading, piece.stop - piece.start
-        width, num_operands = reading.float_bits // 8, len(reading.operands)
-        buffer, slab = self._scratch.of_this_thread(num_operands * num_elems * width)
-        rows_ME = buffer[: num_operands * num_elems * width].view(f"f{width}").reshape(num_operands, num_elems)
-        slots = iter(piece.offsets)
-        anchored = replace(piece, memory=replace(piece.memory, anchor_E=rows_ME[0]))
-        for row_E, operand in zip(rows_ME, reading.operands, strict=True):
-            offsets = [next(slots) for _ in operand.extents]
-            _decode_operand(operand, anchored, offsets, row_E)
-        for row_E, operand in zip(rows_ME, reading.operands, strict=True):
+        operands = piece.reading.operands
+        span, rows_ME = self._of_numbers(piece, len(operands))
+        for (operand, offsets), row_E in zip(_placed(piece), rows_ME, strict=True):
+            _decode_operand(operand, piece.on(rows_ME[0]), offsets, row_E)
+        for row_E, operand in zip(rows_ME, operands, strict=True):
             if operand.rows is not None and operand.rows.fills:
                 _fill_rows(operand.rows, piece, row_E, rows_ME)
-        dtype = f"F{reading.float_bits}"
-        starts = tuple(number * num_elems * width for number in range(num_operands))
-        return LoadedPiece(
-            reading,
-            piece.start,
-            piece.stop,
-            slab,
-            buffer,
-            starts,
-            (dtype,) * num_operands,
-            (width,) * num_operands,
-            piece,
-        )
+        return span
+
+    def added_up(self, piece: StoredPiece, weights_N: Floats) -> LoadedPiece:
+        """Return the first operand of a piece and the weighted sum of what the others, by their factors, take from it.
+
+        Valid until this thread decodes again.
+        """
+        span, (anchor_E, change_E) = self._of_numbers(piece, 2)
+        (anchor, offsets), *others = _placed(piece)
+        _decode_operand(anchor, piece, offsets, anchor_E)
+        change_E[:] = 0.0
+        for (operand, offsets), weight in zip(others, weights_N, strict=True):
+            if isinstance(operand.decode, LowRank):
+                weighted = replace(operand.decode, scale=-float(weight) * operand.decode.scale)
+                _decode_operand(operand._replace(decode=weighted), piece.on(change_E), offsets, change_E)
+        return span
+
+    def _of_numbers(self, piece: StoredPiece, num_rows: int) -> tuple[LoadedPiece, Values]:
+        """Return a piece of so many operands in working precision, to be filled, and their rows."""
+        width, num_elems = piece.reading.float_bits // 8, piece.stop - piece.start
+        buffer, slab = self._scratch.of_this_thread(num_rows * num_elems * width)
+        starts = tuple(number * num_elems * width for number in range(num_rows))
+        dtypes, widths = (f"F{8 * width}",) * num_rows, (width,) * num_rows
+        span = LoadedPiece(piece.reading, piece.start, piece.stop, slab, buffer, starts, dtypes, widths, piece)
+        return span, buffer[: num_rows * num_elems * width].view(f"f{width}").reshape(num_rows, num_elems)
 
     def _gathered(self, piece: StoredPiece) -> LoadedPiece:
         reading = piece.reading
         sizes = [width * (piece.stop - piece.start) for width in reading.widths]
         starts = aligned(sizes)
         buffer, slab = self._scratch.of_this_thread(starts[-1] + sizes[-1])
-        slots = iter(piece.offsets)
-        for operand, start, size in zip(reading.operands, starts, sizes, strict=True):
-            _gather(operand, piece, [next(slots) for _ in operand.extents], buffer[start : start + size])
+        for (operand, offsets), start, size in zip(_placed(piece), starts, sizes, strict=True):
+            _gather(operand, piece, offsets, buffer[start : start + size])
         return LoadedPiece(reading, piece.start, piece.stop, slab, buffer, starts, reading.dtypes, reading.widths)
 
 

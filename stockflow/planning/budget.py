@@ -43,6 +43,8 @@ MAX_CHUNK_GROUPS = 2**14
 """At most this many rows are decided together, so that products of very short rows stay few."""
 PIECE_OVERHEAD = 128
 """Alignment loss of one range in a slab."""
+SLOT_ROOM = 2**14
+"""Multiples of which slots of a direct span begin at, so that the others stay where they are if one has a row more."""
 WAITING_BYTES = 4
 """Of a result that waits for its codes: float32."""
 SPANS_AHEAD = 3
@@ -276,7 +278,8 @@ def _out_beside(works: Counted) -> int:
 
 def _span_source_bytes(reading: Reading) -> int:
     """What the operands of one span take, each on a boundary of its own."""
-    return math.ceil(min(SPAN_ELEMS, reading.num_elems) * reading.bytes_per_elem) + overhead_bytes(reading)
+    room = 0 if reading.is_plain else SLOT_ROOM * reading.num_slots
+    return math.ceil(min(SPAN_ELEMS, reading.num_elems) * reading.bytes_per_elem) + overhead_bytes(reading) + room
 
 
 def _held_bytes(works: Counted) -> int:

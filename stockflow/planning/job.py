@@ -287,17 +287,22 @@ class TensorJob:
         return placed_beside([*(each.decode for each in self.reading.operands), self.results[0].encode])
 
     @cached_property
-    def has_known_changes(self) -> bool:
-        """Whether the products of its changes follow from factors of low rank, without a look at the elements."""
+    def adds_known_changes(self) -> bool:
+        """Whether it adds up, by weights, what factors of low rank make of its first operand."""
         (result, *others), reading = self.results, self.reading
-        rule, given = result.declared.rule, result.parameters
         if reading.is_plain or others or reading.num_groups != 1 or self.decided_in:
             return False
+        if not isinstance(result.declared.rule, Linear):
+            return False
+        return all(is_known_change(each.decode) for each in reading.operands[1:])
+
+    @cached_property
+    def has_known_changes(self) -> bool:
+        """Whether it asks for products of changes, and they follow from factors without a look at the elements."""
+        rule, given = self.result.declared.rule, self.result.parameters
         if not isinstance(rule, Linear) or not rule.needs_gram:
             return False
-        return rule.products_for(given) == "changes" and all(
-            is_known_change(each.decode) for each in reading.operands[1:]
-        )
+        return rule.products_for(given) == "changes" and self.adds_known_changes
 
     @property
     def num_statistic_passes(self) -> int:

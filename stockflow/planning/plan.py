@@ -25,7 +25,7 @@ from stockflow.storage import Stamp, redact
 from stockflow.text.records import as_plain
 from stockflow.text.remarks import Remark
 
-NUMERICS = 5
+NUMERICS = 6
 """Bumped with any change of a golden digest."""
 IN_ROWS = "rows"
 """Where a plan says whether columns are by turns: rows are."""

@@ -1,6 +1,6 @@
 """A plan and half an output that were kept: what is built later finds the same plan in them, and goes on with them.
 
-They are of numerics 5. Whoever moves ``NUMERICS``, or what is copied, makes them anew in the same commit
+They are of numerics 6. Whoever moves ``NUMERICS``, or what is copied, makes them anew in the same commit
 (``python -m tests.golden.test_kept``) and says which digests moved.
 """
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from stockflow.insight.comparison import compare_checkpoints
 from stockflow.planning import file as plan_file
@@ -235,6 +236,27 @@ def test_changes_of_low_rank_are_known_from_factors_and_the_base_is_read_once(mo
         f"4 of 5 tensors take no statistics pass: their changes are products of low rank, and {told / 1000:.1f} kB of "
         "factors tell their geometry. What models have of one base is read once"
     ]
+
+
+@pytest.mark.parametrize("method", ["model_stock", "task_arithmetic"])
+def test_adapters_that_add_nothing_leave_every_bit_of_the_base(method: str, tmp_path: Path) -> None:
+    """The sign of its zeros, too."""
+    name, shape = "model.layers.0.mlp.up_proj.weight", (9, 70)
+    base = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    base[::2, ::3], base[1::2, ::3] = -0.0, 0.0
+    write_checkpoint(tmp_path / "base", {name: base})
+    for number in range(2):
+        adapter = adapters.linear({name: shape}, seed=number)
+        adapter.tensors |= {key: 0 * tensor for key, tensor in adapter.tensors.items() if number or "lora_B" in key}
+        write_adapter(tmp_path / f"lora{number}", adapter)
+    models = [{"model": f"{tmp_path}/base+{tmp_path}/lora{n}", "parameters": {"weight": 0.7}} for n in range(2)]
+    recipe = {"merge_method": method, "base_model": f"{tmp_path}/base", "models": models, "dtype": "bfloat16"}
+    recipe |= {"stockflow": {"accept": ["same-samples"]}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[name].view(torch.int16), base.view(torch.int16))
 
 
 @pytest.mark.parametrize("method", ["ties", "slerp", "nuslerp", "karcher"])

@@ -313,7 +313,7 @@ def test_a_budget_too_small_and_numerics_of_another_version_are_refused(
     with pytest.raises(BudgetError, match="Raise --memory"):
         sampled(root / "out", memory_bytes=20 * MIB)
     monkeypatch.setattr(recompute, "NUMERICS", 99)
-    with pytest.raises(PlanError, match="made with numerics 5, this version of stockflow has 99"):
+    with pytest.raises(PlanError, match="made with numerics 6, this version of stockflow has 99"):
         sampled(root / "out")
 
 

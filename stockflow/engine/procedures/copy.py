@@ -31,7 +31,7 @@ def decide(unit: Unit, result: Result, ledger: Ledger, tools: Tools) -> Fill:
                 tools.alarm.refuse_unequal(span.reading, index, result.outputs[0].dtype)
         np.copyto(target, donated)
 
-    return fill
+    return Fill(fill)
 
 
 def _same_bytes(left: Bytes, right: Bytes) -> bool:

@@ -95,7 +95,7 @@ def _filler(decided: Update, num_elems: int, result: Result, ledger: Ledger, too
             tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
         tools.clock.add("combine", started)
 
-    return fill
+    return Fill(fill)
 
 
 def parts_of(span: LoadedPiece) -> Iterator[LoadedPiece]:

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from operator import methodcaller
 
 import numpy as np
 
 from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.facts import Ledger
 from stockflow.engine.pieces import LoadedPiece
-from stockflow.engine.procedures.proceeding import Fill, Steps, Tools
+from stockflow.engine.procedures.proceeding import Fill, Load, Steps, Tools, as_it_is
 from stockflow.engine.units import Unit
 from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes, Floats
@@ -116,10 +117,18 @@ def _taken(decided: Coefficients) -> Coefficients:
     return replace(decided, weights_GM=np.insert(weights_GM, 0, 0.0, axis=1), anchored=False)
 
 
+def _is_sum_of_changes(decided: Coefficients) -> bool:
+    return decided.anchored and len(decided.weights_GM) == 1 and bool(np.isfinite(decided.weights_GM).all())
+
+
 def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools, anchored: Ledger | None = None) -> Fill:
     """Return what adds the sources up, and tells a ledger of the anchor's norm that no sweep has seen."""
     group_elems, dtype = unit.work.reading.group_elems, result.dtype
     decided = _taken(decided) if result.rule else decided
+    load: Load = as_it_is
+    if isinstance(unit.work, TensorJob) and unit.work.adds_known_changes and _is_sum_of_changes(decided):
+        load = methodcaller("added_up", decided.weights_GM[0])
+        decided = replace(decided, weights_GM=np.array([[1.0, -1.0]]), anchored=False)
 
     def fill(span: LoadedPiece, target: Bytes) -> None:
         started = time.perf_counter()
@@ -132,4 +141,4 @@ def _filler(decided: Coefficients, unit: Unit, result: Result, tools: Tools, anc
             tools.alarm.refuse_nonfinite(span, f"the merged tensor, rounded to {dtype},")
         tools.clock.add("combine", started)
 
-    return fill
+    return Fill(fill, load)

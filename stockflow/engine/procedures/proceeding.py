@@ -17,8 +17,21 @@ from stockflow.planning.job import Result, TensorJob
 T = TypeVar("T")
 R = TypeVar("R")
 
-Fill = Callable[[LoadedPiece, Bytes], None]
-"""Writes the result of a span; from any thread."""
+Write = Callable[[LoadedPiece, Bytes], None]
+Load = Callable[[Piece], LoadedPiece]
+
+
+def as_it_is(piece: Piece) -> LoadedPiece:
+    """Return a piece with all its operands."""
+    return piece.loaded()
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What writes the result of a span, and how it takes the span into memory; from any thread."""
+
+    write: Write
+    load: Load = as_it_is
 
 
 class MapSpans(Protocol):
