@@ -15,6 +15,8 @@ from stockflow.checkpoints.decodes import BlockScaled, Decode, Plain, RowFill, R
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.engine.facts import Ledger
+from stockflow.engine.layers import Layers
+from stockflow.engine.merging import UnitMerger
 from stockflow.engine.procedures.proceeding import StageClock
 from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
@@ -253,7 +255,7 @@ def test_several_results_come_from_one_read_and_are_what_each_would_be_alone(fp8
     job = TensorJob(fp8.reading(), tuple(results))
     outs = {result.outputs[0].name: bytearray() for result in results}
     session = Session(refs, StorageConfig(), memory_bytes=2**31 + runs.grown_bytes(), num_threads=2, device="cpu")
-    merger = ShardMerger(session, refs, "error").merger(StageClock())
+    merger = UnitMerger(ShardMerger(session, refs, "error").tools(StageClock()), Layers())
     memory: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in outs}
 
     def out(name: str) -> Any:
