@@ -17,7 +17,8 @@ from stockflow.planning.make import few_shards_note
 from stockflow.recipe import RecipeLike, resolve_location
 from stockflow.results import MergeResult, PlanResult
 from stockflow.run import driver
-from stockflow.run.driver import Inputs, MergeOptions
+from stockflow.run.driver import MergeOptions
+from stockflow.run.inputs import Inputs, collector_paused
 from stockflow.settings import (
     DiffSettings,
     Location,
@@ -110,7 +111,7 @@ def _planned(
         *few_shards_note(merge_plan, options.num_workers),
     )
     url = driver.output_url(inputs, output)
-    with driver.collector_paused():
+    with collector_paused():
         work = survey(merge_plan, workspace, len(sampled_specs(inputs.merged)))
         urls = [checkpoint.url for checkpoint in merge_plan.checkpoints]
         work = read_twice(work, urls) if inputs.reads_twice else work

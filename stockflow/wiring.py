@@ -14,7 +14,8 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.budget import default_memory
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import RecipeLike, amended, recipe_of
-from stockflow.run.driver import Execute, Inputs, MergeOptions
+from stockflow.run.driver import Execute, MergeOptions
+from stockflow.run.inputs import Inputs
 from stockflow.settings import (
     DeviceName,
     ExecutorName,

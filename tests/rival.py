@@ -9,7 +9,8 @@ from stockflow.errors import OutputConflictError
 from stockflow.output.claims import Heartbeat, new_run
 from stockflow.output.ownership import SETTLE_S, admit, check_owner, take
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, plan_merge
+from stockflow.run.driver import MergeOptions, plan_merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import open_store
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.session import GROWTH_BYTES
 from stockflow.planning.budget import BASELINE_BYTES
-from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Merged, MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 
 REPOSITORY = Path(__file__).parent.parent

@@ -16,6 +16,7 @@ from stockflow.output.tables import read_facts
 from stockflow.recipe import load_recipe
 from stockflow.run import driver
 from stockflow.run.driver import Execute, Merged, MergeOptions
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig
 from stockflow.text.tables import grid
 from stockflow.verification.verify import Verification, summary_lines, verify
@@ -107,8 +108,8 @@ def _write_recipes(folder: Path, inputs: DemoInputs) -> tuple[Path, Path]:
     return stock, average
 
 
-def _open(recipe: Path) -> driver.Inputs:
-    return driver.Inputs.open(load_recipe(str(recipe)))
+def _open(recipe: Path) -> Inputs:
+    return Inputs.open(load_recipe(str(recipe)))
 
 
 def _merge(recipe: Path, output: Path, options: MergeOptions, execute: Execute, on_event: OnEvent) -> Merged:

@@ -27,7 +27,8 @@ from stockflow.forecast.constants import Calibration, KernelCost, MachineCosts, 
 from stockflow.forecast.transfers import machine_cpu_s, our_cpu_s, place_costs
 from stockflow.planning.budget import default_memory
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, Store, open_store, redact
 from stockflow.text.redaction import without_secrets

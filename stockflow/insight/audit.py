@@ -25,7 +25,7 @@ from stockflow.planning.job import TensorJob
 from stockflow.planning.operands import Operand, stored
 from stockflow.planning.plan import CheckpointRef, MergePlan, with_offsets
 from stockflow.recipe import resolve_location
-from stockflow.run.driver import Inputs
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, Store, open_model, pin_revision, redact
 from stockflow.verification.files import Output
 from stockflow.verification.findings import Finding

@@ -26,7 +26,7 @@ from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef, MergePlan
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.recipe import Recipe
-from stockflow.run.driver import Inputs, collector_paused
+from stockflow.run.inputs import Inputs, collector_paused
 
 Survey = Callable[[SurveySpec, Sequence[Look], OnEvent], Iterator[tuple[int, Any]]]
 """Looks at tensors somewhere; tells what it reads, and yields their numbers and rows, in any order."""

@@ -19,7 +19,7 @@ from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning.plan import CheckpointRef, MergePlan, merged_among
 from stockflow.progress import file as progress_file
-from stockflow.run.driver import collector_paused
+from stockflow.run.inputs import collector_paused
 from stockflow.storage import StorageConfig, open_store, redact
 from stockflow.text.records import parse_record
 from stockflow.text.redaction import without_secrets

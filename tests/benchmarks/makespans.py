@@ -15,7 +15,7 @@ from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.make import SHARDS_PER_WORKER, make_plan
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import parse_recipe
-from stockflow.run.driver import collector_paused
+from stockflow.run.inputs import collector_paused
 from stockflow.storage import Stamp
 from tests.benchmarks.report import print_table
 from tests.simulation import Preemptions, SimulatedRun, Stragglers, simulate

@@ -19,7 +19,8 @@ from typing import Any
 
 from stockflow.engine import worker
 from stockflow.recipe import load_recipe, parse_size
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from stockflow.storage import Stamp, Store, local
 from tests.benchmarks.cases import Case, add_case_options, case_from, recipe_of, workplace, write_recipe

@@ -27,8 +27,9 @@ from stockflow.checkpoints.header import TensorSpec, encode_header
 from stockflow.events import Done, Event, Note
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Merged, MergeOptions, merge
 from stockflow.run.executors.ray import RayOptions, connected
+from stockflow.run.inputs import Inputs
 from tests import ray_items
 from tests.benchmarks.processes import machine_cpu_seconds
 from tests.benchmarks.report import RESULTS, print_table, record

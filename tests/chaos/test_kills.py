@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, StoreOptions
 from tests.chaos.kills import Chaos, Kill, Site, Victim, table

@@ -16,8 +16,9 @@ from stockflow.insight.comparison import compare_checkpoints
 from stockflow.planning import file as plan_file
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
 from stockflow.run.executors.ray import RayOptions, connected
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig
 from stockflow.verification.sample import SampleOptions

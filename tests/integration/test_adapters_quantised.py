@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
 from stockflow.run.executors.ray import RayOptions, connected
+from stockflow.run.inputs import Inputs
 from tests import adapters, oracle, quantised, runs
 from tests.adapters import Adapter, write_adapter
 from tests.checkpoints import write_checkpoint

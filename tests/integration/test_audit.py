@@ -19,7 +19,7 @@ from stockflow.insight.audit import audit, open_output, open_recipe
 from stockflow.insight.surveys import SurveyOptions
 from stockflow.insight.verdict import Audit, audit_lines, judge
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import survey_in_this_process
 from stockflow.storage import StorageConfig
 from tests import oracle, runs

@@ -18,7 +18,8 @@ from stockflow.events import Event, Moved, OnEvent, all_of
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Merged, MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from stockflow.storage import Stamp, StorageConfig, StoreOptions, local, open_store
 from tests.checkpoints import Family, make_family

@@ -15,7 +15,8 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.run import driver
-from stockflow.run.driver import Execute, Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Execute, Merged, MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from tests import runs
 from tests.checkpoints import make_family, write_recipe

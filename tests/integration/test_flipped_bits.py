@@ -14,7 +14,8 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.results import PlanResult
-from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Merged, MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig
 from stockflow.verification.verify import SampleOptions, verify

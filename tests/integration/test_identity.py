@@ -16,7 +16,8 @@ from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import RecipeError
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, plan_merge
+from stockflow.run.driver import MergeOptions, plan_merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
 from tests.checkpoints import LLAMA_CONFIG, Family, make_family, write_checkpoint

@@ -12,8 +12,8 @@ from stockflow.insight.audit import audit, open_recipe
 from stockflow.insight.comparison import compare_checkpoints
 from stockflow.insight.surveys import Survey, find_subjects, inspect
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs
 from stockflow.run.executors.ray import RayOptions, connected
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import MAX_BATCH_TENSORS, batches, survey_in_this_process, survey_on_ray
 from stockflow.storage import StorageConfig
 from tests import runs

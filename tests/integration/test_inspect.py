@@ -16,7 +16,7 @@ from stockflow.errors import PlanError, RecipeError
 from stockflow.insight.inspection import Inspection
 from stockflow.insight.surveys import SurveyOptions, inspect
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import survey_in_this_process
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe

@@ -15,7 +15,8 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning import budget
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import StartWorker, receipt_of
 from stockflow.storage import open_store
 from tests import runs

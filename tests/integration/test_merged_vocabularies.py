@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import stockflow
 from stockflow.errors import NotFoundError, PlanError
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs
+from stockflow.run.inputs import Inputs
 from tests import oracle, quantised, runs
 from tests.checkpoints import LLAMA_CONFIG, llama_shapes, make_tensors, write_checkpoint
 

@@ -20,8 +20,9 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
 from stockflow.run.executors.ray import RayOptions, connected
+from stockflow.run.inputs import Inputs
 from tests import quantised, runs
 from tests.checkpoints import write_checkpoint
 from tests.quantised import Maker, Quantised, Tensors

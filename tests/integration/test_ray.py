@@ -40,12 +40,13 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Merged, MergeOptions, merge
 from stockflow.run.executors import scheduling
 from stockflow.run.executors.ray import RayOptions, actor, connected, loop
 from stockflow.run.executors.ray import cluster as cluster_module
 from stockflow.run.executors.ray import run as run_on_ray
 from stockflow.run.executors.scheduling import Limits
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig
 from tests import ray_items, runs
 from tests.checkpoints import LLAMA_CONFIG, Family, make_family, write_recipe

@@ -29,9 +29,10 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
 from stockflow.run.executors.ray import RayOptions
 from stockflow.run.executors.ray import run as run_on_ray
+from stockflow.run.inputs import Inputs
 from stockflow.storage import open_store
 from tests import ray_items, runs
 from tests.benchmarks.processes import process_tree

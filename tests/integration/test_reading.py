@@ -12,7 +12,8 @@ from stockflow.planning.budget import Workspace, divide
 from stockflow.planning.reads import Load, schedule
 from stockflow.planning.work import Work
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, Merged, MergeOptions, plan_merge
+from stockflow.run.driver import Merged, MergeOptions, plan_merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, open_store
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import MIB, merge_here, shard_digests

@@ -27,7 +27,8 @@ from stockflow.output.receipts import Receipt
 from stockflow.output.shards import valid_receipts
 from stockflow.planning.plan import NUMERICS, ShardPlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import ShardWork, in_this_process, receipt_of
 from stockflow.storage import LocalStore, Stamp, StorageConfig, Store, open_store
 from tests import oracle, runs

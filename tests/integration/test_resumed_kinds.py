@@ -9,7 +9,8 @@ import pytest
 
 from stockflow.events import Done, Event
 from stockflow.recipe import recipe_of
-from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Merged, MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from tests import runs
 from tests.checkpoints import LLAMA_CONFIG, Family, make_family

@@ -16,7 +16,8 @@ from stockflow.errors import AccessDeniedError, InputChangedError, StorageError
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Merged, MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, Store, fs, objects, open_store, parts
 from stockflow.storage.retry import RetryPolicy
 from stockflow.verification.verify import verify

@@ -19,7 +19,8 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.budget import client_bytes
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Execute, Inputs, Merged, MergeOptions, merge, plan_merge
+from stockflow.run.driver import Execute, Merged, MergeOptions, merge, plan_merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.parts import upload_bytes
 from stockflow.verification.verify import verify

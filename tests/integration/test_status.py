@@ -32,7 +32,8 @@ from stockflow.planning.plan import ShardPlan
 from stockflow.progress.status import Status, exit_code, read_status, status_line, status_lines
 from stockflow.recipe import load_recipe
 from stockflow.run import shard_events
-from stockflow.run.driver import Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Merged, MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, Store, StoreOptions, open_store
 from stockflow.text.records import Place

@@ -9,7 +9,7 @@ import boto3
 import pytest
 
 from stockflow.recipe import parse_recipe
-from stockflow.run.driver import Inputs
+from stockflow.run.inputs import Inputs
 from tests.fault_proxy import FaultyProxy
 from tests.s3_server import moto_server, s3_credentials
 from tests.token_files import LETTERS, added, model_with, tokenizer_json

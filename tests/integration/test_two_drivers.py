@@ -23,7 +23,8 @@ from stockflow.output.keys import CLAIM_FILE
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Execute, Inputs, Merged, MergeOptions, merge
+from stockflow.run.driver import Execute, Merged, MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, open_store
 from stockflow.verification.verify import verify

@@ -12,7 +12,8 @@ import pytest
 from stockflow.errors import StorageError
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import Inputs, MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, StoreOptions, open_store
 from stockflow.storage.base import Stamp
 from stockflow.verification.files import CHUNK_BYTES, Output, Range

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from stockflow.errors import BudgetError
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, plan_merge
+from stockflow.run.driver import MergeOptions, plan_merge
+from stockflow.run.inputs import Inputs
 from tests import oracle, runs
 from tests.checkpoints import Family, Shape, make_family, write_checkpoint, write_recipe
 from tests.runs import MIB

@@ -13,7 +13,7 @@ import yaml
 
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs
+from stockflow.run.inputs import Inputs
 from tests import adapters, oracle, runs
 from tests.adapters import Adapter, write_adapter
 from tests.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint

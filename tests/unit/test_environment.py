@@ -14,7 +14,8 @@ from stockflow.output import target
 from stockflow.output.target import check_room, check_target
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, output_notes, plan_merge
+from stockflow.run.driver import MergeOptions, output_notes, plan_merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import LocalStore
 from stockflow.storage.local_faults import named
 from tests.checkpoints import make_family, write_recipe

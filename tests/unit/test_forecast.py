@@ -17,7 +17,8 @@ from stockflow.forecast.calibrate import calibrate
 from stockflow.forecast.constants import load_calibration, parse_calibration
 from stockflow.forecast.transfers import is_on_this_machine
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, plan_merge
+from stockflow.run.driver import MergeOptions, plan_merge
+from stockflow.run.inputs import Inputs
 from tests.checkpoints import make_family, write_recipe
 from tests.runs import MIB, merge_here, run
 

@@ -14,7 +14,8 @@ from stockflow.errors import CheckpointError
 from stockflow.output import receipts
 from stockflow.output.shards import valid_receipts
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import Inputs, MergeOptions, plan_merge
+from stockflow.run.driver import MergeOptions, plan_merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
 from tests.checkpoints import make_family, write_recipe

@@ -10,7 +10,7 @@ import pytest
 from stockflow.errors import PlanError
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import parse_recipe
-from stockflow.run.driver import Inputs
+from stockflow.run.inputs import Inputs
 from tests.token_files import (
     LETTERS,
     added,

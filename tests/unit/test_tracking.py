@@ -25,7 +25,8 @@ from stockflow.progress import file as progress_record
 from stockflow.progress.file import Progress, Tracker, progress_file
 from stockflow.recipe import load_recipe
 from stockflow.run import shard_events
-from stockflow.run.driver import Inputs, MergeOptions, plan_merge
+from stockflow.run.driver import MergeOptions, plan_merge
+from stockflow.run.inputs import Inputs
 from stockflow.storage import Stamp, StorageConfig, Store, open_store
 from tests.checkpoints import make_family, write_recipe
 from tests.pages import section

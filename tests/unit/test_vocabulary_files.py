@@ -11,7 +11,7 @@ from stockflow.errors import CheckpointError, PlanError
 from stockflow.planning import file as plan_file
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import parse_recipe
-from stockflow.run.driver import Inputs
+from stockflow.run.inputs import Inputs
 from tests.token_files import LETTERS, added, ids_of, model_with, sentencepiece_model, tokenizer_json
 
 ENGLISH, GERMAN = ["the stock of models", "a model of stock"], ["die alte Brücke", "der Fluß ist alt"]

@@ -1,0 +1,156 @@
+"""Inputs of a merge: an opened recipe, its stores and checkpoints, and the plan they make."""
+
+import gc
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
+
+from stockflow.checkpoints.damage import without_damaged
+from stockflow.checkpoints.identity import same_models
+from stockflow.checkpoints.layout import OnFile, unheard
+from stockflow.checkpoints.opening import Checkpoint, open_checkpoints, open_tokenizer
+from stockflow.checkpoints.samples import Samples
+from stockflow.checkpoints.tokenizers import Tokenizer, read_tokenizers
+from stockflow.errors import NotFoundError, UserError
+from stockflow.planning.make import make_plan
+from stockflow.planning.plan import MergePlan
+from stockflow.planning.tokenizer_files import is_taken
+from stockflow.recipe import Recipe
+from stockflow.recipe.unify import unified
+from stockflow.run.bases import with_base
+from stockflow.storage import StorageConfig, Store, open_model, pin_revision
+from stockflow.storage.sightings import Sightings
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep Python's cycle collector from walking a million small objects again and again while they are made.
+
+    Planning 92,000 tensors of nine checkpoints takes half the time without it; nothing made here has cycles.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass
+class Inputs:
+    """An opened recipe: stores and checkpoints, in the order of ``recipe.locations``."""
+
+    recipe: Recipe
+    stores: list[Store]
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    trusted: tuple[str, ...] = ()
+    """folders that links of weights may lead into"""
+    reads_twice: bool = False
+    """whether what is read of remote models is read again and compared"""
+    sightings: Sightings = field(default_factory=Sightings)
+    """of local files, from planning on"""
+
+    @property
+    def storage(self) -> StorageConfig:
+        """How inputs and output are reached: the recipe's options, the links that are followed, how often is read."""
+        return replace(
+            self.recipe.storage, trusted=self.trusted, reads_twice=self.reads_twice, sightings=self.sightings
+        )
+
+    @classmethod
+    def open(
+        cls, recipe: Recipe, on_file: OnFile = unheard, trusted: tuple[str, ...] = (), *, reads_twice: bool = False
+    ) -> "Inputs":
+        """Open every checkpoint concurrently.
+
+        Args:
+            recipe: names them.
+            on_file: told of each file whose header was read.
+            trusted: resolved folders that links of weights may lead into.
+            reads_twice: whether what is read of remote models is read again and compared.
+
+        Raises:
+            UserError: one is missing, forbidden or malformed.
+            StorageError: reading failed after retries.
+        """
+        inputs = cls(recipe, [], trusted=trusted, reads_twice=reads_twice)
+        found = [_store_or_why_not(location, inputs.storage) for location in recipe.checkpoints]
+        with collector_paused():
+            complete = partial(with_base, storage=inputs.storage)
+            inputs.checkpoints = open_checkpoints(found, on_file, recipe.spares, complete)
+        inputs.stores = [
+            _store_of(store, each, inputs.storage) for store, each in zip(found, inputs.merged, strict=True)
+        ]
+        for location in recipe.locations[len(recipe.checkpoints) :]:
+            inputs.stores.append(open_model(pin_revision(location), inputs.storage))
+            inputs.checkpoints.append(open_tokenizer(inputs.stores[-1]))
+        for donor in {recipe.side_files_donor, recipe.vocabulary_donor}:
+            is_copied = partial(is_taken, recipe, donor)
+            inputs.checkpoints[donor] = without_damaged(inputs.stores[donor], inputs.checkpoints[donor], is_copied)
+        return inputs._unified()
+
+    @property
+    def merged(self) -> list[Checkpoint]:
+        """Those whose tensors are read, in the order of ``recipe.checkpoints``."""
+        return self.checkpoints[: len(self.recipe.checkpoints)]
+
+    def _unified(self) -> "Inputs":
+        """Return them with each model once, however many names the recipe has for it."""
+        same = same_models(self.recipe.checkpoints, self.merged)
+        if not same:
+            return self
+        recipe = unified(self.recipe, same)
+        kept = [self.recipe.locations.index(location) for location in recipe.locations]
+        return replace(
+            self,
+            recipe=recipe,
+            stores=[self.stores[index] for index in kept],
+            checkpoints=[self.checkpoints[index] for index in kept],
+        )
+
+    def plan(
+        self,
+        *,
+        shard_size: int | None = None,
+        strict: bool = False,
+        accepted: Collection[str] = (),
+        samples: Samples = (),
+    ) -> MergePlan:
+        """Return the plan; tokenizers are read for it where several models have a row per token.
+
+        Raises:
+            PlanError: the inputs do not fit together.
+            InputChangedError: a tokenizer is no longer the one that was listed.
+            StorageError: reading failed after retries.
+        """
+        with collector_paused():
+            asked = self.recipe.vocabulary is not None or self.recipe.chat_template is not None
+            tokenizers: Sequence[Tokenizer] = ()
+            if asked or len(self.checkpoints) > 1:
+                tokenizers = read_tokenizers(self.stores, self.checkpoints, with_documents=asked)
+            return make_plan(
+                self.recipe,
+                self.checkpoints,
+                tokenizers=tokenizers,
+                shard_size=shard_size,
+                strict=strict,
+                accepted=accepted,
+                samples=samples,
+            )
+
+
+def _store_of(store: Store | UserError, opened: Checkpoint, storage: StorageConfig) -> Store:
+    """Return the store that a checkpoint was read from, which may be of more than was named."""
+    is_same = not isinstance(store, UserError) and store.url == opened.url
+    return cast(Store, store) if is_same else open_model(opened.url, storage)
+
+
+def _store_or_why_not(location: str, storage: StorageConfig) -> Store | UserError:
+    """Return a model's store, or that there is no such model: it is told with what else is wrong."""
+    try:
+        return open_model(pin_revision(location), storage)
+    except NotFoundError as error:
+        return error
