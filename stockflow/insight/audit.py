@@ -204,6 +204,8 @@ def _problem(merged: Checkpoint, job: TensorJob) -> str | None:
         return "not in the merged checkpoint"
     if spec.shape != planned.shape:
         return f"of shape {list(spec.shape)} in the merged checkpoint, expected {list(planned.shape)}"
+    if codes := merged.stored.get(job.stored_name):
+        return f"{codes.decode.words} in the merged checkpoint; an audit tells readings apart by single roundings"
     if spec.dtype not in FORMATS:
         return f"{spec.dtype} in the merged checkpoint; expected BF16, F16, F32 or F64"
     return None

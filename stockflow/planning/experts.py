@@ -5,7 +5,7 @@ that seeing it costs an offset, and writing it an order.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, takewhile
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from stockflow.planning.formats import codes_of
 from stockflow.planning.job import TensorJob
 from stockflow.planning.views import renamed
 from stockflow.recipe import Recipe
+from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
@@ -28,6 +29,8 @@ from stockflow.text.strictjson import shown
 
 _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward|ffn|moe)(?=\.)")
 """What families call the part of a layer that has experts."""
+ONE_BY_ONE = frozenset[Hashable]()
+"""The way of storing experts that needs no word: a tensor for each projection."""
 
 
 class Whole(NamedTuple):
@@ -52,7 +55,7 @@ class Experts:
 
     checkpoints: Sequence[Checkpoint]
     wholes: Mapping[str, Whole] = field(default_factory=dict)
-    """by the donor's name of a projection"""
+    """by the name of a projection in what gives the output its names"""
 
     def whole(self, own_name: str, name: str) -> Whole | None:
         """Return what a target is a part of, None if it is a tensor itself.
@@ -95,12 +98,11 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
         _refuse_parted(recipe, checkpoints[recipe.donor], parts)
         return Experts(checkpoints)
     seen = [_doubted(separated(*each), each[1]) for each in zip(checkpoints, parts, strict=True)]
-    donor, own = seen[recipe.donor], parts[recipe.donor] if is_fused else {}
-    wholes = {
-        part.name: whole
-        for name, each in own.items()
-        for part, whole in zip(each.parts, _wholes(checkpoints[recipe.donor], name, each), strict=False)
-    }
+    donor, wholes = seen[recipe.donor], dict[str, Whole]()
+    for number in _givers(recipe, checkpoints, parts) if is_fused else ():
+        for name, each in parts[number].items():
+            found = zip(each.parts, _wholes(checkpoints[number], name, each), strict=False)
+            wholes |= {part.name: whole for part, whole in found}
     if asked == "fused":
         donor, further = _gathered(donor, wholes)
         wholes |= {name: Whole(spec) for name, spec in further.items()}
@@ -122,6 +124,34 @@ def _wholes(donor: Checkpoint, name: str, fused: Fused) -> Iterator[Whole]:
             yield Whole(numbers, Transposed(spec.dtype, number, fused.num_beside, by_turns=True), codes)
     for number in cycle(range(fused.num_beside)):
         yield Whole(spec, fused.beside(number, plain(spec.dtype)), codes)
+
+
+def _givers(recipe: Recipe, checkpoints: Sequence[Checkpoint], parts: Sequence[Parts]) -> list[int]:
+    """Return the checkpoints whose names the output has, the donor last.
+
+    Raises:
+        PlanError: layers come from models that store experts in several ways, and the output is to have one.
+    """
+    others = {recipe.checkpoints.index(each.recipe.checkpoints[0]) for each in slices_of(recipe)} - {recipe.donor}
+    ways = {number: _way(checkpoints[number], parts[number]) for number in (*sorted(others), recipe.donor)}
+    if others and (len(set(ways.values()) - {None}) > 1 or ONE_BY_ONE in ways.values()):
+        urls = ", ".join(redact(checkpoints[number].url) for number in ways)
+        raise PlanError(
+            f"layers come from {urls}, which do not all store experts in tensors that hold all of a layer, and in one "
+            "way; say `stockflow: {experts: separate}`, so that all are written one by one"
+        )
+    return list(ways)
+
+
+def _way(checkpoint: Checkpoint, parts: Parts) -> frozenset[Hashable] | None:
+    """Return how a checkpoint stores experts; None if it has none."""
+    if not parts:
+        return ONE_BY_ONE if any(map(projection_of, checkpoint.specs)) else None
+    return frozenset(
+        (name.rpartition(".experts")[2], each.num_beside, way and (way.number, way.by_turns))
+        for name, each in parts.items()
+        for way in (each.transposed,)
+    )
 
 
 def _doubted(checkpoint: Checkpoint, parts: Parts) -> Checkpoint:

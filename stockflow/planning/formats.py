@@ -15,12 +15,14 @@ from stockflow.planning.operands import stored
 from stockflow.planning.plan import SideFile
 from stockflow.planning.precisions import float_bits_of
 from stockflow.recipe import Recipe
+from stockflow.storage import redact
 
 QUANTIZATION_FILE = "hf_quant_config.json"
 CODE_NAMES = ("weight_packed", BLOCKS)
 CONTAINERS = ("I8", "U8")
 """Of codes of four bits that have the name of a weight."""
 FP8_BLOCK = BlockScaled("F8_E4M3", "F32", (128, 128))
+ADD_FORMAT = "say what to write: `stockflow: {output_format: bfloat16}`"
 _MULTIPLIED = re.compile(r"(_proj|\.w[123]|\.w[qkvo](_[ab])?|\.wkv|query_key_value|dense\w*|fc\d)\.weight$")
 """Matrices that inputs are multiplied by: embeddings, heads, norms and routers stay as they are."""
 _KEPT_PLAIN = re.compile(r"(embed|lm_head|norm|router|vision|visual|audio|projector|eh_proj|(^|\.)mlp\.gate\.)")
@@ -101,6 +103,34 @@ def with_codes_only(side_files: tuple[SideFile, ...], jobs: Iterable[TensorJob])
     """Return the files beside an output: what speaks of codes, only where there are some."""
     without = tuple(file for file in side_files if file.key != QUANTIZATION_FILE)
     return side_files if len(without) == len(side_files) or any(map(in_codes, jobs)) else without
+
+
+def unlike_codes(recipe: Recipe, checkpoints: Sequence[Checkpoint], givers: Iterable[int]) -> Iterator[str]:
+    """Yield which models of a stack give layers in codes that the published config, the donor's, is not of.
+
+    Args:
+        recipe: names the donor.
+        checkpoints: all models.
+        givers: those whose names and formats layers of the output have.
+    """
+    donor = checkpoints[recipe.donor]
+    known = {_format(codes) for held in donor.stored.values() if (codes := codes_of(held.decode))}
+    published = f"the config that goes out, that of {redact(donor.url)}"
+    for number in givers if recipe.keeps_codes else ():
+        url, stored = redact(checkpoints[number].url), checkpoints[number].stored.values()
+        found = (codes for held in stored if (codes := codes_of(held.decode)))
+        if other := next((codes for codes in found if _format(codes) not in known), None):
+            blocks = f" in blocks of {list(other.block)}" if isinstance(other, BlockScaled) else ""
+            yield f"{url} gives layers in {other.words}{blocks}, of which {published}, does not speak; {ADD_FORMAT}"
+        elif donor.static_scales and number != recipe.donor:
+            yield f"{url} gives layers, for which {published}, has no fixed scales of activations; {ADD_FORMAT}"
+
+
+def _format(codes: BlockScaled | GroupScaled) -> object:
+    """Return what a config says of codes: their kind and what has a scale of its own."""
+    if isinstance(codes, BlockScaled):
+        return codes.dtype, codes.block
+    return codes.codes, codes.group, codes.whole
 
 
 def codes_of(decode: Decode) -> BlockScaled | GroupScaled | None:

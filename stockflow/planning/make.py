@@ -21,11 +21,13 @@ from stockflow.planning.config import output_config
 from stockflow.planning.experts import Experts, part_of, seen_one_by_one, unlike_parts
 from stockflow.planning.fixed import are_known, carried_over, holds_indices
 from stockflow.planning.formats import (
+    ADD_FORMAT,
     cannot_be_kept,
     carried,
     in_codes,
     is_coded,
     static_scales,
+    unlike_codes,
     with_codes_only,
     written,
 )
@@ -64,7 +66,6 @@ PACKED_REMEDY = (
 
 PASSTHROUGH, UNSCALED = "passthrough", Parameters(per_model={"scale": (1.0,)})
 """What takes over the numbers that codes stand for."""
-ADD_FORMAT = "say what to write: `stockflow: {output_format: bfloat16}`"
 ROWS_REMEDY = "`tokenizer_source: base` or `union` merges rows by token"
 
 
@@ -166,6 +167,7 @@ def _planned(
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
     problems = [*explained.values(), *unlike_parts(jobs), *unlike_members(jobs)]
+    problems += unlike_codes(recipe, checkpoints, outline.givers) if outline.is_stacked else ()
     if misfits:
         specs = [each.spec for each in outline.unplanned] + [each.spec for each in outline.targets]
         problems += told(misfits, {spec.name: spec for spec in specs})

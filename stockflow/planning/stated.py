@@ -1,13 +1,19 @@
 """What a config says of quantised weights, made true of the tensors that are written."""
 
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from stockflow.checkpoints.configs import Config, quantization_keys, says_packed
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.scale_rules import kind_of
 from stockflow.planning.formats import FP8_BLOCK, has_codes, in_codes
 from stockflow.planning.job import TensorJob
 from stockflow.recipe import Recipe
 
+_PATTERN = "re:"
+"""How a pattern begins in lists of compressed-tensors."""
 _LEFT_PLAIN = ("ignore", "ignored_layers", "modules_to_not_convert")
 """Keys under which modules are listed that are no codes; the last is the usual one."""
 
@@ -20,10 +26,12 @@ def stated_quantization(config: Config, recipe: Recipe, donor: Checkpoint, jobs:
         return config
     if not has_codes(jobs):
         return _without(config)
-    coded = {_module(job.output.name) for job in jobs if in_codes(job)}
-    written = {_module(job.output.name) for job in jobs}
-    plain = [module for module in map(_module, donor.stored) if module in written - coded]
-    return _mapped(config, lambda section: _listing(section, plain)) if plain else config
+    coded = {job.output.name for job in jobs if in_codes(job)}
+    kinds = {*map(kind_of, coded), *map(kind_of, donor.stored)}
+    modules = set(map(_module, coded))
+    others = [job.output.name for job in jobs if _module(job.output.name) not in modules]
+    plain = [_module(name) for name in others if kind_of(name) in kinds]
+    return _mapped(config, lambda section: _listing(section, plain, sorted(modules)))
 
 
 def _fp8_block(jobs: Iterable[TensorJob]) -> dict[str, object]:
@@ -45,12 +53,36 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _listing(section: Config, plain: Sequence[str]) -> dict[str, object]:
-    """Return what is said of codes, with these modules among those that are none."""
+def _listing(section: Config, plain: Sequence[str], coded: Sequence[str]) -> dict[str, object]:
+    """Return what is said of codes, with what is none listed and what is some not.
+
+    Args:
+        section: of the config.
+        plain: modules that are none.
+        coded: modules that are some, sorted; layers of a stack have other numbers than in the donor.
+    """
     key = next((key for key in _LEFT_PLAIN if isinstance(section.get(key), list)), _LEFT_PLAIN[-1])
     known = section.get(key)
-    listed = list(known) if isinstance(known, list) else []
-    return {**section, key: listed + [name for name in dict.fromkeys(plain) if name not in listed]}
+    listed = [entry for entry in known if not _names_any(entry, coded)] if isinstance(known, list) else []
+    listed += [name for name in dict.fromkeys(plain) if name not in listed]
+    return {**section, key: listed} if listed or known else {**section}
+
+
+def _names_any(entry: object, modules: Sequence[str]) -> bool:
+    """Return whether an entry names one of these modules, or all within a module, by a layer's number.
+
+    Args:
+        entry: of a list of modules, perhaps a pattern.
+        modules: sorted.
+    """
+    if not isinstance(entry, str) or not re.search(r"\d", entry):
+        return False
+    if entry.startswith(_PATTERN):
+        with suppress(re.error):
+            return any(map(re.compile(entry.removeprefix(_PATTERN)).match, modules))
+        return False
+    following = [modules[at] for end in ("", ".") if (at := bisect_left(modules, entry + end)) < len(modules)]
+    return any(f"{module}.".startswith(f"{entry}.") for module in following)
 
 
 def _mapped(config: Config, change: Callable[[Config], Config]) -> dict[str, object]:

@@ -99,6 +99,11 @@ class Outline:
     """names in the donor that belong to no module of the recipe"""
 
     @property
+    def givers(self) -> list[int]:
+        """The checkpoints whose names and formats tensors of the output have."""
+        return sorted({target.stretch.numbers[0] for target in self.targets})
+
+    @property
     def is_stacked(self) -> bool:
         """Whether layers of the output are others than those of the same number."""
         return bool(self.stackings)

@@ -10,7 +10,7 @@ from stockflow.checkpoints.heads import TiedNames, is_head, may_be_tied, origina
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.job import TensorJob
 from stockflow.recipe import Recipe
-from stockflow.storage import redact
+from stockflow.storage import halves_of, redact
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
@@ -99,6 +99,11 @@ class WrittenHead:
     tied: tuple[Checkpoint, ...]
     """in which it is read from its embedding's place, or stores the same values"""
 
+    @property
+    def is_adapted_apart(self) -> bool:
+        """Whether adapters alone make it one of its own, of what their models tie."""
+        return all(len(halves_of(each.url)) > 1 for each in self.own)
+
     def is_parted(self, donor: Checkpoint) -> bool:
         """Return whether it is a tensor of its own in one model, while another, or a config, ties it."""
         says_tied = any(tie_flag(each.config) for each in (donor, *self.own, *self.tied))
@@ -111,9 +116,15 @@ def written_heads(checkpoints: Sequence[Checkpoint], jobs: Sequence[TensorJob]) 
         kinds: dict[bool, list[Checkpoint]] = {False: [], True: []}
         for operand in head.reading.operands:
             each, extent = checkpoints[operand.checkpoint], operand.extents[0]
-            is_tied = extent == each.extents.get(embedding.output.name) or extent in each.values.copies
-            kinds[is_tied].append(each)
+            is_stored_alike = extent == each.extents.get(embedding.output.name) or extent in each.values.copies
+            kinds[is_stored_alike and _are_read_alike(each, head, embedding)].append(each)
         yield WrittenHead(head, embedding, tuple(kinds[False]), tuple(kinds[True]))
+
+
+def _are_read_alike(checkpoint: Checkpoint, *jobs: TensorJob) -> bool:
+    """Return whether equal bytes are equal numbers: an adapter may change one of two names alone."""
+    stored = [checkpoint.stored.get(job.output.name) for job in jobs]
+    return len({each and each.decode for each in stored}) == 1
 
 
 def _agreeing(recipe: Recipe, found: list[Checkpoint], name: str, held: Sequence[HeldTie]) -> list[Checkpoint]:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import stockflow
 from stockflow.errors import PlanError
 from stockflow.planning import file as plan_file
 from tests import oracle, quantised, runs
@@ -376,3 +377,19 @@ def test_tunes_of_what_a_base_was_before_it_was_rounded_are_told_from_those_of_i
     }
     assert "other-master" in codes["before"]
     assert "other-master" not in codes["after"]
+
+
+def test_an_audit_leaves_codes_out_by_name_and_judges_the_rest(tmp_path: Path) -> None:
+    models = [
+        write_model(tmp_path / str(number), inside(each), FORMS["DeepSeek-V3"][1])
+        for number, each in enumerate(family("DeepSeek-V3"))
+    ]
+    merged(tmp_path, models)
+
+    found = stockflow.audit(str(tmp_path / "recipe.yaml"), str(tmp_path / "out"))
+
+    assert found.left_out == {
+        f"{MODULE}.weight": "FP8 (E4M3) with scales of F32 in the merged checkpoint; an audit tells readings apart by "
+        "single roundings"
+    }
+    assert [row["name"] for row in found.rows] == ["model.norm.weight"]

@@ -174,6 +174,20 @@ def test_an_adapted_embedding_leaves_a_tied_head_as_it_was(tmp_path: Path) -> No
     assert is_tied is False
 
 
+def test_a_tied_model_beside_one_that_an_adapter_unties_is_published_untied(tmp_path: Path) -> None:
+    adapter = adapters.linear({"lm_head.weight": SHAPES["lm_head.weight"]}, ["lm_head"])
+    base = write_base(tmp_path / "base", TIED, tie_word_embeddings=True)["model.embed_tokens.weight"]
+    write_adapter(tmp_path / "lora", adapter)
+    models = [{"model": f"{tmp_path}/base{more}", "parameters": {"weight": 1}} for more in ("", f"+{tmp_path}/lora")]
+
+    found = merged(tmp_path, "", merge_method="linear", models=models)
+
+    expected = (base + adapter.changes["lm_head.weight"](base)) / 2
+    assert share_correct(found["lm_head.weight"], expected) >= LEAST_CORRECT
+    assert share_correct(found["model.embed_tokens.weight"], base) == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_replaced_rows_are_those_of_a_tied_head_too(tmp_path: Path) -> None:
     adapter = adapters.tokens(TIED)
 

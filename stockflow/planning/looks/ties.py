@@ -7,7 +7,7 @@ from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.ties import written_heads
 from stockflow.storage import redact
-from stockflow.text.remarks import Remark
+from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
 
 
@@ -18,15 +18,17 @@ def own_heads(proposal: Proposal) -> Iterator[Remark]:
             own, tied = (", ".join(redact(one.url) for one in these) for these in (each.own, each.tied))
             ones = dict.fromkeys(redact(one.url) for one in (proposal.donor, *each.own) if tie_flag(one.config))
             says = tied or ", ".join(f"the config of {url}" for url in ones)
-            text = (
+            found = (
                 f"{shown(each.head.output.name)} is a tensor of its own in {own}, and one with "
-                f"{shown(each.embedding.output.name)} in {says}: a loader that ties them would take one of the two "
-                f"for both. If accepted, the head is written untied, from what each model has for one, and `{TIE_KEY}: "
-                "false`"
+                f"{shown(each.embedding.output.name)} in {says}: "
             )
+            written = f"the head is written untied, from what each model has for one, and `{TIE_KEY}: false`"
+            doubt = "a loader that ties them would take one of the two for both. If accepted, "
             models = tuple(redact(one.url) for one in each.own)
             values = {"own": own, "tied": tied}
-            yield Remark("head-untied", text, "refusal", models, (each.head.output.name,), values)
+            text = f"{found}{'' if each.is_adapted_apart else doubt}{written}"
+            severity: Severity = "note" if each.is_adapted_apart else "refusal"
+            yield Remark("head-untied", text, severity, models, (each.head.output.name,), values)
 
 
 def parted_pairs(proposal: Proposal) -> Iterator[Remark]:
