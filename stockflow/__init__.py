@@ -5,8 +5,8 @@
     print(stockflow.plan("recipe.yaml", "out"))
     stockflow.merge("recipe.yaml", "out")
 
-``plan``, ``merge``, ``verify``, ``report``, ``diff``, ``inspect`` and ``audit`` do what the commands of these names do;
-`docs/recipes.md#python` has examples.
+``plan``, ``merge``, ``verify``, ``report``, ``diff``, ``inspect``, ``audit`` and ``extract`` do what the commands of
+these names do; `docs/recipes.md#python` has examples.
 Names are loaded when they are first used, so that the import itself takes no time.
 """
 
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from stockflow.version import __version__
 
 if TYPE_CHECKING:
-    from stockflow.api import audit, diff, inspect, merge, plan, report, verify
+    from stockflow.adapters.findings import ExtractedTensor, Extraction
+    from stockflow.api import audit, diff, extract, inspect, merge, plan, report, verify
     from stockflow.errors import (
         AccessDeniedError,
         AlreadyExistsError,
@@ -45,11 +46,19 @@ if TYPE_CHECKING:
     from stockflow.output.receipts import TensorFacts
     from stockflow.reports.report import Report
     from stockflow.results import MergeResult, PlanResult
-    from stockflow.settings import DiffSettings, MergeSettings, PlanSettings, ReadSettings, SurveySettings
+    from stockflow.settings import (
+        DiffSettings,
+        ExtractSettings,
+        MergeSettings,
+        PlanSettings,
+        ReadSettings,
+        SurveySettings,
+    )
     from stockflow.verification.verify import Finding, Verification
 
 _HOMES = {
-    "api": ("audit", "diff", "inspect", "merge", "plan", "report", "verify"),
+    "adapters.findings": ("ExtractedTensor", "Extraction"),
+    "api": ("audit", "diff", "extract", "inspect", "merge", "plan", "report", "verify"),
     "insight.difference": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
     "errors": (
         "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
@@ -63,7 +72,7 @@ _HOMES = {
     "output.receipts": ("TensorFacts",),
     "reports.report": ("Report",),
     "results": ("MergeResult", "PlanResult"),
-    "settings": ("DiffSettings", "MergeSettings", "PlanSettings", "ReadSettings", "SurveySettings"),
+    "settings": ("DiffSettings", "ExtractSettings", "MergeSettings", "PlanSettings", "ReadSettings", "SurveySettings"),
     "verification.verify": ("Finding", "Verification"),
 }  # fmt: skip
 """Public names by the module they are in; the same as above."""
@@ -71,8 +80,9 @@ _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  # as in _HOMES
     "__version__",
-    "MergeResult", "PlanResult", "audit", "diff", "inspect", "merge", "plan", "report", "verify",
+    "MergeResult", "PlanResult", "audit", "diff", "extract", "inspect", "merge", "plan", "report", "verify",
     "CheckpointDifference", "GroupDifference", "TensorDifference",
+    "ExtractedTensor", "Extraction",
     "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
     "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "LinkError", "MissingLibraryError",
     "NotFoundError",
@@ -81,7 +91,7 @@ __all__ = [  # noqa: RUF022  # as in _HOMES
     "Audit", "Verdict",
     "Inspection",
     "TensorFacts",
-    "DiffSettings", "MergeSettings", "PlanSettings", "ReadSettings", "SurveySettings",
+    "DiffSettings", "ExtractSettings", "MergeSettings", "PlanSettings", "ReadSettings", "SurveySettings",
     "Finding", "Report", "Verification",
 ]  # fmt: skip
 

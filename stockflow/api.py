@@ -21,6 +21,7 @@ from stockflow.run.driver import MergeOptions
 from stockflow.run.inputs import Inputs, collector_paused
 from stockflow.settings import (
     DiffSettings,
+    ExtractSettings,
     Location,
     MergeSettings,
     PlanSettings,
@@ -42,6 +43,7 @@ from stockflow.wiring import (
 )
 
 if TYPE_CHECKING:
+    from stockflow.adapters.findings import Extraction
     from stockflow.forecast.constants import Calibration
     from stockflow.insight.difference import CheckpointDifference
     from stockflow.insight.inspection import Inspection
@@ -229,6 +231,46 @@ def diff(
         survey_options(chosen),
         survey_on(chosen),
         on_event=on_event,
+    )
+
+
+@explains(ExtractSettings)
+def extract(
+    base: Location,
+    tuned: Location,
+    output: Location,
+    *,
+    recipe: RecipeLike | None = None,
+    on_event: OnEvent = ignore,
+    **settings: Unpack[ExtractSettings],
+) -> "Extraction":
+    """Extract a LoRA adapter from the difference of two checkpoints, streamed, and publish it as PEFT writes them.
+
+    Args:
+        base: the checkpoint that the other one was tuned from.
+        tuned: the other one.
+        output: folder or URL of the adapter.
+        recipe: its storage options apply (endpoints, anonymous access).
+        on_event: told how it goes, from several threads.
+        **settings: see ``ExtractSettings``.
+
+    Raises:
+        UserError: the two are not alike, what changed cannot be held, the output is taken, or the memory is too small.
+        StorageError: storage failed after retries.
+        ComputeLostError: workers were lost for good.
+    """
+    from stockflow.adapters.extraction import extract as extract_adapter
+    from stockflow.wiring import extract_options
+
+    chosen = resolved(ExtractSettings, settings)
+    return extract_adapter(
+        (resolve_location(os.fspath(base)), resolve_location(os.fspath(tuned))),
+        os.fspath(output),
+        storage_of(recipe, chosen.follow_links),
+        extract_options(chosen),
+        survey_options(chosen),
+        survey_on(chosen),
+        on_event,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Protocol, TypedDict, TypeVar, get_ar
 from stockflow.errors import PlanError, RecipeError
 
 ExecutorName = Literal["local", "ray"]
+FactorName = Literal["float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 Size = int | str
 """Bytes, or a text such as ``2GiB``."""
@@ -80,6 +81,13 @@ def price(option: str, given: float | None) -> float | None:
     return given
 
 
+def share(option: str, given: float | None) -> float | None:
+    """Return a share above 0; a message about it names the option."""
+    if given is not None and not 0 < given <= 1:
+        raise RecipeError(f"{option}: expected a share above 0 and up to 1, such as 0.99, found {given}")
+    return given
+
+
 def labels_of(option: str, given: Mapping[str, str] | Sequence[str] | None) -> Mapping[str, str]:
     """Return labels by name, also from ``KEY=VALUE``."""
     if given is None or isinstance(given, Mapping):
@@ -136,6 +144,23 @@ class DiffSettings(ReadSettings, total=False):
     executor: Annotated[ExecutorName | None, Setting(
         "Where the work is done. Default: ray if RAY_ADDRESS is set, else local."
     )]  # fmt: skip
+
+
+class ExtractSettings(DiffSettings, total=False):
+    """What an extraction takes."""
+
+    rank: Annotated[int, Setting("Of the factors of a matrix, at most.", 16, metavar="R", least=1, most=65536)]
+    energy: Annotated[float | None, Setting(
+        "Take the least rank, up to R, that keeps this share of the squared Frobenius norm of a change, such as 0.99. "
+        "Default: R.", metavar="SHARE", parse=share,
+    )]  # fmt: skip
+    dtype: Annotated[FactorName, Setting("Of the factors.", "float32")]
+    keep_whole: Annotated[bool, Setting(
+        "Write whole what changed and does not decompose: norms, biases, routers, embeddings. Default: refuse it.",
+        False,
+    )]  # fmt: skip
+    embeddings: Annotated[bool, Setting("Write factors of embeddings, too, where no head is tied to them.", False)]
+    overwrite: Annotated[bool, Setting("Replace an adapter that the output holds.", False)]
 
 
 class _Working(TypedDict, total=False):

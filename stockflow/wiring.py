@@ -14,6 +14,7 @@ from stockflow.output.receipts import Receipt
 from stockflow.planning.budget import default_memory
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import RecipeLike, amended, recipe_of
+from stockflow.recipe.values import OUTPUT_DTYPES
 from stockflow.run.driver import Execute, MergeOptions
 from stockflow.run.inputs import Inputs
 from stockflow.settings import (
@@ -24,6 +25,7 @@ from stockflow.settings import (
 from stockflow.storage import StorageConfig, trusted_folders
 
 if TYPE_CHECKING:
+    from stockflow.adapters.extraction import ExtractOptions
     from stockflow.engine.survey import Look, SurveySpec
     from stockflow.engine.worker import WorkerSpec
     from stockflow.insight.surveys import Survey, SurveyOptions
@@ -187,6 +189,20 @@ def survey_options(chosen: SimpleNamespace) -> "SurveyOptions":
     device, on_ray = getattr(chosen, "device", "cpu"), is_on_ray(chosen.executor)
     options = merge_options(memory=chosen.memory, workers=chosen.workers, on_ray=on_ray)
     return SurveyOptions(options.memory_bytes, options.num_threads, device)
+
+
+def extract_options(chosen: SimpleNamespace) -> "ExtractOptions":
+    """Return what an extraction keeps."""
+    from stockflow.adapters.extraction import ExtractOptions
+
+    return ExtractOptions(
+        rank=chosen.rank,
+        energy=chosen.energy,
+        dtype=OUTPUT_DTYPES[chosen.dtype],
+        keep_whole=chosen.keep_whole,
+        embeddings=chosen.embeddings,
+        overwrite=chosen.overwrite,
+    )
 
 
 def survey_on(chosen: SimpleNamespace) -> "Survey":

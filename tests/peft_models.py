@@ -1,4 +1,7 @@
-"""Bases, adapters on them and what PEFT itself makes of both in float32: ``python -m tests.peft_models FOLDER``."""
+"""Bases, adapters on them and what PEFT itself makes of both in float32.
+
+``python -m tests.peft_models write FOLDER`` makes all; ``merge BASE ADAPTER OUT`` merges what is there.
+"""
 
 import copy
 import sys
@@ -78,6 +81,20 @@ def write_case(folder: Path, name: str) -> None:
     adapted.merge_and_unload().save_pretrained(folder / "merged")
 
 
-if __name__ == "__main__":
+def write_all(folder: str) -> None:
+    """Write every case."""
     for case in CASES:
-        write_case(Path(sys.argv[1]) / case, case)
+        write_case(Path(folder) / case, case)
+
+
+def merge(base: str, adapter: str, out: str) -> None:
+    """Merge an adapter into its base in float32."""
+    import transformers
+    from peft import PeftModel
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+
+
+if __name__ == "__main__":
+    {"write": write_all, "merge": merge}[sys.argv[1]](*sys.argv[2:])

@@ -12,7 +12,7 @@ from stockflow.checkpoints.adapter_keys import NESTED, by_module
 from stockflow.checkpoints.adapters import Adapter
 from stockflow.checkpoints.decodes import Decode, plain
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.heads import tied_names
+from stockflow.checkpoints.heads import head_beside, tied_names
 from stockflow.checkpoints.quantised import Stored
 from stockflow.errors import CheckpointError
 from stockflow.storage import key_of_adapter
@@ -103,7 +103,7 @@ class _Binder:
         if names.heads or config.keeps_ties or "lm_head.weight" in self.made.specs:
             return
         for name in names.embeddings:
-            head, stored = _head_beside(name), self.made.stored.get(name)
+            head, stored = head_beside(name), self.made.stored.get(name)
             if stored and not _keeps_tie(stored, config, name) and self.ground.tied_original(head) == name:
                 self._part(head, name)
 
@@ -202,6 +202,7 @@ class _Binder:
             name = self.ground.names.find(whole)
             if name is None and self.adapter.config.saves(module):
                 self.made.specs[whole] = self.adapter.specs[parts[part]]._replace(name=whole)
+                self.made.unties |= self.ground.tied_original(whole) is not None
                 name = whole
             if name:
                 self._replace(name, parts[part])
@@ -268,11 +269,3 @@ def _keeps_tie(stored: Stored, config: AdapterConfig, name: str) -> bool:
     """Return whether what an adapter does to an embedding is done to a tied head, too: its rows, or all of the base."""
     is_whole = len(stored.parts) == 1
     return isinstance(stored.decode, ReplacedRows) or (is_whole and not config.saves(name.removesuffix(".weight")))
-
-
-def _head_beside(embedding: str) -> str:
-    """Return what a head is called that transformers would save beside an embedding."""
-    *parts, _, _ = ("", *embedding.split("."))
-    if parts[-1:] == ["model"]:
-        return ".".join([*parts[1:-1], "lm_head.weight"])
-    return "lm_head.weight"

@@ -112,6 +112,14 @@ def _alias_of(name: str, stored: Collection[str], embeddings: Sequence[str]) -> 
     return max(embeddings, key=lambda each: _nearness(name, each), default=None) if is_head(name) else None
 
 
+def head_beside(embedding: str) -> str:
+    """Return what a head is called that transformers would save beside an embedding."""
+    *parts, _, _ = ("", *embedding.split("."))
+    if parts[-1:] == ["model"]:
+        return ".".join([*parts[1:-1], "lm_head.weight"])
+    return "lm_head.weight"
+
+
 def tie_flag(config: Config | None) -> bool | None:
     """Return whether a config says that head and embedding are one tensor; None if it leaves that to its class."""
     given = [section[TIE_KEY] for _, section in sections(config or {}) if isinstance(section.get(TIE_KEY), bool)]

@@ -10,6 +10,7 @@ import typer
 
 from stockflow.cli.cluster import status, submit
 from stockflow.cli.exits import with_errors_somewhere
+from stockflow.cli.extracting import extract
 from stockflow.cli.looking import audit, clean, diff, inspect, report, verify
 from stockflow.cli.mergekit import mergekit_yaml
 from stockflow.cli.merging import demo, merge
@@ -49,7 +50,7 @@ def _first_sentence(command: Callable[..., None]) -> str:
 
 
 for command in (
-    merge, plan, lint, submit, status, inspect, audit, verify, report, diff, calibrate, clean, demo, schema,
+    merge, plan, lint, submit, status, inspect, audit, verify, report, diff, extract, calibrate, clean, demo, schema,
     mergekit_yaml,
 ):  # fmt: skip
     # Of all that explains a command the first sentence, whole: typer would cut it to a line.
@@ -61,5 +62,7 @@ def main() -> None:
     # Importing makes some hundred thousand objects that stay; walking them again and again took a fifth of the start.
     gc.set_threshold(200_000, 20, 20)
     with_errors_somewhere()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here multiplies matrices; idle threads of numpy spin
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # matrices are multiplied on threads of ours; idle ones of numpy spin
     app()

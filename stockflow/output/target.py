@@ -21,9 +21,17 @@ def check_target(store: Store, plan: MergePlan) -> None:
         PlanError: a folder is where a file will be, or a file where a folder; a name is too long; nothing can be
             written there.
     """
+    check_keys(store, [*planned_files(plan, plan.plan_id), MANIFEST_FILE, CLAIM_FILE, run_key(plan.plan_id, "0" * 16)])
+
+
+def check_keys(store: Store, keys: Iterable[str]) -> None:
+    """Refuse a local folder in which these files cannot appear.
+
+    Raises:
+        PlanError: see ``check_target``.
+    """
     if not isinstance(store, LocalStore):
         return
-    keys = [*planned_files(plan, plan.plan_id), MANIFEST_FILE, CLAIM_FILE, run_key(plan.plan_id, "0" * 16)]
     found = list(dict.fromkeys(_obstacles(store.folder, keys)))
     if found:
         more = f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
@@ -47,6 +55,17 @@ def check_room(store: Store, plan: MergePlan) -> None:
     """
     missing = missing_bytes(store, plan)
     if missing:
+        raise PlanError(f"{no_room(store, missing)}: free it, or choose another output")
+
+
+def check_space(store: Store, num_bytes: int) -> None:
+    """Refuse a local target in which so many bytes cannot be written.
+
+    Raises:
+        PlanError: it is too small.
+    """
+    missing = num_bytes - free_bytes(store.folder) if isinstance(store, LocalStore) else 0
+    if missing > 0:
         raise PlanError(f"{no_room(store, missing)}: free it, or choose another output")
 
 

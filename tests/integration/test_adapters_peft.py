@@ -21,13 +21,19 @@ LEAST_EQUAL = 0.9998
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library, folder = ENVIRONMENT.parent / "peft", tmp_path_factory.mktemp("peft")
+    folder = tmp_path_factory.mktemp("peft")
+    with_peft("write", folder)
+    return folder
+
+
+def with_peft(*words: object) -> None:
+    """Run ``tests.peft_models`` where PEFT can be imported."""
+    library = ENVIRONMENT.parent / "peft"
     if not (library / "peft").exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(library)]
         subprocess.run([*pip, *REQUIREMENTS], check=True)
     environment = os.environ | {"PYTHONPATH": f"{runs.REPOSITORY}:{library}", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-m", "tests.peft_models", str(folder)], check=True, env=environment)
-    return folder
+    subprocess.run([sys.executable, "-m", "tests.peft_models", *map(str, words)], check=True, env=environment)
 
 
 @pytest.mark.parametrize("case", CASES)

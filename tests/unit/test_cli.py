@@ -26,7 +26,7 @@ from tests.runs import REPOSITORY, command, run
 from tests.waiting import HANG_S
 
 SHAPES = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,), "lm_head.weight": (40, 16)}
-COMMANDS = ("merge", "plan", "lint", "verify", "diff", "demo", "schema")
+COMMANDS = ("merge", "plan", "lint", "verify", "diff", "extract", "demo", "schema")
 
 
 def cli(*arguments: object) -> Result:

@@ -13,6 +13,7 @@ import stockflow
 from stockflow.cli import app
 from stockflow.settings import (
     DiffSettings,
+    ExtractSettings,
     MergeSettings,
     PlanSettings,
     ReadSettings,
@@ -111,7 +112,7 @@ def test_summaries_are_whole_and_short_help_works() -> None:
 
 FUNCTIONS = {
     "merge": MergeSettings, "plan": PlanSettings, "inspect": SurveySettings, "audit": SurveySettings,
-    "diff": DiffSettings, "verify": ReadSettings,
+    "diff": DiffSettings, "verify": ReadSettings, "extract": ExtractSettings,
 }  # fmt: skip
 
 

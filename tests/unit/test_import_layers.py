@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "cli",
         "api demo",
         "results wiring",
+        "adapters",
         "insight reports forecast",
         "run verification",
         "engine progress",

@@ -1,0 +1,249 @@
+"""Extraction of a LoRA adapter from the difference of two checkpoints, streamed."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from stockflow.adapters import sketch
+from stockflow.adapters.card import extraction_card
+from stockflow.adapters.examiners import FactoredChange, SketchExaminer, TunedTensor, WholeExaminer
+from stockflow.adapters.findings import ExtractedTensor, Extraction
+from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole
+from stockflow.adapters.publishing import Spool, admit, publish
+from stockflow.adapters.targets import FactorTarget, KeptWhole, Pair, kept_whole, module_of, paired
+from stockflow.checkpoints.header import TensorSpec, width_of
+from stockflow.checkpoints.joined import as_bytes
+from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
+from stockflow.engine.survey import Look, SurveySpec
+from stockflow.errors import PlanError
+from stockflow.events import Done, Note, OnEvent, Stage, ignore
+from stockflow.insight.surveys import Following, Survey, SurveyOptions
+from stockflow.kernels.floats import FORMATS
+from stockflow.planning.job import Reading
+from stockflow.planning.operands import operand_of
+from stockflow.planning.plan import CheckpointRef
+from stockflow.planning.precisions import float_bits_of
+from stockflow.run.bases import with_base
+from stockflow.storage import StorageConfig, Store, halves_of, is_within, open_model, open_store, pin_revision, redact
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What an extraction is to keep, and how."""
+
+    rank: int
+    """of the factors of a matrix, at most"""
+    energy: float | None = None
+    """share of the squared norm of a change that suffices; None: all that the rank allows"""
+    dtype: str = "F32"
+    """of the factors"""
+    keep_whole: bool = False
+    """whether changed tensors that do not decompose are written whole"""
+    embeddings: bool = False
+    """whether embeddings are changed by factors"""
+    overwrite: bool = False
+    """whether an adapter at the output is replaced"""
+
+
+@dataclass
+class _Extracting:
+    """An extraction on its way."""
+
+    pair: Pair
+    spec: SurveySpec
+    survey: Survey
+    options: ExtractOptions
+    on_event: OnEvent
+    spool: Spool
+    rows: dict[str, ExtractedTensor] = field(default_factory=dict)
+    num_read: int = 0
+
+    def changed_others(self) -> list[str]:
+        """Return the names of changed tensors that are not targets."""
+        names = [name for name in self.pair.others if _are_alike(self.pair, name)]
+        found = self._wholes(names, keeps=False)
+        changed = {name for name in self.pair.others if name not in names} | {
+            name for name, whole in found if whole.differs
+        }
+        return [name for name in self.pair.others if name in changed]
+
+    def keep_whole(self, kept: KeptWhole) -> None:
+        """Write tensors whole."""
+        names = [name for module in kept.modules for name in self.pair.parameters[module]]
+        for name, whole in self._wholes([*names, *kept.biases], keeps=True):
+            spec = self.pair.tuned.specs[name]
+            has_factors = module_of(name) in self.ranks
+            key = key_of_bias(module_of(name), has_factors=has_factors) if name in kept.biases else key_of_whole(name)
+            for each in (key, *map(key_of_whole, self.pair.heads_beside(name))):
+                self.spool.add(spec._replace(name=each), whole.values)
+            self.rows[name] = ExtractedTensor(name, spec.shape, "whole")
+
+    def keep_factors(self, targets: Sequence[FactorTarget]) -> None:
+        """Write the factors of what changed."""
+        looks = [_sketched(self.pair, target, self.options) for target in targets]
+        for number, change in self._surveyed(looks):
+            if change.rank:
+                self._add_factors(targets[number], change)
+
+    def _add_factors(self, target: FactorTarget, change: FactoredChange) -> None:
+        rows, columns = target.shape[::-1] if target.is_turned else target.shape
+        keys = factor_keys(target.module, is_embedding=target.is_embedding)
+        shapes = (change.rank, columns), (rows, change.rank)
+        for key, shape, values in zip(keys, shapes, (change.right, change.left), strict=True):
+            self.spool.add(TensorSpec(key, self.options.dtype, shape), values)
+        norm = math.sqrt(change.squares)
+        self.rows[target.name] = ExtractedTensor(target.name, target.shape, "factors", change.rank, norm, change.kept)
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """The rank of every module that has factors."""
+        found = {target.module: self.rows.get(target.name) for target in self.pair.targets}
+        return {module: row.rank for module, row in found.items() if row and row.rank}
+
+    def _wholes(self, names: Sequence[str], *, keeps: bool) -> Iterator[tuple[str, TunedTensor]]:
+        looks = [_whole_look(self.pair, name, keeps=keeps) for name in names]
+        return ((names[number], row) for number, row in self._surveyed(looks))
+
+    def _surveyed(self, looks: Sequence[Look]) -> Iterator[tuple[int, Any]]:
+        if not looks:
+            return
+        following = Following(self.spec, looks, self.on_event)
+        yield from following.rows(self.survey(self.spec, looks, following))
+        self.num_read += following.num_read
+
+
+def extract(
+    locations: tuple[str, str],
+    output: str,
+    config: StorageConfig,
+    options: ExtractOptions,
+    resources: SurveyOptions,
+    survey: Survey,
+    on_event: OnEvent = ignore,
+) -> Extraction:
+    """Extract an adapter and publish it.
+
+    Args:
+        locations: of the base and of the tuned model.
+        output: where the adapter goes.
+        config: how to reach all of them.
+        options: what is kept.
+        resources: what may be used.
+        survey: where tensors are looked at.
+        on_event: told how it goes.
+
+    Raises:
+        UserError: the two are not alike, what changed cannot be held, or the memory is too small.
+        StorageError: storage failed after retries.
+    """
+    started = time.perf_counter()
+    stores, checkpoints = _opened(locations, config, on_event)
+    store = open_store(output, config, writable=True)
+    _check_apart(store, stores)
+    pair = paired(*checkpoints, takes_embeddings=options.embeddings)
+    admit(store, _most_bytes(pair, options), overwrite=options.overwrite)
+    refs = tuple(CheckpointRef(each.url, each.files) for each in checkpoints)
+    spec = SurveySpec(refs, config, resources.memory_bytes, resources.num_threads, resources.device)
+    with Spool() as spool:
+        extracting = _Extracting(pair, spec, survey, options, on_event, spool)
+        kept = kept_whole(pair, extracting.changed_others(), keep=options.keep_whole)
+        extracting.keep_factors([target for target in pair.targets if target.module not in kept.modules])
+        _check_any(extracting)
+        extracting.keep_whole(kept)
+        return _published(store, extracting, kept, started)
+
+
+def _opened(
+    locations: tuple[str, str], config: StorageConfig, on_event: OnEvent
+) -> tuple[list[Store], list[Checkpoint]]:
+    on_event(Stage("opening checkpoints", unit="files"))
+    stores = [open_model(pin_revision(location), config) for location in locations]
+    if len(halves_of(stores[0].url)) > 1:
+        raise PlanError(
+            f"the base {redact(stores[0].url)} is a model with an adapter, which no adapter_config.json can name; "
+            "merge the two first"
+        )
+    complete = partial(with_base, storage=config)
+    checkpoints = open_checkpoints(stores, lambda file: on_event(Done(file)), with_base=complete)
+    for store, checkpoint in zip(stores, checkpoints, strict=True):
+        for note in link_notes(store, checkpoint.files):
+            on_event(Note(note))
+    return stores, checkpoints
+
+
+def _check_apart(output: Store, inputs: Sequence[Store]) -> None:
+    for store in inputs:
+        if any(is_within(output.url, half) for half in halves_of(store.url)):
+            raise PlanError(f"the output {redact(output.url)} is, or lies in, the input {redact(store.url)}; move it")
+
+
+def _most_bytes(pair: Pair, options: ExtractOptions) -> int:
+    """Return the size of the factors if all matrices changed by at least the rank."""
+    per_number = width_of(options.dtype)
+    return sum(min(options.rank, *target.shape) * sum(target.shape) * per_number for target in pair.targets)
+
+
+def _are_alike(pair: Pair, name: str) -> bool:
+    """Return whether a tensor is of numbers in both models, or of one dtype."""
+    base, tuned = pair.base.specs[name].dtype, pair.tuned.specs[name].dtype
+    return base == tuned or (base in FORMATS and tuned in FORMATS)
+
+
+def _whole_look(pair: Pair, name: str, *, keeps: bool) -> Look:
+    base, tuned = pair.base.specs[name], pair.tuned.specs[name]
+    operands = operand_of(0, pair.base, name), operand_of(1, pair.tuned, name)
+    kept_bytes = tuned.num_bytes if keeps else 0
+    if base.dtype in FORMATS and tuned.dtype in FORMATS:
+        reading = Reading(name, base.shape, operands, float_bits=float_bits_of((base.dtype, tuned.dtype)))
+        return Look(reading, WholeExaminer(tuned.dtype, keeps), kept_bytes=kept_bytes)
+    carried = tuple(each._replace(decode=as_bytes(each.decode)) for each in operands)
+    reading = Reading(name, (base.num_bytes,), carried)
+    return Look(reading, WholeExaminer(reading.dtypes[1], keeps=False))
+
+
+def _sketched(pair: Pair, target: FactorTarget, options: ExtractOptions) -> Look:
+    operands = operand_of(0, pair.base, target.name), operand_of(1, pair.tuned, target.name)
+    bits = float_bits_of([each.specs[target.name].dtype for each in (pair.base, pair.tuned)])
+    reading = Reading(target.name, target.shape, operands, float_bits=bits, whole_rows=True)
+    examiner = SketchExaminer(options.rank, options.energy, options.dtype, target.is_turned)
+    return Look(reading, examiner, kept_bytes=sketch.held_bytes(options.rank, target.shape))
+
+
+def _check_any(extracting: _Extracting) -> None:
+    if not extracting.ranks:
+        base, tuned = (redact(each.url) for each in (extracting.pair.base, extracting.pair.tuned))
+        raise PlanError(
+            f"no matrix of {tuned} differs from that of {base}: there is nothing that factors hold, and PEFT loads no "
+            f"adapter without. `stockflow diff` compares the two"
+        )
+
+
+def _published(store: Store, extracting: _Extracting, kept: KeptWhole, started: float) -> Extraction:
+    pair, rows = extracting.pair, extracting.rows
+    tensors = tuple(rows[name] for name in pair.base.specs if name in rows)
+    heads = (module_of(head) for name in rows for head in pair.heads_beside(name) if rows[name].held == "whole")
+    described = AdapterDescription(
+        base=pair.base.url,
+        ranks=extracting.ranks,
+        candidates={module_of(name) for name in pair.base.specs},
+        saved=[*kept.modules, *heads],
+        has_biases=bool(kept.biases),
+        config=pair.base.config,
+    )
+    found = Extraction(
+        output_url=store.url,
+        base_url=pair.base.url,
+        tuned_url=pair.tuned.url,
+        dtype=extracting.options.dtype,
+        tensors=tensors,
+        num_equal=len(pair.base.specs) - len(tensors),
+        files={},
+        num_read=extracting.num_read,
+        seconds=0.0,
+    )
+    card = extraction_card(found)
+    files = publish(store, extracting.spool, described.encode(), card, extracting.on_event)
+    return replace(found, files=files, seconds=time.perf_counter() - started)

@@ -1,0 +1,117 @@
+"""PEFT's files: adapter_config.json and the keys of adapter_model.safetensors, as PEFT 0.21 reads them.
+
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint, and ``set_peft_model_state_dict`` of PEFT 0.21.2.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stockflow.checkpoints.adapter_keys import PREFIX
+from stockflow.checkpoints.configs import Config
+from stockflow.storage import redact
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Model types whose linear layers store weights as ``[in, out]``."""
+_WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+_HUB = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?")
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """What is said of an adapter besides its tensors. The scale of every product is 1."""
+
+    base: str
+    """location of the base"""
+    ranks: Mapping[str, int]
+    """of every module that has factors"""
+    candidates: Collection[str]
+    """all modules of the base that have tensors"""
+    saved: Sequence[str] = ()
+    """modules that are saved whole"""
+    has_biases: bool = False
+    config: Config | None = field(default=None, repr=False)
+    """of the base"""
+
+    @property
+    def rank(self) -> int:
+        """The rank that most modules have, the larger one of several."""
+        counts = Counter(self.ranks.values())
+        return max(counts, key=lambda rank: (counts[rank], rank))
+
+    def encode(self) -> bytes:
+        """Return adapter_config.json."""
+        others = {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank != self.rank}
+        named = _HUB.fullmatch(self.base)
+        said = {
+            "base_model_name_or_path": named["name"] if named else redact(self.base),
+            "bias": "all" if self.has_biases else "none",
+            "fan_in_fan_out": stores_turned(self.config),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": self.rank,
+            "alpha_pattern": others,
+            "lora_dropout": 0.0,
+            "modules_to_save": list(self.saved) or None,
+            "peft_type": "LORA",
+            "r": self.rank,
+            "rank_pattern": others,
+            "revision": named["revision"] if named else None,
+            "target_modules": target_modules(self.ranks, self.candidates),
+            "task_type": task_of(self.config),
+            "use_dora": False,
+            "use_rslora": False,
+        }
+        return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def stores_turned(config: Config | None) -> bool:
+    """Return whether a model's linear layers store weights as ``[in, out]``."""
+    return (config or {}).get("model_type") in _CONV1D
+
+
+def task_of(config: Config | None) -> str | None:
+    """Return the task that PEFT wraps a model for."""
+    return "CAUSAL_LM" if any(name.endswith("ForCausalLM") for name in _architectures(config)) else None
+
+
+def has_language_head(config: Config | None) -> bool:
+    """Return whether a model has a head over its vocabulary, as far as its config says; a model without one may."""
+    names = _architectures(config)
+    return not names or any(name.endswith(_WITH_HEAD) for name in names)
+
+
+def _architectures(config: Config | None) -> list[str]:
+    found = (config or {}).get("architectures")
+    return list(map(str, found)) if isinstance(found, list) else []
+
+
+def target_modules(targets: Collection[str], candidates: Iterable[str]) -> list[str]:
+    """Return the modules as PEFT takes them: the last part of a name where all that end in it are targets."""
+    chosen = set(targets)
+    uneven = {_last(name) for name in candidates if name not in chosen}
+    return sorted({name if _last(name) in uneven else _last(name) for name in chosen})
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def factor_keys(module: str, *, is_embedding: bool) -> tuple[str, str]:
+    """Return the keys of both factors, A before B."""
+    if is_embedding:
+        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def key_of_whole(name: str) -> str:
+    """Return the key of a tensor of a module that is saved, or of a bias of one without factors."""
+    return f"{PREFIX}{name}"
+
+
+def key_of_bias(module: str, *, has_factors: bool) -> str:
+    """Return the key of the bias of a linear layer."""
+    return f"{PREFIX}{module}{'.base_layer' if has_factors else ''}.bias"
