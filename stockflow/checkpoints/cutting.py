@@ -8,7 +8,7 @@ from typing import Any
 from stockflow.text.strictjson import shown
 
 Cutting = Mapping[str, str]
-"""Digests of what decides how texts are cut, by part of a ``tokenizer.json``, and flags of its config."""
+"""Digests of what decides how texts are cut, by part of a ``tokenizer.json``; flags in words."""
 
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
@@ -29,7 +29,9 @@ def cutting_of(document: Mapping[str, object]) -> Cutting:
         "merges": _of_lines(each if isinstance(each, str) else " ".join(map(str, each)) for each in _list(merges)),
         "scores": _of_lines(str(each[1:]) for each in _list(vocab) if isinstance(each, list)),
         **{
-            f"{ADDED} {shown(entry.get('content'))}": _digest({**entry, "id": None, "content": None})
+            f"{ADDED} {shown(entry.get('content'))}": " ".join(
+                sorted(key for key, value in entry.items() if value is True)
+            )
             for entry in _list(document.get("added_tokens"))
             if isinstance(entry, dict)
         },

@@ -32,6 +32,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 _KNOWN = re.compile("|".join(pattern for patterns in KINDS.values() for pattern in patterns))
 _OF_TOKENIZER = re.compile("|".join(KINDS["tokenizer"]))
 _TEMPLATE = re.compile("|".join(KINDS["template"]))
+_OF_USE = re.compile("|".join((*KINDS["processor"], *KINDS["sentence embeddings"])))
 _PLACES = (
     (re.compile(""), _KNOWN),
     (re.compile("additional_chat_templates"), re.compile(r".+\.jinja")),
@@ -64,6 +65,12 @@ def is_of_tokenizer(key: str) -> bool:
 def is_tokenizer_or_template(key: str) -> bool:
     """Return whether a file is part of a tokenizer, or a chat template for it."""
     return is_of_tokenizer(key) or bool(_TEMPLATE.fullmatch(key.rpartition("/")[2]))
+
+
+def is_of_use(key: str) -> bool:
+    """Return whether a file says how a model is used: what images or texts become before it, embeddings behind it."""
+    folder, _, name = key.rpartition("/")
+    return bool(_OF_USE.fullmatch(name)) or (bool(folder) and name == "config.json")
 
 
 def module_files(keys: Iterable[str], folders: Collection[str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from stockflow.checkpoints.cutting import Cutting, flags_of
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.naming import kind_of
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.side_files import is_of_use
 from stockflow.checkpoints.vocabularies import FORMS, Ids, decoder_tokens, fast_tokenizer, json_of, token_map
 from stockflow.storage import Stamp, Store
 
@@ -28,6 +29,9 @@ TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_confi
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 
+_WRITTEN_BY = ("transformers_version", "_from_model_config", "_name_or_path", "__version__", "processor_class")
+"""keys of configs that say who wrote them"""
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHER_FORMS = re.compile(r"dict\.txt|vocab-(src|tgt)\.json|entity_vocab\.json|.+\.(model|spm)|prophetnet\.tokenizer")
 _RENUMBERED = re.compile(
     r"(XLMRoberta|Camembert|Barthez|XGLM|XLMProphetNet|MBart(50)?|Nllb|Pegasus|ChatGLM|FNet|PLBart)Tokenizer(Fast)?"
@@ -75,6 +79,10 @@ class Tokenizer:
     """tokenizer.json, where it was asked for and is there"""
     cutting: Cutting = field(default_factory=dict)
     """how texts are cut, as far as tokenizer.json and flags of the config say"""
+    uses: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """what other files say of how the model is used, without what says who wrote them"""
+    doubts: Mapping[str, str] = field(default_factory=dict)
+    """by token: in what the files contradict each other"""
 
 
 def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int:
@@ -116,7 +124,8 @@ def read_tokenizers(
     """
     distinct = {id(each.specs): each.specs for each in checkpoints}  # fine-tuned models mostly share theirs
     rows = {number: vocabulary_rows(specs) for number, specs in distinct.items()}
-    if not any(rows.values()) and not with_documents:
+    of_use = any(map(is_of_use, checkpoints[0].side_files))
+    if not any(rows.values()) and not with_documents and not of_use:
         return []
     reader = _Reader(with_documents)
     files = [
@@ -196,8 +205,41 @@ def _tokenizer(files: _Files) -> Tokenizer:
     eos = settings.get("eos_token") or files.json(SPECIAL_TOKENS).get("eos_token")
     vocabulary, template = _vocabulary(files, settings), _template(files, settings)
     document = files.json(FAST) if files.reader.with_documents and FAST in files.stamps else None
-    generation, cutting = _generation(files), _cutting(files, settings)
-    return Tokenizer(files.num_rows, vocabulary, template, _content(eos), generation, settings, document, cutting)
+    return Tokenizer(
+        files.num_rows,
+        vocabulary,
+        template,
+        _content(eos),
+        _generation(files),
+        settings,
+        document,
+        _cutting(files, settings),
+        {key: _without_writer(files.json(key)) for key in files.stamps if is_of_use(key)},
+        _doubts(files, settings, vocabulary) if vocabulary and FAST in files.stamps else {},
+    )
+
+
+def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabulary) -> dict[str, str]:
+    """Return which tokens have another id in the files beside a tokenizer.json, or none there at all."""
+    ids, found = vocabulary.ids, dict[str, str]()
+    if vocabulary.problem:
+        return found
+    added = files.parsed(ADDED_TOKENS, token_map) if ADDED_TOKENS in files.stamps else {}
+    beside = {TOKENIZER_CONFIG: decoder_tokens(settings.get("added_tokens_decoder") or {}), ADDED_TOKENS: added}
+    for key, named in beside.items():
+        found |= {
+            token: f"is {number} in {key} and {ids[token]} in {FAST}"
+            for token, number in named.items()
+            if ids[token] != number
+        }
+    for key, said in ((SPECIAL_TOKENS, files.json(SPECIAL_TOKENS)), (TOKENIZER_CONFIG, settings)):
+        tokens = {role: _content(token) for role, token in said.items() if role in _ROLES}
+        found |= {
+            token: f"is the {role} of {key} and no token"
+            for role, token in tokens.items()
+            if token and token not in ids
+        }
+    return found
 
 
 def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:
@@ -249,8 +291,11 @@ def _template(files: _Files, settings: Mapping[str, object]) -> str | None:
 def _generation(files: _Files) -> Mapping[str, object] | None:
     if GENERATION_CONFIG not in files.stamps:
         return None
-    written_by = ("transformers_version", "_from_model_config")
-    return {key: value for key, value in files.json(GENERATION_CONFIG).items() if key not in written_by}
+    return _without_writer(files.json(GENERATION_CONFIG))
+
+
+def _without_writer(document: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in document.items() if key not in _WRITTEN_BY}
 
 
 def _content(token: object) -> str | None:

@@ -17,6 +17,8 @@ from stockflow.recipe.templates import BUILTIN
 from stockflow.recipe.values import OUTPUT_DTYPES
 from stockflow.recipe.wording import nearest, shown
 from stockflow.storage import redact
+from stockflow.text.chat_templates import fault_in
+from stockflow.text.escaping import in_a_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ def _template_problems(recipe: Recipe) -> Iterator[Problem]:
             ("chat_template",),
             f"{shown(asked)} is no template, no model, and none of the known ones; {nearest(asked, known)}",
         )
+    if asked is not None and "{" in asked and (fault := fault_in(asked)):
+        yield ("chat_template",), f"no template that can be read: {in_a_line(fault)}; correct it"
 
 
 def _located(text: str) -> str | None:

@@ -54,7 +54,7 @@ HOMES = {
     "yaml": {"recipe"},
     "pydantic": {"recipe"},
     "typer": {"cli"},
-    "jinja2": {"reports"},
+    "jinja2": {"reports", "text"},
     "markupsafe": {"reports"},
     "rich": {"progress"},
     "prometheus_client": {"progress"},

@@ -397,6 +397,7 @@ def test_a_vocabulary_is_said_by_one_key_or_by_a_mapping() -> None:
         ("tokenizer: {pad_to_multiple_of: eight}", "expected an integer from 1 to 1,048,576, found 'eight'"),
         ("chat_template: nonsense", "no template, no model, and none of the known ones"),
         ("chat_template: chatmk", "did you mean `chatml`"),
+        ("chat_template: '{% for m in messages %}'", "no template that can be read: line 1: Unexpected end"),
         ("chat_template: ''", "expected `auto`, a name or a template"),
     ],
 )

@@ -39,8 +39,8 @@ XLM = {
 WORDS = ["[PAD]", "[UNK]", "stock", "##s"]
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 17\n"
 CHATML, LLAMA = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}",
-    "{{ bos_token }}[INST]{% for m in messages %}",
+    "{% for m in messages %}<im_start>{{ m.role }}{% endfor %}",
+    "{{ bos_token }}[INST]{% for m in messages %}{{ m.content }}{% endfor %}",
 )
 
 
@@ -230,6 +230,11 @@ def test_vocabularies_that_cannot_be_compared_are_refused(case: str, tmp_path: P
         models.plan()
 
 
+PLAIN_TOKEN = [added("<a>", start=10)[0] | {"special": False}]
+OF_TRANSFORMERS = (
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% if loop.last %}{% break %}{% endif %}"
+    "{% endfor %}"
+)
 TOKEN = fast(LETTERS, more=added("<|im_end|>", start=10))
 OTHER = fast(LETTERS, more=added("<pad>", start=10))
 BEYOND = fast(LETTERS, more=added("<pad>", start=12))
@@ -280,6 +285,50 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         ),
         {"side-files-differ": "warning"},
     ),
+    "a template that breaks off": (
+        (FAST | {"chat_template.jinja": CHATML[:-6]}, FAST | {"chat_template.jinja": CHATML[:-6]}),
+        {"template-unread": "warning"},
+    ),
+    "a template with blocks of transformers": (
+        (config(chat_template=OF_TRANSFORMERS), config(chat_template=OF_TRANSFORMERS)),
+        {},
+    ),
+    "a template that writes what is no token": (
+        (config(chat_template="<|im_end|>{{ eos_token }}"), config(chat_template="<|im_end|>{{ eos_token }}")),
+        {"template-unread": "note"},
+    ),
+    "a template of the tokens that there are": (
+        (TOKEN | {"chat_template.jinja": "<|im_end|>"}, TOKEN | {"chat_template.jinja": "<|im_end|>"}),
+        {},
+    ),
+    "a token with another id beside it": (
+        (TOKEN | {"added_tokens.json": '{"<|im_end|>": 11}'}, TOKEN),
+        {"tokens-disagree": "warning"},
+    ),
+    "a token with another id in the config of a tune": (
+        (TOKEN, TOKEN | {"tokenizer_config.json": json.dumps(decoder({"id": 3, "content": "<|im_end|>"}))}),
+        {"tokens-disagree": "note"},
+    ),
+    "an end token that is none": (
+        (config(eos_token="<|end|>"), FAST),
+        {"tokens-disagree": "warning"},
+    ),
+    "a token that is special in one model": (
+        (fast(LETTERS, more=[added("<a>", start=10)[0] | {"special": True}]), fast(LETTERS, more=PLAIN_TOKEN)),
+        {"tokenizers-differ": "note"},
+    ),
+    "images of another size": (
+        (FAST | {"preprocessor_config.json": '{"size": 224}'}, FAST | {"preprocessor_config.json": '{"size": 336}'}),
+        {"side-files-differ": "warning"},
+    ),
+    "images of another size in one tune": (
+        (
+            FAST | {"preprocessor_config.json": '{"size": 224, "_name_or_path": "x"}'},
+            FAST | {"preprocessor_config.json": '{"size": 336}'},
+            FAST | {"preprocessor_config.json": '{"size": 224}'},
+        ),
+        {"side-files-differ": "note"},
+    ),
     "a generation config of another version": (
         (
             FAST | {"generation_config.json": '{"transformers_version": "4.40"}'},
@@ -295,6 +344,15 @@ def test_what_differs_beside_the_ids_is_said(case: str, tmp_path: Path) -> None:
     files, expected = SAID[case]
 
     assert Models(tmp_path, *files).said() == expected
+
+
+def test_what_differs_is_said_by_its_name(tmp_path: Path) -> None:
+    special = fast(LETTERS, more=[added("<a>", start=10)[0] | {"special": True}])
+    models = Models(tmp_path, special, fast(LETTERS, more=PLAIN_TOKEN))
+
+    (text,) = (remark.text for remark in models.plan().remarks if remark.code == "tokenizers-differ")
+
+    assert text.endswith("what differs: the added token '<a>' (no flag there, special here)")
 
 
 def test_a_merge_without_rows_per_token_is_not_asked_for_its_tokenizers(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from stockflow.planning.looks import (
     sizes,
     ties,
     tokenizers,
+    uses,
 )
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
@@ -77,6 +78,9 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     tokenizers.tokens_beyond_rows,
     tokenizers.missing_tokenizers,
     tokenizers.words_of_no_tune,
+    tokenizers.templates_going_out,
+    uses.uses_of_no_tune,
+    uses.contradicting_files,
 )
 """In the order in which their remarks are shown."""
 

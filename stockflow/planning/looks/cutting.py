@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.cutting import ADDED
+from stockflow.checkpoints.cutting import ADDED, Cutting
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark, Severity
@@ -16,22 +16,31 @@ def other_cutting(proposal: Proposal) -> Iterator[Remark]:
     if not proposal.tokenizers or donor >= len(proposal.tokenizers):
         return
     published = proposal.tokenizers[donor]
-    by_parts: dict[tuple[str, ...], list[str]] = {}
+    by_parts: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for checkpoint, own in zip(proposal.checkpoints, proposal.tokenizers, strict=True):
         if own.vocabulary == published.vocabulary:
             both = (part for part in own.cutting if part in published.cutting)
             parts = tuple(part for part in both if own.cutting[part] != published.cutting[part])
-            by_parts.setdefault(parts, []).append(redact(checkpoint.url))
-    for parts, urls in by_parts.items():
+            said = tuple(_said(part, own.cutting, published.cutting) for part in parts)
+            by_parts.setdefault((parts, said), []).append(redact(checkpoint.url))
+    for (parts, said), urls in by_parts.items():
         if parts:
             more = f" and {len(parts) - MAX_SHOWN:,} more" if len(parts) > MAX_SHOWN else ""
             where = redact(proposal.checkpoints[donor].url)
             text = (
                 f"{', '.join(urls)}: the same tokens as in {where}, whose tokenizer goes out, but texts were cut in "
-                f"another way, or other tokens put around them: {', '.join(parts[:MAX_SHOWN])}{more} differ"
+                f"another way, or other tokens put around them; what differs: {', '.join(said[:MAX_SHOWN])}{more}"
             )
             severity: Severity = "note" if all(map(_says_little, parts)) else "warning"
             yield Remark("tokenizers-differ", text, severity, tuple(urls), values=dict.fromkeys(parts, "differs"))
+
+
+def _said(part: str, own: Cutting, published: Cutting) -> str:
+    """Return what a part is called, with the flags of an added token in both."""
+    if not part.startswith(ADDED):
+        return part
+    there, here = (each[part] or "no flag" for each in (own, published))
+    return f"{part} ({there} there, {here} here)"
 
 
 def _says_little(part: str) -> bool:

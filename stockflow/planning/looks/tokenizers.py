@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from stockflow.checkpoints.tokenizers import Vocabulary, vocabulary_tensors
 from stockflow.checkpoints.vocabularies import Ids
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.templates import chosen_template
 from stockflow.storage import redact
+from stockflow.text.chat_templates import fault_in, markers_in
+from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
@@ -180,9 +183,10 @@ def _missing(mine: _Group, published: _Group, found: TokenDifferences) -> Iterat
         (published, mine, found.lacking, ""),
     ):
         if tokens:
+            lack = "lacks" if len(lacking.models) == 1 else "lack"
             text = (
-                f"{lacking.named} lacks {_tokens(tokens)} of {having.named}: what is merged in their rows was "
-                f"never trained there{hint}"
+                f"{lacking.named} {lack} {_tokens(tokens)} of {having.named}: what is merged in their rows was never "
+                f"trained there{hint}"
             )
             values = {str(number): shown(token) for number, token in list(tokens.items())[:NUM_VALUES]}
             yield Remark("tokens-missing", text, models=(*mine.models, *published.models), values=values)
@@ -251,6 +255,30 @@ WORDS: Mapping[str, Callable[[Proposal, int], object]] = {
     "end token's id": lambda proposal, index: _eos_id(proposal, index),
 }
 """The last only where the others are silent: it stands in one of two files."""
+
+
+def templates_going_out(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that the chat template which goes out cannot be read, or writes markers that are no tokens."""
+    recipe, donor = proposal.recipe, proposal.recipe.vocabulary_donor
+    if donor >= len(proposal.tokenizers) or not recipe.stockflow.copy_tokenizer:
+        return
+    tokenizer, url = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url)
+    template = chosen_template(recipe, proposal.tokenizers) or tokenizer.template
+    if template and (fault := fault_in(template)):
+        text = f"the chat template that goes out cannot be read: {in_a_line(fault)}; {CHOOSES_TEMPLATE}"
+        yield Remark("template-unread", text, models=(url,), values={"fault": fault})
+    vocabulary = tokenizer.vocabulary
+    known = vocabulary.ids if vocabulary and not vocabulary.problem and not recipe.vocabulary else None
+    if template and known and (strange := [each for each in markers_in(template) if each not in known]):
+        some, are_none = (
+            ", ".join(map(shown, strange[:NUM_SHOWN])),
+            "is no token" if len(strange) == 1 else "are no tokens",
+        )
+        text = (
+            f"the chat template that goes out writes {some}{_more(strange)}, which {are_none} of {url}, whose "
+            "tokenizer goes out: a model reads several tokens there"
+        )
+        yield Remark("template-unread", text, "note", (url,), values=dict.fromkeys(strange, "no token"))
 
 
 def _eos_id(proposal: Proposal, index: int) -> object:
