@@ -154,7 +154,7 @@ class ByRows:
 
 def placed_beside(decodes: Iterable[Decode]) -> tuple[int, int]:
     """Return the place among what is read and written at once that decodes give, and how many these are."""
-    found = {(each.number, each.num_beside) for each in decodes if is_beside(each)}
+    found = {(each.number, each.num_beside) for each in map(_outermost, decodes) if is_beside(each)}
     return max(found, key=lambda place: place[1], default=(0, 0))
 
 
@@ -166,3 +166,10 @@ def within_rows(decode: Decode) -> Decode:
 def is_beside(decode: Decode) -> TypeGuard[Transposed | ByRows]:
     """Return whether a matrix has its elements among those of others."""
     return isinstance(decode, Transposed) or (isinstance(decode, ByRows) and decode.by_turns)
+
+
+def _outermost(decode: Decode) -> Decode:
+    """Return a decode without what is added to it, as far as it says how others lie beside it."""
+    while not is_beside(decode) and hasattr(decode, "inner"):
+        decode = decode.inner
+    return decode

@@ -9,9 +9,9 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
-from stockflow.checkpoints.adapter_decodes import LowRank, is_adapted, part_of_decode
+from stockflow.checkpoints.adapter_decodes import LowRank, part_of_decode
 from stockflow.checkpoints.configs import sections
-from stockflow.checkpoints.decodes import Decode, GroupScaled, plain
+from stockflow.checkpoints.decodes import Decode, GroupScaled, Plain, plain
 from stockflow.checkpoints.header import DTYPES, TensorSpec
 from stockflow.checkpoints.layout import Extent, Pieces
 from stockflow.checkpoints.naming import holds_fused_experts
@@ -66,6 +66,44 @@ class Fused(NamedTuple):
         if self.transposed:
             return replace(self.transposed, number=number)
         return self.in_rows and replace(self.in_rows, inner=decode, number=number)
+
+    def part(self, number: int, decode: Decode, shape: tuple[int, ...], start: int) -> tuple[Decode, Sequence[int]]:
+        """Return how a part is stored, and where in each extent it begins, or that which it shares bytes with.
+
+        Args:
+            number: of the part among those that share bytes.
+            decode: of the tensor.
+            shape: of the tensor.
+            start: flat index of what would be its first element if it were a run.
+        """
+        rows, columns = self.parts[0].shape
+        first = start - number * rows * columns
+        if self.transposed is None:
+            inner, offsets = part_of_decode(decode, shape, first, (self.num_beside * rows, columns))
+            return self.beside(number, inner) or inner, offsets
+        place, num = replace(self.transposed, number=number), self.num_beside
+        offsets = first * place.width, *(0 for _ in decode.widths[1:])
+        expert = first // (num * rows * columns)
+        if self.transposed.by_turns and isinstance(decode, LowRank):
+            whole = _upright(decode, Transposed(place.dtype), (num * rows, columns), expert, 0)
+            return ByRows(whole, number, num), offsets
+        return _upright(decode, place, (rows, columns), expert, number * rows), offsets
+
+
+def _upright(decode: Decode, place: Transposed, matrix: tuple[int, int], expert: int, first_row: int) -> Decode:
+    """Return a matrix that is stored at a place, with factors added that are meant for all experts as they lie.
+
+    Args:
+        decode: of the tensor of all experts.
+        place: of the matrix.
+        matrix: its rows and columns.
+        expert: whose it is.
+        first_row: of the second factor, of those that are its own.
+    """
+    if not isinstance(decode, LowRank):
+        return place
+    inner = _upright(decode.inner, place, matrix, expert, first_row)
+    return replace(decode, inner=inner, matrix=matrix, is_transposed=False, expert=expert, first_row=first_row)
 
 
 Parts = Mapping[str, Fused]
@@ -216,13 +254,20 @@ def _as_parted(checkpoint: Checkpoint, name: str, fused: Fused) -> Fused | None:
     if held is None:
         return fused if fused.is_in_runs or name not in checkpoint.joined else None
     num_elems = fused.parts[0].num_elems
+    if fused.transposed:
+        return fused if _is_turned_with_it(held.decode) else None
     if fused.is_in_runs and _follow(held.decode, shape, num_elems):
         return fused
-    if fused.transposed or is_adapted(held.decode):
-        return None
     by_rows = fused.in_rows or ByRows(held.decode, 0, math.prod(shape[1:]) // num_elems, by_turns=False)
     is_possible = _follow(held.decode, shape, by_rows.num_beside * num_elems)
     return fused._replace(in_rows=by_rows) if is_possible else None
+
+
+def _is_turned_with_it(decode: Decode) -> bool:
+    """Return whether plain numbers, which are transposed, have factors added that are meant for them as they lie."""
+    while isinstance(decode, LowRank) and decode.is_transposed:
+        decode = decode.inner
+    return isinstance(decode, Plain)
 
 
 def _follow(decode: Decode, shape: tuple[int, ...], num_elems: int) -> bool:
@@ -281,10 +326,10 @@ def _places(checkpoint: Checkpoint, name: str, fused: Fused) -> Iterator[tuple[T
     whole = checkpoint.stored.get(name, Stored(plain(spec.dtype), (spec,)))
     for index, part in enumerate(fused.parts):
         number = index % fused.num_beside
-        decode, offsets = part_of_decode(whole.decode, spec.shape, start - number * part.num_elems, part.shape)
+        decode, offsets = fused.part(number, whole.decode, spec.shape, start)
         files = [checkpoint.extents[other.name] for other in whole.parts]
         places = [Extent(file, at + offset) for (file, at), offset in zip(files, offsets, strict=True)]
-        yield part, Stored(fused.beside(number, decode) or decode, _holders(part, name, whole)), places
+        yield part, Stored(decode, _holders(part, name, whole)), places
         start += part.num_elems
 
 

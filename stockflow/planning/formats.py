@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled
 from stockflow.checkpoints.header import TensorSpec
@@ -9,7 +10,7 @@ from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import packed_weights
 from stockflow.checkpoints.quantised import BLOCKS, Stored
 from stockflow.checkpoints.scale_rules import AMAX, kind_of, usual_rule
-from stockflow.checkpoints.transposed import within_rows
+from stockflow.checkpoints.transposed import ByRows, within_rows
 from stockflow.planning.job import COPY, Reading, Result, TensorJob, copying
 from stockflow.planning.operands import stored
 from stockflow.planning.plan import SideFile
@@ -62,7 +63,7 @@ def written(
         parts = held.parts[: len(encode.widths)]
         outputs = tuple(part._replace(name=_renamed(part.name, job.output.name)) for part in parts)
         rule = donor.rules.get(kind_of(own_name)) if donor.rules else None
-        stored_as = held.decode if is_part and within_rows(held.decode) == encode else encode
+        stored_as = _in_rows_of(held.decode, encode) if is_part else encode
         kept = coded(job, outputs, stored_as, rule or usual_rule(encode))
         return [kept, *(_copying(job.output, part, donor, number) for part in held.beside)]
     if recipe.stockflow.output_format == "fp8_block" and _is_multiplied(job.output):
@@ -138,6 +139,11 @@ def codes_of(decode: Decode) -> BlockScaled | GroupScaled | None:
     while not is_coded(decode) and hasattr(decode, "inner"):
         decode = decode.inner
     return decode if isinstance(decode, BlockScaled | GroupScaled) else None
+
+
+def _in_rows_of(decode: Decode, encode: Decode) -> Decode:
+    """Return how codes are stored among rows of others, if those of a decode are."""
+    return replace(decode, inner=encode) if isinstance(decode, ByRows) and decode.by_turns else encode
 
 
 def is_coded(decode: Decode) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from stockflow.errors import PlanError
 from stockflow.planning import file as plan_file
 from tests import oracle, quantised, runs
+from tests.adapters import of_experts, write_adapter
 from tests.checkpoints import write_checkpoint
 from tests.quantised import Tensors
 
@@ -99,7 +100,7 @@ def write(folder: Path, forms: Sequence[str]) -> tuple[list[Path], list[Numbers]
     return models, values
 
 
-def merge(folder: Path, models: Sequence[Path], **top: Any) -> Path:
+def merge(folder: Path, models: Sequence[Path | str], **top: Any) -> Path:
     recipe: dict[str, Any] = {"merge_method": "model_stock", "base_model": str(models[0])}
     recipe["models"] = [{"model": str(each)} for each in models[1:]]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | top))
@@ -206,3 +207,21 @@ def test_tunes_in_codes_of_a_base_in_16_bits_are_refused(tmp_path: Path) -> None
 
     with pytest.raises(PlanError, match="quantised-tunes"):
         merge(tmp_path, models)
+
+
+@pytest.mark.parametrize("form", ["blocks", "transposed"])
+def test_adapters_on_all_experts_are_parted_like_what_they_are_added_to(form: str, tmp_path: Path) -> None:
+    """Beside a whole model; factors of gate and up go by turns, and those of square matrices the right way round."""
+    models, values = write(tmp_path, (form, "transposed"))
+    shapes = {"gate_up_proj": (NUM_EXPERTS, 2 * INNER, HIDDEN), "down_proj": (NUM_EXPERTS, HIDDEN, INNER)}
+    adapter = of_experts(STEM, shapes, list(shapes))
+    write_adapter(tmp_path / "lora", adapter)
+    tuned = adapter.of({f"{STEM}.{name}": each for name, each in _both(values[0]).items()})
+
+    out = merge(tmp_path, [models[0], f"{models[0]}+{tmp_path}/lora", models[1]], dtype="bfloat16")
+
+    found = load_file(out / "model.safetensors")
+    with_adapter = parted(*(tuned[f"{STEM}.{name}"] for name in shapes))
+    for name, numbers in _both(expected([values[0], with_adapter, values[1]])).items():
+        right = torch.from_numpy(np.asarray(numbers, np.float32)).bfloat16()
+        assert share(found[f"{STEM}.{name}"].transpose(1, 2).float().numpy(), right.float().numpy()) >= 0.9995, name
