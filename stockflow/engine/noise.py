@@ -7,7 +7,7 @@ The begin of each span is looked at.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, matr
 from stockflow.checkpoints.transposed import within_rows
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.stage import scales_of
-from stockflow.planning.job import TensorJob
+from stockflow.planning.job import Reading, TensorJob
 from stockflow.planning.operands import Operand
 
 LOOKED_AT = 4096
@@ -44,12 +44,14 @@ class Seen(NamedTuple):
 
 def is_looked_at(job: TensorJob) -> bool:
     """Return whether a job measures models from a base, any of them is in codes, and not all changes are known."""
-    operands = job.reading.operands
-    if all(reads_anchor(operand.decode) for operand in operands[1:]):
+    return has_codes(job.reading) and job.result.declared.has_anchor(job.result.parameters)
+
+
+def has_codes(reading: Reading) -> bool:
+    """Return whether any operand is in codes, row by row as it is read, and not all changes from the first are known."""
+    if all(reads_anchor(operand.decode) for operand in reading.operands[1:]):
         return False
-    has_codes = any(map(_is_coded, operands))
-    has_rows = any(operand.rows for operand in operands)
-    return has_codes and not has_rows and job.result.declared.has_anchor(job.result.parameters)
+    return any(map(_is_coded, reading.operands)) and not any(operand.rows for operand in reading.operands)
 
 
 def _is_coded(operand: Operand) -> bool:
@@ -95,6 +97,17 @@ def facts_of(seen: Iterable[Seen]) -> dict[str, float]:
     medians = [float(np.median([one.median_step for one in each])) for each in by_model.values()]
     facts = {"changed_codes": float(np.mean(changed)), "median_step": min(medians)}
     return facts | ({"rounding_signal": min(signals)} if signals else {})
+
+
+def cosine_floor(facts: Mapping[str, float], reading: Reading) -> float | None:
+    """Return which cosine models that have nothing in common read as at most, by the error of their codes alone.
+
+    Of the error in a change, half is the base's if that is in the same codes, and common to all models; that of models
+    alone may be common, too, as they round the same numbers. None where no model but the base is in codes, or none is.
+    """
+    base, *models = map(_is_coded, reading.operands)
+    signal = facts.get("rounding_signal")
+    return (0.5 if base else 1.0) / (1.0 + signal**2) if any(models) and signal is not None else None
 
 
 def _signal(seen: Sequence[Seen]) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stockflow.checkpoints.naming import KINDS, kind_of, layer_of
+from stockflow.engine.facts import ROUNDING_NOISE
 from stockflow.engine.survey import Look
 from stockflow.kernels.arrays import Floats
 from stockflow.methods.ratios import RATIOS, Geometry, cosine_matrix, finite, pairs, unpacked
@@ -34,9 +35,12 @@ NOTABLE = {
     "zero_delta": "unchanged in at least one model, whose pairs count as cosine 0",
     "would_clamp": "with a negative mean cosine: Model Stock keeps the base there, mergekit leaves the models behind",
     "degenerate": "whose task vectors cancel: no ratio exists",
+    ROUNDING_NOISE: "of which a model changes less than rounding to codes does: cosines below the floor say nothing",
     "nonfinite": "with NaN or infinity in some model: nothing can be said of them",
     "copied": "without statistics: integers, empty, named in a rule that copies, or not of one shape everywhere",
 }
+NOISE = ("rounding_signal", "cosine_floor")
+"""What rows have of the error of codes."""
 ROWS_AT_ONCE = 2048
 """Tensors whose rows are plain Python values at a time: with 16 models one has 300 numbers."""
 
@@ -74,6 +78,8 @@ class Inspection:
     subjects: Sequence[Subject]
     packed_TQ: Floats
     """a Gram per tensor; NaN where there is nothing to compare"""
+    noise: Sequence[Mapping[str, float | None]]
+    """facts of the error of codes, per tensor (``engine.noise``)"""
     num_bytes_read: int
     seconds: float
 
@@ -106,6 +112,16 @@ class Inspection:
                 found[name][numbers] = geometry.ratio(name)
         return found
 
+    def floor(self, numbers: Sequence[int]) -> float | None:
+        """Return the floor of the cosine of some tensors together: those of each, by the squares of their changes."""
+        with_floor = [number for number in numbers if self.noise[number].get("cosine_floor") is not None]
+        if not with_floor:
+            return None
+        squares_T = (self.geometry(numbers).gram.delta_norms_GN ** 2).sum(axis=1)
+        floors_T = np.array([self.noise[number].get("cosine_floor") or 0.0 for number in numbers])
+        total = float(squares_T.sum())
+        return float(floors_T @ squares_T) / total if total else None
+
     @cached_property
     def flagged(self) -> Mapping[str, list[int]]:
         """Numbers of the tensors that carry each flag."""
@@ -114,6 +130,8 @@ class Inspection:
             for name, flags_G in self.geometry(numbers).flags().items():
                 flagged.setdefault(name, []).extend(np.array(numbers)[flags_G].tolist())
         read = [number for number, subject in enumerate(self.subjects) if subject.look]
+        signals = {number: self.noise[number].get("rounding_signal") for number in self.compared}
+        flagged[ROUNDING_NOISE] = [number for number, signal in signals.items() if signal is not None and signal < 1]
         flagged["nonfinite"] = sorted(set(read) - set(self.compared))
         flagged["copied"] = sorted(set(range(len(self.subjects))) - set(read))
         return flagged
@@ -138,6 +156,7 @@ class Inspection:
                 yield {
                     **_identity(self.subjects[number]),
                     **found.get(number, NO_STATISTICS),
+                    **{name: self.noise[number].get(name) for name in NOISE},
                     "flags": flags_of.get(number, []),
                 }
 
@@ -218,6 +237,7 @@ def pooled_facts(inspection: Inspection, numbers: Sequence[int]) -> dict[str, An
         "delta_norms": pooled.gram.delta_norms_GN[0].tolist(),
         "cosines": pooled.cosines_GP[0].tolist(),
         "mean_cosine": finite(pooled.mean_cosine_G[0]),
+        "cosine_floor": inspection.floor(numbers),
     }
     for name in RATIOS:
         found = inspection.ratios[name][list(numbers)]
@@ -274,11 +294,13 @@ def _models(inspection: Inspection) -> Iterator[str]:
     yield from grid(table, left=(len(table[0]) - 1,))
 
 
+FLOOR = "floor"
 HEADS = (
     "tensors",
     "params",
     "|d| / |w0|",
     "cosine",
+    FLOOR,
     "angle",
     "t",
     "t from - to",
@@ -292,7 +314,15 @@ def _by_kind(inspection: Inspection) -> Iterator[str]:
     groups = inspection.groups(lambda subject: subject.kind)
     table = [["kind", *HEADS]]
     table += [[kind, *_cells(inspection, groups[kind])] for kind in KINDS if kind in groups]
-    yield from grid(table)
+    yield from grid(_with_floors(inspection, table))
+
+
+def _with_floors(inspection: Inspection, table: list[list[str]]) -> list[list[str]]:
+    """Return a table without the floors of cosines, if there are none."""
+    if any(each.get("cosine_floor") is not None for each in inspection.noise):
+        return table
+    place = table[0].index(FLOOR)
+    return [[*row[:place], *row[place + 1 :]] for row in table]
 
 
 def _by_layer(inspection: Inspection) -> Iterator[str]:
@@ -307,7 +337,7 @@ def _by_layer(inspection: Inspection) -> Iterator[str]:
         together = layers[line * per_line : (line + 1) * per_line] if line >= 0 else []
         first_last = dict.fromkeys(str(layer) for layer in (*together[:1], *together[-1:]))
         table.append(["-".join(first_last) or "none", *_cells(inspection, numbers)])
-    yield from grid(table)
+    yield from grid(_with_floors(inspection, table))
 
 
 def _cells(inspection: Inspection, numbers: Sequence[int]) -> list[str]:
@@ -323,6 +353,7 @@ def _cells(inspection: Inspection, numbers: Sequence[int]) -> list[str]:
         f"{num_elems:,}" if num_elems < 1e6 else f"{num_elems / 1e6:,.1f} M",
         share(drift / base_norm) if base_norm else "",
         f"{cosine:.3f}" if np.isfinite(cosine) else "",
+        f"{floor:.3f}" if (floor := inspection.floor(numbers)) is not None else "",
         f"{np.degrees(np.arccos(cosine)):.1f}°" if np.isfinite(cosine) else "",
         middle(ratios_T),
         extremes,

@@ -2,13 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.engine.noise import Seen, cosine_floor, facts_of, has_codes
+from stockflow.engine.noise import look as look_at_noise
+from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.linear import GramSweep
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
 from stockflow.engine.survey import Examiner, Look, SurveySpec
@@ -87,18 +90,47 @@ class GramExaminer(Examiner):
         """Return the size of the products."""
         return num_groups * len(look.reading.operands) ** 2 * FLOAT_BYTES
 
-    def examine(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> Floats:
-        """Return the Gram of a tensor as one packed row."""
+    def examine(self, look: Look, unit: Unit, tools: Tools, map_spans: MapSpans) -> "Found":
+        """Return the Gram of a tensor as one packed row, and how it stands above the noise of its codes."""
         bits = look.planned.result.working_bits if look.planned else 64
-        (total_GMM,) = swept(unit, [GramSweep(unit, tools, refuses=False, float_bits=bits)], map_spans, last=True)
-        row_Q: Floats = packed(Gram(total_GMM))[0]
-        return row_Q
+        sweeps: list[Any] = [GramSweep(unit, tools, refuses=False, float_bits=bits)]
+        sweeps += [NoiseSweep()] if has_codes(look.reading) else []
+        total_GMM, *seen = swept(unit, sweeps, map_spans, last=True)
+        facts = facts_of(*seen) if seen else {}
+        return Found(packed(Gram(total_GMM))[0], facts | {"cosine_floor": cosine_floor(facts, look.reading)})
 
-    def conclude(self, look: Look, parts: Sequence[Floats]) -> Floats:
-        """Return the row of the only unit."""
+    def conclude(self, look: Look, parts: Sequence["Found"]) -> "Found":
+        """Return what the only unit says."""
         del look
-        (row_Q,) = parts
-        return row_Q
+        (found,) = parts
+        return found
+
+
+class Found(NamedTuple):
+    """What is found of a tensor."""
+
+    row_Q: Floats
+    noise: Mapping[str, float | None]
+    """facts of the error of codes"""
+
+
+class NoiseSweep:
+    """What the begins of spans say of changes beside the error of codes."""
+
+    key = "noise"
+
+    def begin(self) -> list[Seen]:
+        """Return nothing."""
+        return []
+
+    def look(self, span: LoadedPiece) -> list[Seen]:
+        """Return what a span says."""
+        return look_at_noise(span)
+
+    def add(self, state: list[Seen], start: int, said: list[Seen]) -> list[Seen]:
+        """Add it."""
+        del start
+        return state + said
 
 
 def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_event: OnEvent) -> Inspection:
@@ -119,9 +151,10 @@ def inspect(inputs: Inputs, options: SurveyOptions, survey: Survey, on_event: On
     packed_TQ = np.full((len(subjects), 1 + num_tuned * (num_tuned + 1) // 2), np.nan)
     spec = SurveySpec(checkpoints, inputs.storage, options.memory_bytes, options.num_threads, options.device)
     following = Following(spec, looks, on_event)
-    for number, row_Q in following.rows(survey(spec, looks, following)) if looks else ():
-        packed_TQ[numbers[number]] = row_Q
-    return Inspection(checkpoints, subjects, packed_TQ, following.num_read, time.perf_counter() - started)
+    noise: list[Mapping[str, float | None]] = [{}] * len(subjects)
+    for number, found in following.rows(survey(spec, looks, following)) if looks else ():
+        packed_TQ[numbers[number]], noise[numbers[number]] = found
+    return Inspection(checkpoints, subjects, packed_TQ, noise, following.num_read, time.perf_counter() - started)
 
 
 def find_subjects(inputs: Inputs) -> tuple[list[Subject], tuple[CheckpointRef, ...]]:

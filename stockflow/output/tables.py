@@ -57,6 +57,8 @@ INSPECTION_SCHEMA = pa.schema(
         ("angles", pa.list_(pa.float64())),
         ("mean_cosine", pa.float64()),
         *((f"ratio_{name}", pa.float64()) for name in RATIOS),
+        ("rounding_signal", pa.float64()),
+        ("cosine_floor", pa.float64()),
         ("flags", pa.list_(pa.string())),
     ]
 )

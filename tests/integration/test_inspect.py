@@ -20,6 +20,7 @@ from stockflow.run.inputs import Inputs
 from stockflow.run.places import survey_in_this_process
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
+from tests.quantised import fp8
 
 LAYERS = {
     "model.embed_tokens.weight": (300, 40),
@@ -159,6 +160,33 @@ def test_a_recipe_without_a_base_and_one_with_a_base_only_are_refused(tmp_path: 
         inspected(without)
     with pytest.raises(PlanError, match=r"model.norm.weight.* is \[41\] in .*other/tuned-1, expected \[40\]"):
         inspected(write_recipe(tmp_path / "mixed.yaml", "model_stock", mixed))
+
+
+@pytest.mark.parametrize(("change", "is_noise", "is_floor"), [(0.1, 0, 1), (0.03, 1, 1), (0.001, 1, 0)])
+def test_cosines_of_codes_stand_beside_what_rounding_alone_makes_of_zero(
+    change: float, is_noise: int, is_floor: int, tmp_path: Path
+) -> None:
+    """The true cosine is 0: what is read of it is the floor, and less where a change is too small for the codes."""
+    drawn = [torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) * 0.02 for seed in range(3)]
+    models = [drawn[0], *(drawn[0] + change * each for each in drawn[1:])]
+    folders = [
+        write_checkpoint(
+            tmp_path / str(number),
+            {f"a.up_proj.{own}": tensor for own, tensor in fp8(each, (128, 128)).tensors.items()},
+            config={},
+        )
+        for number, each in enumerate(models)
+    ]
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", Family(folders[0], tuple(folders[1:])))
+
+    found = inspected(recipe)
+
+    (row,) = found.rows()
+    assert row["mean_cosine"] < row["cosine_floor"] + 0.02
+    assert not is_floor or row["mean_cosine"] == pytest.approx(row["cosine_floor"], rel=0.5)
+    assert ("rounding_noise" in row["flags"]) == bool(is_noise)
+    assert "  floor  " in str(found)
+    assert row["cosine_floor"] == pytest.approx(found.facts()["all"]["cosine_floor"])
 
 
 def test_the_command_prints_a_summary_and_leaves_both_files(tmp_path: Path) -> None:
