@@ -48,7 +48,7 @@ def is_looked_at(job: TensorJob) -> bool:
 
 
 def has_codes(reading: Reading) -> bool:
-    """Return whether any operand is in codes, row by row as it is read, and not all changes from the first are known."""
+    """Return whether any operand is in codes, row by row as it is read, and some change from the first is not known."""
     if all(reads_anchor(operand.decode) for operand in reading.operands[1:]):
         return False
     return any(map(_is_coded, reading.operands)) and not any(operand.rows for operand in reading.operands)

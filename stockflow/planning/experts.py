@@ -16,7 +16,7 @@ from stockflow.checkpoints.naming import projection_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.transposed import ByRows, Transposed
 from stockflow.errors import PlanError
-from stockflow.planning.expert_layouts import Fused, Parts, all_parts, is_in_blocks, separated, shared_codes
+from stockflow.planning.expert_layouts import Fused, Parts, all_parts, separated, shared_codes
 from stockflow.planning.formats import codes_of
 from stockflow.planning.job import TensorJob
 from stockflow.planning.views import renamed
@@ -87,6 +87,7 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
             "`experts: fused` writes plain numbers; leave it out, or ask for them: "
             "`stockflow: {output_format: bfloat16}`"
         )
+    _refuse_blocks(recipe, checkpoints[recipe.donor], () if widened else parts[recipe.donor], asked=asked)
     if not any(parts) and not is_fused:
         return Experts(checkpoints)
     if recipe.keeps_codes and is_fused and (shared := shared_codes(checkpoints[recipe.donor], parts[recipe.donor])):
@@ -95,7 +96,7 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
         if not any(parts):
             return Experts(checkpoints)
     if widened and is_fused:
-        _refuse_parted(recipe, checkpoints[recipe.donor], parts)
+        _refuse_parted(recipe, parts)
         return Experts(checkpoints)
     seen = [_doubted(separated(*each), each[1]) for each in zip(checkpoints, parts, strict=True)]
     donor, wholes = seen[recipe.donor], dict[str, Whole]()
@@ -194,17 +195,37 @@ def unlike_parts(jobs: Iterable[TensorJob]) -> Iterator[str]:
             yield f"the experts of {shown(name)} come as {several}, and a tensor has one dtype; give a `dtype`"
 
 
-def _refuse_parted(recipe: Recipe, donor: Checkpoint, parts: Sequence[Parts]) -> None:
-    """Raise where a recipe has several experts decided as one, and not every model stores them so."""
-    if not recipe.keeps_codes and any(is_in_blocks(donor, name) for name in parts[recipe.donor]):
+def _refuse_blocks(recipe: Recipe, donor: Checkpoint, parts: Collection[str], *, asked: str | None) -> None:
+    """Raise where codes of gpt-oss would be written as no model of its kind is stored: its numbers are transposed.
+
+    Args:
+        recipe: says what is written.
+        donor: has the codes.
+        parts: names of the tensors that are parted.
+        asked: for the layout of the output.
+    """
+    names = [name for name, held in donor.stored.items() if held.is_in_blocks]
+    if recipe.keeps_codes and asked == "separate" and names:
         raise PlanError(
-            f"`scope: {recipe.stockflow.scope}` decides the experts of a tensor as one, and the codes of "
-            f"{redact(donor.url)} lie otherwise than its plain numbers, which are transposed; leave the scope out"
+            f"`experts: separate` would write the codes of {shown(names[0])} one by one, as no model has them; leave "
+            "it out, or ask for plain numbers: `stockflow: {output_format: bfloat16}`"
         )
-    if not parts[recipe.donor] or any(own.keys() != parts[recipe.donor].keys() for own in parts):
+    whole = [] if recipe.keeps_codes else [name for name in names if name not in parts]
+    if whole:
+        raise PlanError(
+            f"{counted(len(whole), 'tensor')} of {redact(donor.url)} such as {shown(whole[0])} {are(len(whole))} codes "
+            "whose plain numbers are stored transposed: they are written so where gate, up and down are there, expert "
+            "by expert. Leave `scope` out, or keep the codes: `stockflow: {output_format: keep}`"
+        )
+
+
+def _refuse_parted(recipe: Recipe, parts: Sequence[Parts]) -> None:
+    """Raise where a recipe has several experts decided as one, and not every model stores them so."""
+    layouts = [{name: each.transposed is None for name, each in own.items()} for own in parts]
+    if not parts[recipe.donor] or any(layout != layouts[recipe.donor] for layout in layouts):
         raise PlanError(
             f"`scope: {recipe.stockflow.scope}` decides the experts of a tensor as one, and some models store them one "
-            "by one; leave the scope out, or say `stockflow: {experts: separate}`"
+            "by one, or transposed; leave the scope out, or say `stockflow: {experts: separate}`"
         )
 
 

@@ -202,6 +202,21 @@ def test_an_output_is_the_same_for_every_memory_and_is_verified(tmp_path: Path) 
     assert recorded.merge_id == recorded.copies_digest
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"stockflow": {"experts": "separate"}}, "one by one, as no model has them"),
+        ({"stockflow": {"scope": "leading"}}, "some models store them one by one"),
+        ({"dtype": "bfloat16", "stockflow": {"scope": "leading"}}, "whose plain numbers are stored transposed"),
+    ],
+)
+def test_what_would_lie_as_in_no_model_is_refused(asked: dict[str, Any], said: str, tmp_path: Path) -> None:
+    models, _ = write(tmp_path, ("blocks", "transposed", "transposed"))
+
+    with pytest.raises(PlanError, match=said):
+        merge(tmp_path, models, **asked)
+
+
 def test_tunes_in_codes_of_a_base_in_16_bits_are_refused(tmp_path: Path) -> None:
     models, _ = write(tmp_path, ("transposed", "blocks", "blocks"))
 
