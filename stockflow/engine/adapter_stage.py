@@ -10,7 +10,7 @@ import numpy as np
 
 from stockflow.checkpoints.adapter_decodes import Added, Anchored, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes import row_elems
-from stockflow.engine.decoding import DecodeRun, Memory, Shape, numbers
+from stockflow.engine.decoding import DecodeRun, Run, numbers
 from stockflow.kernels import low_rank
 from stockflow.kernels.arrays import Values
 
@@ -27,57 +27,31 @@ def adapter_decoders(within: DecodeRun) -> dict[type, DecodeRun]:
     return {kind: partial(decoder, within) for kind, decoder in kinds.items()}
 
 
-def _copy_anchor(
-    within: DecodeRun,
-    decode: Anchored,
-    shape: Shape,
-    start: int,
-    stop: int,
-    memory: Memory,
-    places: list[int],
-    out_E: Values,
-) -> None:
-    del within, decode, shape, start, stop, places
-    assert memory.anchor_E is not None
-    out_E[:] = memory.anchor_E
+def _copy_anchor(within: DecodeRun, decode: Anchored, run: Run, out_E: Values) -> None:
+    del within, decode
+    assert run.memory.anchor_E is not None
+    out_E[:] = run.memory.anchor_E
 
 
-def _add_product(
-    within: DecodeRun,
-    decode: LowRank,
-    shape: Shape,
-    start: int,
-    stop: int,
-    memory: Memory,
-    places: list[int],
-    out_E: Values,
-) -> None:
-    *inner, place_a, place_b = places
-    within(decode.inner, shape, start, stop, memory, inner, out_E)
+def _add_product(within: DecodeRun, decode: LowRank, run: Run, out_E: Values) -> None:
+    within(decode.inner, run.without(2), out_E)
+    shape, start, stop, memory, (*_, place_a, place_b) = run
     if start == stop:
         return
     _, rows, columns = decode.matrices(shape)
     first, last = decode.experts_within(shape, start, stop)
     top, bottom = decode.rows_of_b(shape, start, stop)
-    dtype_a, dtype_b = decode.dtypes
-    a_XKC = numbers(
-        dtype_a, memory, place_a, (last - first) * decode.rank * _a_columns(decode, rows, columns), out_E.dtype
-    )
-    b_RKX = numbers(dtype_b, memory, place_b, (bottom - top) * decode.rank * decode.num_experts, out_E.dtype)
-    a_XKC = a_XKC.reshape(last - first, decode.rank, -1)
-    b_RKX = b_RKX.reshape(bottom - top, decode.rank, decode.num_experts)
-    scale = out_E.dtype.type(decode.scale)
+    (dtype_a, dtype_b), working = decode.dtypes, out_E.dtype
+    num_a, num_b = (last - first) * (rows if decode.is_transposed else columns), (bottom - top) * decode.num_experts
+    a_XKC = numbers(dtype_a, memory, place_a, decode.rank * num_a, working).reshape(last - first, decode.rank, -1)
+    b_RKX = numbers(dtype_b, memory, place_b, decode.rank * num_b, working).reshape(bottom - top, decode.rank, -1)
     for expert in range(first, last):
         base = 0 if decode.expert is not None else expert * rows * columns
         begin, end = max(start, base), min(stop, base + rows * columns)
         touched = slice((begin - base) // columns, -(-(end - base) // columns))
         left_RK, right_KC = _factors(decode, a_XKC[expert - first], b_RKX[..., expert], touched)
-        column = (begin - base) % columns
-        low_rank.add_product(left_RK, right_KC, scale, column, out_E[begin - start : end - start])
-
-
-def _a_columns(decode: LowRank, rows: int, columns: int) -> int:
-    return rows if decode.is_transposed else columns
+        column, changed_E = (begin - base) % columns, out_E[begin - start : end - start]
+        low_rank.add_product(left_RK, right_KC, working.type(decode.scale), column, changed_E)
 
 
 def _factors(decode: LowRank, a_KC: Values, b_RK: Values, rows: slice) -> tuple[Values, Values]:
@@ -88,53 +62,26 @@ def _factors(decode: LowRank, a_KC: Values, b_RK: Values, rows: slice) -> tuple[
     return np.ascontiguousarray(b_RK[rows] if is_whole else b_RK), a_KC
 
 
-def _set_lengths(
-    within: DecodeRun,
-    decode: Lengths,
-    shape: Shape,
-    start: int,
-    stop: int,
-    memory: Memory,
-    places: list[int],
-    out_E: Values,
-) -> None:
-    *inner, place = places
-    within(decode.inner, shape, start, stop, memory, inner, out_E)
-    columns = row_elems(shape)
-    lengths_R = numbers(decode.length_dtype, memory, place, (stop - start) // columns if columns else 0, out_E.dtype)
+def _set_lengths(within: DecodeRun, decode: Lengths, run: Run, out_E: Values) -> None:
+    within(decode.inner, run.without(1), out_E)
+    columns = row_elems(run.shape)
+    num_rows = (run.stop - run.start) // columns if columns else 0
+    lengths_R = numbers(decode.length_dtype, run.memory, run.places[-1], num_rows, out_E.dtype)
     low_rank.scale_rows(lengths_R, np.uint64(columns), out_E)
 
 
-def _add(
-    within: DecodeRun,
-    decode: Added,
-    shape: Shape,
-    start: int,
-    stop: int,
-    memory: Memory,
-    places: list[int],
-    out_E: Values,
-) -> None:
-    *inner, place = places
-    within(decode.inner, shape, start, stop, memory, inner, out_E)
-    out_E += out_E.dtype.type(decode.scale) * numbers(decode.added_dtype, memory, place, stop - start, out_E.dtype)
+def _add(within: DecodeRun, decode: Added, run: Run, out_E: Values) -> None:
+    within(decode.inner, run.without(1), out_E)
+    added_E = numbers(decode.added_dtype, run.memory, run.places[-1], len(out_E), out_E.dtype)
+    out_E += out_E.dtype.type(decode.scale) * added_E
 
 
-def _replace_rows(
-    within: DecodeRun,
-    decode: ReplacedRows,
-    shape: Shape,
-    start: int,
-    stop: int,
-    memory: Memory,
-    places: list[int],
-    out_E: Values,
-) -> None:
-    *inner, place = places
-    within(decode.inner, shape, start, stop, memory, inner, out_E)
-    columns, width = row_elems(shape), decode.widths[-1]
+def _replace_rows(within: DecodeRun, decode: ReplacedRows, run: Run, out_E: Values) -> None:
+    within(decode.inner, run.without(1), out_E)
+    columns, width = row_elems(run.shape), decode.widths[-1]
     for number, index in enumerate(decode.indices):
-        begin, end = max(index * columns, start), min((index + 1) * columns, stop)
+        begin, end = max(index * columns, run.start), min((index + 1) * columns, run.stop)
         if begin < end:
-            at = place + (number * columns + begin - index * columns) * width
-            out_E[begin - start : end - start] = numbers(decode.row_dtype, memory, at, end - begin, out_E.dtype)
+            at = run.places[-1] + (number * columns + begin - index * columns) * width
+            own_E = numbers(decode.row_dtype, run.memory, at, end - begin, out_E.dtype)
+            out_E[begin - run.start : end - run.start] = own_E

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,23 @@ class Memory:
     """the run of the first operand that is to be decoded, once that is done"""
 
 
-DecodeRun = Callable[[Decode, Shape, int, int, Memory, list[int], Values], None]
-"""Fills an array with elements from one to another of a tensor of a shape, whose extents begin in memory at places."""
+class Run(NamedTuple):
+    """Elements of a tensor as they lie in memory."""
+
+    shape: Shape
+    start: int
+    stop: int
+    memory: Memory
+    places: list[int]
+    """where each extent begins"""
+
+    def without(self, num_places: int) -> "Run":
+        """Return it without its last extents, which are not of the decode within."""
+        return self._replace(places=self.places[:-num_places])
+
+
+DecodeRun = Callable[[Decode, Run, Values], None]
+"""Fills an array with the elements of a run."""
 
 
 def numbers(dtype: str, memory: Memory, place: int, count: int, working: np.dtype[Any]) -> Values:

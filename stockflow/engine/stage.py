@@ -17,7 +17,7 @@ from stockflow.checkpoints.joined import Joined, is_uncoded
 from stockflow.checkpoints.transposed import ByRows, Transposed, within_rows
 from stockflow.engine.adapter_stage import adapter_decoders
 from stockflow.engine.buffers import Scratch, aligned
-from stockflow.engine.decoding import Memory, Shape, fill, numbers
+from stockflow.engine.decoding import Memory, Run, fill, numbers
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
 from stockflow.kernels.arrays import Bytes, Floats, Values
@@ -172,13 +172,13 @@ def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], ou
     if operand.rows is None:
         held, wanted = (operand.decode.ranges(shape, first, piece.stop) for first in (piece.first, piece.start))
         places = [offset + to.start - frm.start for offset, frm, to in zip(offsets, held, wanted, strict=True)]
-        _decode_run(operand.decode, shape, piece.start, piece.stop, piece.memory, places, out_E)
+        _decode_run(operand.decode, Run(shape, piece.start, piece.stop, piece.memory, places), out_E)
         return
     out_E[:] = 0.0
     for start, stop, to, places in _runs(operand, piece, offsets):
         own = (operand.rows.num_source_rows, *shape[1:])
         at = to - piece.start
-        _decode_run(operand.decode, own, start, stop, piece.memory, places, out_E[at : at + stop - start])
+        _decode_run(operand.decode, Run(own, start, stop, piece.memory, places), out_E[at : at + stop - start])
 
 
 def _fill_rows(rows: RowRuns, piece: StoredPiece, out_E: Values, rows_ME: Values) -> None:
@@ -208,29 +208,23 @@ def _runs(operand: Operand, piece: StoredPiece, offsets: list[int]) -> Iterator[
         places = [place + each.stop - each.start for place, each in zip(places, held, strict=True)]
 
 
-def _decode_run(
-    decode: Decode, shape: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
-) -> None:
-    _DECODERS[type(decode)](decode, shape, start, stop, memory, places, out_E)
+def _decode_run(decode: Decode, run: Run, out_E: Values) -> None:
+    _DECODERS[type(decode)](decode, run, out_E)
 
 
-def _widen(decode: Plain, _: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values) -> None:
-    del start, stop
-    (place,) = places
-    fill(decode.dtype, memory, place, out_E)
+def _widen(decode: Plain, run: Run, out_E: Values) -> None:
+    fill(decode.dtype, run.memory, run.places[0], out_E)
 
 
-def _join(decode: Joined, _: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values) -> None:
+def _join(decode: Joined, run: Run, out_E: Values) -> None:
     at = 0
-    for number, first, last in decode.within(start, stop):
-        fill(decode.dtype, memory, places[number], out_E[at : at + last - first])
+    for number, first, last in decode.within(run.start, run.stop):
+        fill(decode.dtype, run.memory, run.places[number], out_E[at : at + last - first])
         at += last - first
 
 
-def _scale_blocks(
-    decode: BlockScaled, shape: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
-) -> None:
-    codes_at, scales_at = places
+def _scale_blocks(decode: BlockScaled, run: Run, out_E: Values) -> None:
+    shape, start, stop, memory, (codes_at, scales_at) = run
     first, last = decode.scale_rows(shape, start, stop)
     columns = decode.grid(shape)[1]
     scales_S = _scales(decode.scale_dtype, memory, scales_at, (last - first) * columns, out_E.dtype)
@@ -246,12 +240,10 @@ def _scale_blocks(
     )
 
 
-def _scale_groups(
-    decode: GroupScaled, _: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
-) -> None:
+def _scale_groups(decode: GroupScaled, run: Run, out_E: Values) -> None:
+    _, start, stop, memory, (codes_at, scales_at, *whole_at) = run
     if start == stop:
         return
-    codes_at, scales_at, *whole_at = places
     num_scales = decode.place(stop - 1)[1] - decode.place(start)[1] + 1
     scales_S = _scales(decode.scale_dtype, memory, scales_at, num_scales, out_E.dtype)
     for place in whole_at:
@@ -285,10 +277,8 @@ def _pair(sizes: tuple[int, int]) -> tuple[np.uint64, np.uint64]:
     return np.uint64(sizes[0]), np.uint64(sizes[1])
 
 
-def _transpose(
-    decode: Transposed, shape: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
-) -> None:
-    (place,), (rows, columns) = places, shape
+def _transpose(decode: Transposed, run: Run, out_E: Values) -> None:
+    (rows, columns), start, stop, memory, (place,) = run
     first, last = start // columns, -(-stop // columns)
     num_bytes = decode.num_beside * rows * columns * decode.width
     stored_CR = memory.buffer[place : place + num_bytes].view(f"u{decode.width}").reshape(columns, -1)
@@ -298,17 +288,16 @@ def _transpose(
     codecs.widen_run(slab_of(wanted.view(np.uint8)), np.uint64(0), FORMATS[decode.dtype], out_E)
 
 
-def _take_rows(
-    decode: ByRows, shape: Shape, start: int, stop: int, memory: Memory, places: list[int], out_E: Values
-) -> None:
-    whole, (first, last) = decode.whole_shape(shape), decode.run(shape, start, stop)
+def _take_rows(decode: ByRows, run: Run, out_E: Values) -> None:
+    first, last = decode.run(run.shape, run.start, run.stop)
+    whole = run._replace(shape=decode.whole_shape(run.shape), start=first, stop=last)
     if not decode.by_turns:
-        _decode_run(decode.inner, whole, first, last, memory, places, out_E)
+        _decode_run(decode.inner, whole, out_E)
         return
-    all_E = np.empty(last - first, out_E.dtype)
-    _decode_run(decode.inner, whole, first, last, memory, places, all_E)
-    own_RC = all_E.reshape(-1, decode.num_beside, shape[1])[:, decode.number]
-    skipped = start % shape[1]
+    all_E, columns = np.empty(last - first, out_E.dtype), run.shape[1]
+    _decode_run(decode.inner, whole, all_E)
+    own_RC = all_E.reshape(-1, decode.num_beside, columns)[:, decode.number]
+    skipped = run.start % columns
     out_E[:] = own_RC.reshape(-1)[skipped : skipped + len(out_E)]
 
 

@@ -56,6 +56,7 @@ class Look:
     output_width: int = 0
     """nothing is written"""
     kept_bytes: int = 0
+    ahead_bytes: int = 0
     """nothing is kept of rows"""
 
     @property

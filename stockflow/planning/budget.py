@@ -70,12 +70,14 @@ class Workspace:
     """whether the threads that compute read large units themselves, span by span and on every sweep"""
     waiting_bytes: int = 0
     """results that wait for their codes"""
+    ahead_bytes: int = 0
+    """baseline, clients, and what is held before anything is merged and there are any results"""
 
     @property
     def projected_bytes(self) -> int:
         """Peak of the worker process."""
-        buffers = self.num_slabs * self.slab_bytes + NUM_OUT_BUFFERS * self.out_bytes
-        return self.fixed_bytes + buffers + self.waiting_bytes
+        merging_bytes = self.fixed_bytes + NUM_OUT_BUFFERS * self.out_bytes + self.waiting_bytes
+        return self.num_slabs * self.slab_bytes + max(merging_bytes, self.ahead_bytes)
 
     def chunk_elems(self, work: Work) -> int:
         """Most elements of a tensor that are read, and then written, as one: what a slab or an output buffer holds."""
@@ -198,11 +200,12 @@ def _divided(
     per_thread += direct * max(_span_source_bytes(work.reading) for work, _ in works)
     fixed = fixed_bytes + num_threads * per_thread + max(decision_bytes(work) for work, _ in works)
     fixed += sum(count * work.kept_bytes for work, count in works if work.reading.scope == "layer")  # decided ahead
-    found = _direct(works, memory_bytes, fixed) if direct else _streamed(works, memory_bytes, fixed)
+    ahead = baseline_bytes + max(work.ahead_bytes for work, _ in works)
+    found = (_direct if direct else _streamed)(works, memory_bytes, fixed, ahead)
     return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
 
 
-def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
+def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int, ahead_bytes: int) -> Workspace:
     """Large chunks in enough slabs to read ahead, and to hold the largest unit; the least if nothing fits."""
     overhead = max(overhead_bytes(work.reading) for work, _ in works)
     out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work, _ in works)
@@ -213,14 +216,15 @@ def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
         slab = max(slab, _slab_beside(works))
         out = max(int(slab * out_per_source_byte) + 1, _out_beside(works))
         waiting = _waiting_bytes(works, num_spans)
-        num_slabs = (memory_bytes - fixed_bytes - waiting - NUM_OUT_BUFFERS * out) // slab
+        num_slabs = (memory_bytes - max(fixed_bytes + waiting + NUM_OUT_BUFFERS * out, ahead_bytes)) // slab
         if num_slabs >= GOOD_NUM_SLABS:
             break
     lookahead = max(-(-LOOKAHEAD_BYTES // slab), 2)
     holding = min(num_slabs, -(-_held_bytes(works) // (slab - overhead)))
     total = math.ceil(sum(count * work.reading.num_elems * work.reading.bytes_per_elem for work, count in works))
     wanted = min(holding + lookahead, -(-total // (slab - overhead)) + 1)
-    return Workspace(slab, max(min(num_slabs, wanted), MIN_SLABS), out, fixed_bytes, waiting_bytes=waiting)
+    num_slabs = max(min(num_slabs, wanted), MIN_SLABS)
+    return Workspace(slab, num_slabs, out, fixed_bytes, waiting_bytes=waiting, ahead_bytes=ahead_bytes)
 
 
 def _load_elems(work: Work, num_spans: int) -> int:
@@ -233,7 +237,7 @@ def _waiting_bytes(works: Counted, num_spans: int) -> int:
     return max(2 * WAITING_BYTES * _load_elems(work, num_spans) if work.reading.band > 1 else 0 for work, _ in works)
 
 
-def _direct(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
+def _direct(works: Counted, memory_bytes: int, fixed_bytes: int, ahead_bytes: int) -> Workspace:
     """Output buffers of many spans, a few slabs for tensors smaller than one; the least if nothing fits."""
     out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work, _ in works)
     readings = [work.reading for work, _ in works]
@@ -248,7 +252,7 @@ def _direct(works: Counted, memory_bytes: int, fixed_bytes: int) -> Workspace:
         out = max(large_out, int(slab * out_per_source_byte) + 1, _out_beside(works))
         num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
         waiting = _waiting_bytes(works, num_spans)
-        found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, direct=True, waiting_bytes=waiting)
+        found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, True, waiting, ahead_bytes)
         if found.projected_bytes <= memory_bytes:
             break
     return found

@@ -23,6 +23,7 @@ class Factor:
     num_sweeps: int = 1
     output_width: int = 0
     kept_bytes: int = 0
+    ahead_bytes: int = 0
     place_beside: tuple[int, int] = (0, 0)
 
     @property

@@ -349,11 +349,15 @@ class TensorJob:
         return sum([result.declared.rule.span_state_bytes(sources, num_groups) for result in self.results])
 
     @property
+    def ahead_bytes(self) -> int:
+        """What is held of factors, as they are stored and in float64, before anything is merged."""
+        factors = (each.decode for each in self.reading.operands if isinstance(each.decode, LowRank))
+        widths = ((each, FLOAT_BYTES + max(each.widths[-2:])) for each in factors if self.has_known_changes)
+        return sum(each.rank * sum(each.matrix) * width for each, width in widths)
+
+    @property
     def kept_bytes(self) -> int:
         """What is kept of the rows of a unit until it is decided."""
-        if self.has_known_changes:
-            factors = (each.decode for each in self.reading.operands if isinstance(each.decode, LowRank))
-            return sum(3 * each.rank * sum(each.matrix) * FLOAT_BYTES for each in factors)
         rules = [result.declared.rule for result in self.results]
         num_rows = -(-self.reading.num_elems // self.reading.together)
         return self._scale_bytes + sum([num_rows * rule.row_bytes for rule in rules if isinstance(rule, Elementwise)])

@@ -43,5 +43,9 @@ class Work(Protocol):
         """Return what one sweep leaves behind of a span of so many groups."""
 
     @property
+    def ahead_bytes(self) -> int:
+        """What is held to learn its geometry, before anything is merged."""
+
+    @property
     def kept_bytes(self) -> int:
         """What is kept of the rows of a unit until it is decided."""

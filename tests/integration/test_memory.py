@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from stockflow.planning.budget import LEAST_MEMORY_BYTES
-from tests import oracle, runs
+from tests import adapters, oracle, runs
+from tests.adapters import write_adapter
 from tests.checkpoints import Family, write_checkpoint, write_recipe
 from tests.runs import MIB
 
@@ -85,6 +87,28 @@ def test_methods_that_look_at_elements_take_what_is_projected(
     print(f"FIGURES {method}: projected {planned['projected_memory_bytes'] / MIB:.0f}, seen {seen_peak / MIB:.0f} MiB")
     assert reported_peak <= planned["projected_memory_bytes"] <= MEMORY_BYTES
     assert seen_peak <= MEMORY_BYTES
+
+
+@pytest.mark.slow
+def test_adapters_of_a_large_layer_take_what_is_projected(tmp_path: Path) -> None:
+    name, shape = "model.layers.0.mlp.up_proj.weight", (50_000, 8_192)
+    random = torch.Generator().manual_seed(2)
+    repeated = (0.02 * torch.randn(500, shape[1], generator=random)).bfloat16().repeat(100, 1)
+    write_checkpoint(tmp_path / "base", {name: repeated})
+    for number in range(3):
+        write_adapter(tmp_path / f"lora{number}", adapters.linear({name: shape}, r=64, seed=number))
+    models = [{"model": f"{tmp_path}/base+{tmp_path}/lora{number}"} for number in range(3)]
+    recipe = {"merge_method": "model_stock", "base_model": f"{tmp_path}/base", "models": models}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    planned = json.loads(runs.run("plan", tmp_path / "recipe.yaml", tmp_path / "out", "--workers", 2, "--json").stdout)
+
+    result, _ = merge_and_watch(
+        "merge", tmp_path / "recipe.yaml", tmp_path / "out", "--quiet", "--workers", 2, "--json"
+    )
+
+    reported, projected = result["summary"]["peak_memory_bytes"], planned["projected_memory_bytes"]
+    print(f"FIGURES adapters: projected {projected / MIB:.0f}, reported {reported / MIB:.0f} MiB")
+    assert reported <= projected <= 1.15 * reported
 
 
 def test_a_budget_that_is_too_small_is_refused_while_planning(large_family: Family, tmp_path: Path) -> None:
