@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from stockflow.checkpoints.adapter_config import AdapterConfig
+from stockflow.checkpoints.adapter_config import AdapterConfig, ModuleScales
 from stockflow.checkpoints.adapter_decodes import Added, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.adapter_experts import expert_factors
 from stockflow.checkpoints.adapter_ground import Ground
@@ -42,13 +42,13 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
     Raises:
         CheckpointError: a tensor of the adapter has no place there, or does not fit; all of the former are counted.
     """
-    binder = _Binder(ground, adapter)
     for spec in (each for each in adapter.specs.values() if each.kind != "float"):
         raise CheckpointError(f"{adapter.where}: {shown(spec.name)} is of {spec.dtype}, expected plain numbers")
     try:
         modules = by_module(adapter.specs)
     except ValueError as error:
         raise CheckpointError(f"{adapter.where}: {error}") from None
+    binder = _Binder(ground, adapter, ModuleScales(adapter.config, modules))
     for module, parts in modules.items():
         binder.bind(module, parts)
     if binder.left:
@@ -82,8 +82,8 @@ def _check_promises(ground: Ground, adapter: Adapter, modules: Mapping[str, Part
 class _Binder:
     """Finds the place of every tensor of an adapter, module by module."""
 
-    def __init__(self, ground: Ground, adapter: Adapter) -> None:
-        self.ground, self.adapter = ground, adapter
+    def __init__(self, ground: Ground, adapter: Adapter, scales: ModuleScales) -> None:
+        self.ground, self.adapter, self.scales = ground, adapter, scales
         self.made = Adapted()
         self.left: list[str] = []
         self._owners: dict[str, str] = {}
@@ -124,7 +124,7 @@ class _Binder:
         key_a, key_b = (parts[part] for part in pair)
         name = self._weight_of(module)
         if name is None:
-            factors = expert_factors(self.ground, self.adapter, module, (key_a, key_b))
+            factors = expert_factors(self.ground, self.adapter, self.scales, module, (key_a, key_b))
             for each in factors:
                 self._put(each.name, each.decode(self._stored_as(each.name).decode), key_a, key_b)
             yield from pair if factors else ()
@@ -152,11 +152,11 @@ class _Binder:
                 f"change of {shown(name)} {list(spec.shape)} in {self.ground.where}; name the base it was trained on"
             )
         self._check_rank(module, rank)
-        scale, matrix = config.scale_of(module, rank), (rows, columns)
+        scale, matrix = self.scales.scale_of(module, rank), (rows, columns)
         return LowRank(self._stored_as(name).decode, rank, scale, (a.dtype, b.dtype), matrix, is_transposed)
 
     def _check_rank(self, module: str, rank: int) -> None:
-        expected = self.adapter.config.ranks_of(module)
+        expected = self.scales.ranks_of(module)
         if rank not in expected:
             raise CheckpointError(
                 f"{self.adapter.where}: the factors of {shown(module)} have the rank {rank}, and adapter_config.json "

@@ -5,16 +5,17 @@ Source: https://huggingface.co/docs/peft/package_reference/lora, and ``LoraConfi
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from stockflow.errors import CheckpointError
+from stockflow.text.patterns import fitting
 from stockflow.text.strictjson import shown
 
 CONFIG_KEY = "adapter_config.json"
+MAX_PATTERNS = 10_000
 Value = TypeVar("Value")
-Number = TypeVar("Number", int, float)
 
 _NO_MATTER = frozenset({
     "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
@@ -61,15 +62,6 @@ class AdapterConfig:
     base: str | None
     """what it calls the model it belongs to"""
 
-    def ranks_of(self, module: str) -> set[int]:
-        """Return the ranks that may be meant for a module: files have patterns in another order than trainers."""
-        return {self.rank, *(rank for pattern, rank in self.rank_pattern.items() if _fits(pattern, module))}
-
-    def scale_of(self, module: str, rank: int) -> float:
-        """Return what multiplies the product of a module's factors."""
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
-        return alpha / math.sqrt(rank) if self.is_rank_stabilised else alpha / rank
-
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """Return the rows of a module that are replaced."""
         alike = (indices for name, indices in self.token_indices.items() if _ends_with(module, name))
@@ -89,13 +81,42 @@ def _is_of_unsloth(given: Mapping[str, object]) -> bool:
     return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
 
 
-def _by_pattern(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
-    """Return the value of the first pattern that is a module's name or its end, at a dot; a pattern is a regex."""
-    return next((value for pattern, value in patterns.items() if _fits(pattern, module)), default)
+class ModuleScales:
+    """Rank and scale of modules: a pattern is a module's name or its end, at a dot, and tried on all at once."""
+
+    def __init__(self, config: AdapterConfig, modules: Iterable[str]) -> None:
+        """Take the modules that will be asked for, as far as they are known; others take their time."""
+        self._config = config
+        self._ranks: dict[str, set[int]] = {}
+        self._alphas: dict[str, float] = {}
+        self._look_up(list(modules))
+
+    def ranks_of(self, module: str) -> set[int]:
+        """Return the ranks that may be meant for a module: files have patterns in another order than trainers."""
+        if module not in self._ranks:
+            self._look_up([module])
+        return self._ranks[module]
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """Return what multiplies the product of a module's factors: of alphas, the first that is meant counts."""
+        if module not in self._alphas:
+            self._look_up([module])
+        alpha = self._alphas[module]
+        return alpha / math.sqrt(rank) if self._config.is_rank_stabilised else alpha / rank
+
+    def _look_up(self, modules: Sequence[str]) -> None:
+        config = self._config
+        self._ranks |= {module: {config.rank} for module in modules}
+        for pattern, rank in config.rank_pattern.items():
+            for module in _meant(pattern, modules):
+                self._ranks[module].add(rank)
+        self._alphas |= dict.fromkeys(modules, config.alpha)
+        for pattern, alpha in reversed(list(config.alpha_pattern.items())):
+            self._alphas |= dict.fromkeys(_meant(pattern, modules), alpha)
 
 
-def _fits(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+def _meant(pattern: str, modules: Sequence[str]) -> set[str]:
+    return fitting(rf"(.*\.)?({pattern})", modules)
 
 
 def parse_adapter_config(given: object, where: str) -> AdapterConfig:
@@ -203,11 +224,13 @@ def _patterns(read: Callable[[object], Value]) -> Callable[[object], dict[str, V
     def reading(value: object) -> dict[str, Value]:
         if not isinstance(value, dict):
             raise ValueError("numbers by pattern")
+        if len(value) > MAX_PATTERNS:
+            raise ValueError(f"at most {MAX_PATTERNS:,} patterns")
         for pattern in value:
             try:
-                re.compile(pattern)
-            except re.error:
-                raise ValueError("patterns that are regular expressions") from None
+                _meant(pattern, [""])
+            except ValueError as error:
+                raise ValueError(f"regular expressions that neither look around nor back ({error})") from None
         return {pattern: read(each) for pattern, each in value.items()}
 
     return reading

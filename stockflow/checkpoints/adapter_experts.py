@@ -7,6 +7,7 @@ Source: ``ParamWrapper`` of PEFT 0.21.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from stockflow.checkpoints.adapter_config import ModuleScales
 from stockflow.checkpoints.adapter_decodes import LowRank
 from stockflow.checkpoints.adapter_ground import Ground
 from stockflow.checkpoints.adapter_keys import NESTED
@@ -53,7 +54,9 @@ class ExpertFactors:
         )
 
 
-def expert_factors(ground: Ground, adapter: Adapter, module: str, keys: tuple[str, str]) -> list[ExpertFactors]:
+def expert_factors(
+    ground: Ground, adapter: Adapter, scales: ModuleScales, module: str, keys: tuple[str, str]
+) -> list[ExpertFactors]:
     """Return the tensors of the base that two factors change; none if the module holds no parameters of experts.
 
     Raises:
@@ -72,13 +75,17 @@ def expert_factors(ground: Ground, adapter: Adapter, module: str, keys: tuple[st
         num_experts, rows, columns = ground.specs[name].shape
         rank = a.shape[0] // num_experts if len(a.shape) == 2 and num_experts else 0
         turned = _is_turned(ground, adapter, name, (a, b), rank * num_experts)
-        scale = _scale(adapter, root, parameter, rank)
+        scale = _scale(adapter, scales, root, parameter, rank)
         return [ExpertFactors(name, (rows, columns), rank, scale, (a.dtype, b.dtype), num_experts, turned)]
-    return list(_one_by_one(ground, adapter, (root, parameter), (a, b)))
+    return list(_one_by_one(ground, adapter, scales, (root, parameter), (a, b)))
 
 
 def _one_by_one(
-    ground: Ground, adapter: Adapter, place: tuple[str, str], factors: tuple[TensorSpec, TensorSpec]
+    ground: Ground,
+    adapter: Adapter,
+    scales: ModuleScales,
+    place: tuple[str, str],
+    factors: tuple[TensorSpec, TensorSpec],
 ) -> Iterator[ExpertFactors]:
     """Yield what the factors are to matrices that the base stores expert by expert."""
     (root, parameter), (a, b) = place, factors
@@ -87,7 +94,7 @@ def _one_by_one(
     if not num_experts or len(a.shape) != 2 or len(b.shape) != 2:
         return
     rank, first_row = a.shape[0] // num_experts, 0
-    scale = _scale(adapter, root, parameter, rank)
+    scale = _scale(adapter, scales, root, parameter, rank)
     for expert, place_within, name in found:
         rows, columns = ground.specs[name].shape
         first_row = first_row if place_within else 0
@@ -134,15 +141,15 @@ def _is_turned(
     return found == turned
 
 
-def _scale(adapter: Adapter, root: str, parameter: str, rank: int) -> float:
+def _scale(adapter: Adapter, scales: ModuleScales, root: str, parameter: str, rank: int) -> float:
     whole = f"{root}.{parameter}"
-    expected = adapter.config.ranks_of(whole) | adapter.config.ranks_of(root)
+    expected = scales.ranks_of(whole) | scales.ranks_of(root)
     if rank not in expected:
         raise CheckpointError(
             f"{adapter.where}: the factors of {shown(whole)} have the rank {rank} per expert, and "
             f"adapter_config.json says {' or '.join(map(str, sorted(expected)))}; the two do not belong together"
         )
-    return adapter.config.scale_of(whole, rank)
+    return scales.scale_of(whole, rank)
 
 
 def _misfit(adapter: Adapter, name: str, sizes: list[int], factors: tuple[TensorSpec, TensorSpec]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from stockflow.checkpoints.adapter_decodes import Added, Anchored, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes import row_elems
-from stockflow.engine.decoding import DecodeRun, Run, numbers
+from stockflow.engine.decoding import DecodeRun, StoredRun, numbers
 from stockflow.kernels import low_rank
 from stockflow.kernels.arrays import Values
 
@@ -27,13 +27,13 @@ def adapter_decoders(within: DecodeRun) -> dict[type, DecodeRun]:
     return {kind: partial(decoder, within) for kind, decoder in kinds.items()}
 
 
-def _copy_anchor(within: DecodeRun, decode: Anchored, run: Run, out_E: Values) -> None:
+def _copy_anchor(within: DecodeRun, decode: Anchored, run: StoredRun, out_E: Values) -> None:
     del within, decode
     assert run.memory.anchor_E is not None
     out_E[:] = run.memory.anchor_E
 
 
-def _add_product(within: DecodeRun, decode: LowRank, run: Run, out_E: Values) -> None:
+def _add_product(within: DecodeRun, decode: LowRank, run: StoredRun, out_E: Values) -> None:
     within(decode.inner, run.without(2), out_E)
     shape, start, stop, memory, (*_, place_a, place_b) = run
     if start == stop:
@@ -62,7 +62,7 @@ def _factors(decode: LowRank, a_KC: Values, b_RK: Values, rows: slice) -> tuple[
     return np.ascontiguousarray(b_RK[rows] if is_whole else b_RK), a_KC
 
 
-def _set_lengths(within: DecodeRun, decode: Lengths, run: Run, out_E: Values) -> None:
+def _set_lengths(within: DecodeRun, decode: Lengths, run: StoredRun, out_E: Values) -> None:
     within(decode.inner, run.without(1), out_E)
     columns = row_elems(run.shape)
     num_rows = (run.stop - run.start) // columns if columns else 0
@@ -70,13 +70,13 @@ def _set_lengths(within: DecodeRun, decode: Lengths, run: Run, out_E: Values) ->
     low_rank.scale_rows(lengths_R, np.uint64(columns), out_E)
 
 
-def _add(within: DecodeRun, decode: Added, run: Run, out_E: Values) -> None:
+def _add(within: DecodeRun, decode: Added, run: StoredRun, out_E: Values) -> None:
     within(decode.inner, run.without(1), out_E)
     added_E = numbers(decode.added_dtype, run.memory, run.places[-1], len(out_E), out_E.dtype)
     out_E += out_E.dtype.type(decode.scale) * added_E
 
 
-def _replace_rows(within: DecodeRun, decode: ReplacedRows, run: Run, out_E: Values) -> None:
+def _replace_rows(within: DecodeRun, decode: ReplacedRows, run: StoredRun, out_E: Values) -> None:
     within(decode.inner, run.without(1), out_E)
     columns, width = row_elems(run.shape), decode.widths[-1]
     for number, index in enumerate(decode.indices):

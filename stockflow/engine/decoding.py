@@ -26,7 +26,7 @@ class Memory:
     """the run of the first operand that is to be decoded, once that is done"""
 
 
-class Run(NamedTuple):
+class StoredRun(NamedTuple):
     """Elements of a tensor as they lie in memory."""
 
     shape: Shape
@@ -36,12 +36,12 @@ class Run(NamedTuple):
     places: list[int]
     """where each extent begins"""
 
-    def without(self, num_places: int) -> "Run":
+    def without(self, num_places: int) -> "StoredRun":
         """Return it without its last extents, which are not of the decode within."""
         return self._replace(places=self.places[:-num_places])
 
 
-DecodeRun = Callable[[Decode, Run, Values], None]
+DecodeRun = Callable[[Decode, StoredRun, Values], None]
 """Fills an array with the elements of a run."""
 
 

@@ -17,7 +17,7 @@ from stockflow.checkpoints.joined import Joined, is_uncoded
 from stockflow.checkpoints.transposed import ByRows, Transposed, within_rows
 from stockflow.engine.adapter_stage import adapter_decoders
 from stockflow.engine.buffers import Scratch, aligned
-from stockflow.engine.decoding import Memory, Run, fill, numbers
+from stockflow.engine.decoding import Memory, StoredRun, fill, numbers
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.kernels import codecs
 from stockflow.kernels.arrays import Bytes, Floats, Values
@@ -172,13 +172,13 @@ def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], ou
     if operand.rows is None:
         held, wanted = (operand.decode.ranges(shape, first, piece.stop) for first in (piece.first, piece.start))
         places = [offset + to.start - frm.start for offset, frm, to in zip(offsets, held, wanted, strict=True)]
-        _decode_run(operand.decode, Run(shape, piece.start, piece.stop, piece.memory, places), out_E)
+        _decode_run(operand.decode, StoredRun(shape, piece.start, piece.stop, piece.memory, places), out_E)
         return
     out_E[:] = 0.0
     for start, stop, to, places in _runs(operand, piece, offsets):
         own = (operand.rows.num_source_rows, *shape[1:])
         at = to - piece.start
-        _decode_run(operand.decode, Run(own, start, stop, piece.memory, places), out_E[at : at + stop - start])
+        _decode_run(operand.decode, StoredRun(own, start, stop, piece.memory, places), out_E[at : at + stop - start])
 
 
 def _fill_rows(rows: RowRuns, piece: StoredPiece, out_E: Values, rows_ME: Values) -> None:
@@ -208,22 +208,22 @@ def _runs(operand: Operand, piece: StoredPiece, offsets: list[int]) -> Iterator[
         places = [place + each.stop - each.start for place, each in zip(places, held, strict=True)]
 
 
-def _decode_run(decode: Decode, run: Run, out_E: Values) -> None:
+def _decode_run(decode: Decode, run: StoredRun, out_E: Values) -> None:
     _DECODERS[type(decode)](decode, run, out_E)
 
 
-def _widen(decode: Plain, run: Run, out_E: Values) -> None:
+def _widen(decode: Plain, run: StoredRun, out_E: Values) -> None:
     fill(decode.dtype, run.memory, run.places[0], out_E)
 
 
-def _join(decode: Joined, run: Run, out_E: Values) -> None:
+def _join(decode: Joined, run: StoredRun, out_E: Values) -> None:
     at = 0
     for number, first, last in decode.within(run.start, run.stop):
         fill(decode.dtype, run.memory, run.places[number], out_E[at : at + last - first])
         at += last - first
 
 
-def _scale_blocks(decode: BlockScaled, run: Run, out_E: Values) -> None:
+def _scale_blocks(decode: BlockScaled, run: StoredRun, out_E: Values) -> None:
     shape, start, stop, memory, (codes_at, scales_at) = run
     first, last = decode.scale_rows(shape, start, stop)
     columns = decode.grid(shape)[1]
@@ -240,7 +240,7 @@ def _scale_blocks(decode: BlockScaled, run: Run, out_E: Values) -> None:
     )
 
 
-def _scale_groups(decode: GroupScaled, run: Run, out_E: Values) -> None:
+def _scale_groups(decode: GroupScaled, run: StoredRun, out_E: Values) -> None:
     _, start, stop, memory, (codes_at, scales_at, *whole_at) = run
     if start == stop:
         return
@@ -277,7 +277,7 @@ def _pair(sizes: tuple[int, int]) -> tuple[np.uint64, np.uint64]:
     return np.uint64(sizes[0]), np.uint64(sizes[1])
 
 
-def _transpose(decode: Transposed, run: Run, out_E: Values) -> None:
+def _transpose(decode: Transposed, run: StoredRun, out_E: Values) -> None:
     (rows, columns), start, stop, memory, (place,) = run
     first, last = start // columns, -(-stop // columns)
     num_bytes = decode.num_beside * rows * columns * decode.width
@@ -288,7 +288,7 @@ def _transpose(decode: Transposed, run: Run, out_E: Values) -> None:
     codecs.widen_run(slab_of(wanted.view(np.uint8)), np.uint64(0), FORMATS[decode.dtype], out_E)
 
 
-def _take_rows(decode: ByRows, run: Run, out_E: Values) -> None:
+def _take_rows(decode: ByRows, run: StoredRun, out_E: Values) -> None:
     first, last = decode.run(run.shape, run.start, run.stop)
     whole = run._replace(shape=decode.whole_shape(run.shape), start=first, stop=last)
     if not decode.by_turns:

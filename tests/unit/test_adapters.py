@@ -265,7 +265,9 @@ def refusal(root: Path, model: str, error: type[UserError] = CheckpointError) ->
             {"modules_to_save": ["embed_tokens"]},
             "'embed_tokens' is saved whole (`modules_to_save`), and no tensor is of",
         ),
-        ({"rank_pattern": {"(": 3}}, "`rank_pattern`: expected patterns that are regular expressions"),
+        ({"rank_pattern": {"(": 3}}, "`rank_pattern`: expected regular expressions that neither look around nor back"),
+        ({"alpha_pattern": {"(?!q)k_proj": 3}}, "invalid perl operator: (?!"),
+        ({"alpha_pattern": {str(n): 1 for n in range(10_001)}}, "`alpha_pattern`: expected at most 10,000 patterns"),
         ({"rank_pattern": [3]}, "`rank_pattern`: expected numbers by pattern"),
         ({"use_rslora": "yes"}, "`use_rslora`: expected true or false"),
         ({"trainable_token_indices": {"embed_tokens": "x"}}, "expected ids of tokens"),
@@ -277,6 +279,18 @@ def test_what_is_not_read_is_refused_by_name(said: dict[str, Any], expected: str
     write_adapter(tmp_path / "lora", adapters.linear(SHAPES), **said)
 
     assert expected in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+
+def test_patterns_that_others_go_back_in_for_years_take_no_time(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SHAPES)
+    adapter = adapters.linear(SHAPES)
+    hostile = {r"((\w|\.)+)+!": 7, r"(.*)*(.*)*(.*)*(.*)*x": 9, r"(a|aa|l|.|..)+$!": 3}
+    write_adapter(tmp_path / "lora", adapter, rank_pattern=hostile, alpha_pattern=hostile, target_modules="((.+)+)+!")
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    for name, values in adapter.of(base).items():
+        assert share_correct(found[name], values) >= LEAST_CORRECT
 
 
 def without(adapter: Adapter, end: str) -> Adapter:

@@ -43,7 +43,7 @@ HOMES = {
     "torch": {"engine", "demo"},
     "numba": {"kernels"},
     "ray": {"run"},
-    "pyarrow": {"output"},
+    "pyarrow": {"output", "text"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "obstore": {"storage"},
