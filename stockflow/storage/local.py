@@ -1,11 +1,7 @@
 """Local folders: positioned reads into reused buffers, temporary sibling plus rename for writes."""
 
-import errno
-import fcntl
 import os
-import secrets
 import stat
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -19,12 +15,8 @@ from stockflow.errors import (
 from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, check_key
 from stockflow.storage.links import Links
 from stockflow.storage.local_faults import named
+from stockflow.storage.partials import PARTIAL_SUFFIX, is_partial, key_of_partial, partial_file, unheld
 from stockflow.storage.sightings import Sightings
-
-PARTIAL_SUFFIX = ".stockflow-partial"
-"""Ending of files that are being written; never part of an output."""
-LOCKED_WITHIN_S = 2.0
-"""A file being written is locked right after it appears; a younger one may not be yet."""
 
 
 class LocalStore:
@@ -144,22 +136,15 @@ class LocalStore:
         """Write a temporary sibling; flush it to the disk and rename it when the block ends well."""
         del size  # a file grows as it is written
         path = self._path(key)
-        partial = _partial_of(path)
         with named(path, "write"):
             self.links.check_folder(os.path.dirname(key))
             _make_folder(os.path.dirname(path))
-            try:
-                with open(partial, "xb") as file:  # buffered: a raw file may take half of a write on a full disk
-                    fcntl.flock(file, fcntl.LOCK_EX)  # until closed, or until this process dies: see half_written
-                    being_written = _NewFile(file)
-                    yield being_written
-                    being_written.sync()
-                    os.replace(partial, path)  # while it is locked, or a neighbour might discard it
+            with partial_file(path) as (file, partial):
+                being_written = _NewFile(file)
+                yield being_written
+                being_written.sync()
+                os.replace(partial, path)  # while it is locked, or a neighbour might discard it
                 _sync_folder(os.path.dirname(path))
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(partial)
-                raise
 
     def put(self, key: str, payload: bytes) -> None:
         """Write a small file, replacing what was there."""
@@ -169,22 +154,18 @@ class LocalStore:
     def put_new(self, key: str, payload: bytes) -> None:
         """Write a small file that must not exist: a hard link is exclusive and appears whole."""
         path = self._path(key)
-        partial = _partial_of(path)
         with named(path, "create"):
             self.links.check_folder(os.path.dirname(key))
             _make_folder(os.path.dirname(path))
-            try:
-                with open(partial, "xb") as file:
-                    file.write(payload)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.link(partial, path)
+            with partial_file(path) as (file, partial):
+                being_written = _NewFile(file)
+                being_written.write(payload)
+                being_written.sync()
+                try:
+                    os.link(partial, path)
+                except FileExistsError:
+                    raise AlreadyExistsError(f"{path} already exists") from None
                 _sync_folder(os.path.dirname(path))
-            except FileExistsError:
-                raise AlreadyExistsError(f"{path} already exists") from None
-            finally:
-                with suppress(OSError):
-                    os.unlink(partial)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove files; they are gone for good before anything else is written."""
@@ -205,18 +186,21 @@ class LocalStore:
         for folder, _, names in os.walk(self.folder):
             for name in names:
                 partial = os.path.join(folder, name)
-                if not (name.startswith(".") and name.endswith(PARTIAL_SUFFIX)):
+                if not is_partial(name):
                     continue
-                with named(partial, "read"):
-                    is_abandoned = _is_abandoned(partial)
+                with named(partial, "read"), unheld(partial) as is_abandoned:
                     if is_abandoned or (also_held and is_abandoned is not None):
-                        key = os.path.join(os.path.relpath(folder, self.folder), _key_of_partial(name))
+                        key = os.path.join(os.path.relpath(folder, self.folder), key_of_partial(name))
                         found.append(HalfWritten(os.path.normpath(key), name, bool(is_abandoned)))
         return sorted(found, key=lambda piece: (piece.key, piece.name))
 
     def discard(self, leftovers: Iterable[HalfWritten]) -> None:
-        """Remove temporary files."""
-        self.delete(os.path.join(os.path.dirname(leftover.key), leftover.name) for leftover in leftovers)
+        """Remove temporary files, but for those of which a writer woke up meanwhile."""
+        for leftover in leftovers:
+            key = os.path.join(os.path.dirname(leftover.key), leftover.name)
+            with named(self._path(key), "delete"), unheld(self._path(key)) as is_abandoned:
+                if is_abandoned or not leftover.is_abandoned:
+                    self.delete([key])
 
     def creates_exclusively(self, key: str, payload: bytes) -> bool:
         """Return True: a hard link is exclusive."""
@@ -316,37 +300,6 @@ def _files_below(top: str) -> Iterator[str]:
         for name in names:
             if not name.endswith(PARTIAL_SUFFIX):
                 yield os.path.join(folder, name)
-
-
-def _partial_of(path: str) -> str:
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
-
-
-def _is_abandoned(partial: str) -> bool | None:
-    """Whether nobody holds a lock on a file; None: it is gone, or no plain file, which no writer of ours makes."""
-    try:
-        descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
-            return None
-        raise
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            return None
-        if time.time() - found.st_mtime <= LOCKED_WITHIN_S:
-            return False
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def _key_of_partial(name: str) -> str:
-    return name.removeprefix(".").removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
 
 
 def _read_up_to(descriptor: int, buffer: memoryview, start: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stockflow.storage.local import PARTIAL_SUFFIX
+from stockflow.storage.partials import PARTIAL_SUFFIX
 from tests.fault_proxy import FaultyProxy
 
 

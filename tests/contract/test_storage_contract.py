@@ -1,5 +1,6 @@
 """One contract for every store, held against real files, real memory and a real S3 server."""
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import IO
 
 import boto3
 import pytest
@@ -368,6 +370,44 @@ def test_sweeping_removes_what_dead_writers_left_and_nothing_else(tmp_path: Path
         store.discard(store.half_written() or ())
 
     assert [path.name for path in tmp_path.iterdir()] == ["b.bin"]
+
+
+@pytest.mark.parametrize("write", ["put", "put_new"])
+def test_a_writer_that_slept_before_it_locked_its_file_writes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    store, lock, swept = open_store(str(tmp_path), StorageConfig(), writable=True), fcntl.flock, []
+
+    def sweep_first(file: int | IO[bytes], operation: int) -> None:
+        if not swept:
+            (partial,) = tmp_path.iterdir()
+            swept.append(partial.name)
+            os.utime(partial, (0, 0))
+            store.discard(store.half_written() or ())
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweep_first)
+    getattr(store, write)("a.json", b"whole")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"whole"
+
+
+def test_what_was_found_abandoned_stays_if_its_writer_wakes_up(tmp_path: Path) -> None:
+    partial = tmp_path / ".a.bin.0123abcd.stockflow-partial"
+    partial.write_bytes(b"half")
+    os.utime(partial, (0, 0))
+    store = open_store(str(tmp_path), StorageConfig(), writable=True)
+    found = store.half_written() or ()
+
+    with partial.open("rb") as awake:
+        fcntl.flock(awake, fcntl.LOCK_EX)
+        store.discard(found)
+        assert partial.exists()
+    store.discard(found)
+
+    assert [piece.is_abandoned for piece in found] == [True]
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize("write", ["put", "put_new", "create"])

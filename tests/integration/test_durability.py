@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from stockflow.storage.local import PARTIAL_SUFFIX, LocalStore
+from stockflow.storage.local import LocalStore
+from stockflow.storage.partials import PARTIAL_SUFFIX
 from tests.checkpoints import make_family, write_recipe
 from tests.runs import merge_here
 

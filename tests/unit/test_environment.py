@@ -133,4 +133,5 @@ def test_streams_and_folders_that_are_gone_are_told_in_a_sentence(
         command, shell=True, cwd=tmp_path / "gone", env=environment, capture_output=True, text=True, check=False
     )
 
-    assert (ended.returncode, ended.stderr.startswith(told)) == (2, True), ended.stderr
+    said = [line for line in ended.stderr.splitlines(keepends=True) if line.startswith("stockflow: ")]
+    assert (ended.returncode, [line.startswith(told) for line in said]) == (2, [True]), ended.stderr
