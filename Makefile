@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
+# One more than there are cores, up to four: tests wait for servers and clusters as often as they compute.
+TEST_PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 3 ? cores + 1 : 4)))
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench bench-peers bench-s3 bench-quantised bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser test-install test-pythons bench-prediction
 
@@ -49,7 +52,7 @@ demo: $(VENV)/.installed
 	$(BIN)/stockflow demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

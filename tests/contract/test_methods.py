@@ -12,11 +12,15 @@ import torch
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import FROM_BASE, Elementwise, Linear
 from tests import checkpoints, runs
+from tests.selection import by_name, diagonal
 
 SHAPES = {
     "matrix": (37, 41), "long": (600_001,), "layers.0.experts": (3, 5, 40_000), "scalar": (), "empty": (0, 3)
 }  # fmt: skip
 """Tensors of several spans and of less than one, in groups and not."""
+
+
+DTYPES = by_name(torch.bfloat16, torch.float32, torch.float64)
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)
@@ -76,7 +80,7 @@ def test_its_file_never_imports_torch(method: Method) -> None:
     assert not any((name or "").split(".")[0] == "torch" for name in imported)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("method", "dtype"), diagonal(METHODS, DTYPES))
 def test_memory_and_threads_change_no_byte(method: Method, dtype: torch.dtype, tmp_path: Path) -> None:
     family = checkpoints.make_family(tmp_path, num_tuned(method), SHAPES, dtype)
     recipe = recipe_for(method, family, tmp_path)

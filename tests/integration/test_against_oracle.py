@@ -192,7 +192,24 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Drawn], Fam
     return make
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+REPEATED = {
+    *(f"multislerp N={num} of task vectors" for num in (3, 4, 6, 7, 8)),
+    *(f"karcher N={num} far apart" for num in (3, 4, 5, 6, 7, 8)),
+    *(f"geometric_median N={num}" for num in (3, 4, 6, 7, 8)),
+    *(f"nuslerp {what} by {scope}" for what, scope in (
+        ("of task vectors", "row"), ("of task vectors", "leading"), ("of models far apart", "tensor"),
+        ("of models far apart", "leading"), ("of models nearby", "tensor"), ("of models nearby", "row"),
+    )),
+    "model_stock N=4 by leading", "multislerp of F16", "karcher of models near each other", "slerp inwards",
+    "geometric_median of F32", "linear with the base listed", "model_stock N=3 by tensor",
+}  # fmt: skip
+"""Rungs of ladders, and properties that others have, too."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in REPEATED else ()) for case in CASES],
+)
 def test_a_merge_is_what_the_oracle_says(case: Case, family_of: Callable[[Drawn], Family], tmp_path: Path) -> None:
     family = family_of(case.drawn)
     models = (family.base, *family.tuned) if case.base_listed else family.tuned

@@ -12,6 +12,7 @@ import torch
 
 from tests import oracle, runs
 from tests.checkpoints import Shape, make_family, write_recipe
+from tests.selection import diagonal
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 SHAPES: dict[str, Shape] = {"matrix": (40, 52), "vector": (1031,)}
@@ -47,12 +48,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "out"), [(F32, "F32"), (F64, "F64"), (F32, "F16")], ids=["F32", "F64", "F32 to F16"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+DTYPES = {"F32": (F32, "F32"), "F64": (F64, "F64"), "F32 to F16": (F32, "F16")}
+"""What is read and what is written."""
+
+
+@pytest.mark.parametrize(("case", "dtypes"), diagonal(CASES, DTYPES))
 def test_every_element_is_the_exact_result_rounded_once(
-    case: Case, dtype: torch.dtype, out: str, tmp_path: Path
+    case: Case, dtypes: tuple[torch.dtype, str], tmp_path: Path
 ) -> None:
     """Of linear methods with the coefficients on record; those of Model Stock are held against the oracle's below."""
+    dtype, out = dtypes
     family = make_family(tmp_path / "family", case.num_tuned, SHAPES, dtype, delta_scale=case.delta_scale)
     out_dtype = {"out_dtype": "float16"} if out == "F16" else {}
     recipe = write_recipe(tmp_path / "recipe.yaml", case.method, family, **case.asked, **out_dtype)

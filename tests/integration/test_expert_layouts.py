@@ -17,6 +17,7 @@ from tests.checkpoints import Family, write_checkpoint, write_recipe
 from tests.expert_models import SMALL, Sizes, Tensors, family, models
 from tests.quantised import fp8
 from tests.runs import MIB, merge_here
+from tests.selection import by_name, diagonal, mostly_slow
 
 METHODS: dict[str, dict[str, Any]] = {
     "model_stock": {},
@@ -175,8 +176,9 @@ def test_the_recipe_may_ask_for_a_layout(tmp_path: Path, asked: str) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("donor", ["fused", "separate", "qwen_vl"])
-@pytest.mark.parametrize("method", ["model_stock", "dare_ties"])
+@pytest.mark.parametrize(
+    ("donor", "method"), diagonal(by_name("fused", "separate", "qwen_vl"), by_name("model_stock", "dare_ties"))
+)
 def test_memory_threads_places_and_shards_change_no_byte(tmp_path: Path, method: str, donor: str) -> None:
     own = family(tmp_path, 2, {0: donor, 1: "separate", 2: "qwen_vl"}, LARGE)
     recipe = write_recipe(tmp_path / "recipe.yaml", method, own, **METHODS[method])
@@ -217,7 +219,7 @@ def test_what_is_transposed_is_read_once(tmp_path: Path) -> None:
     assert result.manifest.summary["bytes_read"] == result.plan.num_source_bytes
 
 
-@pytest.mark.parametrize("layout", ["fused", "separate", "llama4"])
+@pytest.mark.parametrize("layout", mostly_slow(["fused", "separate", "llama4"], ["llama4"]))
 def test_outputs_of_mixed_layouts_are_verified_and_gone_on_with(tmp_path: Path, layout: str) -> None:
     others = {"fused": "separate", "separate": "llama4", "llama4": "fused"}[layout]
     result = merged(tmp_path, {0: layout, 1: others, 2: others}, "model_stock")

@@ -13,6 +13,7 @@ from tests.checkpoints import make_family
 from tests.fault_proxy import FaultyProxy
 from tests.runs import run
 from tests.s3_server import moto_server, s3_credentials
+from tests.selection import mostly_slow
 
 INPUTS, OUTPUTS = "bases", "out"
 SHAPES = {"large": (300, 1024), "small.a": (33, 7), "small.b": (5,), "wide": (40, 2048)}
@@ -37,7 +38,7 @@ LOOKS = 3 * 4
 """Small reads of each model before anything is planned that are not announced: small tensors, tokenizers, heads."""
 
 
-@pytest.mark.parametrize("shard_size", ["1GB", "500kB"])
+@pytest.mark.parametrize("shard_size", mostly_slow(["1GB", "500kB"], ["500kB"]))
 def test_requests_that_are_announced_are_made(
     server: tuple[FaultyProxy, Sequence[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str
 ) -> None:

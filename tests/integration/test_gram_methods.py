@@ -14,6 +14,7 @@ from stockflow.errors import NumericsError, RecipeError
 from stockflow.recipe import parse_recipe
 from tests import oracle, runs
 from tests.checkpoints import Family, Shape, make_family, write_checkpoint, write_recipe
+from tests.selection import by_name, diagonal
 
 RANDOM = torch.Generator().manual_seed(7)
 X, Y, Z = (torch.randn(1000, generator=RANDOM) for _ in range(3))
@@ -64,8 +65,7 @@ EDGES: Mapping[str, tuple[torch.Tensor, ...]] = {
 
 
 @METHODS
-@pytest.mark.parametrize("with_base", [False, True], ids=["", "from a base"])
-@pytest.mark.parametrize("edge", EDGES.values(), ids=EDGES)
+@pytest.mark.parametrize(("edge", "with_base"), diagonal(EDGES, {"": False, "from a base": True}))
 def test_edges_are_what_the_oracle_says(
     edge: tuple[torch.Tensor, ...], with_base: bool, method: str, tmp_path: Path
 ) -> None:
@@ -83,8 +83,10 @@ def test_edges_are_what_the_oracle_says(
 
 
 @METHODS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize(
+    ("dtype", "scope"),
+    diagonal(by_name(torch.bfloat16, torch.float16, torch.float32, torch.float64), by_name("tensor", "row")),
+)
 def test_copies_come_back_bit_for_bit(scope: str, dtype: torch.dtype, method: str, tmp_path: Path) -> None:
     special = torch.tensor([0.0, -0.0, 1e-40, 3.0, -1.0])
     copy = torch.cat([X, special]).reshape(5, 201).to(dtype)
@@ -178,9 +180,10 @@ def test_angles_are_on_record(tmp_path: Path) -> None:
 EVEN: dict[str, Any] = {"per_model": {"weight": [1.0, 1.0]}}
 
 
-@pytest.mark.parametrize("scope", ["tensor", "row"])
-@pytest.mark.parametrize("with_base", [True, False], ids=["with a base", "without"])
-@METHODS
+@pytest.mark.parametrize(
+    ("method", "with_base", "scope"),
+    diagonal(by_name(*WEIGHTS), {"with a base": True, "without": False}, by_name("tensor", "row")),
+)
 def test_an_output_is_verified_and_reported(method: str, with_base: bool, scope: str, tmp_path: Path) -> None:
     family = make_family(tmp_path / "family", 2, SHAPES, num_shards=2)
     weights = WEIGHTS[method]

@@ -15,6 +15,7 @@ from tests import adapters, oracle, runs
 from tests.adapters import write_adapter
 from tests.checkpoints import Family, write_checkpoint, write_recipe
 from tests.runs import MIB
+from tests.selection import mostly_slow
 
 MEMORY_BYTES = LEAST_MEMORY_BYTES
 PERIOD_ROWS, NUM_PERIODS, NUM_COLUMNS = 512, 112, 1000
@@ -41,7 +42,7 @@ def large_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(folders[0], tuple(folders[1:]))
 
 
-@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize("scope", mostly_slow(["tensor", "row"], ["tensor"]))
 def test_a_tensor_larger_than_the_budget_is_merged_within_it(scope: str, large_family: Family, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", large_family, stockflow={"scope": scope})
     options = ("--memory", f"{MEMORY_BYTES // MIB}MiB", "--workers", 2, "--json")

@@ -10,11 +10,12 @@ from stockflow.errors import NumericsError
 from stockflow.methods import METHODS
 from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
+from tests.selection import by_name, diagonal
 
 NAN, INFINITY = float("nan"), float("inf")
 MERGING = [name for name in METHODS if name != "passthrough"]
 """Methods that compute; passthrough carries bytes over."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = by_name(torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SHAPES = {"fine": (33, 7), "large": (3, 70_000)}
 FIRST, SECOND = 140_003, 140_500
 """In the second of the two spans; the later one must not be named."""
@@ -52,8 +53,7 @@ def assert_named(recipe: Path, spoiled: Path, output: Path) -> None:
     assert not (output / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize(("name", "dtype"), diagonal(by_name(*MERGING), DTYPES))
 def test_every_method_finds_them_in_every_dtype(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """In a tuned model, where an elementwise method may drop the element before it counts."""
     family = make_family(tmp_path, METHODS[name].max_tuned or 2, SHAPES, dtype, buffers=False)
@@ -62,8 +62,7 @@ def test_every_method_finds_them_in_every_dtype(name: str, dtype: torch.dtype, t
     assert_named(recipe_of(tmp_path, name, family), family.tuned[-1], tmp_path / "out")
 
 
-@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY], ids=str)
-@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize(("name", "value"), diagonal(by_name(*MERGING), by_name(NAN, INFINITY, -INFINITY)))
 def test_every_method_finds_each_of_them_in_the_anchor_and_in_a_tuned_model(
     name: str, value: float, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ from stockflow.storage import StorageConfig
 from tests import ray_items, runs
 from tests.checkpoints import LLAMA_CONFIG, Family, make_family, write_recipe
 from tests.s3_server import free_port
+from tests.selection import mostly_slow
 from tests.waiting import HANG_S, wait_until
 
 NUM_CPUS = 4
@@ -347,7 +348,7 @@ def test_a_mistake_found_at_the_start_is_raised_as_itself(cluster: str) -> None:
         run_items(ray_items.RaisingStart(PlanError("no CUDA device")), [1])
 
 
-@pytest.mark.parametrize("kind", ["numpy", "mmap", "torch"])
+@pytest.mark.parametrize("kind", mostly_slow(["numpy", "mmap", "torch"], ["numpy"]))
 def test_an_item_whose_memory_is_refused_is_done_with_less_of_it(cluster: str, kind: str) -> None:
     """By itself, not by Ray, which ends a worker only when its node has too little left."""
     listener = Listener()

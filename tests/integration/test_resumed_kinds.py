@@ -14,6 +14,7 @@ from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from tests import runs
 from tests.checkpoints import LLAMA_CONFIG, Family, make_family
+from tests.selection import mostly_slow
 from tests.token_files import tokenizer_json
 
 TIED = LLAMA_CONFIG | {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
@@ -81,7 +82,9 @@ def digests(result: Merged) -> list[str]:
     return [result.manifest.files[shard.file].sha256 for shard in result.plan.shards]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", mostly_slow(KINDS, ["a union of vocabularies", "a stack of layers", "dare_ties", "karcher"])
+)
 def test_what_was_stopped_goes_on_and_storage_changes_no_byte(
     kind: str, family: Family, tmp_path: Path, s3_endpoint: str, s3_bucket: str
 ) -> None:

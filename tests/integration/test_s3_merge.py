@@ -136,7 +136,7 @@ def shards(result: Merged) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("source", "client"),
     [
-        ("disk", "obstore"),
+        pytest.param("disk", "obstore", marks=pytest.mark.slow),
         ("s3", "obstore"),
         ("s3", "fsspec"),
         pytest.param("disk", "fsspec", marks=pytest.mark.slow),

@@ -29,6 +29,7 @@ from stockflow.storage.s3 import forget_session
 from tests.checkpoints import Family, make_family
 from tests.runs import REPOSITORY, command
 from tests.s3_server import FORBIDDEN, free_port
+from tests.selection import mostly_slow
 
 CANARIES = {
     "AWS_ACCESS_KEY_ID": "AKIACANARYACCESS0001",
@@ -174,7 +175,7 @@ def test_a_merge_on_disk_leaves_no_secret(family: Family, tmp_path: Path) -> Non
     assert {"manifest.json", "README.md", "claim.json", "plan.json"} <= {path.name for path in tmp_path.rglob("*")}
 
 
-@pytest.mark.parametrize("client", ["obstore", "fsspec"])
+@pytest.mark.parametrize("client", mostly_slow(["obstore", "fsspec"], ["fsspec"]))
 def test_a_merge_on_s3_leaves_no_secret(
     client: str, family: Family, s3_endpoint: str, s3_bucket: str, tmp_path: Path
 ) -> None:

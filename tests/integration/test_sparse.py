@@ -19,6 +19,7 @@ from stockflow.verification.sample import SampleOptions
 from stockflow.verification.verify import verify
 from tests import oracle, runs
 from tests.checkpoints import Family, Shape, make_family, write_checkpoint, write_recipe
+from tests.selection import diagonal, mostly_slow
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 WEIGHTS = [0.5153, 0.7121, -0.2333]
@@ -153,15 +154,19 @@ LEAST_SHARE = 0.9999
 """Outputs that are the correctly rounded ones."""
 
 
-@pytest.mark.parametrize(
-    ("dtype", "out"),
-    [(BF16, "BF16"), (F16, "F16"), (F32, "F32"), (F32, "BF16")], ids=["BF16", "F16", "F32", "narrowed"],
-)  # fmt: skip
-@pytest.mark.parametrize("case", CASES)
+DTYPES = {"BF16": (BF16, "BF16"), "F16": (F16, "F16"), "F32": (F32, "F32"), "narrowed": (F32, "BF16")}
+"""What is read and what is written."""
+
+
+@pytest.mark.parametrize(("case", "dtypes"), diagonal(CASES, DTYPES))
 def test_a_merge_is_what_the_oracle_says(
-    case: str, dtype: torch.dtype, out: str, spanning: Spanning, tmp_path: Path
+    case: tuple[str, dict[str, Any], dict[str, Any]],
+    dtypes: tuple[torch.dtype, str],
+    spanning: Spanning,
+    tmp_path: Path,
 ) -> None:
-    method, asked, told = CASES[case]
+    method, asked, told = case
+    dtype, out = dtypes
     family = spanning(asked.get("num_tuned", 3), dtype)
     out_dtype = {"out_dtype": "bfloat16"} if out == "BF16" and dtype == F32 else {}
     words = {key: value for key, value in asked.items() if key != "num_tuned"}
@@ -176,7 +181,7 @@ def test_a_merge_is_what_the_oracle_says(
         shares[name] = 1 - wrong / max(expected[name].out.size, 1)
         num_wrong, num_elems = num_wrong + wrong, num_elems + expected[name].out.size
     worst = min(shares, key=shares.__getitem__)
-    print(f"FIGURES {case} {out}: {1 - num_wrong / num_elems:.6%}, worst {worst} {shares[worst]:.6%}")
+    print(f"FIGURES {method} {out}: {1 - num_wrong / num_elems:.6%}, worst {worst} {shares[worst]:.6%}")
     assert num_wrong <= (1 - LEAST_SHARE) * num_elems
 
 
@@ -261,7 +266,7 @@ def test_zeros_subnormals_and_extremes_are_ranked(values: list[float], kept: lis
     assert found.tolist() == torch.tensor(kept).double().tolist()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, ["ties", "breadcrumbs", "dare_ties", "della", "sce of some"]))
 def test_memory_and_threads_change_no_byte(case: str, spanning: Spanning, tmp_path: Path) -> None:
     """BF16 task vectors have thousands of equal magnitudes at every threshold."""
     method, asked, _ = CASES[case]

@@ -20,6 +20,7 @@ from stockflow.run.inputs import Inputs
 from tests import oracle, runs
 from tests.checkpoints import Family, Shape, make_family, write_checkpoint, write_recipe
 from tests.runs import MIB
+from tests.selection import by_name, diagonal
 
 FEW = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 """Every example is a whole merge of small files."""
@@ -171,8 +172,7 @@ def test_the_ratio_does_not_depend_on_the_size_of_the_task_vectors(scale: float,
     assert 0.6 < usual["ratio"] < 0.7
 
 
-@pytest.mark.parametrize("num_tuned", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize(("num_tuned", "scope"), diagonal(by_name(2, 3, 4, 5, 6), by_name("tensor", "row")))
 def test_the_order_of_the_models_does_not_matter(scope: str, num_tuned: int, tmp_path: Path) -> None:
     shapes: dict[str, Shape] = {"a": (40, 1023), "b": (100, 999), "c": (140_001,)}
     family = make_family(tmp_path / "family", num_tuned, shapes, cosine=0.1, heavy_tailed=True)
@@ -217,8 +217,10 @@ def special_values(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([torch.tensor(special, dtype=dtype), ordinary]).reshape(2, 150)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@ANY_METHOD
+@pytest.mark.parametrize(
+    ("asked", "dtype"),
+    diagonal(METHODS, by_name(torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+)
 def test_merging_copies_returns_them_bit_for_bit(asked: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {"w": special_values(dtype), "zeros": -torch.zeros(5, 5, dtype=dtype)}
     folders = [write_checkpoint(tmp_path / f"copy-{number}", tensors) for number in range(4)]

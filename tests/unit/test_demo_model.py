@@ -102,6 +102,7 @@ def test_a_single_file_loads_as_well(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name].float(), loaded[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_training_twice_gives_the_same_weights() -> None:
     def trained() -> LanguageModel:
         model = tiny_model()
