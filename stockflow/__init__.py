@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from stockflow.version import __version__
 
 if TYPE_CHECKING:
+    from stockflow.adapters.combination import CombinationPlan
+    from stockflow.adapters.combining import CombinedAdapter
     from stockflow.adapters.findings import ExtractedTensor, Extraction
     from stockflow.api import audit, diff, extract, inspect, merge, plan, report, verify
     from stockflow.errors import (
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from stockflow.verification.verify import Finding, Verification
 
 _HOMES = {
+    "adapters.combination": ("CombinationPlan",),
+    "adapters.combining": ("CombinedAdapter",),
     "adapters.findings": ("ExtractedTensor", "Extraction"),
     "api": ("audit", "diff", "extract", "inspect", "merge", "plan", "report", "verify"),
     "insight.difference": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
@@ -82,7 +86,7 @@ __all__ = [  # noqa: RUF022  # as in _HOMES
     "__version__",
     "MergeResult", "PlanResult", "audit", "diff", "extract", "inspect", "merge", "plan", "report", "verify",
     "CheckpointDifference", "GroupDifference", "TensorDifference",
-    "ExtractedTensor", "Extraction",
+    "CombinationPlan", "CombinedAdapter", "ExtractedTensor", "Extraction",
     "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
     "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "LinkError", "MissingLibraryError",
     "NotFoundError",

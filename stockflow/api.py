@@ -14,7 +14,7 @@ from stockflow.forecast.constants import load_calibration
 from stockflow.forecast.seconds import Conditions, forecast
 from stockflow.planning.budget import default_memory
 from stockflow.planning.make import few_shards_note
-from stockflow.recipe import RecipeLike, resolve_location
+from stockflow.recipe import RecipeLike, recipe_of, resolve_location
 from stockflow.results import MergeResult, PlanResult
 from stockflow.run import driver
 from stockflow.run.driver import MergeOptions
@@ -33,9 +33,11 @@ from stockflow.settings import (
 from stockflow.wiring import (
     execute_on,
     is_on_ray,
+    merge_adapter,
     open_inputs,
     open_merge,
     options_of,
+    plan_adapter,
     sample_options,
     storage_of,
     survey_on,
@@ -43,6 +45,8 @@ from stockflow.wiring import (
 )
 
 if TYPE_CHECKING:
+    from stockflow.adapters.combination import CombinationPlan
+    from stockflow.adapters.combining import CombinedAdapter
     from stockflow.adapters.findings import Extraction
     from stockflow.forecast.constants import Calibration
     from stockflow.insight.difference import CheckpointDifference
@@ -55,8 +59,10 @@ if TYPE_CHECKING:
 @explains(PlanSettings)
 def plan(
     recipe: RecipeLike, output: Location, *, on_event: OnEvent = ignore, **settings: Unpack[PlanSettings]
-) -> PlanResult:
+) -> "PlanResult | CombinationPlan":
     """Return what a merge would read, write, hold, take and cost; refuse what cannot work. Nothing is written.
+
+    Of a recipe whose output is an adapter: its rank, targets and bytes.
 
     Args:
         recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
@@ -68,7 +74,9 @@ def plan(
         UserError: the recipe, the inputs or the budget must change.
         StorageError: reading failed after retries.
     """
-    chosen = resolved(PlanSettings, settings)
+    chosen, recipe = resolved(PlanSettings, settings), recipe_of(recipe)
+    if recipe.stockflow.output == "adapter":
+        return plan_adapter(recipe, output, chosen, on_event)[0]
     constants = load_calibration(chosen.calibration)
     options, conditions = _conditions(chosen, constants[0] if chosen.calibration else None)
     inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs)
@@ -124,8 +132,10 @@ def _planned(
 @explains(MergeSettings)
 def merge(
     recipe: RecipeLike, output: Location, *, on_event: OnEvent = ignore, **settings: Unpack[MergeSettings]
-) -> MergeResult:
+) -> "MergeResult | CombinedAdapter":
     """Merge checkpoints as the recipe says and publish the result; the same call again resumes.
+
+    A recipe whose output is an adapter merges adapters into one, without a look at their base.
 
     Args:
         recipe: a file, a URL, its YAML as a text of several lines, or what the YAML says as a mapping.
@@ -138,7 +148,9 @@ def merge(
         StorageError: storage failed after retries; the same call again resumes.
         ComputeLostError: workers were lost for good.
     """
-    chosen = resolved(MergeSettings, settings)
+    chosen, recipe = resolved(MergeSettings, settings), recipe_of(recipe)
+    if recipe.stockflow.output == "adapter":
+        return merge_adapter(recipe, output, chosen, on_event)
     options, execute = options_of(chosen, chosen.workers), execute_on(chosen)
     inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs)
     result = driver.merge(inputs, os.fspath(output), options, execute, on_event)

@@ -13,7 +13,7 @@ from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.output.receipts import Receipt
 from stockflow.planning.budget import default_memory
 from stockflow.planning.plan import ShardPlan
-from stockflow.recipe import RecipeLike, amended, recipe_of
+from stockflow.recipe import Recipe, RecipeLike, amended, recipe_of
 from stockflow.recipe.values import OUTPUT_DTYPES
 from stockflow.run.driver import Execute, MergeOptions
 from stockflow.run.inputs import Inputs
@@ -22,9 +22,11 @@ from stockflow.settings import (
     ExecutorName,
     Location,
 )
-from stockflow.storage import StorageConfig, trusted_folders
+from stockflow.storage import StorageConfig, open_store, trusted_folders
 
 if TYPE_CHECKING:
+    from stockflow.adapters.combination import CombinationPlan, Sources
+    from stockflow.adapters.combining import CombinedAdapter
     from stockflow.adapters.extraction import ExtractOptions
     from stockflow.engine.survey import Look, SurveySpec
     from stockflow.engine.worker import WorkerSpec
@@ -202,6 +204,37 @@ def extract_options(chosen: SimpleNamespace) -> "ExtractOptions":
         keep_whole=chosen.keep_whole,
         embeddings=chosen.embeddings,
         overwrite=chosen.overwrite,
+    )
+
+
+def plan_adapter(
+    recipe: Recipe, output: Location, chosen: SimpleNamespace, on_event: OnEvent
+) -> "tuple[CombinationPlan, Sources]":
+    """Return what the adapters of a recipe make together, and the adapters; nothing is written."""
+    from stockflow.adapters.binding import plan_combination
+    from stockflow.adapters.sources import open_sources
+
+    storage = storage_of(recipe, chosen.follow_links)
+    store = open_store(os.fspath(output), storage, writable=True)
+    sources = open_sources(recipe, storage, on_event)
+    return plan_combination(recipe, sources, store.url), sources
+
+
+def merge_adapter(recipe: Recipe, output: Location, chosen: SimpleNamespace, on_event: OnEvent) -> "CombinedAdapter":
+    """Merge the adapters of a recipe into one, in this process."""
+    from stockflow.adapters.combining import combine
+
+    plan, sources = plan_adapter(recipe, output, chosen, on_event)
+    options = merge_options(memory=chosen.memory, workers=None if is_on_ray(chosen.executor) else chosen.workers)
+    return combine(
+        plan,
+        sources,
+        open_store(os.fspath(output), storage_of(recipe, chosen.follow_links), writable=True),
+        recipe.text,
+        memory_bytes=options.memory_bytes,
+        num_threads=options.num_threads,
+        overwrite=chosen.overwrite,
+        on_event=on_event,
     )
 
 

@@ -1,8 +1,9 @@
-"""The card of an adapter: what it was made of, and what it keeps."""
+"""Cards of adapters: what they were made of, and what they keep."""
 
+from stockflow.adapters.combination import CombinationPlan, ranks_in_words
 from stockflow.adapters.findings import Extraction, share
 from stockflow.storage import redact
-from stockflow.text.escaping import code_cell
+from stockflow.text.escaping import code_block, code_cell
 from stockflow.version import __version__
 
 
@@ -32,4 +33,29 @@ factors keep it.
 | tensor | held by | rank | energy kept |
 |---|---|---:|---:|
 {table}
+"""
+
+
+def combination_card(plan: CombinationPlan, recipe_text: str) -> str:
+    """Return README.md of an adapter that was made of others."""
+    inputs = "\n".join(f"| {code_cell(redact(url))} |" for url in plan.urls)
+    return f"""---
+library_name: peft
+tags:
+- lora
+- merge
+- stockflow
+---
+# An adapter of {len(plan.urls)} adapters
+
+Merged by stockflow {__version__}, in float64, each number rounded once: {len(plan.modules)} modules with factors of
+{ranks_in_words(plan.modules)}.
+
+| adapter |
+|---|
+{inputs}
+
+## Recipe
+
+{code_block(recipe_text.strip(), "yaml")}
 """

@@ -11,7 +11,7 @@ from stockflow.adapters import sketch
 from stockflow.adapters.card import extraction_card
 from stockflow.adapters.examiners import FactoredChange, SketchExaminer, TunedTensor, WholeExaminer
 from stockflow.adapters.findings import ExtractedTensor, Extraction
-from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole
+from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole, stores_turned, task_of
 from stockflow.adapters.publishing import Spool, admit, publish
 from stockflow.adapters.targets import FactorTarget, KeptWhole, Pair, kept_whole, module_of, paired
 from stockflow.checkpoints.header import TensorSpec, width_of
@@ -231,7 +231,8 @@ def _published(store: Store, extracting: _Extracting, kept: KeptWhole, started: 
         candidates={module_of(name) for name in pair.base.specs},
         saved=[*kept.modules, *heads],
         has_biases=bool(kept.biases),
-        config=pair.base.config,
+        is_turned=stores_turned(pair.base.config),
+        task=task_of(pair.base.config),
     )
     found = Extraction(
         output_url=store.url,

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stockflow.checkpoints.adapter_keys import PREFIX
 from stockflow.checkpoints.configs import Config
@@ -16,25 +16,29 @@ from stockflow.storage import redact
 WEIGHTS_FILE = "adapter_model.safetensors"
 _CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose linear layers store weights as ``[in, out]``."""
+MAX_PATTERNS = 4000
+"""About how many patterns of ranks are written; readers try each on every module."""
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
-_HUB = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?")
+_HUB = re.compile(r"(hf://)?(?P<name>[^/@:]+/[^/@]+)(@(?P<revision>[^/]+))?")
 
 
 @dataclass(frozen=True)
 class AdapterDescription:
     """What is said of an adapter besides its tensors. The scale of every product is 1."""
 
-    base: str
+    base: str | None
     """location of the base"""
     ranks: Mapping[str, int]
     """of every module that has factors"""
-    candidates: Collection[str]
-    """all modules of the base that have tensors"""
+    candidates: Collection[str] | None
+    """all modules of the base that have tensors; None: they are not known"""
     saved: Sequence[str] = ()
     """modules that are saved whole"""
     has_biases: bool = False
-    config: Config | None = field(default=None, repr=False)
-    """of the base"""
+    is_turned: bool = False
+    """whether linear layers store weights as ``[in, out]``"""
+    task: str | None = None
+    """that PEFT wraps the model for"""
 
     @property
     def rank(self) -> int:
@@ -44,12 +48,12 @@ class AdapterDescription:
 
     def encode(self) -> bytes:
         """Return adapter_config.json."""
-        others = {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank != self.rank}
-        named = _HUB.fullmatch(self.base)
+        others = patterns({name: rank for name, rank in self.ranks.items() if rank != self.rank})
+        named = _HUB.fullmatch(self.base or "")
         said = {
-            "base_model_name_or_path": named["name"] if named else redact(self.base),
+            "base_model_name_or_path": named["name"] if named else self.base and redact(self.base),
             "bias": "all" if self.has_biases else "none",
-            "fan_in_fan_out": stores_turned(self.config),
+            "fan_in_fan_out": self.is_turned,
             "inference_mode": True,
             "init_lora_weights": True,
             "lora_alpha": self.rank,
@@ -61,11 +65,23 @@ class AdapterDescription:
             "rank_pattern": others,
             "revision": named["revision"] if named else None,
             "target_modules": target_modules(self.ranks, self.candidates),
-            "task_type": task_of(self.config),
+            "task_type": self.task,
             "use_dora": False,
             "use_rslora": False,
         }
         return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def patterns(ranks: Mapping[str, int]) -> Mapping[str, int]:
+    """Return ranks by pattern, of several names each where there are many."""
+    together = -(-len(ranks) // MAX_PATTERNS)
+    found: dict[str, int] = {}
+    for rank in sorted(set(ranks.values())):
+        names = [re.escape(name) for name, own in ranks.items() if own == rank]
+        for first in range(0, len(names), together):
+            some = names[first : first + together]
+            found[f"^{some[0]}" if len(some) == 1 else f"^({'|'.join(some)})"] = rank
+    return found
 
 
 def stores_turned(config: Config | None) -> bool:
@@ -89,9 +105,11 @@ def _architectures(config: Config | None) -> list[str]:
     return list(map(str, found)) if isinstance(found, list) else []
 
 
-def target_modules(targets: Collection[str], candidates: Iterable[str]) -> list[str]:
+def target_modules(targets: Collection[str], candidates: Iterable[str] | None) -> list[str]:
     """Return the modules as PEFT takes them: the last part of a name where all that end in it are targets."""
     chosen = set(targets)
+    if candidates is None:
+        return sorted(chosen)
     uneven = {_last(name) for name in candidates if name not in chosen}
     return sorted({name if _last(name) in uneven else _last(name) for name in chosen})
 

@@ -104,10 +104,10 @@ def approximation(images_RK: Floats, products_CK: Floats, squares: float) -> App
     right_CL, core_LL = np.linalg.qr(rows_CL)
     inner_LL, found_L, outer_LL = np.linalg.svd(core_LL.T, full_matrices=False)
     left_RL = basis_RK @ (turned_KL[:, is_known] @ inner_LL)
-    return _with_signs(left_RL, found_L, right_CL @ outer_LL.T, squares)
+    return with_signs(left_RL, found_L, right_CL @ outer_LL.T, squares)
 
 
-def _with_signs(left_RL: Floats, values_L: Floats, right_CL: Floats, squares: float) -> Approximation:
+def with_signs(left_RL: Floats, values_L: Floats, right_CL: Floats, squares: float) -> Approximation:
     """Return an approximation in which the largest element of each left direction is positive."""
     largest_L = left_RL[np.abs(left_RL).argmax(axis=0), np.arange(left_RL.shape[1])]
     signs_L = np.where(largest_L < 0.0, -1.0, 1.0)

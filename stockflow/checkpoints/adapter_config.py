@@ -61,6 +61,8 @@ class AdapterConfig:
     """whether what is done to an embedding is done to the head that is tied to it, too"""
     base: str | None
     """what it calls the model it belongs to"""
+    task: str | None
+    """that the model was wrapped for"""
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """Return the rows of a module that are replaced."""
@@ -152,6 +154,7 @@ def _parsed(given: object) -> AdapterConfig:
         expert_layout=_read(given, "moe_lora_layout", _text, "unsloth" if _is_of_unsloth(given) else "") or None,
         keeps_ties=_read(given, "ensure_weight_tying", _flag, False),
         base=f"{base}@{revision}" if base and is_pinned else base if isinstance(base, str) else None,
+        task=_read(given, "task_type", _text, "") or None,
     )
 
 

@@ -182,7 +182,7 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
 def _on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:
     """Yield that an adapter says it belongs to a model of another name than the one it is put on."""
     base = store.model.where()
-    if named and _bare(named) != _bare(base):
+    if named and bare_name(named) != bare_name(base):
         text = (
             f"{store.adapter.where()} says that its base is {shown(named)}, and is put on {base}: if these are not the "
             "same weights, what it adds means nothing"
@@ -190,7 +190,7 @@ def _on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:
         yield Remark("adapter-elsewhere", text, "note", (store.url,))
 
 
-def _bare(location: str) -> str:
+def bare_name(location: str) -> str:
     """Return the name of a model without where it lies and which revision it is."""
     return location.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
 

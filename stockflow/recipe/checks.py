@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from stockflow.errors import RecipeError
 from stockflow.methods.protocol import Method, Parameter, Scalar
+from stockflow.recipe.adapter_checks import adapter_problems
 from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.locations import resolve_location
 from stockflow.recipe.model import Recipe
@@ -43,7 +44,7 @@ def find_problems(recipe: Recipe, unread: Collection[str] = ()) -> Iterator[Prob
         unread: names of parameters that are given where they could not be read.
     """
     problems = [*_location_problems(recipe), *_vocabulary_problems(recipe), *_template_problems(recipe)]
-    problems += [*_rule_problems(recipe), *_format_problems(recipe), *slice_problems(recipe)]
+    problems += [*_rule_problems(recipe), *_format_problems(recipe), *slice_problems(recipe), *adapter_problems(recipe)]
     slices = tuple(_distinct(slices_of(recipe)))
     for each in slices:
         problems += [(each.within(path), text) for path, text in _problems_of(each, unread)]

@@ -62,6 +62,12 @@ class Options(Part):
         default=None,
         description="whether experts are written one by one or all of a layer together; else as the base's",
     )
+    output: Literal["model", "adapter"] = Field(
+        default="model", description="what is written: a model or, of adapters on one base, an adapter"
+    )
+    rank: StrictInt | None = Field(
+        default=None, ge=1, description="rank that the factors of such an adapter are cut to; else the sum of the ranks"
+    )
     shard_size: Size = Field(default=None, description="largest shard, as 5GB, 256MiB or bytes")
     layers: LayerPattern | None = Field(
         default=None, description="how names in layers begin, as `backbone.stage_{layer}.`; else the common ones"

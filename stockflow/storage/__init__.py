@@ -14,7 +14,7 @@ from stockflow.storage.base import (
     check_stamp,
     read_small,
 )
-from stockflow.storage.joined import JoinedStore, ReadsInPlace, halves_of, joined, key_of_adapter
+from stockflow.storage.joined import JoinedStore, ReadsInPlace, halves_of, joined, key_of_adapter, own_key
 from stockflow.storage.links import trusted_folders
 from stockflow.storage.local import LocalStore, PinnedFile
 from stockflow.storage.locate import (
@@ -52,6 +52,7 @@ __all__ = [
     "normalize_url",
     "open_model",
     "open_store",
+    "own_key",
     "pin_revision",
     "read_small",
     "redact",

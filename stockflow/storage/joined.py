@@ -28,6 +28,11 @@ def key_of_adapter(key: str) -> str:
     return f"{_ADAPTERS}{key}"
 
 
+def own_key(key: str) -> str:
+    """Return the key of a file in the adapter's folder, of that in the place of both."""
+    return key.removeprefix(_ADAPTERS)
+
+
 @runtime_checkable
 class ReadsInPlace(Protocol):
     """A store whose files the threads that compute may keep open."""
@@ -109,7 +114,7 @@ class JoinedStore:
     def _home(self, key: str) -> tuple[Store, str]:
         """Return the store that holds a file, and its key there."""
         if key.startswith(_ADAPTERS):
-            return self.adapter, key.removeprefix(_ADAPTERS)
+            return self.adapter, own_key(key)
         return self.model, key
 
 

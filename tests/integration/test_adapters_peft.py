@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+import stockflow
 from tests import oracle, runs
 from tests.benchmarks.peers import ENVIRONMENT
 from tests.peft_models import CASES
@@ -54,3 +56,20 @@ def test_a_model_with_an_adapter_is_what_peft_makes_of_it(case: str, models: Pat
     assert equal >= LEAST_EQUAL * total
     base = oracle.load_checkpoint(models / case / "base")
     assert any((base[name].array != found[name].array).any() for name in base)
+
+
+def test_an_adapter_of_adapters_is_what_peft_makes_of_all(models: Path, tmp_path: Path) -> None:
+    cases, weights = ("plain", "rslora", "patterns"), (0.5, 0.2, 0.3)
+    listed = [
+        {"model": str(models / case / "lora"), "parameters": {"weight": weight}}
+        for case, weight in zip(cases, weights, strict=True)
+    ]
+    recipe = {"merge_method": "linear", "models": listed, "stockflow": {"output": "adapter"}}
+    stockflow.merge(recipe, tmp_path / "lora")
+
+    with_peft("merge", models / "plain" / "base", tmp_path / "lora", tmp_path / "merged")
+
+    merged, *own = (oracle.load_checkpoint(path / "merged") for path in (tmp_path, *(models / case for case in cases)))
+    for name, (_, found) in merged.items():
+        expected = sum(weight * each[name].array for weight, each in zip(weights, own, strict=True))
+        np.testing.assert_allclose(found, expected, atol=2e-6, err_msg=name)

@@ -45,6 +45,6 @@ def test_commands_in_a_text_have_the_arguments_they_need(page: str, name: str, w
 
 
 def test_the_page_has_recipes_and_commands() -> None:
-    assert len(RECIPES) == 11
+    assert len(RECIPES) == 12
     assert len(COMMANDS) > 12
     assert len(SHOWN) > 12
