@@ -1,13 +1,20 @@
 """Names of modules in an adapter and of tensors in its base, which differ in what wraps the model."""
 
+import re
 from collections.abc import Iterator, Mapping
 
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.naming import WRAPPERS
 
+_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 _GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _OF_FUSED = {"gate_up_proj": (_GATES, _UPS), "down_proj": (_DOWNS,)}
 """What an expert's matrices are called where each is stored by itself, in the order in which they are fused."""
+
+
+def factors_within(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Return the names of factors of adapters, and of what they wrap, in a whole model."""
+    return [name for name in specs if ".lora_" in name and _FACTOR.search(name)]
 
 
 def unwrapped(name: str) -> str:

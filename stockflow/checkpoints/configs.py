@@ -100,8 +100,9 @@ def original_length(section: Config) -> object:
 
 
 def sliding_window(section: Config) -> object:
-    """Return the width of the attention window where one is used."""
-    return None if section.get("use_sliding_window") is False else first("sliding_window", "window_size")(section)
+    """Return the width of the attention window, 0 where none is used; None if nothing is said of it."""
+    is_off = section.get("use_sliding_window") is False or section.get("sliding_window", 0) is None
+    return 0 if is_off else first("sliding_window", "window_size")(section)
 
 
 _SAME_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu"}

@@ -33,6 +33,8 @@ _ONE_TENSOR = (
 )
 """Always one tensor, whatever the config says, where several are there; the first is the one that others copy."""
 _COPIES = {copy: original for original, *copies in _ONE_TENSOR for copy in copies}
+_WITH_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+"""How classes end whose models have a head."""
 _PREFIXES = ("", "model.")
 """of a stored name, where that of another name of the tensor is none"""
 _ENDS = (*_HEADS, *_EMBEDDINGS, *_COPIES, *_COPIES.values())
@@ -124,6 +126,12 @@ def tie_flag(config: Config | None) -> bool | None:
     """Return whether a config says that head and embedding are one tensor; None if it leaves that to its class."""
     given = [section[TIE_KEY] for _, section in sections(config or {}) if isinstance(section.get(TIE_KEY), bool)]
     return bool(given[0]) if given else None
+
+
+def has_head(config: Config | None) -> bool:
+    """Return whether the class that a config names has a head over the vocabulary, or none is named."""
+    classes = (config or {}).get("architectures")
+    return not isinstance(classes, list) or not classes or str(classes[0]).endswith(_WITH_HEADS)
 
 
 def untied(config: Config) -> dict[str, object]:

@@ -1,26 +1,40 @@
 """Recomputed buffers: what loaders make anew from the config, and older files hold beside the weights."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
-from stockflow.text.sizes import counted
+from stockflow.text.sizes import are, counted
+from stockflow.text.strictjson import shown
 
-_RECOMPUTED = ".rotary_emb.inv_freq"
+_RECOMPUTED = re.compile(
+    r"\.rotary_emb\.inv_freq$|(^|\.)embeddings\.position_ids$|\.(attn|attention)\.(masked_bias|bias)$|\.attn\.embed_positions$"
+)
+"""Rotary frequencies, the numbers of positions, causal masks: of a bias there is one row per head, not a mask."""
 
 
 def without_recomputed(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints without the rotary frequencies that only some hold, and with what is to be said of that.
+    """Return the checkpoints without the buffers that only some hold, and with what is to be said of that.
 
-    Frequencies that all hold, and those that a rule names, are kept.
+    Those that all hold, and those that a rule names, are kept.
     """
     first = checkpoints[0].specs.keys()
-    uneven = {name for each in checkpoints[1:] for name in first ^ each.specs.keys() if name.endswith(_RECOMPUTED)}
+    uneven = {name for each in checkpoints[1:] for name in first ^ each.specs.keys() if _RECOMPUTED.search(name)}
+    uneven = {
+        name for name in uneven if all(_is_buffer(each.specs[name]) for each in checkpoints if name in each.specs)
+    }
     dropped = {name for name in uneven if recipe.rule_for(name) is None}
     return [_without(each, dropped) for each in checkpoints] if dropped else list(checkpoints)
+
+
+def _is_buffer(spec: TensorSpec) -> bool:
+    """Return whether a tensor that is named as a buffer is one: a causal mask has four axes, a bias has one."""
+    return not spec.name.endswith(".bias") or (len(spec.shape) == 4 and spec.shape[:2] == (1, 1))
 
 
 def _without(checkpoint: Checkpoint, names: set[str]) -> Checkpoint:
@@ -28,7 +42,11 @@ def _without(checkpoint: Checkpoint, names: set[str]) -> Checkpoint:
     if not held:
         return checkpoint
     url = redact(checkpoint.url)
-    text = f"{counted(len(held), 'buffer')} `rotary_emb.inv_freq` of {url} are left out: not every model has them"
-    remark = Remark("recomputed", f"{text}, and loaders compute them", "note", models=(url,), tensors=tuple(held))
+    them = "it" if len(held) == 1 else "them"
+    text = (
+        f"{counted(len(held), 'buffer')} of {url} such as {shown(held[0])} {are(len(held))} left out: not every model "
+        f"has {them}, and loaders compute {them}"
+    )
+    remark = Remark("recomputed", text, "note", models=(url,), tensors=tuple(held))
     specs = {name: spec for name, spec in checkpoint.specs.items() if name not in names}
     return replace(checkpoint, specs=specs, remarks=(*checkpoint.remarks, remark))

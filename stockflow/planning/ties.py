@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.heads import TiedNames, is_head, may_be_tied, original_of, tie_flag, tied_names
+from stockflow.checkpoints.heads import TiedNames, has_head, is_head, may_be_tied, original_of, tie_flag, tied_names
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.job import TensorJob
 from stockflow.recipe import Recipe
@@ -72,9 +72,11 @@ def missing_head_remedy(name: str, where: str, config: Config | None) -> str:
         return ""
     if tie_flag(config) is not False:
         return f"no embedding there has rows as long, so it is tied to none: give {where} the head"
+    found = f"its config says that it has a head of its own: give {where} the head"
     return (
-        f"its config says that it has a head of its own: give {where} the head, or say "
-        "`tie_word_embeddings: true` there if head and embedding are one"
+        f"{found}, or say `tie_word_embeddings: true` there if head and embedding are one"
+        if has_head(config)
+        else found
     )
 
 

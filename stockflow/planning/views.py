@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from stockflow.checkpoints.adapter_names import factors_within
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.naming import WRAPPERS
 from stockflow.checkpoints.opening import Checkpoint
@@ -65,6 +66,8 @@ def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
     if other.specs.keys() == donor.specs.keys():
         return None
     lacking, besides = _apart(donor, other)
+    if lacking and (factors := factors_within({name: other.specs[name] for name in besides})):
+        return factors_said(redact(other.url), factors)
     if not lacking or not besides:
         return None
     held, expected = (
@@ -80,6 +83,15 @@ def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
     )
 
 
+def factors_said(url: str, factors: Sequence[str]) -> str:
+    """Return that a model holds factors of an adapter, and what to do about it."""
+    return (
+        f"{url} holds {counted(len(factors), 'factor')} of adapters such as {shown(factors[0])}, and sums of factors "
+        "are not factors of sums: put them into the weights (`model.merge_and_unload()`), or give base and adapter, "
+        "`model: BASE+ADAPTER`"
+    )
+
+
 def _apart(donor: Checkpoint, other: Checkpoint) -> tuple[list[str], list[str]]:
     """Return what one lacks and what it has besides, in the order of each."""
     lacking = [name for name in donor.specs if name not in other.specs]
@@ -91,7 +103,8 @@ def _pairs(donor: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[_
     lacking, besides = _apart(donor, other)
     bare = {_unwrapped(name): name for name in besides}
     found = {name: theirs for name in lacking if (theirs := bare.get(_unwrapped(name)))}
-    renamings = [_Renaming("", f"{min(_TRANSPARENT)}.")] if found else []
+    inside = {part for pair in found.items() for name in pair for part in name.split(".")} & _TRANSPARENT
+    renamings = [_Renaming("", f"{min(inside)}.")] if found else []
     left, held = [name for name in lacking if name not in found], set(besides) - set(found.values())
     while held and (renaming := _likeliest(left, sorted(held))) and len(renamings) < MAX_RENAMINGS:
         names = {name: theirs for name in left if (theirs := renaming.of(name)) in held}

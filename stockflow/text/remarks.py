@@ -21,6 +21,7 @@ CODES: Mapping[str, str] = {
     "damaged-file": "files to copy that are git-lfs pointers, web pages, empty or no JSON",
     "doubled-tensors": "tensors in several files of a checkpoint, of which the one the index names is read",
     "dtypes-differ": "tensors whose sources have several dtypes",
+    "factors-inside": "factors of adapters beside the weights of a model, which are no weights by themselves",
     "heads-differ": "attention heads of several numbers or sizes over equal shapes",
     "expert-layouts": "experts that are stored one by one in some models and all of a layer together in others",
     "head-untied": "a head of its own where other models, or the published config, tie it to the embedding",
@@ -81,6 +82,7 @@ CODES: Mapping[str, str] = {
     "vocabularies-differ": "token ids that stand for different tokens in models whose rows are merged",
     "vocabularies-unread": "tokenizers that cannot be compared",
     "weights-chosen": "which of a folder's files are read as its weights, where that was not plain",
+    "zeros": "tensors of zeros alone where another model has numbers",
 }
 """What each code is about; `stockflow: {accept: [CODE]}` takes those of refusals."""
 

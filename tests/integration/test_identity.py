@@ -3,11 +3,13 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -20,7 +22,7 @@ from stockflow.run.driver import MergeOptions, plan_merge
 from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, open_store
 from tests import runs
-from tests.checkpoints import LLAMA_CONFIG, Family, make_family, write_checkpoint
+from tests.checkpoints import LLAMA_CONFIG, Family, llama_shapes, make_family, write_checkpoint
 from tests.hub_server import COMMIT, hub_server
 
 TIED = LLAMA_CONFIG | {"tie_word_embeddings": True}
@@ -231,6 +233,36 @@ def test_another_model_of_equal_shapes_is_called_one(tmp_path: Path, family: Fam
     (remark,) = plan.remarks
     assert (remark.code, remark.models) == ("stranger", (str(stranger),))
     assert float(remark.values[str(stranger)]) == pytest.approx(2**0.5, abs=0.2)
+
+
+def llamas(root: Path, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> tuple[Path, Family]:
+    """Write a base and two tunes, and a copy of one of which some tensors are others."""
+    family = make_family(root, 2, llama_shapes(TIED), buffers=False, delta_scale=0.01)
+    tensors = load_file(family.tuned[0] / "model.safetensors")
+    changed = {name: change(tensors[name]).contiguous() for name, change in changes.items()}
+    return write_checkpoint(root / "changed", tensors | changed), family
+
+
+def test_matrices_the_other_way_round_are_named_though_the_rest_is_a_tune(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qo"]
+    turned, family = llamas(tmp_path, dict.fromkeys(names, torch.t))
+
+    plan = planned(recipe_at(tmp_path, family.base, family.tuned[1], turned))
+
+    (remark,) = plan.remarks
+    assert (remark.code, remark.models) == ("stranger", (str(turned),))
+    assert remark.tensors
+    assert set(remark.tensors) <= set(names)
+
+
+def test_zeros_of_a_download_that_broke_off_are_named(tmp_path: Path) -> None:
+    broken, family = llamas(tmp_path, {"lm_head.weight": torch.zeros_like})
+
+    plan = planned(recipe_at(tmp_path, family.base, family.tuned[1], broken))
+
+    (remark,) = plan.remarks
+    assert (remark.code, remark.severity, remark.models) == ("zeros", "warning", (str(broken),))
+    assert remark.tensors == ("lm_head.weight",)
 
 
 def test_samples_are_one_small_read_of_each_of_eight_matrices(tmp_path: Path, family: Family) -> None:

@@ -187,6 +187,7 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "CLIP's epsilon": (
         CONFIG, CLIP, within(CLIP, "vision_config", layer_norm_eps=1e-6), "vision_config.norm epsilon",
     ),
+    "a window that is switched off": (CONFIG, MISTRAL, {**MISTRAL, "sliding_window": None}, "sliding_window"),
     "window": (CONFIG, MISTRAL, {**MISTRAL, "sliding_window": 8192}, "sliding_window"),
     "pattern": (
         CONFIG, GEMMA3, within(GEMMA3, "text_config", sliding_window_pattern=4), "text_config.sliding_window_pattern",

@@ -114,6 +114,75 @@ def test_a_rule_decides_about_rotary_frequencies(tmp_path: Path) -> None:
     assert ROTARY in jobs_of(plan)
 
 
+MASK = torch.ones(1, 1, 4, 4).tril()
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer"),
+    [
+        ("h.0.attn.bias", MASK),
+        ("h.0.attn.masked_bias", torch.tensor(-1e4)),
+        ("embeddings.position_ids", torch.arange(4)[None]),
+    ],
+)
+def test_masks_and_positions_of_some_models_are_left_out_and_said(
+    tmp_path: Path, name: str, buffer: torch.Tensor
+) -> None:
+    merge = Merge(tmp_path)
+    merge.models[1][name] = buffer
+
+    plan = merge.write().plan()
+
+    assert name not in jobs_of(plan)
+    (told,) = remarks(plan, "recomputed")
+    assert told.text.endswith(f"such as {name!r} is left out: not every model has it, and loaders compute it")
+
+
+def test_a_bias_of_attention_is_no_mask(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    merge.models[1]["h.0.attn.bias"] = torch.ones(4)
+
+    assert "'h.0.attn.bias' is in" in merge.write().refusal()
+
+
+FACTORS = {f"layers.0.q_proj.lora_{part}.default.weight": torch.ones(2, 2) for part in "AB"}
+INSIDE = "holds 2 factors of adapters such as 'layers.0.q_proj.lora_A.default.weight', and sums of factors are not"
+
+
+def test_factors_in_a_whole_model_are_no_weights_whose_rules_could_skip_them(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    tensors = merge.models[1]
+    merge.models[1] = {name: each for name, each in tensors.items() if name != "embed.weight"}
+    merge.models[1] |= {"embed.base_layer.weight": tensors["embed.weight"]} | FACTORS
+
+    said = merge.write().refusal()
+
+    assert INSIDE in said
+    assert "action" not in said
+
+
+def test_factors_of_all_models_are_refused_until_accepted(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models:
+        tensors |= FACTORS
+
+    assert INSIDE in merge.write().refusal()
+    assert len(remarks(merge.plan(stockflow={"accept": ["factors-inside"]}), "factors-inside")) == 3
+    copied = [{"filter": "lora_", "action": "copy"}]
+    assert not remarks(merge.plan(stockflow={"rules": copied}), "factors-inside")
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_names_that_no_loader_knows_are_said_where_the_base_has_them(tmp_path: Path, wrapper: str) -> None:
+    merge = Merge(tmp_path)
+    merge.models[0] = {f"{wrapper}{name}": each for name, each in merge.models[0].items()}
+
+    (told,) = remarks(merge.write().plan(), "promise-unkept")
+
+    assert told.text.startswith(f"6 tensors are written under names such as '{wrapper}position_ids', as ")
+    assert not remarks(Merge(tmp_path / "other").write().plan(), "promise-unkept")
+
+
 def test_another_buffer_that_some_models_hold_is_no_exception(tmp_path: Path) -> None:
     merge = Merge(tmp_path)
     merge.models[0]["layers.0.self_attn.freq"] = torch.arange(4, dtype=torch.float32)

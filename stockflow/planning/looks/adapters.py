@@ -3,11 +3,24 @@
 from collections.abc import Iterator
 
 from stockflow.checkpoints.adapter_decodes import reads_anchor
+from stockflow.checkpoints.adapter_names import factors_within
 from stockflow.methods.protocol import Linear
 from stockflow.planning.factors import factors_of
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.views import factors_said
+from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted, gb
+
+
+def factors_inside(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models hold factors of adapters that would be merged as if they were weights."""
+    merged = {job.output.name for job in proposal.jobs if not job.is_copy and len(job.reading.operands) > 1}
+    for each in proposal.checkpoints:
+        names = [name for name in factors_within(each.specs) if name in merged]
+        if names:
+            text = f"{factors_said(redact(each.url), names)}. Accepted, each is merged as if it were a weight"
+            yield Remark("factors-inside", text, "refusal", (redact(each.url),), tuple(names))
 
 
 def known_changes(proposal: Proposal) -> Iterator[Remark]:

@@ -96,7 +96,7 @@ def promoted_dtypes(proposal: Proposal) -> Iterator[Remark]:
     names: dict[tuple[str, str], list[str]] = {}
     for job in proposal.jobs:
         dtypes = job.reading.dtypes
-        if dtypes.count(dtypes[0]) < len(dtypes) and not job.is_copy:
+        if dtypes.count(dtypes[0]) < len(dtypes) and not job.is_copy and not job.result.rule:
             key = " and ".join(sorted(set(dtypes))), job.output.dtype
             names.setdefault(key, []).append(job.output.name)
     for (found, written), tensors in names.items():

@@ -9,6 +9,7 @@ from stockflow.checkpoints.samples import Sample
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import halves_of, redact
 from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
 
 STRANGER = 1.0
 """Of the weights' own size: a difference that large is no tune's. Of two unrelated models it is sqrt(2)."""
@@ -32,13 +33,42 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
         return
     (base, own), *others = _sampled(proposal) or [("", ())]
     for url, samples in others:
-        far = _relative_distance(own, samples)
-        if far is not None and far >= STRANGER:
+        pairs = [(one, other) for one, other in zip(own, samples, strict=True) if other.values.any()]
+        far = {one.name: distance for one, other in pairs if (distance := _relative_distance([one], [other]))}
+        names = tuple(name for name, distance in far.items() if distance >= STRANGER)
+        whole = _relative_distance(*zip(*pairs, strict=True)) if pairs else None
+        if (whole or 0.0) >= STRANGER:
+            said, names = f"by {whole:.2f} of the weights' own size, where it was looked at: another model, or", ()
+        elif names:
+            most = max(far.values())
+            said = f"by up to {most:.2f} of the weights' own size in {_in_tensors(names)}: made anew, or"
+        else:
+            continue
+        text = f"{url} differs from {base} {said} tensors stored another way round, though of equal shapes"
+        yield Remark("stranger", text, models=(url,), tensors=names, values={url: f"{whole:.3g}"})
+
+
+def zeros(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models have zeros alone in a tensor of which another one has numbers."""
+    sampled = _sampled(proposal)
+    for url, samples in sampled:
+        names = tuple(
+            each.name
+            for number, each in enumerate(samples)
+            if not each.values.any() and any(others[number].values.any() for _, others in sampled)
+        )
+        if names:
             text = (
-                f"{url} differs from {base} by {far:.2f} of the weights' own size, where it was looked at: "
-                "another model, or tensors stored another way round, though of equal shapes"
+                f"{url} has nothing but zeros where it was looked at in {_in_tensors(names)}, and another model has "
+                "numbers there: a download or copy that did not finish, or a tensor that was never trained; fetch it "
+                "again or leave it out"
             )
-            yield Remark("stranger", text, models=(url,), values={url: f"{far:.3g}"})
+            yield Remark("zeros", text, models=(url,), tensors=names)
+
+
+def _in_tensors(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more of the tensors that were looked at" if len(names) > 1 else ""
+    return f"{shown(names[0])}{more}"
 
 
 def _sampled(proposal: Proposal) -> list[tuple[str, Sequence[Sample]]]:

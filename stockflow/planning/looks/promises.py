@@ -8,9 +8,11 @@ from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
-from stockflow.text.sizes import counted
+from stockflow.text.sizes import are, counted
+from stockflow.text.strictjson import shown
 
 _STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 MAX_PARTS = 5
 """Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``."""
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -59,6 +61,24 @@ def missing_predictions(proposal: Proposal) -> Iterator[Remark]:
         if not any(map(extra.search, names)):
             key = next(key for key in section if section[key] == number and ("nextn" in key or "mtp" in key))
             yield _broken(proposal, path + key, number, "no written tensor is of a layer that predicts further tokens")
+
+
+def wrapped_names(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that tensors go out under names that say how the donor was trained, which loaders do not take off."""
+    names = [
+        name
+        for job in proposal.jobs
+        if (name := job.output.name).startswith(_WRAPPERS)
+        or ("._" in name and any(f".{each}" in name for each in _WRAPPERS))
+    ]
+    if names:
+        url = redact(proposal.donor.url)
+        text = (
+            f"{counted(len(names), 'tensor')} {are(len(names))} written under names such as {shown(names[0])}, as "
+            f"{url} has them: loaders do not know what wrapped a model in training, and make such tensors up; save it "
+            "without that"
+        )
+        yield Remark("promise-unkept", text, "warning", (url,), tuple(names))
 
 
 def _described(found: Mapping[str, set[int]]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.heads import TIE_KEY, tie_flag, tied_names
+from stockflow.checkpoints.heads import TIE_KEY, has_head, tie_flag, tied_names
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.ties import written_heads
@@ -65,11 +65,7 @@ def _treatment(job: TensorJob) -> object:
 
 
 def _is_language_model(proposal: Proposal) -> bool:
-    classes = (proposal.config or {}).get("architectures")
-    return isinstance(classes, list) and any(
-        str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM"))
-        for name in classes
-    )
+    return isinstance((proposal.config or {}).get("architectures"), list) and has_head(proposal.config)
 
 
 def _is_any_head(name: str) -> bool:
