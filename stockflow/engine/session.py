@@ -5,7 +5,7 @@ Whoever visits them (a merge, a Gram, an audit, a comparison) says what it does 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from stockflow.engine.devices import Device, open_device
 from stockflow.engine.inputs import OnRead, Sources, Stream
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.units import Unit
+from stockflow.events import Note, OnEvent, ignore
 from stockflow.planning.budget import BASELINE_BYTES, SPANS_AHEAD, Workspace, client_bytes, divide
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import schedule
@@ -24,6 +25,9 @@ from stockflow.text.sizes import MIB
 
 GROWTH_BYTES = {"cpu": 24 * MIB, "cuda": 96 * MIB}
 """What a process still grows once its kernels are loaded: thread stacks, small allocations, lazily loaded code."""
+
+PATIENCE_S = 2.0
+"""for kernels that are only loaded"""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,6 +44,7 @@ class Session:
         memory_bytes: int,
         num_threads: int,
         device: Device = "auto",
+        on_event: OnEvent = ignore,
     ) -> None:
         """Open the inputs and choose the device.
 
@@ -49,6 +54,7 @@ class Session:
             memory_bytes: bound of the process.
             num_threads: compute threads.
             device: where to compute.
+            on_event: told of what keeps it from beginning.
 
         Raises:
             PlanError: a CUDA device is asked for and there is none.
@@ -57,18 +63,23 @@ class Session:
         self.sources = Sources(checkpoints, storage, self.device)
         self.num_threads = num_threads
         self._memory_bytes = memory_bytes
+        self._on_event = on_event
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compute")
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def prepare(self, load_kernels: Callable[[], None]) -> None:
-        """Load, or compile, kernels before there are buffers.
+    def prepare(self, load_kernels: Callable[[], None], patience_s: float = PATIENCE_S) -> None:
+        """Load, or compile, kernels before there are buffers; what takes longer than loading is said.
 
         Not on this thread: what a signal's handler raises here would be lost within a callback of the compiler.
         """
-        self._pool.submit(load_kernels).result()
+        loading = self._pool.submit(load_kernels)
+        with suppress(TimeoutError):
+            return loading.result(patience_s)
+        self._on_event(Note("compiling kernels for this processor, once per machine and kind of merge: some seconds"))
+        return loading.result()
 
     def divide(self, works: Sequence[Work], *, output_url: str = "", output_bytes: int = 0) -> Workspace:
         """Return how to spend the memory on these tensors: after the kernels are loaded, before there are buffers.

@@ -16,6 +16,7 @@ from stockflow.engine.procedures.proceeding import MapSpans, StageClock, Tools
 from stockflow.engine.session import Session
 from stockflow.engine.units import Unit
 from stockflow.engine.warm import small_units
+from stockflow.events import OnEvent, ignore
 from stockflow.planning.budget import LOOKAHEAD_BYTES, Workspace
 from stockflow.planning.job import Reading, TensorJob
 from stockflow.planning.plan import CheckpointRef
@@ -104,7 +105,7 @@ class SurveySpec:
 class Surveyor:
     """One process that looks at tensors within its memory budget."""
 
-    def __init__(self, spec: SurveySpec) -> None:
+    def __init__(self, spec: SurveySpec, on_event: OnEvent = ignore) -> None:
         """Open the inputs and choose the device.
 
         Raises:
@@ -116,6 +117,7 @@ class Surveyor:
             memory_bytes=spec.memory_bytes,
             num_threads=spec.num_threads,
             device=spec.device,
+            on_event=on_event,
         )
         self._tools = Tools(self._session.device, Alarm(spec.checkpoints, "propagate"), StageClock())
 

@@ -10,6 +10,7 @@ from stockflow.engine.process import peak_memory_bytes, process_name
 from stockflow.engine.session import Session
 from stockflow.engine.shard import OnBytes, ShardMerger, ShardRun
 from stockflow.errors import StorageError
+from stockflow.events import OnEvent, ignore
 from stockflow.output import receipts
 from stockflow.output.keys import receipt_key
 from stockflow.output.ownership import check_owner
@@ -39,8 +40,8 @@ class WorkerSpec:
 class Worker:
     """Merges shards; clients, threads and buffers live as long as it does."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        """Open stores and choose the device.
+    def __init__(self, spec: WorkerSpec, on_event: OnEvent = ignore) -> None:
+        """Open stores and choose the device; an event tells what keeps a shard from beginning.
 
         Raises:
             PlanError: a CUDA device is asked for and there is none.
@@ -52,6 +53,7 @@ class Worker:
             memory_bytes=spec.memory_bytes,
             num_threads=spec.num_threads,
             device=spec.device,
+            on_event=on_event,
         )
         self._merger = ShardMerger(self._session, spec.checkpoints, spec.on_nonfinite)
         self._output = open_store(spec.output_url, spec.storage, writable=True)

@@ -35,7 +35,7 @@ MAX_BATCH_BYTES = 2 * 10**9
 
 def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
     """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
-    worker, name = Worker(spec), process_name()
+    worker, name = Worker(spec, on_event), process_name()
 
     def on_bytes(num_read: int, num_written: int) -> None:
         on_event(Moved(num_read, num_written, name))
@@ -187,7 +187,7 @@ def check_gpus(device: str, gpus_per_worker: float) -> None:
 
 def survey_in_this_process(spec: SurveySpec, looks: Sequence[Look], on_event: OnEvent) -> Iterator[tuple[int, Any]]:
     """Look at tensors here; yield the number and the row of each."""
-    surveyor = Surveyor(spec)
+    surveyor = Surveyor(spec, on_event)
     try:
         yield from enumerate(surveyor.survey(looks, lambda num_bytes: on_event(Moved(num_bytes))))
     finally:
