@@ -8,6 +8,8 @@ from stockflow.checkpoints.adapter_config import CONFIG_KEY, AdapterConfig, pars
 from stockflow.checkpoints.documents import read_json
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, read_header
+from stockflow.checkpoints.side_files import is_tokenizer_or_template
+from stockflow.checkpoints.vocabularies import FORMS
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store, key_of_adapter
 
@@ -28,6 +30,8 @@ class Adapter:
     extents: Mapping[str, Extent]
     """by key; the files as they are called in the place of model and adapter together"""
     files: Mapping[str, Stamp]
+    tokenizer: Mapping[str, Stamp]
+    """what is there of a tokenizer and its templates, if there is a vocabulary; by key in the folder"""
 
 
 WithBase = Callable[[Store, str], Store]
@@ -73,7 +77,13 @@ def read_adapter(store: Store, cache: HeaderCache, on_file: OnFile) -> Adapter:
         specs={each.spec.name: each.spec for each in placed},
         extents={each.spec.name: Extent(file, each.start) for each in placed},
         files={file: stamp, key_of_adapter(CONFIG_KEY): files[CONFIG_KEY]},
+        tokenizer=_tokenizer(files),
     )
+
+
+def _tokenizer(files: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    has_vocabulary = any(form.fullmatch(key) for form, _ in FORMS for key in files)
+    return {key: stamp for key, stamp in files.items() if has_vocabulary and is_tokenizer_or_template(key)}
 
 
 def _lack(store: Store, files: Mapping[str, Stamp]) -> str:

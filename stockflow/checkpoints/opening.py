@@ -166,6 +166,8 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
     adapter = read_adapter(store.adapter, cache, on_file)
     names = cache.found(base.specs, BaseNames)
     made = adapted(Ground(store.model.where(), base.specs, base.stored, names, base.config), adapter)
+    store.take_from_adapter(adapter.tokenizer)
+    store.check_links(adapter.tokenizer)
     extents = {**base.extents, **{key_of_adapter(key): extent for key, extent in adapter.extents.items()}}
     return replace(
         base,
@@ -173,10 +175,17 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
         specs={**base.specs, **made.specs} if made.specs else base.specs,
         extents={**extents, **{name: extents[each.parts[0].name] for name, each in made.stored.items()}},
         files={**base.files, **adapter.files},
+        side_files={**_without_tokenizer(base.side_files, adapter.tokenizer), **adapter.tokenizer},
         config=untied(base.config) if made.unties and base.config is not None else base.config,
         stored={**base.stored, **made.stored},
         remarks=(*base.remarks, *_on_base(store, adapter.config.base)),
     )
+
+
+def _without_tokenizer(files: Mapping[str, Stamp], instead: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    """Return what lies beside a model without its own tokenizer, if there is another one in its place."""
+    kept = (key for key in files if not instead or "/" in key or not is_tokenizer_or_template(key))
+    return {key: files[key] for key in kept}
 
 
 def _on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.heads import tie_flag, untied
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.tokenizers import vocabulary_rows
 from stockflow.planning.job import TensorJob
 from stockflow.planning.layer_config import restacked
 from stockflow.planning.stated import stated_quantization
 from stockflow.planning.targets import Stacking
 from stockflow.planning.ties import written_heads
 from stockflow.recipe import Recipe
+from stockflow.storage import halves_of
 
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
@@ -32,7 +34,7 @@ def output_config(
         checkpoints: what its models say.
         jobs: what is written.
         stackings: how layers are put together.
-        num_rows: of the embedding, if they are others than the donor's.
+        num_rows: of the embedding, if they are others than the donor's. A donor with an adapter may have others, too.
     """
     donor = checkpoints[recipe.donor]
     config = donor.config
@@ -43,7 +45,8 @@ def output_config(
         config = restacked(config, stacking, checkpoints)
     if tie_flag(config) is not False and any(head.is_parted(donor) for head in written_heads(checkpoints, jobs)):
         config = untied(config)
-    return config if num_rows is None else _with_vocab_size(config, num_rows)
+    rows = num_rows or (vocabulary_rows(donor.specs) if len(halves_of(donor.url)) > 1 else 0)
+    return _with_vocab_size(config, rows) if rows else config
 
 
 def _with_vocab_size(config: Config, num_rows: int) -> dict[str, object]:

@@ -20,7 +20,7 @@ from stockflow.planning.tokenizer_files import is_taken
 from stockflow.recipe import Recipe
 from stockflow.recipe.unify import unified
 from stockflow.run.bases import with_base
-from stockflow.storage import StorageConfig, Store, open_model, pin_revision
+from stockflow.storage import StorageConfig, Store, halves_of, open_model, pin_revision
 from stockflow.storage.sightings import Sightings
 
 
@@ -119,7 +119,7 @@ class Inputs:
         accepted: Collection[str] = (),
         samples: Samples = (),
     ) -> MergePlan:
-        """Return the plan; tokenizers are read for it where several models have a row per token.
+        """Return the plan; tokenizers are read for it where several models have a row per token, or an adapter may.
 
         Raises:
             PlanError: the inputs do not fit together.
@@ -129,7 +129,7 @@ class Inputs:
         with collector_paused():
             asked = self.recipe.vocabulary is not None or self.recipe.chat_template is not None
             tokenizers: Sequence[Tokenizer] = ()
-            if asked or len(self.checkpoints) > 1:
+            if asked or len(self.checkpoints) > 1 or len(halves_of(self.checkpoints[0].url)) > 1:
                 tokenizers = read_tokenizers(self.stores, self.checkpoints, with_documents=asked)
             return make_plan(
                 self.recipe,

@@ -49,6 +49,7 @@ class JoinedStore:
         """Take the stores of both folders."""
         self.model, self.adapter = model, adapter
         self.url = joined(model.url, adapter.url)
+        self._of_adapter: frozenset[str] = frozenset()
 
     @property
     def only(self) -> str:
@@ -69,6 +70,10 @@ class JoinedStore:
     def num_retries(self) -> int:
         """Reads of either that were repeated."""
         return self.model.num_retries + self.adapter.num_retries
+
+    def take_from_adapter(self, keys: Iterable[str]) -> None:
+        """Let the adapter's folder stand for the model's as far as these keys go."""
+        self._of_adapter = frozenset(keys)
 
     def where(self, key: str = "") -> str:
         """Return what a file is called in messages, or both folders."""
@@ -115,7 +120,7 @@ class JoinedStore:
         """Return the store that holds a file, and its key there."""
         if key.startswith(_ADAPTERS):
             return self.adapter, own_key(key)
-        return self.model, key
+        return (self.adapter if key in self._of_adapter else self.model), key
 
 
 class LocalJoinedStore(JoinedStore):

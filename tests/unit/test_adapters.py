@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 
+import stockflow
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.recipe import load_recipe
+from stockflow.results import PlanResult
 from stockflow.run.inputs import Inputs
-from tests import adapters, oracle, runs
+from tests import adapters, oracle, runs, token_files
 from tests.adapters import Adapter, write_adapter
 from tests.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint
 
@@ -197,6 +199,55 @@ def test_replaced_rows_are_those_of_a_tied_head_too(tmp_path: Path) -> None:
     assert share_correct(found[name], adapter.changes[name](base[name])) == 1
     assert "lm_head.weight" not in found
     assert is_tied is True
+
+
+def resized(root: Path, name: str, token: str) -> tuple[Path, oracle.Floats]:
+    """Write an adapter with one token and one row more than the base; return the rows of its embedding."""
+    made = adapters.saved(SHAPES | dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (98, 48)))
+    write_adapter(root / name, made)
+    own = token_files.tokenizer_json([f"t{number}" for number in range(97)], more=token_files.added(token, start=97))
+    (root / name / "tokenizer.json").write_text(own)
+    return root / name, made.changes["model.embed_tokens.weight"](np.zeros(()))
+
+
+def test_the_tokenizer_beside_an_adapter_is_that_of_its_model(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    (tmp_path / "base" / "added_tokens.json").write_text('{"<old>": 96}')
+    lora, rows = resized(tmp_path, "lora", "<new>")
+
+    found = merged(tmp_path, f"{tmp_path}/base+{lora}")
+
+    assert share_correct(found["model.embed_tokens.weight"], rows) == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 98
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (lora / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "added_tokens.json").exists()
+    assert stockflow.verify(tmp_path / "out", inputs=True, sample="100%").is_sound
+
+
+def test_tokens_of_several_adapters_are_merged_by_token(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    both = [resized(tmp_path, name, f"<{name}>") for name in ("one", "two")]
+    models = [{"model": f"{tmp_path}/base+{folder}", "parameters": {"weight": 1}} for folder, _ in both]
+
+    found = merged(tmp_path, "", merge_method="linear", models=models, tokenizer_source="union")
+
+    (_, first), (_, second) = both
+    expected = np.concatenate([(first[:97] + second[:97]) / 2, first[97:], second[97:]])
+    assert share_correct(found["model.embed_tokens.weight"], expected) >= LEAST_CORRECT
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 99
+
+
+def test_a_token_of_an_adapter_without_a_row_is_said(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES))
+    (tmp_path / "lora" / "tokenizer.json").write_text(token_files.tokenizer_json([f"t{n}" for n in range(98)]))
+
+    plan = stockflow.plan(
+        {"merge_method": "passthrough", "models": [f"{tmp_path}/base+{tmp_path}/lora"]}, tmp_path / "o"
+    )
+
+    assert isinstance(plan, PlanResult)
+    assert [remark.code for remark in plan.plan.remarks if "tokens" in remark.code] == ["tokens-beyond-rows"]
 
 
 def test_an_adapter_alone_is_read_with_the_base_that_it_names(tmp_path: Path) -> None:
