@@ -78,12 +78,15 @@ class SketchExaminer(Examiner):
             NumericsError: a model holds NaN or infinity.
         """
         shape = _matrix(look)
-        signs_CK = sketch.signs(look.reading.name, shape[1], sketch.num_columns(self.rank, shape))
-        (first,) = swept(unit, [ProductSweep(signs_CK, shape, tools)], map_spans, last=False)
-        basis_CK = sketch.basis(first.products_CK)
-        sweeps = [ProductSweep(basis_CK, shape, tools)] if first.squares else []
-        second = swept(unit, sweeps, map_spans, last=True)
-        return self._change(first, second[0]) if second else FactoredChange(0, 1.0, 0.0, _NOTHING, _NOTHING)
+        num_sketched = sketch.num_columns(self.rank, shape)
+        images_RK, products_CK = (np.zeros((size, 2 * num_sketched)) for size in shape)
+        both = Products(images_RK, products_CK)
+        signs_CK = sketch.signs(look.reading.name, shape[1], num_sketched)
+        (first,) = swept(unit, [ProductSweep(signs_CK, both.half(0), tools)], map_spans, last=False)
+        squares = first.squares
+        sweeps = [ProductSweep(sketch.basis(first.products_CK), both.half(1), tools)] if squares else []
+        swept(unit, sweeps, map_spans, last=True)
+        return self._change(both, squares) if squares else FactoredChange(0, 1.0, 0.0, _NOTHING, _NOTHING)
 
     def conclude(self, look: Look, parts: Sequence[FactoredChange]) -> FactoredChange:
         """Return what the only unit said."""
@@ -91,20 +94,16 @@ class SketchExaminer(Examiner):
         (found,) = parts
         return found
 
-    def _change(self, first: "Products", second: "Products") -> FactoredChange:
-        images_RK = np.concatenate([first.images_RK / _norm(first), second.images_RK / _norm(second)], axis=1)
-        products_CK = np.concatenate([first.products_CK / _norm(first), second.products_CK / _norm(second)], axis=1)
-        found = sketch.approximation(images_RK, products_CK, first.squares)
+    def _change(self, both: "Products", squares: float) -> FactoredChange:
+        for half in (both.half(0), both.half(1)):
+            half.normalize()
+        found = sketch.approximation(both.images_RK, both.products_CK, squares, self.rank)
         rank = found.num_needed(self.energy, self.rank)
         left_RL, right_LC = found.factors(rank)
         if self.is_turned:
             left_RL, right_LC = right_LC.T, left_RL.T
         left, right = (rounded(factor, self.dtype)[0] for factor in (left_RL, right_LC))
-        return FactoredChange(rank, found.kept(rank), found.squares, left, right)
-
-
-def _norm(products: "Products") -> float:
-    return float(np.linalg.norm(products.images_RK)) or 1.0
+        return FactoredChange(rank, found.kept(rank), squares, left, right)
 
 
 def _matrix(look: Look) -> tuple[int, int]:
@@ -119,6 +118,19 @@ class Products:
     images_RK: Floats
     products_CK: Floats
     squares: float = 0.0
+    """of the change"""
+
+    def half(self, number: int) -> "Products":
+        """Return the first or the last half of the columns, in the same memory."""
+        num_columns = self.images_RK.shape[1] // 2
+        columns = slice(number * num_columns, (number + 1) * num_columns)
+        return Products(self.images_RK[:, columns], self.products_CK[:, columns])
+
+    def normalize(self) -> None:
+        """Give the images a norm of 1."""
+        norm = float(np.linalg.norm(self.images_RK)) or 1.0
+        self.images_RK /= norm
+        self.products_CK /= norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +138,8 @@ class ProductSweep:
     """``D X`` and ``D' D X`` of the change ``D`` of a matrix, a run of whole rows at a time."""
 
     columns_CK: Floats
-    shape: tuple[int, int]
+    products: Products
+    """zeros, which are filled"""
     tools: Tools
 
     @property
@@ -136,14 +149,13 @@ class ProductSweep:
 
     def begin(self) -> Products:
         """Return zeros."""
-        num_sketched = self.columns_CK.shape[1]
-        return Products(np.zeros((self.shape[0], num_sketched)), np.zeros((self.shape[1], num_sketched)))
+        return self.products
 
     def look(self, span: LoadedPiece) -> tuple[Floats, Floats, float]:
         """Return the products of a span, and its squared norm."""
         change_E = np.empty(span.stop - span.start, np.float32)
         self.tools.arithmetic.combine(span, Weighted(_CHANGE, False, "F32", 64), change_E.view(np.uint8))
-        change_RC = change_E.astype(np.float64).reshape(-1, self.shape[1])
+        change_RC = change_E.astype(np.float64).reshape(-1, len(self.columns_CK))
         images_RK = change_RC @ self.columns_CK
         squares = float(np.einsum("ij,ij->", change_RC, change_RC))
         if not np.isfinite(squares):
@@ -153,7 +165,7 @@ class ProductSweep:
     def add(self, state: Products, start: int, said: tuple[Floats, Floats, float]) -> Products:
         """Add the products of the span from element ``start`` on."""
         images_RK, products_CK, squares = said
-        first = start // self.shape[1]
+        first = start // len(self.columns_CK)
         state.images_RK[first : first + len(images_RK)] = images_RK
         state.products_CK += products_CK
         state.squares += squares

@@ -12,7 +12,7 @@ from stockflow.kernels.arrays import Floats
 
 
 def decomposed(left_RK: Floats, right_KC: Floats) -> Approximation:
-    """Return the singular value decomposition of a product."""
+    """Return the best approximations of a product, of every rank up to its own."""
     basis_RK, left_KK = np.linalg.qr(left_RK)
     basis_CK, right_KK = np.linalg.qr(right_KC.T)
     inner_KL, values_L, outer_LK = np.linalg.svd(left_KK @ right_KK.T, full_matrices=False)

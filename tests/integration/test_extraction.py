@@ -1,6 +1,8 @@
 """``stockflow extract``: adapters against singular values in float64, and read back as sources."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -318,6 +320,38 @@ def test_an_output_that_is_taken_is_left_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["--rank", "0"], ["--energy", "1.5"], ["--energy", "nan"], ["--dtype", "int8"]])
 def test_settings_that_cannot_be_are_refused(words: list[str], tmp_path: Path) -> None:
     assert extract(tmp_path, *words).exit_code == 2
+
+
+_WITHIN = """
+import re, sys
+import stockflow
+from stockflow.engine.process import peak_memory_bytes
+
+def extracted(memory):
+    stockflow.extract(*sys.argv[1:], rank=160, memory=memory, workers=2)
+
+try:
+    extracted("310MiB")
+except stockflow.BudgetError as error:
+    least = int(re.search(r"at least (\\d+) MiB", str(error))[1]) + 1
+extracted(f"{least}MiB")
+print(least, peak_memory_bytes() / 2**20)
+"""
+
+
+def test_memory_is_bounded_where_sketches_are_most_of_it(tmp_path: Path) -> None:
+    """A fresh process, told the least memory that it takes; sketches of both sizes of the matrix are 80 MiB."""
+    base = drawn({LONG: (4000, 900), NORM: (40,)})
+    write(tmp_path, base, changed(base, LONG), torch.bfloat16)
+    places = [str(tmp_path / name) for name in ("base", "tuned", "out")]
+
+    ran = subprocess.run([sys.executable, "-c", _WITHIN, *places], capture_output=True, text=True, check=False)
+
+    assert ran.returncode == 0, ran.stderr
+    least, peak = map(float, ran.stdout.split())
+    print(f"FIGURES least {least:.0f}, peak {peak:.0f} MiB")
+    assert least > 320
+    assert peak <= least
 
 
 def test_from_a_bucket_to_a_bucket(s3_endpoint: str, s3_bucket: str, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def sketched(matrix: Floats, rank: int, name: str = "w") -> sketch.Approximation
     basis = sketch.basis(products)
     more = matrix @ basis
     both = np.concatenate([images / np.linalg.norm(images), more / np.linalg.norm(more)], axis=1)
-    return sketch.approximation(both, matrix.T @ both, float(np.sum(matrix**2)))
+    return sketch.approximation(both, matrix.T @ both, float(np.sum(matrix**2)), rank)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 48])
