@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from stockflow.checkpoints.configs import Config, quantization_keys, says_packed
@@ -31,7 +31,8 @@ def stated_quantization(config: Config, recipe: Recipe, donor: Checkpoint, jobs:
     modules = set(map(_module, coded))
     others = [job.output.name for job in jobs if _module(job.output.name) not in modules]
     plain = [_module(name) for name in others if kind_of(name) in kinds]
-    return _mapped(config, lambda section: _listing(section, plain, sorted(modules)))
+    written = list(dict.fromkeys(map(_module, others)))
+    return _mapped(config, lambda section: _listing(section, plain, written, sorted(modules)))
 
 
 def _fp8_block(jobs: Iterable[TensorJob]) -> dict[str, object]:
@@ -53,19 +54,32 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _listing(section: Config, plain: Sequence[str], coded: Sequence[str]) -> dict[str, object]:
+def _listing(section: Config, plain: Sequence[str], others: Sequence[str], coded: Sequence[str]) -> dict[str, object]:
     """Return what is said of codes, with what is none listed and what is some not.
 
     Args:
         section: of the config.
-        plain: modules that are none.
+        plain: modules that are none, and are some in other layers or models.
+        others: all modules that are none, of which those are listed whose like is in another layer.
         coded: modules that are some, sorted; layers of a stack have other numbers than in the donor.
     """
     key = next((key for key in _LEFT_PLAIN if isinstance(section.get(key), list)), _LEFT_PLAIN[-1])
     known = section.get(key)
     listed = [entry for entry in known if not _names_any(entry, coded)] if isinstance(known, list) else []
-    listed += [name for name in dict.fromkeys(plain) if name not in listed]
+    further = dict.fromkeys((*plain, *_like(listed, others, coded)))
+    listed += [name for name in further if name not in listed]
     return {**section, key: listed} if listed or known else {**section}
+
+
+def _like(listed: Sequence[object], modules: Sequence[str], coded: Sequence[str]) -> Iterator[str]:
+    """Yield which modules, or modules these are in, are those of another layer that are listed by its number."""
+    kinds = {kind_of(entry) for entry in listed if isinstance(entry, str) and re.search(r"\.\d+\.", entry)}
+    for module in modules if kinds else ():
+        parts = module.split(".")
+        for stop in range(1, len(parts) + 1):
+            name = ".".join(parts[:stop])
+            if kind_of(name) in kinds and not _names_any(name, coded):
+                yield name
 
 
 def _names_any(entry: object, modules: Sequence[str]) -> bool:

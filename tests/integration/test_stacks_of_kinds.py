@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import stockflow
 from stockflow.errors import PlanError
@@ -117,6 +118,23 @@ def test_a_config_names_the_plain_modules_of_the_layers_that_are_written(tmp_pat
     assert [found[f"model.layers.{layer}.{PART}.weight"].dtype for layer in range(3)] == ["BF16", "F8_E4M3", "BF16"]
     said = written_config(tmp_path)["quantization_config"]["modules_to_not_convert"]
     assert set(said) == {"lm_head", *(f"model.layers.{layer}.{part}" for layer in (0, 2) for part in (PART, OTHER))}
+
+
+def test_modules_that_are_plain_in_every_layer_are_listed_in_the_new_ones_too(tmp_path: Path) -> None:
+    """As Qwen lists its routers: a loader takes what is not listed for codes."""
+    listed = [f"model.layers.{layer}.mlp.gate" for layer in (0, 1)]
+    models = []
+    for number in range(2):
+        folder = write_coded(tmp_path / str(number), number, {0, 1}, modules_to_not_convert=listed)
+        gates = {f"{name}.weight": torch.ones(4, 16, dtype=torch.bfloat16) for name in listed}
+        (path,) = folder.glob("*.safetensors")
+        save_file(load_file(path) | gates, path, {"format": "pt"})
+        models.append(folder)
+
+    stacked(tmp_path, [(models[0], 0, 2), (models[1], 1, 2)])
+
+    said = written_config(tmp_path)["quantization_config"]["modules_to_not_convert"]
+    assert said == [f"model.layers.{layer}.mlp.gate" for layer in (0, 1, 2)]
 
 
 def test_plain_layers_on_coded_ones_are_listed_as_such(tmp_path: Path) -> None:
