@@ -3,8 +3,9 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from stockflow.errors import BudgetError
@@ -201,11 +202,14 @@ def _divided(
     fixed = fixed_bytes + num_threads * per_thread + max(decision_bytes(work) for work, _ in works)
     fixed += sum(count * work.kept_bytes for work, count in works if work.reading.scope == "layer")  # decided ahead
     ahead = baseline_bytes + max(work.ahead_bytes for work, _ in works)
-    found = (_direct if direct else _streamed)(works, memory_bytes, fixed, ahead)
+    waiting = partial(_waiting_bytes, works, num_threads=num_threads, direct=direct)
+    found = (_direct if direct else _streamed)(works, memory_bytes, fixed, ahead, waiting)
     return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
 
 
-def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int, ahead_bytes: int) -> Workspace:
+def _streamed(
+    works: Counted, memory_bytes: int, fixed_bytes: int, ahead_bytes: int, waiting_of: Callable[[int], int]
+) -> Workspace:
     """Large chunks in enough slabs to read ahead, and to hold the largest unit; the least if nothing fits."""
     overhead = max(overhead_bytes(work.reading) for work, _ in works)
     out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work, _ in works)
@@ -215,7 +219,7 @@ def _streamed(works: Counted, memory_bytes: int, fixed_bytes: int, ahead_bytes: 
         )
         slab = max(slab, _slab_beside(works))
         out = max(int(slab * out_per_source_byte) + 1, _out_beside(works))
-        waiting = _waiting_bytes(works, num_spans)
+        waiting = waiting_of(num_spans)
         num_slabs = (memory_bytes - max(fixed_bytes + waiting + NUM_OUT_BUFFERS * out, ahead_bytes)) // slab
         if num_slabs >= GOOD_NUM_SLABS:
             break
@@ -232,12 +236,23 @@ def _load_elems(work: Work, num_spans: int) -> int:
     return max(SPAN_ELEMS * num_spans, work.reading.band)
 
 
-def _waiting_bytes(works: Counted, num_spans: int) -> int:
-    """Return what results take that wait in float32 for their codes: a load's, in one buffer and in many small ones."""
-    return max(2 * WAITING_BYTES * _load_elems(work, num_spans) if work.reading.band > 1 else 0 for work, _ in works)
+def _waiting_bytes(works: Counted, num_spans: int, *, num_threads: int, direct: bool) -> int:
+    """Return what results take that wait in float32 for their codes: a load's, and of each thread those of a small one.
+
+    Small ones share a load, so that all together are no more than it holds, but for those that are read at once.
+    """
+    coded = [work for work, _ in works if work.reading.band > 1]
+    most = max((min(_load_elems(work, num_spans), work.reading.num_elems) for work in coded), default=0)
+    beside = max((work.reading.num_elems for work in coded if work.place_beside[1]), default=0)
+    largest = SPAN_ELEMS if direct else most
+    small = max((work.reading.num_elems for work in coded if work.reading.num_elems <= largest), default=0)
+    shared = MAX_SHARED_SPANS * SPAN_ELEMS if direct else most
+    return WAITING_BYTES * (most + max(min(num_threads * small, shared), num_threads * beside))
 
 
-def _direct(works: Counted, memory_bytes: int, fixed_bytes: int, ahead_bytes: int) -> Workspace:
+def _direct(
+    works: Counted, memory_bytes: int, fixed_bytes: int, ahead_bytes: int, waiting_of: Callable[[int], int]
+) -> Workspace:
     """Output buffers of many spans, a few slabs for tensors smaller than one; the least if nothing fits."""
     out_per_source_byte = max(work.output_width / work.reading.bytes_per_elem for work, _ in works)
     readings = [work.reading for work, _ in works]
@@ -251,7 +266,7 @@ def _direct(works: Counted, memory_bytes: int, fixed_bytes: int, ahead_bytes: in
         large_out = max(work.output_width * _load_elems(work, num_spans) for work, _ in works)
         out = max(large_out, int(slab * out_per_source_byte) + 1, _out_beside(works))
         num_slabs = min(MAX_SHARED_SLABS, -(-shared // slab) + 1)
-        waiting = _waiting_bytes(works, num_spans)
+        waiting = waiting_of(num_spans)
         found = Workspace(slab, max(num_slabs, MIN_SLABS), out, fixed_bytes, True, waiting, ahead_bytes)
         if found.projected_bytes <= memory_bytes:
             break
