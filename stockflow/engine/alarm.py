@@ -60,7 +60,8 @@ class Alarm:
             NumericsError: always.
         """
         raise NumericsError(
-            f"tensor {name!r} has NaN, which {words} cannot say; mend the checkpoint, or name a `dtype` that is written"
+            f"tensor {name!r} has NaN or infinity, which {words} cannot say; mend the checkpoint, or name a `dtype` "
+            "that is written"
         )
 
     def _url(self, checkpoint: int) -> str:

@@ -186,7 +186,7 @@ class Coder:
         """Turn the piece that waits, if there is one, into codes and scales.
 
         Raises:
-            NumericsError: NaN where the codes have none.
+            NumericsError: NaN or infinity where the codes have none.
         """
         waiting, self._waiting = self._waiting, None
         if waiting is None:

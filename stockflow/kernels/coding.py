@@ -132,13 +132,14 @@ def encode(
 
 @jit
 def _note_largest(numbers_E: Singles, first: Index, grid: BlockGrid, amax_B: Singles) -> None:
-    """Raise the largest magnitudes of blocks by those of a row."""
+    """Raise the largest magnitudes of blocks by those of a row; NaN and infinity are none."""
     for place in range(np.uint64(len(amax_B))):
         lo = place * grid.block_columns
         hi = min(min(lo + grid.block_columns, grid.columns), np.uint64(len(numbers_E)) - first)
         largest = amax_B[place]
         for k in range(lo, hi):
-            largest = max(largest, abs(numbers_E[first + k]))
+            size = abs(numbers_E[first + k])
+            largest = size if size > largest and size < np.float32(np.inf) else largest
         amax_B[place] = largest
 
 
@@ -161,7 +162,7 @@ def _write_row(
         count = min(num_columns - column, np.uint64(TILE))
         _divide(numbers_E, first, column, count, grid.block_columns, scales_B, tile)
         if code_format == E4M3:
-            _to_e4m3(tile, bits, count, codes, byte + column)
+            lost += _to_e4m3(tile, bits, count, codes, byte + column)
         elif code_format == E5M2:
             _to_e5m2(tile, bits, count, codes, byte + column)
         else:
@@ -234,8 +235,11 @@ def _stored(scale: Any, scale_format: int) -> Any:
 
 
 @jit
-def _to_e4m3(tile: Singles, bits: Bits, count: Index, codes: Bytes, first: Index) -> None:
-    """Round to E4M3, to nearest even; beyond 448 is 448. The last place of subnormal codes is 2**-9."""
+def _to_e4m3(tile: Singles, bits: Bits, count: Index, codes: Bytes, first: Index) -> int:
+    """Round to E4M3, to nearest even; beyond 448 is 448, and infinity has no code. Subnormal codes end at 2**-9."""
+    lost = 0
+    for k in range(count):
+        lost += abs(tile[k]) == np.float32(np.inf)
     for k in range(count):
         tile[k] = min(max(tile[k], np.float32(-448)), np.float32(448)) if tile[k] == tile[k] else tile[k]
     for k in range(count):
@@ -249,16 +253,19 @@ def _to_e4m3(tile: Singles, bits: Bits, count: Index, codes: Bytes, first: Index
         code = small if magnitude < np.uint32(0x3C80_0000) else normal
         code = np.uint32(0x7F) if magnitude > np.uint32(0x7F80_0000) else code
         codes[first + np.uint64(k)] = np.uint8(sign | code)
+    return lost
 
 
 @jit
 def _to_e5m2(tile: Singles, bits: Bits, count: Index, codes: Bytes, first: Index) -> None:
-    """Round to E5M2, to nearest even; beyond 57,344 is 57,344."""
+    """Round to E5M2, to nearest even; beyond 57,344 is 57,344, but for infinity."""
     for k in range(count):
         sign = (bits[k] >> np.uint32(24)) & np.uint32(0x80)
         magnitude = bits[k] & np.uint32(0x7FFF_FFFF)
         if magnitude > np.uint32(0x7F80_0000):
             code = np.uint32(0x7F)
+        elif magnitude == np.uint32(0x7F80_0000):
+            code = np.uint32(0x7C)
         elif magnitude >= np.uint32(0x4760_0000):
             code = np.uint32(0x7B)
         elif magnitude < np.uint32(0x3880_0000):
@@ -271,11 +278,11 @@ def _to_e5m2(tile: Singles, bits: Bits, count: Index, codes: Bytes, first: Index
 
 @jit
 def _to_i4(tile: Singles, count: Index, nibbles: Bytes) -> int:
-    """Round to integers from -8 to 7, stored with 8 added; NaN has no code. Scales decide whether -8 is in use."""
+    """Round to integers from -8 to 7, stored with 8 added; NaN and infinity have no code. Scales decide of -8."""
     lost = 0
     for k in range(count):
         value = tile[k]
-        lost += value != value
+        lost += not abs(value) < np.float32(np.inf)
         kept = min(max(np.rint(value), np.float32(-8)), np.float32(7)) if value == value else np.float32(0)
         nibbles[k] = np.uint8(np.int32(kept) + np.int32(8))
     return lost
@@ -283,11 +290,11 @@ def _to_i4(tile: Singles, count: Index, nibbles: Bytes) -> int:
 
 @jit
 def _to_f4(tile: Singles, count: Index, nibbles: Bytes) -> int:
-    """Round to E2M1, ties to the even code; beyond 6 is 6; NaN has no code."""
+    """Round to E2M1, ties to the even code; beyond 6 is 6; NaN and infinity have no code."""
     lost = 0
     for k in range(count):
         value = tile[k]
-        lost += value != value
+        lost += not abs(value) < np.float32(np.inf)
         size = abs(value)
         code = np.int32(size > np.float32(0.25)) + np.int32(size >= np.float32(0.75))
         code += np.int32(size > np.float32(1.25)) + np.int32(size >= np.float32(1.75))

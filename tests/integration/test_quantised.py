@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import stockflow
-from stockflow.errors import PlanError
+from stockflow.errors import NumericsError, PlanError
 from stockflow.planning import file as plan_file
 from tests import oracle, quantised, runs
 from tests.checkpoints import write_checkpoint
@@ -390,3 +390,32 @@ def test_an_audit_leaves_codes_out_by_name_and_judges_the_rest(tmp_path: Path) -
         "single roundings"
     }
     assert [row["name"] for row in found.rows] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", ["DeepSeek-V3", "E5M2", "Kimi-K2", "Kimi-K3"])
+def test_what_is_not_finite_is_a_code_of_its_own_or_refused_and_harms_no_number_beside_it(
+    form: str, bad: float, tmp_path: Path
+) -> None:
+    """With `on_nonfinite: propagate`; without, it is refused where it is read."""
+    base, changed = drawn(0), drawn(0)
+    changed[7, 9] = bad
+    models = [write_model(tmp_path / "base", inside(FORMS[form][0](base)), FORMS[form][1])]
+    models.append(write_model(tmp_path / "one", {f"{MODULE}.weight": changed.bfloat16()}, None))
+    recipe: dict[str, Any] = {"merge_method": "linear", "stockflow": {"on_nonfinite": "propagate"}}
+    recipe["models"] = [{"model": str(each), "parameters": {"weight": 0.5}} for each in models]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    if form.startswith("Kimi") or (form == "DeepSeek-V3" and bad == float("inf")):
+        with pytest.raises(NumericsError, match=r"has NaN or infinity, which .* cannot say"):
+            runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+        return
+    runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    scales = next(found[name].double() for name in found if "scale" in name)
+    block = (128, 128) if form == "DeepSeek-V3" else SHAPE
+    numbers = (found[f"{MODULE}.weight"].double() * quantised.spread(scales, SHAPE, block)).numpy()
+    assert np.array_equal(numbers[7, 9], bad, equal_nan=True)
+    numbers[7, 9] = base[7, 9]
+    assert np.linalg.norm(numbers - base.numpy()) < 0.08 * float(base.norm())
