@@ -22,6 +22,10 @@ class Quantised:
     values: np.ndarray
 
 
+def drawn(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
 def spread(scales: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:
     """Each scale repeated over its block, cut to the shape of the codes."""
     grid = scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
