@@ -21,7 +21,8 @@ from tests.checkpoints import write_checkpoint
 from tests.quantised import FORMS
 from tests.waiting import HANG_S
 
-SHARD_SIZE = 150_000
+SHARD_SIZE = 70_000
+"""Of one weight each."""
 SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("by row", "Kimi-K2", "Kimi-K3", "DeepSeek-V4")]
 
 
