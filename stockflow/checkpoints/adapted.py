@@ -16,6 +16,7 @@ from stockflow.checkpoints.heads import head_beside, tied_names
 from stockflow.checkpoints.quantised import Stored
 from stockflow.errors import CheckpointError
 from stockflow.storage import key_of_adapter
+from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
@@ -34,6 +35,7 @@ class Adapted:
     """of every tensor that it changes; parts of the adapter by their keys"""
     unties: bool = False
     """whether head and embedding are two tensors only because of it"""
+    remarks: tuple[Remark, ...] = ()
 
 
 def adapted(ground: Ground, adapter: Adapter) -> Adapted:
@@ -60,6 +62,7 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
         )
     _check_promises(ground, adapter, modules)
     binder.untie()
+    binder.made.remarks = tuple(_on_biases(ground, adapter, modules))
     return binder.made
 
 
@@ -77,6 +80,25 @@ def _check_promises(ground: Ground, adapter: Adapter, modules: Mapping[str, Part
                 f"{adapter.where}: the config says that {shown(name)} is saved whole (`modules_to_save`), and no "
                 "tensor is of it; fetch it again"
             )
+
+
+def _on_biases(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> Iterator[Remark]:
+    """Yield that biases are said to be trained where there are none.
+
+    Raises:
+        CheckpointError: the base has some, and the adapter none.
+    """
+    said = adapter.config.biases
+    if said == "none" or any(part.rpartition(".")[2] == "bias" for parts in modules.values() for part in parts):
+        return
+    trained = list(modules) if said == "lora_only" else [name.removesuffix(".bias") for name in ground.specs]
+    if lost := next((name for module in trained if (name := ground.names.find(f"{module}.bias"))), None):
+        raise CheckpointError(
+            f"{adapter.where}: the config says that biases were trained (`bias: {said}`), as {shown(lost)} of "
+            f"{ground.where}, and no tensor is one; fetch it again"
+        )
+    text = f"{adapter.where} says that biases were trained (`bias: {said}`); neither it nor {ground.where} has any"
+    yield Remark("adapter-biases", text, "note", (adapter.where,))
 
 
 class _Binder:

@@ -49,6 +49,8 @@ class AdapterConfig:
     """whether its linear layers store weights as ``[in, out]``"""
     has_lengths: bool
     """whether it is of DoRA, which stores the lengths of rows beside the factors"""
+    biases: str
+    """which were trained along: ``none``, ``lora_only`` or ``all``"""
     modules_to_save: tuple[str, ...]
     token_indices: Mapping[str, tuple[int, ...]]
     """by the name of a module, the rows that are replaced"""
@@ -147,6 +149,7 @@ def _parsed(given: object) -> AdapterConfig:
         alpha_pattern=_read(given, "alpha_pattern", _patterns(_number), dict[str, float]()),
         fan_in_fan_out=_read(given, "fan_in_fan_out", _flag, False),
         has_lengths=_read(given, "use_dora", _flag, False),
+        biases=_read(given, "bias", _text, "none"),
         modules_to_save=_read(given, "modules_to_save", _names, ()),
         token_indices=_read(given, "trainable_token_indices", _tokens, {}),
         target_parameters=_read(given, "target_parameters", _names, ()),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from stockflow.checkpoints.adapted import adapted
+from stockflow.checkpoints.adapter_files import remarks_on_files
 from stockflow.checkpoints.adapter_ground import Ground
 from stockflow.checkpoints.adapter_names import BaseNames
 from stockflow.checkpoints.adapters import WithBase, base_named, read_adapter
@@ -178,7 +179,12 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
         side_files={**_without_tokenizer(base.side_files, adapter.tokenizer), **adapter.tokenizer},
         config=untied(base.config) if made.unties and base.config is not None else base.config,
         stored={**base.stored, **made.stored},
-        remarks=(*base.remarks, *_on_base(store, adapter.config.base)),
+        remarks=(
+            *base.remarks,
+            *_on_base(store, adapter.config.base),
+            *made.remarks,
+            *remarks_on_files(store, adapter, base.side_files),
+        ),
     )
 
 

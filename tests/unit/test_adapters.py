@@ -332,6 +332,51 @@ def test_what_is_not_read_is_refused_by_name(said: dict[str, Any], expected: str
     assert expected in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
 
 
+def remarks(root: Path) -> dict[str, str]:
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{root}/base+{root}/lora"}]}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (opened,) = Inputs.open(load_recipe(str(root / "recipe.yaml"))).checkpoints
+    return {each.code: str(each) for each in opened.remarks}
+
+
+@pytest.mark.parametrize("said", ["all", "lora_only"])
+def test_biases_that_were_trained_are_there_or_missed(said: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES | BIASES)
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES), bias=said)
+    assert f"biases were trained (`bias: {said}`), as 'model.layers.0." in refusal(
+        tmp_path, f"{tmp_path}/base+{tmp_path}/lora"
+    )
+    write_base(tmp_path / "base", SHAPES)
+
+    assert "neither it nor" in remarks(tmp_path)["adapter-biases"]
+
+
+def test_what_lies_beside_an_adapter_is_said_unless_it_is_the_base_s(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    folder = write_adapter(tmp_path / "lora", adapters.linear(SHAPES))
+    assert not remarks(tmp_path).keys() & {"left-out", "adapter-tokenizer"}
+    for path in (tmp_path / "base").glob("tokenizer*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "README.md").write_text("# mine")
+    assert not remarks(tmp_path).keys() & {"left-out", "adapter-tokenizer"}
+
+    own = token_files.tokenizer_json([f"mine {number}" for number in range(SHAPES["model.embed_tokens.weight"][0])])
+    (folder / "tokenizer.json").write_text(own)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "checkpoint-7").mkdir()
+    (folder / "checkpoint-7" / "optimizer.pt").write_bytes(b"state")
+
+    said = remarks(tmp_path)
+    assert "1 file of training" in said["left-out"]
+    assert said["adapter-tokenizer"].startswith("'chat_template.jinja', 'tokenizer.json' of ")
+    merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == own
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "'chat_template.jinja' of" in remarks(tmp_path)["not-taken"]
+
+
 def test_patterns_that_others_go_back_in_for_years_take_no_time(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", SHAPES)
     adapter = adapters.linear(SHAPES)
