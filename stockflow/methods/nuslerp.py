@@ -13,15 +13,6 @@ PARALLEL, ANTIPODAL = 1e-16, 1e-14
 """Squared sines. Of antipodes the line differs from the arc, and float64 products do not tell smaller ones from 0."""
 
 
-def _columns(parameters: Parameters) -> str | None:
-    if parameters.flag("nuslerp_flatten") or not parameters.flag("nuslerp_row_wise"):
-        return None
-    return (
-        "`nuslerp_row_wise: true` takes the columns of a matrix, which do not lie together; expected "
-        "`nuslerp_row_wise: false` for rows, or `nuslerp_flatten: true` for whole tensors"
-    )
-
-
 @linear_method(
     "nuslerp",
     source="Shoemake 1985; weights, rows and fallbacks as in mergekit 0.1.5",
@@ -41,7 +32,7 @@ def _columns(parameters: Parameters) -> str | None:
         coefficient=lambda coefficient, _: 20.0 * COSINE_TOLERANCE * max(1.0, abs(coefficient)) ** 3,
     ),
     rows_if=("nuslerp_flatten", False),
-    refuses=_columns,
+    columns_if="nuslerp_row_wise",
 )
 def nuslerp(gram: Gram, parameters: Parameters) -> Coefficients:
     """Return ``sin((1-t) a)/sin(a) x_1 + sin(t a)/sin(a) x_2``, ``t = a_2 / (a_1 + a_2)``, plus w_0 if there is a base.
@@ -49,8 +40,7 @@ def nuslerp(gram: Gram, parameters: Parameters) -> Coefficients:
     ``x_i`` are the task vectors where there is a base, else the models; ``a`` is the angle between them. Kept from
     mergekit: t is 0.5 where the weights' sum is below 1e-6 in size; a straight line where ``1 - cos^2 <= 1e-16``
     (1e-14 of antipodes); a right angle where a vector is zero; lengths are interpolated like directions. Dropped:
-    norms count as 1e-7 at least, which bends the arc of vectors shorter than that; ``nuslerp_row_wise`` with
-    ``nuslerp_flatten: false`` (vectors along dimension 0), which is refused.
+    norms count as 1e-7 at least, which bends the arc of vectors shorter than that.
     """
     vectors = Vectors.of(gram, parameters)
     first, second = parameters.each("weight")

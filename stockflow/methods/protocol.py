@@ -10,7 +10,7 @@ N the sources that are not the anchor, E elements of a block.
 """
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from stockflow.kernels.arrays import Floats
@@ -33,7 +33,7 @@ class Parameter:
     name: str
     kind: Kind
     per_model: bool = False
-    """True if each model has its own value (``models[].parameters``), False if one value is shared"""
+    """whether each model has its own value"""
     default: Scalar | None = None
     """None: the recipe must give a value"""
     choices: tuple[str, ...] = ()
@@ -164,9 +164,9 @@ class UnitContext:
     num_tuned: int
     num_elems: int
     float_bits: Literal[32, 64]
-    """width of the precision that magnitudes are ranked in"""
+    """width that magnitudes are ranked in"""
     working_bits: Literal[32, 64]
-    """width of the precision that results are computed in"""
+    """width that results are computed in"""
 
 
 BaseUse = Literal["required", "optional", "ignored"]
@@ -294,10 +294,6 @@ class Tolerance:
     """of a coefficient, given its value and how many there are"""
 
 
-def _nothing(_: Parameters) -> None:
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class Method:
     """A merge method as the recipe, the plan and the engine see it."""
@@ -318,7 +314,9 @@ class Method:
     """how far apart machines may be that add in another order"""
     rows_if: tuple[str, bool] | None = None
     """a flag, and the value of it that asks for the scope ``row``"""
-    refuses: Callable[[Parameters], str | None] = _nothing
+    columns_if: str | None = None
+    """a flag that makes rows of what lies along the first dimension, where rows are asked for"""
+    refuses: Callable[[Parameters], str | None] = lambda _: None
     """what stands against values that are right one by one"""
     copies: Callable[[Parameters], bool] | None = None
     """whether the result is the only source, bit for bit, if it has the same dtype"""
@@ -356,7 +354,8 @@ def linear_method(
     facts: tuple[str, ...] = (),
     tolerance: Tolerance = Tolerance(),
     rows_if: tuple[str, bool] | None = None,
-    refuses: Callable[[Parameters], str | None] = _nothing,
+    columns_if: str | None = None,
+    refuses: Callable[[Parameters], str | None] = lambda _: None,
     copies: Callable[[Parameters], bool] | None = None,
 ) -> Callable[[Coefficient], Coefficient]:
     """Register a function from a Gram matrix to coefficients as a merge method."""
@@ -366,7 +365,7 @@ def linear_method(
     def register(function: Coefficient) -> Coefficient:
         REGISTRY[name] = Method(
             name, Linear(function, products), source, base, min_tuned, max_tuned, parameters, scopes, facts, tolerance,
-            rows_if, refuses, copies,
+            rows_if, columns_if, refuses, copies,
         )  # fmt: skip
         return function
 
@@ -387,14 +386,15 @@ def elementwise_method(
     parameters: tuple[Parameter, ...] = (),
     scopes: tuple[Scope, ...] = ("tensor",),
     facts: tuple[str, ...] = (),
-    refuses: Callable[[Parameters], str | None] = _nothing,
+    refuses: Callable[[Parameters], str | None] = lambda _: None,
 ) -> Callable[[Decide], Decide]:
     """Register what ends in a function of blocks, after rounds of statistics if it yields some, as a merge method."""
 
     def register(function: Decide) -> Decide:
         rule = Elementwise(function, num_rounds, state_bytes, temporaries, row_bytes, whole_rows)
-        method = Method(name, rule, source, "required", min_tuned, max_tuned, parameters, scopes, facts)
-        REGISTRY[name] = replace(method, refuses=refuses)
+        REGISTRY[name] = Method(
+            name, rule, source, "required", min_tuned, max_tuned, parameters, scopes, facts, refuses=refuses
+        )
         return function
 
     return register

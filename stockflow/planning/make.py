@@ -17,6 +17,7 @@ from stockflow.checkpoints.tokenizers import Tokenizer, has_tokens
 from stockflow.errors import PlanError
 from stockflow.methods.protocol import Parameters
 from stockflow.planning.anchors import with_shared_reads
+from stockflow.planning.columns import by_columns
 from stockflow.planning.config import output_config
 from stockflow.planning.experts import Experts, part_of, seen_one_by_one, unlike_parts
 from stockflow.planning.fixed import are_known, carried_over, holds_indices
@@ -111,7 +112,7 @@ def make_plan(
     jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts, by_token)
     if vocabulary is not None:
         jobs = [vocabulary.mapped(job) for job in jobs]
-    jobs = with_layers_together(with_shared_reads(jobs, checkpoints))
+    jobs = with_layers_together(with_shared_reads(by_columns(jobs), checkpoints))
     if checkpoints[recipe.donor].static_scales and any(map(in_codes, jobs)):
         jobs += static_scales(checkpoints[recipe.donor], recipe.donor)
     num_rows = vocabulary.num_rows if vocabulary else None
