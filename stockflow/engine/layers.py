@@ -1,4 +1,4 @@
-"""Layers decided ahead: the experts of a layer go by once for every round, before anything of a shard is combined."""
+"""Layers decided ahead: the experts of a layer go by once for every round, before any of them is combined."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ class _Decision:
 
 
 class Layers:
-    """What was decided of the layers of a shard."""
+    """What was decided of a layer."""
 
     def __init__(self) -> None:
         """Begin with nothing decided."""
@@ -41,7 +41,7 @@ class Layers:
     def decide(
         self, session: Session, jobs: Sequence[TensorJob], workspace: Workspace, on_read: OnRead, tools: Tools
     ) -> int:
-        """Decide all layers that some jobs are of, and return how many bytes were read for it.
+        """Decide the layer that some jobs are, if they are one, and return how many bytes were read for it.
 
         Raises:
             NumericsError: NaN or infinity, or a geometry that a method refuses.
@@ -49,6 +49,7 @@ class Layers:
             StorageError: reading failed after retries.
         """
         num_read = 0
+        self._decisions.clear()
         for unit in layer_units(jobs):
             deciding = _Deciding(unit, session, workspace, on_read, replace(tools, firsts=unit.firsts))
             self._decisions[unit.name] = deciding.decision()

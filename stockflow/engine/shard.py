@@ -1,5 +1,6 @@
 """Merging a shard: its tensors, streamed through a session into a sink, in order."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -24,6 +25,7 @@ from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.budget import NUM_OUT_BUFFERS, Workspace
 from stockflow.planning.job import TensorJob
+from stockflow.planning.layer_units import segments
 from stockflow.planning.plan import CheckpointRef, OnNonfinite, ShardPlan, merged_among
 from stockflow.storage import Sink
 
@@ -92,18 +94,32 @@ class ShardRun:
         self.gram = GramSum(owner.num_models)
         self.seconds: dict[str, float] = {}
         self.bytes_read = 0
+        self._reading = Counter({"read": 0.0, "wait_read": 0.0})
         self.size, self.sha256 = 0, ""
 
     def execute(self, sink: Sink) -> None:
         """Read, merge and write everything."""
         known = rank_space.known_grams(self._session, self._shard.jobs, self._workspace, self._count_read)
-        self._grams = known.by_tensor
-        ahead = self._layers.decide(self._session, self._shard.jobs, self._workspace, self._count_read, self._tools)
+        self._grams, self.bytes_read = known.by_tensor, known.bytes_read
         self._outs.fit(self._workspace.out_bytes, NUM_OUT_BUFFERS)
         with ExitStack() as stack:
             writer = stack.enter_context(OrderedWriter(sink, pool=self._outs, num_buffers=NUM_OUT_BUFFERS))
-            stream = stack.enter_context(self._session.stream(self._shard.jobs, self._workspace, self._count_read))
             writer.write_header(self._shard.header)
+            for jobs in segments(self._shard.jobs):
+                self._merge_segment(jobs, writer)
+            self.size, self.sha256 = writer.finish()
+        self.seconds = {
+            **self._clock.seconds,
+            **self._reading,
+            "hash": writer.hash_s,
+            "write": writer.write_s,
+            "wait_write": writer.wait_s,
+        }
+
+    def _merge_segment(self, jobs: Sequence[TensorJob], writer: OrderedWriter) -> None:
+        """Merge what follows each other, and is decided as one if it is a layer's."""
+        self.bytes_read += self._layers.decide(self._session, jobs, self._workspace, self._count_read, self._tools)
+        with self._session.stream(jobs, self._workspace, self._count_read) as stream:
             for units in stream:
                 if len(units) > 1 or units[0].work.place_beside[1]:
                     for part in self._parted(units):
@@ -112,15 +128,8 @@ class ShardRun:
                 else:
                     self._merge_large(units[0], writer)
                     self._emit_scales_of_whole(units[0], writer)
-            self.size, self.sha256 = writer.finish()
-        self.bytes_read = known.bytes_read + ahead + stream.bytes_read
-        self.seconds = {
-            **self._clock.seconds,
-            **stream.seconds,
-            "hash": writer.hash_s,
-            "write": writer.write_s,
-            "wait_write": writer.wait_s,
-        }
+        self.bytes_read += stream.bytes_read
+        self._reading.update(stream.seconds)
 
     def _parted(self, units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
         """Yield units that share a load, up to each behind which scales of several tensors are written."""

@@ -12,7 +12,7 @@ from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.planning.budget import Workspace
 from stockflow.planning.factors import factors_of
 from stockflow.planning.job import TensorJob
-from stockflow.planning.layer_units import layer_units
+from stockflow.planning.layer_units import layer_units, segments
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
 from stockflow.planning.spans import SPAN_ELEMS
@@ -250,7 +250,7 @@ def _shard_amounts(shard: ShardPlan, workspace: Workspace, passes: Counter[int])
             _add_reads(amounts, replace(step, num_sweeps=unit.members[0].num_statistic_passes, held=False), again=True)
     for step in schedule([*factors_of(shard.jobs)], workspace):
         _add_reads(amounts, step)
-    for step in schedule(shard.jobs, workspace):
+    for step in (step for jobs in segments(shard.jobs) for step in schedule(jobs, workspace)):
         _add_reads(amounts, step)
         passes[step.num_reads] += sum(piece.stop == piece.work.reading.num_elems for piece in step.loads[-1].pieces)
     return amounts

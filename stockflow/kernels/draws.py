@@ -10,7 +10,7 @@ Shape suffixes: N task vectors, E elements of a block of elements, T words of a 
 
 import numpy as np
 
-from stockflow.kernels.arrays import Bits, Counts, Unsigned, Values
+from stockflow.kernels.arrays import Bits, Bytes, Counts, Unsigned, Values
 from stockflow.kernels.floats import TILE, Index
 from stockflow.kernels.jit import jit
 
@@ -82,3 +82,19 @@ def keep_drawn(deltas_NE: Values, start: Index, keys_N2: Unsigned, limits_N: Cou
                 delta[done + k] *= one if is_kept else zero
             kept_N[n] += num_kept
             done += count
+
+
+@jit
+def multiply_bits(rows_RE: Values, bits_RB: Bytes) -> None:
+    """Multiply by zero where a bit is not set, so that NaN stays NaN: bit ``k % 8`` of byte ``k // 8`` of a row."""
+    zero, one = rows_RE.dtype.type(0.0), rows_RE.dtype.type(1.0)
+    masks = np.uint8(1) << np.arange(8).astype(np.uint8)
+    num_whole = np.uint64(rows_RE.shape[1] // 8)
+    for r in range(len(rows_RE)):
+        row, bits = rows_RE[r], bits_RB[r]
+        for b in range(num_whole):
+            eight, first = bits[b], np.uint64(8) * b
+            for n in range(np.uint64(8)):
+                row[first + n] *= one if eight & masks[n] else zero
+        for k in range(np.uint64(8) * num_whole, np.uint64(len(row))):
+            row[k] *= one if bits[num_whole] & masks[k % np.uint64(8)] else zero

@@ -87,7 +87,8 @@ def draw_ranked(
         for rank in range(length):
             place = last - (order_E[first + rank] & _LOW)
             limits[place] = table_limits[rank]
-            factors_E[place] = table_factors[rank]
+            if inflated:
+                factors_E[place] = table_factors[rank]
         first += length
     words_T = np.empty(TILE, np.uint32)
     num_kept, done = np.uint32(0), np.uint64(0)
@@ -98,7 +99,8 @@ def draw_ranked(
         for k in range(count):
             is_kept = words_T[k + shift] <= limits[done + k]
             num_kept += np.uint32(is_kept)
-            factors_E[done + k] = factors_E[done + k] if is_kept else factors_E.dtype.type(0.0)
+            factor = factors_E[done + k] if inflated else factors_E.dtype.type(1.0)
+            factors_E[done + k] = factor if is_kept else factors_E.dtype.type(0.0)
         done += count
     return int(num_kept)
 

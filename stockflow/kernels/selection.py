@@ -8,7 +8,7 @@ Shape suffixes: R rows, E elements of a block, P picks (a row, and how many of i
 import numpy as np
 
 from stockflow.kernels.arrays import Bits, Counts, Patterns, Unsigned, Values
-from stockflow.kernels.floats import Index
+from stockflow.kernels.floats import TILE, Index
 from stockflow.kernels.jit import jit
 
 RUN = 64
@@ -73,24 +73,38 @@ def count_digits(
 
 
 @jit
-def find_members(patterns_E: Patterns, prefix: Index, shift: Index, members: Unsigned) -> int:
-    """Fill ``members`` with the magnitudes that begin with a prefix, in their order, and return how many these are."""
-    sign = np.uint64(8 * patterns_E.itemsize - 1)
-    magnitude = (np.uint64(1) << sign) - np.uint64(1)
-    num_elems = np.uint64(len(patterns_E))
-    num_found = 0
-    for start in range(np.uint64(0), num_elems, np.uint64(RUN)):
-        stop = min(start + np.uint64(RUN), num_elems)
-        any_found = np.uint64(0)
-        for k in range(start, stop):
-            any_found += np.uint64((np.uint64(patterns_E[k]) & magnitude) >> shift == prefix)
-        if any_found:
-            for k in range(start, stop):
-                size = np.uint64(patterns_E[k]) & magnitude
-                if size >> shift == prefix:
-                    members[num_found] = size
-                    num_found += 1
-    return num_found
+def find_members(
+    patterns_RE: Patterns, rows_P: Unsigned, prefixes_P: Unsigned, shift: Index, members: Unsigned, ends_P: Counts
+) -> None:
+    """Collect the magnitudes that begin with a prefix, in their order, by the bits behind it.
+
+    Args:
+        patterns_RE: the bits of the rows.
+        rows_P: which row each pick is of.
+        prefixes_P: per pick.
+        shift: position of the prefix, in bits.
+        members: receives them pick after pick, has room for all.
+        ends_P: receives where those of each pick end.
+    """
+    sign = np.uint64(8 * patterns_RE.itemsize - 1)
+    magnitude = patterns_RE.dtype.type((np.uint64(1) << sign) - np.uint64(1))
+    above = patterns_RE.dtype.type((np.uint64(1) << shift) - np.uint64(1))
+    num_elems, num_found = np.uint64(patterns_RE.shape[1]), np.uint64(0)
+    marks = np.empty(TILE, np.uint8)
+    eights = marks.view(np.uint64)
+    for p in range(len(rows_P)):
+        row, least = patterns_RE[rows_P[p]], patterns_RE.dtype.type(prefixes_P[p] << shift)
+        for start in range(np.uint64(0), num_elems, np.uint64(TILE)):
+            count = min(np.uint64(TILE), num_elems - start)
+            marks[count:] = 0
+            for k in range(count):
+                marks[k] = np.uint8((row[start + k] & magnitude) - least <= above)
+            for first in range(np.uint64(0), count, np.uint64(8)):
+                if eights[first >> np.uint64(3)]:
+                    for k in range(first, min(first + np.uint64(8), count)):
+                        members[num_found] = (row[start + k] & magnitude) - least
+                        num_found += np.uint64(marks[k])
+        ends_P[p] = num_found
 
 
 @jit

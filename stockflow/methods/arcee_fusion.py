@@ -9,7 +9,7 @@ import numpy as np
 from stockflow.kernels.arrays import Counts, Floats
 from stockflow.methods import selection
 from stockflow.methods.protocol import Block, Parameters, Rounds, UnitContext, Update, elementwise_method
-from stockflow.methods.selection import order_statistics
+from stockflow.methods.selection import first_digits, order_statistics
 
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values
@@ -26,11 +26,11 @@ CLOSE = 2.0**-50
     min_tuned=1,
     max_tuned=1,
     scopes=("tensor", "leading", "layer"),
-    num_rounds=lambda float_bits, given: 1 + 64 // selection.DIGIT_BITS,
+    num_rounds=lambda float_bits, given: 64 // selection.DIGIT_BITS,
     state_bytes=2 * selection.STATE_BYTES,
     temporaries=8,
     whole_rows=True,
-    row_bytes=16,
+    kept_bytes=lambda given, num_numbers, num_rows: selection.kept_bytes(3 * num_numbers, 64) + 16 * num_rows,
     facts=("threshold",),
 )
 def arcee_fusion(context: UnitContext, parameters: Parameters) -> Rounds:
@@ -43,11 +43,11 @@ def arcee_fusion(context: UnitContext, parameters: Parameters) -> Rounds:
     of that length. Kept from mergekit: a score equal to the threshold counts, so where all scores are zero, ``w_1``.
     """
     del parameters
-    divergences = yield Divergences()
-    scores = Scores(*divergences)
+    starts, divergences, first_PD = yield Divergences()
+    scores = Scores(starts, divergences)
     n = context.num_elems
     ranks = [n - quarters * (n - 1) // 4 for quarters in (1, 2, 3)]
-    found = yield from order_statistics([0, 0, 0], ranks, 64, 64, scores)
+    found = yield from order_statistics([0, 0, 0], ranks, 64, 64, scores, first_PD)
     first, second, third = (float(each) for each in found.least_P)
     threshold = (second + 1.5 * (third - first)) * (1.0 - CLOSE)
 
@@ -74,23 +74,26 @@ class Scores:
 
     def __call__(self, block: Block) -> "Values":
         """Return the scores, shape (1, E)."""
-        from stockflow.kernels.softmax import scores
+        return _scores(block, self.divergences[int(np.searchsorted(self.starts, block.start))])
 
-        scores_1E = np.empty((1, len(block.base_E)))
-        divergences_R = self.divergences[int(np.searchsorted(self.starts, block.start))]
-        scores(block.deltas_NE[0], divergences_R, np.uint64(block.row_elems), scores_1E[0])
-        return scores_1E
+
+def _scores(block: Block, divergences_R: Floats) -> "Values":
+    from stockflow.kernels.softmax import scores
+
+    scores_1E = np.empty((1, len(block.base_E)))
+    scores(block.deltas_NE[0], divergences_R, np.uint64(block.row_elems), scores_1E[0])
+    return scores_1E
 
 
 @dataclass(frozen=True)
 class Divergences:
-    """How far each row moved: first elements of blocks, and the divergences of their rows."""
+    """How far each row moved: first elements of blocks, the divergences of their rows, first digits of the scores."""
 
     float_bits: Literal[32, 64] = 64
 
     def zero(self) -> Any:
         """Return no blocks."""
-        return []
+        return [], first_digits(64).zero()
 
     def update(self, state: Any, block: Block) -> Any:
         """Compute those of a block."""
@@ -98,14 +101,18 @@ class Divergences:
 
         divergences_R = np.empty(-(-len(block.base_E) // block.row_elems))
         divergences(block.base_E, block.deltas_NE[0], np.uint64(block.row_elems), FLOOR, divergences_R)
-        return [*state, (block.start, divergences_R)]
+        blocks, counts_PD = state
+        counts_PD = first_digits(64, lambda _: _scores(block, divergences_R)).update(counts_PD, block)
+        return [*blocks, (block.start, divergences_R)], counts_PD
 
     def combine(self, left: Any, right: Any) -> Any:
-        """Put the blocks of two runs one after the other."""
-        left.extend(right)
-        return left
+        """Put the blocks of two runs one after the other, and add counts."""
+        (blocks, counts_PD), (further, more_PD) = left, right
+        blocks.extend(further)
+        return blocks, first_digits(64).combine(counts_PD, more_PD)
 
-    def finish(self, state: Any) -> tuple[Counts, Sequence[Floats]]:
-        """Return starts and divergences."""
-        starts, found = zip(*state, strict=True)
-        return np.array(starts, np.int64), found
+    def finish(self, state: Any) -> tuple[Counts, Sequence[Floats], Counts]:
+        """Return starts, divergences and counts."""
+        blocks, counts_PD = state
+        starts, found = zip(*blocks, strict=True)
+        return np.array(starts, np.int64), found, counts_PD

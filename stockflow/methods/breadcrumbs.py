@@ -45,6 +45,7 @@ _breadcrumbs = partial(
     parameters=sparse.parameters(GAMMA, normalize=False, rescale=False),
     scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(selection.num_rounds),
+    kept_bytes=sparse.kept_bytes(2),
     state_bytes=2 * selection.STATE_BYTES,
     facts=("kept_share", "rescale"),
 )

@@ -69,6 +69,7 @@ _dare = partial(
     parameters=sparse.parameters(SEED, normalize=False, rescale=True, rescales=RESCALES),
     scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(),
+    kept_bytes=sparse.kept_bytes(),
     facts=("kept_share", "rescale"),
 )
 

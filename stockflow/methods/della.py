@@ -94,6 +94,7 @@ _della = partial(
     min_tuned=1,
     scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(),
+    kept_bytes=sparse.kept_bytes(),
     temporaries=4,
     whole_rows=True,
     facts=("kept_share", "rescale"),

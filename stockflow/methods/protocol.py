@@ -239,8 +239,8 @@ class Elementwise:
     """of the state of one statistic, per source"""
     temporaries: int = 2
     """rows of working precision it needs beside those of the sources, per source"""
-    row_bytes: int = 0
-    """of what is kept of each row of a unit"""
+    kept_bytes: Callable[[Parameters, int, int], int] = field(default=lambda given, num_numbers, num_rows: 0)
+    """of what is kept of a unit between sweeps, by the numbers in all its task vectors and its rows, at most"""
     whole_rows: bool = False
     """whether blocks are of whole rows of the last dimension, or of a whole span where these are longer"""
 
@@ -380,7 +380,7 @@ def elementwise_method(
     num_rounds: Callable[[int, Parameters], int] = lambda float_bits, given: 0,
     state_bytes: int = 0,
     temporaries: int = 2,
-    row_bytes: int = 0,
+    kept_bytes: Callable[[Parameters, int, int], int] = lambda given, num_numbers, num_rows: 0,
     whole_rows: bool = False,
     max_tuned: int | None = None,
     parameters: tuple[Parameter, ...] = (),
@@ -391,7 +391,7 @@ def elementwise_method(
     """Register what ends in a function of blocks, after rounds of statistics if it yields some, as a merge method."""
 
     def register(function: Decide) -> Decide:
-        rule = Elementwise(function, num_rounds, state_bytes, temporaries, row_bytes, whole_rows)
+        rule = Elementwise(function, num_rounds, state_bytes, temporaries, kept_bytes, whole_rows)
         REGISTRY[name] = Method(
             name, rule, source, "required", min_tuned, max_tuned, parameters, scopes, facts, refuses=refuses
         )

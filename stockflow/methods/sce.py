@@ -1,15 +1,14 @@
 """SCE: select what varies most between the models, calculate weights from what is left, erase the minority's signs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stockflow.kernels.arrays import Counts, Floats
+from stockflow.kernels.arrays import Floats
 from stockflow.methods import selection
 from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, UnitContext, Update, elementwise_method
-from stockflow.methods.selection import ALL, NOTHING, Pick, Threshold, largest, multiply_largest
+from stockflow.methods.selection import ALL, NOTHING, Pick, Threshold, first_digits, largest, multiply_largest
 from stockflow.methods.sparse import Election
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ SMALLEST_TOTAL = 1e-6
 
 def _num_rounds(float_bits: int, given: Parameters) -> int:
     selects = given.number("select_topk") < 1.0
-    return 1 + selects * (1 + selection.num_rounds(float_bits))
+    return 1 + selects * selection.num_rounds(float_bits)
 
 
 @elementwise_method(
@@ -30,6 +29,7 @@ def _num_rounds(float_bits: int, given: Parameters) -> int:
     parameters=(Parameter("select_topk", "number", default=1.0, minimum=0.0, maximum=1.0),),
     scopes=("tensor", "leading", "layer"),
     num_rounds=_num_rounds,
+    kept_bytes=lambda given, num_numbers, num_rows: selection.kept_bytes(num_numbers),
     state_bytes=selection.STATE_BYTES,
     temporaries=3,
     facts=("coefficient", "kept_share"),
@@ -45,11 +45,11 @@ def sce(context: UnitContext, parameters: Parameters) -> Rounds:
     """
     threshold, share = ALL, 1.0
     if parameters.number("select_topk") < 1.0:
-        (num_changed,) = yield NonzeroCount(context.float_bits)
-        k = int(parameters.number("select_topk") * int(num_changed))
+        num_changed, first_PD = yield Variation(context.float_bits)
+        k = int(parameters.number("select_topk") * num_changed)
         threshold, share = NOTHING, k / context.num_elems
         if k:
-            (threshold,) = yield from largest(context, [Pick(0, k)], deviations)
+            (threshold,) = yield from largest(context, [Pick(0, k)], deviations, first_PD)
     kept = Varying(threshold, context.float_bits)
     squares_N = yield SquareSums(kept, context.num_tuned, context.working_bits)
     coefficients = _shares(squares_N / context.num_elems)
@@ -102,27 +102,29 @@ class Varying:
 
 
 @dataclass(frozen=True)
-class NonzeroCount:
-    """How many elements vary over the models at all. Shape (1,)."""
+class Variation:
+    """How many elements vary over the models at all, and how often each first digit of their deviations occurs."""
 
     float_bits: Literal[32, 64]
 
-    def zero(self) -> Counts:
+    def zero(self) -> Any:
         """Return none."""
-        return np.zeros(1, np.int64)
+        return 0, first_digits(self.float_bits).zero()
 
-    def update(self, state: Counts, block: Block) -> Counts:
+    def update(self, state: Any, block: Block) -> Any:
         """Count a block."""
-        return state + np.count_nonzero(deviations(block))
+        num_changed, counts_PD = state
+        deviations_1E = deviations(block)
+        counts_PD = first_digits(self.float_bits, lambda _: deviations_1E).update(counts_PD, block)
+        return num_changed + int(np.count_nonzero(deviations_1E)), counts_PD
 
-    def combine(self, left: Counts, right: Counts) -> Counts:
+    def combine(self, left: Any, right: Any) -> Any:
         """Add counts."""
-        return left + right
+        return left[0] + right[0], first_digits(self.float_bits).combine(left[1], right[1])
 
-    def finish(self, state: Counts) -> Sequence[int]:
-        """Return the count."""
-        found: list[int] = state.tolist()
-        return found
+    def finish(self, state: Any) -> Any:
+        """Return the number and the counts."""
+        return state
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from stockflow.kernels.arrays import Counts
+from stockflow.kernels.arrays import Counts, Unsigned
 from stockflow.methods.protocol import Block, Statistic, UnitContext
 
 if TYPE_CHECKING:
@@ -26,14 +26,19 @@ DIGIT_BITS = 16
 """The first digit has one less, as magnitudes have no sign."""
 STATE_BYTES = 8 << DIGIT_BITS
 """Of the counts of one pick, at most."""
-MAX_MEMBERS = 2**12
-"""Magnitudes with a common prefix are collected once they are so few, where more than one digit is left."""
+MEMBERS_BYTES = 2**24
+"""Magnitudes with a common prefix are collected once they take so little."""
 EVERYTHING = 2**62
 
 
 def num_rounds(float_bits: int) -> int:
     """Return how many rounds it takes: one for every digit, and one for the equals."""
     return float_bits // DIGIT_BITS + 1
+
+
+def kept_bytes(num_numbers: int, float_bits: int = 32) -> int:
+    """Return what the magnitudes take, at most, that are collected of so many, and a copy."""
+    return 2 * min(MEMBERS_BYTES, num_numbers * _member_bytes(float_bits - DIGIT_BITS))
 
 
 class Pick(NamedTuple):
@@ -54,14 +59,15 @@ class Threshold:
     starts_B: Counts | None = None
     """first element of every block; None where all that equal it are wanted"""
     before_B: Counts | None = None
-    """how many equal it before that block"""
+    """how many equal it before that block, and before the end, shape (B + 1)"""
 
     def quota(self, start: int) -> int:
         """Return how many elements that equal it are wanted of the block from ``start`` on."""
         if self.starts_B is None or self.before_B is None:
             return self.num_wanted
-        before = int(self.before_B[np.searchsorted(self.starts_B, start)])
-        return max(self.num_wanted - before, 0)
+        block = int(np.searchsorted(self.starts_B, start))
+        before, behind = self.before_B[block : block + 2].tolist()
+        return EVERYTHING if behind <= self.num_wanted else max(self.num_wanted - before, 0)
 
 
 NOTHING, ALL = Threshold(math.nan), Threshold(0.0)
@@ -84,10 +90,17 @@ class OrderStatistics(NamedTuple):
     """how many of those that equal it are among the largest"""
     equal: Sequence[int]
     """how many equal it"""
+    equals: tuple[Counts, Counts] | None
+    """where that was seen: first elements of blocks (B), and how many equal it in each (B, P)"""
 
 
 def order_statistics(
-    rows_P: Sequence[int], ranks: Sequence[int], bits: Literal[32, 64], float_bits: Literal[32, 64], rows: Rows
+    rows_P: Sequence[int],
+    ranks: Sequence[int],
+    bits: Literal[32, 64],
+    float_bits: Literal[32, 64],
+    rows: Rows,
+    first_PD: Counts | None = None,
 ) -> Generator[Statistic, Any, OrderStatistics]:
     """Ask for what tells the ``rank``-th largest magnitude of rows.
 
@@ -97,21 +110,28 @@ def order_statistics(
         bits: width of the rows.
         float_bits: width of the blocks they are made of.
         rows: what is ranked.
+        first_PD: the counts of the first digits, if they are known, for each distinct row.
     """
     prefixes, left = [0] * len(rows_P), list(ranks)
     equal: list[int] = []
+    equals: tuple[Counts, Counts] | None = None
     distinct = tuple(dict.fromkeys(rows_P))
     for shift in reversed(range(0, bits, DIGIT_BITS)):
         is_first = shift + DIGIT_BITS == bits
-        if not is_first and shift and max(equal) <= MAX_MEMBERS:
-            members = yield Members(tuple(rows_P), tuple(prefixes), shift + DIGIT_BITS, float_bits, rows)
-            chosen = [each[-rank] for each, rank in zip(members, left, strict=True)]
-            left = [rank - int((each > one).sum()) for each, one, rank in zip(members, chosen, left, strict=True)]
-            equal = [int((each == one).sum()) for each, one in zip(members, chosen, strict=True)]
-            prefixes = [int(one) for one in chosen]
+        if not is_first and sum(equal) * _member_bytes(shift + DIGIT_BITS) <= MEMBERS_BYTES:
+            found = yield Members(tuple(rows_P), tuple(prefixes), shift + DIGIT_BITS, float_bits, rows)
+            chosen = [found.largest(pick, rank) for pick, rank in enumerate(left)]
+            equals = found.starts_B, np.stack([each.equals_B for each in chosen], axis=1)
+            left, equal = [each.wanted for each in chosen], [int(each.equals_B.sum()) for each in chosen]
+            prefixes = [
+                prefix << (shift + DIGIT_BITS) | each.member for prefix, each in zip(prefixes, chosen, strict=True)
+            ]
             break
         asked = distinct if is_first else tuple(rows_P)
-        counts_PD = yield DigitCounts(asked, tuple(prefixes[: len(asked)]), shift, bits, float_bits, rows)
+        known = first_PD if is_first else None
+        counts_PD = (
+            (yield DigitCounts(asked, tuple(prefixes), shift, bits, float_bits, rows)) if known is None else known
+        )
         equal = []
         for number, row in enumerate(rows_P):
             digits = counts_PD[distinct.index(row) if is_first else number]
@@ -121,11 +141,11 @@ def order_statistics(
             left[number] -= int(at_least[digit]) - equal[-1]
             prefixes[number] = prefixes[number] << DIGIT_BITS | digit
     least_P = np.array(prefixes, np.uint32 if bits == 32 else np.uint64).view(f"f{bits // 8}")
-    return OrderStatistics(least_P, left, equal)
+    return OrderStatistics(least_P, left, equal, equals)
 
 
 def largest(
-    context: UnitContext, picks: Sequence[Pick], rows: Rows = task_vectors
+    context: UnitContext, picks: Sequence[Pick], rows: Rows = task_vectors, first_PD: Counts | None = None
 ) -> Generator[Statistic, Any, list[Threshold]]:
     """Ask for what tells the ``rank`` largest elements of rows; return a threshold per pick.
 
@@ -133,6 +153,7 @@ def largest(
         context: the unit.
         picks: a rank of 0 or less is for nothing, one of all elements or more for all.
         rows: what is ranked, in the precision that magnitudes are.
+        first_PD: the counts of the first digits, if they are known.
     """
     found = [NOTHING if pick.rank <= 0 else ALL for pick in picks]
     searched = [number for number, pick in enumerate(picks) if 0 < pick.rank < context.num_elems]
@@ -140,11 +161,11 @@ def largest(
         return found
     rows_P, bits = tuple(picks[number].row for number in searched), context.float_bits
     ranks = [picks[number].rank for number in searched]
-    least_P, wanted, equal = yield from order_statistics(rows_P, ranks, bits, bits, rows)
+    least_P, wanted, equal, equals = yield from order_statistics(rows_P, ranks, bits, bits, rows, first_PD)
     thresholds = [Threshold(float(least), rank) for least, rank in zip(least_P, wanted, strict=True)]
     if list(wanted) != list(equal):
-        starts_B, equals_BP = yield EqualCounts(rows_P, least_P, bits, rows)
-        before_BP = np.cumsum(equals_BP, axis=0) - equals_BP
+        starts_B, equals_BP = equals or (yield EqualCounts(rows_P, least_P, bits, rows))
+        before_BP = np.cumsum(np.insert(equals_BP, 0, 0, axis=0), axis=0)
         thresholds = [
             replace(threshold, starts_B=starts_B, before_B=before_BP[:, number])
             for number, threshold in enumerate(thresholds)
@@ -215,6 +236,11 @@ class DigitCounts:
         return state
 
 
+def first_digits(bits: Literal[32, 64], rows: Rows = task_vectors) -> DigitCounts:
+    """Return the statistic of the first digits of one row."""
+    return DigitCounts((0,), (), bits - DIGIT_BITS, bits, bits, rows)
+
+
 @dataclass(frozen=True)
 class EqualCounts:
     """How many magnitudes equal the least that is wanted, block by block: starts (B) and counts (B, P)."""
@@ -247,9 +273,44 @@ class EqualCounts:
         return np.array(starts, np.int64), np.stack(equals)
 
 
+def _member_bytes(shift: int) -> int:
+    return 2 if shift <= 16 else 8
+
+
+class Chosen(NamedTuple):
+    """One of the members of a pick."""
+
+    member: int
+    wanted: int
+    """how many that equal it are as large as it was asked for"""
+    equals_B: Counts
+    """how many equal it, block by block"""
+
+
+class Collected(NamedTuple):
+    """The members of picks, block by block."""
+
+    starts_B: Counts
+    members: Sequence[Unsigned]
+    """of each block, pick after pick"""
+    ends_BP: Counts
+    """where in these the members of each pick end"""
+
+    def largest(self, pick: int, rank: int) -> Chosen:
+        """Return the ``rank``-th largest member of a pick."""
+        begins_B = self.ends_BP[:, pick - 1].tolist() if pick else [0] * len(self.members)
+        own = [each[a:b] for each, a, b in zip(self.members, begins_B, self.ends_BP[:, pick].tolist(), strict=True)]
+        together = np.concatenate(own)
+        place = len(together) - rank
+        together.partition(place)
+        member, larger = together[place], together[place + 1 :]
+        equals_B = np.array([np.count_nonzero(each == member) for each in own], np.int64)
+        return Chosen(int(member), rank - int(np.count_nonzero(larger > member)), equals_B)
+
+
 @dataclass(frozen=True)
 class Members:
-    """The magnitudes that begin with a prefix, as the integers of their bits, in ascending order; per pick."""
+    """The magnitudes that begin with a prefix, by the bits behind it, block by block; per pick."""
 
     rows_P: tuple[int, ...]
     prefixes: tuple[int, ...]
@@ -259,27 +320,28 @@ class Members:
     rows: Rows
 
     def zero(self) -> Any:
-        """Return none."""
-        return [[] for _ in self.rows_P]
+        """Return no blocks."""
+        return []
 
     def update(self, state: Any, block: Block) -> Any:
         """Collect those of a block."""
         from stockflow.kernels.selection import find_members, patterns
 
-        patterns_RE = patterns(self.rows(block))
-        found = np.empty(MAX_MEMBERS, np.uint64)
-        for members, row, prefix in zip(state, self.rows_P, self.prefixes, strict=True):
-            num_found = find_members(patterns_RE[row], np.uint64(prefix), np.uint64(self.shift), found)
-            members.append(found[:num_found].copy())
-        return state
+        rows_P, prefixes_P = np.array(self.rows_P, np.uint64), np.array(self.prefixes, np.uint64)
+        found = np.empty(len(rows_P) * len(block.base_E), f"u{_member_bytes(self.shift)}")
+        ends_P = np.empty(len(rows_P), np.int64)
+        find_members(patterns(self.rows(block)), rows_P, prefixes_P, np.uint64(self.shift), found, ends_P)
+        return [*state, (block.start, found[: ends_P[-1]].copy(), ends_P)]
 
     def combine(self, left: Any, right: Any) -> Any:
-        """Put those of two runs together."""
-        return [[*one, *other] for one, other in zip(left, right, strict=True)]
+        """Put the blocks of two runs one after the other."""
+        left.extend(right)
+        return left
 
-    def finish(self, state: Any) -> Sequence[Counts]:
-        """Return them in order."""
-        return [np.sort(np.concatenate(members)) for members in state]
+    def finish(self, state: Any) -> Collected:
+        """Return all blocks."""
+        starts, members, ends = zip(*state, strict=True)
+        return Collected(np.array(starts, np.int64), members, np.stack(ends))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from stockflow.kernels.arrays import Counts, Floats
+from stockflow.kernels.arrays import Bytes, Counts, Floats
+from stockflow.methods import selection
 from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, Statistic, UnitContext, Update
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 SMALLEST_NORM = 1e-7
 SMALLEST_TOTAL = 1e-8
+REMEMBERED_BYTES = 2**25
+"""Of what is kept of elements, a bit each, between the sweep that adds up norms and the last."""
 
 
 class Kept(Protocol):
@@ -75,6 +78,17 @@ def num_rounds(keeping: Callable[[int], int] = lambda float_bits: 0) -> Callable
     return rounds
 
 
+def kept_bytes(num_picks: int = 0) -> Callable[[Parameters, int, int], int]:
+    """Return what is kept by a method that selects by so many thresholds of each task vector."""
+
+    def kept(given: Parameters, num_numbers: int, num_rows: int) -> int:
+        del num_rows
+        remembered = min(REMEMBERED_BYTES, num_numbers // 8) if rescaling(given) == "l1" else 0
+        return selection.kept_bytes(num_picks * num_numbers) + remembered
+
+    return kept
+
+
 def rescaling(given: Parameters) -> str | None:
     """Return which rescaling is asked for."""
     asked = given.shared["rescale"]
@@ -86,6 +100,7 @@ def merged(context: UnitContext, given: Parameters, keep: Keep, *, elect: bool) 
     kept = yield from keep(context, given)
     factors, shares = list(kept.factors), kept.shares
     if rescaling(given) == "l1" and not all(kept.is_whole):
+        kept = Remembered(kept)
         before_N, after_N, kept_N = yield NormSums(kept, context.num_tuned, context.working_bits)
         factors = _restoring(before_N, after_N, kept.is_whole)
         shares = shares or (kept_N / context.num_elems).tolist()
@@ -157,6 +172,45 @@ class Election:
         change_2E = np.empty((2, len(block.base_E)))
         doubled.consensus_exactly(deltas_NE, block.lows_NE, *shares, divisor, factor, change_2E)
         return change_2E
+
+
+class Remembered:
+    """A keep step that finds what it keeps of a block once, as far as that can be remembered."""
+
+    def __init__(self, kept: Kept) -> None:
+        """Begin with nothing."""
+        self._kept = kept
+        self._bits: dict[int, Bytes] = {}
+        self._left = REMEMBERED_BYTES
+
+    @property
+    def shares(self) -> Sequence[float]:
+        """Those of the step."""
+        return self._kept.shares
+
+    @property
+    def factors(self) -> Sequence[float]:
+        """Those of the step."""
+        return self._kept.factors
+
+    @property
+    def is_whole(self) -> Sequence[bool]:
+        """Of the same models."""
+        return self._kept.is_whole
+
+    def drop(self, block: Block) -> Counts | None:
+        """Drop what the step drops, and remember what is left."""
+        from stockflow.kernels.draws import multiply_bits
+
+        known = self._bits.pop(block.start, None)
+        if known is not None:
+            multiply_bits(block.deltas_NE, known)
+            return None
+        kept_N = self._kept.drop(block)
+        if self._left > 0:
+            self._bits[block.start] = np.packbits(block.deltas_NE != 0, axis=1, bitorder="little")
+            self._left -= self._bits[block.start].nbytes
+        return kept_N
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def largest_kept(context: UnitContext, given: Parameters) -> Generator[Statistic
     parameters=sparse.parameters(normalize=True, rescale=False),
     scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(selection.num_rounds),
+    kept_bytes=sparse.kept_bytes(1),
     state_bytes=selection.STATE_BYTES,
     facts=("kept_share", "rescale"),
 )

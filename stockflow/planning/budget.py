@@ -52,6 +52,8 @@ SPANS_AHEAD = 3
 """Results of spans, per thread, that may wait for their turn to be added up."""
 NUM_GROUP_FACTS = 12
 """Cosines, ratios and flags of a group, on their way and where they are kept."""
+LAYER_BYTES = 96 * MIB
+"""Kept of a layer that is decided as one, at most."""
 PRODUCT_COPIES = 6
 """Products per span in working precision and float64, their sum with what came before, and temporaries."""
 
@@ -200,7 +202,7 @@ def _divided(
     fixed_bytes = baseline_bytes + _out_beside(works)  # where results are put in order before they are written
     per_thread += direct * max(_span_source_bytes(work.reading) for work, _ in works)
     fixed = fixed_bytes + num_threads * per_thread + max(decision_bytes(work) for work, _ in works)
-    fixed += sum(count * work.kept_bytes for work, count in works if work.reading.scope == "layer")  # decided ahead
+    fixed += min(sum(count * work.kept_bytes for work, count in works if work.reading.scope == "layer"), LAYER_BYTES)
     ahead = baseline_bytes + max(work.ahead_bytes for work, _ in works)
     waiting = partial(_waiting_bytes, works, num_threads=num_threads, direct=direct)
     found = (_direct if direct else _streamed)(works, memory_bytes, fixed, ahead, waiting)

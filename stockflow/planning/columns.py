@@ -11,7 +11,7 @@ from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.transposed import Transposed
 from stockflow.errors import PlanError
 from stockflow.methods import METHODS
-from stockflow.planning.experts import part_of
+from stockflow.planning.experts import Whole, part_of
 from stockflow.planning.job import TensorJob, merging
 from stockflow.planning.operands import Operand
 from stockflow.text.strictjson import shown
@@ -36,16 +36,16 @@ def _is_asked(job: TensorJob) -> bool:
 
 def _turned(job: TensorJob) -> TensorJob:
     spec, result = job.output, job.result
-    if result.rule or not all(isinstance(each.decode, Plain) and each.rows is None for each in job.reading.operands):
+    are_plain = job.reading.is_plain and isinstance(result.encode, Plain)
+    if not are_plain or not all(isinstance(each.decode, Plain) for each in job.reading.operands):
         raise PlanError(
             f"{shown(spec.name)} cannot be taken column by column, as `{result.declared.columns_if}` asks: its rows "
             "follow a vocabulary, or some model stores it in codes, with an adapter, or transposed; name it in a rule "
             "with another method"
         )
-    whole = job.whole or spec
     seen = TensorSpec(spec.name, spec.dtype, (math.prod(spec.shape[1:]), spec.shape[0]))
     merged = merging(seen, _transposed(job.reading.operands), result.method, result.parameters, "row")
-    return part_of(merged, whole, Transposed(spec.dtype))
+    return part_of(merged, Whole(job.whole or spec, Transposed(spec.dtype)))
 
 
 def _transposed(operands: Iterable[Operand]) -> tuple[Operand, ...]:

@@ -358,9 +358,10 @@ class TensorJob:
     @property
     def kept_bytes(self) -> int:
         """What is kept of the rows of a unit until it is decided."""
-        rules = [result.declared.rule for result in self.results]
-        num_rows = -(-self.reading.num_elems // self.reading.together)
-        return self._scale_bytes + sum([num_rows * rule.row_bytes for rule in rules if isinstance(rule, Elementwise)])
+        reading, pairs = self.reading, [(result.declared.rule, result.parameters) for result in self.results]
+        sizes = reading.num_elems * (len(reading.operands) - 1), -(-reading.num_elems // reading.together)
+        kept = [rule.kept_bytes(given, *sizes) for rule, given in pairs if isinstance(rule, Elementwise)]
+        return self._scale_bytes + sum(kept)
 
     @cached_property
     def _scale_bytes(self) -> int:

@@ -6,7 +6,7 @@ The order of their elements is that of a tensor that holds all: expert by expert
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from stockflow.checkpoints.naming import projection_of
 from stockflow.planning.job import TensorJob
@@ -50,6 +50,12 @@ def with_layers_together(jobs: Sequence[TensorJob]) -> list[TensorJob]:
     if own.keys() <= {""}:
         return list(jobs)
     return [each for job in jobs for each in (own.pop(job.decided_in, []) if job.decided_in else [job])]
+
+
+def segments(jobs: Iterable[TensorJob]) -> Iterator[list[TensorJob]]:
+    """Yield runs of jobs that are merged one after the other: those that are decided as one, and what lies between."""
+    for _, run in groupby(jobs, key=lambda job: job.decided_in):
+        yield list(run)
 
 
 def unlike_members(jobs: Iterable[TensorJob]) -> Iterator[str]:

@@ -384,7 +384,7 @@ def test_weights_that_sum_to_zero_are_not_divided_by(tmp_path: Path) -> None:
         ("ties", {"rescale": False}, 3),
         ("della", {"rescale": False}, 0),
         ("sce", {"select_topk": 1.0}, 1),
-        ("sce", {"select_topk": 0.5}, 5),
+        ("sce", {"select_topk": 0.5}, 4),
         ("breadcrumbs", {"rescale": "l1"}, 4),
     ],
 )
