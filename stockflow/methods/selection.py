@@ -287,7 +287,7 @@ class Chosen(NamedTuple):
     """how many equal it, block by block"""
 
 
-class Collected(NamedTuple):
+class CollectedMembers(NamedTuple):
     """The members of picks, block by block."""
 
     starts_B: Counts
@@ -338,10 +338,10 @@ class Members:
         left.extend(right)
         return left
 
-    def finish(self, state: Any) -> Collected:
+    def finish(self, state: Any) -> CollectedMembers:
         """Return all blocks."""
         starts, members, ends = zip(*state, strict=True)
-        return Collected(np.array(starts, np.int64), members, np.stack(ends))
+        return CollectedMembers(np.array(starts, np.int64), members, np.stack(ends))
 
 
 @dataclass(frozen=True, slots=True)
