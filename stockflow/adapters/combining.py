@@ -161,6 +161,8 @@ def _tell(on_event: OnEvent, module: CombinedModule, sources: Sources) -> None:
 def _factors_of(module: CombinedModule, dtype: str, sources: Sources) -> CombinedFactors:
     left_RK, right_KC = _side_by_side(module, sources)
     energy = 1.0
+    if not np.isfinite(left_RK).all():
+        raise NumericsError(f"the factors of {module.module!r} overflow with these weights; give smaller ones")
     if module.rank < module.summed_rank:
         found = decomposed(left_RK, right_KC)
         energy = found.kept(module.rank)
@@ -207,9 +209,7 @@ def _block(tensor: CombinedTensor, sources: Sources, start: int) -> Bytes:
 def _rounded(values: Floats, spec: TensorSpec) -> Bytes:
     found, are_finite = rounded(values, spec.dtype)
     if not are_finite:
-        raise NumericsError(
-            f"{spec.name!r} would have NaN or infinity in {spec.dtype}; mend the adapters, or name another `dtype`"
-        )
+        raise NumericsError(f"{spec.name!r} is beyond {spec.dtype}; name another `dtype`")
     return found
 
 

@@ -86,7 +86,9 @@ class SketchExaminer(Examiner):
         squares = first.squares
         sweeps = [ProductSweep(sketch.basis(first.products_CK), both.half(1), tools)] if squares else []
         swept(unit, sweeps, map_spans, last=True)
-        return self._change(both, squares) if squares else FactoredChange(0, 1.0, 0.0, _NOTHING, _NOTHING)
+        if not squares:
+            return FactoredChange(0, 1.0, 0.0, _NOTHING, _NOTHING)
+        return self._change(look.reading.name, both, squares)
 
     def conclude(self, look: Look, parts: Sequence[FactoredChange]) -> FactoredChange:
         """Return what the only unit said."""
@@ -94,7 +96,7 @@ class SketchExaminer(Examiner):
         (found,) = parts
         return found
 
-    def _change(self, both: "Products", squares: float) -> FactoredChange:
+    def _change(self, name: str, both: "Products", squares: float) -> FactoredChange:
         for half in (both.half(0), both.half(1)):
             half.normalize()
         found = sketch.approximation(both.images_RK, both.products_CK, squares, self.rank)
@@ -102,7 +104,9 @@ class SketchExaminer(Examiner):
         left_RL, right_LC = found.factors(rank)
         if self.is_turned:
             left_RL, right_LC = right_LC.T, left_RL.T
-        left, right = (rounded(factor, self.dtype)[0] for factor in (left_RL, right_LC))
+        (left, left_fits), (right, right_fits) = (rounded(factor, self.dtype) for factor in (left_RL, right_LC))
+        if not (left_fits and right_fits):
+            raise NumericsError(f"the change of {name!r} is beyond {self.dtype}; choose another --dtype")
         return FactoredChange(rank, found.kept(rank), squares, left, right)
 
 
@@ -156,10 +160,10 @@ class ProductSweep:
         change_E = np.empty(span.stop - span.start, np.float32)
         self.tools.arithmetic.combine(span, Weighted(_CHANGE, False, "F32", 64), change_E.view(np.uint8))
         change_RC = change_E.astype(np.float64).reshape(-1, len(self.columns_CK))
-        images_RK = change_RC @ self.columns_CK
         squares = float(np.einsum("ij,ij->", change_RC, change_RC))
         if not np.isfinite(squares):
             _refuse_nonfinite(span, self.tools)
+        images_RK = change_RC @ self.columns_CK
         return images_RK, change_RC.T @ images_RK, squares
 
     def add(self, state: Products, start: int, said: tuple[Floats, Floats, float]) -> Products:

@@ -12,7 +12,7 @@ from stockflow.adapters.card import extraction_card
 from stockflow.adapters.examiners import FactoredChange, SketchExaminer, TunedTensor, WholeExaminer
 from stockflow.adapters.findings import ExtractedTensor, Extraction
 from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole, stores_turned, task_of
-from stockflow.adapters.publishing import Spool, admit, publish
+from stockflow.adapters.publishing import Spool, admit, check_apart, publish
 from stockflow.adapters.targets import FactorTarget, KeptWhole, Pair, kept_whole, module_of, paired
 from stockflow.checkpoints.header import TensorSpec, width_of
 from stockflow.checkpoints.joined import as_bytes
@@ -27,7 +27,7 @@ from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.precisions import float_bits_of
 from stockflow.run.bases import with_base
-from stockflow.storage import StorageConfig, Store, halves_of, is_within, open_model, open_store, pin_revision, redact
+from stockflow.storage import StorageConfig, Store, halves_of, open_model, open_store, pin_revision, redact
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def extract(
     started = time.perf_counter()
     stores, checkpoints = _opened(locations, config, on_event)
     store = open_store(output, config, writable=True)
-    _check_apart(store, stores)
+    check_apart(store, [each.url for each in stores])
     pair = paired(*checkpoints, takes_embeddings=options.embeddings)
     admit(store, _most_bytes(pair, options), overwrite=options.overwrite)
     refs = tuple(CheckpointRef(each.url, each.files) for each in checkpoints)
@@ -172,12 +172,6 @@ def _opened(
         for note in link_notes(store, checkpoint.files):
             on_event(Note(note))
     return stores, checkpoints
-
-
-def _check_apart(output: Store, inputs: Sequence[Store]) -> None:
-    for store in inputs:
-        if any(is_within(output.url, half) for half in halves_of(store.url)):
-            raise PlanError(f"the output {redact(output.url)} is, or lies in, the input {redact(store.url)}; move it")
 
 
 def _most_bytes(pair: Pair, options: ExtractOptions) -> int:
@@ -216,8 +210,8 @@ def _check_any(extracting: _Extracting) -> None:
     if not extracting.ranks:
         base, tuned = (redact(each.url) for each in (extracting.pair.base, extracting.pair.tuned))
         raise PlanError(
-            f"no matrix of {tuned} differs from that of {base}: there is nothing that factors hold, and PEFT loads no "
-            f"adapter without. `stockflow diff` compares the two"
+            f"no matrix that factors hold differs between {base} and {tuned}, and PEFT loads no adapter without; "
+            "`stockflow diff` compares the two"
         )
 
 

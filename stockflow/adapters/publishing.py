@@ -5,7 +5,7 @@ Loaders look for adapter_config.json, which is the last to appear.
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from types import TracebackType
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from uuid import uuid4
 from stockflow.adapters.peft import WEIGHTS_FILE
 from stockflow.checkpoints.adapter_config import CONFIG_KEY
 from stockflow.checkpoints.header import TensorSpec, encode_header
-from stockflow.errors import OutputConflictError
+from stockflow.errors import OutputConflictError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
 from stockflow.kernels.arrays import Bytes
 from stockflow.output.keys import CARD_FILE
 from stockflow.output.manifest import PublishedFile
 from stockflow.output.target import check_keys, check_space
-from stockflow.storage import LocalStore, Stamp, Store, check_stamp, redact
+from stockflow.storage import LocalStore, Stamp, Store, check_stamp, halves_of, is_within, redact
 from stockflow.text.strictjson import shown
 
 FILES = (WEIGHTS_FILE, CARD_FILE, CONFIG_KEY)
@@ -73,6 +73,17 @@ class Spool:
 def _sizes(num_bytes: int) -> Iterator[int]:
     for start in range(0, num_bytes, _BLOCK_BYTES):
         yield min(_BLOCK_BYTES, num_bytes - start)
+
+
+def check_apart(output: Store, inputs: Iterable[str]) -> None:
+    """Refuse an output that is, or lies in, one of the inputs at these URLs.
+
+    Raises:
+        PlanError: it does.
+    """
+    for url in inputs:
+        if any(is_within(output.url, half) for half in halves_of(url)):
+            raise PlanError(f"the output {redact(output.url)} is, or lies in, the input {redact(url)}; move it")
 
 
 def admit(store: Store, num_bytes: int, *, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from stockflow.checkpoints.adapters import Adapter, read_adapter
 from stockflow.checkpoints.header import TensorSpec, width_of
 from stockflow.checkpoints.layout import HeaderCache
 from stockflow.checkpoints.opening import bare_name
-from stockflow.errors import CheckpointError, NotFoundError, PlanError
+from stockflow.errors import CheckpointError, NotFoundError, NumericsError, PlanError
 from stockflow.events import Done, OnEvent, Stage
 from stockflow.kernels.arrays import Floats
 from stockflow.recipe import Recipe
@@ -85,6 +85,7 @@ class AdapterSource:
 
         Raises:
             InputChangedError: the file is no longer the one that was opened.
+            NumericsError: an element is NaN or infinite.
             StorageError: reading failed after retries.
         """
         spec, extent = self.spec(key), self.adapter.extents[key]
@@ -92,7 +93,10 @@ class AdapterSource:
         buffer = bytearray(((spec.num_elems if stop is None else stop) - start) * width)
         first = extent.start + start * width
         self.store.read_into(own_key(extent.file), first, memoryview(buffer), self.adapter.files[extent.file])
-        return np.frombuffer(buffer, _NUMPY[spec.dtype]).astype(np.float64)
+        found = np.frombuffer(buffer, _NUMPY[spec.dtype]).astype(np.float64)
+        if not np.isfinite(found).all():
+            raise NumericsError(f"{self.where}: {shown(key)} has NaN or infinity; mend the adapter")
+        return found
 
     def matrix(self, key: str) -> Floats:
         """Return a matrix."""

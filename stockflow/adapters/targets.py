@@ -95,7 +95,7 @@ class Pair:
         found: dict[str, list[str]] = {}
         for name in self.base.specs:
             found.setdefault(module_of(name), []).append(name)
-        outer = {module[:dot] for module in found for dot in range(len(module)) if module[dot] == "."}
+        outer = {""} | {module[:dot] for module in found for dot in range(len(module)) if module[dot] == "."}
         return {module: names for module, names in found.items() if module not in outer}
 
     def heads_beside(self, name: str) -> Sequence[str]:

@@ -343,7 +343,29 @@ def test_a_number_beyond_the_dtype_is_an_error(tmp_path: Path) -> None:
     made = adapters.linear(SHAPES, ["q_proj"])
     made.tensors = {key: value * 1e6 for key, value in made.tensors.items()}
 
-    assert "NaN or infinity in F16" in refusal(Family(tmp_path, [made]).recipe([1.0], dtype="float16"))
+    assert "is beyond F16" in refusal(Family(tmp_path, [made]).recipe([1.0], dtype="float16"))
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}])
+def test_numbers_that_are_none_are_named(options: dict[str, Any], tmp_path: Path) -> None:
+    made = adapters.linear(SHAPES, ["q_proj"])
+    key = adapters.PREFIX + Q.replace(".weight", ".lora_B.weight")
+    made.tensors[key][3, 1] = float("inf")
+    family = Family(tmp_path, [adapters.linear(SHAPES, ["q_proj"], seed=2), made])
+
+    text = refusal(family.recipe([1.0, 1.0], stockflow=options))
+
+    assert f"{family.places[1]}: '{key}' has NaN or infinity" in text
+
+
+def test_an_adapter_is_not_replaced_by_what_it_becomes(tmp_path: Path) -> None:
+    family = three(tmp_path)
+    recipe = family.recipe([1.0, 1.0, 1.0])
+
+    result = CliRunner().invoke(app, ["merge", str(recipe), str(family.places[1]), "--overwrite"])
+
+    assert result.exit_code == 2
+    assert "lies in, the input" in result.output
 
 
 def test_memory_that_is_too_small_is_refused(tmp_path: Path) -> None:

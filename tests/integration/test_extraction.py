@@ -54,7 +54,7 @@ def changed(base: Tensors, *names: str, rank: int | None = None) -> Tensors:
 
 def write(folder: Path, base: Tensors, tuned: Tensors, dtype: torch.dtype = torch.float32, **config: Any) -> None:
     for name, tensors in (("base", base), ("tuned", tuned)):
-        stored = {key: value.to(dtype) for key, value in tensors.items()}
+        stored = {key: value if value.dtype == torch.float64 else value.to(dtype) for key, value in tensors.items()}
         write_checkpoint(folder / name, stored, num_shards=min(2, len(stored)), config=LLAMA_CONFIG | config)
 
 
@@ -260,6 +260,7 @@ def test_experts_have_a_pair_of_factors_each(tmp_path: Path) -> None:
         (f"{LAYER}.mlp.gate.weight", (3, 40), "--keep-whole"),
         (f"{LAYER}.conv.weight", (4, 1, 3), "--keep-whole"),
         (f"{LAYER}.self_attn.sinks", (4,), "neither adapts nor saves whole"),
+        ("sigma", (), "neither adapts nor saves whole"),
     ],
 )
 def test_nothing_that_changed_is_left_out_in_silence(
@@ -285,15 +286,17 @@ def _with_rows(tensors: Tensors) -> Tensors:
         (_with_rows, f"'{EMBEDDING}' is [90, 40] in "),
         (lambda base: {**base, "model.extra.weight": torch.ones(2)}, "1 tensor of"),
         (lambda base: {name: base[name] for name in base if name != NORM}, f"'{NORM}'"),
-        (lambda base: base, "no matrix of"),
+        (lambda base: base, "no matrix that factors hold differs"),
         (lambda base: {**base, SMALL: base[SMALL] * float("nan")}, "has NaN or infinity"),
+        (lambda base: {**base, SMALL: base[SMALL] * 1e12}, "is beyond F16"),
+        (lambda base: {**base, SMALL: base[SMALL].double() * 1e300}, "is beyond float32"),
     ],
 )
 def test_checkpoints_of_which_no_adapter_can_be_made_are_refused(tune: Any, said: str, tmp_path: Path) -> None:
     base = drawn(SHAPES)
     write(tmp_path, base, tune(base))
 
-    refused = extract(tmp_path, "--rank", 2)
+    refused = extract(tmp_path, "--rank", 2, "--dtype", "float16")
 
     assert refused.exit_code == 2
     assert said in refused.output
