@@ -144,7 +144,7 @@ def test_storage_changes_no_byte(method: str, tmp_path: Path, s3_endpoint: str, 
     stockflow = {"scope": "layer", "storage": {f"s3://{s3_bucket}/": {"endpoint": s3_endpoint}}}
     recipe = {"merge_method": method, "base_model": urls[0], "models": urls[1:], "stockflow": stockflow}
 
-    merge(recipe | METHODS[method], str(tmp_path / "from S3"), memory="1200MiB")
+    merge(recipe | METHODS[method], str(tmp_path / "from S3"), memory=1200 * runs.MIB + runs.grown_bytes())
 
     found, expected = (oracle.load_checkpoint(each) for each in (tmp_path / "from S3", local))
     assert found.keys() == expected.keys()
