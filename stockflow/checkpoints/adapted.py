@@ -147,8 +147,8 @@ class _Binder:
         name = self._weight_of(module)
         if name is None:
             factors = expert_factors(self.ground, self.adapter, self.scales, module, (key_a, key_b))
-            for each in factors:
-                self._put(each.name, each.decode(self._stored_as(each.name).decode), key_a, key_b)
+            for changed, change in factors:
+                self._put(changed, change(self._stored_as(changed).decode), key_a, key_b)
             yield from pair if factors else ()
             return
         decode = self._product(module, name, key_a, key_b, is_embedding=is_embedding)

@@ -4,8 +4,8 @@
 Source: ``ParamWrapper`` of PEFT 0.21.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from stockflow.checkpoints.adapter_config import ModuleScales
 from stockflow.checkpoints.adapter_decodes import LowRank
@@ -25,38 +25,13 @@ _SWAPS = (0, 19)
 """The first version of PEFT that takes matrices of ``[out, in]`` for such."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertFactors:
-    """What factors of all experts are to one tensor of the base."""
-
-    name: str
-    matrix: tuple[int, int]
-    rank: int
-    scale: float
-    dtypes: tuple[str, str]
-    num_experts: int
-    is_transposed: bool = False
-    expert: int | None = None
-    first_row: int = 0
-
-    def decode(self, inner: Decode) -> LowRank:
-        """Return how the tensor is stored, given how its base is."""
-        return LowRank(
-            inner,
-            self.rank,
-            self.scale,
-            self.dtypes,
-            self.matrix,
-            self.is_transposed,
-            self.num_experts,
-            self.expert,
-            self.first_row,
-        )
+Change = Callable[[Decode], LowRank]
+"""Returns how a tensor is stored that factors change, given how its base is."""
 
 
 def expert_factors(
     ground: Ground, adapter: Adapter, scales: ModuleScales, module: str, keys: tuple[str, str]
-) -> list[ExpertFactors]:
+) -> list[tuple[str, Change]]:
     """Return the tensors of the base that two factors change; none if the module holds no parameters of experts.
 
     Raises:
@@ -76,7 +51,7 @@ def expert_factors(
         rank = a.shape[0] // num_experts if len(a.shape) == 2 and num_experts else 0
         turned = _is_turned(ground, adapter, name, (a, b), rank * num_experts)
         scale = _scale(adapter, scales, root, parameter, rank)
-        return [ExpertFactors(name, (rows, columns), rank, scale, (a.dtype, b.dtype), num_experts, turned)]
+        return [(name, _change(rank, scale, (a, b), (rows, columns), num_experts, is_transposed=turned))]
     return list(_one_by_one(ground, adapter, scales, (root, parameter), (a, b)))
 
 
@@ -86,7 +61,7 @@ def _one_by_one(
     scales: ModuleScales,
     place: tuple[str, str],
     factors: tuple[TensorSpec, TensorSpec],
-) -> Iterator[ExpertFactors]:
+) -> Iterator[tuple[str, Change]]:
     """Yield what the factors are to matrices that the base stores expert by expert."""
     (root, parameter), (a, b) = place, factors
     found = list(ground.names.experts(root, parameter))
@@ -101,9 +76,16 @@ def _one_by_one(
         fits = columns == a.shape[1] and first_row + rows <= b.shape[0]
         if not fits or (rank * num_experts,) != a.shape[:1] or b.shape[1] != rank * num_experts:
             raise CheckpointError(_misfit(adapter, name, [rows, columns], factors))
-        dtypes = a.dtype, b.dtype
-        yield ExpertFactors(name, (rows, columns), rank, scale, dtypes, num_experts, False, expert, first_row)
+        matrix = rows, columns
+        yield name, _change(rank, scale, factors, matrix, num_experts, expert=expert, first_row=first_row)
         first_row += rows
+
+
+def _change(
+    rank: int, scale: float, factors: tuple[TensorSpec, TensorSpec], matrix: tuple[int, int], num: int, **more: Any
+) -> Change:
+    dtypes = factors[0].dtype, factors[1].dtype
+    return lambda inner: LowRank(inner, rank, scale, dtypes, matrix, num_experts=num, **more)
 
 
 def _targets(adapter: Adapter, root: str) -> list[str]:

@@ -14,7 +14,9 @@ from functools import partial
 from stockflow.checkpoints.adapted import adapted
 from stockflow.checkpoints.adapter_files import remarks_on_files
 from stockflow.checkpoints.adapter_ground import Ground
+from stockflow.checkpoints.adapter_keys import place_of
 from stockflow.checkpoints.adapter_names import BaseNames
+from stockflow.checkpoints.adapter_unfused import PlainTensors, with_experts_apart
 from stockflow.checkpoints.adapters import WithBase, base_named, read_adapter
 from stockflow.checkpoints.beside import look_beside
 from stockflow.checkpoints.candidates import chosen_of, groups_of
@@ -165,7 +167,10 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
     if base.joined:
         raise CheckpointError(f"{base.url} has tensors in shards, to which no adapter is added; make safetensors of it")
     adapter = read_adapter(store.adapter, cache, on_file)
-    names = cache.found(base.specs, BaseNames)
+    names, modules = cache.found(base.specs, BaseNames), {place_of(key).module for key in adapter.specs}
+    apart = with_experts_apart(PlainTensors(base.specs, base.extents), names, base.stored, modules)
+    if apart.specs is not base.specs:
+        base, names = replace(base, specs=apart.specs, extents=apart.extents), BaseNames(apart.specs)
     made = adapted(Ground(store.model.where(), base.specs, base.stored, names, base.config), adapter)
     store.take_from_adapter(adapter.tokenizer)
     store.check_links(adapter.tokenizer)

@@ -117,6 +117,34 @@ def test_factors_of_all_experts_are_found_where_a_base_has_them_one_by_one(tmp_p
             assert share_correct(found[whole], base[whole] + delta) >= LEAST_CORRECT
 
 
+def test_experts_that_adapters_have_one_by_one_are_found_in_what_holds_them_all(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SHAPES | MOE)
+    gates_ups = {f"{EXPERTS}.{e}.{name}.weight": (17, 21) for e in range(3) for name in ("gate_proj", "up_proj")}
+    downs = {f"{EXPERTS}.{e}.down_proj.weight": (21, 17) for e in range(3)}
+    loras = [adapters.linear(gates_ups | downs, seed=seed) for seed in (0, 1)]
+    models = []
+    for number, adapter in enumerate(loras):
+        write_adapter(tmp_path / f"lora{number}", adapter)
+        models.append({"model": f"{tmp_path}/base+{tmp_path}/lora{number}"})
+    recipe = {"merge_method": "model_stock", "base_model": f"{tmp_path}/base", "models": models, "dtype": "float32"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    plan = runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out").plan
+
+    found = oracle.load_checkpoint(tmp_path / "out")
+    assert found.keys() == base.keys()
+    assert {job.num_statistic_passes for job in plan.jobs if EXPERTS in job.output.name} == {0}
+    gate_up, down = (base[f"{EXPERTS}.{name}"] for name in FUSED)
+    for expert in range(3):
+        placed = (("gate_proj", gate_up[expert, :17]), ("up_proj", gate_up[expert, 17:]), ("down_proj", down[expert]))
+        merged_up = found[f"{EXPERTS}.gate_up_proj"].array[expert]
+        results = (merged_up[:17], merged_up[17:], found[f"{EXPERTS}.down_proj"].array[expert])
+        for (word, own), result in zip(placed, results, strict=True):
+            sources = [adapter.changes[f"{EXPERTS}.{expert}.{word}.weight"](own) for adapter in loras]
+            right = oracle.model_stock(own, sources).out
+            assert share_correct(oracle.Stored("F32", result), right) >= LEAST_CORRECT
+
+
 @pytest.mark.parametrize(
     ("in_base", "in_adapter"),
     [
