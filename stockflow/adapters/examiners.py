@@ -56,6 +56,8 @@ class SketchExaminer(Examiner):
     """share of the squared norm that suffices; None: all that the rank allows"""
     dtype: str
     """of the factors"""
+    tuned_dtype: str
+    """of the tuned matrix: what equals it once rounded to that did not change"""
     is_turned: bool = False
     """whether factors are those of the transposed matrix"""
     num_sweeps = 2
@@ -82,9 +84,11 @@ class SketchExaminer(Examiner):
         images_RK, products_CK = (np.zeros((size, 2 * num_sketched)) for size in shape)
         both = Products(images_RK, products_CK)
         signs_CK = sketch.signs(look.reading.name, shape[1], num_sketched)
-        (first,) = swept(unit, [ProductSweep(signs_CK, both.half(0), tools)], map_spans, last=False)
+        (first,) = swept(unit, [ProductSweep(signs_CK, both.half(0), self.tuned_dtype, tools)], map_spans, last=False)
         squares = first.squares
-        sweeps = [ProductSweep(sketch.basis(first.products_CK), both.half(1), tools)] if squares else []
+        sweeps = (
+            [ProductSweep(sketch.basis(first.products_CK), both.half(1), self.tuned_dtype, tools)] if squares else []
+        )
         swept(unit, sweeps, map_spans, last=True)
         if not squares:
             return FactoredChange(0, 1.0, 0.0, _NOTHING, _NOTHING)
@@ -144,6 +148,8 @@ class ProductSweep:
     columns_CK: Floats
     products: Products
     """zeros, which are filled"""
+    dtype: str
+    """in which runs are compared: equal ones have no products"""
     tools: Tools
 
     @property
@@ -155,8 +161,10 @@ class ProductSweep:
         """Return zeros."""
         return self.products
 
-    def look(self, span: LoadedPiece) -> tuple[Floats, Floats, float]:
-        """Return the products of a span, and its squared norm."""
+    def look(self, span: LoadedPiece) -> tuple[Floats, Floats, float] | None:
+        """Return the products of a span, and its squared norm; None if it did not change."""
+        if np.array_equal(*_both(span, self.dtype, self.tools)):
+            return None
         change_E = np.empty(span.stop - span.start, np.float32)
         self.tools.arithmetic.combine(span, Weighted(_CHANGE, False, "F32", 64), change_E.view(np.uint8))
         change_RC = change_E.astype(np.float64).reshape(-1, len(self.columns_CK))
@@ -166,8 +174,10 @@ class ProductSweep:
         images_RK = change_RC @ self.columns_CK
         return images_RK, change_RC.T @ images_RK, squares
 
-    def add(self, state: Products, start: int, said: tuple[Floats, Floats, float]) -> Products:
+    def add(self, state: Products, start: int, said: tuple[Floats, Floats, float] | None) -> Products:
         """Add the products of the span from element ``start`` on."""
+        if said is None:
+            return state
         images_RK, products_CK, squares = said
         first = start // len(self.columns_CK)
         state.images_RK[first : first + len(images_RK)] = images_RK
@@ -185,6 +195,11 @@ def _refuse_nonfinite(span: LoadedPiece, tools: Tools) -> NoReturn:
             at = f"{span.start + index:,}"
             raise NumericsError(f"tensor {name!r} of {url} has NaN or infinity at flat index {at}; mend the checkpoint")
     raise NumericsError(f"the change of {name!r} is beyond float32; an adapter cannot hold it")
+
+
+def _both(span: LoadedPiece, dtype: str, tools: Tools) -> tuple[Bytes, Bytes]:
+    """Return base and tuned model in a dtype."""
+    return as_stored(span, 0, dtype, tools), as_stored(span, 1, dtype, tools)
 
 
 @dataclass(frozen=True)
@@ -233,7 +248,7 @@ class WholeSweep:
 
     def look(self, span: LoadedPiece) -> tuple[bool, Bytes]:
         """Return whether a span changed, and what it became."""
-        base, tuned = (as_stored(span, operand, self.dtype, self.tools) for operand in (0, 1))
+        base, tuned = _both(span, self.dtype, self.tools)
         return not np.array_equal(base, tuned), tuned.copy() if self.num_kept else _NOTHING
 
     def add(self, state: TunedTensor, start: int, said: tuple[bool, Bytes]) -> TunedTensor:

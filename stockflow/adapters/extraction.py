@@ -202,7 +202,8 @@ def _sketched(pair: Pair, target: FactorTarget, options: ExtractOptions) -> Look
     operands = operand_of(0, pair.base, target.name), operand_of(1, pair.tuned, target.name)
     bits = float_bits_of([each.specs[target.name].dtype for each in (pair.base, pair.tuned)])
     reading = Reading(target.name, target.shape, operands, float_bits=bits, whole_rows=True)
-    examiner = SketchExaminer(options.rank, options.energy, options.dtype, target.is_turned)
+    tuned_dtype = pair.tuned.specs[target.name].dtype
+    examiner = SketchExaminer(options.rank, options.energy, options.dtype, tuned_dtype, target.is_turned)
     return Look(reading, examiner, kept_bytes=sketch.held_bytes(options.rank, target.shape))
 
 

@@ -177,6 +177,17 @@ def test_a_quantised_base_is_what_its_codes_stand_for(tmp_path: Path) -> None:
     np.testing.assert_allclose(held.values + made, base[SMALL].numpy(), atol=1e-5)
 
 
+def test_what_was_only_rounded_to_the_dtype_of_the_tune_did_not_change(tmp_path: Path) -> None:
+    base = drawn(SHAPES)
+    write_checkpoint(tmp_path / "base", base, config=LLAMA_CONFIG)
+    tuned = {name: tensor.bfloat16() for name, tensor in changed(base, SMALL).items()}
+    write_checkpoint(tmp_path / "tuned", tuned, config=LLAMA_CONFIG)
+
+    found = facts(tmp_path, "--rank", 4)
+
+    assert [row["name"] for row in found["tensors"]] == [SMALL]
+
+
 def test_what_does_not_decompose_is_refused_by_name_or_written_whole(tmp_path: Path) -> None:
     base = drawn(SHAPES)
     tuned = changed(base, SMALL, NORM, BIAS, EMBEDDING)
