@@ -103,7 +103,10 @@ def compare_checkpoints(
         only_in_a=tuple(name for name in a.specs if name not in b.specs),
         only_in_b=tuple(name for name in b.specs if name not in a.specs),
         unmatched=tuple(unmatched),
-        tensors=tuple(_difference(*pair, found[number]) for number, pair in enumerate(pairs)),
+        tensors=tuple(
+            _difference(*pair, found[number], in_codes=pair[0].name in a.stored or pair[0].name in b.stored)
+            for number, pair in enumerate(pairs)
+        ),
         num_bytes=num_bytes,
         seconds=time.perf_counter() - started,
     )
@@ -228,7 +231,8 @@ def unit_bytes(dtype: str) -> int:
     return bits // 8 if bits % 8 == 0 else 1
 
 
-def _difference(a: TensorSpec, b: TensorSpec, found: Differing) -> TensorDifference:
+def _difference(a: TensorSpec, b: TensorSpec, found: Differing, *, in_codes: bool) -> TensorDifference:
+    """Return what differs; numbers that codes stand for are those of no format, so that nothing lies between them."""
     counts, by_numbers = found.counts, a.dtype in FORMATS
     width = 1 if by_numbers else unit_bytes(a.dtype)
     first = counts.get(comparison.FIRST)
@@ -251,7 +255,7 @@ def _difference(a: TensorSpec, b: TensorSpec, found: Differing) -> TensorDiffere
         distance=math.sqrt(squares_change),
         largest_change=largest,
         largest_at=counts.get(comparison.LARGEST_AT),
-        most_roundings=counts.get(comparison.MOST_ROUNDINGS, 0),
-        roundings=tuple(counts.get(place, 0) for place in range(comparison.SAME, comparison.NONFINITE)),
+        most_roundings=None if in_codes else counts.get(comparison.MOST_ROUNDINGS, 0),
+        roundings=tuple(counts.get(place, 0) for place in range(comparison.SAME, comparison.NONFINITE) if not in_codes),
         num_nonfinite=counts.get(comparison.NONFINITE, 0),
     )

@@ -63,7 +63,7 @@ class TensorDifference:
     largest_at: int | None = None
     """its flat index, the first of several; None if nothing changed"""
     most_roundings: int | None = None
-    """most numbers of the format that lie between two elements, plus one"""
+    """most numbers of the format that lie between two elements, plus one; None where one of the two is in codes"""
     roundings: tuple[int, ...] = ()
     """how many elements are 0, 1, 2 and more roundings apart; 0.0 and -0.0 are 0 apart and differ"""
     num_nonfinite: int = 0
@@ -243,7 +243,8 @@ def in_words(tensor: TensorDifference) -> str:
     parts.append(f"relative distance {shown(tensor.relative_distance)}, cosine {_precise(tensor.cosine)}")
     if tensor.largest_at is not None:
         parts.append(f"largest change {shown(tensor.largest_change)} at {tensor.largest_at:,}")
-    parts.append(f"up to {tensor.most_roundings:,} roundings apart")
+    if tensor.most_roundings is not None:
+        parts.append(f"up to {tensor.most_roundings:,} roundings apart")
     if tensor.num_nonfinite:
         parts.append(f"NaN or infinity in {tensor.num_nonfinite:,}")
     return ", ".join(parts)
@@ -266,7 +267,7 @@ def _together(name: str, members: Sequence[TensorDifference]) -> GroupDifference
     changed = [tensor for tensor in floats if tensor.largest_at is not None]
     largest = max(changed, key=lambda tensor: tensor.largest_change or 0.0, default=None)
     distance, norm = (math.hypot(*(getattr(tensor, side) for tensor in floats)) for side in ("distance", "norm_a"))
-    counts = [sum(tensor.roundings[place] for tensor in floats) for place in range(4)]
+    counts = [sum(tensor.roundings[place] for tensor in floats if tensor.roundings) for place in range(4)]
     return GroupDifference(
         name=name,
         num_tensors=len(members),

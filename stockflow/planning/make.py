@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from stockflow.checkpoints.candidates import written_stem
@@ -48,7 +48,7 @@ from stockflow.planning.ties import missing_head_remedy, with_tied_heads
 from stockflow.planning.token_ids import following
 from stockflow.planning.tokenizer_files import published_tokenizer
 from stockflow.planning.views import other_layout, under_names_of
-from stockflow.planning.vocabulary import output_vocabulary
+from stockflow.planning.vocabulary import output_vocabulary, rows_of_zeros, unlike_rows
 from stockflow.recipe import Recipe, Rule
 from stockflow.storage import redact
 from stockflow.text.remarks import objections
@@ -121,7 +121,7 @@ def make_plan(
     stacked = outline.left_out, outline.stackings
     of_merged = tokenizers[:num_merged]
     remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, of_merged, samples, *stacked))
-    remarks += (*followed.remarks, *(remark for each in beside for remark in each.remarks))
+    remarks += (*followed.remarks, *rows_of_zeros(vocabulary, jobs), *chain(*(each.remarks for each in beside)))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems))
@@ -168,7 +168,8 @@ def _planned(
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
     problems = [*explained.values(), *unlike_parts(jobs), *unlike_members(jobs)]
-    problems += unlike_codes(recipe, checkpoints, outline.givers) if outline.is_stacked else ()
+    if outline.is_stacked:
+        problems += [*unlike_codes(recipe, checkpoints, outline.givers), *unlike_rows(jobs)]
     if misfits:
         specs = [each.spec for each in outline.unplanned] + [each.spec for each in outline.targets]
         problems += told(misfits, {spec.name: spec for spec in specs})

@@ -4,10 +4,11 @@ Tokens are told apart by their strings. A model that lacks one takes a default r
 the row of the only model that has it, else the base's, else the mean of those that have it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from stockflow.checkpoints.decodes import RowFill, RowRun, RowRuns, plain
+from stockflow.checkpoints.heads import may_be_tied, tied_names
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokenizers import Tokenizer, Vocabulary, vocabulary_tensors
 from stockflow.checkpoints.vocabularies import Ids
@@ -17,8 +18,12 @@ from stockflow.planning.job import TensorJob, merging
 from stockflow.recipe import Recipe
 from stockflow.recipe.tokens import TokenEntry
 from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
+NUM_VALUES = 20
+"""tokens in what programs read"""
 ALONE = Parameters({"normalize": True}, {"weight": (1.0,)})
 """of `linear`: the rows of one model as they are"""
 
@@ -120,6 +125,41 @@ def _fill(fills: list[RowFill], row: int, of: tuple[int, ...]) -> None:
         fills[-1] = fills[-1]._replace(stop=row + 1)
     else:
         fills.append(RowFill(row, row + 1, of))
+
+
+def rows_of_zeros(vocabulary: OutputVocabulary | None, jobs: Sequence[TensorJob]) -> Iterator[Remark]:
+    """Yield the tensors in which tokens have rows of zeros though a model has them, which the tensor is not made of."""
+    if vocabulary is None:
+        return
+    asked = {token for token, default in vocabulary.defaults.items() if not default.of}
+    known = {token for own in vocabulary.own for token in own} - asked
+    for job in jobs:
+        covered = bytearray(vocabulary.num_rows)
+        for rows in (operand.rows for operand in job.reading.operands if operand.rows):
+            for run in rows.runs:
+                covered[run.to : run.to + run.stop - run.start] = b"\1" * (run.stop - run.start)
+            for fill in rows.fills:
+                covered[fill.start : fill.stop] = b"\1" * (fill.stop - fill.start)
+        lacking = [token for token, row in vocabulary.ids.items() if not covered[row] and token in known]
+        if lacking and job.output.name in vocabulary.tensors:
+            have = "has" if len(lacking) == 1 else "have"
+            text = (
+                f"{counted(len(lacking), 'token')} such as {shown(lacking[0])} {have} a row of zeros in "
+                f"{shown(job.output.name)}: no model that it is made of has one"
+            )
+            values = {token: str(vocabulary.ids[token]) for token in lacking[:NUM_VALUES]}
+            yield Remark("tokens-missing", text, tensors=(job.output.name,), values=values)
+
+
+def unlike_rows(jobs: Sequence[TensorJob]) -> Iterator[str]:
+    """Yield that embedding and head of a stack, which come from several models, have rows for several vocabularies."""
+    names = tied_names({job.output.name: job.output for job in jobs if may_be_tied(job.output.name)})
+    found = {
+        job.output.name: job.output.shape[0] for job in jobs if job.output.name in {*names.heads, *names.embeddings}
+    }
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{number:,} in {shown(name)}" for name, number in found.items())
+        yield f"rows are for several vocabularies: {said}; `tokenizer_source: union`, or a model, makes them one"
 
 
 def output_vocabulary(

@@ -419,3 +419,17 @@ def test_what_is_not_finite_is_a_code_of_its_own_or_refused_and_harms_no_number_
     assert np.array_equal(numbers[7, 9], bad, equal_nan=True)
     numbers[7, 9] = base[7, 9]
     assert np.linalg.norm(numbers - base.numpy()) < 0.08 * float(base.norm())
+
+
+def test_codes_differ_by_numbers_between_which_no_others_are_counted(tmp_path: Path) -> None:
+    one, two = (
+        write_model(tmp_path / str(n), inside(each), FORMS["DeepSeek-V3"][1])
+        for n, each in enumerate(family("DeepSeek-V3")[:2])
+    )
+
+    difference = stockflow.diff(str(one), str(two))
+
+    (told,) = difference.differing
+    assert told.most_roundings is None
+    assert told.relative_distance == pytest.approx(0.3, rel=0.1)
+    assert "roundings apart" not in str(difference)

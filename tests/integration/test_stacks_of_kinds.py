@@ -14,6 +14,7 @@ from stockflow.errors import PlanError
 from tests import oracle, quantised
 from tests.checkpoints import write_checkpoint
 from tests.expert_models import SMALL, models
+from tests.token_files import tokenizer_json
 
 SHAPE = (24, 16)
 PART = "self_attn.q_proj"
@@ -166,3 +167,42 @@ def test_layers_in_codes_that_the_config_does_not_speak_of_are_no_model(
     assert written.dtype == "BF16"
     assert np.array_equal(written.array, oracle.widen("BF16", oracle.round_to("BF16", values)).reshape(SHAPE))
     assert "quantization_config" not in written_config(tmp_path)
+
+
+def write_vocabularies(root: Path, *nums: int, tied: tuple[bool, ...] = (False, False)) -> list[Path]:
+    """Write models with so many tokens, the first of which are the same; of one that is tied, no head."""
+    found = []
+    for number, (num, is_tied) in enumerate(zip(nums, tied, strict=True)):
+        random = torch.Generator().manual_seed(number)
+        names = {"model.embed_tokens.weight": (num, 4), "model.layers.0.mlp.up_proj.weight": (4, 4)}
+        names |= {"model.layers.1.mlp.up_proj.weight": (4, 4)} | ({} if is_tied else {"lm_head.weight": (num, 4)})
+        tensors = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in names.items()}
+        config = {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": num, "tie_word_embeddings": is_tied}
+        tokens = {"tokenizer.json": tokenizer_json([f"t{each}" for each in range(num)])}
+        found.append(write_checkpoint(root / f"v{number}", tensors, config=config, side_files=tokens))
+    return found
+
+
+def test_a_stack_has_rows_for_one_vocabulary(tmp_path: Path) -> None:
+    one, two = write_vocabularies(tmp_path, 9, 11)
+    runs = [(one, 0, 1), (two, 1, 2)]
+
+    with pytest.raises(PlanError, match=r"9 in 'model.embed_tokens.weight' and 11 in 'lm_head.weight'"):
+        stacked(tmp_path, runs)
+    found = stacked(tmp_path, runs, tokenizer_source="union")
+
+    assert found["model.embed_tokens.weight"].array.shape == found["lm_head.weight"].array.shape == (11, 4)
+    (told,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["remarks"]
+    assert told["code"] == "tokens-missing"
+    assert "2 tokens such as 't9' have a row of zeros in 'model.embed_tokens.weight'" in told["text"]
+    assert not found["model.embed_tokens.weight"].array[9:].any()
+
+
+def test_the_head_behind_the_layers_of_a_tied_model_is_its_embedding(tmp_path: Path) -> None:
+    one, two = write_vocabularies(tmp_path, 9, 9, tied=(False, True))
+
+    found = stacked(tmp_path, [(one, 0, 1), (two, 1, 2)])
+
+    assert np.array_equal(found["lm_head.weight"].array, oracle.load_checkpoint(two)["model.embed_tokens.weight"].array)
+    assert written_config(tmp_path)["tie_word_embeddings"] is False
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["remarks"] == []

@@ -447,6 +447,8 @@ def test_an_existing_folder_is_a_path_whatever_it_is_called(tmp_path: Path, monk
 
 def test_a_bare_name_that_is_no_folder_is_on_the_hub() -> None:
     assert resolve_location("org/name") == "hf://org/name"
+    with pytest.raises(RecipeError, match="'s3:/bucket/x' is no URL; did you mean 's3://bucket/x'"):
+        resolve_location("s3:/bucket/x")
     assert resolve_location("org/name@refs/pr/1") == "hf://org/name@refs/pr/1"
     assert resolve_location("hf://org/name@main") == "hf://org/name@main"
 

@@ -34,4 +34,4 @@ def known_changes(proposal: Proposal) -> Iterator[Remark]:
         f"{len(known):,} of {counted(len(asking), 'tensor')} take no statistics pass: their changes are products of "
         f"low rank, and {gb(num_bytes)} of factors tell their geometry. "
     )
-    yield Remark("adapters", f"{passes if asking else ''}What models have of one base is read once", "note")
+    yield Remark("adapters", f"{passes if known else ''}What models have of one base is read once", "note")

@@ -50,7 +50,7 @@ def over_http(proposal: Proposal) -> Iterator[Remark]:
 
 def missing_tokenizer(proposal: Proposal) -> Iterator[Remark]:
     """Yield which files of a tokenizer the recipe leaves out."""
-    if not proposal.recipe.stockflow.copy_tokenizer:
+    if not proposal.recipe.stockflow.copy_tokenizer and proposal.recipe.vocabulary is None:
         left = [key for key in proposal.side_files_donor.side_files if is_tokenizer_or_template(key)]
         yield Remark(
             "not-copied", f"the tokenizer is not copied, as the recipe says: {', '.join(left) or 'none'}", "note"

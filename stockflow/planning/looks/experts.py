@@ -17,8 +17,9 @@ def merged_routers(proposal: Proposal) -> Iterator[Remark]:
     """Yield that routers are added up, after which tokens go to other experts than in any of the models."""
     names = [job.output.name for job in proposal.jobs if is_router(job.output.name) and _adds_up(job)]
     if names:
+        choose = "chooses" if len(names) == 1 else "choose"
         text = (
-            f"{counted(len(names), 'tensor')} such as {shown(names[0])} {are(len(names))} merged, which choose among "
+            f"{counted(len(names), 'tensor')} such as {shown(names[0])} {are(len(names))} merged, which {choose} among "
             "experts: sums of routers are known to send tokens to the wrong ones; "
             "`stockflow: {routers: copy}` takes them from the base"
         )

@@ -33,7 +33,7 @@ def own_heads(proposal: Proposal) -> Iterator[Remark]:
 
 def parted_pairs(proposal: Proposal) -> Iterator[Remark]:
     """Yield which pairs that are stored twice would no longer be one tensor."""
-    for each in written_heads(proposal.checkpoints, proposal.jobs):
+    for each in written_heads(proposal.checkpoints, proposal.jobs) if tie_flag(proposal.config) is not False else ():
         if not each.own and _treatment(each.head) != _treatment(each.embedding):
             head, embedding = each.head.output.name, each.embedding.output.name
             text = (
