@@ -25,10 +25,10 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 WEIGHTS = [0.5153, 0.7121, -0.2333]
 SPANNING: dict[str, Shape] = {
     "layers.0.mlp.experts.gate_up_proj": (3, 40, 3500),
-    "layers.0.matrix": (523, 1021),
+    "layers.0.matrix": (293, 1021),
     "layers.0.norm": (1021,),
     "layers.0.scale": (1,),
-    "layers.0.vector": (600_007,),
+    "layers.0.vector": (300_007,),
     "odd.empty": (0, 7),
     "odd.scalar": (),
 }
