@@ -98,7 +98,7 @@ def variable(container: Any, name: str) -> str:
 
 
 def test_there_is_an_overlay_for_every_way_to_run() -> None:
-    assert {folder.name for folder in OVERLAYS} == {"cpu-smoke", "gpu-ondemand", "gpu-spot", "kueue"}
+    assert {folder.name for folder in OVERLAYS} == {"cpu-smoke", "cpu-spot", "gpu-ondemand", "gpu-spot", "kueue"}
     assert {folder.name for folder in COMPONENTS} >= {"identity-eks", "identity-gke", "identity-azure"}
 
 
@@ -297,9 +297,10 @@ def test_labels_that_only_a_running_node_has_are_noticed() -> None:
     assert late_labels(pod) == ["nvidia.com/gpu.present", "nvidia.com/gpu.product"]
 
 
-def test_spot_workers_go_to_spot_nodes_of_any_cloud() -> None:
-    pod = workers(RENDERED["gpu-spot"]["RayJob"])["template"]["spec"]
-    head = next(pods(RENDERED["gpu-spot"]["RayJob"]))
+@pytest.mark.parametrize("name", ["cpu-spot", "gpu-spot"])
+def test_spot_workers_go_to_spot_nodes_of_any_cloud(name: str) -> None:
+    pod = workers(RENDERED[name]["RayJob"])["template"]["spec"]
+    head = next(pods(RENDERED[name]["RayJob"]))
     required = "requiredDuringSchedulingIgnoredDuringExecution"
     wanted = pod["affinity"]["nodeAffinity"][required]["nodeSelectorTerms"]
     shunned = head["affinity"]["nodeAffinity"][required]["nodeSelectorTerms"][0]["matchExpressions"]
@@ -329,6 +330,16 @@ def test_pods_fit_on_the_machines_they_are_meant_for(job: Any) -> None:
         (cpus, memory), (free_cpus, free_memory) = asked(containers_), allocatable(*machine)
         assert cpus <= free_cpus, machine
         assert memory <= free_memory, machine
+
+
+def test_workers_that_are_asked_for_fill_the_pods_and_their_memory_fits(job: Any) -> None:
+    group = workers(job)
+    (container,) = group["template"]["spec"]["containers"]
+    (cpus, memory), num_workers = asked([container]), int(option(job, "--workers") or 0)
+    per_pod = 1 if option(job, "--gpus-per-worker") else int(cpus)
+
+    assert num_workers == group["maxReplicas"] * per_pod
+    assert per_pod * float((option(job, "--memory") or "").removesuffix("GiB")) <= memory - 2
 
 
 def test_no_machine_has_all_its_memory_for_pods() -> None:
