@@ -1,5 +1,6 @@
 """What must hold of a recipe beyond the types of its values; every problem, not the first."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -263,10 +264,23 @@ def _value_problem(parameter: Parameter, value: Scalar) -> str | None:
 
 def _combination_problems(recipe: Recipe) -> Iterator[Problem]:
     for use in _uses(recipe):
-        parameters = Resolver(use.method.name, recipe.slots(use.method, use.rule)).constant()
-        text = use.method.refuses(parameters) if parameters else None
+        found = Resolver(use.method.name, recipe.slots(use.method, use.rule)).anywhere()
+        text = next((text for parameters in found if (text := use.method.refuses(parameters))), None)
         if text:
-            yield use.path, text
+            yield _place_of(recipe, use, text), text
+
+
+def _place_of(recipe: Recipe, use: _Use, text: str) -> Path:
+    """Return where the first value stands that a text is about, that of the method where none is."""
+    levels = [((*use.path[:-1], "parameters"), use.rule.parameters)] if use.rule else []
+    levels += [(("models", index, "parameters"), entry.parameters) for index, entry in enumerate(recipe.models)]
+    levels.append((("parameters",), recipe.parameters))
+    for name, number in re.findall(r"`(\w+)` ([-\d.e+]+)", text):
+        for path, settings in levels:
+            values = [value for item in settings.get(name, ()) for value in item.value]
+            if any(isinstance(value, int | float) and f"{value:g}" == number for value in values):
+                return *path, name
+    return use.path
 
 
 def _missing_problems(recipe: Recipe, use: _Use, unread: Collection[str]) -> Iterator[Problem]:

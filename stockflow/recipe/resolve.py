@@ -1,6 +1,6 @@
 """Which value a parameter has for a tensor: the rule's, else the model's, else the recipe's, else the default."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -128,12 +128,15 @@ class Resolver:
             self._by_matches[key] = found
         return found
 
-    def constant(self) -> Parameters | None:
-        """Return the parameters of every tensor, None if they depend on it."""
-        first = [slot.candidates[0] for slot in self._slots if slot.candidates]
-        if len(first) < len(self._slots) or any(text is not None or len(values) > 1 for text, values in first):
-            return None
-        return self._parameters(tuple(values[0] for _, values in first))
+    def anywhere(self) -> Iterator[Parameters]:
+        """Yield the parameters at every depth that a value is given for, nothing if they depend on names."""
+        slots = [(slot.parameter.kind, *slot.candidates[0]) for slot in self._slots if slot.candidates]
+        if len(slots) < len(self._slots) or any(text is not None for _, text, _ in slots):
+            return
+        lengths = {len(values) for *_, values in slots}
+        depths = {number / (length - 1) for length in lengths - {1} for number in range(length)} | {0.0}
+        for depth in sorted(depths):
+            yield self._parameters(tuple(value_at(depth, values, kind) for kind, _, values in slots))
 
     def _matching(self, name: str) -> tuple[bool, ...]:
         return tuple([text in name for text in self._filters])

@@ -25,6 +25,7 @@ CODES: Mapping[str, str] = {
     "dtypes-differ": "tensors whose sources have several dtypes",
     "factors-inside": "factors of adapters beside the weights of a model, which are no weights by themselves",
     "heads-differ": "attention heads of several numbers or sizes over equal shapes",
+    "expert-units": "experts that are decided one by one, where mergekit decides all of a layer together",
     "expert-layouts": "experts that are stored one by one in some models and all of a layer together in others",
     "head-untied": "a head of its own where other models, or the published config, tie it to the embedding",
     "index-data": "index data that is stored as floats",

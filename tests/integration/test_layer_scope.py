@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stockflow import merge, verify
+from stockflow import merge, plan, verify
 from stockflow.errors import PlanError
 from tests import oracle, runs
 from tests.checkpoints import write_recipe
@@ -149,3 +149,19 @@ def test_storage_changes_no_byte(method: str, tmp_path: Path, s3_endpoint: str, 
     found, expected = (oracle.load_checkpoint(each) for each in (tmp_path / "from S3", local))
     assert found.keys() == expected.keys()
     assert all(np.array_equal(each.array, expected[name].array) for name, each in found.items())
+
+
+@pytest.mark.parametrize(
+    ("scope", "method", "is_said"),
+    [(None, "ties", True), ("layer", "ties", False), ("tensor", "ties", True), (None, "linear", False)],
+)
+def test_a_plan_says_where_mergekit_decides_more_together(
+    scope: str | None, method: str, is_said: bool, tmp_path: Path
+) -> None:
+    own = family(tmp_path, 2, "separate")
+    asked = {"stockflow": {"scope": scope}} if scope else {}
+    recipe = write_recipe(tmp_path / "recipe.yaml", method, own, parameters={"weight": 0.5}, **asked)
+
+    codes = [remark.code for remark in plan(recipe, tmp_path / "out").plan.remarks]
+
+    assert ("expert-units" in codes) is is_said

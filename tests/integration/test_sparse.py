@@ -405,7 +405,7 @@ def test_only_what_needs_to_know_the_elements_goes_over_them_first(
         (
             "della",
             "{weight: 1, density: 0.1}",
-            "merge_method: the `density` 0.1 with `epsilon` 0.15: expected",
+            "parameters.density: the `density` 0.1 with `epsilon` 0.15: expected",
         ),
         ("della_linear", "{weight: 1, density: 0.9, epsilon: 0.1}", "between 0 and 1, found 0.8 and 1; lower epsilon"),
         ("sce", "{select_topk: 1.5}", "parameters.select_topk: expected at most 1, found 1.5"),

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -922,3 +923,15 @@ def test_the_schema_describes_every_key_and_accepts_every_form() -> None:
     jsonschema.validate(accepted, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**accepted, "unknown": 1}, schema)
+
+
+@pytest.mark.parametrize(
+    ("density", "place"),
+    [("0.1", "r.yaml:4:14: parameters.density"), ("[0.5, 0.9]", "r.yaml:4:14: parameters.density")],
+    ids=["a number", "over the layers"],
+)
+def test_values_that_do_not_go_together_are_refused_where_they_stand(density: str, place: str) -> None:
+    text = "merge_method: della\nbase_model: /m/a\nmodels: [{model: /m/b, parameters: {weight: 1}}]\n"
+
+    with pytest.raises(RecipeError, match=re.escape(f"{place}: the `density` ")):
+        parse_recipe(f"{text}parameters: {{density: {density}, epsilon: 0.15}}\n", "r.yaml")

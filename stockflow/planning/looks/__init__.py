@@ -58,6 +58,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     precision.running_statistics,
     precision.narrower_range,
     experts.merged_routers,
+    experts.single_units,
     experts.kept_parts,
     promises.missing_layers,
     promises.missing_predictions,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.naming import is_router
+from stockflow.checkpoints.naming import is_router, projection_of
 from stockflow.methods.protocol import Linear
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
@@ -29,6 +29,22 @@ def merged_routers(proposal: Proposal) -> Iterator[Remark]:
 def _adds_up(job: TensorJob) -> bool:
     is_linear = isinstance(job.result.declared.rule, Linear)
     return is_linear and len({operand.checkpoint for operand in job.reading.operands}) > 1
+
+
+def single_units(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that experts are decided one by one where mergekit decides all of a layer together."""
+    names = [job.output.name for job in proposal.jobs if ".experts." in job.output.name and _is_decided_alone(job)]
+    if names and projection_of(names[0]):
+        text = (
+            f"{counted(len(names), 'projection')} of experts such as {shown(names[0])} {are(len(names))} decided by "
+            "itself each; mergekit decides all of a layer together, as `stockflow: {scope: layer}` does"
+        )
+        yield Remark("expert-units", text, "note", tensors=tuple(names))
+
+
+def _is_decided_alone(job: TensorJob) -> bool:
+    decides = job.reading.scope == "tensor" and "layer" in job.result.declared.scopes
+    return decides and (job.num_statistic_passes > 0 or "seed" in job.result.parameters.shared)
 
 
 def kept_parts(proposal: Proposal) -> Iterator[Remark]:
