@@ -59,6 +59,8 @@ class OutputVocabulary:
     """how many rows each checkpoint has"""
     defaults: Mapping[str, Default]
     """of tokens that the recipe names"""
+    base: int | None
+    """the checkpoint that the recipe calls the base, if it does"""
     _maps: dict[tuple[int, ...], tuple[RowRuns, ...]] = field(default_factory=dict)
 
     def reshaped(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -109,7 +111,8 @@ class OutputVocabulary:
         if default is not None:
             return tuple(models.index(model) for model in default.of)
         having = tuple(place for place, model in enumerate(models) if token in self.own[model])
-        return having[:1] if having and models[having[0]] == 0 else having
+        of_base = tuple(place for place in having if models[place] == self.base)
+        return of_base or having
 
 
 def _extend(runs: list[RowRun], own: int, row: int) -> None:
@@ -203,6 +206,7 @@ def output_vocabulary(
         own=own,
         rows_of=rows,
         defaults={token: _default(recipe, token, entry, own, rows) for token, entry in wanted.tokens.items()},
+        base=recipe.checkpoints.index(recipe.base_model) if recipe.base_model else None,
     )
     _check_rows(made, checkpoints[: len(rows)])
     return made

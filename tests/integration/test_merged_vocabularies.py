@@ -290,6 +290,25 @@ def test_a_row_that_is_not_there_is_refused(three: Models, token: str, source: d
         Inputs.open(load_recipe(str(recipe))).plan()
 
 
+@pytest.mark.parametrize("with_base", [True, False])
+def test_what_two_of_three_have_is_the_bases_row_in_the_third_or_their_mean(three: Models, with_base: bool) -> None:
+    """So it is in mergekit, whose base is one where the recipe names it, of methods without a base, too."""
+    folders = [str(folder) for folder in reversed(three.folders)]
+    base = {"base_model": folders.pop()} if with_base else {}
+    recipe = {"merge_method": "linear", "models": folders, "parameters": {"weight": 1}, "tokenizer_source": "union"}
+
+    stockflow.merge(recipe | base, str(three.root / "out"))
+
+    ids = Tokenizer.from_file(str(three.root / "out" / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    found = load_file(str(three.root / "out" / "model.safetensors"))[ROWS[0]].double()
+    shared = sorted((three.ids[0].keys() & three.ids[1].keys()) - three.ids[2].keys())
+    assert shared
+    for token in shared:
+        first, second = (three.tensors[number][ROWS[0]][three.ids[number][token]].double() for number in (0, 1))
+        default = first if with_base else (first + second) / 2
+        assert torch.allclose(found[ids[token]], (first + second + default) / 3, rtol=2**-7, atol=1e-9)
+
+
 def tokens_of_another(models: Models, made: Tokenizer) -> Path:
     """A folder with a tokenizer and nothing else."""
     other = models.root / "other"
