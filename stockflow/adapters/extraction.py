@@ -10,6 +10,13 @@ from typing import Any
 from stockflow.adapters import sketch
 from stockflow.adapters.card import extraction_card
 from stockflow.adapters.examiners import FactoredChange, SketchExaminer, TunedTensor, WholeExaminer
+from stockflow.adapters.experts import (
+    StackedTarget,
+    inner_targets,
+    put_together,
+    stacked_specs,
+    stacked_targets,
+)
 from stockflow.adapters.findings import ExtractedTensor, Extraction
 from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole, stores_turned, task_of
 from stockflow.adapters.publishing import Spool, admit, check_apart, publish
@@ -59,16 +66,18 @@ class _Extracting:
     on_event: OnEvent
     spool: Spool
     rows: dict[str, ExtractedTensor] = field(default_factory=dict)
+    stacked: list[StackedTarget] = field(default_factory=list)
+    """tensors of all experts of a layer that changed"""
     num_read: int = 0
 
     def changed_others(self) -> list[str]:
         """Return the names of changed tensors that are not targets."""
-        names = [name for name in self.pair.others if _are_alike(self.pair, name)]
-        found = self._wholes(names, keeps=False)
-        changed = {name for name in self.pair.others if name not in names} | {
-            name for name, whole in found if whole.differs
-        }
-        return [name for name in self.pair.others if name in changed]
+        stacked = {target.name for target in stacked_targets(self.pair)}
+        others = [name for name in self.pair.others if name not in stacked]
+        alike = [name for name in others if _are_alike(self.pair, name)]
+        differing = {name for name, whole in self._wholes(alike, keeps=False) if whole.differs}
+        changed = differing | (set(others) - set(alike))
+        return [name for name in others if name in changed]
 
     def keep_whole(self, kept: KeptWhole) -> None:
         """Write tensors whole."""
@@ -87,6 +96,39 @@ class _Extracting:
         for number, change in self._surveyed(looks):
             if change.rank:
                 self._add_factors(targets[number], change)
+
+    def keep_experts(self, targets: Sequence[StackedTarget]) -> None:
+        """Write the factors of tensors of all experts of a layer, of which any changed."""
+        places = [(target, expert) for target in targets for expert in range(target.num_experts)]
+        looks = [_sketched_expert(self.pair, *place, self.options) for place in places]
+        found: dict[StackedTarget, dict[int, FactoredChange]] = {}
+        for number, change in self._surveyed(looks):
+            target, expert = places[number]
+            changes = found.setdefault(target, {})
+            changes[expert] = change
+            if len(changes) == target.num_experts:
+                self._add_experts(target, [changes[each] for each in sorted(changes)])
+                found[target] = {}
+        self._name_experts()
+
+    def _add_experts(self, target: StackedTarget, changes: Sequence[FactoredChange]) -> None:
+        if not any(change.rank for change in changes):
+            return
+        rank, dtype = self.options.rank, self.options.dtype
+        made = put_together(target, changes, rank, dtype)
+        for part, values in (("a", made.a), ("b", made.b)):
+            spec = stacked_specs(target, rank, dtype, is_inner=False)["ab".index(part)]
+            self.spool.add(spec._replace(name=f"{target.name} {part}"), values)
+        shape, norm = (target.num_experts, *target.shape), math.sqrt(made.squares)
+        self.rows[target.name] = ExtractedTensor(target.name, shape, "factors", rank, norm, made.energy)
+        self.stacked.append(target)
+
+    def _name_experts(self) -> None:
+        """Name factors by what is wrapped by what, which is known when all that changed is."""
+        for target, is_inner in inner_targets(self.stacked).items():
+            specs = stacked_specs(target, self.options.rank, self.options.dtype, is_inner=is_inner)
+            for part, spec in zip("ab", specs, strict=True):
+                self.spool.rename(f"{target.name} {part}", spec.name)
 
     def _add_factors(self, target: FactorTarget, change: FactoredChange) -> None:
         rows, columns = target.shape[::-1] if target.is_turned else target.shape
@@ -151,6 +193,7 @@ def extract(
         extracting = _Extracting(pair, spec, survey, options, on_event, spool)
         kept = kept_whole(pair, extracting.changed_others(), keep=options.keep_whole)
         extracting.keep_factors([target for target in pair.targets if target.module not in kept.modules])
+        extracting.keep_experts([target for target in stacked_targets(pair) if target.module not in kept.modules])
         _check_any(extracting)
         extracting.keep_whole(kept)
         return _published(store, extracting, kept, started)
@@ -207,8 +250,18 @@ def _sketched(pair: Pair, target: FactorTarget, options: ExtractOptions) -> Look
     return Look(reading, examiner, kept_bytes=sketch.held_bytes(options.rank, target.shape))
 
 
+def _sketched_expert(pair: Pair, target: StackedTarget, expert: int, options: ExtractOptions) -> Look:
+    operands = target.operand(0, pair.base, expert), target.operand(1, pair.tuned, expert)
+    dtypes = [each.specs[target.name].dtype for each in (pair.base, pair.tuned)]
+    name, bits = f"{target.name}[{expert}]", float_bits_of(dtypes)
+    reading = Reading(name, target.shape, operands, float_bits=bits, whole_rows=True)
+    examiner = SketchExaminer(options.rank, options.energy, options.dtype, dtypes[1], target.is_turned)
+    factors = width_of(options.dtype) * options.rank * sum(target.shape) * target.num_experts
+    return Look(reading, examiner, kept_bytes=sketch.held_bytes(options.rank, target.shape) + 2 * factors)
+
+
 def _check_any(extracting: _Extracting) -> None:
-    if not extracting.ranks:
+    if not (extracting.ranks or extracting.stacked):
         base, tuned = (redact(each.url) for each in (extracting.pair.base, extracting.pair.tuned))
         raise PlanError(
             f"no matrix that factors hold differs between {base} and {tuned}, and PEFT loads no adapter without; "
@@ -225,6 +278,8 @@ def _published(store: Store, extracting: _Extracting, kept: KeptWhole, started: 
         ranks=extracting.ranks,
         candidates={module_of(name) for name in pair.base.specs},
         saved=[*kept.modules, *heads],
+        parameters=[target.name for target in extracting.stacked],
+        own_rank=extracting.options.rank if extracting.stacked else None,
         has_biases=bool(kept.biases),
         is_turned=stores_turned(pair.base.config),
         task=task_of(pair.base.config),

@@ -16,6 +16,8 @@ from stockflow.storage import redact
 WEIGHTS_FILE = "adapter_model.safetensors"
 _CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose linear layers store weights as ``[in, out]``."""
+VERSION = "0.21.2"
+"""of PEFT, in whose layout factors of parameters are"""
 MAX_PATTERNS = 4000
 """About how many patterns of ranks are written; readers try each on every module."""
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -39,10 +41,15 @@ class AdapterDescription:
     """whether linear layers store weights as ``[in, out]``"""
     task: str | None = None
     """that PEFT wraps the model for"""
+    parameters: Sequence[str] = ()
+    """names of tensors of all experts of a layer that have factors, of ``own_rank``"""
+    own_rank: int | None = None
 
     @property
     def rank(self) -> int:
         """The rank that most modules have, the larger one of several."""
+        if self.own_rank is not None:
+            return self.own_rank
         counts = Counter(self.ranks.values())
         return max(counts, key=lambda rank: (counts[rank], rank))
 
@@ -61,10 +68,12 @@ class AdapterDescription:
             "lora_dropout": 0.0,
             "modules_to_save": list(self.saved) or None,
             "peft_type": "LORA",
+            **({"peft_version": VERSION} if self.parameters else {}),
             "r": self.rank,
             "rank_pattern": others,
             "revision": named["revision"] if named else None,
-            "target_modules": target_modules(self.ranks, self.candidates),
+            "target_modules": target_modules(self.ranks, self.candidates) or None,
+            "target_parameters": list(self.parameters) or None,
             "task_type": self.task,
             "use_dora": False,
             "use_rslora": False,

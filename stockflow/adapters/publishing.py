@@ -57,6 +57,11 @@ class Spool:
         self._file.write(values.data)
         self.num_bytes += len(values)
 
+    def rename(self, name: str, new: str) -> None:
+        """Give a tensor another name."""
+        spec, start = self._kept.pop(name)
+        self._kept[new] = _Kept(spec._replace(name=new), start)
+
     @property
     def header(self) -> bytes:
         """The header of a file of safetensors that holds the tensors by name."""

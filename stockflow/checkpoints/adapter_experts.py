@@ -19,7 +19,7 @@ from stockflow.text.strictjson import shown
 
 LAYOUT = "peft"
 _DECLARED = f'"moe_lora_layout": "{LAYOUT}"'
-_TURNED = frozenset({"gpt_oss"})
+TURNED = frozenset({"gpt_oss"})
 """Families whose experts' matrices are ``[in, out]``."""
 _SWAPS = (0, 19)
 """The first version of PEFT that takes matrices of ``[out, in]`` for such."""
@@ -118,7 +118,7 @@ def _is_turned(
     if not stacked or found not in (straight, turned):
         raise CheckpointError(_misfit(adapter, name, [rows, columns], factors))
     if straight == turned:
-        is_turned = (ground.config or {}).get("model_type") in _TURNED or adapter.config.version < _SWAPS
+        is_turned = (ground.config or {}).get("model_type") in TURNED or adapter.config.version < _SWAPS
         return is_turned != ground.stored_as(name).is_in_blocks
     return found == turned
 

@@ -264,10 +264,40 @@ def test_experts_have_a_pair_of_factors_each(tmp_path: Path) -> None:
     assert targets == [f"{LAYER}.mlp.experts.{number}.up_proj" for number in range(2)]
 
 
+GATE_UP, DOWN = f"{LAYER}.mlp.experts.gate_up_proj", f"{LAYER}.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("names", [[GATE_UP, DOWN], [GATE_UP], [DOWN, SMALL]])
+def test_experts_in_one_tensor_have_factors_in_the_layout_of_parameters(
+    names: list[str], family: str, tmp_path: Path
+) -> None:
+    base = drawn({GATE_UP: (3, 24, 24), DOWN: (3, 24, 12), SMALL: (40, 40)})
+    tuned = {name: tensor.clone() for name, tensor in base.items()}
+    for name in names:
+        tuned[name] = changed({name: base[name][1]}, name, rank=2)[name].expand_as(base[name]).clone()
+        tuned[name][0] = base[name][0]
+        if base[name].ndim == 2:
+            tuned[name] = changed(base, name, rank=2)[name]
+    write(tmp_path, base, tuned, model_type=family)
+
+    found = facts(tmp_path, "--rank", 16)
+
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {row["name"] for row in found["tensors"]} == set(names)
+    assert said["target_parameters"] == [name for name in base if name in names and name != SMALL]
+    merged = with_adapter(tmp_path)
+    for name, tensor in tuned.items():
+        least = np.linalg.svd((tensor - base[name]).double().numpy(), compute_uv=False)[..., 16:]
+        error = np.linalg.norm(merged[name].array.reshape(tensor.shape) - tensor.numpy())
+        assert error <= WORST * np.linalg.norm(least) + 1e-4, name
+        assert np.linalg.norm(merged[name].array.reshape(tensor.shape) - base[name].numpy()) > 0 or name not in names
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "said"),
     [
-        (f"{LAYER}.mlp.experts.gate_up_proj", (3, 16, 20), "--keep-whole"),
+        (f"{LAYER}.mlp.experts.input_linear.weight", (3, 16, 20), "--keep-whole"),
         (f"{LAYER}.mlp.gate.weight", (3, 40), "--keep-whole"),
         (f"{LAYER}.conv.weight", (4, 1, 3), "--keep-whole"),
         (f"{LAYER}.self_attn.sinks", (4,), "neither adapts nor saves whole"),

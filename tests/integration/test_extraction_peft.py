@@ -30,6 +30,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = 
         {"rank": 16, "keep_whole": True},
         ("embed_tokens.weight", "k_proj.weight"),
     ),
+    "experts": (
+        "Qwen3Moe",
+        {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2},
+        {"rank": 16},
+        ("1.mlp.experts.gate_up_proj", "experts.down_proj", "q_proj.weight"),
+    ),
+    "experts of [in, out]": (
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"rank": 64},
+        ("experts.gate_up_proj", "experts.down_proj"),
+    ),
     "Conv1D": ("GPT2", {}, {"rank": 64, "keep_whole": True}, (".bias", "attn.c_attn.weight", "mlp.c_proj.weight")),
 }
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 32}
