@@ -14,7 +14,7 @@ from stockflow.forecast.constants import load_calibration
 from stockflow.forecast.seconds import Conditions, forecast
 from stockflow.planning.budget import default_memory
 from stockflow.planning.make import few_shards_note
-from stockflow.recipe import RecipeLike, recipe_of, resolve_location
+from stockflow.recipe import RecipeLike, resolve_location
 from stockflow.results import MergeResult, PlanResult
 from stockflow.run import driver
 from stockflow.run.driver import MergeOptions
@@ -38,6 +38,7 @@ from stockflow.wiring import (
     open_merge,
     options_of,
     plan_adapter,
+    read_recipe,
     sample_options,
     storage_of,
     survey_on,
@@ -74,12 +75,14 @@ def plan(
         UserError: the recipe, the inputs or the budget must change.
         StorageError: reading failed after retries.
     """
-    chosen, recipe = resolved(PlanSettings, settings), recipe_of(recipe)
+    chosen, recipe = resolved(PlanSettings, settings), read_recipe(recipe, on_event)
     if recipe.stockflow.output == "adapter":
         return plan_adapter(recipe, output, chosen, on_event)[0]
     constants = load_calibration(chosen.calibration)
     options, conditions = _conditions(chosen, constants[0] if chosen.calibration else None)
-    inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs)
+    inputs = open_inputs(
+        recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs, is_told=True
+    )
     return _planned(inputs, os.fspath(output), options, conditions, constants, on_event)
 
 
@@ -148,11 +151,13 @@ def merge(
         StorageError: storage failed after retries; the same call again resumes.
         ComputeLostError: workers were lost for good.
     """
-    chosen, recipe = resolved(MergeSettings, settings), recipe_of(recipe)
+    chosen, recipe = resolved(MergeSettings, settings), read_recipe(recipe, on_event)
     if recipe.stockflow.output == "adapter":
         return merge_adapter(recipe, output, chosen, on_event)
     options, execute = options_of(chosen, chosen.workers), execute_on(chosen)
-    inputs = open_inputs(recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs)
+    inputs = open_inputs(
+        recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs, is_told=True
+    )
     result = driver.merge(inputs, os.fspath(output), options, execute, on_event)
     return MergeResult(result, inputs.storage)
 

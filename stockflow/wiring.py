@@ -41,6 +41,12 @@ def storage_of(recipe: RecipeLike | None, follow_links: Sequence[Location] = ())
     return replace(options, trusted=trusted_folders(follow_links))
 
 
+def read_recipe(given: RecipeLike, on_event: OnEvent) -> Recipe:
+    """Return the recipe that is meant, and tell before it is waited for that its checkpoints will be opened."""
+    on_event(Stage("opening checkpoints", unit="files"))
+    return recipe_of(given)
+
+
 def open_inputs(
     recipe: RecipeLike,
     on_event: OnEvent = ignore,
@@ -48,9 +54,11 @@ def open_inputs(
     seed: int | None = None,
     *,
     reads_twice: bool = False,
+    is_told: bool = False,
 ) -> Inputs:
-    """Return the opened checkpoints of a recipe; a seed stands before its own."""
-    on_event(Stage("opening checkpoints", unit="files"))
+    """Return the opened checkpoints of a recipe; a seed stands before its own. Tells of it, unless that was done."""
+    if not is_told:
+        on_event(Stage("opening checkpoints", unit="files"))
     trusted = trusted_folders(follow_links)
     seeded = amended(recipe_of(recipe), **({} if seed is None else {"seed": seed}))
     inputs = Inputs.open(seeded, lambda file: on_event(Done(file)), trusted, reads_twice=reads_twice)

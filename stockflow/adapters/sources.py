@@ -15,7 +15,7 @@ from stockflow.checkpoints.header import TensorSpec, width_of
 from stockflow.checkpoints.layout import HeaderCache
 from stockflow.checkpoints.opening import bare_name
 from stockflow.errors import CheckpointError, NotFoundError, NumericsError, PlanError
-from stockflow.events import Done, OnEvent, Stage
+from stockflow.events import Done, OnEvent
 from stockflow.kernels.arrays import Floats
 from stockflow.recipe import Recipe
 from stockflow.storage import StorageConfig, Store, halves_of, open_model, own_key, pin_revision, redact
@@ -110,7 +110,6 @@ def open_sources(recipe: Recipe, storage: StorageConfig, on_event: OnEvent) -> l
         UserError: one is no adapter, or they belong to several bases.
         StorageError: reading failed after retries.
     """
-    on_event(Stage("opening checkpoints", unit="files"))
     cache = HeaderCache()
     sources = [
         None if location == recipe.base_model else _opened(location, storage, cache, on_event)
