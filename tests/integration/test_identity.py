@@ -13,11 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import stockflow
 from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import RecipeError
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import load_recipe
+from stockflow.results import PlanResult
 from stockflow.run.driver import MergeOptions, plan_merge
 from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, open_store
@@ -263,6 +265,20 @@ def test_zeros_of_a_download_that_broke_off_are_named(tmp_path: Path) -> None:
     (remark,) = plan.remarks
     assert (remark.code, remark.severity, remark.models) == ("zeros", "warning", (str(broken),))
     assert remark.tensors == ("lm_head.weight",)
+
+
+def test_models_without_a_base_that_have_nothing_to_do_with_each_other_are_named(
+    tmp_path: Path, family: Family
+) -> None:
+    stranger = make_family(tmp_path / "stranger", 1, seed=99, config=TIED).base
+    weights = {"merge_method": "linear", "parameters": {"weight": 1}}
+    recipe = {**weights, "models": [str(each) for each in (*family.tuned, stranger)]}
+
+    told = stockflow.plan(recipe, tmp_path / "out")
+
+    assert isinstance(told, PlanResult)
+    (remark,) = told.plan.remarks
+    assert (remark.code, remark.models) == ("stranger", (str(stranger),))
 
 
 def test_samples_are_one_small_read_of_each_of_eight_matrices(tmp_path: Path, family: Family) -> None:

@@ -313,6 +313,18 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         (config(eos_token="<|end|>"), FAST),
         {"tokens-disagree": "warning"},
     ),
+    "an end beyond the rows": (
+        (FAST | {"generation_config.json": '{"eos_token_id": [1, 12]}'},) * 2,
+        {"promise-unkept": "warning"},
+    ),
+    "an end that is not the tokenizer's": (
+        (config(eos_token="b") | {"generation_config.json": '{"eos_token_id": 0}'},) * 2,
+        {"tokens-disagree": "note"},
+    ),
+    "an end that is the tokenizer's among others": (
+        (config(eos_token="b") | {"generation_config.json": '{"eos_token_id": [0, 1]}'},) * 2,
+        {},
+    ),
     "a token that is special in one model": (
         (fast(LETTERS, more=[added("<a>", start=10)[0] | {"special": True}]), fast(LETTERS, more=PLAIN_TOKEN)),
         {"tokenizers-differ": "note"},

@@ -85,6 +85,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     tokenizers.templates_going_out,
     uses.uses_of_no_tune,
     uses.contradicting_files,
+    uses.ends_of_texts,
 )
 """In the order in which their remarks are shown."""
 

@@ -28,8 +28,8 @@ def copies(proposal: Proposal) -> Iterator[Remark]:
 
 
 def strangers(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which models are as far from the base as if they had nothing to do with it."""
-    if not proposal.recipe.base_model:
+    """Yield which models are as far from the base, or the first one, as if they had nothing to do with it."""
+    if not proposal.recipe.base_model and all(len(job.reading.operands) == 1 for job in proposal.jobs):
         return
     (base, own), *others = _sampled(proposal) or [("", ())]
     for url, samples in others:

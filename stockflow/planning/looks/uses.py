@@ -40,6 +40,27 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
             yield Remark("side-files-differ", text, severity, (url,), values=values)
 
 
+def ends_of_texts(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that generation would end at a token without a row, or at another one than the tokenizer's."""
+    recipe, donor = proposal.recipe, proposal.recipe.side_files_donor
+    if recipe.vocabulary is not None or donor >= len(proposal.tokenizers):
+        return
+    tokenizer, url = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url)
+    stated = (tokenizer.generation or {}).get("eos_token_id", (proposal.config or {}).get("eos_token_id"))
+    ends = [each for each in (stated if isinstance(stated, list) else [stated]) if type(each) is int and each >= 0]
+    own = tokenizer.vocabulary.ids.get(tokenizer.eos or "") if tokenizer.vocabulary else None
+    if beyond := [each for each in ends if each >= tokenizer.num_rows > 0]:
+        rows = f"the embedding has {tokenizer.num_rows:,} rows"
+        text = f"generation ends at token {beyond[0]:,} by the files of {url}, and {rows}: it would not end"
+        yield Remark("promise-unkept", text, "warning", (url,), values={"eos_token_id": str(stated)})
+    elif ends and own is not None and own not in ends:
+        text = (
+            f"generation ends at token {', '.join(map(str, ends))} by the files of {url}, and texts end with "
+            f"{shown(tokenizer.eos)} by its tokenizer, which is {own}"
+        )
+        yield Remark("tokens-disagree", text, "note", (url,), values={"eos_token_id": str(stated)})
+
+
 def contradicting_files(proposal: Proposal) -> Iterator[Remark]:
     """Yield the tokens of which the files of one tokenizer say different things."""
     for number, (each, tokenizer) in enumerate(zip(proposal.checkpoints, proposal.tokenizers, strict=False)):
