@@ -28,8 +28,8 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     (r".+\.gguf", "GGUF, which is for inference and lost precision; take the model it was made from"),
     (
         r"(?!optimizer|scheduler|scaler|training_args|r(ng|andom)_state).+\.(bin|pt|pth|ckpt|pkl)",
-        "PyTorch's pickles, which are read if they are called pytorch_model.bin, or as shards of it are; "
-        f"call it so if it holds the weights of a model, else {_TO_SAFETENSORS}",
+        "PyTorch's pickles, which are read if they are called pytorch_model.bin, or as shards of it are, or named: "
+        f"name the file if it holds the weights of a model, else {_TO_SAFETENSORS}",
     ),
     (r".+\.(h5|keras)", f"Keras' weights, which are not read; {_TO_SAFETENSORS}"),
     (r".+\.msgpack", f"Flax' weights, which are not read; {_TO_SAFETENSORS}"),

@@ -15,9 +15,12 @@ from stockflow.text.sizes import counted, gb
 
 def factors_inside(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models hold factors of adapters that would be merged as if they were weights."""
-    merged = {job.output.name for job in proposal.jobs if not job.is_copy and len(job.reading.operands) > 1}
+    distinct = {id(each.specs): each.specs for each in proposal.checkpoints}  # fine-tuned models mostly share theirs
+    within = {number: names for number, specs in distinct.items() if (names := factors_within(specs))}
+    jobs = proposal.jobs if within else ()
+    merged = {job.output.name for job in jobs if not job.is_copy and len(job.reading.operands) > 1}
     for each in proposal.checkpoints:
-        names = [name for name in factors_within(each.specs) if name in merged]
+        names = [name for name in within.get(id(each.specs), ()) if name in merged]
         if names:
             text = f"{factors_said(redact(each.url), names)}. Accepted, each is merged as if it were a weight"
             yield Remark("factors-inside", text, "refusal", (redact(each.url),), tuple(names))
