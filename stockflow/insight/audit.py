@@ -9,6 +9,7 @@ from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent
 from stockflow.checkpoints.naming import kind_of, layer_of
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
+from stockflow.checkpoints.quantised import BLOCKS
 from stockflow.checkpoints.transposed import Transposed
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
@@ -199,13 +200,14 @@ def _part(merged: Checkpoint, job: TensorJob, offset: int, number: int) -> Opera
 
 
 def _problem(merged: Checkpoint, job: TensorJob) -> str | None:
-    spec, planned = merged.specs.get(job.stored_name), job.whole or job.output
+    name, planned = job.stored_name.removesuffix(BLOCKS), job.whole or job.output
+    spec = merged.specs.get(name)
     if spec is None:
         return "not in the merged checkpoint"
+    if codes := merged.stored.get(name):
+        return f"{codes.decode.words} in the merged checkpoint; an audit tells readings apart by single roundings"
     if spec.shape != planned.shape:
         return f"of shape {list(spec.shape)} in the merged checkpoint, expected {list(planned.shape)}"
-    if codes := merged.stored.get(job.stored_name):
-        return f"{codes.decode.words} in the merged checkpoint; an audit tells readings apart by single roundings"
     if spec.dtype not in FORMATS:
         return f"{spec.dtype} in the merged checkpoint; expected BF16, F16, F32 or F64"
     return None

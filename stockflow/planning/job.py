@@ -363,7 +363,7 @@ class TensorJob:
         kept = [rule.kept_bytes(given, *sizes) for rule, given in pairs if isinstance(rule, Elementwise)]
         return self._scale_bytes + sum(kept)
 
-    @cached_property
+    @property
     def _scale_bytes(self) -> int:
         """What is kept of scales until all codes before them are written."""
         return sum([each.num_bytes for each in (self.wholes or self.results[0].outputs)[1:]])
