@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from stockflow.checkpoints.decodes import plain
 from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.naming import projection_of
+from stockflow.checkpoints.naming import holds_fused_experts, projection_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.transposed import ByRows, Transposed
 from stockflow.errors import PlanError
@@ -88,6 +88,7 @@ def seen_one_by_one(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Expert
             "`stockflow: {output_format: bfloat16}`"
         )
     _refuse_blocks(recipe, checkpoints[recipe.donor], () if widened else parts[recipe.donor], asked=asked)
+    checkpoints = _with_wholes_said(recipe.donor, checkpoints, parts[recipe.donor], asked=asked)
     if not any(parts) and not is_fused:
         return Experts(checkpoints)
     if recipe.keeps_codes and is_fused and (shared := shared_codes(checkpoints[recipe.donor], parts[recipe.donor])):
@@ -193,6 +194,30 @@ def unlike_parts(jobs: Iterable[TensorJob]) -> Iterator[str]:
         if len(found) > 1:
             several = " and ".join(sorted(found))
             yield f"the experts of {shown(name)} come as {several}, and a tensor has one dtype; give a `dtype`"
+
+
+def _with_wholes_said(
+    number: int, checkpoints: Sequence[Checkpoint], parts: Collection[str], *, asked: str | None
+) -> Sequence[Checkpoint]:
+    """Return the checkpoints, with what is to be said of the donor's codes of all experts that stay together.
+
+    Raises:
+        PlanError: the recipe asks for them one by one.
+    """
+    donor, specs = checkpoints[number], checkpoints[number].specs
+    names = [name for name in donor.stored if len(specs[name].shape) == 3 and name not in parts]
+    names = [name for name in names if holds_fused_experts(name, 3)]
+    if not names:
+        return checkpoints
+    text = (
+        f"{counted(len(names), 'tensor')} of {redact(donor.url)} such as {shown(names[0])} {are(len(names))} codes of "
+        "all experts that are not taken apart, as they are transposed or alone"
+    )
+    if asked == "separate":
+        raise PlanError(f"{text}; leave `experts: separate` out")
+    said = Remark("expert-layouts", f"{text}: they are decided expert by expert", "note", (redact(donor.url),))
+    with_said = replace(donor, remarks=(*donor.remarks, said))
+    return [with_said if each is donor else each for each in checkpoints]
 
 
 def _refuse_blocks(recipe: Recipe, donor: Checkpoint, parts: Collection[str], *, asked: str | None) -> None:

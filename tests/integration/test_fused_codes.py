@@ -199,3 +199,21 @@ def test_blocks_that_reach_from_gate_into_up_are_refused_where_models_store_expe
 
     with pytest.raises(PlanError, match=r"(?s)reach from one projection.*m1, .*m2 do not.*experts: separate.*bfloat16"):
         merge(tmp_path, models)
+
+
+def test_transposed_codes_are_decided_expert_by_expert_and_never_silently_so(tmp_path: Path) -> None:
+    models, _ = family(tmp_path, ("turned",) * 3, 64)
+    for folder in models:
+        tensors = load_file(folder / "model.safetensors")
+        norm = {"model.norm.weight": tensors.pop("model.norm.weight")}
+        coded = {name: fp8(each.float()).tensors for name, each in tensors.items()}
+        found = {f"{n}{own.removeprefix('weight')}": t for n, each in coded.items() for own, t in each.items()}
+        write_checkpoint(folder, norm | found, config={"hidden_size": HIDDEN}, side_files={})
+
+    found = merge(tmp_path, models)
+
+    assert found[f"{STEM}.gate_up_proj"].shape == (NUM, HIDDEN, 128)
+    (path,) = (tmp_path / "out").glob("_stockflow/*/plan.json")
+    assert "codes of all experts that are not taken apart" in path.read_text()
+    with pytest.raises(PlanError, match="leave `experts: separate` out"):
+        merge(tmp_path, models, stockflow={"experts": "separate"})
