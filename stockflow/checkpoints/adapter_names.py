@@ -8,6 +8,11 @@ from stockflow.checkpoints.naming import WRAPPERS
 
 _FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 _GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+_OTHERWISE = (
+    (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".attn.", ".self_attn."),
+    ("unembed_tokens.", "lm_head."),
+)  # fmt: skip
+"""What Tinker calls modules, and most bases do."""
 _OF_FUSED = {"gate_up_proj": (_GATES, _UPS), "down_proj": (_DOWNS,)}
 """What an expert's matrices are called where each is stored by itself, in the order in which they are fused."""
 
@@ -39,7 +44,10 @@ class BaseNames:
         if name in self._specs:
             return name
         alike = self._alike.get(unwrapped(name), ())
-        return alike[0] if len(alike) == 1 else None
+        if len(alike) == 1:
+            return alike[0]
+        others = (name.replace(ours, theirs) for ours, theirs in _OTHERWISE if ours in name)
+        return next((found for other in others if (found := self.find(other))), None)
 
     def experts(self, module: str, fused: str) -> Iterator[tuple[int, int, str]]:
         """Yield the matrices that a base stores one by one where a model has them fused.

@@ -55,7 +55,7 @@ def _cuts(base: PlainTensors, names: BaseNames, root: str, word: str) -> dict[st
     """Return the matrices in the two tensors that hold a layer's experts, in the order of their bytes."""
     found = [names.find(f"{root}.{own}") for own in ("gate_up_proj", "down_proj")]
     gate_up, down = (base.specs.get(name or "") for name in found)
-    if not gate_up or not down or len(down.shape) != 3:
+    if not gate_up or not down or len(down.shape) != 3 or not down.num_elems:
         return {}
     num, hidden, inner = down.shape
     if gate_up.shape != (num, 2 * inner, hidden):

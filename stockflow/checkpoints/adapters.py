@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from stockflow.checkpoints.adapter_config import CONFIG_KEY, AdapterConfig, parse_adapter_config
+from stockflow.checkpoints.adapter_stacks import one_by_one
 from stockflow.checkpoints.documents import read_json
 from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, read_header
@@ -70,12 +71,13 @@ def read_adapter(store: Store, cache: HeaderCache, on_file: OnFile) -> Adapter:
         raise NotFoundError(_lack(store, files))
     config = parse_adapter_config(read_json(store, CONFIG_KEY, MAX_CONFIG_BYTES), store.where(CONFIG_KEY))
     contents, stamp = read_header(store, key, cache, on_file)
-    file, placed = key_of_adapter(key), contents.tensors
+    file = key_of_adapter(key)
+    placed = one_by_one({each.spec.name: (each.spec, Extent(file, each.start)) for each in contents.tensors})
     return Adapter(
         where=store.where(),
         config=config,
-        specs={each.spec.name: each.spec for each in placed},
-        extents={each.spec.name: Extent(file, each.start) for each in placed},
+        specs={key: spec for key, (spec, _) in placed.items()},
+        extents={key: extent for key, (_, extent) in placed.items()},
         files={file: stamp, key_of_adapter(CONFIG_KEY): files[CONFIG_KEY]},
         tokenizer=_tokenizer(files),
     )

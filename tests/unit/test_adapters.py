@@ -117,6 +117,30 @@ def test_factors_of_all_experts_are_found_where_a_base_has_them_one_by_one(tmp_p
             assert share_correct(found[whole], base[whole] + delta) >= LEAST_CORRECT
 
 
+@pytest.mark.parametrize("shared", ["", "lora_A", "lora_B"])
+def test_stacked_factors_are_those_of_each_expert(shared: str, tmp_path: Path) -> None:
+    """As Tinker saves them, which calls the head otherwise, too."""
+    sizes = {"gate_proj": (17, 21), "up_proj": (17, 21), "down_proj": (21, 17)}
+    own = {f"{EXPERTS}.{e}.{name}.weight": shape for e in range(3) for name, shape in sizes.items()}
+    base = write_base(tmp_path / "base", SHAPES | own)
+    adapter = adapters.linear({"lm_head.weight": SHAPES["lm_head.weight"]}, ["lm_head"])
+    adapter.tensors = {key.replace("lm_head", "model.unembed_tokens"): t for key, t in adapter.tensors.items()}
+    random, changes = np.random.default_rng(3), dict(adapter.changes)
+    for (name, (rows, columns)), word in zip(sizes.items(), ("w1", "w3", "w2"), strict=True):
+        num_a, num_b = 1 if shared == "lora_A" else 3, 1 if shared == "lora_B" else 3
+        a = adapter.draw(f"{EXPERTS}.{word}.lora_A.weight", (num_a, adapters.RANK, columns), random)
+        b = adapter.draw(f"{EXPERTS}.{word}.lora_B.weight", (num_b, rows, adapters.RANK), random)
+        delta = adapters.ALPHA / adapters.RANK * (b @ a)
+        changes |= {f"{EXPERTS}.{e}.{name}.weight": lambda w, d=delta[e]: w + d for e in range(3)}
+    write_adapter(tmp_path / "lora", adapter)
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    assert found.keys() == base.keys()
+    for name, change in changes.items():
+        assert share_correct(found[name], change(base[name])) >= LEAST_CORRECT, name
+
+
 def test_experts_that_adapters_have_one_by_one_are_found_in_what_holds_them_all(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", SHAPES | MOE)
     gates_ups = {f"{EXPERTS}.{e}.{name}.weight": (17, 21) for e in range(3) for name in ("gate_proj", "up_proj")}
