@@ -53,7 +53,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "text_config": SIDES | {"vocab_size": 96}, "vision_config": SIDES | {"image_size": 32, "patch_size": 8},
     }),
 }  # fmt: skip
-RIGHTLY = {"precision-kept", "index-data", "routers-merged"}
+RIGHTLY = {"precision-kept", "index-data", "routers-merged", "expert-units"}
 """What is rightly said of some of them."""
 
 

@@ -36,10 +36,10 @@ def single_units(proposal: Proposal) -> Iterator[Remark]:
     names = [job.output.name for job in proposal.jobs if ".experts." in job.output.name and _is_decided_alone(job)]
     if names and projection_of(names[0]):
         text = (
-            f"{counted(len(names), 'projection')} of experts such as {shown(names[0])} {are(len(names))} decided by "
-            "itself each; mergekit decides all of a layer together, as `stockflow: {scope: layer}` does"
+            f"{counted(len(names), 'projection')} of experts such as {shown(names[0])} {are(len(names))} decided each "
+            "by itself; mergekit decides all of a layer together, as `stockflow: {scope: layer}` does"
         )
-        yield Remark("expert-units", text, "note", tensors=tuple(names))
+        yield Remark("expert-units", text, "note", tensors=(names[0],))
 
 
 def _is_decided_alone(job: TensorJob) -> bool:
