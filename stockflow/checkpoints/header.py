@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, cast
 
 from stockflow.errors import HeaderError
@@ -54,6 +55,12 @@ def width_of(dtype: str) -> int:
     return DTYPES[dtype].bits // 8
 
 
+@lru_cache(2**12)
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor; models have few shapes, and planning asks for each of them again and again."""
+    return math.prod(shape) * DTYPES[dtype].bits // 8
+
+
 class TensorSpec(NamedTuple):
     """Name, element type and shape of one tensor."""
 
@@ -69,7 +76,7 @@ class TensorSpec(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Size of the data in bytes."""
-        return self.num_elems * DTYPES[self.dtype].bits // 8
+        return size_of(self.dtype, self.shape)
 
     @property
     def kind(self) -> DtypeKind:

@@ -28,7 +28,8 @@ def factors_inside(proposal: Proposal) -> Iterator[Remark]:
 
 def known_changes(proposal: Proposal) -> Iterator[Remark]:
     """Yield how many tensors take no statistics pass, as adapters tell their geometry, and that a base is read once."""
-    if not any(reads_anchor(operand.decode) for job in proposal.jobs for operand in job.reading.operands[1:]):
+    coded = [job.reading for job in proposal.jobs if not job.reading.is_plain]
+    if not any(reads_anchor(operand.decode) for reading in coded for operand in reading.operands[1:]):
         return
     asking = [job for job in proposal.jobs if isinstance(rule := job.result.declared.rule, Linear) and rule.needs_gram]
     known = [job for job in asking if job.has_known_changes]

@@ -33,13 +33,14 @@ def _adds_up(job: TensorJob) -> bool:
 
 def single_units(proposal: Proposal) -> Iterator[Remark]:
     """Yield that experts are decided one by one where mergekit decides all of a layer together."""
-    names = [job.output.name for job in proposal.jobs if ".experts." in job.output.name and _is_decided_alone(job)]
-    if names and projection_of(names[0]):
+    alone = (job.output.name for job in proposal.jobs if ".experts." in job.output.name and _is_decided_alone(job))
+    first = next(alone, None)
+    if first and projection_of(first):
         text = (
-            f"{counted(len(names), 'projection')} of experts such as {shown(names[0])} {are(len(names))} decided each "
-            "by itself; mergekit decides all of a layer together, as `stockflow: {scope: layer}` does"
+            f"projections of experts such as {shown(first)} are decided each by itself; mergekit decides all of a "
+            "layer together, as `stockflow: {scope: layer}` does"
         )
-        yield Remark("expert-units", text, "note", tensors=(names[0],))
+        yield Remark("expert-units", text, "note", tensors=(first,))
 
 
 def _is_decided_alone(job: TensorJob) -> bool:

@@ -47,7 +47,7 @@ def quantised_tunes(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are quantised where the base is not: the base of their codes is in every task vector."""
     names: dict[int, list[str]] = {}
     for job in proposal.jobs:
-        if not job.result.declared.has_anchor(job.result.parameters):
+        if job.reading.is_plain or not job.result.declared.has_anchor(job.result.parameters):
             continue
         anchor, *tuned = job.reading.operands
         for operand in () if codes_within(anchor.decode) else tuned:
