@@ -106,6 +106,7 @@ def _conditions(chosen: SimpleNamespace, elsewhere: "Calibration | None") -> tup
     )
 
 
+@collector_paused()
 def _planned(
     inputs: Inputs,
     output: str,
@@ -124,11 +125,10 @@ def _planned(
         *few_shards_note(merge_plan, options.num_workers),
     )
     url = driver.output_url(inputs, output)
-    with collector_paused():
-        work = survey(merge_plan, workspace, len(sampled_specs(inputs.merged)))
-        urls = [checkpoint.url for checkpoint in merge_plan.checkpoints]
-        work = read_twice(work, urls) if inputs.reads_twice else work
-        found = forecast(work, constants, urls, url, conditions)
+    work = survey(merge_plan, workspace, len(sampled_specs(inputs.merged)))
+    urls = [checkpoint.url for checkpoint in merge_plan.checkpoints]
+    work = read_twice(work, urls) if inputs.reads_twice else work
+    found = forecast(work, constants, urls, url, conditions)
     return PlanResult(merge_plan, workspace, notes, url, work, least_bytes, found)
 
 

@@ -27,7 +27,7 @@ from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.progress.file import Tracker, progress_file
 from stockflow.run import shard_events
-from stockflow.run.inputs import Inputs
+from stockflow.run.inputs import Inputs, collector_paused
 from stockflow.storage import (
     ReadsInPlace,
     Store,
@@ -81,6 +81,7 @@ class Merged:
     seconds: float
 
 
+@collector_paused()
 def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[MergePlan, Workspace]:
     """Return the plan, and how a worker would divide its memory; nothing is written.
 
