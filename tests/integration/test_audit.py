@@ -25,6 +25,7 @@ from stockflow.storage import StorageConfig
 from tests import oracle, runs
 from tests.checkpoints import Family, make_family, make_tensors, write_checkpoint, write_recipe
 from tests.hub_server import COMMIT, hub_server
+from tests.selection import by_name, diagonal
 
 SHAPES = {
     "model.embed_tokens.weight": (600, 500),
@@ -109,8 +110,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Family
     return found
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f32", "f16", "f64"])
-@pytest.mark.parametrize("maker", ["exact", "two_model", "average", "base"])
+@pytest.mark.parametrize(
+    ("maker", "dtype"), diagonal(by_name("exact", "two_model", "average", "base"), by_name("bf16", "f32", "f16", "f64"))
+)
 def test_every_maker_is_recognised_in_every_dtype(
     maker: str, dtype: str, families: dict[str, tuple[Family, Path]], tmp_path: Path
 ) -> None:

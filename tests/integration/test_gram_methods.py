@@ -131,8 +131,10 @@ def test_tensors_that_no_model_changed_stay(tmp_path: Path) -> None:
     assert row["flags"] == ["zero_delta"]
 
 
-@pytest.mark.parametrize("with_base", [False, True], ids=["", "from a base"])
-@pytest.mark.parametrize("shape", [(17, 23), (3, 5, 4), (33,), (1, 7), (700, 400)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "with_base"),
+    diagonal(by_name((17, 23), (3, 5, 4), (33,), (1, 7), (700, 400)), {"": False, "from a base": True}),
+)
 def test_columns_are_rows_of_the_transpose(shape: tuple[int, ...], with_base: bool, tmp_path: Path) -> None:
     models = [torch.randn(shape, generator=RANDOM).bfloat16() for _ in range(2)]
     base = torch.randn(shape, generator=RANDOM).bfloat16() if with_base else None

@@ -17,6 +17,7 @@ from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig, open_store
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import MIB, merge_here, shard_digests
+from tests.selection import mostly_slow
 
 SHAPES = {"small": (10, 20), "large": (3000, 1100), "experts": (3, 700, 400), "bias": (900,)}
 """Spans have 2**18 elements: the large tensor has thirteen, an expert two."""
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=mostly_slow(METHODS, ["model_stock", "model_stock by row", "ties"]))
 def recipes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """One merge of files on disk, and the same merge of copies that are no local files."""
     folder = tmp_path_factory.mktemp("inputs")

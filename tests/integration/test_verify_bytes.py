@@ -17,7 +17,7 @@ from tests.checkpoints import llama_shapes, make_family, write_recipe
 from tests.runs import merge_here
 
 SHARD_SIZE = 40_000
-EVERY = [(1009, 12), pytest.param(127, 40, marks=pytest.mark.slow)]
+EVERY = [(2003, 6), pytest.param(1009, 12, marks=pytest.mark.slow), pytest.param(127, 40, marks=pytest.mark.slow)]
 """Bytes between the places tried inside of a region, and the most inside of a file; primes, so that they fall on every
 phase of a structure."""
 

@@ -94,7 +94,7 @@ def assert_compared(a: torch.Tensor, b: torch.Tensor, dtype_a: str, dtype_b: str
     share=st.sampled_from([0.0, 0.001, 0.5, 1.0]),
     scale=st.sampled_from([1e-30, 1e-4, 1.0]),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 def test_near_neighbours_are_compared_exactly(dtype: str, size: int, seed: int, share: float, scale: float) -> None:
     random = np.random.default_rng(seed)
     base = scale * random.standard_normal(size)
