@@ -101,7 +101,8 @@ def encode(
     columns = grid.columns
     per_row = (columns + grid.block_columns - np.uint64(1)) // grid.block_columns
     used = min(per_row, (np.uint64(len(numbers_E)) + grid.block_columns - np.uint64(1)) // grid.block_columns)
-    amax_B, tile = np.empty(used, np.float32), np.empty(TILE, np.float32)
+    bits_E, largest_B, tile = numbers_E.view(np.uint32), np.empty(used, np.uint32), np.empty(TILE, np.float32)
+    amax_B = largest_B.view(np.float32)
     lost = 0
     first_row, num_rows = start // columns, (np.uint64(len(numbers_E)) + columns - np.uint64(1)) // columns
     row = np.uint64(0)
@@ -111,9 +112,9 @@ def encode(
         while last < num_rows and _scale_row(first_row + last, grid) == scale_row:
             last += np.uint64(1)
         base = scale_row * per_row - target.first_scale
-        amax_B[:] = np.float32(0)
+        largest_B[:] = np.uint32(0)
         for r in range(row, last):
-            _note_largest(numbers_E, r * columns, grid, amax_B)
+            _note_largest(bits_E, r * columns, grid, largest_B)
         for place in range(used):
             scale = _scale_of(amax_B[place], rule, scale_format, code_format)
             for source in range(len(changed_KS)):
@@ -131,16 +132,19 @@ def encode(
 
 
 @jit
-def _note_largest(numbers_E: Singles, first: Index, grid: BlockGrid, amax_B: Singles) -> None:
-    """Raise the largest magnitudes of blocks by those of a row; NaN and infinity are none."""
-    for place in range(np.uint64(len(amax_B))):
+def _note_largest(bits_E: Bits, first: Index, grid: BlockGrid, largest_B: Bits) -> None:
+    """Raise the largest magnitudes of blocks by those of a row, all as bits, in which magnitudes keep their order.
+
+    NaN and infinity are none.
+    """
+    for place in range(np.uint64(len(largest_B))):
         lo = place * grid.block_columns
-        hi = min(min(lo + grid.block_columns, grid.columns), np.uint64(len(numbers_E)) - first)
-        largest = amax_B[place]
+        hi = min(min(lo + grid.block_columns, grid.columns), np.uint64(len(bits_E)) - first)
+        largest = largest_B[place]
         for k in range(lo, hi):
-            size = abs(numbers_E[first + k])
-            largest = size if size > largest and size < np.float32(np.inf) else largest
-        amax_B[place] = largest
+            size = bits_E[first + k] & np.uint32(0x7FFF_FFFF)
+            largest = max(largest, size if size < np.uint32(0x7F80_0000) else np.uint32(0))
+        largest_B[place] = largest
 
 
 @jit
