@@ -13,9 +13,9 @@ TEST_PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 3 ? cores + 1 : 4)))
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here (two minutes; installs torch and Ray first)"
-	@echo "make test        the test suite (under five minutes, no network, no GPU)"
+	@echo "make test        the test suite (seven minutes on two cores, no network, no GPU)"
 	@echo "make lint types  ruff and mypy"
-	@echo "make test-slow   more of what make test shows: a processor with SSE2 alone, secrets on Ray, more workers, whole benchmarks"
+	@echo "make test-slow   more of what make test shows: all combinations of methods, dtypes, layouts; a processor with SSE2 alone, secrets on Ray, more workers, whole benchmarks"
 	@echo "make test-scale  large tensors and the planning of 92,000 names"
 	@echo "make test-races  two drivers at once, twenty times each, and every way to be interrupted"
 	@echo "make chaos       a hundred random kills, storms of faults, full disks (ARGS='--seed 7' replays; root for the disks)"
