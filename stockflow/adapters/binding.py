@@ -1,7 +1,7 @@
 """Binding of adapters that are merged: what becomes of each module, by the weights of a recipe; pure."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from stockflow.checkpoints.header import TensorSpec
 from stockflow.errors import CheckpointError, PlanError
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Linear
+from stockflow.planning.make import promoted
 from stockflow.recipe import Recipe
 from stockflow.text.strictjson import shown
 
@@ -165,7 +166,7 @@ class _Binding:
             self._saved[module] = None
         elif part.endswith("bias"):
             name = f"{module}{NESTED if any(each.module == module for each in self.modules) else ''}.bias"
-        dtype = self._recipe.output_dtype or widest(spec.dtype for spec in specs)
+        dtype = self._recipe.output_dtype or promoted(spec.dtype for spec in specs)
         self.tensors.append(CombinedTensor(TensorSpec(key_of_whole(name), dtype, specs[0].shape), shares))
 
     def plan(self, output_url: str) -> CombinationPlan:
@@ -180,7 +181,7 @@ class _Binding:
             output_url=output_url,
             base=self._recipe.base_model or next(iter(told), None),
             urls=tuple(source.store.url for source in self._sources if source),
-            dtype=self._recipe.output_dtype or widest(spec.dtype for spec in used),
+            dtype=self._recipe.output_dtype or promoted(spec.dtype for spec in used),
             modules=tuple(self.modules),
             tensors=tuple(self.tensors),
             saved=saved,
@@ -224,11 +225,3 @@ def coefficients(recipe: Recipe, name: str, num_sources: int) -> Sequence[float]
     for number, weight in zip(sources, [1.0 - math.fsum(weights), *weights], strict=True):
         shares[number] += weight
     return shares
-
-
-def widest(dtypes: Iterable[str]) -> str:
-    """Return the dtype that holds all of some floats."""
-    found = set(dtypes)
-    if len(found) == 1:
-        return found.pop()
-    return "F64" if "F64" in found else "F32"

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
+from stockflow.checkpoints.around import Around
 from stockflow.checkpoints.decodes import ByteRange, Decode
 from stockflow.checkpoints.header import DTYPES
 from stockflow.checkpoints.joined import is_uncoded
@@ -24,49 +25,19 @@ class Matrices(NamedTuple):
     columns: int
 
 
-class _Around:
-    """What a decode has of the one within it."""
+class _Adapted(Around):
+    """What all decodes of adapters have of the one within them."""
 
     __slots__ = ()
-    inner: Decode
-    is_plain = False
-
-    @property
-    def dtype(self) -> str:
-        """Of the first extent within."""
-        return self.inner.dtype
-
-    @property
-    def width(self) -> int:
-        """Bytes of an element of the first extent within."""
-        return self.inner.width
-
-    @property
-    def bytes_per_elem(self) -> float:
-        """Of the extents within."""
-        return self.inner.bytes_per_elem
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether the decode within wants them."""
-        return self.inner.whole_rows
 
     @property
     def words(self) -> str:
         """What its users call it."""
         return f"{self.inner.words} with an adapter"
 
-    def run_bytes(self, shape: Shape) -> int:
-        """Return what the decode within needs."""
-        return self.inner.run_bytes(shape)
-
-    def scratch_elems(self, shape: Shape, num_elems: int) -> int:
-        """Return what the decode within needs."""
-        return self.inner.scratch_elems(shape, num_elems)
-
 
 @dataclass(frozen=True, slots=True)
-class Anchored(_Around):
+class Anchored(_Adapted):
     """Another decode of the bytes that the first operand of a reading is made of: none of them is read again."""
 
     inner: Decode
@@ -75,11 +46,6 @@ class Anchored(_Around):
     def bytes_per_elem(self) -> float:
         """Nothing."""
         return 0.0
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of the extents within, of which nothing is read."""
-        return self.inner.widths
 
     @property
     def words(self) -> str:
@@ -98,7 +64,7 @@ class Anchored(_Around):
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank(_Around):
+class LowRank(_Adapted):
     """``W + scale * B A``: then the extents of A and B.
 
     ``A`` is ``[rank, columns]`` and ``B`` ``[rows, rank]``; where the base stores its weight as ``[in, out]``, as
@@ -218,7 +184,7 @@ class LowRank(_Around):
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths(_Around):
+class Lengths(_Adapted):
     """Rows of another decode, each scaled to a length of its own: then the extent of those lengths.
 
     Source: Liu et al. 2024, "DoRA", arXiv:2402.09353.
@@ -250,7 +216,7 @@ class Lengths(_Around):
 
 
 @dataclass(frozen=True, slots=True)
-class Added(_Around):
+class Added(_Adapted):
     """Another decode plus a multiple of a tensor of the same shape: then the extent of that."""
 
     inner: Decode
@@ -280,7 +246,7 @@ class Added(_Around):
 
 
 @dataclass(frozen=True, slots=True)
-class ReplacedRows(_Around):
+class ReplacedRows(_Adapted):
     """Another decode, some of whose rows are others: then the extent of those rows, one after the other."""
 
     inner: Decode
@@ -345,7 +311,7 @@ def on_anchor(decode: Decode, anchor: Decode) -> Decode | None:
 
 def reads_anchor(decode: Decode) -> bool:
     """Return whether the innermost decode is the anchor's."""
-    while isinstance(decode, _Around):
+    while isinstance(decode, _Adapted):
         if isinstance(decode, Anchored):
             return True
         decode = decode.inner
@@ -360,12 +326,12 @@ def is_known_change(decode: Decode) -> bool:
 
 def is_adapted(decode: Decode) -> bool:
     """Return whether a decode is one of an adapter."""
-    return isinstance(decode, _Around)
+    return isinstance(decode, _Adapted)
 
 
 def codes_within(decode: Decode) -> Decode | None:
     """Return how the codes of the innermost decode are stored, None if it is one of plain numbers."""
-    while isinstance(decode, _Around | ByRows):
+    while isinstance(decode, _Adapted | ByRows):
         decode = decode.inner
     return None if is_uncoded(decode) or isinstance(decode, Transposed) else decode
 

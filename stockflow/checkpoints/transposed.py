@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
+from stockflow.checkpoints.around import Around
 from stockflow.checkpoints.decodes import ByteRange, Decode, RunByRun
 from stockflow.checkpoints.header import DTYPES
 
@@ -31,8 +32,7 @@ class Transposed(RunByRun):
         Raises:
             ValueError: no matrix is stored so.
         """
-        are_right = type(self.number) is type(self.num_beside) is int and isinstance(self.by_turns, bool)
-        if not are_right or not 0 <= self.number < self.num_beside or DTYPES[self.dtype].kind != "float":
+        if not _is_place(self.number, self.num_beside, self.by_turns) or DTYPES[self.dtype].kind != "float":
             raise ValueError(f"no matrix of {self.dtype} is number {self.number!r} of {self.num_beside!r}")
 
     @property
@@ -71,7 +71,7 @@ class Transposed(RunByRun):
 
 
 @dataclass(frozen=True, slots=True)
-class ByRows:
+class ByRows(Around):
     """A matrix that is a part of a larger one, of which only the whole can be decoded: rows by turns, or half of them.
 
     The extents are those of the whole, which has ``num_beside`` matrices of one shape: their rows by turns, as in the
@@ -85,7 +85,6 @@ class ByRows:
     num_beside: int = 2
     """with this one"""
     by_turns: bool = True
-    is_plain: ClassVar = False
 
     def __post_init__(self) -> None:
         """Hold the fields against each other.
@@ -93,39 +92,8 @@ class ByRows:
         Raises:
             ValueError: no matrix is stored so.
         """
-        are_right = type(self.number) is type(self.num_beside) is int and isinstance(self.by_turns, bool)
-        if not are_right or not 0 <= self.number < self.num_beside or isinstance(self.inner, ByRows | Transposed):
+        if not _is_place(self.number, self.num_beside, self.by_turns) or isinstance(self.inner, ByRows | Transposed):
             raise ValueError(f"no matrix is number {self.number!r} of {self.num_beside!r} rows of {self.inner!r}"[:300])
-
-    @property
-    def dtype(self) -> str:
-        """Of the first extent."""
-        return self.inner.dtype
-
-    @property
-    def width(self) -> int:
-        """Bytes of an element of the first extent."""
-        return self.inner.width
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of the whole."""
-        return self.inner.widths
-
-    @property
-    def bytes_per_elem(self) -> float:
-        """Of the whole: what is read at once is shared."""
-        return self.inner.bytes_per_elem
-
-    @property
-    def words(self) -> str:
-        """What its users call it."""
-        return self.inner.words
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether the whole wants them."""
-        return self.inner.whole_rows
 
     def run_bytes(self, shape: tuple[int, ...]) -> int:
         """Return what a run of the whole takes."""
@@ -150,6 +118,11 @@ class ByRows:
             return first + start, first + stop
         row_elems, first = self.num_beside * shape[1], start // shape[1]
         return first * row_elems, row_elems * (-(-stop // shape[1]) if stop > start else first)
+
+
+def _is_place(number: object, num_beside: object, by_turns: object) -> bool:
+    """Return whether a matrix may say so of those that it is stored beside."""
+    return type(number) is type(num_beside) is int and isinstance(by_turns, bool) and 0 <= number < num_beside
 
 
 def placed_beside(decodes: Iterable[Decode]) -> tuple[int, int]:

@@ -57,8 +57,9 @@ class Look:
     output_width: int = 0
     """nothing is written"""
     kept_bytes: int = 0
-    ahead_bytes: int = 0
     """nothing is kept of rows"""
+    ahead_bytes: int = 0
+    """nor is anything held before it is looked at"""
 
     @property
     def place_beside(self) -> tuple[int, int]:
