@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
+# Empty is unset: where it is set, each of the hundreds of processes that the tests start compiles every module again.
+export PYTHONDONTWRITEBYTECODE :=
 
 # One more than there are cores, up to four: tests wait for servers and clusters as often as they compute.
 TEST_PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 3 ? cores + 1 : 4)))
