@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.errors import PlanError
 from stockflow.methods.protocol import Parameters, Scope

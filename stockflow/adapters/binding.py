@@ -8,9 +8,9 @@ import numpy as np
 from stockflow.adapters.combination import CombinationPlan, CombinedModule, CombinedTensor, FactorShare, Sources
 from stockflow.adapters.peft import key_of_whole
 from stockflow.adapters.sources import AdapterSource, Parts
-from stockflow.checkpoints.adapter_keys import NESTED
-from stockflow.checkpoints.adapter_names import unwrapped
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.adapters.keys import NESTED
+from stockflow.checkpoints.adapters.names import unwrapped
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.errors import CheckpointError, PlanError
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import Linear

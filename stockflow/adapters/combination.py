@@ -9,7 +9,7 @@ from functools import cached_property
 
 from stockflow.adapters.peft import factor_keys
 from stockflow.adapters.sources import AdapterSource
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import counted, gb

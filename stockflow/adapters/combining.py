@@ -16,7 +16,7 @@ from stockflow.adapters.publishing import Spool, admit, publish
 from stockflow.adapters.sketch import Factors
 from stockflow.adapters.truncation import decomposed
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.errors import BudgetError, NumericsError
 from stockflow.events import Done, Moved, OnEvent, Stage
 from stockflow.kernels.arrays import Bytes, Floats

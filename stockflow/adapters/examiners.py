@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from stockflow.adapters import sketch
-from stockflow.checkpoints.header import width_of
+from stockflow.checkpoints.files.header import width_of
 from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept

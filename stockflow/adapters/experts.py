@@ -13,10 +13,10 @@ import numpy as np
 from stockflow.adapters.examiners import FactoredChange
 from stockflow.adapters.peft import factor_keys
 from stockflow.adapters.targets import Pair
-from stockflow.checkpoints.adapter_experts import TURNED
-from stockflow.checkpoints.adapter_keys import NESTED
-from stockflow.checkpoints.header import TensorSpec, width_of
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.adapters.experts import TURNED
+from stockflow.checkpoints.adapters.keys import NESTED
+from stockflow.checkpoints.files.header import TensorSpec, width_of
+from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.kernels.arrays import Bytes, Patterns
 from stockflow.kernels.floats import FORMATS

@@ -21,8 +21,8 @@ from stockflow.adapters.findings import ExtractedTensor, Extraction
 from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole, stores_turned, task_of
 from stockflow.adapters.publishing import Spool, admit, check_apart, publish
 from stockflow.adapters.targets import FactorTarget, KeptWhole, Pair, kept_whole, module_of, paired
-from stockflow.checkpoints.header import TensorSpec, width_of
-from stockflow.checkpoints.joined import as_bytes
+from stockflow.checkpoints.decodes.joined import as_bytes
+from stockflow.checkpoints.files.header import TensorSpec, width_of
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.errors import PlanError
@@ -32,7 +32,7 @@ from stockflow.kernels.floats import FORMATS
 from stockflow.planning.job import Reading
 from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef
-from stockflow.planning.precisions import float_bits_of
+from stockflow.planning.working_precision import float_bits_of
 from stockflow.run.bases import with_base
 from stockflow.storage import StorageConfig, Store, halves_of, open_model, open_store, pin_revision, redact
 

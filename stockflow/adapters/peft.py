@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stockflow.checkpoints.adapter_keys import PREFIX
+from stockflow.checkpoints.adapters.keys import PREFIX
 from stockflow.checkpoints.configs import Config
 from stockflow.storage import redact
 

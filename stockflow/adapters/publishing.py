@@ -12,8 +12,8 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from stockflow.adapters.peft import WEIGHTS_FILE
-from stockflow.checkpoints.adapter_config import CONFIG_KEY
-from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.checkpoints.adapters.config import CONFIG_KEY
+from stockflow.checkpoints.files.header import TensorSpec, encode_header
 from stockflow.errors import OutputConflictError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
 from stockflow.kernels.arrays import Bytes

@@ -7,12 +7,12 @@ from functools import cached_property
 import ml_dtypes
 import numpy as np
 
-from stockflow.checkpoints.adapter_config import ModuleScales
-from stockflow.checkpoints.adapter_keys import by_module
-from stockflow.checkpoints.adapter_names import unwrapped
-from stockflow.checkpoints.adapters import Adapter, read_adapter
-from stockflow.checkpoints.header import TensorSpec, width_of
-from stockflow.checkpoints.layout import HeaderCache
+from stockflow.checkpoints.adapters.config import ModuleScales
+from stockflow.checkpoints.adapters.keys import by_module
+from stockflow.checkpoints.adapters.names import unwrapped
+from stockflow.checkpoints.adapters.opening import Adapter, read_adapter
+from stockflow.checkpoints.files.header import TensorSpec, width_of
+from stockflow.checkpoints.files.layout import HeaderCache
 from stockflow.checkpoints.opening import bare_name
 from stockflow.errors import CheckpointError, NotFoundError, NumericsError, PlanError
 from stockflow.events import Done, OnEvent

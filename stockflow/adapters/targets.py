@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from stockflow.adapters.peft import has_language_head, stores_turned
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.heads import head_beside, is_head, tie_flag, tied_names
 from stockflow.checkpoints.naming import kind_of
 from stockflow.checkpoints.opening import Checkpoint

@@ -6,8 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE, SUFFIXES, Group, groups_of, lacking, naming_of
-from stockflow.checkpoints.documents import read_json
+from stockflow.checkpoints.files.candidates import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    SUFFIXES,
+    Group,
+    groups_of,
+    lacking,
+    naming_of,
+)
+from stockflow.checkpoints.files.documents import read_json
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store, redact, scheme_of
 from stockflow.text.escaping import in_a_line

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from stockflow.checkpoints.configs import Config, sections
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 
 Specs = Mapping[str, TensorSpec]
 

@@ -6,9 +6,9 @@ The layout is that of sentence-transformers: https://sbert.net/docs/sentence_tra
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from stockflow.checkpoints.candidates import DIFFUSION_STEM
-from stockflow.checkpoints.documents import is_key
-from stockflow.checkpoints.tree import RECORDS_FOLDER, Tree, is_hidden
+from stockflow.checkpoints.files.candidates import DIFFUSION_STEM
+from stockflow.checkpoints.files.documents import is_key
+from stockflow.checkpoints.files.tree import RECORDS_FOLDER, Tree, is_hidden
 from stockflow.errors import CheckpointError
 from stockflow.text.strictjson import shown
 

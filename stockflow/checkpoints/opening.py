@@ -11,27 +11,27 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from stockflow.checkpoints.adapted import adapted
-from stockflow.checkpoints.adapter_files import remarks_on_files
-from stockflow.checkpoints.adapter_ground import Ground
-from stockflow.checkpoints.adapter_keys import place_of
-from stockflow.checkpoints.adapter_names import BaseNames
-from stockflow.checkpoints.adapter_unfused import PlainTensors, with_experts_apart
-from stockflow.checkpoints.adapters import WithBase, base_named, read_adapter
-from stockflow.checkpoints.beside import look_beside
-from stockflow.checkpoints.candidates import chosen_of, groups_of
-from stockflow.checkpoints.chunks import is_distributed, read_distributed
-from stockflow.checkpoints.documents import find_json, read_json
+from stockflow.checkpoints.adapters.adapted import adapted
+from stockflow.checkpoints.adapters.files import remarks_on_files
+from stockflow.checkpoints.adapters.ground import Ground
+from stockflow.checkpoints.adapters.keys import place_of
+from stockflow.checkpoints.adapters.names import BaseNames
+from stockflow.checkpoints.adapters.opening import WithBase, base_named, read_adapter
+from stockflow.checkpoints.adapters.unfused import PlainTensors, with_experts_apart
+from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
+from stockflow.checkpoints.beside.sorting import look_beside
+from stockflow.checkpoints.files.candidates import chosen_of, groups_of
+from stockflow.checkpoints.files.chunks import is_distributed, read_distributed
+from stockflow.checkpoints.files.documents import find_json, read_json
+from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.files.layout import Extent, HeaderCache, OnFile, Pieces, unheard
+from stockflow.checkpoints.files.tree import Tree, list_tree
 from stockflow.checkpoints.folders import no_folder, nothing_here
-from stockflow.checkpoints.header import TensorSpec
 from stockflow.checkpoints.heads import untied
-from stockflow.checkpoints.layout import Extent, HeaderCache, OnFile, Pieces, unheard
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
 from stockflow.checkpoints.pipelines import PIPELINE_FILE, find_pipeline, pipeline_remark
 from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
 from stockflow.checkpoints.scale_rules import find_rules
-from stockflow.checkpoints.side_files import is_tokenizer_or_template
-from stockflow.checkpoints.tree import Tree, list_tree
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError

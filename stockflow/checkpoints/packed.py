@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from stockflow.checkpoints.header import DTYPES, TensorSpec
+from stockflow.checkpoints.files.header import DTYPES, TensorSpec
 
 Specs = Mapping[str, TensorSpec]
 

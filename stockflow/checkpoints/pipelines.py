@@ -6,11 +6,11 @@ Source: ``DiffusionPipeline.from_pretrained``, https://huggingface.co/docs/diffu
 import re
 from collections.abc import Iterator
 
-from stockflow.checkpoints.candidates import chosen_of, groups_of, lacking
-from stockflow.checkpoints.documents import is_file_name
-from stockflow.checkpoints.layout import folder_of
+from stockflow.checkpoints.files.candidates import chosen_of, groups_of, lacking
+from stockflow.checkpoints.files.documents import is_file_name
+from stockflow.checkpoints.files.layout import folder_of
+from stockflow.checkpoints.files.tree import Tree, is_hidden
 from stockflow.checkpoints.modules import Modules
-from stockflow.checkpoints.tree import Tree, is_hidden
 from stockflow.errors import CheckpointError
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark

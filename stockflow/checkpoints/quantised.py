@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from stockflow.checkpoints.decodes import BlockScaled, Codes, Decode, GroupScaled, Whole
-from stockflow.checkpoints.header import DTYPES, TensorSpec
+from stockflow.checkpoints.decodes.stored import BlockScaled, Codes, Decode, GroupScaled, Whole
+from stockflow.checkpoints.files.header import DTYPES, TensorSpec
 from stockflow.checkpoints.packed import by_module
 from stockflow.errors import CheckpointError
 from stockflow.text.strictjson import shown

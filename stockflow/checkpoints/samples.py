@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from stockflow.checkpoints.decodes import plain
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.decodes.stored import plain
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.values import WIDENED, as_numbers
 from stockflow.kernels.arrays import Floats

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from stockflow.checkpoints.decodes import BlockScaled, GroupScaled
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled
+from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.quantised import Stored
 from stockflow.checkpoints.values import as_numbers
 from stockflow.storage import Stamp, Store

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stockflow.checkpoints.configs import Config
-from stockflow.checkpoints.header import DTYPES, TensorSpec
+from stockflow.checkpoints.files.header import DTYPES, TensorSpec
+from stockflow.checkpoints.files.layout import Extent, HeaderCache
 from stockflow.checkpoints.heads import original_of, tie_flag, tied_names
-from stockflow.checkpoints.layout import Extent, HeaderCache
 from stockflow.checkpoints.weights import Weights
 from stockflow.storage import Stamp, Store
 

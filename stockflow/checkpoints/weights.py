@@ -6,11 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from stockflow.checkpoints.candidates import DIFFUSION_STEM, SUFFIXES, Group
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.candidates import DIFFUSION_STEM, SUFFIXES, Group
+from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.files.index import lines_of, mismatch_of, missing_files, read_index
+from stockflow.checkpoints.files.layout import Extent, HeaderCache, Homes, OnFile, Pieces, read_header
 from stockflow.checkpoints.heads import aliases_of
-from stockflow.checkpoints.index import lines_of, mismatch_of, missing_files, read_index
-from stockflow.checkpoints.layout import Extent, HeaderCache, Homes, OnFile, Pieces, read_header
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store
 from stockflow.text.escaping import in_a_line

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.adapter_decodes import Added, Anchored, Lengths, LowRank, ReplacedRows
-from stockflow.checkpoints.decodes import row_elems
+from stockflow.checkpoints.decodes.low_rank import Added, Anchored, Lengths, LowRank, ReplacedRows
+from stockflow.checkpoints.decodes.stored import row_elems
 from stockflow.engine.decoding import DecodeRun, StoredRun, numbers
 from stockflow.kernels import low_rank
 from stockflow.kernels.arrays import Values

@@ -6,7 +6,7 @@ from typing import Protocol
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.methods.gram import Products
-from stockflow.planning.precisions import FloatBits
+from stockflow.planning.working_precision import FloatBits
 
 
 @dataclass(frozen=True, slots=True)

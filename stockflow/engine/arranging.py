@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from stockflow.checkpoints.transposed import Transposed, is_beside
+from stockflow.checkpoints.decodes.transposed import Transposed, is_beside
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.procedures.proceeding import MapSpans
 from stockflow.engine.units import Unit

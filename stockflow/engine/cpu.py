@@ -11,7 +11,7 @@ from stockflow.kernels import doubled, linear
 from stockflow.kernels.arrays import Bytes, Floats, Values
 from stockflow.kernels.floats import FORMATS, TILE, results_in
 from stockflow.methods.gram import Products
-from stockflow.planning.precisions import FloatBits
+from stockflow.planning.working_precision import FloatBits
 
 
 class HostArithmetic:

@@ -18,7 +18,7 @@ from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.methods.gram import Products
-from stockflow.planning.precisions import FloatBits
+from stockflow.planning.working_precision import FloatBits
 
 SPLITTER = 2.0**27 + 1.0
 """As in the kernels; cuts a float64 into two halves whose products are exact."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stockflow.checkpoints.decodes import Decode, Plain
+from stockflow.checkpoints.decodes.stored import Decode, Plain
 from stockflow.kernels import codecs
 from stockflow.kernels.arrays import Bytes, Values
 from stockflow.kernels.floats import FORMATS, Slab

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.engine.facts import Ledger
 from stockflow.engine.inputs import OnRead
 from stockflow.engine.pieces import Piece
@@ -18,8 +18,8 @@ from stockflow.engine.units import Unit
 from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
 from stockflow.planning.budget import Workspace
+from stockflow.planning.experts.units import LayerUnit, layer_units
 from stockflow.planning.job import TensorJob
-from stockflow.planning.layer_units import LayerUnit, layer_units
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stockflow.checkpoints.transposed import within_rows
+from stockflow.checkpoints.decodes.transposed import within_rows
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.facts import Ledger
 from stockflow.engine.layers import Layers

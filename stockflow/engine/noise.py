@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stockflow.checkpoints.adapter_decodes import reads_anchor
-from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, matrix_of
-from stockflow.checkpoints.transposed import within_rows
+from stockflow.checkpoints.decodes.low_rank import reads_anchor
+from stockflow.checkpoints.decodes.stored import BlockScaled, Decode, GroupScaled, matrix_of
+from stockflow.checkpoints.decodes.transposed import within_rows
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.stage import scales_of
 from stockflow.planning.job import Reading, TensorJob

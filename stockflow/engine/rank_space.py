@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stockflow.checkpoints.adapter_decodes import LowRank
+from stockflow.checkpoints.decodes.low_rank import LowRank
 from stockflow.engine.decoding import Memory, numbers
 from stockflow.engine.inputs import OnRead
 from stockflow.engine.session import Session

@@ -7,8 +7,8 @@ from itertools import groupby
 
 import numpy as np
 
-from stockflow.checkpoints.decodes import BlockScaled, GroupScaled
-from stockflow.checkpoints.transposed import ByRows, within_rows
+from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled
+from stockflow.checkpoints.decodes.transposed import ByRows, within_rows
 from stockflow.engine import arranging, rank_space
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Pool, Scratch
@@ -24,8 +24,8 @@ from stockflow.engine.writer import OrderedWriter
 from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.budget import NUM_OUT_BUFFERS, Workspace
+from stockflow.planning.experts.units import segments
 from stockflow.planning.job import TensorJob
-from stockflow.planning.layer_units import segments
 from stockflow.planning.plan import CheckpointRef, OnNonfinite, ShardPlan, merged_among
 from stockflow.storage import Sink
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.adapter_decodes import LowRank
-from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, Plain, RowRuns, matrix_of
-from stockflow.checkpoints.header import DTYPES
-from stockflow.checkpoints.joined import Joined, is_uncoded
-from stockflow.checkpoints.transposed import ByRows, Transposed, within_rows
+from stockflow.checkpoints.decodes.joined import Joined, is_uncoded
+from stockflow.checkpoints.decodes.low_rank import LowRank
+from stockflow.checkpoints.decodes.stored import BlockScaled, Decode, GroupScaled, Plain, RowRuns, matrix_of
+from stockflow.checkpoints.decodes.transposed import ByRows, Transposed, within_rows
+from stockflow.checkpoints.files.header import DTYPES
 from stockflow.engine.adapter_stage import adapter_decoders
 from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.decoding import Memory, StoredRun, fill, numbers

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from stockflow.checkpoints.transposed import placed_beside
+from stockflow.checkpoints.decodes.transposed import placed_beside
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.devices import Device
 from stockflow.engine.inputs import OnRead

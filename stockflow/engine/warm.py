@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.transposed import ByRows
+from stockflow.checkpoints.decodes.transposed import ByRows
 from stockflow.engine.pieces import Piece
 from stockflow.engine.stage import DecodingStage
 from stockflow.kernels.floats import slab_of

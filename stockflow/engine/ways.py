@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled, matrix_of
+from stockflow.checkpoints.decodes.stored import BlockScaled, Decode, GroupScaled, matrix_of
+from stockflow.checkpoints.decodes.transposed import within_rows
 from stockflow.checkpoints.scale_rules import RULES
-from stockflow.checkpoints.transposed import within_rows
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.pieces import LoadedPiece, Piece

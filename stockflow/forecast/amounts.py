@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
-from stockflow.checkpoints.layout import folder_of
+from stockflow.checkpoints.files.layout import folder_of
 from stockflow.methods.protocol import Linear
 from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.planning.budget import Workspace
+from stockflow.planning.experts.units import layer_units, segments
 from stockflow.planning.factors import factors_of
 from stockflow.planning.job import TensorJob
-from stockflow.planning.layer_units import layer_units, segments
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
 from stockflow.planning.spans import SPAN_ELEMS

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.checkpoints.files.header import TensorSpec, encode_header
 from stockflow.errors import ComputeLostError, StockflowError, StorageError
 from stockflow.forecast.constants import Calibration, KernelCost, MachineCosts, PlaceCosts
 from stockflow.forecast.transfers import machine_cpu_s, our_cpu_s, place_costs

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.decodes.transposed import Transposed
+from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.naming import kind_of, layer_of
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.checkpoints.quantised import BLOCKS
-from stockflow.checkpoints.transposed import Transposed
 from stockflow.engine.survey import Look, SurveySpec
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError, PlanError
 from stockflow.events import Done, Note, OnEvent, Stage, ignore

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from stockflow.checkpoints.header import DTYPES, TensorSpec
-from stockflow.checkpoints.joined import as_bytes
+from stockflow.checkpoints.decodes.joined import as_bytes
+from stockflow.checkpoints.files.header import DTYPES, TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.proceeding import MapSpans, Tools, swept
@@ -28,7 +28,7 @@ from stockflow.kernels.floats import EXPONENTS, FORMATS, TILE, WIDTHS
 from stockflow.planning.job import Reading
 from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef
-from stockflow.planning.precisions import float_bits_of
+from stockflow.planning.working_precision import float_bits_of
 from stockflow.storage import StorageConfig, open_model, pin_revision
 
 

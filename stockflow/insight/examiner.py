@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stockflow.checkpoints.header import DTYPES
+from stockflow.checkpoints.files.header import DTYPES
 from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures.linear import GramSweep
@@ -41,7 +41,7 @@ from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import Geometry, finite
 from stockflow.planning.job import Reading, TensorJob
 from stockflow.planning.operands import Operand
-from stockflow.planning.precisions import FloatBits
+from stockflow.planning.working_precision import FloatBits
 
 NONFINITE, MERGE_NONFINITE = "nonfinite", "nonfinite_merge"
 """Flags: NaN or infinity in a model; in the merge, and in no model."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stockflow.checkpoints.header import DTYPES
+from stockflow.checkpoints.files.header import DTYPES
 from stockflow.engine.arithmetic import Weighted
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.engine.procedures.proceeding import Tools

@@ -23,7 +23,7 @@ from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import FLOAT_BYTES
 from stockflow.methods.ratios import packed
-from stockflow.planning.experts import seen_one_by_one
+from stockflow.planning.experts.projections import seen_one_by_one
 from stockflow.planning.job import Reading, TensorJob
 from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef, MergePlan

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stockflow.checkpoints.candidates import WRITTEN_STEMS
+from stockflow.checkpoints.files.candidates import WRITTEN_STEMS
 from stockflow.errors import AccessDeniedError, CheckpointError, NotFoundError, OutputConflictError
 from stockflow.output import claims, receipts
 from stockflow.output import manifest as manifest_file

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Collection
 
-from stockflow.checkpoints.left_out import WEIGHT_SUFFIXES
+from stockflow.checkpoints.beside.left_out import WEIGHT_SUFFIXES
+from stockflow.checkpoints.beside.side_files import KINDS
+from stockflow.checkpoints.files.tree import is_hidden
 from stockflow.checkpoints.opening import CONFIG_FILE
-from stockflow.checkpoints.side_files import KINDS
-from stockflow.checkpoints.tree import is_hidden
 from stockflow.output.keys import CARD_FILE, CLAIM_FILE, RECORDS, plan_key, tensors_key
 from stockflow.planning.plan import MergePlan
 

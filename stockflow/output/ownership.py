@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from stockflow.checkpoints.candidates import WRITTEN_STEMS, index_of
+from stockflow.checkpoints.files.candidates import WRITTEN_STEMS, index_of
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import (
     AlreadyExistsError,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 
-from stockflow.checkpoints.header import DTYPES
+from stockflow.checkpoints.files.header import DTYPES
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.errors import AlreadyExistsError, NotFoundError, OutputConflictError
 from stockflow.output import manifest as manifest_file

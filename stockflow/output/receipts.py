@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from stockflow.checkpoints.header import DTYPES
+from stockflow.checkpoints.files.header import DTYPES
 from stockflow.output.keys import receipt_key
 from stockflow.storage import Stamp
 from stockflow.text.records import Place, RecordKind, parse_record

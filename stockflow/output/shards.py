@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain
 
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.layout import folder_of
+from stockflow.checkpoints.files.layout import folder_of
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError
 from stockflow.output import receipts
 from stockflow.output.keys import receipt_folder, receipt_key

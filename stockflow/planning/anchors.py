@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stockflow.checkpoints.adapter_decodes import on_anchor
+from stockflow.checkpoints.decodes.low_rank import on_anchor
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.job import TensorJob
 from stockflow.planning.operands import Operand

@@ -6,12 +6,12 @@ They are merged by rows, as what they are when they are transposed, so that no k
 import math
 from collections.abc import Iterable, Sequence
 
-from stockflow.checkpoints.decodes import Plain
-from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.transposed import Transposed
+from stockflow.checkpoints.decodes.stored import Plain
+from stockflow.checkpoints.decodes.transposed import Transposed
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.errors import PlanError
 from stockflow.methods import METHODS
-from stockflow.planning.experts import Whole, part_of
+from stockflow.planning.experts.projections import Whole, part_of
 from stockflow.planning.job import TensorJob, merging
 from stockflow.planning.operands import Operand
 from stockflow.text.strictjson import shown

@@ -6,8 +6,8 @@
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
-from stockflow.checkpoints.adapter_decodes import LowRank
-from stockflow.checkpoints.decodes import verbatim
+from stockflow.checkpoints.decodes.low_rank import LowRank
+from stockflow.checkpoints.decodes.stored import verbatim
 from stockflow.planning.job import Reading, TensorJob
 from stockflow.planning.operands import Operand
 

@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from stockflow.checkpoints.adapter_decodes import reads_anchor
-from stockflow.checkpoints.decode_records import recorded
-from stockflow.checkpoints.decodes import Decode, Plain, RowFill, RowRun, RowRuns, plain
-from stockflow.checkpoints.header import DTYPES, TensorSpec
-from stockflow.checkpoints.joined import Joined
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.decodes.joined import Joined
+from stockflow.checkpoints.decodes.low_rank import reads_anchor
+from stockflow.checkpoints.decodes.records import recorded
+from stockflow.checkpoints.decodes.stored import Decode, Plain, RowFill, RowRun, RowRuns, plain
+from stockflow.checkpoints.decodes.transposed import ByRows, Transposed, placed_beside, within_rows
+from stockflow.checkpoints.files.header import DTYPES, TensorSpec
+from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.scale_rules import RULES
-from stockflow.checkpoints.transposed import ByRows, Transposed, placed_beside, within_rows
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
 from stockflow.methods.protocol import Parameter, Parameters, Scope
-from stockflow.planning.experts import Whole, part_of
+from stockflow.planning.experts.projections import Whole, part_of
+from stockflow.planning.experts.units import unlike_members
 from stockflow.planning.formats import coded
 from stockflow.planning.job import COPIES, COPY, TensorJob, copying, merging
-from stockflow.planning.layer_units import unlike_members
 from stockflow.planning.operands import Operand
 from stockflow.planning.plan import (
     IN_ROWS,

@@ -4,17 +4,17 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from stockflow.checkpoints.decodes import BlockScaled, Decode, GroupScaled
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.decodes.stored import BlockScaled, Decode, GroupScaled
+from stockflow.checkpoints.decodes.transposed import ByRows, within_rows
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import packed_weights
 from stockflow.checkpoints.quantised import BLOCKS, Stored
 from stockflow.checkpoints.scale_rules import AMAX, kind_of, usual_rule
-from stockflow.checkpoints.transposed import ByRows, within_rows
 from stockflow.planning.job import COPY, Reading, Result, TensorJob, copying
 from stockflow.planning.operands import stored
 from stockflow.planning.plan import SideFile
-from stockflow.planning.precisions import float_bits_of
+from stockflow.planning.working_precision import float_bits_of
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
 

@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-from stockflow.checkpoints.adapter_decodes import LowRank, is_known_change
-from stockflow.checkpoints.decodes import (
+from stockflow.checkpoints.decodes.joined import as_bytes, is_verbatim, kernels_of
+from stockflow.checkpoints.decodes.low_rank import LowRank, is_known_change
+from stockflow.checkpoints.decodes.stored import (
     BlockScaled,
     Decode,
     GroupScaled,
@@ -16,10 +17,9 @@ from stockflow.checkpoints.decodes import (
     row_elems,
     verbatim,
 )
-from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.joined import as_bytes, is_verbatim, kernels_of
+from stockflow.checkpoints.decodes.transposed import Transposed, placed_beside, within_rows
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import projection_of
-from stockflow.checkpoints.transposed import Transposed, placed_beside, within_rows
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
 from stockflow.methods.protocol import (
@@ -33,8 +33,8 @@ from stockflow.methods.protocol import (
     Scope,
 )
 from stockflow.planning.operands import ExtentRanges, Operand
-from stockflow.planning.precisions import FloatBits, float_bits_of, working_bits_of
 from stockflow.planning.spans import BLOCK_ELEMS, SPAN_ELEMS
+from stockflow.planning.working_precision import FloatBits, float_bits_of, working_bits_of
 
 COPY = "copy"
 COPY_EQUAL = "copy_equal"

@@ -6,20 +6,21 @@ from functools import lru_cache
 from itertools import chain, groupby
 from typing import NamedTuple
 
-from stockflow.checkpoints.candidates import written_stem
-from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.files.candidates import written_stem
+from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.modules import published_as
 from stockflow.checkpoints.naming import holds_fused_experts, is_router, projection_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
-from stockflow.checkpoints.tokenizers import Tokenizer, has_tokens
+from stockflow.checkpoints.tokens.tokenizers import Tokenizer, has_tokens
 from stockflow.errors import PlanError
 from stockflow.methods.protocol import Parameters
 from stockflow.planning.anchors import with_shared_reads
 from stockflow.planning.columns import by_columns
-from stockflow.planning.config import output_config
-from stockflow.planning.experts import Experts, part_of, seen_one_by_one, unlike_parts
+from stockflow.planning.config.published import output_config
+from stockflow.planning.experts.projections import Experts, part_of, seen_one_by_one, unlike_parts
+from stockflow.planning.experts.units import unlike_members, with_layers_together
 from stockflow.planning.fixed import are_known, carried_over, holds_indices
 from stockflow.planning.formats import (
     ADD_FORMAT,
@@ -33,7 +34,6 @@ from stockflow.planning.formats import (
     written,
 )
 from stockflow.planning.job import COPY, TensorJob, copying, merging
-from stockflow.planning.layer_units import unlike_members, with_layers_together
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, told
@@ -45,10 +45,10 @@ from stockflow.planning.precision import kept_above, kept_dtype
 from stockflow.planning.recomputed import without_recomputed
 from stockflow.planning.targets import Outline, OutputTensor, Stretch, Unplanned, outline_of
 from stockflow.planning.ties import missing_head_remedy, with_tied_heads
-from stockflow.planning.token_ids import following
-from stockflow.planning.tokenizer_files import published_tokenizer
 from stockflow.planning.views import other_layout, under_names_of
-from stockflow.planning.vocabulary import output_vocabulary, rows_of_zeros, unlike_rows
+from stockflow.planning.vocabulary.files import published_tokenizer
+from stockflow.planning.vocabulary.rows import output_vocabulary, rows_of_zeros, unlike_rows
+from stockflow.planning.vocabulary.token_ids import following
 from stockflow.recipe import Recipe, Rule
 from stockflow.storage import redact
 from stockflow.text.remarks import objections

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from stockflow.checkpoints.decodes import ByteRange, Decode, RowRuns, plain, row_elems
-from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.decodes.stored import ByteRange, Decode, RowRuns, plain, row_elems
+from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.opening import Checkpoint
 
 

@@ -11,13 +11,13 @@ from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
-from stockflow.checkpoints.candidates import index_of
-from stockflow.checkpoints.decode_records import described
-from stockflow.checkpoints.decodes import Decode, RowRuns
-from stockflow.checkpoints.header import TensorSpec, encode_header
-from stockflow.checkpoints.layout import folder_of
-from stockflow.checkpoints.side_files import is_tokenizer_or_template
-from stockflow.checkpoints.transposed import ByRows, Transposed, is_beside
+from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
+from stockflow.checkpoints.decodes.records import described
+from stockflow.checkpoints.decodes.stored import Decode, RowRuns
+from stockflow.checkpoints.decodes.transposed import ByRows, Transposed, is_beside
+from stockflow.checkpoints.files.candidates import index_of
+from stockflow.checkpoints.files.header import TensorSpec, encode_header
+from stockflow.checkpoints.files.layout import folder_of
 from stockflow.methods.protocol import Scope
 from stockflow.planning.job import TensorJob
 from stockflow.planning.operands import Operand

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from stockflow.checkpoints.header import DTYPES, TensorSpec
+from stockflow.checkpoints.files.header import DTYPES, TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.targets import OutputTensor
 from stockflow.recipe import Recipe

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.recipe import Recipe
 from stockflow.storage import redact

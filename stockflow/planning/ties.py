@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from stockflow.checkpoints.configs import Config
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.heads import TiedNames, has_head, is_head, may_be_tied, original_of, tie_flag, tied_names
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.job import TensorJob

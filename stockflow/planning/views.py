@@ -5,11 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from stockflow.checkpoints.adapter_names import factors_within
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.adapters.names import factors_within
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import WRAPPERS
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.tokenizers import has_tokens
+from stockflow.checkpoints.tokens.tokenizers import has_tokens
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted

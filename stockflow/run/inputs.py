@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
-from stockflow.checkpoints.damage import without_damaged
+from stockflow.checkpoints.beside.damage import without_damaged
+from stockflow.checkpoints.files.layout import OnFile, unheard
 from stockflow.checkpoints.identity import same_models
-from stockflow.checkpoints.layout import OnFile, unheard
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints, open_tokenizer
 from stockflow.checkpoints.samples import Samples
-from stockflow.checkpoints.tokenizers import Tokenizer, read_tokenizers
+from stockflow.checkpoints.tokens.tokenizers import Tokenizer, read_tokenizers
 from stockflow.errors import NotFoundError, UserError
 from stockflow.planning.make import make_plan
 from stockflow.planning.plan import MergePlan
-from stockflow.planning.tokenizer_files import is_taken
+from stockflow.planning.vocabulary.files import is_taken
 from stockflow.recipe import Recipe
 from stockflow.recipe.unify import unified
 from stockflow.run.bases import with_base

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stockflow.checkpoints.header import DTYPES
+from stockflow.checkpoints.files.header import DTYPES
 
 _BITS: dict[int, type[np.unsignedinteger]] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _WIDE = {"F32": np.float32, "F64": np.float64}

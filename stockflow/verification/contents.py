@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.header import PlacedTensor, TensorSpec, header_bytes, parse_header
-from stockflow.checkpoints.index import MAX_INDEX_BYTES
-from stockflow.checkpoints.layout import FIRST_READ_BYTES, folder_of, in_folder
+from stockflow.checkpoints.files.header import PlacedTensor, TensorSpec, header_bytes, parse_header
+from stockflow.checkpoints.files.index import MAX_INDEX_BYTES
+from stockflow.checkpoints.files.layout import FIRST_READ_BYTES, folder_of, in_folder
 from stockflow.errors import UserError
 from stockflow.planning.plan import MergePlan
 from stockflow.text.strictjson import check_num_values

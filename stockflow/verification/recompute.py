@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from stockflow.checkpoints.header import DTYPES, TensorSpec
-from stockflow.checkpoints.transposed import is_beside
+from stockflow.checkpoints.decodes.transposed import is_beside
+from stockflow.checkpoints.files.header import DTYPES, TensorSpec
 from stockflow.engine.devices import Device, open_device
 from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from stockflow.ahead import map_ahead
-from stockflow.checkpoints.candidates import index_of
-from stockflow.checkpoints.layout import folder_of
+from stockflow.checkpoints.files.candidates import index_of
+from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.opening import link_notes
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore

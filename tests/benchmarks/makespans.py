@@ -9,8 +9,8 @@ import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 
-from stockflow.checkpoints.header import TensorSpec
-from stockflow.checkpoints.layout import Extent
+from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.make import SHARDS_PER_WORKER, make_plan
 from stockflow.planning.plan import MergePlan

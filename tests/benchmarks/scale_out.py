@@ -23,7 +23,7 @@ import boto3
 import numpy as np
 import yaml
 
-from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.checkpoints.files.header import TensorSpec, encode_header
 from stockflow.events import Done, Event, Note
 from stockflow.recipe import load_recipe
 from stockflow.run import places

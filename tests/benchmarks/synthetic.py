@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.checkpoints.files.header import TensorSpec, encode_header
 from tests.benchmarks.cases import DTYPES, LAYOUTS, checkpoint_folders
 
 Shapes = dict[str, tuple[int, ...]]

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from stockflow.checkpoints.header import DTYPES, MAX_HEADER_BYTES, MAX_INTEGER, header_bytes, parse_header
+from stockflow.checkpoints.files.header import DTYPES, MAX_HEADER_BYTES, MAX_INTEGER, header_bytes, parse_header
 
 WHERE = "folder/model.safetensors"
 NAMES = ("model.layers.0.weight", "lm_head", "größe", "重み", "a b", "x/y", "", "..", "emoji 🤗", "C:\\x", "n" * 300)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stockflow.checkpoints import torch_files
-from stockflow.checkpoints.candidates import INDEX_FILE, SINGLE_FILE
-from stockflow.checkpoints.header import TensorSpec, encode_header
-from stockflow.checkpoints.layout import Extent, HeaderCache
+from stockflow.checkpoints.files import torch_files
+from stockflow.checkpoints.files.candidates import INDEX_FILE, SINGLE_FILE
+from stockflow.checkpoints.files.header import TensorSpec, encode_header
+from stockflow.checkpoints.files.layout import Extent, HeaderCache
+from stockflow.checkpoints.files.pickles import read_pickle
 from stockflow.checkpoints.opening import open_checkpoint
-from stockflow.checkpoints.pickles import read_pickle
 from stockflow.errors import CheckpointError, RecipeError, StockflowError
 from stockflow.methods.protocol import Parameters
 from stockflow.output import claims, manifest, receipts

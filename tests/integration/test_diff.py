@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from stockflow.checkpoints.header import TensorSpec, encode_header
+from stockflow.checkpoints.files.header import TensorSpec, encode_header
 from stockflow.cli import app
 from stockflow.errors import BudgetError
 from stockflow.events import Done, Event, Moved, Stage

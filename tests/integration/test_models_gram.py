@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.engine.facts import Ledger
 from stockflow.errors import CheckpointError
 from stockflow.methods.gram import Gram

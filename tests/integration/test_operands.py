@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stockflow.checkpoints.decodes import BlockScaled, Decode, Plain, RowFill, RowRun, RowRuns, plain
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.decodes.stored import BlockScaled, Decode, Plain, RowFill, RowRun, RowRuns, plain
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.engine.facts import Ledger
 from stockflow.engine.layers import Layers
@@ -25,7 +25,7 @@ from stockflow.methods.protocol import Parameters
 from stockflow.planning.job import Reading, Result, TensorJob
 from stockflow.planning.operands import Operand
 from stockflow.planning.plan import CheckpointRef, ShardPlan
-from stockflow.planning.precisions import working_bits_of
+from stockflow.planning.working_precision import working_bits_of
 from stockflow.storage import StorageConfig, open_store
 from tests import oracle, runs
 
@@ -280,7 +280,7 @@ def test_several_results_come_from_one_read_and_are_what_each_would_be_alone(fp8
 
 
 def _extent() -> Any:
-    from stockflow.checkpoints.layout import Extent
+    from stockflow.checkpoints.files.layout import Extent
 
     return Extent("model.safetensors", 8)
 

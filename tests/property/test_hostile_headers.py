@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stockflow.checkpoints.header import MAX_HEADER_BYTES
+from stockflow.checkpoints.files.header import MAX_HEADER_BYTES
 from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.errors import HeaderError
 from stockflow.storage import StorageConfig, open_store

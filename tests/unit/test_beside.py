@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import stockflow
-from stockflow.checkpoints import tree
+from stockflow.checkpoints.files import tree
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import LinkError, PlanError
 from stockflow.storage import StorageConfig, open_store

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stockflow.checkpoints.beside import MAX_SIDE_FILE_BYTES
-from stockflow.checkpoints.layout import FIRST_READ_BYTES
+from stockflow.checkpoints.beside.sorting import MAX_SIDE_FILE_BYTES
+from stockflow.checkpoints.files.layout import FIRST_READ_BYTES
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import CheckpointError, HeaderError, NotFoundError
 from stockflow.storage import StorageConfig, open_store

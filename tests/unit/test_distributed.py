@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import _extension
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from stockflow.checkpoints.joined import Joined
-from stockflow.checkpoints.layout import Extent, Pieces
+from stockflow.checkpoints.decodes.joined import Joined
+from stockflow.checkpoints.files.layout import Extent, Pieces
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.storage import LocalStore, StorageConfig, open_model

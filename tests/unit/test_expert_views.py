@@ -10,14 +10,14 @@ import pytest
 import torch
 import yaml
 
-from stockflow.checkpoints.adapter_decodes import Added
-from stockflow.checkpoints.decodes import plain
+from stockflow.checkpoints.decodes.low_rank import Added
+from stockflow.checkpoints.decodes.stored import plain
 from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.checkpoints.quantised import Stored
 from stockflow.errors import BudgetError, CheckpointError
 from stockflow.planning import file as plan_file
 from stockflow.planning.budget import divide
-from stockflow.planning.experts import seen_one_by_one
+from stockflow.planning.experts.projections import seen_one_by_one
 from stockflow.planning.plan import MergePlan
 from stockflow.planning.reads import schedule
 from stockflow.recipe import parse_recipe

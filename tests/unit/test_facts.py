@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.engine.facts import COLUMNS, Ledger
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram

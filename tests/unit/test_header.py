@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from stockflow.checkpoints.header import (
+from stockflow.checkpoints.files.header import (
     DTYPES,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,

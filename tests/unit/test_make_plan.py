@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stockflow.checkpoints.header import header_bytes, parse_header
+from stockflow.checkpoints.files.header import header_bytes, parse_header
 from stockflow.planning.job import COPY, COPY_EQUAL
 from stockflow.planning.make import default_shard_size, few_shards_note
 from stockflow.recipe import parse_size

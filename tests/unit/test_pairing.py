@@ -2,8 +2,8 @@
 
 import pytest
 
-from stockflow.checkpoints.decodes import BlockScaled, GroupScaled
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.quantised import Hints, Tensors, hints_of, tensors_of
 from stockflow.errors import CheckpointError
 

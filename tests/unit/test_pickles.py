@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stockflow.checkpoints.pickles import Global, Made, Pairs, Persistent, read_pickle
+from stockflow.checkpoints.files.pickles import Global, Made, Pairs, Persistent, read_pickle
 from stockflow.errors import CheckpointError
 
 REBUILD = Global("torch._utils", "_rebuild_tensor_v2")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from stockflow.checkpoints import vocabularies
+from stockflow.checkpoints.tokens import vocabularies
 from tests.token_files import added, ids_of, sentencepiece_model, tekken_json, tiktoken_lines, tokenizer_json
 
 CORPUS = ["the stock of two models is merged", "eine Brücke über den Fluß", "naïve café — 日本語 🙂 <|x|>"]

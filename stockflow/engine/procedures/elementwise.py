@@ -16,8 +16,8 @@ from stockflow.kernels.arrays import Bytes
 from stockflow.kernels.floats import FORMATS, results_in
 from stockflow.methods.protocol import Block, Elementwise, Rounds, Statistic, UnitContext, Update
 from stockflow.planning.job import Result
-from stockflow.planning.precisions import FloatBits
 from stockflow.planning.spans import BLOCK_ELEMS
+from stockflow.planning.working_precision import FloatBits
 
 
 @dataclass(frozen=True, eq=False)

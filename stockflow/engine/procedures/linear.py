@@ -17,7 +17,7 @@ from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.methods.gram import Gram, Products
 from stockflow.methods.protocol import Coefficients, Linear
 from stockflow.planning.job import Result, TensorJob
-from stockflow.planning.precisions import FloatBits
+from stockflow.planning.working_precision import FloatBits
 
 
 @dataclass(frozen=True, eq=False)

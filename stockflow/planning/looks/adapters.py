@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.adapter_decodes import reads_anchor
-from stockflow.checkpoints.adapter_names import factors_within
+from stockflow.checkpoints.adapters.names import factors_within
+from stockflow.checkpoints.decodes.low_rank import reads_anchor
 from stockflow.methods.protocol import Linear
 from stockflow.planning.factors import factors_of
 from stockflow.planning.looks.proposal import Proposal

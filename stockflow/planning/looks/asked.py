@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.pipelines import PIPELINE_FILE
-from stockflow.checkpoints.side_files import is_tokenizer_or_template
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of

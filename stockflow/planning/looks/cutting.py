@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.cutting import ADDED, Cutting
+from stockflow.checkpoints.tokens.cutting import ADDED, Cutting
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark, Severity

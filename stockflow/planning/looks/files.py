@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.side_files import is_of_tokenizer
+from stockflow.checkpoints.beside.side_files import is_of_tokenizer
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark

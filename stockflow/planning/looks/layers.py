@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 
-from stockflow.planning.layer_config import states_layers
+from stockflow.planning.config.layers import states_layers
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.towers import NUM_LAYERS_KEYS
 from stockflow.storage import redact

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from stockflow.checkpoints.header import TensorSpec
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import kind_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
-from stockflow.checkpoints.tokenizers import Tokenizer
+from stockflow.checkpoints.tokens.tokenizers import Tokenizer
 from stockflow.planning.job import TensorJob
 from stockflow.planning.targets import Stacking
 from stockflow.recipe import Recipe

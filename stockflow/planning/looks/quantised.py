@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from stockflow.checkpoints.adapter_decodes import codes_within
 from stockflow.checkpoints.configs import quantization_keys
+from stockflow.checkpoints.decodes.low_rank import codes_within
 from stockflow.checkpoints.packed import scales_of_plain_weights
 from stockflow.planning.formats import QUANTIZATION_FILE, has_codes, outputs_of
 from stockflow.planning.looks.proposal import Proposal

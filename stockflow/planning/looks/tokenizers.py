@@ -3,10 +3,10 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
-from stockflow.checkpoints.tokenizers import Vocabulary, vocabulary_tensors
-from stockflow.checkpoints.vocabularies import Ids
+from stockflow.checkpoints.tokens.tokenizers import Vocabulary, vocabulary_tensors
+from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.templates import chosen_template
+from stockflow.planning.vocabulary.templates import chosen_template
 from stockflow.storage import redact
 from stockflow.text.chat_templates import fault_in, markers_in
 from stockflow.text.escaping import in_a_line

@@ -1,0 +1,1 @@
+"""Adapters, and models with what they add."""

@@ -1,0 +1,1 @@
+"""Files beside the weights: which go out, which stay behind."""

@@ -1,0 +1,117 @@
+"""Files of a model that stay behind: what they are, how much they hold, and what is said of them."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from stockflow.checkpoints.files.header import PlacedTensor
+from stockflow.checkpoints.files.layout import folder_of
+from stockflow.checkpoints.files.tree import Tree, is_hidden
+from stockflow.storage import Stamp
+from stockflow.text.escaping import in_a_line
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import are, counted, gb
+
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",
+    ".onnx.data", ".pb", ".npz", ".npy", ".pkl", ".tar", ".tflite", ".mlmodel", ".nemo", ".distcp", ".pdparams",
+    ".index.json",
+)  # fmt: skip
+REPLACED = ("config.json", "README.md", "manifest.json", "mergekit_config.yml")
+"""Files that an output has of its own."""
+MAX_NAMED = 20
+MAX_TENSORS = 10_000
+"""names of tensors that one remark holds"""
+
+OTHERS = "no known kind"
+_KINDS: Mapping[str, re.Pattern[str]] = {
+    "training": re.compile(
+        r"(.+/)?((trainer_state|(all|train|eval|test|predict)_results)\.json|training_args\.(bin|json)|zero_to_fp32\.py"
+        r"|latest|events\.out\.tfevents\..+|(optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth|safetensors)"
+        r"|[^/]*_(optim|model)_states\.pt)|(.+/)?(checkpoint-\d+|global_step\d+|runs|wandb|logs)/.+"
+    ),
+    "weights in other formats": re.compile(
+        r"(.+/)?(onnx|openvino|coreml|tflite|saved_model)/.+|.+(" + "|".join(map(re.escape, WEIGHT_SUFFIXES[1:])) + ")"
+    ),
+}
+
+
+def kind_of(key: str) -> str:
+    """Return what a file that no loader needs is of, in words."""
+    return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(key)), OTHERS)
+
+
+def strays(tree: Tree, used: Collection[str]) -> list[str]:
+    """Return the keys of weights in safetensors that are not merged, those of training left out."""
+    return [key for key in tree.files if key.endswith(".safetensors") and key not in used and kind_of(key) == OTHERS]
+
+
+def left_out(tree: Tree, used: Collection[str]) -> dict[str, Stamp]:
+    """Return what no loader of an output needs, hidden files and what an output has of its own not counted.
+
+    Args:
+        tree: the model's folder.
+        used: what is merged, read or copied, and weights that are spoken of by themselves.
+    """
+    return {
+        key: stamp
+        for key, stamp in tree.files.items()
+        if key not in used and key not in REPLACED and not is_hidden(key)
+    }
+
+
+def files_remark(where: str, files: Mapping[str, Stamp], cut: Iterable[str]) -> Iterator[Remark]:
+    """Yield how many files stay behind. Names of those of no known kind are nobody's business who reads the output."""
+    by_kind: dict[str, list[str]] = {}
+    for key in files:
+        by_kind.setdefault(kind_of(key), []).append(key)
+    cut = list(cut)
+    if not by_kind and not cut:
+        return
+    parts = [f"{counted(len(keys), 'file')} of {kind} ({gb(_size(files, keys))})" for kind, keys in by_kind.items()]
+    if cut:
+        parts.append(f"{counted(len(cut), 'folder')} not listed to the end ({_named(cut)})")
+    values = {kind: _named(keys) if kind != OTHERS else counted(len(keys), "file") for kind, keys in by_kind.items()}
+    values |= {"bytes": f"{_size(files, files):,}"} | ({"not listed to the end": _named(cut)} if cut else {})
+    text = f"left out of {where}, as no loader of the output needs it: {', '.join(parts)}"
+    yield Remark("left-out", text, "note", (where,), values=values)
+
+
+def weights_remark(
+    where: str, files: Mapping[str, tuple[Stamp, list[PlacedTensor] | None]], merged: Collection[str]
+) -> Iterator[Remark]:
+    """Yield which weights are not merged although loaders could read them.
+
+    Args:
+        where: the model.
+        files: size, and tensors if its header could be read, of each of them.
+        merged: names of the tensors that are merged.
+    """
+    if not files:
+        return
+    values = {key: _words(key, stamp, placed, merged) for key, (stamp, placed) in files.items()}
+    names = [each.spec.name for _, placed in files.values() for each in placed or ()]
+    listed = [f"{in_a_line(key)} ({words})" for key, words in list(values.items())[:MAX_NAMED]]
+    more = [f"and {len(values) - MAX_NAMED} more"] if len(values) > MAX_NAMED else []
+    text = (
+        f"{counted(len(files), 'file')} of weights of {where} {are(len(files))} left out, as neither its index nor "
+        f"modules.json names {'it' if len(files) == 1 else 'them'}: {', '.join(listed + more)}"
+    )
+    yield Remark("unlisted-weights", text, "warning", (where,), tuple(names[:MAX_TENSORS]), values)
+
+
+def _words(key: str, stamp: Stamp, placed: list[PlacedTensor] | None, merged: Collection[str]) -> str:
+    if placed is None:
+        return f"{gb(stamp.size)}, no header that can be read"
+    folder = f"{folder_of(key)}/"
+    again = sum(each.spec.name.removeprefix(folder) in merged for each in placed)
+    said = f"; {again:,} of them under names that are merged" if again else ""
+    return f"{counted(len(placed), 'tensor')}, {gb(stamp.size)}{said}"
+
+
+def _size(files: Mapping[str, Stamp], keys: Iterable[str]) -> int:
+    return sum(files[key].size for key in keys)
+
+
+def _named(keys: list[str]) -> str:
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(map(in_a_line, keys[:MAX_NAMED])) + more

@@ -1,0 +1,1 @@
+"""Decodes: how logical tensors are stored. Pure values of the plan."""

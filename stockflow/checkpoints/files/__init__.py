@@ -1,0 +1,1 @@
+"""Files that hold tensors: which they are, and where in them each lies."""

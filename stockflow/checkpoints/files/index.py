@@ -1,0 +1,84 @@
+"""Index of a sharded checkpoint: which file it says holds which tensor, held against the headers."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from stockflow.checkpoints.files.documents import is_file_name, read_json
+from stockflow.checkpoints.files.layout import Extent, Homes
+from stockflow.errors import CheckpointError
+from stockflow.storage import Store
+from stockflow.text.escaping import in_a_line
+from stockflow.text.strictjson import shown
+
+MAX_INDEX_BYTES = 200_000_000
+NUM_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class IndexMismatch:
+    """What an index and the headers of the files that are there do not agree on."""
+
+    absent: Mapping[str, str]
+    """by tensor that is not in the file the index names: that file"""
+    unlisted: Mapping[str, str]
+    """by tensor the index does not list: the file that holds it"""
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self.absent or self.unlisted)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors it is about."""
+        return tuple({**self.absent, **self.unlisted})
+
+    def without(self, is_settled: Callable[[str], bool]) -> "IndexMismatch":
+        """Return what is left of it."""
+        absent = {name: file for name, file in self.absent.items() if not is_settled(name)}
+        return IndexMismatch(absent, {name: file for name, file in self.unlisted.items() if not is_settled(name)})
+
+
+def read_index(store: Store, key: str) -> Homes:
+    """Return the file that each tensor is said to be in.
+
+    Raises:
+        CheckpointError: the index is malformed, or names a file elsewhere.
+    """
+    where = store.where(key)
+    weight_map = read_json(store, key, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: expected a mapping `weight_map` from tensor names to files")
+    is_name = lru_cache(maxsize=None)(is_file_name)
+    for name, file in weight_map.items():
+        if isinstance(file, str) and is_name(file):
+            continue
+        raise CheckpointError(
+            f"{where}: tensor {shown(name)} is said to be in {shown(file)}; "
+            "expected the name of a file in the same folder"
+        )
+    return weight_map
+
+
+def mismatch_of(homes: Homes, extents: Mapping[str, Extent]) -> IndexMismatch:
+    """Hold an index against the headers."""
+    if len(homes) == len(extents) and all(homes.get(name) == extent.file for name, extent in extents.items()):
+        return IndexMismatch({}, {})
+    return IndexMismatch(
+        {name: file for name, file in homes.items() if name not in extents or extents[name].file != file},
+        {name: extent.file for name, extent in extents.items() if name not in homes},
+    )
+
+
+def missing_files(homes: Homes, listing: Collection[str]) -> Sequence[str]:
+    """Return the files that an index names and a folder does not have."""
+    return sorted({file for file in homes.values() if file not in listing})
+
+
+def lines_of(found: IndexMismatch) -> Iterator[str]:
+    """Yield what differs, a tensor a line, and how many more there are."""
+    said = [f"{shown(name)} is listed in {in_a_line(file)} but not there" for name, file in found.absent.items()]
+    said += [f"{shown(name)} is in {in_a_line(file)} but not listed" for name, file in found.unlisted.items()]
+    yield from said[:NUM_SHOWN]
+    if len(said) > NUM_SHOWN:
+        yield f"... and {len(said) - NUM_SHOWN} more"

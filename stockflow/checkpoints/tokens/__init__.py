@@ -1,0 +1,1 @@
+"""Tokens: what ids stand for, as the files of tokenizers say."""

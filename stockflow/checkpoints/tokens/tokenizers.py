@@ -1,0 +1,324 @@
+"""Tokenizers of models: what their ids stand for, the chat template, the end token and how text is generated.
+
+Read only where a merge needs it, and bounded. Files that are equal, as their ETags or their bytes say, are parsed once,
+and what is the same of several models is then one object.
+"""
+
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+from stockflow.checkpoints.beside.side_files import is_of_use
+from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.naming import kind_of
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.tokens.cutting import Cutting, flags_of
+from stockflow.checkpoints.tokens.vocabularies import FORMS, Ids, decoder_tokens, fast_tokenizer, json_of, token_map
+from stockflow.storage import Stamp, Store
+
+T = TypeVar("T")
+
+MAX_FILE_BYTES = 64_000_000
+"""Of a file that is parsed; Gemma's tokenizer.json has 33 MB."""
+FAST = "tokenizer.json"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
+
+_WRITTEN_BY = ("transformers_version", "_from_model_config", "_name_or_path", "__version__", "processor_class")
+"""keys of configs that say who wrote them"""
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_OTHER_FORMS = re.compile(r"dict\.txt|vocab-(src|tgt)\.json|entity_vocab\.json|.+\.(model|spm)|prophetnet\.tokenizer")
+_RENUMBERED = re.compile(
+    r"(XLMRoberta|Camembert|Barthez|XGLM|XLMProphetNet|MBart(50)?|Nllb|Pegasus|ChatGLM|FNet|PLBart)Tokenizer(Fast)?"
+)
+"""classes whose code numbers the pieces of a SentencePiece model anew"""
+_INPUT_ROWS = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|token_embeddings?|tokens_embed|embed_in|embeddings?|emb"
+    r"|embed|shared)\.weight"
+)
+_OUTPUT_ROWS = re.compile(r"(^|\.)(output_layer|proj_out)\.")
+_NO_TOKENS = re.compile(r"position|token_type|(^|\.)wpe(\.|$)|patch|visual|vision|segment")
+_TELLS_BYTES = re.compile(r"(?!(mtime|mtime_ns|LastModified|Last-Modified|created)=).")
+"""versions of objects that are the same for equal bytes only: ETags, and not times"""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Which id stands for which token."""
+
+    ids: Ids
+    """by token; empty if they cannot be read"""
+    numbering: str = ""
+    """what else decides them, code or bytes that are not read: no more is known of it than whether it is the same"""
+    problem: str = ""
+    """why they cannot be read"""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """What the files of a model say of its tokens, and of how it is talked to."""
+
+    num_rows: int
+    """of the input embedding, one per id"""
+    vocabulary: Vocabulary | None = None
+    """None if no file holds one"""
+    template: str | None = None
+    """the chat template, without space around it"""
+    eos: str | None = None
+    """the token that ends a text"""
+    generation: Mapping[str, object] | None = None
+    """generation_config.json without what says who wrote it"""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """tokenizer_config.json"""
+    document: Mapping[str, object] | None = None
+    """tokenizer.json, where it was asked for and is there"""
+    cutting: Cutting = field(default_factory=dict)
+    """how texts are cut, as far as tokenizer.json and flags of the config say"""
+    uses: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """what other files say of how the model is used, without what says who wrote them"""
+    doubts: Mapping[str, str] = field(default_factory=dict)
+    """by token: in what the files contradict each other"""
+
+
+def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int:
+    """Return how many rows the input embedding has; 0 if there is none."""
+    found = [spec.shape[0] for name, spec in specs.items() if _is_input(name, spec)]
+    return max(found, default=0)
+
+
+def vocabulary_tensors(specs: Mapping[str, TensorSpec], num_rows: int) -> tuple[str, ...]:
+    """Return the tensors that have a row per token: embeddings and heads as long as the input embedding."""
+    alike = [name for name, spec in specs.items() if num_rows and spec.shape[:1] == (num_rows,)]
+    return tuple(name for name in alike if has_tokens(name))
+
+
+def _is_input(name: str, spec: TensorSpec) -> bool:
+    may_be = "emb" in name or "wte" in name or "shared" in name
+    return may_be and len(spec.shape) == 2 and bool(_INPUT_ROWS.search(name)) and not _NO_TOKENS.search(name)
+
+
+def has_tokens(name: str) -> bool:
+    """Return whether a tensor of this name has a row per token."""
+    named = kind_of(name) in ("embedding", "head") or _INPUT_ROWS.search(name) or _OUTPUT_ROWS.search(name)
+    return bool(named) and not _NO_TOKENS.search(name)
+
+
+def read_tokenizers(
+    stores: Sequence[Store], checkpoints: Sequence[Checkpoint], *, with_documents: bool = False
+) -> list[Tokenizer]:
+    """Return the tokenizer of each checkpoint: of the first one first, of the others concurrently; none without rows.
+
+    Args:
+        stores: where the checkpoints lie.
+        checkpoints: say which files there are.
+        with_documents: whether all that tokenizer.json says is kept, and models without rows count.
+
+    Raises:
+        InputChangedError: a file is no longer the one that was listed.
+        StorageError: reading failed after retries.
+    """
+    distinct = {id(each.specs): each.specs for each in checkpoints}  # fine-tuned models mostly share theirs
+    rows = {number: vocabulary_rows(specs) for number, specs in distinct.items()}
+    of_use = any(map(is_of_use, checkpoints[0].side_files))
+    if not any(rows.values()) and not with_documents and not of_use:
+        return []
+    reader = _Reader(with_documents)
+    files = [
+        _Files(reader, store, each.side_files, rows[id(each.specs)])
+        for store, each in zip(stores, checkpoints, strict=True)
+    ]
+    first = [_tokenizer(each) for each in files[:1]]  # equal objects of the others are then not read at all
+    with ThreadPoolExecutor(max(len(files), 1)) as pool:
+        return first + list(pool.map(_tokenizer, files[1:]))
+
+
+class _Reader:
+    """Files of several models, each read and parsed once as far as stores can tell them apart."""
+
+    def __init__(self, with_documents: bool) -> None:
+        self.with_documents = with_documents
+        self._lock = threading.Lock()
+        self._made: dict[object, object] = {}
+
+    def parsed(self, store: Store, key: str, stamp: Stamp, parse: Callable[[bytes], T]) -> T:
+        """Return what a file holds; what ``parse`` raises is raised again for equal files."""
+        known = (parse, stamp)
+        if _TELLS_BYTES.match(stamp.version) and known in self._made:
+            return cast(T, self._found(known))
+        payload = _payload(store, key, stamp)
+        made = (parse, hashlib.sha256(payload).digest())
+        with self._lock:  # Python would not parse two at once anyway
+            self.once(made, lambda: parse(payload))
+        self._made[known] = self._made[made]
+        return cast(T, self._found(made))
+
+    def once(self, key: object, make: Callable[[], T]) -> None:
+        """Make what has not been made for a key before."""
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except ValueError as error:
+                self._made[key] = error
+
+    def vocabulary(self, ids: Ids, added: Ids, numbering: str) -> Vocabulary:
+        """Return ids with the tokens beside them that they lack; the same object for the same ones."""
+        key = (id(ids), tuple(sorted(added.items())), numbering)
+        with self._lock:
+            self.once(key, lambda: Vocabulary({**added, **ids} if added.keys() - ids.keys() else ids, numbering))
+        return cast(Vocabulary, self._found(key))
+
+    def _found(self, key: object) -> object:
+        found = self._made[key]
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The small files of one model."""
+
+    reader: _Reader
+    store: Store
+    stamps: Mapping[str, Stamp]
+    num_rows: int
+
+    def json(self, key: str) -> dict[str, object]:
+        """Return a JSON object, empty if it is not there or none: whether that is a fault is not said here."""
+        try:
+            return self.parsed(key, json_of) if key in self.stamps else {}
+        except ValueError:
+            return {}
+
+    def parsed(self, key: str, parse: Callable[[bytes], T]) -> T:
+        """Return what a file holds."""
+        return self.reader.parsed(self.store, key, self.stamps[key], parse)
+
+
+def _tokenizer(files: _Files) -> Tokenizer:
+    settings = files.json(TOKENIZER_CONFIG)
+    eos = settings.get("eos_token") or files.json(SPECIAL_TOKENS).get("eos_token")
+    vocabulary, template = _vocabulary(files, settings), _template(files, settings)
+    document = files.json(FAST) if files.reader.with_documents and FAST in files.stamps else None
+    return Tokenizer(
+        files.num_rows,
+        vocabulary,
+        template,
+        _content(eos),
+        _generation(files),
+        settings,
+        document,
+        _cutting(files, settings),
+        {key: _without_writer(files.json(key)) for key in files.stamps if is_of_use(key)},
+        _doubts(files, settings, vocabulary) if vocabulary and FAST in files.stamps else {},
+    )
+
+
+def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabulary) -> dict[str, str]:
+    """Return which tokens have another id in the files beside a tokenizer.json, or none there at all."""
+    ids, found = vocabulary.ids, dict[str, str]()
+    if vocabulary.problem:
+        return found
+    added = files.parsed(ADDED_TOKENS, token_map) if ADDED_TOKENS in files.stamps else {}
+    beside = {TOKENIZER_CONFIG: decoder_tokens(settings.get("added_tokens_decoder") or {}), ADDED_TOKENS: added}
+    for key, named in beside.items():
+        found |= {
+            token: f"is {number} in {key} and {ids[token]} in {FAST}"
+            for token, number in named.items()
+            if ids[token] != number
+        }
+    for key, said in ((SPECIAL_TOKENS, files.json(SPECIAL_TOKENS)), (TOKENIZER_CONFIG, settings)):
+        tokens = {role: _content(token) for role, token in said.items() if role in _ROLES}
+        found |= {
+            token: f"is the {role} of {key} and no token"
+            for role, token in tokens.items()
+            if token and token not in ids
+        }
+    return found
+
+
+def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:
+    try:
+        own = files.parsed(FAST, fast_tokenizer).cutting if FAST in files.stamps else {}
+    except ValueError:  # said of its vocabulary
+        own = {}
+    return {**own, **flags_of(settings)}
+
+
+def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | None:
+    key, read = next(((key, read) for form, read in FORMS for key in files.stamps if form.fullmatch(key)), ("", None))
+    if read is None:
+        others = sorted(key for key in files.stamps if _OTHER_FORMS.fullmatch(key))
+        return _unread(files, others, f"{others[0]} is of no form that is read here") if others else None
+    try:
+        ids = files.parsed(FAST, fast_tokenizer).ids if key == FAST else files.parsed(key, read)
+        added = files.parsed(ADDED_TOKENS, token_map) if ADDED_TOKENS in files.stamps else {}
+        added = decoder_tokens(settings.get("added_tokens_decoder") or {}) | added
+    except ValueError as error:
+        return _unread(files, [key], f"{key}: {error}")
+    return files.reader.vocabulary(ids, added, _numbering(key, settings))
+
+
+def _unread(files: _Files, keys: Sequence[str], problem: str) -> Vocabulary:
+    known = [
+        files.parsed(key, _digest) if _is_small(files.stamps[key]) else f"{key} {files.stamps[key]}" for key in keys
+    ]
+    return Vocabulary({}, " ".join(known), problem)
+
+
+def _numbering(key: str, settings: Mapping[str, object]) -> str:
+    name = settings.get("tokenizer_class")
+    renumbers = key.endswith(".model") and isinstance(name, str) and _RENUMBERED.fullmatch(name)
+    return name.removesuffix("Fast") if renumbers and isinstance(name, str) else ""
+
+
+def _template(files: _Files, settings: Mapping[str, object]) -> str | None:
+    """Return the chat template that loaders take: of a file of its own, else the tokenizer's, else a processor's."""
+    if TEMPLATE_FILE in files.stamps and _is_small(files.stamps[TEMPLATE_FILE]):
+        return files.parsed(TEMPLATE_FILE, _text).strip()
+    found = settings.get("chat_template") or files.json(TEMPLATE_JSON).get("chat_template")
+    if isinstance(found, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found.strip() if isinstance(found, str) else None
+
+
+def _generation(files: _Files) -> Mapping[str, object] | None:
+    if GENERATION_CONFIG not in files.stamps:
+        return None
+    return _without_writer(files.json(GENERATION_CONFIG))
+
+
+def _without_writer(document: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in document.items() if key not in _WRITTEN_BY}
+
+
+def _content(token: object) -> str | None:
+    """Return the text of a token as configs write it: itself, or a mapping with settings of its own."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _digest(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()
+
+
+def _text(payload: bytes) -> str:
+    return payload.decode(errors="replace")
+
+
+def _is_small(stamp: Stamp) -> bool:
+    return stamp.size <= MAX_FILE_BYTES
+
+
+def _payload(store: Store, key: str, stamp: Stamp) -> bytes:
+    if not _is_small(stamp):
+        raise ValueError(f"it has {stamp.size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    payload = bytearray(stamp.size)
+    store.read_into(key, 0, memoryview(payload), stamp)
+    return bytes(payload)

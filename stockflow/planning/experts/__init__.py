@@ -1,0 +1,1 @@
+"""Experts: tensors that hold many, and the units in which they are decided."""

@@ -1,0 +1,1 @@
+"""The output's vocabulary, and the files that say it."""

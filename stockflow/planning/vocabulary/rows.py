@@ -1,0 +1,259 @@
+"""The output's vocabulary: its tokens, and for every model which row is which token's. Pure.
+
+Tokens are told apart by their strings. A model that lacks one takes a default row for it: what the recipe says, else
+the row of the only model that has it, else the base's, else the mean of those that have it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from stockflow.checkpoints.decodes.stored import RowFill, RowRun, RowRuns, plain
+from stockflow.checkpoints.heads import may_be_tied, tied_names
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.tokens.tokenizers import Tokenizer, Vocabulary, vocabulary_tensors
+from stockflow.checkpoints.tokens.vocabularies import Ids
+from stockflow.errors import PlanError
+from stockflow.methods.protocol import Parameters
+from stockflow.planning.job import TensorJob, merging
+from stockflow.recipe import Recipe
+from stockflow.recipe.tokens import TokenEntry
+from stockflow.storage import redact
+from stockflow.text.remarks import Remark
+from stockflow.text.sizes import counted
+from stockflow.text.strictjson import shown
+
+NUM_VALUES = 20
+"""tokens in what programs read"""
+ALONE = Parameters({"normalize": True}, {"weight": (1.0,)})
+"""of `linear`: the rows of one model as they are"""
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """Where the row of a token comes from that a model lacks, or that every model is to take."""
+
+    of: tuple[int, ...]
+    """checkpoints whose mean it is; none: zeros"""
+    is_forced: bool
+    row: int | None = None
+    """in the one checkpoint that gives it"""
+
+
+@dataclass(frozen=True)
+class OutputVocabulary:
+    """The vocabulary that is written, and the rows of every model."""
+
+    ids: Ids
+    """what every token's row is"""
+    num_rows: int
+    """one per id, and padding of zeros"""
+    source: int
+    """checkpoint whose tokenizer it is, or was added to"""
+    added: Ids
+    """the tokens that it lacks"""
+    tensors: frozenset[str]
+    """that have a row per token"""
+    own: Sequence[Ids]
+    """of each checkpoint: its ids, those without a row left out"""
+    rows_of: Sequence[int]
+    """how many rows each checkpoint has"""
+    defaults: Mapping[str, Default]
+    """of tokens that the recipe names"""
+    base: int | None
+    """the checkpoint that the recipe calls the base, if it does"""
+    _maps: dict[tuple[int, ...], tuple[RowRuns, ...]] = field(default_factory=dict)
+
+    def reshaped(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return a checkpoint whose tensors have the rows of the output."""
+        specs = dict(checkpoint.specs)
+        for name in self.tensors & specs.keys():
+            specs[name] = specs[name]._replace(shape=(self.num_rows, *specs[name].shape[1:]))
+        return replace(checkpoint, specs=specs)
+
+    def mapped(self, job: TensorJob) -> TensorJob:
+        """Return a job that takes its rows by token; what is copied is merged of one model, byte for byte."""
+        output = job.output
+        if output.name not in self.tensors:
+            return job
+        maps = self.maps(tuple(operand.checkpoint for operand in job.reading.operands))
+        operands = tuple(each._replace(rows=rows) for each, rows in zip(job.reading.operands, maps, strict=True))
+        result = job.result
+        if not job.is_copy:
+            return merging(output, operands, result.method, result.parameters, job.reading.scope)
+        alone = operands[0]._replace(decode=plain(output.dtype))
+        return merging(output, (alone,), "linear", ALONE, "tensor")
+
+    def maps(self, models: tuple[int, ...]) -> tuple[RowRuns, ...]:
+        """Return the rows of each of the models that are read together."""
+        if models not in self._maps:
+            self._maps[models] = tuple(self._map(models, place) for place in range(len(models)))
+        return self._maps[models]
+
+    def _map(self, models: tuple[int, ...], place: int) -> RowRuns:
+        own = self.own[models[place]]
+        runs: list[RowRun] = []
+        fills: list[RowFill] = []
+        for token, row in sorted(self.ids.items(), key=lambda item: item[1]):
+            default = self.defaults.get(token)
+            stored = own.get(token)
+            if default is not None and (default.is_forced or stored is None):
+                stored = default.row if default.of == (models[place],) else None
+            if stored is not None:
+                _extend(runs, stored, row)
+            elif of := self._having(token, models, default):
+                _fill(fills, row, of)
+        return RowRuns(self.rows_of[models[place]], tuple(runs), tuple(fills))
+
+    def _having(self, token: str, models: tuple[int, ...], default: Default | None) -> tuple[int, ...]:
+        """Return the places of the models whose mean the default row of a token is."""
+        if default is not None and not set(default.of) <= set(models):
+            raise PlanError(f"`tokenizer.tokens` takes the row of {shown(token)} from a model that is not merged there")
+        if default is not None:
+            return tuple(models.index(model) for model in default.of)
+        having = tuple(place for place, model in enumerate(models) if token in self.own[model])
+        of_base = tuple(place for place in having if models[place] == self.base)
+        return of_base or having
+
+
+def _extend(runs: list[RowRun], own: int, row: int) -> None:
+    """Add a row to the last run, or begin one."""
+    if runs and runs[-1].stop == own and runs[-1].to + runs[-1].stop - runs[-1].start == row:
+        runs[-1] = runs[-1]._replace(stop=own + 1)
+    else:
+        runs.append(RowRun(own, own + 1, row))
+
+
+def _fill(fills: list[RowFill], row: int, of: tuple[int, ...]) -> None:
+    if fills and fills[-1].stop == row and fills[-1].of == of:
+        fills[-1] = fills[-1]._replace(stop=row + 1)
+    else:
+        fills.append(RowFill(row, row + 1, of))
+
+
+def rows_of_zeros(vocabulary: OutputVocabulary | None, jobs: Sequence[TensorJob]) -> Iterator[Remark]:
+    """Yield the tensors in which tokens have rows of zeros though a model has them, which the tensor is not made of."""
+    if vocabulary is None:
+        return
+    asked = {token for token, default in vocabulary.defaults.items() if not default.of}
+    known = {token for own in vocabulary.own for token in own} - asked
+    for job in jobs:
+        covered = bytearray(vocabulary.num_rows)
+        for rows in (operand.rows for operand in job.reading.operands if operand.rows):
+            for run in rows.runs:
+                covered[run.to : run.to + run.stop - run.start] = b"\1" * (run.stop - run.start)
+            for fill in rows.fills:
+                covered[fill.start : fill.stop] = b"\1" * (fill.stop - fill.start)
+        lacking = [token for token, row in vocabulary.ids.items() if not covered[row] and token in known]
+        if lacking and job.output.name in vocabulary.tensors:
+            have = "has" if len(lacking) == 1 else "have"
+            text = (
+                f"{counted(len(lacking), 'token')} such as {shown(lacking[0])} {have} a row of zeros in "
+                f"{shown(job.output.name)}: no model that it is made of has one"
+            )
+            values = {token: str(vocabulary.ids[token]) for token in lacking[:NUM_VALUES]}
+            yield Remark("tokens-missing", text, tensors=(job.output.name,), values=values)
+
+
+def unlike_rows(jobs: Sequence[TensorJob]) -> Iterator[str]:
+    """Yield that embedding and head of a stack, which come from several models, have rows for several vocabularies."""
+    names = tied_names({job.output.name: job.output for job in jobs if may_be_tied(job.output.name)})
+    found = {
+        job.output.name: job.output.shape[0] for job in jobs if job.output.name in {*names.heads, *names.embeddings}
+    }
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{number:,} in {shown(name)}" for name, number in found.items())
+        yield f"rows are for several vocabularies: {said}; `tokenizer_source: union`, or a model, makes them one"
+
+
+def output_vocabulary(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], tokenizers: Sequence[Tokenizer]
+) -> OutputVocabulary | None:
+    """Return what the recipe's tokenizer asks for; None where it moves no row.
+
+    Args:
+        recipe: says whose tokens are written.
+        checkpoints: in the order of its locations.
+        tokenizers: theirs.
+
+    Raises:
+        PlanError: a tokenizer cannot be read, or a token is named that its model lacks.
+    """
+    if recipe.vocabulary is None or not tokenizers:
+        return None
+    vocabularies = [each.vocabulary or tokenizers[recipe.donor].vocabulary for each in tokenizers]
+    wanted, source = recipe.vocabulary, recipe.vocabulary_donor
+    rows = [each.num_rows for each in tokenizers[: len(recipe.checkpoints)]]
+    tensors = vocabulary_tensors(checkpoints[recipe.donor].specs, rows[recipe.donor])
+    agree = len(set(rows)) == 1 and all(each == vocabularies[0] for each in vocabularies)
+    step = wanted.pad_to_multiple_of or 1
+    if not tensors or (agree and not wanted.tokens and rows[0] % step == 0):
+        return None
+    ids = [_ids(checkpoint, each) for checkpoint, each in zip(checkpoints, vocabularies, strict=True)]
+    union = (
+        [ids[index] for index in dict.fromkeys((recipe.donor, *range(len(ids))))] if wanted.source == "union" else []
+    )
+    output, added = dict(ids[source]), {}
+    for tokens in (*union, dict.fromkeys(wanted.tokens, 0)):
+        for token in sorted(tokens.keys() - output.keys(), key=lambda each: (tokens[each], each)):
+            output[token] = added[token] = max(output.values(), default=-1) + 1
+    own = [{token: each for token, each in model.items() if each < num} for model, num in zip(ids, rows, strict=False)]
+    made = OutputVocabulary(
+        ids=output,
+        num_rows=-(-(max(output.values(), default=-1) + 1) // step) * step,
+        source=source,
+        added=added,
+        tensors=frozenset(tensors),
+        own=own,
+        rows_of=rows,
+        defaults={token: _default(recipe, token, entry, own, rows) for token, entry in wanted.tokens.items()},
+        base=recipe.checkpoints.index(recipe.base_model) if recipe.base_model else None,
+    )
+    _check_rows(made, checkpoints[: len(rows)])
+    return made
+
+
+def _ids(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Ids:
+    if vocabulary is None:
+        raise PlanError(f"{redact(checkpoint.url)} has no tokenizer, and neither has the base: rows have no tokens")
+    if vocabulary.problem or vocabulary.numbering:
+        reason = vocabulary.problem or f"{vocabulary.numbering} numbers the pieces of its model in code"
+        raise PlanError(
+            f"the tokens of {redact(checkpoint.url)} are not known: {reason}. Save it with a tokenizer.json: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return vocabulary.ids
+
+
+def _default(recipe: Recipe, token: str, entry: TokenEntry, own: Sequence[Ids], rows: Sequence[int]) -> Default:
+    if entry.source.model is None:
+        return Default((), entry.force)
+    index, where = recipe.checkpoints.index(entry.source.model), redact(entry.source.model)
+    asked = token if entry.source.kind == "model" else entry.source.token
+    row = entry.source.token_id if asked is None else own[index].get(asked)
+    if row is None:
+        raise PlanError(f"`tokenizer.tokens` takes the row of {shown(asked)} from {where}, which has no such token")
+    if row >= rows[index]:
+        raise PlanError(
+            f"`tokenizer.tokens` takes row {row:,} for {shown(token)} from {where}, which has {rows[index]:,} rows"
+        )
+    kept = own[index].get(token, row)
+    if kept != row and not entry.force and not all(token in each for each in own):
+        raise PlanError(
+            f"`tokenizer.tokens` takes another row for {shown(token)} from {where}, which has the token itself and "
+            "keeps its own row: say `force: true`, or name another model"
+        )
+    return Default((index,), entry.force, row)
+
+
+def _check_rows(made: OutputVocabulary, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse tensors with a row per token that are of another length than the embedding of their model."""
+    for checkpoint, num_rows in zip(checkpoints, made.rows_of, strict=True):
+        for name in sorted(made.tensors & checkpoint.specs.keys()):
+            shape = checkpoint.specs[name].shape
+            if shape[0] != num_rows:
+                raise PlanError(
+                    f"{shown(name)} has {shape[0]:,} rows in {redact(checkpoint.url)}, and the embedding there has "
+                    f"{num_rows:,}; expected a row per token in both"
+                )
+        if strays := [name for name in checkpoint.specs if name.endswith("final_logits_bias")]:
+            raise PlanError(f"{shown(strays[0])} has a column per token; only rows are gathered by token")
