@@ -1,7 +1,9 @@
 """config.json as models have it: its sections, one word for what families call differently, and what it promises."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
 from typing import NamedTuple
 
 Config = Mapping[str, object]
@@ -217,6 +219,41 @@ def says_nothing(value: object) -> bool:
     if isinstance(value, list):
         return all(item == value[0] for item in value)
     return value is not True and (value is None or value in (False, 0, 1, "", {}, "default"))
+
+
+_FLOAT_TAG = "__float__"
+_TAGGED = {name: {_FLOAT_TAG: name} for name in ("NaN", "Infinity", "-Infinity")}
+
+
+def comparable(value: object) -> object:
+    """Return a value of a config with what is no finite number in the one spelling that equals itself.
+
+    transformers writes ``Infinity`` up to 4.57, ``{"__float__": "Infinity"}`` from 5.0 on.
+    """
+    if isinstance(value, dict):
+        return {key: comparable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [comparable(each) for each in value]
+    return value if not isinstance(value, float) or isfinite(value) else _TAGGED[spelled(value)]
+
+
+def spelled(value: float) -> str:
+    """Return what is no finite number as JSON texts of Python have it."""
+    return json.dumps(value)
+
+
+def nonfinite(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield what is no finite number in a config: its path, and how it is spelled."""
+    if isinstance(value, dict) and value.keys() == {_FLOAT_TAG}:
+        yield path, str(value[_FLOAT_TAG])
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from nonfinite(each, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for each in value:
+            yield from nonfinite(each, path)
+    elif isinstance(value, float) and not isfinite(value):
+        yield path, spelled(value)
 
 
 def further_keys(section: Config) -> Config:

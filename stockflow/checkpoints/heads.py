@@ -37,10 +37,15 @@ _WITH_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMas
 """How classes end whose models have a head."""
 _PREFIXES = ("", "model.")
 """of a stored name, where that of another name of the tensor is none"""
-_ENDS = (*_HEADS, *_EMBEDDINGS, *_COPIES, *_COPIES.values())
-MAX_DOTS = 4
-"""``base_model.model.model.embed_tokens.weight``; what lies in layers has more."""
+_ENDS = (*_HEADS, *_EMBEDDINGS, *_COPIES, *_COPIES.values(), ".shared_head.head.weight")
+MAX_DOTS = 5
+"""``base_model.model.model.embed_tokens.weight``; what lies in layers mostly has more."""
 _IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
+COPIES_IN_LAYERS = (".embed_tokens.weight", ".shared_head.head.weight")
+"""Ends of names by which a layer that predicts further tokens has the embedding, and the head, once more."""
+_COPY_IN_A_LAYER = re.compile(r"(?:^|\.)layers\.\d+(\.embed_tokens|\.shared_head\.head)\.weight$")
+LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+"""Keys under which a config has that of its language model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +64,14 @@ class TiedNames:
 
 def tied_names(specs: Specs) -> TiedNames:
     """Return which names of a checkpoint are heads, copies of embeddings, and embeddings."""
-    found = [name for name in specs if may_be_tied(name) and not _IN_A_LAYER.search(name)]
+    likely = list(filter(may_be_tied, specs))
+    found = [name for name in likely if not _IN_A_LAYER.search(name)]
     return TiedNames(
         heads=tuple(name for name in found if is_head(name)),
-        copies=tuple(name for name in found if _of_kind(name, tuple(_COPIES))),
+        copies=(
+            *(name for name in found if _of_kind(name, tuple(_COPIES))),
+            *filter(is_copy_in_a_layer, likely),
+        ),
         embeddings=tuple(filter(_is_embedding, found)),
     )
 
@@ -70,6 +79,11 @@ def tied_names(specs: Specs) -> TiedNames:
 def may_be_tied(name: str) -> bool:
     """Return whether a name is as those of heads, copies and embeddings are; for most names it is quick to say no."""
     return name.count(".") <= MAX_DOTS and name.endswith(_ENDS)
+
+
+def is_copy_in_a_layer(name: str) -> bool:
+    """Return whether a layer that predicts further tokens has the embedding or the head under this name."""
+    return name.endswith(COPIES_IN_LAYERS) and _COPY_IN_A_LAYER.search(name) is not None
 
 
 def is_head(name: str) -> bool:
@@ -82,12 +96,20 @@ def original_of(name: str, shape: tuple[int | None, ...], names: TiedNames, spec
 
     A first size of None is any number of tokens.
     """
+    if is_copy_in_a_layer(name):
+        return _original_of_a_layers(name, shape, names, specs)
     for copy, partner in _COPIES.items():
         original = f"{name.removesuffix(copy)}{partner}"
         if _of_kind(name, (copy,)) and original in specs and _fits(specs[original].shape, shape):
             return original
     alike = [each for each in names.embeddings if _fits(specs[each].shape, shape) and each != name]
     return max(alike, key=lambda each: _nearness(name, each), default=None) if is_head(name) else None
+
+
+def _original_of_a_layers(name: str, shape: tuple[int | None, ...], names: TiedNames, specs: Specs) -> str | None:
+    """Return the embedding, or for a copy of the head the head, or the embedding that is one with it."""
+    these = names.embeddings if name.endswith(COPIES_IN_LAYERS[0]) else (*names.heads, *names.embeddings)
+    return next((each for each in these if _fits(specs[each].shape, shape)), None)
 
 
 def aliases_of(names: Iterable[str], stored: Collection[str], config: Config | None) -> Mapping[str, str]:
@@ -123,9 +145,16 @@ def head_beside(embedding: str) -> str:
 
 
 def tie_flag(config: Config | None) -> bool | None:
-    """Return whether a config says that head and embedding are one tensor; None if it leaves that to its class."""
-    given = [section[TIE_KEY] for _, section in sections(config or {}) if isinstance(section.get(TIE_KEY), bool)]
-    return bool(given[0]) if given else None
+    """Return whether a config says that head and embedding are one tensor; None if it says both, or neither."""
+    said = tie_flags(config)
+    ours = {flag for path, flag in said.items() if set(path.split(".")[:-1]) <= {*LANGUAGE_PARTS}}
+    return None if len(ours) > 1 else next(iter(ours or said.values()), None)
+
+
+def tie_flags(config: Config | None) -> dict[str, bool]:
+    """Return what each section of a config, by its path, says of head and embedding."""
+    given = ((path, section.get(TIE_KEY)) for path, section in sections(config or {}))
+    return {path: flag for path, flag in given if isinstance(flag, bool)}
 
 
 def has_head(config: Config | None) -> bool:
@@ -134,14 +163,14 @@ def has_head(config: Config | None) -> bool:
     return not isinstance(classes, list) or not classes or str(classes[0]).endswith(_WITH_HEADS)
 
 
-def untied(config: Config) -> dict[str, object]:
-    """Return a config that says that head and embedding are two tensors, in each of its sections that spoke of it."""
-    return {**{key: _untied_within(value) for key, value in config.items()}, TIE_KEY: False}
+def with_tie_flag(config: Config, flag: bool) -> dict[str, object]:
+    """Return a config that says whether head and embedding are one tensor, in each of its sections that spoke of it."""
+    return {**{key: _with_flag_within(value, flag) for key, value in config.items()}, TIE_KEY: flag}
 
 
-def _untied_within(value: object) -> object:
+def _with_flag_within(value: object, flag: bool) -> object:
     if isinstance(value, dict) and any(TIE_KEY in section for _, section in sections(value)):
-        return untied(value)
+        return with_tie_flag(value, flag)
     return value
 
 

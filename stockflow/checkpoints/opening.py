@@ -27,7 +27,7 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, OnFile, Pieces, unheard
 from stockflow.checkpoints.files.tree import Tree, list_tree
 from stockflow.checkpoints.folders import no_folder, nothing_here
-from stockflow.checkpoints.heads import untied
+from stockflow.checkpoints.heads import with_tie_flag
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
 from stockflow.checkpoints.pipelines import PIPELINE_FILE, find_pipeline, pipeline_remark
 from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
@@ -182,7 +182,7 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
         extents={**extents, **{name: extents[each.parts[0].name] for name, each in made.stored.items()}},
         files={**base.files, **adapter.files},
         side_files={**_without_tokenizer(base.side_files, adapter.tokenizer), **adapter.tokenizer},
-        config=untied(base.config) if made.unties and base.config is not None else base.config,
+        config=with_tie_flag(base.config, False) if made.unties and base.config is not None else base.config,
         stored={**base.stored, **made.stored},
         remarks=(
             *base.remarks,

@@ -8,19 +8,18 @@ from stockflow.checkpoints.decodes.transposed import within_rows
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.facts import Ledger
 from stockflow.engine.layers import Layers
+from stockflow.engine.losses import counting
 from stockflow.engine.noise import is_looked_at, look
-from stockflow.engine.pieces import LoadedPiece, Piece
+from stockflow.engine.pieces import Piece
 from stockflow.engine.procedures import PROCEDURES
-from stockflow.engine.procedures.proceeding import Fill, MapSpans, Proceeding, Tools, Write, swept
+from stockflow.engine.procedures.proceeding import Fill, MapSpans, Proceeding, Tools, swept
 from stockflow.engine.units import GroupUnit, Unit, spans_of
 from stockflow.engine.warm import small_units
 from stockflow.engine.ways import Coder, Destination, PartsOf, Way, Written
 from stockflow.errors import NumericsError
 from stockflow.kernels.arrays import Bytes
-from stockflow.kernels.floats import count_losses
 from stockflow.methods.protocol import Elementwise
 from stockflow.planning.job import Result, TensorJob
-from stockflow.planning.precision import has_smaller_range
 
 
 class UnitMerger:
@@ -80,7 +79,7 @@ class UnitMerger:
     ) -> None:
         decided = self._decided(job, unit, ledgers, map_spans)
         triples = zip(decided, job.results, ledgers, strict=True)
-        fills = [(_counting(fill, job, result, ledger), result.width) for fill, result, ledger in triples]
+        fills = [(counting(fill, job, result, ledger), result.width) for fill, result, ledger in triples]
         load = decided[0].load
         has_noise = is_looked_at(job)
         for piece in unit.sweep(last=True):
@@ -114,21 +113,6 @@ class UnitMerger:
             for each, wanted in asking:
                 each.tell(states[wanted.key])
         return [each.fill for each in proceedings]
-
-
-def _counting(fill: Fill, job: TensorJob, result: Result, ledger: Ledger) -> Write:
-    """Return what fills, and counts what is lost where a result has a smaller range than its operands."""
-    dtype = result.outputs[0].dtype
-    if job.is_copy or not has_smaller_range(dtype, job.reading.dtypes):
-        return fill.write
-
-    def filling(span: LoadedPiece, target: Bytes) -> None:
-        fill.write(span, target)
-        lost = np.zeros(2, np.int64)
-        count_losses(span.slab, span.firsts_M, span.formats_M, target, dtype, lost)
-        ledger.count({"zeroed": int(lost[0]), "subnormal": int(lost[1])})
-
-    return filling
 
 
 def _decides_by_group(job: TensorJob) -> bool:

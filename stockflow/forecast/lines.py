@@ -234,11 +234,6 @@ def result_lines(result: Merged) -> Iterator[str]:
         )
     if facts["zero_delta_tensors"]:
         yield f"  unchanged in at least one model: {counted(facts['zero_delta_tensors'], 'tensor')}"
-    if facts.get("zeroed_elements") or facts.get("subnormal_elements"):
-        yield (
-            f"  lost to the range of their dtype: {counted(facts['zeroed_elements'], 'element')} written as 0 where a "
-            f"source is not, {counted(facts['subnormal_elements'], 'element')} with fewer digits"
-        )
     if facts["retries"]:
         yield f"  retried: {counted(facts['retries'], 'read')}"
     for remark in result.manifest.remarks[len(result.plan.remarks) :]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from stockflow.checkpoints.naming import KINDS, kind_of
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.output.receipts import TensorFacts
-from stockflow.output.rounding import proved_of_codes
+from stockflow.output.rounding import proved_of_tensors
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import Recipe
 from stockflow.storage import redact
@@ -104,7 +104,7 @@ def shown(value: float | None) -> str:
 
 
 def _said(plan: MergePlan, rows: Sequence[TensorFacts]) -> str:
-    remarks = (*plan.remarks, *proved_of_codes(plan, rows))
+    remarks = (*plan.remarks, *proved_of_tensors(plan, rows))
     lines = [f"- {code_cell(remark)}" for remark in remarks if remark.severity != "note"]
     return "\n".join(("## Known of these inputs", "", *lines, "", "")) if lines else ""
 

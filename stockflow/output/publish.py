@@ -18,7 +18,7 @@ from stockflow.output.kinship import proved
 from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.ownership import check_still_ours
 from stockflow.output.receipts import Receipt, TensorFacts, total_gram
-from stockflow.output.rounding import proved_of_codes
+from stockflow.output.rounding import proved_of_tensors
 from stockflow.output.tables import encode_tensors
 from stockflow.planning import file as plan_file
 from stockflow.planning.plan import NUMERICS, MergePlan, SideFile
@@ -30,7 +30,7 @@ NUM_PUBLISHERS = 8
 """Small files that are written at the same time: on object storage each takes two or three round trips."""
 HF_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 DTYPE_KEYS = ("torch_dtype", "dtype")
-COUNTED = ("zeroed", "subnormal")
+COUNTED = ("zeroed", "subnormal", "collapsed", "below_zero")
 """Facts of tensors that are elements of a kind: they are added up."""
 RECORDED_VERSIONS = ("torch", "numpy", "safetensors", "obstore", "fsspec", "s3fs", "ray", "pyarrow")
 
@@ -80,7 +80,7 @@ def commit(
         versions=versions(),
         summary=summarize(receipts),
         gram=gram,
-        remarks=(*plan.remarks, *proved(plan, gram), *proved_of_codes(plan, rows)),
+        remarks=(*plan.remarks, *proved(plan, gram), *proved_of_tensors(plan, rows)),
     )
     check_still_ours(output, plan, receipts)
     try:

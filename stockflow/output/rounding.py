@@ -1,4 +1,4 @@
-"""Rounding to codes: what it proved to do to the changes of models when all of them had been read."""
+"""Rounding, and what else the facts of all tensors prove of a merge: changes within codes, losses, strangers."""
 
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -8,12 +8,82 @@ from stockflow.planning.plan import MergePlan
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
+from stockflow.text.strictjson import shown
 
+MOST_COLLAPSED = 0.5
+"""Share of its elements from which on a small tensor is said to have lost its distinct values."""
+STRANGER = 1.0
+"""Norm of a difference by that of the base; of two unrelated tensors it is sqrt(2)."""
+MIN_STRANGER_ELEMS = 4096
 QUARTER_OF_A_STEP = (0.2, 0.3)
 """Where the median change lies, in steps between codes, if models come from what the base was before it was rounded."""
 
 
-def proved_of_codes(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:
+def proved_of_tensors(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:
+    """Yield what the facts of all tensors prove."""
+    yield from _proved_of_codes(plan, rows)
+    yield from _losses(rows)
+    yield from _strangers(plan, rows)
+
+
+def _losses(rows: Sequence[TensorFacts]) -> Iterator[Remark]:
+    lossy = [row for row in rows if row.facts.get("zeroed") or row.facts.get("subnormal")]
+    if lossy:
+        zeroed, subnormal = (sum(int(row.facts.get(key, 0)) for row in lossy) for key in ("zeroed", "subnormal"))
+        text = (
+            f"in {_such(lossy)} {counted(zeroed, 'element')} {are(zeroed)} written as 0 where a source is not, and "
+            f"{subnormal:,} with fewer digits: the range of {lossy[0].dtype} is smaller than that of the sources"
+        )
+        yield Remark("narrower-range", text, tensors=tuple(row.name for row in lossy))
+    coarse = [row for row in rows if row.facts.get("collapsed", 0) >= MOST_COLLAPSED * row.num_elems > 0]
+    if coarse:
+        text = (
+            f"{_such(coarse)} {'has' if len(coarse) == 1 else 'have'} lost at least half of the distinct values by "
+            f"rounding to {coarse[0].dtype}; where small differences decide (a router's bias), ask for a finer dtype"
+        )
+        yield Remark("values-collapsed", text, "note", tensors=tuple(row.name for row in coarse))
+    negative = [row for row in rows if row.facts.get("below_zero")]
+    if negative:
+        text = (
+            f"{_such(negative)} {are(len(negative))} variances, and some of them came out below zero, of which loaders "
+            "take the root: the model gives NaN. Take averages with weights that are not negative, or a rule with "
+            "`action: copy`"
+        )
+        yield Remark("running-statistics", text, tensors=tuple(row.name for row in negative))
+
+
+def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:
+    """Yield which tensors of a model differ from the base as if they were others: swapped, or made anew."""
+    urls, known = [redact(each.url) for each in plan.models], {url for r in plan.remarks for url in _strange_in(r)}
+    for number, url in enumerate(urls[1:]):
+        names = tuple(
+            row.name
+            for row in rows
+            if url not in known and len(row.delta_norms) == len(urls) - 1 and _is_strange(row, row.delta_norms[number])
+        )
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            text = (
+                f"{url} differs from {urls[0]} by at least the weights' own size in {shown(names[0])}{more}: made "
+                "anew, or stored under another name or another way round, though of equal shape"
+            )
+            yield Remark("stranger", text, models=(url,), tensors=names)
+
+
+def _strange_in(remark: Remark) -> tuple[str, ...]:
+    return remark.models if remark.code == "stranger" else ()
+
+
+def _is_strange(row: TensorFacts, delta_norm: float) -> bool:
+    is_matrix = len(row.shape) > 1 and row.num_elems >= MIN_STRANGER_ELEMS
+    return is_matrix and delta_norm >= STRANGER * (row.base_norm or float("inf"))
+
+
+def _such(rows: Sequence[TensorFacts]) -> str:
+    return f"{counted(len(rows), 'tensor')} such as {shown(rows[0].name)}"
+
+
+def _proved_of_codes(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:
     """Yield in how many tensors changes are within the error of codes, and if models seem to be of another base."""
     coded = [row for row in rows if "median_step" in row.facts]
     noisy = [row.name for row in coded if "rounding_noise" in row.flags]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 from stockflow.checkpoints.configs import Config, first, sections
+from stockflow.checkpoints.heads import COPIES_IN_LAYERS
 from stockflow.checkpoints.opening import Checkpoint
 
 PREDICTION = "layers that predict further tokens"
@@ -40,7 +41,9 @@ class OptionalParts:
     def _held_by(self, checkpoint: Checkpoint) -> frozenset[str | None]:
         layout = id(checkpoint.specs)
         if layout not in self._held:
-            self._held[layout] = frozenset(map(self.of, checkpoint.specs))
+            self._held[layout] = frozenset(
+                self.of(name) for name in checkpoint.specs if not name.endswith(COPIES_IN_LAYERS)
+            )
         return self._held[layout]
 
 

@@ -6,7 +6,16 @@ from typing import Literal, TypeVar
 
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.heads import TiedNames, has_head, is_head, may_be_tied, original_of, tie_flag, tied_names
+from stockflow.checkpoints.heads import (
+    TiedNames,
+    has_head,
+    is_copy_in_a_layer,
+    is_head,
+    may_be_tied,
+    original_of,
+    tie_flag,
+    tied_names,
+)
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.job import TensorJob
 from stockflow.recipe import Recipe
@@ -61,7 +70,8 @@ def with_tied_heads(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[C
         if len(holders) < len(checkpoints):
             shape = holders[0].specs[name].shape
             held = [held_tie(each, names, name, shape) for each, names in zip(checkpoints, scans, strict=True)]
-            if all(each.state != "lacking" for each in held):
+            is_apart = is_copy_in_a_layer(name) and any(each.state == "own" for each in held)
+            if all(each.state != "lacking" for each in held) and not is_apart:
                 found = _agreeing(recipe, found, name, held)
     return found
 

@@ -231,6 +231,7 @@ DAMAGE: dict[str, tuple[str, str | bytes, str]] = {
     "a page": ("tokenizer_config.json", PAGE, "is a web page, not the file; download the file itself"),
     "a binary's page": ("tokenizer.model", "<html>404</html>", "is a web page"),
     "half a JSON": ("tokenizer.json", '{"a": [1,', "is not valid JSON"),
+    "what Rust does not read": ("tokenizer.json", '{"a": NaN}', "is not valid JSON"),
     "no JSON": ("generation_config.json", "oops", "is not valid JSON"),
     "a message of the hub": ("tokenizer.json", "Entry not found", "is the message of a server, not the file"),
     "an error of a store": ("LICENSE", "<?xml version='1.0'?><Error/>", "is an answer in XML"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import stockflow
+from stockflow.output.publish import encode_config
+from stockflow.planning import file as plan_file
 from tests.checkpoints import LLAMA_CONFIG, llama_shapes, make_family, write_checkpoint, write_recipe
 from tests.plans import Merge
 
@@ -386,3 +388,30 @@ def test_sizes_that_no_tensor_has_are_said(tmp_path: Path, case: str, nested: bo
     assert len(said) == bool(broken)
     assert not said or re.search(broken, said[0].text)
     assert not said or said[0].severity == "warning"
+
+
+INFINITE = '{"model_type": "mamba2", "time_step_limit": [0.0, %s]}'
+
+
+@pytest.mark.parametrize("spelling", ["Infinity", '{"__float__": "Infinity"}'])
+def test_infinity_goes_out_as_it_is_and_is_equal_to_itself_in_both_spellings(merge: Merge, spelling: str) -> None:
+    for folder, text in zip(merge.folders, (spelling, "Infinity", '{"__float__": "Infinity"}'), strict=True):
+        (folder / "config.json").write_text(INFINITE % text)
+    plan = merge.plan()
+
+    assert encode_config(plan.config or {}, []) == encode_config(json.loads(INFINITE % spelling), [])
+    (said,) = plan.remarks
+    assert (said.code, said.severity, said.values) == ("config-not-finite", "note", {"time_step_limit": "Infinity"})
+    assert plan_file.parse(plan_file.encode(plan), "plan.json").plan.config == plan.config
+
+
+def test_nan_in_a_config_is_warned_of_and_equal_to_itself(merge: Merge) -> None:
+    for folder in merge.folders:
+        (folder / "config.json").write_text('{"text_config": {"rms_norm_eps": NaN}}')
+
+    (said,) = merge.plan().remarks
+    assert (said.code, said.severity, said.values) == (
+        "config-not-finite",
+        "warning",
+        {"text_config.rms_norm_eps": "NaN"},
+    )

@@ -30,9 +30,9 @@ PARTS = {
     "the audio tower": ones("audio_tower.layers.0.fc1.weight", "embed_audio.projection.weight"),
     "layers that predict further tokens": ones(
         "model.layers.3.eh_proj.weight",
-        "model.layers.3.embed_tokens.weight",
+        "model.layers.3.enorm.weight",
         "model.layers.3.mlp.gate.weight",
-        "model.layers.3.shared_head.head.weight",
+        "model.layers.3.shared_head.norm.weight",
     ),
     "layers that predict further tokens ": ones("mtp.layers.0.mlp.up_proj.weight", "mtp.fc.weight"),
 }

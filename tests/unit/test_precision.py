@@ -224,6 +224,8 @@ def test_what_f16_loses_is_counted(merge: Merge, tmp_path: Path, method: str, dt
     expected = lost([tensor.double().numpy() for tensor in tensors], written)
     assert {name: rows["w"]["facts"][name] for name in expected} == expected
     assert min(expected.values()) > 100
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{sum(row['facts'].get('zeroed', 0) for row in rows.values()):,.0f} elements are written as 0" in card
     total = result.manifest.summary["zeroed_elements"]
     assert total == sum(row["facts"].get("zeroed", 0) for row in rows.values())
     assert "narrower-range" in codes(result.plan)
@@ -255,3 +257,64 @@ def test_f16_of_f16_is_not_counted(merge: Merge, tmp_path: Path) -> None:
 
     assert "narrower-range" not in codes(result.plan)
     assert "zeroed_elements" not in result.manifest.summary
+
+
+# What only the whole merge shows
+
+
+def merged_with(merge: Merge, root: Path, weights: tuple[float, float], **top_level: Any) -> Any:
+    models = [
+        {"model": str(folder), "parameters": {"weight": weight}}
+        for folder, weight in zip(merge.folders[1:], weights, strict=True)
+    ]
+    recipe = merge.recipe | {"merge_method": "task_arithmetic", "models": models, **top_level}
+    (root / "recipe.yaml").write_text(json.dumps(recipe))
+    return runs.merge_here(root / "recipe.yaml", root / "out")
+
+
+@pytest.mark.parametrize(("weights", "num_negative"), [((0.5, 0.5), 0), ((2.0, 2.0), 3)])
+def test_variances_that_come_out_below_zero_are_counted_and_said(
+    merge: Merge, tmp_path: Path, weights: tuple[float, float], num_negative: int
+) -> None:
+    base, one = torch.full((8,), 1.0), torch.tensor([0.5] * 3 + [1.0] * 5)
+    add(merge, "bn.running_var", base, one, one).write(config={})
+    result = merged_with(merge, tmp_path, weights)
+
+    found = load_file(tmp_path / "out" / "model.safetensors")["bn.running_var"]
+    assert int((found < 0).sum()) == num_negative
+    assert runs.tensor_facts(tmp_path / "out")["bn.running_var"]["facts"]["below_zero"] == num_negative
+    said = [remark for remark in result.manifest.remarks if "below zero" in remark.text]
+    assert [remark.tensors for remark in said] == ([("bn.running_var",)] if num_negative else [])
+    assert ("came out below zero" in (tmp_path / "out" / "README.md").read_text()) == bool(num_negative)
+
+
+def test_small_tensors_that_lose_their_distinct_values_are_counted_and_said(merge: Merge, tmp_path: Path) -> None:
+    """256 biases between 4 and 4.25: BF16 has 17 numbers there, F32 all of them."""
+    bias, wide = 4.0 + torch.arange(256) / 1024, 2.0 ** torch.arange(-64, 64)
+    for own in merge.models:
+        own.update({name: each.float() for name, each in own.items() if each.is_floating_point()})
+    add(merge, "gate.e_score_correction_bias", bias, bias, bias)
+    add(merge, "wide", wide, wide, wide).write(config={})
+    result = merged_with(merge, tmp_path, (0.5, 0.5), dtype="bfloat16")
+
+    facts = {name: row["facts"] for name, row in runs.tensor_facts(tmp_path / "out").items()}
+    assert (facts["gate.e_score_correction_bias"]["collapsed"], facts["wide"]["collapsed"]) == (256 - 9, 0)
+    (said,) = (remark for remark in result.manifest.remarks if remark.code == "values-collapsed")
+    assert (said.severity, said.tensors) == ("note", ("gate.e_score_correction_bias",))
+
+
+def test_matrices_that_changed_places_are_said_when_all_of_them_were_read(merge: Merge, tmp_path: Path) -> None:
+    """A header that swaps two names of equal shape is as valid as any, and few tensors are looked at beforehand."""
+    names = [f"{number:02}.weight" for number in range(20)]
+    drawn = [torch.randn(80, 80, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+    for number, own in enumerate(merge.models):
+        order = [0, 1, 2, 4, 3, *range(5, 20)] if number == 2 else range(20)
+        own.clear()
+        own.update({name: (drawn[at] * (1 + 0.01 * number)).to(BF16) for name, at in zip(names, order, strict=True)})
+    merge.write(config={})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(merge.recipe))
+    result = runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    assert "stranger" not in codes(result.plan)
+    (said,) = (remark for remark in result.manifest.remarks if remark.code == "stranger")
+    assert (said.models, said.tensors) == ((str(merge.folders[2]),), ("03.weight", "04.weight"))

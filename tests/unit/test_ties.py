@@ -241,3 +241,73 @@ def test_a_larger_head_is_no_copy_of_a_smaller_embedding(tmp_path: Path) -> None
         write_checkpoint(folder, own, config=CONFIG)
 
     assert merge.plan().remarks == ()
+
+
+# Configs that say both, and copies in layers that predict further tokens
+
+
+@pytest.mark.parametrize("flags", [(True, False), (False, True)])
+@pytest.mark.parametrize("form", ["own", "twice", "tied"])
+def test_flags_that_contradict_each_other_are_decided_by_the_tensors(
+    tmp_path: Path, form: str, flags: tuple[bool, bool]
+) -> None:
+    merge = Merge(tmp_path)
+    config = CONFIG | {KEY: flags[0], "text_config": {"model_type": "llama", KEY: flags[1]}}
+    for number, folder in enumerate(merge.folders):
+        write_checkpoint(folder, tensors(form, number), config=config)
+    plan = merge.plan()
+
+    is_tied = form != "own"
+    assert plan.config is not None
+    assert (plan.config[KEY], plan.config["text_config"][KEY]) == (is_tied, is_tied)  # type: ignore[index]
+    assert codes(plan) == ["tie-flags-disagree"] * 3
+    assert "the published config says " + str(is_tied).lower() in plan.notes[0]
+
+
+MTP_EMBEDDING, MTP_HEAD = "model.layers.1.embed_tokens.weight", "model.layers.1.shared_head.head.weight"
+MTP_CONFIG = CONFIG | {KEY: False, "num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+
+
+def with_prediction(seed: int, *, is_stale: bool = False) -> dict[str, torch.Tensor]:
+    """A layer, and one that predicts further tokens with copies of embedding and head, or with those of the base."""
+    own, stale = tensors("own", seed), tensors("own", 0)
+    copied = stale if is_stale else own
+    layers = {f"model.layers.{n}.mlp.up_proj.weight": torch.randn(8, 40).to(torch.bfloat16) for n in (0, 1)}
+    return own | layers | {MTP_EMBEDDING: copied[EMBEDDING].clone(), MTP_HEAD: copied[HEAD].clone()}
+
+
+def test_copies_in_a_prediction_layer_follow_the_merged_embedding_though_tunes_lack_the_layer(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for number, folder in enumerate(merge.folders):
+        found = with_prediction(number)
+        kept = found if number == 0 else {name: each for name, each in found.items() if "layers.1." not in name}
+        write_checkpoint(folder, kept, config=MTP_CONFIG)
+    found, _ = mean(tmp_path, merge)
+
+    base = load_file(merge.folders[0] / "model.safetensors")
+    assert torch.equal(found[EMBEDDING], expected(("own", "own", "own"), EMBEDDING).to(torch.bfloat16))
+    assert torch.equal(found[MTP_EMBEDDING], found[EMBEDDING])
+    assert torch.equal(found[MTP_HEAD], found[HEAD])
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
+    assert {"tied-head", "part-kept"} <= set(codes(merge.plan()))
+
+
+def test_a_copy_that_was_left_behind_is_said_and_merged_as_stored(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for number, folder in enumerate(merge.folders):
+        write_checkpoint(folder, with_prediction(number, is_stale=True), config=MTP_CONFIG)
+    plan = merge.plan()
+
+    said = [remark for remark in plan.remarks if remark.code == "tied-head"]
+    assert [remark.tensors for remark in said] == [(MTP_EMBEDDING,), (MTP_HEAD,)]
+    assert f"in {merge.folders[0]}, and another tensor in {merge.folders[1]}, {merge.folders[2]}" in said[0].text
+    assert not jobs_of(plan)[MTP_EMBEDDING].is_copy
+
+
+def test_a_rule_that_parts_a_copy_in_a_layer_from_its_embedding_warns_though_the_head_is_untied(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for number, folder in enumerate(merge.folders):
+        write_checkpoint(folder, with_prediction(number), config=MTP_CONFIG)
+    plan = merge.plan(stockflow=rule(filter="model.embed_tokens", action="copy"))
+
+    assert [remark.tensors for remark in plan.remarks if remark.code == "pair-parted"] == [(MTP_EMBEDDING, EMBEDDING)]

@@ -19,6 +19,8 @@ MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
 MAX_INTEGER = 2**63 - 1
 METADATA_KEY = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+"""Of an entry; others are passed over, as the reference reader does."""
 
 DtypeKind = Literal["float", "integer", "packed", "complex"]
 
@@ -195,10 +197,8 @@ def _parse_entries(entries: dict[str, object], where: str) -> Iterator[tuple[Ten
             raise HeaderError(
                 f"{where}: the name of tensor {shown(name)} holds half of a surrogate pair, which is not Unicode"
             )
-        if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise HeaderError(
-                f"{where}: the entry of tensor {shown(name)} must hold exactly dtype, shape and data_offsets"
-            )
+        if type(entry) is not dict or not entry.keys() >= _FIELDS:
+            raise HeaderError(f"{where}: the entry of tensor {shown(name)} must hold dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise HeaderError(f"{where}: tensor {shown(name)} has the unknown dtype {shown(dtype)}")

@@ -6,7 +6,7 @@ The dtype keys alone are stated later, when it is known what was written (``outp
 from collections.abc import Sequence
 
 from stockflow.checkpoints.configs import Config
-from stockflow.checkpoints.heads import tie_flag, untied
+from stockflow.checkpoints.heads import LANGUAGE_PARTS, is_head, tie_flag, tie_flags, with_tie_flag
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.tokenizers import vocabulary_rows
 from stockflow.planning.config.layers import restacked
@@ -16,8 +16,6 @@ from stockflow.planning.targets import Stacking
 from stockflow.planning.ties import written_heads
 from stockflow.recipe import Recipe
 from stockflow.storage import halves_of
-
-_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
 
 def output_config(
@@ -43,8 +41,11 @@ def output_config(
     config = stated_quantization(config, recipe, donor, jobs)
     for stacking in stackings:
         config = restacked(config, stacking, checkpoints)
-    if tie_flag(config) is not False and any(head.is_parted(donor) for head in written_heads(checkpoints, jobs)):
-        config = untied(config)
+    heads = [each for each in written_heads(checkpoints, jobs) if is_head(each.head.output.name)]
+    if tie_flag(config) is not False and any(head.is_parted(donor) for head in heads):
+        config = with_tie_flag(config, False)
+    elif tie_flag(config) is None and tie_flags(config):  # it says both: what is written decides
+        config = with_tie_flag(config, not any(head.own for head in heads))
     rows = num_rows or (vocabulary_rows(donor.specs) if len(halves_of(donor.url)) > 1 else 0)
     return _with_vocab_size(config, rows) if rows else config
 
@@ -52,7 +53,7 @@ def output_config(
 def _with_vocab_size(config: Config, num_rows: int) -> dict[str, object]:
     """Return a config with the size of its vocabulary, at the top or in the config of the language model."""
     sized = {
-        key: _with_vocab_size(value, num_rows) if key in _LANGUAGE_PARTS and isinstance(value, dict) else value
+        key: _with_vocab_size(value, num_rows) if key in LANGUAGE_PARTS and isinstance(value, dict) else value
         for key, value in config.items()
     }
     return sized | {"vocab_size": num_rows} if "vocab_size" in config else sized

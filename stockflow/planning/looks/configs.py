@@ -12,6 +12,7 @@ from stockflow.checkpoints.configs import (
     NEVER_ALONE,
     Config,
     Trait,
+    comparable,
     further_keys,
     says_nothing,
     sections,
@@ -148,7 +149,7 @@ def _configs(proposal: Proposal) -> dict[str, dict[str, Config]]:
 def _as_one(section: Config, nums: Collection[int | None]) -> Config:
     """A section without what it lists per layer, of models whose layers are stacked: that follows the layers."""
     per_layer = [key for key, value in section.items() if isinstance(value, list) and len(value) in nums]
-    return {key: value for key, value in section.items() if key not in per_layer} if per_layer else section
+    return {key: comparable(value) for key, value in section.items() if key not in per_layer}
 
 
 def _disagreements(proposal: Proposal, traits: Iterable[Trait]) -> Iterator[Disagreement]:

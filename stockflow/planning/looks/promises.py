@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 
-from stockflow.checkpoints.configs import Config, first, sections
+from stockflow.checkpoints.configs import Config, first, nonfinite, sections
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
@@ -61,6 +61,17 @@ def missing_predictions(proposal: Proposal) -> Iterator[Remark]:
         if not any(map(extra.search, names)):
             key = next(key for key in section if section[key] == number and ("nextn" in key or "mtp" in key))
             yield _broken(proposal, path + key, number, "no written tensor is of a layer that predicts further tokens")
+
+
+def nonfinite_values(proposal: Proposal) -> Iterator[Remark]:
+    """Yield what the published config says that is no finite number; some classes mean one, none means NaN."""
+    found = dict(nonfinite(proposal.config or {}))
+    if found:
+        url, has_nan = redact(proposal.donor.url), "NaN" in found.values()
+        said = ", ".join(f"{shown(key)}: {value}" for key, value in list(found.items())[:4])
+        means = "no model computes with that; correct it there" if has_nan else "it goes out as it is"
+        text = f"the config of {url} says {said}, which Python's loaders read and strict JSON parsers refuse: {means}"
+        yield Remark("config-not-finite", text, "warning" if has_nan else "note", (url,), values=found)
 
 
 def wrapped_names(proposal: Proposal) -> Iterator[Remark]:

@@ -2,7 +2,15 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.heads import TIE_KEY, has_head, tie_flag, tied_names
+from stockflow.checkpoints.heads import (
+    TIE_KEY,
+    has_head,
+    is_copy_in_a_layer,
+    is_head,
+    tie_flag,
+    tie_flags,
+    tied_names,
+)
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.ties import written_heads
@@ -33,14 +41,41 @@ def own_heads(proposal: Proposal) -> Iterator[Remark]:
 
 def parted_pairs(proposal: Proposal) -> Iterator[Remark]:
     """Yield which pairs that are stored twice would no longer be one tensor."""
-    for each in written_heads(proposal.checkpoints, proposal.jobs) if tie_flag(proposal.config) is not False else ():
-        if not each.own and _treatment(each.head) != _treatment(each.embedding):
+    for each in written_heads(proposal.checkpoints, proposal.jobs):
+        is_untied = is_head(each.head.output.name) and tie_flag(proposal.config) is False
+        if not is_untied and not each.own and _treatment(each.head) != _treatment(each.embedding):
             head, embedding = each.head.output.name, each.embedding.output.name
             text = (
                 f"{shown(head)} and {shown(embedding)} are one tensor in every model, but rules or filters treat them "
                 "in two ways: a loader that ties them will take one of the two for both; let both match"
             )
             yield Remark("pair-parted", text, "warning", tensors=(head, embedding))
+
+
+def contradicting_flags(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which configs say both, that head and embedding are one tensor and that they are two."""
+    for each in proposal.checkpoints:
+        flags = tie_flags(each.config)
+        if flags and tie_flag(each.config) is None:
+            url, values = redact(each.url), {f"{path}{TIE_KEY}": str(flag).lower() for path, flag in flags.items()}
+            said = ", ".join(f"{key}: {flag}" for key, flag in values.items())
+            text = f"the config of {url} says {said}, and loaders differ in which they follow: the tensors decide"
+            if each is proposal.donor:
+                text += f"; the published config says {str(tie_flag(proposal.config)).lower()} for all"
+            yield Remark("tie-flags-disagree", text, "note", (url,), values=values)
+
+
+def stale_copies(proposal: Proposal) -> Iterator[Remark]:
+    """Yield copies of embedding and head, in layers that predict further tokens, that some models trained apart."""
+    for each in written_heads(proposal.checkpoints, proposal.jobs):
+        name, original = each.head.output.name, each.embedding.output.name
+        if is_copy_in_a_layer(name) and each.own and each.tied:
+            own, tied = (", ".join(redact(one.url) for one in these) for these in (each.own, each.tied))
+            text = (
+                f"{shown(name)} is {shown(original)} again in {tied}, and another tensor in {own}, as if it had been "
+                "left behind in training: both are merged as they are stored, and drafts may be accepted less often"
+            )
+            yield Remark("tied-head", text, "note", tuple(redact(one.url) for one in each.own), (name,))
 
 
 def missing_heads(proposal: Proposal) -> Iterator[Remark]:
