@@ -18,7 +18,8 @@ from stockflow.version import __version__
 if TYPE_CHECKING:
     from stockflow.adapters.combination import CombinationPlan
     from stockflow.adapters.combining import CombinedAdapter
-    from stockflow.adapters.findings import ExtractedTensor, Extraction
+    from stockflow.adapters.findings import Extraction
+    from stockflow.adapters.record import AdapterRecord, ExtractedTensor
     from stockflow.api import audit, diff, extract, inspect, merge, plan, report, verify
     from stockflow.errors import (
         AccessDeniedError,
@@ -61,7 +62,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapters.combination": ("CombinationPlan",),
     "adapters.combining": ("CombinedAdapter",),
-    "adapters.findings": ("ExtractedTensor", "Extraction"),
+    "adapters.findings": ("Extraction",),
+    "adapters.record": ("AdapterRecord", "ExtractedTensor"),
     "api": ("audit", "diff", "extract", "inspect", "merge", "plan", "report", "verify"),
     "insight.difference": ("CheckpointDifference", "GroupDifference", "TensorDifference"),
     "errors": (
@@ -86,7 +88,7 @@ __all__ = [  # noqa: RUF022  # as in _HOMES
     "__version__",
     "MergeResult", "PlanResult", "audit", "diff", "extract", "inspect", "merge", "plan", "report", "verify",
     "CheckpointDifference", "GroupDifference", "TensorDifference",
-    "CombinationPlan", "CombinedAdapter", "ExtractedTensor", "Extraction",
+    "AdapterRecord", "CombinationPlan", "CombinedAdapter", "ExtractedTensor", "Extraction",
     "AccessDeniedError", "AlreadyExistsError", "BudgetError", "CheckpointError", "ComputeLostError",
     "DamagedOutputError", "HeaderError", "InputChangedError", "InterruptedRunError", "LinkError", "MissingLibraryError",
     "NotFoundError",

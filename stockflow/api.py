@@ -30,6 +30,7 @@ from stockflow.settings import (
     explains,
     resolved,
 )
+from stockflow.storage import open_store
 from stockflow.wiring import (
     execute_on,
     is_on_ray,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from stockflow.adapters.combination import CombinationPlan
     from stockflow.adapters.combining import CombinedAdapter
     from stockflow.adapters.findings import Extraction
+    from stockflow.adapters.record import AdapterRecord
     from stockflow.forecast.constants import Calibration
     from stockflow.insight.difference import CheckpointDifference
     from stockflow.insight.inspection import Inspection
@@ -325,8 +327,12 @@ def verify(
     return verify_output(os.fspath(output), config, inputs=inputs, sample=options, on_event=on_event)
 
 
-def report(output: Location, *, recipe: RecipeLike | None = None, on_event: OnEvent = ignore) -> "Report":
+def report(
+    output: Location, *, recipe: RecipeLike | None = None, on_event: OnEvent = ignore
+) -> "Report | AdapterRecord":
     """Return what a finished merge did to the models and how it ran, from its records alone; no weight is read.
+
+    Of an adapter that was made here: what it was made of, and what it keeps of each tensor.
 
     Args:
         output: folder or URL of the output.
@@ -338,8 +344,11 @@ def report(output: Location, *, recipe: RecipeLike | None = None, on_event: OnEv
         DamagedOutputError: its manifest or its table of tensors is not what was published.
         StorageError: reading failed after retries.
     """
+    from stockflow.adapters.record import find_record
     from stockflow.reports.report import report as report_on
 
     config = storage_of(recipe)
     on_event(Stage("reading records"))
+    if record := find_record(open_store(os.fspath(output), config)):
+        return record
     return report_on(os.fspath(output), config, lambda num_bytes: on_event(Moved(num_bytes)))

@@ -1,7 +1,8 @@
 """Cards of adapters: what they were made of, and what they keep."""
 
 from stockflow.adapters.combination import CombinationPlan, ranks_in_words
-from stockflow.adapters.findings import Extraction, share
+from stockflow.adapters.findings import Extraction
+from stockflow.adapters.record import share
 from stockflow.storage import redact
 from stockflow.text.escaping import code_block, code_cell
 from stockflow.version import __version__

@@ -10,20 +10,22 @@ import numpy as np
 
 from stockflow.adapters.card import combination_card
 from stockflow.adapters.combination import CombinationPlan, CombinedModule, CombinedTensor, Sources, ranks_in_words
-from stockflow.adapters.findings import share
 from stockflow.adapters.peft import AdapterDescription
-from stockflow.adapters.publishing import Spool, admit, publish
+from stockflow.adapters.pieces import AdapterPieces
+from stockflow.adapters.publishing import FINISHED, AdapterPlan, admit, claimed, publish
+from stockflow.adapters.record import AdapterRecord, factor_row, is_whole, read_record, share, whole_row
 from stockflow.adapters.sketch import Factors
 from stockflow.adapters.truncation import decomposed
 from stockflow.ahead import map_ahead
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.errors import BudgetError, NumericsError
-from stockflow.events import Done, Moved, OnEvent, Stage
+from stockflow.events import Done, Moved, Note, OnEvent, Stage
 from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.kernels.once import rounded
 from stockflow.output.manifest import PublishedFile
 from stockflow.planning.budget import BASELINE_BYTES, client_bytes
-from stockflow.storage import Store, redact
+from stockflow.planning.plan import CheckpointRef
+from stockflow.storage import Store, own_key, redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import gb, mib
 from stockflow.text.tables import grid
@@ -106,25 +108,61 @@ def combine(
         UserError: the output is taken, a number is beyond the dtype, or the memory is too small.
         StorageError: storage failed after retries.
     """
-    started = time.perf_counter()
+    began = time.time()
     threads = _num_threads(plan, sources, output, memory_bytes, num_threads)
-    admit(output, plan.num_bytes, overwrite=overwrite)
-    num_items = len(plan.modules) + len(plan.tensors)
-    on_event(Stage("reading the inputs", total_bytes=plan.num_read, num_items=num_items, unit="tensors"))
-    energies: dict[str, float] = {}
-    with Spool() as spool, ThreadPoolExecutor(threads, thread_name_prefix="combine") as pool:
-        found = map_ahead(pool, threads, lambda module: _factors_of(module, plan.dtype, sources), plan.modules)
-        for module, factors in zip(plan.modules, found, strict=True):
-            for spec, values in zip(module.specs(plan.dtype), factors[:2], strict=True):
-                spool.add(spec, values)
-            energies[module.module] = factors.energy
-            _tell(on_event, module, sources)
-        for tensor in plan.tensors:
-            spool.add(tensor.spec, _added(tensor, sources))
-            on_event(Done(tensor.spec.name))
-        card = combination_card(plan, recipe_text)
-        files = publish(output, spool, _described(plan).encode(), card, on_event)
-    return CombinedAdapter(plan, energies, files, time.perf_counter() - started)
+    made = _adapter_plan(plan, sources, recipe_text)
+    found = admit(output, made, plan.num_bytes, overwrite=overwrite)
+    if found.finished and not overwrite:
+        on_event(Note(FINISHED))
+        return _on_record(plan, read_record(output, found.finished))
+    with claimed(output, made, found, began, on_event) as (pieces, tell):
+        _combine(plan, sources, pieces, threads, tell)
+        card, energies = combination_card(plan, recipe_text), _energies(pieces)
+        summary = {"tensors": len(pieces.rows), "seconds_total": pieces.seconds}
+        manifest = publish(output, made, pieces, _described(plan).encode(), card, summary, tell)
+    return CombinedAdapter(plan, energies, manifest.files, pieces.seconds)
+
+
+def _combine(plan: CombinationPlan, sources: Sources, pieces: AdapterPieces, threads: int, tell: OnEvent) -> None:
+    """Make all that no earlier run made."""
+    modules = [each for each in plan.modules if each.module not in pieces.rows]
+    tensors = [each for each in plan.tensors if each.spec.name not in pieces.rows]
+    num_items = len(modules) + len(tensors)
+    tell(Stage("reading the inputs", total_bytes=plan.num_read, num_items=num_items, unit="tensors"))
+    with ThreadPoolExecutor(threads, thread_name_prefix="combine") as pool:
+        found = map_ahead(pool, threads, lambda module: _factors_of(module, plan.dtype, sources), modules)
+        for module, factors in zip(modules, found, strict=True):
+            spec = TensorSpec(module.module, plan.dtype, module.shape)
+            held = zip(module.specs(plan.dtype), factors[:2], strict=True)
+            pieces.num_read += _tell(tell, module, sources)
+            pieces.add(factor_row(spec, module.rank, factors.energy), *held)
+        for tensor in tensors:
+            pieces.add(whole_row(tensor.spec), (tensor.spec, _added(tensor, sources)))
+            tell(Done(tensor.spec.name))
+    pieces.flush()
+
+
+def _adapter_plan(plan: CombinationPlan, sources: Sources, recipe_text: str) -> AdapterPlan:
+    stores = [source.store for source in sources if source]
+    files = [source.adapter.files for source in sources if source]
+    stamps = ({own_key(key): stamp for key, stamp in each.items()} for each in files)
+    left_out = ("output_url", "urls", "num_read")
+    return AdapterPlan(
+        checkpoints=tuple(CheckpointRef(store.url, each) for store, each in zip(stores, stamps, strict=True)),
+        pins=tuple(store.pin for store in stores),
+        settings={name: value for name, value in asdict(plan).items() if name not in left_out},
+        made_by=recipe_text,
+    )
+
+
+def _energies(pieces: AdapterPieces) -> Mapping[str, float]:
+    return {row.name: row.facts["energy"] for row in pieces.rows.values() if not is_whole(row)}
+
+
+def _on_record(plan: CombinationPlan, record: AdapterRecord) -> CombinedAdapter:
+    """Return what a finished adapter is by its records."""
+    energies = {each.name: each.energy for each in record.tensors if each.energy is not None}
+    return CombinedAdapter(plan, energies, record.manifest.files, record.manifest.summary["seconds_total"])
 
 
 def _num_threads(plan: CombinationPlan, sources: Sources, output: Store, memory_bytes: int, most: int) -> int:
@@ -150,12 +188,15 @@ def _held_bytes(module: CombinedModule) -> int:
     return 8 * NUM_COPIES * module.summed_rank * sum(module.shape)
 
 
-def _tell(on_event: OnEvent, module: CombinedModule, sources: Sources) -> None:
+def _tell(on_event: OnEvent, module: CombinedModule, sources: Sources) -> int:
+    """Tell that a module is done; return how many bytes were read of it."""
     read = [sources[share.source] for share in module.shares]
     keys = [share.keys for share in module.shares]
     sizes = (source.spec(key).num_bytes for source, pair in zip(read, keys, strict=True) if source for key in pair)
-    on_event(Moved(sum(sizes)))
+    num_read = sum(sizes)
+    on_event(Moved(num_read))
     on_event(Done(module.module))
+    return num_read
 
 
 def _factors_of(module: CombinedModule, dtype: str, sources: Sources) -> CombinedFactors:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,11 @@ from stockflow.adapters.experts import (
     stacked_specs,
     stacked_targets,
 )
-from stockflow.adapters.findings import ExtractedTensor, Extraction
+from stockflow.adapters.findings import Extraction, extraction_of, extraction_on_record
 from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole, stores_turned, task_of
-from stockflow.adapters.publishing import Spool, admit, check_apart, publish
+from stockflow.adapters.pieces import AdapterPieces, Held
+from stockflow.adapters.publishing import FINISHED, AdapterPlan, admit, check_apart, claimed, publish
+from stockflow.adapters.record import factor_row, is_whole, rank_of, read_record, whole_row
 from stockflow.adapters.targets import FactorTarget, KeptWhole, Pair, kept_whole, module_of, paired
 from stockflow.checkpoints.decodes.joined import as_bytes
 from stockflow.checkpoints.files.header import TensorSpec, width_of
@@ -29,12 +31,14 @@ from stockflow.errors import PlanError
 from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.insight.surveys import Following, Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
+from stockflow.output.receipts import TensorFacts
 from stockflow.planning.job import Reading
 from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.working_precision import float_bits_of
 from stockflow.run.bases import with_base
 from stockflow.storage import StorageConfig, Store, halves_of, open_model, open_store, pin_revision, redact
+from stockflow.text.redaction import command_line
 
 
 @dataclass(frozen=True)
@@ -56,105 +60,130 @@ class ExtractOptions:
 
 
 @dataclass
-class _Extracting:
-    """An extraction on its way."""
+class _Looking:
+    """Two checkpoints that are looked at."""
 
     pair: Pair
     spec: SurveySpec
     survey: Survey
-    options: ExtractOptions
     on_event: OnEvent
-    spool: Spool
-    rows: dict[str, ExtractedTensor] = field(default_factory=dict)
-    stacked: list[StackedTarget] = field(default_factory=list)
-    """tensors of all experts of a layer that changed"""
     num_read: int = 0
+    """bytes that no piece tells of yet"""
 
     def changed_others(self) -> list[str]:
         """Return the names of changed tensors that are not targets."""
         stacked = {target.name for target in stacked_targets(self.pair)}
         others = [name for name in self.pair.others if name not in stacked]
         alike = [name for name in others if _are_alike(self.pair, name)]
-        differing = {name for name, whole in self._wholes(alike, keeps=False) if whole.differs}
+        differing = {name for name, whole in self.wholes(alike, keeps=False) if whole.differs}
         changed = differing | (set(others) - set(alike))
         return [name for name in others if name in changed]
+
+    def wholes(self, names: Sequence[str], *, keeps: bool) -> Iterator[tuple[str, TunedTensor]]:
+        """Yield tensors as they were tuned."""
+        looks = [_whole_look(self.pair, name, keeps=keeps) for name in names]
+        return ((names[number], row) for number, row in self.surveyed(looks))
+
+    def surveyed(self, looks: Sequence[Look]) -> Iterator[tuple[int, Any]]:
+        """Yield what looks say, in any order."""
+        if not looks:
+            return
+        following = Following(self.spec, looks, self.on_event)
+        for found in following.rows(self.survey(self.spec, looks, following)):
+            self.num_read += following.take()
+            yield found
+        self.num_read += following.take()
+
+
+@dataclass
+class _Extracting:
+    """An extraction on its way."""
+
+    looking: _Looking
+    options: ExtractOptions
+    pieces: AdapterPieces
+
+    @property
+    def pair(self) -> Pair:
+        """What is compared."""
+        return self.looking.pair
 
     def keep_whole(self, kept: KeptWhole) -> None:
         """Write tensors whole."""
         names = [name for module in kept.modules for name in self.pair.parameters[module]]
-        for name, whole in self._wholes([*names, *kept.biases], keeps=True):
+        for name, whole in self.looking.wholes(self._left([*names, *kept.biases]), keeps=True):
             spec = self.pair.tuned.specs[name]
             has_factors = module_of(name) in self.ranks
             key = key_of_bias(module_of(name), has_factors=has_factors) if name in kept.biases else key_of_whole(name)
-            for each in (key, *map(key_of_whole, self.pair.heads_beside(name))):
-                self.spool.add(spec._replace(name=each), whole.values)
-            self.rows[name] = ExtractedTensor(name, spec.shape, "whole")
+            keys = key, *map(key_of_whole, self.pair.heads_beside(name))
+            self._add(whole_row(spec), *((spec._replace(name=each), whole.values) for each in keys))
 
     def keep_factors(self, targets: Sequence[FactorTarget]) -> None:
         """Write the factors of what changed."""
-        looks = [_sketched(self.pair, target, self.options) for target in targets]
-        for number, change in self._surveyed(looks):
-            if change.rank:
-                self._add_factors(targets[number], change)
+        left = [target for target in targets if target.name not in self.pieces.rows]
+        for number, change in self.looking.surveyed([_sketched(self.pair, each, self.options) for each in left]):
+            self._add_factors(left[number], change)
 
     def keep_experts(self, targets: Sequence[StackedTarget]) -> None:
         """Write the factors of tensors of all experts of a layer, of which any changed."""
-        places = [(target, expert) for target in targets for expert in range(target.num_experts)]
+        left = [target for target in targets if target.name not in self.pieces.rows]
+        places = [(target, expert) for target in left for expert in range(target.num_experts)]
         looks = [_sketched_expert(self.pair, *place, self.options) for place in places]
         found: dict[StackedTarget, dict[int, FactoredChange]] = {}
-        for number, change in self._surveyed(looks):
+        for number, change in self.looking.surveyed(looks):
             target, expert = places[number]
             changes = found.setdefault(target, {})
             changes[expert] = change
             if len(changes) == target.num_experts:
                 self._add_experts(target, [changes[each] for each in sorted(changes)])
                 found[target] = {}
-        self._name_experts()
 
-    def _add_experts(self, target: StackedTarget, changes: Sequence[FactoredChange]) -> None:
-        if not any(change.rank for change in changes):
-            return
-        rank, dtype = self.options.rank, self.options.dtype
-        made = put_together(target, changes, rank, dtype)
-        for part, values in (("a", made.a), ("b", made.b)):
-            spec = stacked_specs(target, rank, dtype, is_inner=False)["ab".index(part)]
-            self.spool.add(spec._replace(name=f"{target.name} {part}"), values)
-        shape, norm = (target.num_experts, *target.shape), math.sqrt(made.squares)
-        self.rows[target.name] = ExtractedTensor(target.name, shape, "factors", rank, norm, made.energy)
-        self.stacked.append(target)
-
-    def _name_experts(self) -> None:
-        """Name factors by what is wrapped by what, which is known when all that changed is."""
+    def finish(self) -> None:
+        """Write what waits, and name factors by what is wrapped by what, which is known when all that changed is."""
+        self.pieces.flush()
         for target, is_inner in inner_targets(self.stacked).items():
             specs = stacked_specs(target, self.options.rank, self.options.dtype, is_inner=is_inner)
             for part, spec in zip("ab", specs, strict=True):
-                self.spool.rename(f"{target.name} {part}", spec.name)
+                self.pieces.rename(f"{target.name} {part}", spec.name)
+
+    def _left(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name not in self.pieces.rows]
+
+    def _add(self, row: TensorFacts, *held: Held) -> None:
+        self.pieces.num_read, self.looking.num_read = self.pieces.num_read + self.looking.num_read, 0
+        self.pieces.add(row, *held)
+
+    def _add_experts(self, target: StackedTarget, changes: Sequence[FactoredChange]) -> None:
+        rank, dtype, shape = self.options.rank, self.options.dtype, (target.num_experts, *target.shape)
+        if not any(change.rank for change in changes):
+            self._add(factor_row(TensorSpec(target.name, dtype, shape), 0, 1.0, 0.0))
+            return
+        made = put_together(target, changes, rank, dtype)
+        specs = stacked_specs(target, rank, dtype, is_inner=False)
+        held = [spec._replace(name=f"{target.name} {part}") for part, spec in zip("ab", specs, strict=True)]
+        row = factor_row(TensorSpec(target.name, dtype, shape), rank, made.energy, math.sqrt(made.squares))
+        self._add(row, (held[0], made.a), (held[1], made.b))
 
     def _add_factors(self, target: FactorTarget, change: FactoredChange) -> None:
+        dtype = self.options.dtype
+        spec, norm = TensorSpec(target.name, dtype, target.shape), math.sqrt(change.squares)
+        row = factor_row(spec, change.rank, change.kept, norm)
         rows, columns = target.shape[::-1] if target.is_turned else target.shape
         keys = factor_keys(target.module, is_embedding=target.is_embedding)
         shapes = (change.rank, columns), (rows, change.rank)
-        for key, shape, values in zip(keys, shapes, (change.right, change.left), strict=True):
-            self.spool.add(TensorSpec(key, self.options.dtype, shape), values)
-        norm = math.sqrt(change.squares)
-        self.rows[target.name] = ExtractedTensor(target.name, target.shape, "factors", change.rank, norm, change.kept)
+        specs = [TensorSpec(key, dtype, shape) for key, shape in zip(keys, shapes, strict=True)]
+        self._add(row, *(zip(specs, (change.right, change.left), strict=True) if change.rank else ()))
+
+    @property
+    def stacked(self) -> Sequence[StackedTarget]:
+        """Tensors of all experts of a layer that changed."""
+        return [each for each in stacked_targets(self.pair) if rank_of(self.pieces.rows.get(each.name))]
 
     @property
     def ranks(self) -> Mapping[str, int]:
         """The rank of every module that has factors."""
-        found = {target.module: self.rows.get(target.name) for target in self.pair.targets}
-        return {module: row.rank for module, row in found.items() if row and row.rank}
-
-    def _wholes(self, names: Sequence[str], *, keeps: bool) -> Iterator[tuple[str, TunedTensor]]:
-        looks = [_whole_look(self.pair, name, keeps=keeps) for name in names]
-        return ((names[number], row) for number, row in self._surveyed(looks))
-
-    def _surveyed(self, looks: Sequence[Look]) -> Iterator[tuple[int, Any]]:
-        if not looks:
-            return
-        following = Following(self.spec, looks, self.on_event)
-        yield from following.rows(self.survey(self.spec, looks, following))
-        self.num_read += following.num_read
+        found = {target.module: rank_of(self.pieces.rows.get(target.name)) for target in self.pair.targets}
+        return {module: rank for module, rank in found.items() if rank}
 
 
 def extract(
@@ -181,22 +210,39 @@ def extract(
         UserError: the two are not alike, what changed cannot be held, or the memory is too small.
         StorageError: storage failed after retries.
     """
-    started = time.perf_counter()
+    began = time.time()
     stores, checkpoints = _opened(locations, config, on_event)
     store = open_store(output, config, writable=True)
     check_apart(store, [each.url for each in stores])
     pair = paired(*checkpoints, takes_embeddings=options.embeddings)
-    admit(store, _most_bytes(pair, options), overwrite=options.overwrite)
-    refs = tuple(CheckpointRef(each.url, each.files) for each in checkpoints)
-    spec = SurveySpec(refs, config, resources.memory_bytes, resources.num_threads, resources.device)
-    with Spool() as spool:
-        extracting = _Extracting(pair, spec, survey, options, on_event, spool)
-        kept = kept_whole(pair, extracting.changed_others(), keep=options.keep_whole)
+    plan = _plan(stores, checkpoints, options)
+    found = admit(store, plan, _most_bytes(pair, options), overwrite=options.overwrite)
+    if found.finished and not options.overwrite:
+        on_event(Note(FINISHED))
+        return extraction_on_record(read_record(store, found.finished), options.dtype)
+    spec = SurveySpec(plan.checkpoints, config, resources.memory_bytes, resources.num_threads, resources.device)
+    looking = _Looking(pair, spec, survey, on_event)
+    kept = kept_whole(pair, looking.changed_others(), keep=options.keep_whole)
+    with claimed(store, plan, found, began, on_event) as (pieces, looking.on_event):
+        extracting = _Extracting(looking, options, pieces)
         extracting.keep_factors([target for target in pair.targets if target.module not in kept.modules])
         extracting.keep_experts([target for target in stacked_targets(pair) if target.module not in kept.modules])
         _check_any(extracting)
         extracting.keep_whole(kept)
-        return _published(store, extracting, kept, started)
+        extracting.finish()
+        return _published(store, plan, extracting, kept)
+
+
+def _plan(stores: Sequence[Store], checkpoints: Sequence[Checkpoint], options: ExtractOptions) -> AdapterPlan:
+    settings = {name: value for name, value in asdict(options).items() if name != "overwrite"}
+    given = (["--" + name.replace("_", "-"), str(value)] for name, value in settings.items() if value)
+    flags = [each for words in given for each in words if each != "True"]
+    return AdapterPlan(
+        checkpoints=tuple(CheckpointRef(each.url, each.files) for each in checkpoints),
+        pins=tuple(store.pin for store in stores),
+        settings={"method": "extract", **settings},
+        made_by=command_line("stockflow", "extract", *(each.url for each in checkpoints), "OUTPUT", *flags),
+    )
 
 
 def _opened(
@@ -269,32 +315,24 @@ def _check_any(extracting: _Extracting) -> None:
         )
 
 
-def _published(store: Store, extracting: _Extracting, kept: KeptWhole, started: float) -> Extraction:
-    pair, rows = extracting.pair, extracting.rows
-    tensors = tuple(rows[name] for name in pair.base.specs if name in rows)
-    heads = (module_of(head) for name in rows for head in pair.heads_beside(name) if rows[name].held == "whole")
+def _published(store: Store, plan: AdapterPlan, extracting: _Extracting, kept: KeptWhole) -> Extraction:
+    pair, pieces = extracting.pair, extracting.pieces
+    wholes = [name for name, row in pieces.rows.items() if is_whole(row)]
     described = AdapterDescription(
         base=pair.base.url,
         ranks=extracting.ranks,
         candidates={module_of(name) for name in pair.base.specs},
-        saved=[*kept.modules, *heads],
+        saved=[*kept.modules, *(module_of(head) for name in wholes for head in pair.heads_beside(name))],
         parameters=[target.name for target in extracting.stacked],
         own_rank=extracting.options.rank if extracting.stacked else None,
         has_biases=bool(kept.biases),
         is_turned=stores_turned(pair.base.config),
         task=task_of(pair.base.config),
     )
-    found = Extraction(
-        output_url=store.url,
-        base_url=pair.base.url,
-        tuned_url=pair.tuned.url,
-        dtype=extracting.options.dtype,
-        tensors=tensors,
-        num_equal=len(pair.base.specs) - len(tensors),
-        files={},
-        num_read=extracting.num_read,
-        seconds=0.0,
+    order = {name: number for number, name in enumerate(pair.base.specs)}
+    pieces.rows = dict(sorted(pieces.rows.items(), key=lambda item: order[item[0]]))
+    made = extraction_of(store.url, plan, pieces, extracting.options.dtype, len(pair.base.specs))
+    manifest = publish(
+        store, plan, pieces, described.encode(), extraction_card(made), made.summary, extracting.looking.on_event
     )
-    card = extraction_card(found)
-    files = publish(store, extracting.spool, described.encode(), card, extracting.on_event)
-    return replace(found, files=files, seconds=time.perf_counter() - started)
+    return replace(made, files=manifest.files)

@@ -2,32 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
+from stockflow.adapters.pieces import AdapterPieces
+from stockflow.adapters.publishing import AdapterPlan, changed_rows
+from stockflow.adapters.record import AdapterRecord, ExtractedTensor, energy_of, least_kept, ranks_of, share
 from stockflow.output.manifest import PublishedFile
 from stockflow.storage import redact
 from stockflow.text import notebook
-from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import counted, gb
-from stockflow.text.tables import grid
 
 NUM_SHOWN = 20
-"""Tensors a summary lists."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractedTensor:
-    """What an adapter holds of a tensor that changed."""
-
-    name: str
-    shape: tuple[int, ...]
-    held: Literal["factors", "whole"]
-    rank: int | None = None
-    """of factors"""
-    norm: float | None = None
-    """Frobenius norm of the change, where factors hold it"""
-    energy: float | None = None
-    """share of the squared norm of the change that factors keep"""
+"""Tensors a notebook shows."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +30,9 @@ class Extraction:
     """how many did not"""
     files: Mapping[str, PublishedFile]
     num_read: int
-    """bytes"""
+    """bytes, by all runs that had a part in it"""
     seconds: float
+    """that these took"""
 
     @property
     def factored(self) -> Sequence[ExtractedTensor]:
@@ -56,9 +42,17 @@ class Extraction:
     @property
     def energy(self) -> float:
         """Share of the squared norm of all changes held by factors that these keep."""
-        squares = [(tensor.norm or 0.0) ** 2 for tensor in self.factored]
-        kept = sum(square * (tensor.energy or 0.0) for square, tensor in zip(squares, self.factored, strict=True))
-        return kept / sum(squares)
+        return energy_of(self.factored)
+
+    @property
+    def summary(self) -> Mapping[str, float]:
+        """What its manifest says of all tensors together."""
+        return {
+            "tensors": len(self.tensors),
+            "equal_tensors": self.num_equal,
+            "energy": self.energy,
+            "seconds_total": self.seconds,
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -84,28 +78,19 @@ class Extraction:
     def lines(self) -> Iterator[str]:
         """Yield a summary for people: what is kept, and of which tensors the least."""
         factored, num_whole = self.factored, len(self.tensors) - len(self.factored)
-        ranks = sorted({tensor.rank or 0 for tensor in factored})
-        of_rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         read = f"{gb(self.num_read)} read in {self.seconds:.1f} s"
         yield f"adapter {redact(self.output_url)}: {gb(self.num_bytes)}; {read}"
         kept = f"{share(self.energy)} of the energy"
-        yield f"  {counted(len(factored), 'tensor')} by factors of {of_rank}, which keep {kept}"
+        yield f"  {counted(len(factored), 'tensor')} by factors of {ranks_of(factored)}, which keep {kept}"
         yield f"  {counted(num_whole, 'tensor')} whole; {self.num_equal:,} equal in both models"
         yield ""
-        more = f" (the first {NUM_SHOWN} of {len(factored)})" if len(factored) > NUM_SHOWN else ""
-        yield f"  tensors of which the least is kept{more}"
-        yield from self.table(NUM_SHOWN)
+        yield from least_kept(factored)
         yield f"next: the tuned model is `model: {self.named}` in a recipe"
 
     @property
     def named(self) -> str:
         """How a recipe names the tuned model by its adapter."""
         return f"{redact(self.base_url)}+{redact(self.output_url)}"
-
-    def table(self, num_rows: int | None = None) -> Iterator[str]:
-        """Yield a table of the tensors that factors hold, the least kept first."""
-        rows = sorted(self.factored, key=lambda tensor: tensor.energy or 0.0)[:num_rows]
-        yield from grid([("tensor", "rank", "energy kept", "norm of the change"), *map(_cells, rows)])
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -118,10 +103,36 @@ class Extraction:
         return notebook.block(title, notebook.table(columns, rows))
 
 
-def share(value: float) -> str:
-    """Return a share in per cent, with as many nines as it has."""
-    return f"{100.0 * value:.4g} %" if value < 0.999 else f"{100.0 * value:.6g} %"
+def extraction_of(
+    output_url: str, plan: AdapterPlan, pieces: AdapterPieces, dtype: str, num_tensors: int
+) -> Extraction:
+    """Return what was extracted, before its files are written.
+
+    Args:
+        output_url: where they go.
+        plan: of base and tuned model.
+        pieces: all that is done.
+        dtype: of the factors.
+        num_tensors: of the base.
+    """
+    tensors = tuple(map(ExtractedTensor.of, changed_rows(pieces.rows.values())))
+    base, tuned = plan.checkpoints
+    num_equal = num_tensors - len(tensors)
+    return Extraction(output_url, base.url, tuned.url, dtype, tensors, num_equal, {}, pieces.num_read, pieces.seconds)
 
 
-def _cells(tensor: ExtractedTensor) -> tuple[str, ...]:
-    return in_a_line(tensor.name), str(tensor.rank), share(tensor.energy or 0.0), f"{tensor.norm or 0.0:.4g}"
+def extraction_on_record(record: AdapterRecord, dtype: str) -> Extraction:
+    """Return what was extracted, as the records of a finished adapter tell it."""
+    manifest = record.manifest
+    base, tuned = manifest.inputs
+    return Extraction(
+        output_url=record.url,
+        base_url=base.url,
+        tuned_url=tuned.url,
+        dtype=dtype,
+        tensors=record.tensors,
+        num_equal=int(manifest.summary["equal_tensors"]),
+        files=manifest.files,
+        num_read=int(manifest.summary["bytes_read"]),
+        seconds=manifest.summary["seconds_total"],
+    )

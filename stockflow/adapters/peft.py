@@ -13,7 +13,6 @@ from stockflow.checkpoints.adapters.keys import PREFIX
 from stockflow.checkpoints.configs import Config
 from stockflow.storage import redact
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 _CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose linear layers store weights as ``[in, out]``."""
 VERSION = "0.21.2"

@@ -1,83 +1,71 @@
-"""Publishing an adapter: tensors kept in a file of this machine until all are known, then weights, card and config.
+"""Publishing an adapter: its place is claimed, what is done of it kept there, then weights, card, config and manifest.
 
-Loaders look for adapter_config.json, which is the last to appear.
+Loaders look for adapter_config.json, which appears when all that it speaks of is there; the manifest is the last.
 """
 
 import hashlib
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
-from types import TracebackType
-from typing import NamedTuple
-from uuid import uuid4
 
-from stockflow.adapters.peft import WEIGHTS_FILE
-from stockflow.checkpoints.adapters.config import CONFIG_KEY
-from stockflow.checkpoints.files.header import TensorSpec, encode_header
-from stockflow.errors import OutputConflictError, PlanError
-from stockflow.events import Moved, OnEvent, Stage
-from stockflow.kernels.arrays import Bytes
-from stockflow.output.keys import CARD_FILE
-from stockflow.output.manifest import PublishedFile
+from stockflow.adapters.pieces import AdapterPieces
+from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY
+from stockflow.errors import AlreadyExistsError, OutputConflictError, PlanError
+from stockflow.events import Moved, Note, OnEvent, Run, Stage, all_of
+from stockflow.output import claims
+from stockflow.output import manifest as manifest_file
+from stockflow.output.claims import Claim, Heartbeat, new_run
+from stockflow.output.clean import swept
+from stockflow.output.keys import CARD_FILE, CLAIM_FILE, MANIFEST_FILE, RECORDS, run_key, tensors_key
+from stockflow.output.manifest import Manifest, PublishedFile
+from stockflow.output.ownership import Occupancy, check_owner, claim, given_up_unbegun, on_record
+from stockflow.output.publish import versions
+from stockflow.output.receipts import TensorFacts
+from stockflow.output.tables import encode_tensors
 from stockflow.output.target import check_keys, check_space
-from stockflow.storage import LocalStore, Stamp, Store, check_stamp, halves_of, is_within, redact
+from stockflow.planning.plan import NUMERICS, CheckpointRef, canonical_checkpoint, canonical_digest
+from stockflow.progress.file import Tracker, progress_file
+from stockflow.storage import Stamp, Store, check_stamp, halves_of, is_within, redact
 from stockflow.text.strictjson import shown
 
-FILES = (WEIGHTS_FILE, CARD_FILE, CONFIG_KEY)
+FILES = (WEIGHTS_KEY, CARD_FILE, CONFIG_KEY, MANIFEST_FILE)
 """Of an adapter, in the order in which they appear."""
-_BLOCK_BYTES = 8 * 2**20
+CLASS = "cpu"
+FINISHED = "this adapter is there already, finished: nothing was done"
 
 
-class _Kept(NamedTuple):
-    spec: TensorSpec
-    start: int
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What decides the bytes of an adapter that is made here."""
 
+    checkpoints: tuple[CheckpointRef, ...]
+    """that are read"""
+    pins: tuple[str, ...]
+    """per checkpoint, how reads are held to the stamps"""
+    settings: Mapping[str, object]
+    """plain values; what is done with the checkpoints"""
+    made_by: str
+    """the recipe, or the command"""
+    shards = ()
+    num_output_bytes = 0
+    """not known before"""
 
-class Spool:
-    """Tensors in a temporary file, which nobody else sees."""
+    @cached_property
+    def plan_id(self) -> str:
+        """sha256 of all that decides the bytes."""
+        places = [canonical_checkpoint(each) for each in self.checkpoints]
+        return canonical_digest({"inputs": places, **self._settings})
 
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._file = tempfile.TemporaryFile(prefix="stockflow-adapter-")  # noqa: SIM115  # closed by __exit__
-        self._kept: dict[str, _Kept] = {}
-        self.num_bytes = 0
-
-    def __enter__(self) -> "Spool":
-        """Return itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Give the file back."""
-        self._file.close()
-
-    def add(self, spec: TensorSpec, values: Bytes) -> None:
-        """Keep a tensor."""
-        assert len(values) == spec.num_bytes, spec
-        self._kept[spec.name] = _Kept(spec, self.num_bytes)
-        self._file.write(values.data)
-        self.num_bytes += len(values)
-
-    def rename(self, name: str, new: str) -> None:
-        """Give a tensor another name."""
-        spec, start = self._kept.pop(name)
-        self._kept[new] = _Kept(spec._replace(name=new), start)
+    @cached_property
+    def merge_id(self) -> str:
+        """The same without the inputs."""
+        return canonical_digest(self._settings)
 
     @property
-    def header(self) -> bytes:
-        """The header of a file of safetensors that holds the tensors by name."""
-        return encode_header([kept.spec for _, kept in sorted(self._kept.items())], {"format": "pt"})
-
-    def blocks(self) -> Iterator[bytes]:
-        """Yield what follows the header."""
-        for _, (spec, start) in sorted(self._kept.items()):
-            self._file.seek(start)
-            for size in _sizes(spec.num_bytes):
-                yield self._file.read(size)
-
-
-def _sizes(num_bytes: int) -> Iterator[int]:
-    for start in range(0, num_bytes, _BLOCK_BYTES):
-        yield min(_BLOCK_BYTES, num_bytes - start)
+    def _settings(self) -> dict[str, object]:
+        return {"makes": "adapter", "numerics": NUMERICS, "settings": self.settings}
 
 
 def check_apart(output: Store, inputs: Iterable[str]) -> None:
@@ -91,62 +79,158 @@ def check_apart(output: Store, inputs: Iterable[str]) -> None:
             raise PlanError(f"the output {redact(output.url)} is, or lies in, the input {redact(url)}; move it")
 
 
-def admit(store: Store, num_bytes: int, *, overwrite: bool) -> None:
-    """Hold an output's place against what will be written there, before anything long is begun.
+def admit(store: Store, plan: AdapterPlan, num_bytes: int, *, overwrite: bool) -> Occupancy:
+    """Return what is at an adapter's place, if a run of this plan may work there; nothing is written.
 
     Args:
         store: the place.
-        num_bytes: of the adapter, at most.
+        plan: of the adapter.
+        num_bytes: of it, at most.
         overwrite: whether an adapter that is there is replaced.
 
     Raises:
         UserError: nothing can be written there, something else is there, or it is too small.
         StorageError: it does not answer.
     """
-    check_keys(store, FILES)
-    check_space(store, num_bytes)
+    check_keys(store, [*FILES, CLAIM_FILE, run_key(plan.plan_id, "0" * 16)])
+    found = on_record(store, plan) or _strangers(store)
+    if found.conflict and not overwrite:
+        raise OutputConflictError(f"{found.conflict}; choose another output, or --overwrite to replace an adapter")
+    held = store.listing().files
+    if found.conflict and held and not {WEIGHTS_KEY, CONFIG_KEY} & held.keys():
+        raise OutputConflictError(
+            f"{redact(store.url)} is not empty and holds no adapter (it has {shown(next(iter(held)))}), so --overwrite "
+            "replaces nothing there; choose another output"
+        )
+    if not found.finished:
+        check_space(store, 2 * num_bytes)
+    return found
+
+
+def _strangers(store: Store) -> Occupancy:
     listing = store.listing()
-    held = [*listing.files, *listing.folders]
-    if held and not overwrite:
-        raise OutputConflictError(
-            f"{redact(store.url)} is not empty (it has {shown(held[0])}); choose another output, or --overwrite to "
-            "replace an adapter that is there"
-        )
-    if held and not {WEIGHTS_FILE, CONFIG_KEY} & set(held):
-        raise OutputConflictError(
-            f"{redact(store.url)} is not empty and holds no adapter (it has {shown(held[0])}), so --overwrite replaces "
-            "nothing there; choose another output"
-        )
-    if not isinstance(store, LocalStore):
-        probe = f".stockflow-{uuid4().hex}"
-        store.put(probe, b"may an adapter be written here?\n")
-        store.delete([probe])
+    held = next((name for name in (*listing.files, *listing.folders) if name != RECORDS.rstrip("/")), None)
+    return Occupancy(conflict=held and f"{redact(store.url)} is not empty (it has {shown(held)})")
 
 
-def publish(store: Store, spool: Spool, config: bytes, card: str, on_event: OnEvent) -> Mapping[str, PublishedFile]:
-    """Write the files of an adapter and return their digests; what loaders look for disappears first and appears last.
+@contextmanager
+def claimed(
+    store: Store, plan: AdapterPlan, found: Occupancy, began: float, on_event: OnEvent
+) -> Iterator[tuple[AdapterPieces, OnEvent]]:
+    """Hold an adapter's place while it is made there: yields what is done of it, and what to tell of the rest.
+
+    Args:
+        store: the place.
+        plan: of the adapter.
+        found: what ``admit`` returned.
+        began: when this run did, in seconds since the epoch.
+        on_event: told how it goes.
+
+    Raises:
+        OutputConflictError: another plan claimed it at the same moment.
+        StorageError: storage failed; the same again goes on.
+    """
+    run = new_run()
+    tracker = Tracker(plan, run)
+    tell = all_of(tracker, on_event)
+    tell(Run(run, plan.plan_id))
+    with (
+        given_up_unbegun(store, plan.plan_id, run),
+        progress_file(store, tracker) as report,
+        Heartbeat(store, plan.plan_id, run, report) as heartbeat,
+        swept(store, plan.plan_id, run, {WEIGHTS_KEY}, tell),
+    ):
+        _take(store, plan, run, found, is_exclusive=heartbeat.is_exclusive())
+        tell(Stage("looking for finished factors"))
+        pieces = AdapterPieces(store, plan.plan_id, run, began)
+        if pieces.num_resumed:
+            tell(Note(f"{pieces.num_resumed:,} tensors are done by an earlier run, and stay"))
+        yield pieces, tell
+
+
+def _take(store: Store, plan: AdapterPlan, run: str, found: Occupancy, *, is_exclusive: bool) -> None:
+    """Claim an adapter's place, without what makes a loader or a reader of records find an adapter there."""
+    if found.is_ours:
+        return
+    if not (found.conflict or found.finished):
+        claim(store, plan, run, is_exclusive=is_exclusive)
+        return
+    for key in (MANIFEST_FILE, CONFIG_KEY):
+        store.delete([key])
+    store.put(CLAIM_FILE, claims.encode(Claim.now(plan.plan_id, run)))
+    own = run_key(plan.plan_id, run)
+    store.delete(key for key in store.list(RECORDS) if key not in (CLAIM_FILE, own))
+
+
+def publish(
+    store: Store,
+    plan: AdapterPlan,
+    pieces: AdapterPieces,
+    config: bytes,
+    card: str,
+    summary: Mapping[str, float],
+    on_event: OnEvent,
+) -> Manifest:
+    """Write the files of an adapter and its manifest; what loaders look for disappears first and appears late.
 
     Raises:
         OutputConflictError: another one writes there, too.
-        StorageError: writing failed.
+        StorageError: writing failed; the same again goes on.
     """
-    on_event(Stage("publishing", total_bytes=spool.num_bytes, counts_written=True))
+    on_event(Stage("publishing", total_bytes=pieces.num_bytes, counts_written=True))
+    check_owner(store, plan.plan_id, CLASS)
     store.delete([CONFIG_KEY])
-    weights, stamp = _write_weights(store, spool, on_event)
-    published = {WEIGHTS_FILE: weights}
-    for key, payload in ((CARD_FILE, card.encode()), (CONFIG_KEY, config)):
-        check_stamp(store, WEIGHTS_FILE, stamp)
+    weights, stamp = _write_weights(store, pieces, on_event)
+    table = encode_tensors(changed_rows(pieces.rows.values()))
+    published = {WEIGHTS_KEY: weights}
+    for key, payload in (
+        (CARD_FILE, card.encode()), (tensors_key(plan.plan_id), table), (CONFIG_KEY, config)
+    ):  # fmt: skip
+        _check_ours(store, plan, stamp)
         store.put(key, payload)
         published[key] = PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
-    return published
+    manifest = Manifest(
+        plan_id=plan.plan_id,
+        merge_id=plan.merge_id,
+        recipe=plan.made_by,
+        inputs=plan.checkpoints,
+        pins=plan.pins,
+        files=dict(sorted(published.items())),
+        numerics=NUMERICS,
+        numerics_classes=(CLASS,),
+        versions=versions(),
+        summary={
+            **summary,
+            "bytes_read": pieces.num_read,
+            "bytes_written": sum(file.size for file in published.values()),
+        },
+        gram=(),
+    )
+    _check_ours(store, plan, stamp)
+    try:
+        store.put_new(MANIFEST_FILE, manifest_file.encode(manifest))
+    except AlreadyExistsError:  # of a run of the same plan, which held the place beside this one
+        manifest = manifest_file.read(store)
+    pieces.remove()
+    return manifest
 
 
-def _write_weights(store: Store, spool: Spool, on_event: OnEvent) -> tuple[PublishedFile, Stamp]:
-    header, digest = spool.header, hashlib.sha256()
-    size = len(header) + spool.num_bytes
-    with store.create(WEIGHTS_FILE, size=size) as sink:
-        for block in chain([header], spool.blocks()):
+def changed_rows(rows: Iterable[TensorFacts]) -> Sequence[TensorFacts]:
+    """Return the rows of what an adapter changes."""
+    return [row for row in rows if "zero_delta" not in row.flags]
+
+
+def _check_ours(store: Store, plan: AdapterPlan, stamp: Stamp) -> None:
+    check_owner(store, plan.plan_id, CLASS)
+    check_stamp(store, WEIGHTS_KEY, stamp)
+
+
+def _write_weights(store: Store, pieces: AdapterPieces, on_event: OnEvent) -> tuple[PublishedFile, Stamp]:
+    header, digest = pieces.header, hashlib.sha256()
+    size = len(header) + pieces.num_bytes
+    with store.create(WEIGHTS_KEY, size=size) as sink:
+        for block in chain([header], pieces.blocks()):
             sink.write(block)
             digest.update(block)
             on_event(Moved(0, len(block)))
-    return PublishedFile(size, digest.hexdigest()), store.stamp(WEIGHTS_FILE)
+    return PublishedFile(size, digest.hexdigest()), store.stamp(WEIGHTS_KEY)

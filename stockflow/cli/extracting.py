@@ -23,6 +23,7 @@ def extract(
 
     Streamed: every matrix is read twice, whatever its size. Tensors that are equal are no targets; what changed and
     does not decompose (norms, biases, routers, embeddings) is refused by name, or written whole with --keep-whole.
+    Running the same command again resumes.
     """
     from stockflow import api
 

@@ -88,6 +88,11 @@ def open_output(output: str, config: StorageConfig, on_event: OnEvent = ignore) 
             f"{redact(store.url)} has no {MANIFEST_FILE}, so nothing says what it was merged from: name the recipe "
             f"too (stockflow audit RECIPE {redact(output)}); mergekit leaves one as mergekit_config.yml"
         )
+    if manifest.is_adapter:
+        raise PlanError(
+            f"{redact(store.url)} is an adapter, and an audit tells readings of Model Stock apart; `stockflow report` "
+            "shows how it was made"
+        )
     recorded = read_plan(Output(store), manifest)
     if isinstance(recorded, Finding):
         raise CheckpointError(f"{redact(store.url)}: {recorded}; `stockflow verify` says more")

@@ -63,6 +63,12 @@ class Following:
                 self.num_read += event.num_read
         self._on_event(event)
 
+    def take(self) -> int:
+        """Return the bytes that were counted since this was asked for, and count from 0."""
+        with self._lock:
+            taken, self.num_read = self.num_read, 0
+        return taken
+
     def rows(self, found: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         """Yield numbers and rows as they come."""
         for number, row in found:

@@ -3,22 +3,26 @@
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
+from stockflow.checkpoints.adapters.config import WEIGHTS_KEY
 from stockflow.checkpoints.files.candidates import WRITTEN_STEMS
-from stockflow.errors import AccessDeniedError, CheckpointError, NotFoundError, OutputConflictError
+from stockflow.errors import AccessDeniedError, CheckpointError, NotFoundError, OutputConflictError, StockflowError
+from stockflow.events import Note, OnEvent
+from stockflow.interruption import finishing, last_act
 from stockflow.output import claims, receipts
 from stockflow.output import manifest as manifest_file
 from stockflow.output.claims import ABANDONED_S, Claim, is_anyone_else_alive, last_seen
-from stockflow.output.keys import CLAIM_FILE, RECORDS, receipt_folder, receipted_file, run_folder
+from stockflow.output.keys import CLAIM_FILE, RECORDS, factors_folder, receipt_folder, receipted_file, run_folder
 from stockflow.output.manifest import Manifest
 from stockflow.output.shards import present_files
 from stockflow.storage import HalfWritten, Stamp, Store, redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import duration
 
-_SHARD = re.compile(rf"({'|'.join(WRITTEN_STEMS)})(-\d{{5,}}-of-\d{{5,}})?\.safetensors")
+_SHARD = re.compile(rf"({'|'.join(WRITTEN_STEMS)})(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{re.escape(WEIGHTS_KEY)}")
 """names of what a merge uploads in parts; everything else of an output is one small object"""
 _PLAN_FOLDER = re.compile(re.escape(RECORDS) + r"([0-9a-f]{64})/")
 
@@ -66,6 +70,9 @@ def find_leftovers(store: Store) -> Leftovers:
     present = present_files(store, receipted)
     seen_s_ago = check_abandoned(store)
     records = list(_stale_records(store, keys, {o.plan_id for o in (published, claim) if o}, present))
+    if published:
+        folder = factors_folder(published.plan_id)
+        records += [key for key in keys if folder in key and key not in records]
     files = published.files.keys() if published else ()
     valid = {key for key in keys if key.startswith(receipt_folder(owner.plan_id))} - set(records)
     return Leftovers(
@@ -125,6 +132,29 @@ def abort_leftovers(store: Store, plan_id: str, run: str, files: Collection[str]
     if not all(piece.is_abandoned for piece in ours) and is_anyone_else_alive(store, plan_id, run):
         ours = [piece for piece in ours if piece.is_abandoned]
     store.discard(ours)
+
+
+@contextmanager
+def swept(store: Store, plan_id: str, run: str, files: Collection[str], on_event: OnEvent) -> Iterator[None]:
+    """Leave nothing half-written of an output, however the block ends, or hangs when the process must end.
+
+    Args:
+        store: the output.
+        plan_id: the plan of this run.
+        run: this run.
+        files: what is uploaded in parts.
+        on_event: told what may be left.
+    """
+    with last_act(partial(abort_leftovers, store, plan_id, run, files)):
+        try:
+            yield
+        finally:
+            try:
+                with finishing():
+                    abort_leftovers(store, plan_id, run, files)
+            except StockflowError as error:
+                text = f"something half-written may be left, `stockflow clean {redact(store.url)}` shows it: {error}"
+                on_event(Note(text))
 
 
 def _is_of_output(piece: HalfWritten, files: Collection[str]) -> bool:

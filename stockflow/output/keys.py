@@ -43,6 +43,11 @@ def receipted_file(plan_id: str, key: str) -> str | None:
     return file if key == receipt_key(plan_id, file) else None
 
 
+def factors_folder(plan_id: str) -> str:
+    """Return the folder of what is done of an adapter that is being made; when it is whole, nothing is there."""
+    return f"{plan_folder(plan_id)}factors/"
+
+
 def run_folder(plan_id: str) -> str:
     """Return the folder where the runs of a plan say that they are alive."""
     return f"{plan_folder(plan_id)}runs/"

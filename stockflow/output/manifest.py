@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from stockflow.checkpoints.adapters.config import CONFIG_KEY
 from stockflow.output.keys import MANIFEST_FILE
 from stockflow.planning.plan import CheckpointRef
 from stockflow.text.records import Place, RecordKind, parse_record
@@ -37,6 +38,11 @@ class Manifest:
     """products of [w_0, d_1 .. d_N] over all tensors whose method needs them; () if there is no such tensor"""
     remarks: tuple[Remark, ...] = ()
     """what its plan said of recipe and inputs"""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the output is an adapter, which has no plan of shards."""
+        return CONFIG_KEY in self.files
 
 
 KIND = RecordKind(

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from stockflow.checkpoints.files.candidates import WRITTEN_STEMS, index_of
 from stockflow.checkpoints.opening import CONFIG_FILE
@@ -57,8 +58,31 @@ class Occupancy:
     """what else is there, in words; only ``--overwrite`` takes such a prefix"""
 
 
+class Claimant(Protocol):
+    """A plan, as far as a prefix is claimed for it."""
+
+    @property
+    def plan_id(self) -> str:
+        """What it is known by."""
+
+    @property
+    def checkpoints(self) -> tuple[CheckpointRef, ...]:
+        """What it reads."""
+
+
 def look(store: Store, plan: MergePlan) -> Occupancy:
     """Return what is at the output prefix; nothing is written."""
+    found = on_record(store, plan)
+    if found is not None:
+        return found
+    occupant = _occupant(store, plan)
+    if occupant is None:
+        return Occupancy()
+    return Occupancy(conflict=f"{redact(store.url)} is not empty and not an output of stockflow (it has {occupant!r})")
+
+
+def on_record(store: Store, plan: Claimant) -> Occupancy | None:
+    """Return what manifest or claim say of an output prefix; None: there is neither."""
     where = redact(store.url)
     try:
         with suppress(NotFoundError):
@@ -70,22 +94,19 @@ def look(store: Store, plan: MergePlan) -> Occupancy:
                 conflict=f"{where} holds the finished output of another plan{_ids(published, plan)}{differing}"
             )
         with suppress(NotFoundError):
-            claim = claims.read(store)
-            if claim.plan_id == plan.plan_id:
+            owner = claims.read(store)
+            if owner.plan_id == plan.plan_id:
                 return Occupancy(is_ours=True)
-            age = max(time.time() - max(last_seen(store), claim.heartbeat), 0.0)
-            earlier = earlier_plan(store, claim.plan_id)
+            age = max(time.time() - max(last_seen(store), owner.heartbeat), 0.0)
+            earlier = earlier_plan(store, owner.plan_id)
             differing = _differing(earlier.plan.checkpoints, earlier.numerics, plan) if earlier else ""
             return Occupancy(
-                conflict=f"{where} is claimed by an unfinished run of another plan{_ids(claim, plan)}, "
+                conflict=f"{where} is claimed by an unfinished run of another plan{_ids(owner, plan)}, "
                 f"last seen {age:,.0f} s ago{differing}"
             )
     except CheckpointError as error:
         return Occupancy(conflict=str(error))
-    occupant = _occupant(store, plan)
-    if occupant is None:
-        return Occupancy()
-    return Occupancy(conflict=f"{where} is not empty and not an output of stockflow (it has {occupant!r})")
+    return None
 
 
 def _occupant(store: Store, plan: MergePlan) -> str | None:
@@ -96,7 +117,7 @@ def _occupant(store: Store, plan: MergePlan) -> str | None:
     return next((name for name in (*listing.files, *listing.folders) if name in listing.files or name in folders), None)
 
 
-def _differing(inputs: Iterable[CheckpointRef], numerics: int, plan: MergePlan) -> str:
+def _differing(inputs: Iterable[CheckpointRef], numerics: int, plan: Claimant) -> str:
     """Return the end of a message: what sets an earlier plan apart from ``plan``, changed inputs and other numerics."""
     return _since_then(_states(inputs), _states(plan.checkpoints)) + _other_numerics(numerics)
 
@@ -178,15 +199,20 @@ def take(store: Store, plan: MergePlan, run: str, found: Occupancy, *, is_exclus
         _replace(store, plan, run)
         return notes
     if not found.is_ours:
-        _claim(store, plan, run, is_exclusive=is_exclusive)
+        claim(store, plan, run, is_exclusive=is_exclusive)
     return ()
 
 
-def _ids(owner: Manifest | Claim, plan: MergePlan) -> str:
+def _ids(owner: Manifest | Claim, plan: Claimant) -> str:
     return f" ({owner.plan_id[:12]}, this one is {plan.plan_id[:12]})"
 
 
-def _claim(store: Store, plan: MergePlan, run: str, *, is_exclusive: bool) -> None:
+def claim(store: Store, plan: Claimant, run: str, *, is_exclusive: bool) -> None:
+    """Claim an output prefix that is nobody's.
+
+    Raises:
+        OutputConflictError: another plan claimed it at the same moment.
+    """
     if not is_exclusive:
         _refuse_rival(store, plan)
     with suppress(AlreadyExistsError):
@@ -196,7 +222,7 @@ def _claim(store: Store, plan: MergePlan, run: str, *, is_exclusive: bool) -> No
     _refuse_rival(store, plan)
 
 
-def _refuse_rival(store: Store, plan: MergePlan) -> None:
+def _refuse_rival(store: Store, plan: Claimant) -> None:
     with suppress(NotFoundError):
         other = claims.read(store)
         if other.plan_id != plan.plan_id:

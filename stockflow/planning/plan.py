@@ -209,7 +209,7 @@ class MergePlan:
         return {
             "numerics": NUMERICS,
             "on_nonfinite": self.on_nonfinite,
-            "checkpoints": [_canonical_checkpoint(checkpoint) for checkpoint in self.checkpoints]
+            "checkpoints": [canonical_checkpoint(checkpoint) for checkpoint in self.checkpoints]
             if with_inputs
             else len(self.checkpoints),
             "side_files": [
@@ -344,7 +344,8 @@ def _beside(encode: Decode) -> list[object]:
     return [encode.num_beside, IN_ROWS] if isinstance(encode, ByRows) else []
 
 
-def _canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:
+def canonical_checkpoint(checkpoint: CheckpointRef) -> dict[str, object]:
+    """Return place and state of a checkpoint as plain JSON."""
     files = {key: [stamp.size, stamp.version] for key, stamp in sorted(checkpoint.files.items())}
     return {"url": redact(checkpoint.url), "files": files}
 

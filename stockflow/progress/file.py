@@ -2,11 +2,11 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 from stockflow.errors import (
     CheckpointError,
@@ -21,7 +21,7 @@ from stockflow.interruption import finishing
 from stockflow.output import claims
 from stockflow.output.claims import HEARTBEAT_S
 from stockflow.output.keys import progress_key
-from stockflow.planning.plan import MergePlan
+from stockflow.planning.plan import ShardPlan
 from stockflow.progress.state import State
 from stockflow.storage import Store
 from stockflow.text.records import Place, RecordKind, parse_record
@@ -32,6 +32,8 @@ LAST_REPORT_S = 5.0
 """How long a run that storage has failed waits for it to take the last report."""
 
 Ending = Literal["finished", "failed", "stopped"]
+Things = Literal["shards", "tensors"]
+"""What is counted: of adapters the tensors that are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class Progress:
     """of a run that has ended"""
     message: str = ""
     """why it failed"""
+    of: Things = "shards"
+    """what ``shards`` and its like count"""
 
 
 KIND = RecordKind(
@@ -102,10 +106,26 @@ def read(store: Place, plan_id: str) -> Progress | None:
     return None
 
 
+class Tracked(Protocol):
+    """A plan, as far as its progress goes; an adapter's has no shards."""
+
+    @property
+    def plan_id(self) -> str:
+        """What it is known by."""
+
+    @property
+    def shards(self) -> Sequence[ShardPlan]:
+        """What is written."""
+
+    @property
+    def num_output_bytes(self) -> int:
+        """Size of all of that."""
+
+
 class Tracker:
     """Adds up the events of a run for progress.json; told from several threads."""
 
-    def __init__(self, plan: MergePlan, run: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, plan: Tracked, run: str, clock: Callable[[], float] = time.time) -> None:
         """Begin to count for ``run``."""
         self.plan = plan
         self.run = run
@@ -133,7 +153,10 @@ class Tracker:
     def progress(self) -> Progress:
         """Return how things stand."""
         now, (ending, exit_code, message) = self._state.overview(), self._end
-        output, in_work = now.output, () if ending else now.output.in_work
+        things: Things = "shards" if self.plan.shards else "tensors"
+        output = now.output if things == "shards" else self._state.snapshot()
+        in_work = () if ending else output.in_work
+        done_bytes = now.num_written if things == "tensors" else output.done_bytes
         return Progress(
             plan_id=self.plan.plan_id,
             run=self.run,
@@ -141,11 +164,11 @@ class Tracker:
             started=self._started,
             updated=now.at,
             heartbeat_s=HEARTBEAT_S,
-            shards=len(self.plan.shards),
+            shards=len(self.plan.shards) or output.stage.num_items or 0,
             shards_done=output.num_done,
             shards_resumed=output.num_resumed,
             bytes_to_write=self.plan.num_output_bytes,
-            bytes_done=output.done_bytes + sum(self._header_bytes[file] for file in now.finished),
+            bytes_done=done_bytes + sum(self._header_bytes[file] for file in now.finished),
             bytes_read=now.num_read,
             bytes_written=now.num_written,
             bytes_per_s_lately=output.bytes_per_s,
@@ -155,6 +178,7 @@ class Tracker:
             retries={cause: count for cause, count in sorted(now.retries.items()) if count},
             exit_code=exit_code,
             message=message,
+            of=things,
         )
 
 

@@ -12,7 +12,7 @@ from stockflow.output.claims import ABANDONED_S, HEARTBEAT_S, beats
 from stockflow.output.keys import RECORDS, receipted_file, run_key
 from stockflow.output.shards import present_files
 from stockflow.progress import file as progress_file
-from stockflow.progress.file import InFlight, Progress
+from stockflow.progress.file import InFlight, Progress, Things
 from stockflow.storage import Store, redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import duration, gb
@@ -49,6 +49,8 @@ class Status:
     bytes_to_write: int | None
     progress: Progress | None
     """what the run reported last; up to ``heartbeat_s`` old"""
+    of: Things = "shards"
+    """what ``shards`` and ``shards_done`` count"""
 
     @property
     def is_over(self) -> bool:
@@ -93,7 +95,7 @@ def status_lines(status: Status) -> Iterator[str]:
     yield f"{status.output}: {_state_in_words(status)}"
     shards = f"{status.shards_done:,}" + ("" if status.shards is None else f" of {status.shards:,}")
     size = gb(status.bytes_done) + ("" if status.bytes_to_write is None else f" of {gb(status.bytes_to_write)}")
-    yield f"  plan {status.plan_id[:12]}: {shards} shards, {size} written"
+    yield f"  plan {status.plan_id[:12]}: {shards} {status.of}, {size} written"
     report = status.progress
     if report is None or status.state == "finished":
         return
@@ -116,7 +118,7 @@ def status_line(status: Status) -> str:
     report = status.progress
     size = gb(status.bytes_done) + ("" if status.bytes_to_write is None else f" of {gb(status.bytes_to_write)}")
     shards = f"{status.shards_done:,}" + ("" if status.shards is None else f"/{status.shards:,}")
-    parts = [status.state, f"{shards} shards", size]
+    parts = [status.state, f"{shards} {status.of}", size]
     if report is not None and not status.is_over:
         parts += [f"{gb(report.bytes_per_s_lately)}/s", f"{len(report.in_flight)} in flight", in_a_line(report.stage)]
         parts += [] if report.seconds_left is None else [f"about {duration(report.seconds_left)} left"]
@@ -139,17 +141,19 @@ def _finished(store: Store) -> Status | None:
     except NotFoundError:
         return None
     sizes = [file.size for name, file in published.files.items() if name.endswith(".safetensors")]
+    num_done = int(published.summary["tensors"]) if published.is_adapter else len(sizes)
     return Status(
         output=redact(store.url),
         plan_id=published.plan_id,
         state="finished",
         seen_s_ago=None,
         num_runs=0,
-        shards=len(sizes),
-        shards_done=len(sizes),
+        shards=num_done,
+        shards_done=num_done,
         bytes_done=sum(sizes),
         bytes_to_write=sum(sizes),
         progress=progress_file.read(store, published.plan_id),
+        of="tensors" if published.is_adapter else "shards",
     )
 
 
@@ -164,6 +168,7 @@ def _unfinished(store: Store, plan_id: str, claimed: float) -> Status:
     last = max([claimed, *alive, *([progress.updated] if progress else [])])
     seen_s_ago = max(now - last, 0.0)
     num_written = sum(present[file].size for file in done)
+    is_counted = progress is not None and progress.of == "tensors"
     return Status(
         output=redact(store.url),
         plan_id=plan_id,
@@ -171,10 +176,11 @@ def _unfinished(store: Store, plan_id: str, claimed: float) -> Status:
         seen_s_ago=seen_s_ago,
         num_runs=sum(now - beat < SILENT_S for beat in alive),
         shards=progress.shards if progress else None,
-        shards_done=len(done),
+        shards_done=progress.shards_done if progress and is_counted else len(done),
         bytes_done=max(num_written, progress.bytes_done if progress else 0),
-        bytes_to_write=progress.bytes_to_write if progress else None,
+        bytes_to_write=progress.bytes_to_write if progress and not is_counted else None,
         progress=progress,
+        of=progress.of if progress else "shards",
     )
 
 
@@ -206,10 +212,10 @@ def _state_in_words(status: Status) -> str:
     words = {
         "finished": "finished; `stockflow verify` checks every byte",
         "running": f"running, {ago}" + (f", {status.num_runs} runs" if status.num_runs > 1 else ""),
-        "silent": f"killed, or cut off from storage: no sign of life for {silence}; run the merge again to resume",
-        "failed": f"failed, {ago}; mend what it said and run the merge again to resume",
-        "stopped": f"stopped, {ago}; run the merge again to resume",
-        "dead": f"unfinished, and nobody is at work ({ago}); run the merge again to resume",
+        "silent": f"killed, or cut off from storage: no sign of life for {silence}; the same command again resumes",
+        "failed": f"failed, {ago}; mend what it said and the same command again resumes",
+        "stopped": f"stopped, {ago}; the same command again resumes",
+        "dead": f"unfinished, and nobody is at work ({ago}); the same command again resumes",
     }
     return words[status.state]
 

@@ -187,7 +187,7 @@ def _what_is_there(output: Output) -> str:
     if not keys and not _exists(output, CLAIM_FILE):
         return "there is nothing. Check the place, or name the storage options with --recipe"
     if _exists(output, CLAIM_FILE):
-        return f"a merge into it is not finished{_progress(output)}; run it again to finish it, then ask for the report"
+        return f"what is made there is not finished{_progress(output)}; run it again, then ask for the report"
     if any(key.endswith((".safetensors", ".safetensors.index.json")) for key in keys):
         return (
             "it is a checkpoint that stockflow did not make, so nothing is on record about its making; "
@@ -208,7 +208,7 @@ def _progress(output: Output) -> str:
     """Say how far an unfinished merge is, as far as it says so itself."""
     with suppress(UserError):
         progress = progress_file.read(output, claims.read(output).plan_id)
-        return f" ({progress.shards_done:,} of {progress.shards:,} shards)" if progress else ""
+        return f" ({progress.shards_done:,} of {progress.shards:,} {progress.of})" if progress else ""
     return ""
 
 

@@ -2,18 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from stockflow.checkpoints.samples import take_samples
-from stockflow.errors import PlanError, StockflowError
+from stockflow.errors import PlanError
 from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
-from stockflow.interruption import finishing, last_act
 from stockflow.output.claims import Heartbeat, new_run
-from stockflow.output.clean import abort_leftovers
+from stockflow.output.clean import swept
 from stockflow.output.keys import plan_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
@@ -194,7 +192,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
         given_up_unbegun(store, plan.plan_id, run),
         progress_file(store, tracker) as report,
         Heartbeat(store, plan.plan_id, run, report) as heartbeat,
-        _swept(store, plan, run, tell),
+        swept(store, plan.plan_id, run, {shard.file for shard in plan.shards}, tell),
     ):
         is_exclusive = heartbeat.is_exclusive()
         taken = take(store, plan, run, found, is_exclusive=is_exclusive)
@@ -257,22 +255,6 @@ def _drop_other_numerics(store: Store, plan: MergePlan, receipts: dict[str, Rece
     for file in others:
         del receipts[file]
     return others
-
-
-@contextmanager
-def _swept(store: Store, plan: MergePlan, run: str, tell: OnEvent) -> Iterator[None]:
-    """Leave nothing half-written, however the block ends, or hangs when the process must end."""
-    files = {shard.file for shard in plan.shards}
-    with last_act(partial(abort_leftovers, store, plan.plan_id, run, files)):
-        try:
-            yield
-        finally:
-            try:
-                with finishing():
-                    abort_leftovers(store, plan.plan_id, run, files)
-            except StockflowError as error:
-                text = f"something half-written may be left, `stockflow clean {store.url}` shows it: {error}"
-                tell(Note(text))
 
 
 def _worker_spec(inputs: Inputs, plan: MergePlan, output_url: str, options: MergeOptions, run: str) -> "WorkerSpec":

@@ -8,7 +8,7 @@ from stockflow.ahead import map_ahead
 from stockflow.checkpoints.files.candidates import index_of
 from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.opening import link_notes
-from stockflow.errors import CheckpointError, NotFoundError, UserError
+from stockflow.errors import CheckpointError, NotFoundError, PlanError, UserError
 from stockflow.events import Done, Moved, Note, OnEvent, Stage, ignore
 from stockflow.output import manifest as manifest_file
 from stockflow.output.keys import MANIFEST_FILE, plan_key, tensors_key
@@ -40,6 +40,7 @@ class Verification:
     num_bytes: int
     findings: tuple[Finding, ...]
     sampled: Sampled | None = None
+    is_adapter: bool = False
 
     @property
     def is_sound(self) -> bool:
@@ -106,10 +107,11 @@ def verify(
     try:
         manifest = manifest_file.read(output)
         _check_plan_id(manifest)
+        _check_sample(url, manifest, sample)
     except NotFoundError:
         raise NotFoundError(
             f"{redact(url)} has no {MANIFEST_FILE}: it is not a finished output of stockflow; "
-            "run the merge again to finish it"
+            "run the command that makes it again to finish it"
         ) from None
     except CheckpointError as error:
         return Verification(url, "", 0, 0, 0, (Finding(MANIFEST_FILE, str(error)),))
@@ -123,7 +125,22 @@ def verify(
         sum(file.size for file in manifest.files.values()),
         verifier.findings.all(),
         sampled,
+        is_adapter=manifest.is_adapter,
     )
+
+
+def _check_sample(url: str, manifest: Manifest, sample: SampleOptions | None) -> None:
+    """Refuse to merge a sample of what no merge made.
+
+    Raises:
+        PlanError: it is of an adapter.
+    """
+    if manifest.is_adapter and sample:
+        raise PlanError(
+            f"{redact(url)} is an adapter, of which no sample is merged again: the command that made it gives the "
+            "same bytes at another output, on a processor of this kind; without --sample every byte is held against "
+            "the manifest"
+        )
 
 
 def _check_plan_id(manifest: Manifest) -> None:
@@ -151,11 +168,11 @@ class _Verifier:
         on_event(Stage("verifying", total_bytes=num_bytes, num_items=len(manifest.files), unit="files"))
         self._check_files(on_event)
         on_event(Stage("checking the records"))
-        recorded = self._read_plan()
+        recorded = None if manifest.is_adapter else self._read_plan()
         if recorded:
             findings.add(records.check_manifest(manifest, recorded))
         self._read_headers()
-        table = self._check_tensors(recorded)
+        table = {} if manifest.is_adapter else self._check_tensors(recorded)
         chosen = choose(recorded.plan, sample) if recorded and sample else frozenset[str]()
         coefficients: dict[str, Groups] = {}
         findings.add(records.check_receipts(output, manifest, table, chosen, coefficients))
@@ -289,5 +306,5 @@ def summary_lines(result: Verification) -> Sequence[str]:
     return [
         f"verified {redact(result.output_url)}: {counted(result.num_files, 'file')}, "
         f"{counted(result.num_tensors, 'tensor')}, {gb(result.num_bytes)}, all as the manifest says",
-        *(sampled or [f"next: {again} merges a share again"]),
+        *(sampled or ([] if result.is_adapter else [f"next: {again} merges a share again"])),
     ]

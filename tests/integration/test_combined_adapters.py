@@ -328,14 +328,17 @@ def test_bytes_depend_neither_on_threads_nor_on_places(s3_endpoint: str, s3_buck
 
     there = client.get_object(Bucket=s3_bucket, Key="out/adapter_model.safetensors")["Body"].read()
     assert here == there
-    assert set(found.files) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} < set(found.files)
 
 
 def test_an_adapter_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
-    recipe = three(tmp_path).recipe([1.0, 1.0, 1.0])
+    family = three(tmp_path)
+    recipe = family.recipe([1.0, 1.0, 1.0])
     merged(recipe)
 
-    assert "not empty" in merge(recipe).output
+    assert "there already" in merge(recipe).output
+    refused = merge(family.recipe([0.5, 1.0, 1.0]))
+    assert (refused.exit_code, "finished output of another plan" in refused.output) == (2, True)
     assert merged(recipe, "--overwrite")["bytes_written"]
 
 

@@ -416,6 +416,10 @@ def test_from_a_bucket_to_a_bucket(s3_endpoint: str, s3_bucket: str, tmp_path: P
 
     here = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     there = client.get_object(Bucket=s3_bucket, Key="out/adapter_model.safetensors")["Body"].read()
-    listed = client.list_objects_v2(Bucket=s3_bucket, Prefix="out/")["Contents"]
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=s3_bucket, Prefix="out/")
+    listed = {entry["Key"].removeprefix("out/") for page in pages for entry in page["Contents"]}
     assert here == there
-    assert {entry["Key"] for entry in listed} == {f"out/{key}" for key in found.files}
+    assert {*found.files, "manifest.json"} <= listed
+    assert not [key for key in listed if "/factors/" in key], "nothing is left over"
+    verified = stockflow.verify(places[2], recipe=recipe, inputs=True)
+    assert (verified.findings, verified.num_files) == ((), 4)

@@ -13,7 +13,7 @@ from stockflow.errors import CheckpointError
 from stockflow.text.patterns import fitting
 from stockflow.text.strictjson import shown
 
-CONFIG_KEY = "adapter_config.json"
+CONFIG_KEY, WEIGHTS_KEY = "adapter_config.json", "adapter_model.safetensors"
 MAX_PATTERNS = 10_000
 Value = TypeVar("Value")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stockflow.checkpoints.adapters.config import CONFIG_KEY, AdapterConfig, parse_adapter_config
+from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY, AdapterConfig, parse_adapter_config
 from stockflow.checkpoints.adapters.stacks import one_by_one
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.files.documents import read_json
@@ -14,7 +14,7 @@ from stockflow.checkpoints.tokens.vocabularies import FORMS
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store, key_of_adapter
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (WEIGHTS_KEY, "adapter_model.bin")
 """The first that is there is read."""
 MAX_CONFIG_BYTES = 4_000_000
 
@@ -91,4 +91,4 @@ def _tokenizer(files: Mapping[str, Stamp]) -> dict[str, Stamp]:
 def _lack(store: Store, files: Mapping[str, Stamp]) -> str:
     if CONFIG_KEY not in files:
         return f"there is no adapter at {store.where()}: expected {CONFIG_KEY}, as PEFT writes it"
-    return f"there is no adapter at {store.where()}: it has {CONFIG_KEY} and no {_WEIGHTS[0]}; fetch it"
+    return f"there is no adapter at {store.where()}: it has {CONFIG_KEY} and no {WEIGHTS_KEY}; fetch it"
