@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 
 from stockflow.checkpoints.files.header import DTYPES
@@ -163,8 +163,9 @@ def _with_dtype(config: Mapping[str, object], written: str) -> dict[str, object]
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what made the output."""
+@cache
+def versions() -> Mapping[str, str]:
+    """Return the versions of what made the output; asked once, as each package's metadata is parsed as a mail."""
     found = {"stockflow": __version__, "python": platform.python_version()}
     for name in RECORDED_VERSIONS:
         try:
