@@ -78,8 +78,8 @@ def compare(
             if count == tile:
                 left_T, right_T = slab.halves[first_a : first_a + tile], slab.halves[first_b : first_b + tile]
             else:
-                left_T[:count] = slab.halves[first_a : first_a + count]
-                right_T[:count] = slab.halves[first_b : first_b + count]
+                for k in range(count):
+                    left_T[k], right_T[k] = slab.halves[first_a + k], slab.halves[first_b + k]
             is_same = _tally(left_T, right_T, start, count, exponent, apart_halves_T, counts)
             _widen_halves(left_T, formats_2[0], patterns_2T[0], bits_T, floats_T)
             if not is_same:

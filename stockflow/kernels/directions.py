@@ -70,7 +70,8 @@ def _begin(cosines_NN: Floats, is_there_N: Flags, shares_N: Floats, tol: float, 
                 mean_N[n] = 1.0
                 break
     else:
-        mean_N[:] = shares_N / length
+        for n in range(len(mean_N)):
+            mean_N[n] = shares_N[n] / length
 
 
 @jit

@@ -63,7 +63,7 @@ def gram(
             count = min(np.uint64(TILE), stop - start)
             widen(slab, firsts_M[0] + start, count, formats_M[0], bits, floats, anchor)
             if count < np.uint64(TILE):
-                anchor[count:] = wide[count:] = nothing[count:]
+                anchor[count:] = wide[count:] = nothing[0]
             _cut(anchor, nothing, False, runs_RMK, 0)
             for m in range(1, num_sources):
                 widen(slab, firsts_M[m] + start, count, formats_M[m], bits, floats, wide)

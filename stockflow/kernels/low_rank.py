@@ -27,12 +27,16 @@ def add_product(left_RK: Values, right_KC: Values, scale: float, column: int, ou
     """
     (num_rows, rank), num_columns = left_RK.shape, right_KC.shape[1]
     filled_RK = np.zeros((-(-num_rows // _BLOCK) * _BLOCK, -(-rank // _BLOCK) * _BLOCK), out_E.dtype)
-    filled_RK[:num_rows, :rank] = left_RK
+    for row in range(num_rows):
+        for k in range(rank):
+            filled_RK[row, k] = left_RK[row, k]
     # Columns side by side: rows of a power of two would share cache lines. Zeros beyond the rank change no sum.
     panel_KL, sums_RL = np.zeros((filled_RK.shape[1], _LANES), out_E.dtype), np.empty((_BLOCK, _LANES), out_E.dtype)
     for start in range(0, num_columns, _LANES):
         count = min(_LANES, num_columns - start)
-        panel_KL[:rank, :count] = right_KC[:, start : start + count]
+        for k in range(rank):
+            for j in range(count):
+                panel_KL[k, j] = right_KC[k, start + j]
         for row in range(0, num_rows, _BLOCK):
             sums_RL[:] = 0
             a_K, b_K, c_K, d_K = filled_RK[row], filled_RK[row + 1], filled_RK[row + 2], filled_RK[row + 3]

@@ -41,7 +41,8 @@ def geometric_medians(
         iterations_G[g] = 0.0
         if _take_a_point(squares, weights_N, NOTHING * mean_square, shares):
             continue
-        shares[:] = weights_N
+        for n in range(len(shares)):
+            shares[n] = weights_N[n]
         near, before = tol * math.sqrt(mean_square), math.inf
         iterations_G[g] = max_iter + 1.0
         for number in range(max_iter):
