@@ -4,6 +4,7 @@ Everything is real and on this machine: an S3 server, a Ray cluster of three nod
 job, a node that loses its power in the middle. The script ends with an error if anything it says is not so.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -279,4 +280,5 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_files_modules_and_targets_that_a_page_names_are_there(page: Path) -> No
     assert [file for file in files if not (REPOSITORY / file).exists()] == []
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
     assert [target for target in targets if target not in made] == []
+
+
+def test_every_marker_is_left_out_by_default_and_run_by_the_target_it_names() -> None:
+    options = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    named = {words.rpartition("make ")[2]: words.partition(":")[0] for words in options["markers"]}
+    makefile = (REPOSITORY / "Makefile").read_text()
+
+    assert len(named) == len(options["markers"])
+    assert named == dict(re.findall(r"^([\w-]+):.*\n.* -m pytest -m (\w+)", makefile, re.MULTILINE))
+    assert set(re.findall(r"not (\w+)", options["addopts"])) == set(named.values())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "\n- [" in page.read_text()[:200]], ids=short)
