@@ -16,7 +16,6 @@ from stockflow.cli.options import (
     command,
     facts_of,
 )
-from stockflow.errors import EXIT_FINDINGS
 from stockflow.settings import MergeSettings
 
 if TYPE_CHECKING:
@@ -64,6 +63,7 @@ def demo(
     **settings: Unpack[MergeSettings],
 ) -> Answer:
     """Train small language models, merge them with Model Stock, verify, and compare: two minutes, no network."""
+    import subprocess
     import tempfile
     from pathlib import Path
 
@@ -80,15 +80,16 @@ def demo(
         raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo, or --overwrite")
     where.mkdir(parents=True, exist_ok=True)
     chosen = resolved(MergeSettings, settings)
-    options, execute = options_of(chosen, chosen.workers), execute_on(chosen)
-    result = run_demo(where, options, execute, say if told.speaks else lambda _: None, told.on_event)
-    findings = [str(finding) for finding in result.verification.findings]
-    facts = {"losses": result.losses, "findings": findings, "folder": str(where), "seconds": result.seconds}
+    options_of(chosen, chosen.workers), execute_on(chosen)  # refuse what cannot be before a minute of training
+    try:
+        result = run_demo(where, settings, say if told.speaks else lambda _: None, told.on_event)
+    except subprocess.CalledProcessError as error:
+        raise typer.Exit(error.returncode) from None
+    facts = {"losses": result.losses, "folder": str(where), "seconds": result.seconds}
     return Answer(
         lambda: (
             f"\n{demo_tables(result)}\n\n{result.seconds:.0f} s; everything is in {where}\n"
             f"next: {command_line('stockflow', 'inspect', str(where / 'model-stock.yaml'))}"
         ),
         lambda: (json.dumps(facts, indent=1), "\n"),
-        EXIT_FINDINGS if findings else 0,
     )

@@ -1,25 +1,24 @@
 """The demo: train, plan, merge, verify, compare. Real parts throughout; whatever the numbers are, they are printed."""
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stockflow.demo import DemoInputs, held_out_loss, make_checkpoints
 from stockflow.events import OnEvent, Stage, ignore
-from stockflow.forecast.amounts import survey
-from stockflow.forecast.lines import plan_lines, result_lines
+from stockflow.output import manifest
 from stockflow.output.card import by_kind, mean, shown
 from stockflow.output.keys import tensors_key
 from stockflow.output.receipts import TensorFacts
 from stockflow.output.tables import read_facts
-from stockflow.recipe import load_recipe
-from stockflow.run import driver
-from stockflow.run.driver import Execute, Merged, MergeOptions
-from stockflow.run.inputs import Inputs
-from stockflow.storage import StorageConfig
+from stockflow.settings import MergeSettings, PlanSettings, as_words
+from stockflow.storage import StorageConfig, open_store
+from stockflow.text.redaction import command_line
 from stockflow.text.tables import grid
-from stockflow.verification.verify import Verification, summary_lines, verify
 
 Say = Callable[[str], None]
 
@@ -31,51 +30,50 @@ class DemoResult:
     losses: dict[str, float]
     ratios: dict[str, tuple[int, float | None, float | None, float | None]]
     """per kind of layer: tensors, mean cosine, mean ratio, mean ratio by the two-model formula"""
-    verification: Verification
     seconds: float
 
 
-def run_demo(folder: Path, options: MergeOptions, execute: Execute, say: Say, on_event: OnEvent = ignore) -> DemoResult:
+def run_demo(folder: Path, settings: Mapping[str, Any], say: Say, on_event: OnEvent = ignore) -> DemoResult:
     """Make checkpoints in ``folder``, merge them twice, verify, and measure every model.
+
+    Each command is a process of its own, so that what a merge says of its memory is not that of training.
 
     Args:
         folder: an empty folder; everything the demo makes stays there.
-        options: memory, threads, device and shard size of the merges.
-        execute: where shards are merged.
+        settings: of the merges, see ``MergeSettings``.
         say: called with each line for the reader.
         on_event: told how it goes, from several threads.
+
+    Raises:
+        CalledProcessError: a command failed, and said why on standard error.
     """
     started = time.perf_counter()
     say(f"1. training a small language model and four fine-tuned ones in {folder} (about a minute)")
     on_event(Stage("training models"))
     inputs = make_checkpoints(folder, lambda line: say(f"   {line}"))
     stock_recipe, average_recipe = _write_recipes(folder, inputs)
-    say(f"\n2. stockflow plan {stock_recipe} {folder / 'model-stock'}")
-    opened, output = _open(stock_recipe), str(folder / "model-stock")
-    plan, workspace = driver.plan_merge(opened, output, options)
-    work = survey(plan, workspace)
-    for line in plan_lines(plan, workspace, work, driver.least_memory_of(opened, output, plan, options)):
-        say(f"   {line}")
-    say(f"\n3. stockflow merge {stock_recipe} {folder / 'model-stock'}")
-    stock = _merge(stock_recipe, folder / "model-stock", options, execute, on_event)
-    for line in result_lines(stock):
-        say(f"   {line}")
-    _merge(average_recipe, folder / "average", options, execute, on_event)
-    say(f"\n4. stockflow verify {folder / 'model-stock'}")
-    verification = verify(str(folder / "model-stock"), StorageConfig(), inputs=True, on_event=on_event)
-    for line in summary_lines(verification):
-        say(f"   {line}")
-    say("\n5. measuring all models on text none of them has read")
+    stock, average = folder / "model-stock", folder / "average"
+    merging = as_words(settings, MergeSettings)
+    on_event(Stage("merging"))
+    _run(2, say, "plan", stock_recipe, stock, *as_words(settings, PlanSettings))
+    _run(3, say, "merge", stock_recipe, stock, *merging)
+    _run(4, say, "merge", average_recipe, average, *merging)
+    _run(5, say, "verify", stock, "--inputs")
+    say("\n6. measuring all models on text none of them has read")
     on_event(Stage("measuring models"))
-    folders = {
-        "base": inputs.base,
-        **inputs.tuned,
-        "plain average": folder / "average",
-        "Model Stock": folder / "model-stock",
-    }
+    folders = {"base": inputs.base, **inputs.tuned, "plain average": average, "Model Stock": stock}
     losses = {name: held_out_loss(model) for name, model in folders.items()}
-    facts = read_facts(folder / "model-stock" / tensors_key(stock.plan.plan_id))
-    return DemoResult(losses, _ratios(facts), verification, time.perf_counter() - started)
+    return DemoResult(losses, _ratios(_facts(stock)), time.perf_counter() - started)
+
+
+def _run(number: int, say: Say, *words: str | Path) -> None:
+    """Run a command of stockflow and pass on what it prints."""
+    said = tuple(map(str, words))
+    say(f"\n{number}. {command_line('stockflow', *said)}")
+    command = (sys.executable, "-m", "stockflow", *said, "--progress", "none")
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    for line in finished.stdout.splitlines():
+        say(f"   {line}")
 
 
 def demo_tables(result: DemoResult) -> str:
@@ -108,12 +106,9 @@ def _write_recipes(folder: Path, inputs: DemoInputs) -> tuple[Path, Path]:
     return stock, average
 
 
-def _open(recipe: Path) -> Inputs:
-    return Inputs.open(load_recipe(str(recipe)))
-
-
-def _merge(recipe: Path, output: Path, options: MergeOptions, execute: Execute, on_event: OnEvent) -> Merged:
-    return driver.merge(_open(recipe), str(output), options, execute, on_event)
+def _facts(output: Path) -> Sequence[TensorFacts]:
+    plan_id = manifest.read(open_store(str(output), StorageConfig())).plan_id
+    return read_facts(output / tensors_key(plan_id))
 
 
 def _ratios(
