@@ -14,11 +14,11 @@
     |  |- MissingLibraryError               an option needs a library that is not installed
     |  |- NumericsError                     NaN, infinity or a geometry without an answer
     |  `- OutputConflictError               the output prefix belongs to something else
-    |- StorageError                     3   storage failed after retries: run again to resume
+    |- StorageError                     3   storage failed after retries: run again
     |  `- AlreadyExistsError                an exclusive creation found the key taken
     |- DamagedOutputError               4   what an output says of itself is not what was published
     |- ComputeLostError                 5   workers, capacity, deadline or memory were lost
-    `- InterruptedRunError              130 / 143   stopped by a signal; clean and resumable
+    `- InterruptedRunError              130 / 143   stopped by a signal; clean, a merge resumable
 
 Each class also derives from the builtin a caller would catch, and takes one message string, so that it
 survives pickling between processes. Anything else that escapes is our bug (exit code 70).
@@ -97,7 +97,7 @@ class OutputConflictError(UserError, FileExistsError):
 
 
 class StorageError(StockflowError, OSError):
-    """Storage failed after retries; running the same command again resumes."""
+    """Storage failed after retries; running again may succeed, and a merge resumes."""
 
     exit_code = EXIT_STORAGE
 
@@ -119,7 +119,7 @@ class ComputeLostError(StockflowError, RuntimeError):
 
 
 class InterruptedRunError(StockflowError):
-    """The run was stopped by a signal; what is published is whole and the run can be resumed."""
+    """The run was stopped by a signal; what is published is whole, and a merge can be resumed."""
 
     exit_code = EXIT_INTERRUPTED
 

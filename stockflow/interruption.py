@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from stockflow.errors import InterruptedRunError, StockflowError
+from stockflow.errors import ComputeLostError, InterruptedRunError, StockflowError, StorageError
 
 GRACE_S = 3.0
 """for a run to clean up on the ordinary way out"""
@@ -33,11 +33,17 @@ _NOT_DONE = (
     "removes it"
 )
 
+_RUN_AGAIN = "run again"
+"""how messages end of what may pass"""
+_TO_RESUME = " to resume"
+
 _received: list[int] = []
 """the signal that asked for the end; empty: none did"""
 _stopping = threading.Event()
 _has_left = threading.Event()
 _last_acts: list[Callable[[], None]] = []
+_resumable: list[None] = []
+"""an item for each thing at work that goes on, when it is run again, where it ended"""
 _thread = threading.local()
 
 
@@ -62,7 +68,8 @@ def pause(seconds: float) -> None:
 
 def interruption(number: int) -> InterruptedRunError:
     """Return the error of a run that ends because of a signal."""
-    error = InterruptedRunError(f"stopped by {signal.Signals(number).name}; run the same command again to resume")
+    again = f"run the same command again{_TO_RESUME if _resumable else ''}"
+    error = InterruptedRunError(f"stopped by {signal.Signals(number).name}; {again}")
     error.exit_code = 128 + number  # type: ignore[misc]  # per instance: 130 or 143
     return error
 
@@ -75,6 +82,21 @@ def finishing() -> Iterator[None]:
         yield
     finally:
         _thread.is_finishing = False
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Let what may pass and ends the block say that running again goes on where it ended, instead of beginning anew."""
+    _resumable.append(None)
+    try:
+        yield
+    except (ComputeLostError, StorageError) as error:
+        if str(error).endswith(_RUN_AGAIN):
+            error.args = (f"{error}{_TO_RESUME}",)
+        raise
+    finally:
+        if not stop_requested():  # which is told of later
+            _resumable.pop()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from stockflow.adapters.pieces import AdapterPieces
 from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY
 from stockflow.errors import AlreadyExistsError, OutputConflictError, PlanError
 from stockflow.events import Moved, Note, OnEvent, Run, Stage, all_of
+from stockflow.interruption import resumable
 from stockflow.output import claims
 from stockflow.output import manifest as manifest_file
 from stockflow.output.claims import Claim, Heartbeat, new_run
@@ -135,6 +136,7 @@ def claimed(
     tell = all_of(tracker, on_event)
     tell(Run(run, plan.plan_id))
     with (
+        resumable(),
         given_up_unbegun(store, plan.plan_id, run),
         progress_file(store, tracker) as report,
         Heartbeat(store, plan.plan_id, run, report) as heartbeat,

@@ -25,8 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 done; 1 diff: they differ; 2 change recipe, inputs or budget; 3 storage failed, run again to "
-    "resume; 4 verify found something; 5 compute was lost; 70 our bug; 130/143 interrupted, resumable.",
+    epilog="Exit codes: 0 done; 1 diff: they differ; 2 change recipe, inputs or budget; 3 storage failed, run again; 4 "
+    "verify found something; 5 compute was lost; 70 our bug; 130/143 interrupted. A merge that is run again resumes.",
 )
 
 

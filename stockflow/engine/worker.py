@@ -123,7 +123,7 @@ class Worker:
         if stamp.size != run.size:
             raise StorageError(
                 f"{redact(self._output.url)}/{shard.file} has {stamp.size:,} bytes after {run.size:,} were written: "
-                "something else writes there; end it, then run again to resume"
+                "something else writes there; end it, then run again"
             )
         receipt = Receipt(
             plan_id=self._spec.plan_id,

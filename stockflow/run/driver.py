@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from stockflow.checkpoints.samples import take_samples
 from stockflow.errors import PlanError
 from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
+from stockflow.interruption import resumable
 from stockflow.output.claims import Heartbeat, new_run
 from stockflow.output.clean import swept
 from stockflow.output.keys import plan_key
@@ -189,6 +190,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     tell = all_of(tracker, on_event)
     tell(Run(run, plan.plan_id))
     with (
+        resumable(),
         given_up_unbegun(store, plan.plan_id, run),
         progress_file(store, tracker) as report,
         Heartbeat(store, plan.plan_id, run, report) as heartbeat,

@@ -141,7 +141,7 @@ def storage_error(
     times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     step = f" ({failure.step})" if failure.step else ""
     asked = f"; the endpoint is {endpoint}" if endpoint and failure.status is None else ""
-    return StorageError(f"cannot {operation} {where}{step} after {times}: {failure}{asked}; run again to resume")
+    return StorageError(f"cannot {operation} {where}{step} after {times}: {failure}{asked}; run again")
 
 
 def scrub(text: str) -> str:

@@ -13,10 +13,10 @@ _FOR_GOOD = {
 }
 """what running again does not change"""
 _LATER = {
-    errno.ENOSPC: "free space on the disk and run again to resume",
-    errno.EDQUOT: "raise the disk quota and run again to resume",
+    errno.ENOSPC: "free space on the disk and run again",
+    errno.EDQUOT: "raise the disk quota and run again",
     errno.EROFS: "the file system is read-only; choose another output",
-    errno.EMFILE: "raise `ulimit -n` and run again to resume",
+    errno.EMFILE: "raise `ulimit -n` and run again",
 }
 
 
@@ -39,5 +39,5 @@ def named(path: str | Path, action: str) -> Iterator[None]:
         said, number = error.strerror or error, error.errno or 0
         if number in _FOR_GOOD:
             raise RecipeError(f"cannot {action} {path}: {said}; {_FOR_GOOD[number]}") from error
-        hint = _LATER.get(number, "run again to resume")
+        hint = _LATER.get(number, "run again")
         raise StorageError(f"cannot {action} {path}: {said}; {hint}") from error

@@ -281,7 +281,7 @@ class RemoteStore:
         if found.size != sent.num_bytes or self._digests_of(key, found, sent.part_bytes).etags() != sent.etags():
             raise StorageError(
                 f"{self.where(key)} is not what was sent: found {_words(found)}; expected {sent.num_bytes} bytes, "
-                f"{sent.etags()[0]}. The network or the store damaged it, or another writes there; run again to resume"
+                f"{sent.etags()[0]}. The network or the store damaged it, or another writes there; run again"
             )
         self._known_md5_etags = False  # some stores, and keys of a KMS, make ETags of another kind
 

@@ -190,7 +190,7 @@ def test_an_endpoint_that_is_down_is_a_storage_failure(
     said = told(f"s3://{bucket}/base", "/no/where", code=3, client=client)
 
     assert f"cannot list s3://{bucket}/base after 2 attempts: " in said
-    assert "run again to resume" in said
+    assert "run again" in said
 
 
 def test_an_address_that_never_answers_is_given_up_within_a_minute() -> None:

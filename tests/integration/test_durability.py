@@ -83,7 +83,8 @@ def test_every_file_of_a_merge_is_flushed_named_and_flushed_again_before_the_nex
     named = [
         (number, path)
         for number, (name, path) in enumerate(recorder.events)
-        if name in ("replace", "link") and not path.endswith("/progress.json")  # as often as there is time for it
+        if name in ("replace", "link") and path.startswith(str(output))  # a clean clone keeps compiled kernels, too
+        if not path.endswith("/progress.json")  # as often as there is time for it
     ]
     shards = [path for _, path in named if path.endswith(".safetensors")]
     assert len(shards) == 3
@@ -148,6 +149,6 @@ def test_a_flush_that_fails_is_an_error_and_leaves_nothing(
         with store.create("a.json") as sink:
             sink.write(b"1")
 
-    with pytest.raises(OSError, match=r"a\.json: Input/output error; run again to resume"):
+    with pytest.raises(OSError, match=r"a\.json: Input/output error; run again"):
         write()
     assert list(tmp_path.iterdir()) == []

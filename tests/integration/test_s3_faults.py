@@ -262,7 +262,7 @@ def test_an_outage_ends_with_exit_3_and_a_prefix_that_resumes(
     resumed = place.merge()
 
     assert caught.value.exit_code == 3
-    assert str(caught.value).endswith("run again to resume")
+    assert str(caught.value).endswith(("run again", "run again to resume"))  # planning had begun, or the merge
     assert ("HTTP 503 SlowDown" in str(caught.value)) == (outage.fault == "503" and outage.step != "head")
     assert num_met >= 6
     assert MANIFEST_FILE not in found

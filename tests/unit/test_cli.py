@@ -476,22 +476,24 @@ def test_a_limit_on_the_size_of_files_is_2_and_running_without_it_finishes(world
     assert cli("verify", world.output).exit_code == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_128_and_its_number(world: World, number: signal.Signals) -> None:
-    waiting = subprocess.Popen(
-        command("merge", "-", world.output), cwd=REPOSITORY, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGINT, ("merge", "-", "out")), (signal.SIGTERM, ("inspect", "-"))]
+)
+def test_a_signal_is_128_and_its_number(number: signal.Signals, words: tuple[str, ...]) -> None:
+    """What has not begun, and what begins anew, does not promise to resume."""
+    run = command(*words, "--progress", "json")
+    waiting = subprocess.Popen(run, cwd=REPOSITORY, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert waiting.stderr is not None
-    assert waiting.stderr.readline() == "opening checkpoints\n"
+    assert json.loads(waiting.stderr.readline())["stage"] == "opening checkpoints"
     assert waiting.stdin is not None
     waiting.stdin.write("#" * 200_000)  # more than a pipe holds: part of it has been read when this returns
     waiting.stdin.flush()
 
     waiting.send_signal(number)
-    _, message = waiting.communicate(timeout=HANG_S)
+    _, said = waiting.communicate(timeout=HANG_S)
 
     assert waiting.returncode == 128 + number
-    assert message == f"stockflow: stopped by {number.name}; run the same command again to resume\n"
+    assert json.loads(said.splitlines()[-1])["message"] == f"stopped by {number.name}; run the same command again"
 
 
 def test_a_finding_is_4(world: World) -> None:

@@ -502,7 +502,7 @@ class Scheduler(Generic[T]):
             if task.failures[cause] >= most:
                 raise ComputeLostError(
                     f"{task.failures[cause]} workers were lost doing {self._name(task.item)} ({cause}): {text}; "
-                    f"{what_to_do}, then run again to resume"
+                    f"{what_to_do}, then run again"
                 )
 
     def _delay_of(self, worker: _Worker[T], now: float) -> str:
@@ -527,7 +527,7 @@ class Scheduler(Generic[T]):
         if waited_s > self._limits.no_worker_timeout_s:
             raise ComputeLostError(
                 f"no worker came within {self._limits.no_worker_timeout_s:.0f} s: {self._need()}; "
-                "free or add resources, or ask for less, then run again to resume"
+                "free or add resources, or ask for less, then run again"
             )
         if now - self._said_waiting > SAY_WAITING_S:
             self._said_waiting = now

@@ -142,9 +142,7 @@ def refuse_impossible(options: RayOptions, on_note: Callable[[str], None]) -> No
     # A head alone is a cluster whose nodes have not joined yet.
     has_workers = any(_resources(node["Resources"])["CPU"] for node in nodes)
     if has_workers and not _can_grow():
-        raise ComputeLostError(
-            f"{found}; ask for less (--gpus-per-worker, --label) or add nodes, then run again to resume"
-        )
+        raise ComputeLostError(f"{found}; ask for less (--gpus-per-worker, --label) or add nodes, then run again")
     on_note(f"{found}; waiting up to {options.no_worker_timeout_s:.0f} s for one that can (--worker-timeout)")
 
 
@@ -175,7 +173,7 @@ def check_own_node() -> None:
     if not has_own_node():
         raise ComputeLostError(
             f"the Ray node of this driver ended ({os.uname().nodename}: its raylet is gone); start it again, then run "
-            "again to resume"
+            "again"
         )
 
 
