@@ -13,21 +13,19 @@ from itertools import chain
 from stockflow.adapters.pieces import AdapterPieces
 from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY
 from stockflow.errors import AlreadyExistsError, OutputConflictError, PlanError
-from stockflow.events import Moved, Note, OnEvent, Run, Stage, all_of
-from stockflow.interruption import resumable
+from stockflow.events import Moved, Note, OnEvent, Stage
 from stockflow.output import claims
 from stockflow.output import manifest as manifest_file
-from stockflow.output.claims import Claim, Heartbeat, new_run
-from stockflow.output.clean import swept
+from stockflow.output.claims import Claim
 from stockflow.output.keys import CARD_FILE, CLAIM_FILE, MANIFEST_FILE, RECORDS, run_key, tensors_key
 from stockflow.output.manifest import Manifest, PublishedFile
-from stockflow.output.ownership import Occupancy, check_owner, claim, given_up_unbegun, on_record
+from stockflow.output.ownership import Occupancy, check_owner, claim, on_record
 from stockflow.output.publish import versions
 from stockflow.output.receipts import TensorFacts
 from stockflow.output.tables import encode_tensors
 from stockflow.output.target import check_keys, check_space
 from stockflow.planning.plan import NUMERICS, CheckpointRef, canonical_checkpoint, canonical_digest
-from stockflow.progress.file import Tracker, progress_file
+from stockflow.run.presence import at_work
 from stockflow.storage import Stamp, Store, check_stamp, halves_of, is_within, redact
 from stockflow.text.strictjson import shown
 
@@ -131,18 +129,8 @@ def claimed(
         OutputConflictError: another plan claimed it at the same moment.
         StorageError: storage failed; the same again goes on.
     """
-    run = new_run()
-    tracker = Tracker(plan, run)
-    tell = all_of(tracker, on_event)
-    tell(Run(run, plan.plan_id))
-    with (
-        resumable(),
-        given_up_unbegun(store, plan.plan_id, run),
-        progress_file(store, tracker) as report,
-        Heartbeat(store, plan.plan_id, run, report) as heartbeat,
-        swept(store, plan.plan_id, run, {WEIGHTS_KEY}, tell),
-    ):
-        _take(store, plan, run, found, is_exclusive=heartbeat.is_exclusive())
+    with at_work(store, plan, {WEIGHTS_KEY}, on_event) as (run, tell, is_exclusive):
+        _take(store, plan, run, found, is_exclusive=is_exclusive)
         tell(Stage("looking for finished factors"))
         pieces = AdapterPieces(store, plan.plan_id, run, began)
         if pieces.num_resumed:

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 from stockflow.checkpoints.samples import take_samples
 from stockflow.errors import PlanError
-from stockflow.events import Event, Note, OnEvent, Run, Stage, Workers, all_of, ignore
-from stockflow.interruption import resumable
-from stockflow.output.claims import Heartbeat, new_run
-from stockflow.output.clean import swept
+from stockflow.events import Event, Note, OnEvent, Stage, Workers, all_of, ignore
 from stockflow.output.keys import plan_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
-from stockflow.output.ownership import admit, given_up_unbegun, look, overwriting_notes, store_warnings, take
+from stockflow.output.ownership import admit, look, overwriting_notes, store_warnings, take
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.output.shards import valid_receipts
 from stockflow.output.target import check_room, check_target, missing_bytes, no_room
@@ -24,9 +21,9 @@ from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note
 from stockflow.planning.plan import MergePlan, ShardPlan
-from stockflow.progress.file import Tracker, progress_file
 from stockflow.run import shard_events
 from stockflow.run.inputs import Inputs, collector_paused
+from stockflow.run.presence import at_work
 from stockflow.storage import (
     ReadsInPlace,
     Store,
@@ -185,18 +182,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     if found.finished and not options.overwrite:
         return Merged("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
     check_room(store, plan)
-    run = new_run()
-    tracker = Tracker(plan, run)
-    tell = all_of(tracker, on_event)
-    tell(Run(run, plan.plan_id))
-    with (
-        resumable(),
-        given_up_unbegun(store, plan.plan_id, run),
-        progress_file(store, tracker) as report,
-        Heartbeat(store, plan.plan_id, run, report) as heartbeat,
-        swept(store, plan.plan_id, run, {shard.file for shard in plan.shards}, tell),
-    ):
-        is_exclusive = heartbeat.is_exclusive()
+    with at_work(store, plan, {shard.file for shard in plan.shards}, on_event) as (run, tell, is_exclusive):
         taken = take(store, plan, run, found, is_exclusive=is_exclusive)
         weak = store_warnings(store, inputs.stores, plan, is_exclusive=is_exclusive)
         for note in chain(plan.notes, taken, side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
