@@ -12,15 +12,14 @@ from itertools import chain
 
 from stockflow.adapters.pieces import AdapterPieces
 from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY
-from stockflow.errors import AlreadyExistsError, OutputConflictError, PlanError
+from stockflow.errors import OutputConflictError, PlanError
 from stockflow.events import Moved, Note, OnEvent, Stage
 from stockflow.output import claims
-from stockflow.output import manifest as manifest_file
 from stockflow.output.claims import Claim
 from stockflow.output.keys import CARD_FILE, CLAIM_FILE, MANIFEST_FILE, RECORDS, run_key, tensors_key
 from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.ownership import Occupancy, check_owner, claim, on_record
-from stockflow.output.publish import versions
+from stockflow.output.publish import put_manifest, versions
 from stockflow.output.receipts import TensorFacts
 from stockflow.output.tables import encode_tensors
 from stockflow.output.target import check_keys, check_space
@@ -197,10 +196,7 @@ def publish(
         gram=(),
     )
     _check_ours(store, plan, stamp)
-    try:
-        store.put_new(MANIFEST_FILE, manifest_file.encode(manifest))
-    except AlreadyExistsError:  # of a run of the same plan, which held the place beside this one
-        manifest = manifest_file.read(store)
+    manifest = put_manifest(store, manifest)
     pieces.remove()
     return manifest
 

@@ -51,7 +51,7 @@ def commit(
         OutputConflictError: another run took the prefix meanwhile.
         StorageError: writing failed; running again resumes.
     """
-    twin = _published_meanwhile(output, plan)
+    twin = _published_meanwhile(output, plan.plan_id)
     if twin is not None:
         return twin
     rows = [row for receipt in receipts for row in receipt.tensors]
@@ -59,7 +59,8 @@ def commit(
 
     def publish(key: str, encode: Callable[[], bytes]) -> None:
         payload = encode()
-        if _published_meanwhile(output, plan) is None:  # with other versions of libraries its bytes may be others
+        # With other versions of libraries its bytes may be others.
+        if _published_meanwhile(output, plan.plan_id) is None:
             output.put(key, payload)
         published[key] = PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
 
@@ -83,10 +84,20 @@ def commit(
         remarks=(*plan.remarks, *proved(plan, gram), *proved_of_tensors(plan, rows)),
     )
     check_still_ours(output, plan, receipts)
+    return put_manifest(output, manifest)
+
+
+def put_manifest(output: Store, manifest: Manifest) -> Manifest:
+    """Publish a manifest exclusively; return it, or that of a faster run of the same plan.
+
+    Raises:
+        OutputConflictError: another plan was faster, or another run replaces the output.
+        StorageError: writing failed.
+    """
     try:
         output.put_new(MANIFEST_FILE, manifest_file.encode(manifest))
     except AlreadyExistsError:
-        twin = _published_meanwhile(output, plan)
+        twin = _published_meanwhile(output, manifest.plan_id)
         if twin is None:
             raise OutputConflictError(
                 f"{redact(output.url)}/{MANIFEST_FILE} came and went while this run published: another one replaces "
@@ -114,7 +125,7 @@ def _files_in_order(
         yield {CONFIG_FILE: lambda: encode_config(config, rows)}
 
 
-def _published_meanwhile(output: Store, plan: MergePlan) -> Manifest | None:
+def _published_meanwhile(output: Store, plan_id: str) -> Manifest | None:
     """Return the manifest of a run of the same plan that was faster, None if nothing is published yet.
 
     Raises:
@@ -124,7 +135,7 @@ def _published_meanwhile(output: Store, plan: MergePlan) -> Manifest | None:
         existing = manifest_file.read(output)
     except NotFoundError:
         return None
-    if existing.plan_id != plan.plan_id:
+    if existing.plan_id != plan_id:
         raise OutputConflictError(
             f"{redact(output.url)} was published by another plan ({existing.plan_id[:12]}) while this one ran; "
             "choose another output"

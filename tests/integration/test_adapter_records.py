@@ -17,7 +17,7 @@ import stockflow
 from stockflow.adapters import pieces
 from stockflow.cli import app
 from stockflow.errors import OutputConflictError
-from stockflow.events import Done, Event, Moved
+from stockflow.events import Done, Event, Moved, Stage
 from tests import adapters
 from tests.checkpoints import LLAMA_CONFIG, write_checkpoint
 
@@ -136,6 +136,22 @@ def test_what_is_finished_is_not_made_again_but_told(tmp_path: Path) -> None:
         stockflow.extract(*places, rank=3, keep_whole=True)
     assert stockflow.extract(*places, rank=3, keep_whole=True, overwrite=True).tensors[0].rank == 3
     assert run("verify", places[2]).exit_code == 0
+
+
+def test_what_another_plan_published_meanwhile_is_not_taken_for_ours(tmp_path: Path) -> None:
+    places = write(tmp_path)
+    other = stockflow.extract(*places[:2], tmp_path / "other", rank=2, keep_whole=True, workers=1)
+    theirs = (Path(other.output_url) / "manifest.json").read_bytes()
+
+    def publishing(event: Event) -> None:
+        if isinstance(event, Stage) and event.name == "publishing":
+            (tmp_path / "out" / "manifest.json").write_bytes(theirs)
+
+    with pytest.raises(OutputConflictError, match="was published by another plan"):
+        extracted(places, on_event=publishing)
+
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == theirs
+    assert list((tmp_path / "out").glob("_stockflow/*/factors/*")), "what was made stays, for another place"
 
 
 def test_every_byte_is_verified(tmp_path: Path) -> None:
