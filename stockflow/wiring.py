@@ -220,13 +220,13 @@ def plan_adapter(
 ) -> "tuple[CombinationPlan, Sources]":
     """Return what the adapters of a recipe make together, and the adapters; nothing is written."""
     from stockflow.adapters.binding import plan_combination
-    from stockflow.adapters.publishing import check_apart
     from stockflow.adapters.sources import open_sources
+    from stockflow.output.target import check_apart
 
     storage = storage_of(recipe, chosen.follow_links)
     store = open_store(os.fspath(output), storage, writable=True)
     sources = open_sources(recipe, storage, on_event)
-    check_apart(store, [source.store.url for source in sources if source])
+    check_apart(store.url, [source.store for source in sources if source])
     return plan_combination(recipe, sources, store.url), sources
 
 

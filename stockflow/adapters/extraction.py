@@ -20,7 +20,7 @@ from stockflow.adapters.experts import (
 from stockflow.adapters.findings import Extraction, extraction_of, extraction_on_record
 from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole, stores_turned, task_of
 from stockflow.adapters.pieces import AdapterPieces, Held
-from stockflow.adapters.publishing import FINISHED, AdapterPlan, admit, check_apart, claimed, publish
+from stockflow.adapters.publishing import FINISHED, AdapterPlan, admit, claimed, publish
 from stockflow.adapters.record import factor_row, is_whole, rank_of, read_record, whole_row
 from stockflow.adapters.targets import FactorTarget, KeptWhole, Pair, kept_whole, module_of, paired
 from stockflow.checkpoints.decodes.joined import as_bytes
@@ -32,6 +32,7 @@ from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.insight.surveys import Following, Survey, SurveyOptions
 from stockflow.kernels.floats import FORMATS
 from stockflow.output.receipts import TensorFacts
+from stockflow.output.target import check_apart
 from stockflow.planning.job import Reading
 from stockflow.planning.operands import operand_of
 from stockflow.planning.plan import CheckpointRef
@@ -213,7 +214,7 @@ def extract(
     began = time.time()
     stores, checkpoints = _opened(locations, config, on_event)
     store = open_store(output, config, writable=True)
-    check_apart(store, [each.url for each in stores])
+    check_apart(store.url, stores)
     pair = paired(*checkpoints, takes_embeddings=options.embeddings)
     plan = _plan(stores, checkpoints, options)
     found = admit(store, plan, _most_bytes(pair, options), overwrite=options.overwrite)

@@ -12,7 +12,7 @@ from itertools import chain
 
 from stockflow.adapters.pieces import AdapterPieces
 from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY
-from stockflow.errors import OutputConflictError, PlanError
+from stockflow.errors import OutputConflictError
 from stockflow.events import Moved, Note, OnEvent, Stage
 from stockflow.output import claims
 from stockflow.output.claims import Claim
@@ -25,7 +25,7 @@ from stockflow.output.tables import encode_tensors
 from stockflow.output.target import check_keys, check_space
 from stockflow.planning.plan import NUMERICS, CheckpointRef, canonical_checkpoint, canonical_digest
 from stockflow.run.presence import at_work
-from stockflow.storage import Stamp, Store, check_stamp, halves_of, is_within, redact
+from stockflow.storage import Stamp, Store, check_stamp, redact
 from stockflow.text.strictjson import shown
 
 FILES = (WEIGHTS_KEY, CARD_FILE, CONFIG_KEY, MANIFEST_FILE)
@@ -64,17 +64,6 @@ class AdapterPlan:
     @property
     def _settings(self) -> dict[str, object]:
         return {"makes": "adapter", "numerics": NUMERICS, "settings": self.settings}
-
-
-def check_apart(output: Store, inputs: Iterable[str]) -> None:
-    """Refuse an output that is, or lies in, one of the inputs at these URLs.
-
-    Raises:
-        PlanError: it does.
-    """
-    for url in inputs:
-        if any(is_within(output.url, half) for half in halves_of(url)):
-            raise PlanError(f"the output {redact(output.url)} is, or lies in, the input {redact(url)}; move it")
 
 
 def admit(store: Store, plan: AdapterPlan, num_bytes: int, *, overwrite: bool) -> Occupancy:

@@ -8,7 +8,7 @@ from stockflow.errors import PlanError
 from stockflow.output.files import planned_files
 from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, run_key
 from stockflow.planning.plan import MergePlan
-from stockflow.storage import LocalStore, Store
+from stockflow.storage import LocalStore, Store, halves_of, is_within, redact
 from stockflow.text.sizes import gb
 
 MAX_NAMED = 5
@@ -22,6 +22,17 @@ def check_target(store: Store, plan: MergePlan) -> None:
             written there.
     """
     check_keys(store, [*planned_files(plan, plan.plan_id), MANIFEST_FILE, CLAIM_FILE, run_key(plan.plan_id, "0" * 16)])
+
+
+def check_apart(output_url: str, inputs: Iterable[Store]) -> None:
+    """Refuse an output that is, or lies in, one of the inputs.
+
+    Raises:
+        PlanError: it does.
+    """
+    for store in inputs:
+        if any(is_within(output_url, half) for half in halves_of(store.url)) or output_url == store.where():
+            raise PlanError(f"the output {redact(output_url)} is, or lies in, the input {redact(store.url)}; move it")
 
 
 def check_keys(store: Store, keys: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from stockflow.checkpoints.samples import take_samples
-from stockflow.errors import PlanError
 from stockflow.events import Event, Note, OnEvent, Stage, Workers, all_of, ignore
 from stockflow.output.keys import plan_key
 from stockflow.output.manifest import Manifest
@@ -16,7 +15,7 @@ from stockflow.output.numerics import agreed_numerics
 from stockflow.output.ownership import admit, look, overwriting_notes, store_warnings, take
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.output.shards import valid_receipts
-from stockflow.output.target import check_room, check_target, missing_bytes, no_room
+from stockflow.output.target import check_apart, check_room, check_target, missing_bytes, no_room
 from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note
@@ -27,8 +26,6 @@ from stockflow.run.presence import at_work
 from stockflow.storage import (
     ReadsInPlace,
     Store,
-    halves_of,
-    is_within,
     open_store,
     redact,
 )
@@ -86,9 +83,7 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
         BudgetError: the memory is too small.
     """
     where = output_url(inputs, output)
-    for store in inputs.stores:
-        if any(is_within(where, half) for half in halves_of(store.url)) or where == store.where():
-            raise PlanError(f"the output {redact(where)} is, or lies in, the input {redact(store.url)}; move it")
+    check_apart(where, inputs.stores)
     plan = inputs.plan(
         shard_size=options.shard_size,
         strict=options.strict,
