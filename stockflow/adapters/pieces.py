@@ -1,4 +1,4 @@
-"""AdapterPieces of an adapter that is being made: tensors in files among the records of its output until all are known.
+"""Pieces of an adapter that is being made: tensors in files among the records of its output until all are known.
 
 Each piece has a receipt, as a shard of a merge has, with a row per tensor or module: by these a run of the same plan
 finds what an earlier one did.

@@ -80,7 +80,9 @@ def demo(
         raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo, or --overwrite")
     where.mkdir(parents=True, exist_ok=True)
     chosen = resolved(MergeSettings, settings)
-    options_of(chosen, chosen.workers), execute_on(chosen)  # refuse what cannot be before a minute of training
+    # What cannot be is refused before a minute of training.
+    options_of(chosen, chosen.workers)
+    execute_on(chosen)
     try:
         result = run_demo(where, settings, say if told.speaks else lambda _: None, told.on_event)
     except subprocess.CalledProcessError as error:

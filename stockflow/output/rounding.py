@@ -54,14 +54,11 @@ def _losses(rows: Sequence[TensorFacts]) -> Iterator[Remark]:
 
 def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:
     """Yield which tensors of a model differ from the base as if they were others: swapped, or made anew."""
-    urls, known = [redact(each.url) for each in plan.models], {url for r in plan.remarks for url in _strange_in(r)}
+    urls = [redact(each.url) for each in plan.models]
+    known = {url for remark in plan.remarks if remark.code == "stranger" for url in remark.models}
+    matrices = [row for row in rows if len(row.delta_norms) == len(urls) - 1 and _is_large_matrix(row)]
     for number, url in enumerate(urls[1:]):
-        names = tuple(
-            row.name
-            for row in rows
-            if url not in known and len(row.delta_norms) == len(urls) - 1 and _is_strange(row, row.delta_norms[number])
-        )
-        if names:
+        if url not in known and (names := tuple(row.name for row in matrices if _is_strange(row, number))):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             text = (
                 f"{url} differs from {urls[0]} by at least the weights' own size in {shown(names[0])}{more}: made "
@@ -70,13 +67,12 @@ def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]
             yield Remark("stranger", text, models=(url,), tensors=names)
 
 
-def _strange_in(remark: Remark) -> tuple[str, ...]:
-    return remark.models if remark.code == "stranger" else ()
+def _is_large_matrix(row: TensorFacts) -> bool:
+    return len(row.shape) > 1 and row.num_elems >= MIN_STRANGER_ELEMS
 
 
-def _is_strange(row: TensorFacts, delta_norm: float) -> bool:
-    is_matrix = len(row.shape) > 1 and row.num_elems >= MIN_STRANGER_ELEMS
-    return is_matrix and delta_norm >= STRANGER * (row.base_norm or float("inf"))
+def _is_strange(row: TensorFacts, number: int) -> bool:
+    return row.delta_norms[number] >= STRANGER * (row.base_norm or float("inf"))
 
 
 def _such(rows: Sequence[TensorFacts]) -> str:
