@@ -44,6 +44,9 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     (r".+\.onnx(_data)?", "ONNX, which is for inference; take the model it was made from"),
     (r".+\.nemo", "a NeMo archive, which is not read; export it to Hugging Face's layout with NeMo"),
     (r".+\.npz", "NumPy's arrays, which are not read; write them as safetensors"),
+    (r"saved_model\.pb", f"TensorFlow's, which is not read; {_TO_SAFETENSORS}"),
+    (r".+\.(engine|plan)", "compiled for one GPU by TensorRT; take the model it was made from"),
+    (r".+\.(parquet|arrow|jsonl)|dataset_infos?\.json", "of a data set, no model"),
     (r".+\.(tar|tgz|zip|zst|gz)", "an archive; unpack it first"),
 )
 """Whole names of files by what they are, and what to do."""
@@ -143,6 +146,11 @@ def _several(place: _Place) -> Iterator[str]:
         yield f"it has several weights, {them}, and none is {SINGLE_FILE}; name the file that is meant"
 
 
+def _megatron(place: _Place) -> Iterator[str]:
+    if any(name.startswith("mp_rank_") for name in place.folders) or "latest_checkpointed_iteration.txt" in place.files:
+        yield "it is a checkpoint of Megatron, which is not read; convert it to Hugging Face's layout with its tools"
+
+
 def _steps(place: _Place) -> Iterator[str]:
     found = [(int(match[1]), name) for name in place.folders if (match := _STEP.fullmatch(name))]
     if not found:
@@ -196,8 +204,8 @@ def _no_weights(place: _Place) -> Iterator[str]:
 
 
 _LOOKS: tuple[Callable[[_Place], Iterator[str]], ...] = (
-    _nothing, _adapter, _pipeline, _own_layout, _incomplete, _several, _steps, _cache, _sharded_training, _other_format,
-    _below, _no_weights,
+    _nothing, _adapter, _pipeline, _own_layout, _incomplete, _several, _megatron, _steps, _cache, _sharded_training,
+    _other_format, _below, _no_weights,
 )  # fmt: skip
 """The first that has something to say decides."""
 

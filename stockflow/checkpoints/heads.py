@@ -144,10 +144,15 @@ def head_beside(embedding: str) -> str:
     return "lm_head.weight"
 
 
+def is_of_language(path: str) -> bool:
+    """Return whether the section of a config at a path (``""``, ``text_config.``) may be that of its language model."""
+    return {*path.split(".")[:-1]} <= {*LANGUAGE_PARTS}
+
+
 def tie_flag(config: Config | None) -> bool | None:
     """Return whether a config says that head and embedding are one tensor; None if it says both, or neither."""
     said = tie_flags(config)
-    ours = {flag for path, flag in said.items() if set(path.split(".")[:-1]) <= {*LANGUAGE_PARTS}}
+    ours = {flag for path, flag in said.items() if is_of_language(path)}
     return None if len(ours) > 1 else next(iter(ours or said.values()), None)
 
 

@@ -40,6 +40,12 @@ class _Renaming:
         left, right = (Counter(prefix.split(".")) for prefix in (self.donors, self.others))
         return set((left - right) + (right - left)) <= WRAPPERS | {""}
 
+    @property
+    def is_other_layer(self) -> bool:
+        """Whether the two are numbered, and differently: that is another place, not another name."""
+        left, right = ([part for part in prefix.split(".") if part.isdigit()] for prefix in (self.donors, self.others))
+        return len(left) == len(right) and left != right
+
     def of(self, name: str) -> str:
         """Return the other's name of a tensor of the donor's, if that has what stands for it."""
         return self.others + name[len(self.donors) :] if name.startswith(self.donors) else ""
@@ -108,7 +114,8 @@ def _pairs(donor: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[_
     left, held = [name for name in lacking if name not in found], set(besides) - set(found.values())
     while held and (renaming := _likeliest(left, sorted(held))) and len(renamings) < MAX_RENAMINGS:
         names = {name: theirs for name in left if (theirs := renaming.of(name)) in held}
-        if any(not _are_alike(donor.specs[name], other.specs[theirs]) for name, theirs in names.items()):
+        alike = all(_are_alike(donor.specs[name], other.specs[theirs]) for name, theirs in names.items())
+        if renaming.is_other_layer or not alike:
             return {}, []
         found |= names
         held -= set(names.values())

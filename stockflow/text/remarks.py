@@ -45,6 +45,7 @@ CODES: Mapping[str, str] = {
     "no-tokenizer": "a model without tokenizer beside others that have one",
     "not-copied": "files of the model that gives the side files which stay behind",
     "not-taken": "side files that only models have which do not give them",
+    "not-weights": "what a trainer or an adapter keeps beside weights, in the place of weights",
     "other-master": "models that seem to be tuned from what a quantised base was before",
     "other-names": "a model whose tensors are the base's under other names",
     "part-kept": "layers that predict further tokens, or a tower, that some models lack and the output has of the base",

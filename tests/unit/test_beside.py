@@ -109,7 +109,8 @@ def test_code_and_modules_that_are_named_in_vain_are_said(
     remarks = {remark.code: remark for remark in stockflow.plan(recipe, tmp_path / "out").plan.remarks}
 
     assert remarks["missing-files"].severity == "warning"
-    assert remarks["missing-files"].values == {"names": "'1_Pooling', 'modeling_x.py', 'pkg/deep.py'"}
+    names = "'1_Pooling', 'modeling_x.py', 'pkg/deep.py', 'custom_st.py', 'x.py'"
+    assert remarks["missing-files"].values == {"names": names}
 
 
 def test_side_files_that_only_others_have_are_said(family: Family, tmp_path: Path) -> None:

@@ -341,6 +341,10 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
     "prediction layers that are gone": (
         {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}, ["model.layers.0.a"], "num_nextn_predict_layers: 1",
     ),
+    "kinds of layers": ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, ["model.layers.0.a"], None),
+    "kinds of other layers": (
+        {"num_hidden_layers": 1, "layer_types": ["full_attention"] * 2}, ["model.layers.0.a"], "layer_types: 2 of them",
+    ),
     "MTP": ({"num_hidden_layers": 1, "mtp_num_hidden_layers": 1}, ["model.layers.0.a", "mtp.layers.0.a"], None),
     "MTP that is gone": (
         {"text_config": {"num_hidden_layers": 1, "mtp_num_hidden_layers": 1}}, ["model.language_model.layers.0.a"],
@@ -388,6 +392,62 @@ def test_sizes_that_no_tensor_has_are_said(tmp_path: Path, case: str, nested: bo
     assert len(said) == bool(broken)
     assert not said or re.search(broken, said[0].text)
     assert not said or said[0].severity == "warning"
+
+
+ATTENTION, EXPERTS = "model.layers.0.self_attn", "model.layers.0.mlp.experts.0"
+FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
+    "biases": ({"attention_bias": True}, {f"{ATTENTION}.q_proj.bias": (4,)}, ""),
+    "biases that are denied": ({"attention_bias": False}, {f"{ATTENTION}.q_proj.bias": (4,)}, "_bias: False, but"),
+    "biases that are not there": ({"attention_bias": True}, {f"{ATTENTION}.q_proj.weight": (4, 4)}, "_bias: True, but"),
+    "biases of one tensor": ({"attention_bias": True}, {"gpt_neox.layers.0.attention.dense.bias": (4,)}, ""),
+    "biases of norms": ({"attention_bias": False}, {f"{ATTENTION}.q_norm.bias": (4,)}, ""),
+    "biases of a tower": ({"attention_bias": False}, {"visual.blocks.0.attn.qkv.bias": (4,)}, ""),
+    "experts": ({"num_experts": 8, "moe_intermediate_size": 3}, {"model.layers.0.mlp.gate.weight": (8, 4)}, ""),
+    "number of experts": (
+        {"n_routed_experts": 16, "moe_intermediate_size": 3},
+        {"model.layers.0.mlp.gate.weight": (8, 4), f"{EXPERTS}.up_proj.weight": (3, 4)}, "n_routed_experts: 16",
+    ),
+    "size of experts": (
+        {"num_experts": 8, "moe_intermediate_size": 6},
+        {"model.layers.0.mlp.gate.weight": (8, 4), f"{EXPERTS}.up_proj.weight": (3, 4)}, "moe_intermediate_size: 6",
+    ),
+    "positions": (
+        {"n_positions": 9, "vocab_size": 5}, {"transformer.wpe.weight": (8, 4), "transformer.wte.weight": (5, 4)},
+        "n_positions: 9",
+    ),
+    "labels": (
+        {"id2label": {"0": "a", "1": "b"}, "vocab_size": 5},
+        {"score.weight": (3, 4), "model.embed_tokens.weight": (5, 4)}, "id2label: {.*, which makes 2 where .* have 3",
+    ),
+    "as many labels": ({"id2label": {"0": "a", "1": "b"}}, {"score.weight": (2, 4)}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FURTHER)
+def test_what_a_config_says_of_biases_experts_positions_and_labels_is_held_against_the_tensors(
+    tmp_path: Path, case: str
+) -> None:
+    config, shapes, broken = FURTHER[case]
+    merge = Merge(tmp_path)
+    for folder in merge.folders:
+        write_checkpoint(folder, {name: torch.ones(shape) for name, shape in shapes.items()}, config=config)
+
+    said = [remark.text for remark in merge.plan().remarks if remark.code == "promise-unkept"]
+    assert len(said) == bool(broken)
+    assert not broken or re.search(broken, said[0])
+
+
+@pytest.mark.parametrize("donor", [0, 1])
+def test_a_language_model_is_compared_wherever_its_config_stands(merge: Merge, donor: int) -> None:
+    """A tune of the language model alone says at the top what the whole model says in its text_config."""
+    flat = {**LLAMA, "model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"], "rope_theta": 1e4}
+    whole = {key: flat[key] for key in ("model_type", "architectures")}
+    nested = whole | {"text_config": {**LLAMA, "model_type": "qwen3_vl_text"}}
+    give(merge, *((flat, nested, nested) if donor else (nested, flat, flat)))
+
+    (found,) = merge.plan().remarks
+    assert (found.code, found.severity) == ("config-differs", "warning")
+    assert set(found.values.values()) == {"500000.0", "10000.0"}
 
 
 INFINITE = '{"model_type": "mamba2", "time_step_limit": [0.0, %s]}'

@@ -133,6 +133,19 @@ def test_wrappers_of_single_modules_are_read_through(tmp_path: Path) -> None:
     assert jobs_of(plan).keys() == llama().keys()
 
 
+def test_layers_of_other_numbers_are_no_view(tmp_path: Path) -> None:
+    """Read as such, layers 2 and 1 of a tune would be layers 0 and 1 of the base."""
+    shifted = {
+        re.sub(r"layers\.(\d+)", lambda found: f"layers.{int(found[1]) + 1}", name): value
+        for name, value in llama().items()
+    }
+
+    said = "\n".join(problems(merge_of(tmp_path, llama(), shifted, llama())))
+
+    assert "model.layers.0" in said
+    assert "accept" not in said
+
+
 def test_several_towers_under_other_names_are_read_together(tmp_path: Path) -> None:
     old = llama(prefix="language_model.model.", head=False) | tower()
     new = llama(prefix="model.language_model.", head=False) | tower(prefix="model.vision_tower.")

@@ -132,6 +132,17 @@ def test_fixed_scales_of_activations_are_the_bases_and_that_is_said(merge: Merge
     assert any("belong to its codes" in remark.text for remark in plan.remarks)
 
 
+def test_scales_of_a_cache_of_keys_and_values_beside_plain_weights_are_no_weights(merge: Merge) -> None:
+    for number, tensors in enumerate(merge.models):
+        tensors["layers.0.self_attn.k_scale"] = torch.tensor(0.5 + number)
+    merge.write(config={})
+
+    (said,) = (remark for remark in merge.plan().remarks if remark.code == "static-scales")
+    assert (said.severity, said.tensors) == ("warning", ("layers.0.self_attn.k_scale",))
+    skipped = merge.plan(stockflow={"rules": [{"filter": "k_scale", "action": "skip"}]})
+    assert "static-scales" not in {remark.code for remark in skipped.remarks}
+
+
 def test_a_file_of_modelopt_goes_with_codes_alone(merge: Merge) -> None:
     add_codes(merge, WEIGHT)
     merge.write(config={}, side_files={"hf_quant_config.json": "{}"})

@@ -183,6 +183,29 @@ def test_names_that_no_loader_knows_are_said_where_the_base_has_them(tmp_path: P
     assert not remarks(Merge(tmp_path / "other").write().plan(), "promise-unkept")
 
 
+KEPT_BESIDE = {
+    "optimizer.state.embed.weight.exp_avg": "exp_avg",
+    "ema_model.embed.weight": "ema_model.",
+    "embed.modules_to_save.default.weight": "",
+}
+
+
+@pytest.mark.parametrize("name", KEPT_BESIDE)
+def test_what_trainers_and_adapters_keep_is_not_merged_as_weights(tmp_path: Path, name: str) -> None:
+    merge, marker = Merge(tmp_path), KEPT_BESIDE[name]
+    for tensors in merge.models:
+        tensors[name] = tensors["embed.weight"].clone()
+
+    refused = merge.write().refusal()
+    assert f"1 tensor such as {name!r} is " in refused
+    assert "accept: [not-weights]" in refused
+    assert ("merge_and_unload" in refused) == (not marker)
+    if marker:
+        rules = {"rules": [{"filter": marker, "action": "skip"}]}
+        assert f"`stockflow: {{rules: [{{filter: {marker}, action: skip}}]}}`" in refused
+        assert jobs_of(merge.plan(stockflow=rules)).keys() == merge.models[0].keys() - {name}
+
+
 def test_another_buffer_that_some_models_hold_is_no_exception(tmp_path: Path) -> None:
     merge = Merge(tmp_path)
     merge.models[0]["layers.0.self_attn.freq"] = torch.arange(4, dtype=torch.float32)

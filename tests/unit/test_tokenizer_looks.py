@@ -427,6 +427,13 @@ CUT: dict[str, tuple[Files, Files, str, str]] = {
     "decoder": (FAST, step(decoder={"type": "ByteLevel"}), "note", "decoder"),
     "merges": (FAST, of_model(merges=[["a", "b"]]), "warning", "merges"),
     "fallback": (FAST, of_model(byte_fallback=True), "warning", "model"),
+    "side": (FAST | config(padding_side="left"), FAST | config(padding_side="right"), "note", "padding_side"),
+    "class": (
+        FAST | config(tokenizer_class="LlamaTokenizerFast"),
+        FAST | config(tokenizer_class="Qwen2Tokenizer"),
+        "note",
+        "tokenizer_class",
+    ),
     "begin": (FAST | config(add_bos_token=True), FAST | config(add_bos_token=False), "warning", "add_bos_token"),
 }
 
@@ -452,6 +459,14 @@ SAME_CUT: dict[str, tuple[Files, Files]] = {
     "a prefix in two spellings": (
         step(decoder={"type": "Metaspace", "replacement": "_", "add_prefix_space": True}),
         step(decoder={"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}),
+    ),
+    "a class by its other name": (
+        FAST | config(tokenizer_class="LlamaTokenizerFast"),
+        FAST | config(tokenizer_class="LlamaTokenizer"),
+    ),
+    "any class": (
+        FAST | config(tokenizer_class="LlamaTokenizerFast"),
+        FAST | config(tokenizer_class="PreTrainedTokenizerFast"),
     ),
     "a flag that one says": (FAST, config(add_bos_token=True)),
 }

@@ -44,6 +44,8 @@ _NAMES_CODE = re.compile(r"tokenizer_config\.json|(.+_)?(pre)?processor_config\.
 """configs beside config.json that may have an ``auto_map``"""
 _REFERENCE = re.compile(r"([\w./]+)\.\w+")
 """``modeling_x.XForCausalLM``; one with ``--`` in it names the code of another repository"""
+_OF_ONE_FILE = re.compile(r"[a-z_]\w*\.[A-Z]\w*")
+"""``custom_st.Transformer``: a class in a file beside the model; classes of libraries lie deeper"""
 _FROM = re.compile(r"^[ \t]*from[ \t]+(\.+)([\w.]*)[ \t]+import[ \t]+(?:\(([^()]*)\)|([^\n(]*))", re.MULTILINE)
 _IMPORT = re.compile(r"^[ \t]*import[ \t]+\.(\w+)\b", re.MULTILINE)
 
@@ -103,7 +105,8 @@ def code_files(
     of_models = list(_texts([each.get("auto_map") for each in configs]))
     of_pipelines = _texts([each.get("custom_pipelines") for each in configs])
     waiting = {file for each in (*of_models, *of_pipelines, *references) for file in _files_of(each)} & present
-    missing = [files[0] for each in of_models if (files := list(_files_of(each))) and not present & set(files)]
+    named = [*of_models, *(each for each in references if _OF_ONE_FILE.fullmatch(each))]
+    missing = [files[0] for each in named if (files := list(_files_of(each))) and not present & set(files)]
     found: set[str] = set()
     while waiting:
         key = waiting.pop()

@@ -13,6 +13,9 @@ Cutting = Mapping[str, str]
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 """of ``tokenizer_config.json``"""
+SIDES = ("padding_side", "truncation_side")
+_ANY_CLASS = ("", "PreTrainedTokenizer", "TokenizersBackend")
+"""What goes by its files alone."""
 ADDED = "the added token"
 _SAYS_NOTHING = {"use_regex": True, "split": True, "trim_offsets": True}
 """what newer versions write of what older ones do, too"""
@@ -40,7 +43,10 @@ def cutting_of(document: Mapping[str, object]) -> Cutting:
 
 def flags_of(settings: Mapping[str, object]) -> Cutting:
     """Return what a ``tokenizer_config.json`` says of it in so many words."""
-    return {flag: str(settings[flag]) for flag in FLAGS if isinstance(settings.get(flag), bool)}
+    said = {flag: str(settings[flag]) for flag in FLAGS if isinstance(settings.get(flag), bool)}
+    sides = {key: str(settings[key]) for key in SIDES if isinstance(settings.get(key), str)}
+    kind = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    return {**said, **sides, **({} if kind in _ANY_CLASS else {"tokenizer_class": kind})}
 
 
 def _list(value: object) -> list[Any]:

@@ -18,6 +18,7 @@ from stockflow.checkpoints.configs import (
     sections,
     trait,
 )
+from stockflow.checkpoints.heads import is_of_language
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark, Severity
@@ -138,12 +139,29 @@ def _pairs(value: object) -> Mapping[str, object]:
 
 def _configs(proposal: Proposal) -> dict[str, dict[str, Config]]:
     """Sections by path, by location of the models that have a config."""
-    found = {}
+    found, published = {}, _language_path(proposal.donor.config)
     for number, each in enumerate(proposal.checkpoints):
         if each.config is not None:
             nums = {stacking.num_layers.get(number) for stacking in proposal.stackings}
-            found[redact(each.url)] = {path: _as_one(own, nums) for path, own in sections(each.config)}
+            own = {path: _as_one(section, nums) for path, section in sections(each.config)}
+            found[redact(each.url)] = _language_at(published, own, _language_path(each.config))
     return found
+
+
+def _language_path(config: Config | None) -> str:
+    """Return where a config says what its language model is: at the top, or within."""
+    return max((path for path, _ in sections(config or {}) if is_of_language(path)), key=len)
+
+
+def _language_at(path: str, own: dict[str, Config], here: str) -> dict[str, Config]:
+    """Return sections with that of the language model at another path; what class it is stays where it was said."""
+    if path == here:
+        return own
+    of_class = {key for each in ARCHITECTURE for key in each.keys}
+    at_top = {key: value for key, value in own.get("", {}).items() if key in of_class}
+    language = {key: value for key, value in own[here].items() if key not in of_class}
+    moved = {**{key: each for key, each in own.items() if key not in ("", here)}, path: language}
+    return {**moved, "": {**moved.get("", {}), **at_top}}
 
 
 def _as_one(section: Config, nums: Collection[int | None]) -> Config:

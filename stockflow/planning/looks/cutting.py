@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.tokens.cutting import ADDED, Cutting
+from stockflow.checkpoints.tokens.cutting import ADDED, SIDES, Cutting
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark, Severity
@@ -44,5 +44,5 @@ def _said(part: str, own: Cutting, published: Cutting) -> str:
 
 
 def _says_little(part: str) -> bool:
-    """Whether it decides how ids are shown, or how a single token is found."""
-    return part == "decoder" or part.startswith(ADDED)
+    """Whether it decides how ids are shown, how a single token is found, or what batches look like."""
+    return part in ("decoder", "tokenizer_class", *SIDES) or part.startswith(ADDED)

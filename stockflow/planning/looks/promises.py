@@ -1,7 +1,7 @@
 """Promises of the published config that no written tensor keeps: layers, prediction layers, a head of its own."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.configs import Config, first, nonfinite, sections
 from stockflow.planning.looks.proposal import Proposal
@@ -13,6 +13,8 @@ from stockflow.text.strictjson import shown
 
 _STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_OF_ADAPTERS = (".modules_to_save.", ".original_module.", ".base_layer.")
+_OF_TRAINERS = ("exp_avg", "momentum_buffer", "optimizer.", "ema_model.", "model_ema.")
 MAX_PARTS = 5
 """Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``."""
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -37,11 +39,17 @@ def missing_layers(proposal: Proposal) -> Iterator[Remark]:
     found = stacks(job.output.name for job in proposal.jobs) if speaks else {}
     whole = {len(numbers) for numbers in found.values() if max(numbers) + 1 == len(numbers)}
     for path, section in sections(config) if found else ():
+        counted_otherwise = any(each in section for each in _OTHERWISE_COUNTED)
+        kinds = section.get("layer_types")
         for key in _NUM_LAYERS:
             number = section.get(key)
-            is_plain = not any(each in section for each in _OTHERWISE_COUNTED)
-            if is_plain and isinstance(number, int) and not whole & {number, number + _num_predicted(section)}:
+            if counted_otherwise or not isinstance(number, int):
+                continue
+            promised = {number, number + _num_predicted(section)}
+            if not whole & promised:
                 yield _broken(proposal, path + key, number, f"the written tensors have {_described(found)}")
+            if isinstance(kinds, list) and len(kinds) not in promised:
+                yield _broken(proposal, f"{path}layer_types", f"{len(kinds)} of them", f"{number} layers are promised")
 
 
 def _num_predicted(section: Config) -> int:
@@ -61,6 +69,42 @@ def missing_predictions(proposal: Proposal) -> Iterator[Remark]:
         if not any(map(extra.search, names)):
             key = next(key for key in section if section[key] == number and ("nextn" in key or "mtp" in key))
             yield _broken(proposal, path + key, number, "no written tensor is of a layer that predicts further tokens")
+
+
+def wrapped_by_adapters(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that heads or layers go out under the names that PEFT gives what it wraps, beside what they replaced."""
+    if names := _with_markers(proposal, _OF_ADAPTERS):
+        url = redact(proposal.donor.url)
+        text = (
+            f"{_so_many(names)} {are(len(names))} named as within an adapter, in {url} and all others: loaders know no "
+            "such tensors and make up the real ones; save the models after `model.merge_and_unload()`"
+        )
+        yield Remark("not-weights", text, "refusal", (url,), names)
+
+
+def training_state(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that what a trainer keeps beside the weights would be merged as if it were weights."""
+    names = _with_markers(proposal, _OF_TRAINERS)
+    if names and len(names) < len(proposal.jobs):
+        markers = dict.fromkeys(next(filter(name.__contains__, _OF_TRAINERS)) for name in names)
+        rules = ", ".join(f"{{filter: {marker}, action: skip}}" for marker in markers)
+        text = (
+            f"{_so_many(names)} {are(len(names))} what a trainer keeps (the state of an optimizer, or averages of "
+            f"weights), no weights of the model; `stockflow: {{rules: [{rules}]}}` leaves "
+            f"{'it' if len(names) == 1 else 'them'} out"
+        )
+        yield Remark("not-weights", text, "refusal", (redact(proposal.donor.url),), names)
+
+
+def _with_markers(proposal: Proposal, markers: Sequence[str]) -> tuple[str, ...]:
+    names = [job.output.name for job in proposal.jobs]
+    joined = "\n".join(names)
+    found = [marker for marker in markers if marker in joined]
+    return tuple(name for name in names if any(map(name.__contains__, found))) if found else ()
+
+
+def _so_many(names: Sequence[str]) -> str:
+    return f"{counted(len(names), 'tensor')} such as {shown(names[0])}"
 
 
 def nonfinite_values(proposal: Proposal) -> Iterator[Remark]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from stockflow.checkpoints.configs import quantization_keys
 from stockflow.checkpoints.decodes.low_rank import codes_within
 from stockflow.checkpoints.packed import scales_of_plain_weights
+from stockflow.checkpoints.quantised import STATIC_SCALES
 from stockflow.planning.formats import QUANTIZATION_FILE, has_codes, outputs_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
@@ -76,6 +77,19 @@ def static_scales(proposal: Proposal) -> Iterator[Remark]:
             f"{are(len(names))} {becomes}"
         )
         yield Remark("static-scales", text, "note", (url,), tuple(names))
+
+
+def averaged_scales(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that fixed scales of activations, or of a cache of keys and values, are merged as if they were weights."""
+    likely = (job.output.name for job in proposal.jobs if job.output.name.endswith("_scale") and not job.is_copy)
+    names = [name for name in likely if name.rpartition(".")[2] in STATIC_SCALES]
+    if names:
+        text = (
+            f"{counted(len(names), 'fixed scale')} such as {in_a_line(names[0])}, of activations or of the cache of "
+            f"keys and values, {are(len(names))} merged like weights: measured on other models, what comes out may be "
+            "too small for this one; a rule with `action: skip` leaves such scales out, and loaders take 1"
+        )
+        yield Remark("static-scales", text, "warning", tensors=tuple(names))
 
 
 def leftover_scales(proposal: Proposal) -> Iterator[Remark]:

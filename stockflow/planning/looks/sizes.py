@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from stockflow.checkpoints.configs import Config, first, head_size, sections
+from stockflow.checkpoints.heads import is_of_language
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
 
+_OF_ATTENTION = re.compile(r"att\w*\.(?!.*norm).+\.bias$", re.IGNORECASE)
 _OTHER_TOWER = re.compile(r"vision|visual|audio|image|projector|encoder|mtp|per_layer")
 
 
@@ -21,9 +24,9 @@ class Size(NamedTuple):
     keys: tuple[str, ...]
 
     def promised(self, section: Config) -> int | None:
-        """Return what a section says; None if nothing, or another thing for each layer."""
+        """Return what a section says, or how many it names; None if nothing, or another thing for each layer."""
         found = first(*self.keys)(section)
-        return found if type(found) is int else None
+        return found if type(found) is int else len(found) if isinstance(found, dict) else None
 
 
 _WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -34,11 +37,16 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
+_ROUTERS = (".mlp.gate.weight", ".mlp.router.weight", ".block_sparse_moe.gate.weight")
 SIZES = (
     Size(_EMBEDDINGS, 0, ("vocab_size",)),
     Size(_EMBEDDINGS, 1, _WIDTH),
     Size((".mlp.up_proj.weight", ".mlp.gate_proj.weight"), 0, ("intermediate_size",)),
     Size((".input_layernorm.weight",), 0, _WIDTH),
+    Size((".experts.0.up_proj.weight",), 0, ("moe_intermediate_size",)),
+    Size(_ROUTERS, 0, ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")),
+    Size((".wpe.weight", ".embeddings.position_embeddings.weight"), 0, ("n_positions", "max_position_embeddings")),
+    Size(("score.weight", "classifier.weight", "classifier.out_proj.weight"), 0, ("id2label",)),
 )
 _KEYS = Size((".self_attn.k_proj.weight",), 0, ("num_key_value_heads",))
 _ENDS = tuple(end for size in (*SIZES, _KEYS) for end in size.ends)
@@ -57,6 +65,20 @@ def broken_sizes(proposal: Proposal) -> Iterator[Remark]:
             yield from (_said(proposal, path, section, *each) for each in broken.values())
 
 
+def broken_biases(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that attention has biases which the published config denies, or promises, and loaders go by it."""
+    names = (job.output.name for job in proposal.jobs if job.output.name.endswith(".bias"))
+    ours = [name for name in names if _OF_ATTENTION.search(name) and not _OTHER_TOWER.search(name)]
+    for path, section in sections(proposal.config or {}):
+        flag = section.get("attention_bias")
+        if is_of_language(path) and isinstance(flag, bool) and flag is not bool(ours):
+            url = redact(proposal.donor.url)
+            kept = f"{len(ours)} written, such as {shown(ours[0])}" if ours else "none written"
+            then = f"loaders {'leave them out' if ours else 'make them up'}; correct the config of {url}"
+            text = f"the published config says {path}attention_bias: {flag}, but {kept}: {then}"
+            yield Remark("promise-unkept", text, "warning", (url,), values={f"{path}attention_bias": str(flag)})
+
+
 def _key_rows(section: Config) -> Iterator[int]:
     heads, size = _KEYS.promised(section), head_size(section)
     if heads is not None and isinstance(size, int):
@@ -70,7 +92,7 @@ def _found(size: Size, shapes: Mapping[str, Sequence[int]]) -> set[int]:
 def _said(proposal: Proposal, path: str, section: Config, size: Size, number: int, found: set[int]) -> Remark:
     key = path + next(key for key in size.keys if section.get(key) is not None)
     url, rows = redact(proposal.donor.url), " and ".join(f"{each:,}" for each in sorted(found)[:3])
-    means = f"{section[key.removeprefix(path)]}"
+    means = shown(section[key.removeprefix(path)])
     text = (
         f"the published config says {key}: {means}, which makes {number:,} where tensors such as *{size.ends[0]} "
         f"have {rows}: loaders will not take them; correct the config of {url}"
