@@ -27,7 +27,7 @@ from stockflow.planning.budget import BASELINE_BYTES, client_bytes
 from stockflow.planning.plan import CheckpointRef
 from stockflow.storage import Store, own_key, redact
 from stockflow.text.escaping import in_a_line
-from stockflow.text.sizes import gb, mib
+from stockflow.text.sizes import gb, least_mib, mib
 from stockflow.text.tables import grid
 
 BLOCK_ELEMS = 2**21
@@ -178,7 +178,7 @@ def _num_threads(plan: CombinationPlan, sources: Sources, output: Store, memory_
     least = fixed + max(_held_bytes(largest), whole)
     if least > memory_bytes:
         raise BudgetError(
-            f"the factors of {largest.module!r} need at least {mib(least)} of memory, {mib(fixed)} of it for the "
+            f"the factors of {largest.module!r} need at least {least_mib(least)} of memory, {mib(fixed)} of it for the "
             f"process itself; the limit is {mib(memory_bytes)}. Raise --memory"
         )
     return max(min(most, (memory_bytes - fixed) // _held_bytes(largest)), 1)

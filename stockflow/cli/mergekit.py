@@ -51,7 +51,7 @@ class MergekitSettings(TypedDict, total=False):
     unsafe_truncate_embeddings: Annotated[bool, _flag("unsafe-truncate-embeddings", "Refused.")]
     async_write: Annotated[bool, _needless("async-write", "writing goes on beside merging in any case")]
     clone_tensors: Annotated[bool, _needless("clone-tensors", "a layer that is used twice is written twice anyway")]
-    lazy_unpickle: Annotated[bool, _needless("lazy-unpickle", "inputs are safetensors, read by ranges")]
+    lazy_unpickle: Annotated[bool, _needless("lazy-unpickle", "inputs of all formats are read by ranges")]
     low_cpu_memory: Annotated[bool, _needless("low-cpu-memory", "--memory bounds the whole process")]
     multi_gpu: Annotated[bool, _needless("multi-gpu", "--executor ray --gpus-per-worker spreads a merge over GPUs")]
     read_to_gpu: Annotated[bool, _needless("read-to-gpu", "tensors go to the device as they are read")]

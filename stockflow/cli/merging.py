@@ -65,17 +65,17 @@ def demo(
     """Train small language models, merge them with Model Stock, verify, and compare: two minutes, no network."""
     import subprocess
     import tempfile
-    from pathlib import Path
 
     from stockflow.errors import OutputConflictError
     from stockflow.extras import needs_torch
     from stockflow.settings import resolved
+    from stockflow.storage import local_path
     from stockflow.text.redaction import command_line
     from stockflow.wiring import execute_on, options_of
 
     with needs_torch("stockflow demo"):
         from stockflow.demo.story import demo_tables, run_demo
-    where = Path(folder or tempfile.mkdtemp(prefix="stockflow-demo-")).absolute()
+    where = local_path(folder or tempfile.mkdtemp(prefix="stockflow-demo-"))
     if where.exists() and not (where.is_dir() and (settings["overwrite"] or not any(where.iterdir()))):
         raise OutputConflictError(f"{where} is not an empty folder; name a new one for the demo, or --overwrite")
     where.mkdir(parents=True, exist_ok=True)

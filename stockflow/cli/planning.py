@@ -32,11 +32,11 @@ def plan(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings:
 def calibrate(
     told: Told,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to keep it. Default: your configuration folder.")
+        str | None, typer.Option(metavar="FILE", help="Where to keep it. Default: your configuration folder.")
     ] = None,
     folder: Annotated[
-        Path, typer.Option(help="On the disk that merges use; up to 1 GB at a time is written there and removed.")
-    ] = Path(),
+        str, typer.Option(help="On the disk that merges use; up to 1 GB at a time is written there and removed.")
+    ] = ".",
     url: Annotated[
         list[str] | None, typer.Option(help="Bucket or prefix to measure, too; may be repeated. Written and cleaned.")
     ] = None,
@@ -49,9 +49,10 @@ def calibrate(
     from stockflow.events import Stage
     from stockflow.forecast.calibrate import calibrate as measure
     from stockflow.forecast.constants import default_path
+    from stockflow.storage import local_path
 
-    measured = measure(folder.absolute(), url or [], lambda text: told.on_event(Stage(text)))
-    path = out or default_path()
+    path = local_path(out) if out else default_path()
+    measured = measure(local_path(folder), url or [], lambda text: told.on_event(Stage(text)))
     found = _kept(measured, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from stockflow.run.driver import Merged
 from stockflow.storage import redact, scheme_of
 from stockflow.text.records import as_plain
 from stockflow.text.redaction import command_line
-from stockflow.text.sizes import counted, estimate, gb, mib, times
+from stockflow.text.sizes import counted, estimate, gb, least_mib, mib, times
 
 NUM_STAGES = 3
 """Of what goes on side by side so many are listed, the longest."""
@@ -86,7 +86,7 @@ def plan_lines(
             if worst
             else ""
         )
-    projected, least = mib(workspace.projected_bytes), mib(least_bytes)
+    projected, least = mib(workspace.projected_bytes), least_mib(least_bytes)
     yield f"  memory  {projected} per worker projected; the least --memory is {least}{because}"
     for remark in plan.remarks:
         yield f"  {'note' if remark.severity == 'note' else 'warning':<7} {remark} [{remark.code}]"

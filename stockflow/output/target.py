@@ -49,24 +49,15 @@ def check_keys(store: Store, keys: Iterable[str]) -> None:
         raise PlanError(f"cannot write to {store.where()}: {'; '.join(found[:MAX_NAMED])}{more}. Choose another output")
 
 
-def missing_bytes(store: Store, plan: MergePlan) -> int:
-    """Return how many bytes a local target has too few of for a plan's files, less what it holds of them already."""
-    if not isinstance(store, LocalStore):
-        return 0
-    sizes = planned_files(plan, plan.plan_id).items()
-    needed = sum(size - _size(f"{store.folder}/{key}") for key, size in sizes if size is not None)
-    return max(needed - free_bytes(store.folder), 0)
-
-
 def check_room(store: Store, plan: MergePlan) -> None:
-    """Refuse a local target that is too small.
+    """Refuse a local target that is too small for a plan's files, less what it holds of them already.
 
     Raises:
         PlanError: it is.
     """
-    missing = missing_bytes(store, plan)
-    if missing:
-        raise PlanError(f"{no_room(store, missing)}: free it, or choose another output")
+    if isinstance(store, LocalStore):
+        sizes = planned_files(plan, plan.plan_id).items()
+        check_space(store, sum(size - _size(f"{store.folder}/{key}") for key, size in sizes if size is not None))
 
 
 def check_space(store: Store, num_bytes: int) -> None:
@@ -77,12 +68,10 @@ def check_space(store: Store, num_bytes: int) -> None:
     """
     missing = num_bytes - free_bytes(store.folder) if isinstance(store, LocalStore) else 0
     if missing > 0:
-        raise PlanError(f"{no_room(store, missing)}: free it, or choose another output")
-
-
-def no_room(store: Store, missing: int) -> str:
-    """Return in words that a local target is too small."""
-    return f"{store.where()} has no room for this output: {gb(missing)} more are needed than are free there"
+        raise PlanError(
+            f"{store.where()} has no room for this output: {gb(missing)} more are needed than are free there: free "
+            "them, or choose another output"
+        )
 
 
 def free_bytes(folder: str) -> int:

@@ -14,7 +14,7 @@ from stockflow.planning.job import Reading
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.planning.work import Work
 from stockflow.storage.parts import upload_bytes
-from stockflow.text.sizes import MIB, mib
+from stockflow.text.sizes import MIB, least_mib, mib
 
 BASELINE_BYTES = {"cpu": 184 * MIB, "cuda": 1200 * MIB}
 """Interpreter, libraries, loaded kernels and thread stacks, by device: 160 MiB measured before threads start."""
@@ -54,6 +54,7 @@ NUM_GROUP_FACTS = 12
 """Cosines, ratios and flags of a group, on their way and where they are kept."""
 LAYER_BYTES = 96 * MIB
 """Kept of a layer that is decided as one, at most."""
+_NO_UNIT = ", as a number without a unit counts bytes"
 PRODUCT_COPIES = 6
 """Products per span in working precision and float64, their sum with what came before, and temporaries."""
 
@@ -159,13 +160,19 @@ def divide(
     counted = _counted(works)
     found, least = _divided(counted, memory_bytes, num_threads, baseline_bytes, direct)
     if counted and least > memory_bytes:
+        limit = f"the limit is {mib(memory_bytes)}{'' if memory_bytes >= MIB else _NO_UNIT}. Raise --memory"
+        if least == LEAST_MEMORY_BYTES:
+            raise BudgetError(
+                f"a process needs at least {least_mib(least)} of memory, which compiling the kernels takes once per "
+                f"machine; {limit}"
+            )
         widest = max((work for work, _ in counted), key=lambda work: (beside_elems(work), _width(work))).reading
         most = max(SPAN_ELEMS, *(beside_elems(work) for work, _ in counted))
         raise BudgetError(
-            f"tensor {widest.name!r} needs at least {mib(least)} of memory for its smallest chunk "
+            f"tensor {widest.name!r} needs at least {least_mib(least)} of memory for its smallest chunk "
             f"({most:,} elements x {len(widest.operands)} checkpoints x {num_threads} threads, "
-            f"{mib(baseline_bytes)} of it for the process itself); the limit is {mib(memory_bytes)}. "
-            f"Raise --memory{' or lower --workers' if num_threads > 1 else ''}"
+            f"{mib(baseline_bytes)} of it for the process itself); "
+            f"{limit}{' or lower --workers' if num_threads > 1 else ''}"
         )
     return found
 

@@ -13,8 +13,6 @@ from stockflow.storage import halves_of, is_weights, joined, normalize_url
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
-_BROKEN = re.compile(r"(s3|gs|az|hf|https?):/?(?!/)(?=.)")
-"""The begin of a URL that lost slashes"""
 _PLUS = re.compile(r"(?<=[^+\s])\s*\+\s*(?=/|\.{1,2}/|~|[a-z0-9]+://)", re.ASCII)
 """Between ``model+adapter``; a folder's name may hold a plus, too."""
 _PICKLED = re.compile(r".*\.(pt|pth|ckpt)", re.IGNORECASE)
@@ -63,8 +61,6 @@ def _resolved(text: str) -> str:
     names_folder = "://" not in text and os.path.isdir(path)
     if not names_folder and _PICKLED.fullmatch(text):
         raise RecipeError(f"{shown(text)} is a file of pickled weights, which {NOT_YET}; save them as safetensors")
-    if (broken := _BROKEN.match(text)) and not names_folder:
-        raise RecipeError(f"{shown(text)} is no URL; did you mean {shown(f'{broken[1]}://{text[broken.end() :]}')}?")
     if "://" in text:
         return _resolve_url(text)
     if is_page(text) and not names_folder:

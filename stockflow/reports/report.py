@@ -16,7 +16,7 @@ from stockflow.reports.evidence import Evidence, gather
 from stockflow.reports.figures import MergeGeometry, Spread
 from stockflow.reports.lines import report_lines
 from stockflow.reports.words import headline, verdict
-from stockflow.storage import StorageConfig, open_store, redact
+from stockflow.storage import StorageConfig, check_slashes, open_store, redact
 from stockflow.text import notebook
 from stockflow.text.records import as_plain
 from stockflow.verification.verify import Finding
@@ -80,6 +80,7 @@ class Report:
             UserError: the place is none, or may not be written to.
             StorageError: writing failed after retries.
         """
+        check_slashes(place)
         is_local = "://" not in place
         folder, _, name = place.rpartition("/")
         if not name or folder.endswith(":/") or (is_local and os.path.isdir(place)):

@@ -15,7 +15,7 @@ from stockflow.output.numerics import agreed_numerics
 from stockflow.output.ownership import admit, look, overwriting_notes, store_warnings, take
 from stockflow.output.receipts import Receipt, without_coefficients
 from stockflow.output.shards import valid_receipts
-from stockflow.output.target import check_apart, check_room, check_target, missing_bytes, no_room
+from stockflow.output.target import check_apart, check_room, check_target
 from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note
@@ -131,13 +131,16 @@ def _is_direct(inputs: Inputs, options: MergeOptions) -> bool:
 
 
 def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: bool) -> Iterator[str]:
-    """Yield what a merge would find at its output; nothing is written."""
+    """Yield what a merge would find at its output; nothing is written.
+
+    Raises:
+        PlanError: see ``check_target`` and ``check_room``.
+    """
     store = open_store(output, inputs.storage, writable=True)
     check_target(store, plan)
     found = look(store, plan)
-    missing = missing_bytes(store, plan)
-    if missing and not found.finished:
-        yield f"{no_room(store, missing)}: a merge would refuse"
+    if not found.finished:
+        check_room(store, plan)
     if found.finished:
         yield "this plan's output is there already, finished: a merge would do nothing"
     elif found.is_ours:

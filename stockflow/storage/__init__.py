@@ -18,8 +18,10 @@ from stockflow.storage.joined import JoinedStore, ReadsInPlace, halves_of, joine
 from stockflow.storage.links import trusted_folders
 from stockflow.storage.local import LocalStore, PinnedFile
 from stockflow.storage.locate import (
+    check_slashes,
     is_weights,
     is_within,
+    local_path,
     normalize_url,
     open_model,
     open_store,
@@ -43,12 +45,14 @@ __all__ = [
     "Store",
     "StoreOptions",
     "check_key",
+    "check_slashes",
     "check_stamp",
     "halves_of",
     "is_weights",
     "is_within",
     "joined",
     "key_of_adapter",
+    "local_path",
     "normalize_url",
     "open_model",
     "open_store",

@@ -2,6 +2,7 @@
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
@@ -12,6 +13,7 @@ from stockflow.storage.joined import JoinedStore, LocalJoinedStore, halves_of, j
 from stockflow.storage.local import LocalStore
 from stockflow.storage.sightings import Sightings
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials, redact
+from stockflow.text.strictjson import shown
 
 OBJECT_SCHEMES = ("s3", "gs", "az")
 """Schemes served by obstore, readable and writable."""
@@ -20,6 +22,11 @@ WRITABLE_SCHEMES = ("file", "memory", *OBJECT_SCHEMES)
 _WEIGHTS = re.compile(r"\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?$")
 _REMOTE_WEIGHTS = re.compile(rf"((?!hf://)\w+://[^/]+|hf://[^/]+/[^/]+)/.+{_WEIGHTS.pattern}")
 """In a bucket, on a host, or in a model of the hub: not one of these itself."""
+_READ_SCHEMES = ("hf", "http", "https")
+_BROKEN = re.compile(
+    r"(?:(s3a?|gcs|gs|az|hf|https?|file|memory)(?::/?(?!/)|//)|([a-z][a-z0-9+.-]+):/(?!/))", re.IGNORECASE
+)
+"""The begin of a URL that lost slashes or its colon"""
 _ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file", "asynclocal": "file"}
 """``local`` is fsspec's own disk, which follows every link"""
 
@@ -29,12 +36,15 @@ def normalize_url(location: str) -> str:
 
     Raises:
         RecipeError: it carries credentials, a query or control characters; or an object's key would have empty or dot
-            segments: clients disagree on what it names.
+            segments: clients disagree on what it names; or its scheme is unknown, or not followed by two slashes.
     """
     if not location:
         raise RecipeError("expected a folder or a URL, found an empty text")
+    check_slashes(location)
     scheme = urlsplit(location).scheme if "://" in location else "file"
     scheme = _ALIASES.get(scheme, scheme)
+    if scheme not in (*WRITABLE_SCHEMES, *_READ_SCHEMES):
+        _check_scheme(scheme)
     if scheme != "file":
         _refuse_secrets(location)
         place = location.split("://", 1)[1].rstrip("/")
@@ -49,6 +59,46 @@ def normalize_url(location: str) -> str:
     path = Path(unquote(urlsplit(location).path) if "://" in location else location).expanduser().absolute()
     # A file of weights may be a link, into the blobs of the hub's cache, whose names say nothing.
     return check_plain(str(path.parent.resolve() / path.name if is_weights(str(path)) else path.resolve()))
+
+
+def check_slashes(location: str) -> None:
+    """Refuse what was meant to be a URL and would be a folder, as ``s3:/bucket/x`` and ``s3//bucket/x``.
+
+    Raises:
+        RecipeError: with what was meant.
+    """
+    if not (broken := _BROKEN.match(location)):
+        return
+    scheme, rest = (broken[1] or broken[2]).lower(), location[broken.end() :].lstrip("/")
+    meant = f"{scheme}://{'/' * (scheme == 'file')}{rest or 'bucket/folder'}"
+    _refuse_secrets(meant)
+    raise RecipeError(
+        f"{shown(location)} is no URL; did you mean {shown(meant)}? A folder of that name is {shown(f'./{location}')}"
+    )
+
+
+def local_path(given: str) -> Path:
+    """Return the absolute path of what can only be on this machine.
+
+    Raises:
+        RecipeError: a URL, or one that lost a slash.
+    """
+    url = normalize_url(given)
+    if "://" in url:
+        raise RecipeError(f"expected a folder or a file on this machine, found {redact(url)}; name a local one")
+    return Path(url)
+
+
+def _check_scheme(scheme: str) -> None:
+    from fsspec.registry import known_implementations
+
+    if scheme not in known_implementations:
+        known = (*OBJECT_SCHEMES, *_READ_SCHEMES, "file")
+        close = get_close_matches(scheme, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}://? " if close else ""
+        raise RecipeError(
+            f"{scheme}:// is no scheme of a store; {hint}Known: {', '.join(f'{each}://' for each in known)}"
+        )
 
 
 def _refuse_secrets(url: str) -> None:

@@ -1,5 +1,7 @@
 """Sizes, counts and durations as people read them."""
 
+import math
+
 UNITS_OF_BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 UNITS_OF_COUNTS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 MIB = 2**20
@@ -7,7 +9,12 @@ MIB = 2**20
 
 def mib(num_bytes: float) -> str:
     """Return a size in MiB, as memory is counted."""
-    return f"{num_bytes / MIB:,.0f} MiB"
+    return f"{num_bytes / MIB:,.0f} MiB" if num_bytes >= MIB or not num_bytes else f"{num_bytes:,.0f} bytes"
+
+
+def least_mib(num_bytes: float) -> str:
+    """Return a size in whole MiB that holds so many bytes."""
+    return mib(math.ceil(num_bytes / MIB) * MIB)
 
 
 def gb(num_bytes: float) -> str:

@@ -448,8 +448,12 @@ def test_an_existing_folder_is_a_path_whatever_it_is_called(tmp_path: Path, monk
 
 def test_a_bare_name_that_is_no_folder_is_on_the_hub() -> None:
     assert resolve_location("org/name") == "hf://org/name"
-    with pytest.raises(RecipeError, match="'s3:/bucket/x' is no URL; did you mean 's3://bucket/x'"):
-        resolve_location("s3:/bucket/x")
+    for place, meant in (
+        ("s3:/bucket/x", "s3://bucket/x"), ("S3:bucket/x", "s3://bucket/x"), ("s3//bucket/x", "s3://bucket/x"),
+        ("https:/host/x", "https://host/x"), ("file:/tmp/x", "file:///tmp/x"), ("ftp:/host/x", "ftp://host/x"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=re.escape(f"'{place}' is no URL; did you mean '{meant}'?")):
+            resolve_location(place)
     assert resolve_location("org/name@refs/pr/1") == "hf://org/name@refs/pr/1"
     assert resolve_location("hf://org/name@main") == "hf://org/name@main"
 
