@@ -1,7 +1,7 @@
 """Dead keys: what the usual tool reads past without a word, each with what was meant and where it belongs."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import Method, Parameter
@@ -10,7 +10,7 @@ from stockflow.recipe.model import Recipe
 from stockflow.recipe.options import Options
 from stockflow.recipe.settings import UNDER_STOCKFLOW, Settings, parameters_of
 from stockflow.recipe.structure import keys_at
-from stockflow.recipe.wording import listed, named
+from stockflow.recipe.wording import listed, meant, named
 
 _INT8_MASK = "int8_mask"
 """The dtype of mergekit's masks: a parameter that changes no result."""
@@ -26,9 +26,12 @@ _BELONGS = {
     "residual_weight": "no tool reads it; remove it",
     "pad_to_multiple_of": "did you mean `tokenizer.pad_to_multiple_of`?",
     "tokens": "did you mean `tokenizer.tokens`?",
+    "adapter": "write it behind the model: `model+adapter`",
+    "lora": "write it behind the model: `model+adapter`",
     "random_seed": "did you mean `stockflow.seed`?",
 }
 """What to say of keys of other places, and of none."""
+_OPTIONS = frozenset({"memory", "workers", "device", "executor", "strict", "overwrite", "verify_inputs"})
 _OF_COMMANDS = frozenset({
     "allow_crimes", "async_write", "clone_tensors", "copy_tokenizer", "cuda", "lazy_unpickle", "lora_merge_cache",
     "low_cpu_memory", "multi_gpu", "out_shard_size", "read_to_gpu", "safe_serialization", "transformers_cache",
@@ -37,39 +40,45 @@ _OF_COMMANDS = frozenset({
 """Options of mergekit's commands."""
 
 
-def unknown_keys(paths: Iterable[Path], methods: Sequence[Method], given: Settings) -> Iterator[Notice]:
+def unknown_keys(
+    unknown: Mapping[Path, Collection[str]], methods: Sequence[Method], given: Settings
+) -> Iterator[Notice]:
     """Yield what to say of keys that are unknown where they stand.
 
     Args:
-        paths: where.
+        unknown: where, and which keys are beside each.
         methods: in use, as far as they are known.
         given: the recipe's own parameters.
     """
     declared = _declared(methods)
-    for path in paths:
+    for path, beside in unknown.items():
         name = str(path[-1])
         used = _default(declared.get(name), given) if len(path) == 1 else ""
-        text = f"`{named(name)}` has no effect here{used}; {_advice(path, methods, declared)}"
+        text = f"`{named(name)}` has no effect here{used}; {_advice(path, beside, methods, declared)}"
         yield Notice(path, "unknown-key", text)
 
 
-def _advice(path: Path, methods: Sequence[Method], declared: Mapping[str, Parameter]) -> str:
-    name = str(path[-1])
+def _advice(path: Path, beside: Collection[str], methods: Sequence[Method], declared: Mapping[str, Parameter]) -> str:
+    name = "_".join(re.findall(r"\w+", str(path[-1])))
     if "parameters" in path:
-        return _meant(name, keys_at(path))
+        return _meant(name, keys_at(path), beside)
     if name in declared:
         return f"did you mean `parameters.{name}`?"
     if name in _BELONGS:
         return _BELONGS[name]
     if name in _OF_COMMANDS:
         return "it is an option of mergekit's commands; remove it"
+    if name in _OPTIONS:
+        return f"did you mean the command's option --{name}? remove it here"
     if name in Options.model_fields:
         return f"did you mean `stockflow.{name}`?"
     if name == _INT8_MASK or name in _declared(METHODS.values()):
         whose = f"{_who(methods)} no parameter of this name" if methods else "it is a parameter of some methods"
         return f"{whose}; remove it"
     here = {key: key for key in keys_at(path)} | {key: f"parameters.{key}" for key in declared}
-    return _meant(name, here.keys(), here)
+    if len(path) > 1 and not meant(name, here) and (top := meant(name, Recipe.model_fields)):
+        return f"did you mean `{top}` at the top of the recipe?"
+    return _meant(name, here, beside, here)
 
 
 def dead_parameters(recipe: Recipe) -> Iterator[Notice]:
@@ -119,8 +128,8 @@ def _instead(name: str, declared: Mapping[str, Parameter], settings: Settings, r
         return f"; did you mean `stockflow.{name}`?"
     if name in type(recipe).model_fields:
         return f"; did you mean `{name}` at the top of the recipe?"
-    close = get_close_matches(name, declared.keys() - settings.keys(), n=1)
-    return f"{_default(declared[close[0]], recipe.parameters)}; did you mean `{close[0]}`?" if close else "; remove it"
+    close = meant(name, declared.keys() - settings.keys())
+    return f"{_default(declared[close], recipe.parameters)}; did you mean `{close}`?" if close else "; remove it"
 
 
 def _default(parameter: Parameter | None, given: Collection[str]) -> str:
@@ -138,6 +147,8 @@ def _who(methods: Sequence[Method]) -> str:
     return f"{listed([f'`{method.name}`' for method in methods])} {'has' if len(methods) == 1 else 'have'}"
 
 
-def _meant(name: str, known: Iterable[str], places: Mapping[str, str] | None = None) -> str:
-    close = get_close_matches(name, list(known), n=1)
-    return f"did you mean `{(places or {}).get(close[0], close[0])}`?" if close else "remove it"
+def _meant(name: str, known: Iterable[str], beside: Collection[str], places: Mapping[str, str] | None = None) -> str:
+    close = meant(name, known)
+    if close in beside:
+        return f"`{close}` is there as well; remove it"
+    return f"did you mean `{(places or {}).get(close, close)}`?" if close else "remove it"

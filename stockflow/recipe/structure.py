@@ -3,18 +3,18 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from stockflow.methods import METHODS
 from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.model import ModelEntry, ModuleEntry, Recipe, SliceEntry, SourceEntry
 from stockflow.recipe.options import Options, Rule, StorageEntry
 from stockflow.recipe.settings import Conditional
 from stockflow.recipe.tokens import TokenEntry, TokenizerEntry, TokenSource
-from stockflow.recipe.wording import nearest, shown
+from stockflow.recipe.wording import meant, nearest, shown
 from stockflow.text.redaction import FROM_ENVIRONMENT
 
 _OTHER_FILES = {"experts": "mergekit-moe", "genome": "mergekit-evolve", "layer_slices": "bakllama"}
@@ -36,8 +36,8 @@ class Structure:
     recipe: Recipe | None = None
     """without the keys and values that could not be read; None where too little is left"""
     problems: list[Problem] = field(default_factory=list)
-    unknown: list[Path] = field(default_factory=list)
-    """keys that no part of a recipe has, outside of `stockflow:`"""
+    unknown: dict[Path, frozenset[str]] = field(default_factory=dict)
+    """keys that no part of a recipe has, outside of `stockflow:`, each with those beside it"""
     unread: set[str] = field(default_factory=set)
     """names of parameters some value of which could not be read"""
 
@@ -68,7 +68,8 @@ def parse_structure(plain: dict[str, object], text: str) -> Structure:
 
 def _name_list(found: Structure, plain: dict[str, object]) -> None:
     """Find what is to be merged under a misspelt name."""
-    close = {name: get_close_matches(name, plain, n=1, cutoff=0.75) for name in _LISTS}
+    lists = [key for key, value in plain.items() if isinstance(value, list)]
+    close = {name: [key for key in lists if meant(key, [name])] for name in _LISTS}
     for name, keys in close.items() if not plain.keys() & close.keys() else ():
         if keys:
             found.problems.append(((keys[0],), f"the required key `{name}` is missing, is this it? rename it"))
@@ -88,17 +89,18 @@ def _relevant(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 
 
 def _misspelt(detail: ErrorDetails) -> str | None:
-    """Return the key that is there for one that is missing."""
-    given = cast(Mapping[str, object], detail["input"])
-    close = get_close_matches(str(detail["loc"][-1]), given, n=1, cutoff=0.75)
-    return close[0] if close else None
+    """Return the key that is there for one that is missing: of no other use, and near it, or with a method's name."""
+    given, missing = cast(Mapping[str, object], detail["input"]), str(detail["loc"][-1])
+    unknown = [key for key in given if key not in keys_at(detail["loc"])]
+    methods = [key for key in unknown if missing == "merge_method" and str(given[key]) in METHODS]
+    return next((key for key in [*methods, *unknown] if key in methods or meant(key, [missing])), None)
 
 
 def _take(found: Structure, plain: dict[str, object], detail: ErrorDetails) -> bool:
     """Note what is wrong and take it out of the document; return whether a recipe can be made of the rest."""
     path, is_missing = detail["loc"], detail["type"] == "missing"
     if detail["type"] == "extra_forbidden" and _is_passed_over(path):
-        found.unknown.append(path)
+        found.unknown[path] = frozenset(cast(dict[str, object], _parent(plain, path)))
         return _remove(plain, path)
     found.problems.append(_problem(detail))
     if is_missing and (key := _misspelt(detail)):

@@ -1,5 +1,6 @@
 """How messages about a recipe are worded: values without secrets, the nearest name, phrases used twice."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
@@ -9,6 +10,10 @@ from stockflow.text.strictjson import shown as quoted
 
 NOT_YET = "is not supported by stockflow yet"
 _KNOWN = "Known here: "
+_WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
+_MEANS = dict.fromkeys(("path", "checkpoint", "url", "repo", "folder", "input", "name", "id"), "model") | {
+    "precision": "dtype"
+}
 
 
 def named(text: str) -> str:
@@ -31,11 +36,28 @@ def shown(found: object) -> str:
     return quoted(redact_urls(found) if isinstance(found, str) else found)
 
 
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is nearest: spelt otherwise, misspelt, or with fewer or more words."""
+    names = {each: _words(each) for each in known}
+    asked, said = _words(name), [_MEANS.get(word, word) for word in _words(name)]
+    same = [each for each, words in names.items() if "".join(words) == "".join(said)]
+    close = get_close_matches(name, names, n=1, cutoff=0.8)
+    part = [each for each, words in names.items() if {*said} <= {*words}]
+    less = [each for each, words in names.items() if {*asked} >= {*words}]
+    part += sorted(less, key=lambda each: (-len(names[each]), asked.index(names[each][0])))
+    near = get_close_matches(name, [each for each in names if each[:1] == name[:1].lower()], n=1)
+    return next(iter([*same, *close, *part, *near]), None)
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower().removesuffix("s") for word in _WORD.findall(name)] or [name]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the hint that follows an unknown name: the nearest known one, and all of them."""
     names = list(known)
-    close = get_close_matches(name, names, n=1)
-    hint = f"did you mean `{close[0]}`? " if close else ""
+    close = meant(name, names)
+    hint = f"did you mean `{close}`? " if close else ""
     return f"{hint}{_KNOWN}{', '.join(names) or 'nothing'}"
 
 

@@ -251,7 +251,7 @@ def test_all_problems_are_reported_together_in_file_order_and_warnings_after_the
             "  r.yaml:7:3: stockflow.scop: unknown key; did you mean `scope`? Known here: "
             f"{', '.join(Options.model_fields)}"
         ),
-        "  r.yaml:2:1: warning: `modls` has no effect here; did you mean `models`?",
+        "  r.yaml:2:1: warning: `modls` has no effect here; `models` is there as well; remove it",
         "  r.yaml:5:18: warning: `linear` has no parameter `wieght`, so it has no effect; did you mean `weight`?",
     ]
     assert message.split("\n") == expected

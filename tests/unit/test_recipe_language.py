@@ -52,6 +52,37 @@ def said(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        *((key, "did you mean `base_model`?") for key in ("base", "basemodel", "base-model", "baseModel", "base_path")),
+        *((key, "did you mean `dtype`?") for key in ("precision", "torch_dtype", "data_type", "type")),
+        ("outdtype", "did you mean `out_dtype`?"),
+        ("weights", "did you mean `parameters.weight`?"),
+        ("tokenizer_path", "did you mean `tokenizer`?"),
+        ("checkpoints", "`models` is there as well; remove it"),
+        ("memory", "did you mean the command's option --memory? remove it here"),
+        *((key, "remove it") for key in ("license", "author", "description", "output_path")),
+    ],
+)
+def test_a_key_is_taken_for_the_nearest_known_one(key: str, advice: str) -> None:
+    assert said(f"{LINEAR}{key}: x")[0] == f"r.yaml:5:1: `{key}` has no effect here; {advice}"
+
+
+@pytest.mark.parametrize("key", ["method", "merge-method", "mergeMethod", "merge", "type", "strategy", "algorithm"])
+def test_a_method_under_another_key_is_found(key: str) -> None:
+    assert "the required key `merge_method` is missing, is this it? rename it" in refusal(
+        LINEAR.replace("merge_method", key)
+    )
+
+
+@pytest.mark.parametrize("key", ["path", "name", "checkpoint", "model_path", "url"])
+def test_a_model_under_another_key_is_found(key: str) -> None:
+    found = refusal(LINEAR.replace("{model: org/a", f"{{{key}: org/a"))
+
+    assert f"models[0].{key}: the required key `model` is missing, is this it? rename it" in found
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         (
