@@ -19,7 +19,6 @@ VERSION = "0.21.2"
 """of PEFT, in whose layout factors of parameters are"""
 MAX_PATTERNS = 4000
 """About how many patterns of ranks are written; readers try each on every module."""
-_WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 _HUB = re.compile(r"(hf://)?(?P<name>[^/@:]+/[^/@]+)(@(?P<revision>[^/]+))?")
 
 
@@ -99,18 +98,9 @@ def stores_turned(config: Config | None) -> bool:
 
 def task_of(config: Config | None) -> str | None:
     """Return the task that PEFT wraps a model for."""
-    return "CAUSAL_LM" if any(name.endswith("ForCausalLM") for name in _architectures(config)) else None
-
-
-def has_language_head(config: Config | None) -> bool:
-    """Return whether a model has a head over its vocabulary, as far as its config says; a model without one may."""
-    names = _architectures(config)
-    return not names or any(name.endswith(_WITH_HEAD) for name in names)
-
-
-def _architectures(config: Config | None) -> list[str]:
     found = (config or {}).get("architectures")
-    return list(map(str, found)) if isinstance(found, list) else []
+    classes = found if isinstance(found, list) else []
+    return "CAUSAL_LM" if any(str(name).endswith("ForCausalLM") for name in classes) else None
 
 
 def target_modules(targets: Collection[str], candidates: Iterable[str] | None) -> list[str]:

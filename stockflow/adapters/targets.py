@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from stockflow.adapters.peft import has_language_head, stores_turned
+from stockflow.adapters.peft import stores_turned
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.heads import head_beside, is_head, tie_flag, tied_names
+from stockflow.checkpoints.heads import has_head, head_beside, is_head, tie_flag, tied_names
 from stockflow.checkpoints.naming import kind_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.errors import PlanError
@@ -50,8 +50,8 @@ class Pair:
     @cached_property
     def is_tied(self) -> bool:
         """Whether head and embedding are one tensor."""
-        flag, has_head = tie_flag(self.base.config), bool(tied_names(self.base.specs).heads)
-        return has_language_head(self.base.config) and (flag is True or (flag is None and not has_head))
+        flag, stores_head = tie_flag(self.base.config), bool(tied_names(self.base.specs).heads)
+        return has_head(self.base.config) and (flag is True or (flag is None and not stores_head))
 
     @cached_property
     def targets(self) -> tuple[FactorTarget, ...]:
@@ -100,7 +100,8 @@ class Pair:
 
     def heads_beside(self, name: str) -> Sequence[str]:
         """Return the name of the head that an embedding is, too, if it is."""
-        return [head_beside(name)] if self.is_tied and name in self.embeddings else []
+        is_head_too = self.is_tied and name in self.embeddings
+        return [head_beside(name, self.base.specs, self.base.config)] if is_head_too else []
 
 
 def paired(base: Checkpoint, tuned: Checkpoint, *, takes_embeddings: bool) -> Pair:

@@ -19,7 +19,7 @@ TIE_KEY = "tie_word_embeddings"
 _HEADS = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "lm_head.decoder.weight",
     "vocab_projector.weight", "output_projection.weight", "output_layer.weight", "generator_lm_head.weight",
-    "pred_layer.proj.weight", "output.weight",
+    "pred_layer.proj.weight", "output.weight", "lm_loss.weight",
 )  # fmt: skip
 _EMBEDDINGS = (
     "shared.weight", "embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight",
@@ -35,6 +35,21 @@ _ONE_TENSOR = (
 _COPIES = {copy: original for original, *copies in _ONE_TENSOR for copy in copies}
 _WITH_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 """How classes end whose models have a head."""
+_PARTS_OF_HEADS = (
+    ("predictions.bias", "predictions.decoder.weight"),
+    ("lm_head.dense.weight", "lm_head.decoder.weight"),
+    *(
+        (f"{head}.bias", f"{head}.weight")
+        for head in ("vocab_projector", "generator_lm_head", "pred_layer.proj", "lm_loss")
+    ),
+)
+"""What is stored beside a head even where the embedding stands for its weight, and the weight."""
+_HEADS_BY_TYPE = {
+    "gpt_neox": "embed_out.weight", "gpt_neox_japanese": "embed_out.weight",
+    "biogpt": "output_projection.weight", "trocr": "output_projection.weight", "git": "output.weight",
+    **dict.fromkeys(("whisper", "moonshine", "moonshine_streaming", "cohere_asr", "canary"), "proj_out.weight"),
+}  # fmt: skip
+"""Of types of models whose heads have no other parts."""
 _PREFIXES = ("", "model.")
 """of a stored name, where that of another name of the tensor is none"""
 _ENDS = (*_HEADS, *_EMBEDDINGS, *_COPIES, *_COPIES.values(), ".shared_head.head.weight")
@@ -136,12 +151,26 @@ def _alias_of(name: str, stored: Collection[str], embeddings: Sequence[str]) -> 
     return max(embeddings, key=lambda each: _nearness(name, each), default=None) if is_head(name) else None
 
 
-def head_beside(embedding: str) -> str:
-    """Return what a head is called that transformers would save beside an embedding."""
-    *parts, _, _ = ("", *embedding.split("."))
-    if parts[-1:] == ["model"]:
-        return ".".join([*parts[1:-1], "lm_head.weight"])
-    return "lm_head.weight"
+def head_beside(embedding: str, stored: Iterable[str], config: Config | None) -> str:
+    """Return what a head is called that transformers would save beside an embedding.
+
+    Args:
+        embedding: name of it.
+        stored: names of the tensors of its model, among which other parts of the head may be.
+        config: of the model.
+    """
+    parts = tuple(part for part, _ in _PARTS_OF_HEADS)
+    by_part = (
+        f"{name.removesuffix(part)}{head}"
+        for name in stored
+        if name.endswith(parts)
+        for part, head in _PARTS_OF_HEADS
+        if _of_kind(name, (part,))
+    )
+    of_type = _HEADS_BY_TYPE.get(str((config or {}).get("model_type")), "lm_head.weight")
+    *outer, _, _ = ("", *embedding.split("."))
+    default = ".".join([*outer[1:-1], of_type]) if outer[-1:] == ["model"] else of_type
+    return next(by_part, default)
 
 
 def is_of_language(path: str) -> bool:

@@ -237,6 +237,18 @@ def test_an_embedding_that_is_the_head_too_is_written_for_both(tmp_path: Path) -
         np.testing.assert_array_equal(merged[name].array.reshape(90, 40), tuned[EMBEDDING].numpy())
 
 
+def test_the_head_of_another_family_is_saved_under_its_own_name(tmp_path: Path) -> None:
+    embedding, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+    base = drawn({embedding: (90, 40), bias: (90,), SMALL: (40, 40)})
+    said = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "tie_word_embeddings": True}
+    write(tmp_path, base, changed(base, embedding, SMALL), **said)
+
+    facts(tmp_path, "--rank", 4, "--keep-whole")
+
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"]
+    assert set(saved) == {"bert.embeddings.word_embeddings", "cls.predictions.decoder"}
+
+
 def test_linear_layers_that_store_in_before_out_are_said_to(tmp_path: Path) -> None:
     name = "transformer.h.0.attn.c_attn.weight"
     base = drawn({name: (24, 72)})

@@ -228,6 +228,37 @@ def test_an_adapted_embedding_leaves_a_tied_head_as_it_was(tmp_path: Path) -> No
     assert is_tied is False
 
 
+@pytest.mark.parametrize(
+    ("model_type", "embedding", "part", "head"),
+    [
+        ("bert", "bert.embeddings.word_embeddings", "cls.predictions.bias", "cls.predictions.decoder.weight"),
+        ("roberta", "roberta.embeddings.word_embeddings", "lm_head.dense.weight", "lm_head.decoder.weight"),
+        ("electra", "electra.embeddings.word_embeddings", "generator_lm_head.bias", "generator_lm_head.weight"),
+        ("xlnet", "transformer.word_embedding", "lm_loss.bias", "lm_loss.weight"),
+        ("gpt_neox", "gpt_neox.embed_in", "gpt_neox.final_layer_norm.weight", "embed_out.weight"),
+        ("whisper", "model.decoder.embed_tokens", "model.decoder.layer_norm.weight", "proj_out.weight"),
+        ("phi", "model.embed_tokens", "lm_head.bias", "lm_head.weight"),
+    ],
+)  # fmt: skip
+def test_a_head_that_an_embedding_leaves_has_the_name_that_its_family_loads(
+    model_type: str, embedding: str, part: str, head: str, tmp_path: Path
+) -> None:
+    shapes = {f"{embedding}.weight": (31, 8), part: (8, 8) if part.endswith("dense.weight") else (31,)}
+    base = write_base(tmp_path / "base", shapes, model_type=model_type, tie_word_embeddings=True, vocab_size=31)
+    adapter = Adapter(config={"target_modules": [embedding]})
+    random = np.random.default_rng(2)
+    a = adapter.draw(f"{embedding}.lora_embedding_A", (adapters.RANK, 31), random)
+    b = adapter.draw(f"{embedding}.lora_embedding_B", (8, adapters.RANK), random)
+    write_adapter(tmp_path / "lora", adapter)
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    whole = base[f"{embedding}.weight"]
+    assert share_correct(found[f"{embedding}.weight"], whole + adapters.ALPHA / adapters.RANK * (b @ a).T) == 1
+    assert share_correct(found[head], whole) == 1
+    assert len(found) == 3
+
+
 def test_a_tied_model_beside_one_that_an_adapter_unties_is_published_untied(tmp_path: Path) -> None:
     adapter = adapters.linear({"lm_head.weight": SHAPES["lm_head.weight"]}, ["lm_head"])
     base = write_base(tmp_path / "base", TIED, tie_word_embeddings=True)["model.embed_tokens.weight"]

@@ -12,7 +12,7 @@ from stockflow.checkpoints.adapters.opening import Adapter
 from stockflow.checkpoints.decodes.low_rank import Added, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes.stored import Decode, plain
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.heads import head_beside, tied_names
+from stockflow.checkpoints.heads import is_head, tied_names
 from stockflow.checkpoints.quantised import Stored
 from stockflow.errors import CheckpointError
 from stockflow.storage import key_of_adapter
@@ -122,10 +122,10 @@ class _Binder:
     def untie(self) -> None:
         """Give a head of its own to a model that ties it, where an adapter changes the embedding alone."""
         config, names = self.adapter.config, tied_names(self.ground.specs)
-        if names.heads or config.keeps_ties or "lm_head.weight" in self.made.specs:
+        if names.heads or config.keeps_ties or any(map(is_head, self.made.specs)):
             return
         for name in names.embeddings:
-            head, stored = head_beside(name), self.made.stored.get(name)
+            head, stored = self.ground.head_beside(name), self.made.stored.get(name)
             if stored and not _keeps_tie(stored, config, name) and self.ground.tied_original(head) == name:
                 self._part(head, name)
 

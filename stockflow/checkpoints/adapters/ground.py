@@ -7,7 +7,7 @@ from stockflow.checkpoints.adapters.names import BaseNames
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.decodes.stored import plain
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.heads import is_head, original_of, tie_flag, tied_names
+from stockflow.checkpoints.heads import head_beside, is_head, original_of, tie_flag, tied_names
 from stockflow.checkpoints.quantised import Stored
 
 
@@ -25,6 +25,10 @@ class Ground:
     def stored_as(self, name: str) -> Stored:
         """Return how a tensor is stored."""
         return self.stored.get(name) or Stored(plain(self.specs[name].dtype), (self.specs[name],))
+
+    def head_beside(self, embedding: str) -> str:
+        """Return what a head is called that would be stored beside an embedding."""
+        return head_beside(embedding, self.specs, self.config)
 
     def tied_original(self, head: str) -> str | None:
         """Return the embedding that a head stands for which the base does not store; None if there is none."""
