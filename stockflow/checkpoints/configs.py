@@ -49,12 +49,14 @@ class Trait(NamedTuple):
     """of a section; None where it says nothing"""
     default: object = None
     """what it is if a config says nothing of it; None: that depends on the model's class"""
+    aliases: tuple[str, ...] = ()
+    """the keys, if any of them tells it; a config may have several, for several parts of a model"""
 
 
 def trait(name: str, *keys: str, read: Read | None = None, default: object = None) -> Trait:
     """Return a fact that the first of these keys tells, or of its own name, or ``read`` of them."""
     named = keys or (name,)
-    return Trait(name, named, read or first(*named), default)
+    return Trait(name, named, read or first(*named), default, keys if read is None else ())
 
 
 def head_size(section: Config) -> object:
@@ -212,6 +214,19 @@ _QUIET = re.compile(
     r"|.*name_or_path|model_name|license|num_nextn_predict_layers|num_key_value_groups|id2label"
 )
 """Keys that say nothing of how a model computes, or what shapes and other looks show."""
+
+
+_TOKEN = re.compile(r"(?!(bos|eos|pad|unk|sep|cls)_)\w+_token_(id|index)")
+
+
+def token_keys(section: Config) -> list[str]:
+    """Return which keys name a token that stands for something: an image, the begin of a decoder's text.
+
+    What begins, ends and fills texts is left to tokenizers, but for classifiers, which look before the filling.
+    """
+    classes = section.get("architectures")
+    classifies = "SequenceClassification" in str(classes[0]) if isinstance(classes, list) and classes else False
+    return [key for key in section if _TOKEN.fullmatch(key) or (classifies and key == "pad_token_id")]
 
 
 def says_nothing(value: object) -> bool:

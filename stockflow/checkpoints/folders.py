@@ -33,6 +33,12 @@ _FORMATS: tuple[tuple[str, str], ...] = (
         r".+\.distcp",
         "of a distributed checkpoint of PyTorch (DCP), and its .metadata is not there; fetch it",
     ),
+    (r"params_shard_\d+\.bin", "compiled for MLC; take the model it was made from"),
+    (
+        r"_CHECKPOINT_METADATA|manifest\.ocdbt",
+        "a checkpoint of Orbax (JAX), which is not read; export it to Hugging Face's layout",
+    ),
+    (r".+\.ot", f"the Rust port's weights, which are not read; {_TO_SAFETENSORS}"),
     (r".+\.gguf", "GGUF, which is for inference and lost precision; take the model it was made from"),
     (
         r"(?!optimizer|scheduler|scaler|training_args|r(ng|andom)_state).+\.(bin|pt|pth|ckpt|pkl)",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.storage import Stamp, scheme_of
+from stockflow.storage import Stamp, halves_of, is_weights, scheme_of
 
 _SNAPSHOT = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
 _PINNED = re.compile(r"hf://([^/@]+)/([^/@]+)@([0-9a-f]{40})")
@@ -21,7 +21,7 @@ def same_models(locations: Sequence[str], checkpoints: Sequence[Checkpoint]) -> 
     first: dict[object, str] = {}
     same = {}
     for location, checkpoint in zip(locations, checkpoints, strict=True):
-        keys = [key for key in (_model_of(checkpoint.url), _contents_of(checkpoint)) if key]
+        keys = [key for key in (_model_of(checkpoint.url), _place_of(checkpoint), _contents_of(checkpoint)) if key]
         known = next((first[key] for key in keys if key in first), None)
         if known is not None:
             same[location] = known
@@ -35,6 +35,12 @@ def _model_of(url: str) -> tuple[str, ...]:
     if found := _PINNED.fullmatch(url) or _SNAPSHOT.fullmatch(url):
         return "hf", *(part.lower() for part in found.groups())
     return (url,)
+
+
+def _place_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the folder and the names of the files that were read of it, of a model that one of them may name."""
+    folder = checkpoint.url.rpartition("/")[0] if is_weights(checkpoint.url) else checkpoint.url
+    return (folder, *sorted(checkpoint.files)) if len(halves_of(checkpoint.url)) == 1 else ()
 
 
 def _contents_of(checkpoint: Checkpoint) -> tuple[tuple[str, Stamp], ...]:

@@ -188,6 +188,7 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
             *base.remarks,
             *_on_base(store, adapter.config.base),
             *made.remarks,
+            *adapter.remarks,
             *remarks_on_files(store, adapter, base.side_files),
         ),
     )

@@ -89,7 +89,7 @@ CODES: Mapping[str, str] = {
     "vocabularies-differ": "token ids that stand for different tokens in models whose rows are merged",
     "vocabularies-unread": "tokenizers that cannot be compared",
     "weights-chosen": "which of a folder's files are read as its weights, where that was not plain",
-    "zeros": "tensors of zeros alone where another model has numbers",
+    "zeros": "tensors of zeros alone where another model has numbers, or an adapter that adds nothing",
 }
 """What each code is about; `stockflow: {accept: [CODE]}` takes those of refusals."""
 

@@ -75,6 +75,15 @@ def test_two_snapshots_of_one_commit_are_one_model(tmp_path: Path, family: Famil
     assert plan.plan_id == reference.plan_id
 
 
+def test_a_folder_and_the_file_in_it_are_one_model(tmp_path: Path, family: Family) -> None:
+    file = next(family.base.glob("*.index.json"), family.base / "model.safetensors")
+
+    plan = planned(recipe_at(tmp_path, family.base, file, *family.tuned))
+
+    assert codes(plan) == ["same-model"]
+    assert plan.plan_id == planned(recipe_at(tmp_path, family.base, *family.tuned)).plan_id
+
+
 @pytest.mark.parametrize("name", ["Org/Base", "org/base@main", "hf://ORG/base", f"org/base@{COMMIT}"])
 def test_the_base_under_another_name_of_the_hub_is_no_tune(tmp_path: Path, family: Family, name: str) -> None:
     """In a process of its own: the hub's client reads HF_ENDPOINT when it is imported."""

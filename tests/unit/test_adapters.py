@@ -350,6 +350,24 @@ def test_an_adapter_alone_is_read_with_the_base_that_it_names(tmp_path: Path) ->
     )
 
 
+def test_an_adapter_that_adds_nothing_is_said(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_base(base, SHAPES)
+    for name in ("idle", "trained"):
+        made = adapters.linear(SHAPES)
+        for key in (key for key in made.tensors if name == "idle" and ".lora_B." in key):
+            made.tensors[key] *= 0
+        write_adapter(tmp_path / name, made)
+
+    recipe = {"merge_method": "linear", "models": [
+        {"model": f"{base}+{tmp_path / name}", "parameters": {"weight": 1.0}} for name in ("idle", "trained")
+    ]}  # fmt: skip
+    said = [remark for remark in stockflow.plan(recipe, tmp_path / "out").plan.remarks if remark.code == "zeros"]
+
+    assert len(said) == 1
+    assert said[0].text.startswith(f"{tmp_path / 'idle'} has nothing but zeros")
+
+
 @pytest.mark.parametrize(("named", "is_said"), [("org/Base@main", False), ("org/another", True), (None, False)])
 def test_an_adapter_that_names_another_model_than_the_one_it_is_put_on_is_said(
     named: str | None, is_said: bool, tmp_path: Path

@@ -163,6 +163,9 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         HEADS, CLIP, within(CLIP, "vision_config", num_attention_heads=16),
         "vision_config.number of attention heads",
     ),
+    "heads by two words": (
+        HEADS, {**T5, "encoder_attention_heads": 2}, {**T5, "encoder_attention_heads": 4}, "encoder_attention_heads",
+    ),
     "MLA": (HEADS, DEEPSEEK, {**DEEPSEEK, "qk_rope_head_dim": 32}, "qk_rope_head_dim"),
     "Mamba-2's": (HEADS, MAMBA2, {**MAMBA2, "num_heads": 40, "head_dim": 128}, "number of attention heads"),
     "rope base": (CONFIG, LLAMA, {**LLAMA, "rope_theta": 1e6}, "rope_theta"),
@@ -185,6 +188,18 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         CONFIG, {"model_type": "phi"}, {"model_type": "phi", "partial_rotary_factor": 0.5}, "partial_rotary_factor",
     ),
     "epsilon": (CONFIG, LLAMA, {**LLAMA, "rms_norm_eps": 1e-6}, "norm epsilon"),
+    "epsilon by two words": (
+        CONFIG, {**LLAMA, "layer_norm_eps": 1e-6}, {**LLAMA, "layer_norm_eps": 1e-12}, "layer_norm_eps",
+    ),
+    "the token of images": (
+        CONFIG, {**QWEN2_VL, "image_token_id": 9}, {**QWEN2_VL, "image_token_id": 8}, "image_token_id",
+    ),
+    "the first token of a decoder": (
+        CONFIG, {**T5, "decoder_start_token_id": 0}, {**T5, "decoder_start_token_id": 2}, "decoder_start_token_id",
+    ),
+    "what a classifier looks before": (
+        CONFIG, {**LLAMA, **SEQUENCE, "pad_token_id": 0}, {**LLAMA, **SEQUENCE, "pad_token_id": 2}, "pad_token_id",
+    ),
     "BERT's epsilon": (CONFIG, BERT, {**BERT, "layer_norm_eps": 1e-5}, "norm epsilon"),
     "CLIP's epsilon": (
         CONFIG, CLIP, within(CLIP, "vision_config", layer_norm_eps=1e-6), "vision_config.norm epsilon",

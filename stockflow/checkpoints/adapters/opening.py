@@ -1,22 +1,28 @@
 """Adapters: a checkpoint with what a LoRA adapter adds to its tensors, as one checkpoint that nobody has written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY, AdapterConfig, parse_adapter_config
+from stockflow.checkpoints.adapters.keys import place_of
 from stockflow.checkpoints.adapters.stacks import one_by_one
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.files.documents import read_json
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, OnFile, read_header
 from stockflow.checkpoints.tokens.vocabularies import FORMS
+from stockflow.checkpoints.values import as_numbers
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store, key_of_adapter
+from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
 
 _WEIGHTS = (WEIGHTS_KEY, "adapter_model.bin")
 """The first that is there is read."""
 MAX_CONFIG_BYTES = 4_000_000
+MAX_PROBE_BYTES = 65_536
+"""Of the first, the middle and the last factor B."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,7 @@ class Adapter:
     files: Mapping[str, Stamp]
     tokenizer: Mapping[str, Stamp]
     """what is there of a tokenizer and its templates, if there is a vocabulary; by key in the folder"""
+    remarks: tuple[Remark, ...] = ()
 
 
 WithBase = Callable[[Store, str], Store]
@@ -80,7 +87,31 @@ def read_adapter(store: Store, cache: HeaderCache, on_file: OnFile) -> Adapter:
         extents={key: extent for key, (_, extent) in placed.items()},
         files={file: stamp, key_of_adapter(CONFIG_KEY): files[CONFIG_KEY]},
         tokenizer=_tokenizer(files),
+        remarks=tuple(_on_zeros(store, key, stamp, placed)),
     )
+
+
+def _on_zeros(
+    store: Store, file: str, stamp: Stamp, placed: Mapping[str, tuple[TensorSpec, Extent]]
+) -> Iterator[Remark]:
+    """Yield that an adapter adds nothing, as before training, or where shards were saved in their place."""
+    products = [each for key, each in placed.items() if place_of(key).part == "lora_B"]
+    probed = [products[index] for index in sorted({0, len(products) // 2, len(products) - 1})] if products else []
+    if not probed or any(_has_numbers(store, file, stamp, *each) for each in probed):
+        return
+    text = (
+        f"{store.where()} has nothing but zeros where it was looked at in {shown(probed[0][0].name)} and the like: it "
+        "was never trained, or saved without its weights, and the base stays as it is"
+    )
+    yield Remark("zeros", text, models=(store.url,), tensors=tuple(spec.name for spec, _ in probed))
+
+
+def _has_numbers(store: Store, file: str, stamp: Stamp, spec: TensorSpec, extent: Extent) -> bool:
+    buffer = bytearray(min(spec.num_bytes, MAX_PROBE_BYTES))
+    if buffer:
+        store.read_into(file, extent.start, memoryview(buffer), stamp)
+    numbers = as_numbers(bytes(buffer), spec.dtype)
+    return numbers is None or bool(numbers.any())
 
 
 def _tokenizer(files: Mapping[str, Stamp]) -> dict[str, Stamp]:

@@ -16,6 +16,7 @@ from stockflow.checkpoints.configs import (
     further_keys,
     says_nothing,
     sections,
+    token_keys,
     trait,
 )
 from stockflow.checkpoints.heads import is_of_language
@@ -77,6 +78,16 @@ def meanings_of_some(proposal: Proposal) -> Iterator[Remark]:
         )
         severity: Severity = "warning" if donor in silent and name.rpartition(".")[2] not in FOUND_LATER else "note"
         yield Remark("config-differs", text, severity, (*said, *silent), values=values)
+
+
+def other_tokens(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which tokens configs speak of by other ids, if the models' tokens keep theirs."""
+    if proposal.recipe.vocabulary is None:
+        sections_of_all = [each for config in _configs(proposal).values() for each in config.values()]
+        keys = dict.fromkeys(key for section in sections_of_all for key in token_keys(section))
+        for found in _disagreements(proposal, list(map(trait, keys))):
+            means = "models that were trained with another token there meet the published one"
+            yield _remark(proposal, "config-differs", "warning", found, means)
 
 
 def other_contexts(proposal: Proposal) -> Iterator[Remark]:
@@ -176,9 +187,11 @@ def _disagreements(proposal: Proposal, traits: Iterable[Trait]) -> Iterator[Disa
     for path in paths if len(configs) > 1 else ():
         own = {url: config[path] for url, config in configs.items() if path in config}
         for each in traits:
-            found = _values(each, own)
-            if any(value != next(iter(found.values())) for value in found.values()):
-                yield Disagreement(path + each.name, found)
+            for asked in (each, *map(trait, each.aliases)):
+                found = _values(asked, own)
+                if any(value != next(iter(found.values())) for value in found.values()):
+                    yield Disagreement(path + asked.name, found)
+                    break
 
 
 def _said_by_some(proposal: Proposal, traits: Sequence[Trait]) -> Iterator[tuple[str, dict[str, object], list[str]]]:
