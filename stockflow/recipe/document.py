@@ -13,6 +13,7 @@ import yaml
 
 from stockflow.errors import RecipeError
 from stockflow.recipe.wording import NOT_YET, each_hint_once, listed, named, shown
+from stockflow.recipe.yaml_mistakes import explained, is_about_tab, wide_space
 from stockflow.text.remarks import Remark
 
 MAX_NODES = 20_000
@@ -23,8 +24,6 @@ MAX_NUMBER_CHARS = 400
 """More than the largest float has digits; ``1:1:...`` is a number of base 60 and takes minutes to build."""
 MAX_DEPTH = 64
 MAX_REPORTED = 20
-MAX_PARSER_CHARS = 200
-"""of what PyYAML says, which may quote a name of any length"""
 
 Scalar = bool | int | float | str | None
 Path = tuple[str | int, ...]
@@ -35,8 +34,6 @@ Mark = tuple[int, int]
 """Line and column, from 1."""
 
 _MERGE = "<<"
-_FENCE = "character '`'"
-_TAB = r"'\t'"
 _QUOTED_OR_TAB = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|\t""")
 _TAG_PREFIX = "tag:yaml.org,2002:"
 
@@ -176,6 +173,9 @@ def read_yaml(text: str, source: str) -> Document:
         RecipeError: not YAML, not one mapping, a non-text key, a tag, too deep or too large.
     """
     loader: yaml.SafeLoader | None = None
+    if spot := wide_space(text):
+        place = f"{source}:{spot[0]}:{spot[1]}"
+        raise RecipeError(f"{place}: a space that is none to YAML, such as web pages have; type it anew")
     try:
         loader = yaml.SafeLoader(text)
         composer = _Composer(loader, source)
@@ -187,13 +187,10 @@ def read_yaml(text: str, source: str) -> Document:
             f"{source}:{line}:{column}: {chr(error.character)!r} is not allowed in YAML; remove it"
         ) from None
     except yaml.MarkedYAMLError as error:
-        if _TAB in (error.problem or "") and (spaced := _with_spaces(text)) != text:
+        if is_about_tab(error) and (spaced := _with_spaces(text)) != text:
             return read_yaml(spaced, source)
-        mark = error.problem_mark or error.context_mark
-        context = f" ({error.context})" if error.context else ""
-        if _FENCE in (error.problem or ""):
-            context = "; lines of backticks are Markdown's, remove them"
-        raise RecipeError(f"{_place(source, mark)}: not valid YAML: {_brief(error.problem)}{_brief(context)}") from None
+        (line, column), mistake = explained(error, text)
+        raise RecipeError(f"{source}:{line}:{column}: not valid YAML: {mistake}") from None
     except (ValueError, OverflowError) as error:
         # PyYAML 6.0.3 leaks these for escapes and version numbers out of range.
         if isinstance(error, RecipeError):
@@ -352,10 +349,6 @@ def _stages(documents: Sequence[Node]) -> str:
         f"mergekit-multi's, and this {NOT_YET}; write each into a file of its own, merge those first whose names "
         "others use as models, and write the folders of their outputs there"
     )
-
-
-def _brief(words: object) -> str:
-    return str(words)[:MAX_PARSER_CHARS]
 
 
 def _mark(event: _Event) -> Mark:

@@ -100,7 +100,8 @@ def _take(found: Structure, plain: dict[str, object], detail: ErrorDetails) -> b
     """Note what is wrong and take it out of the document; return whether a recipe can be made of the rest."""
     path, is_missing = detail["loc"], detail["type"] == "missing"
     if detail["type"] == "extra_forbidden" and _is_passed_over(path):
-        found.unknown[path] = frozenset(cast(dict[str, object], _parent(plain, path)))
+        beside = _parent(plain, path)
+        found.unknown[path] = frozenset(beside) if isinstance(beside, dict) else frozenset()
         return _remove(plain, path)
     found.problems.append(_problem(detail))
     if is_missing and (key := _misspelt(detail)):

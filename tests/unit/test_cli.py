@@ -304,7 +304,7 @@ MISTAKES: dict[str, tuple[Callable[[World], object], str]] = {
         folder_as_recipe, "recipe.yaml is a folder; expected a YAML file",
     ),
     "an empty recipe": (lambda world: world.with_recipe(""), "recipe.yaml:1:1: expected a mapping"),
-    "no YAML": (lambda world: world.with_recipe("a: [1\n"), "recipe.yaml:2:1: not valid YAML"),
+    "no YAML": (lambda world: world.with_recipe("a: [1\n"), "recipe.yaml:1:4: not valid YAML: the `.` here"),
     "no UTF-8": (lambda world: world.recipe.write_bytes(b"a: \xff\n"), "recipe.yaml:1:4: expected UTF-8"),
     "an unknown key": (
         lambda world: world.with_recipe(world.recipe.read_text() + "stockflow: {scpoe: row}\n"),

@@ -93,7 +93,7 @@ def test_json_has_places_texts_and_codes(folder: Path) -> None:
     assert [(each["code"], each["place"]) for each in refused["remarks"]] == [  # type: ignore[attr-defined]
         ("unknown-key", f"{folder}/c_refused.yml:5:1")
     ]
-    assert broken["problems"][0]["place"] == f"{folder}/g_no.yaml:2:1"  # type: ignore[index]
+    assert broken["problems"][0]["place"] == f"{folder}/g_no.yaml:1:4"  # type: ignore[index]
 
 
 def test_a_recipe_comes_from_standard_input_too() -> None:
