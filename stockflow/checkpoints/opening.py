@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 
 from stockflow.checkpoints.adapters.adapted import adapted
 from stockflow.checkpoints.adapters.files import remarks_on_files
@@ -31,7 +31,7 @@ from stockflow.checkpoints.heads import with_tie_flag
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
 from stockflow.checkpoints.pipelines import PIPELINE_FILE, find_pipeline, pipeline_remark
 from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
-from stockflow.checkpoints.scale_rules import find_rules
+from stockflow.checkpoints.scale_rules import by_kind, find_rules
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
@@ -121,6 +121,7 @@ def open_checkpoint(
     beside = look_beside(store, tree, modules, config, weights.specs.keys(), weights.files.keys())
     values = read_values(store, weights.in_one_run, config, cache)
     tensors = _tensors(weights, values, config, cache, store.where())
+    _, kinds = cache.shared((id(tensors), by_kind), lambda: (tensors, by_kind(tensors.stored)))
     return Checkpoint(
         url=store.url,
         specs=tensors.specs,
@@ -136,7 +137,7 @@ def open_checkpoint(
         stored=tensors.stored,
         joined=weights.joined,
         static_scales=tensors.static_scales,
-        rules=find_rules(store, weights.files, weights.extents, tensors.stored),
+        rules=find_rules(store, weights.files, weights.extents, kinds),
         settled=frozenset(settled),
         over_http=store.over_http,
     )
@@ -234,9 +235,9 @@ def _tensors(
 ) -> Tensors:
     """Return the tensors of a checkpoint as the numbers they stand for; equal checkpoints share them."""
     shapes = {
-        spec.name: tuple(map(int, numbers))
+        spec.name: shape
         for spec in cache.found(weights.specs, sized_by)
-        if (numbers := as_numbers(values.data.get(weights.extents[spec.name], b""), spec.dtype)) is not None
+        if (shape := _shape_of(values.data.get(weights.extents[spec.name], b""), spec.dtype)) is not None
     }
     hints = hints_of(config)
     tensors = cache.shared(
@@ -248,6 +249,13 @@ def _tensors(
     if split := [name for name in tensors.static_scales if name in weights.joined]:
         raise CheckpointError(f"{where}: {shown(split[0])} is a scale in shards, which is not read; join them")
     return tensors
+
+
+@lru_cache
+def _shape_of(payload: bytes, dtype: str) -> tuple[int, ...] | None:
+    """Return a shape that is stored as a tensor: one of thousands that are equal."""
+    numbers = as_numbers(payload, dtype)
+    return None if numbers is None else tuple(map(int, numbers))
 
 
 def _extents(weights: Weights, tensors: Tensors) -> Mapping[str, Extent]:

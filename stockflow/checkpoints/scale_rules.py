@@ -23,17 +23,26 @@ RULES = (AMAX, POWER_OF_TWO, SEVEN, SEVEN_AND_HALF, FLOOR, EVEN, CEIL)
 MAX_KINDS = 16
 """Kinds of tensors that are looked at."""
 MAX_SCALE_BYTES, MAX_CODE_BYTES = 16_384, 65_536
+_NUMBER = re.compile(r"\d+")
 LOWEST, THREE = 0, 5
 """What -8 is stored as, and 3.0."""
 
 
 def kind_of(name: str) -> str:
     """Return a name without its numbers: what tensors of all layers, and experts, have in common."""
-    return re.sub(r"\d+", "#", name)
+    return _NUMBER.sub("#", name)
+
+
+def by_kind(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return the first quantised tensor of each kind that is looked at."""
+    kinds: dict[str, Stored] = {}
+    for name, held in stored.items():
+        kinds.setdefault(kind_of(name), held)
+    return dict(list(kinds.items())[:MAX_KINDS])
 
 
 def find_rules(
-    store: Store, files: Mapping[str, Stamp], extents: Mapping[str, Extent], stored: Mapping[str, Stored]
+    store: Store, files: Mapping[str, Stamp], extents: Mapping[str, Extent], kinds: Mapping[str, Stored]
 ) -> dict[str, str]:
     """Return the rule of each kind of tensor where it is not the usual one of its format.
 
@@ -41,9 +50,6 @@ def find_rules(
         StorageError: reading failed after retries.
         InputChangedError: a file is no longer the one whose header was read.
     """
-    kinds: dict[str, Stored] = {}
-    for name, held in stored.items():
-        kinds.setdefault(kind_of(name), held)
 
     def read(held: Stored, part: int, most: int) -> bytes:
         spec = held.parts[part]
@@ -52,7 +58,7 @@ def find_rules(
         return bytes(buffer)
 
     def found() -> Iterator[tuple[str, str]]:
-        for kind, held in list(kinds.items())[:MAX_KINDS]:
+        for kind, held in kinds.items():
             decode = held.decode
             if isinstance(decode, BlockScaled) and decode.scale_dtype != "F8_E8M0":
                 if _are_powers(as_numbers(read(held, 1, MAX_SCALE_BYTES), decode.scale_dtype)):

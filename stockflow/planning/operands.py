@@ -1,6 +1,7 @@
 """Operands: the inputs of a reading, which bytes of which file they are, and how rows come out of them."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from stockflow.checkpoints.decodes.stored import ByteRange, Decode, RowRuns, plain, row_elems
@@ -25,6 +26,15 @@ class ExtentRanges(NamedTuple):
         return sum(stop - start for start, stop in self.ranges)
 
 
+@lru_cache(2**12)
+def runs_of(decode: Decode, shape: tuple[int, ...], start: int, stop: int) -> tuple[tuple[int, int, int], ...]:
+    """Return, per extent, first and last byte within it of a run of elements, and the boundary it must begin on.
+
+    Thousands of tensors are stored alike, and planning asks for each of them again and again.
+    """
+    return tuple((*run, width) for run, width in zip(decode.ranges(shape, start, stop), decode.widths, strict=True))
+
+
 class Operand(NamedTuple):
     """One input of a reading: which bytes, and how rows come out of them."""
 
@@ -45,11 +55,13 @@ class Operand(NamedTuple):
     def slots(self, shape: tuple[int, ...], start: int, stop: int) -> Iterator[ExtentRanges]:
         """Yield what each extent contributes to elements ``start`` to ``stop`` of a reading of ``shape``."""
         if self.rows is None:
-            runs = [self.decode.ranges(shape, start, stop)]
-        else:
-            own = (self.rows.num_source_rows, *shape[1:])
-            found = self.rows.within(start, stop, row_elems(shape))
-            runs = [self.decode.ranges(own, run.start, run.stop) for run in found]
+            runs_in = runs_of(self.decode, shape, start, stop)
+            for (file, at), (first, last, width) in zip(self.extents, runs_in, strict=True):
+                yield ExtentRanges(self.checkpoint, file, (ByteRange(at + first, at + last),), width)
+            return
+        own = (self.rows.num_source_rows, *shape[1:])
+        found = self.rows.within(start, stop, row_elems(shape))
+        runs = [self.decode.ranges(own, run.start, run.stop) for run in found]
         for number, (extent, width) in enumerate(zip(self.extents, self.decode.widths, strict=True)):
             ranges = tuple(ByteRange(extent.start + run[number].start, extent.start + run[number].stop) for run in runs)
             yield ExtentRanges(self.checkpoint, extent.file, ranges, width)

@@ -291,13 +291,14 @@ class _Maps:
 
 
 def _canonical_job(job: TensorJob, settings: _Settings, maps: _Maps, place: Place | None) -> list[object]:
-    output, reading = job.output, job.reading
+    result, output, reading = job.result, job.output, job.reading
     dtypes: object = reading.dtypes if reading.is_plain else list(map(maps.stored_as, reading.operands))
     written: object = output.dtype
-    if job.result.rule:
-        written = [job.result.rule, maps.decode_number(job.result.encode), job.result.outputs]
-    shape = reading.shape if job.result.rule else output.shape
-    row: list[object] = [reading.name if job.result.rule else output.name, written, shape, settings.number(job), dtypes]
+    name, shape = output.name, output.shape
+    if result.rule:
+        written = [result.rule, maps.decode_number(result.encode), result.outputs]
+        name, shape = reading.name, reading.shape
+    row: list[object] = [name, written, shape, settings.number(job), dtypes]
     return row + [place(operand) for operand in reading.operands] if place else row
 
 

@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from stockflow.planning.budget import Workspace, overhead_bytes
-from stockflow.planning.operands import ExtentRanges
+from stockflow.planning.job import Reading
+from stockflow.planning.operands import ExtentRanges, runs_of
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
 from stockflow.planning.work import Work
 from stockflow.storage.parts import RANGE_BYTES
@@ -181,6 +182,11 @@ def _lay_out(pieces: Sequence[LoadPiece]) -> tuple[tuple[Request, ...], tuple[tu
                 ends = start + width * first, start + width * last
                 whole.append((operand.checkpoint, file, *ends, width, index, number))
             continue
+        if all(operand.rows is None for operand in reading.operands):
+            whole += [
+                (*run, index, number) for number, run in enumerate(_runs(reading, first, last)) if run[2] < run[3]
+            ]
+            continue
         for number, slot in enumerate(reading.slots(first, last)):
             if len(slot.ranges) == 1 and slot.num_bytes:
                 whole.append((slot.checkpoint, slot.file, *slot.ranges[0], slot.width, index, number))
@@ -191,7 +197,8 @@ def _lay_out(pieces: Sequence[LoadPiece]) -> tuple[tuple[Request, ...], tuple[tu
     for checkpoint, file, start, stop, width, index, number in sorted(whole):
         previous = requests[-1] if requests else None
         if previous and _continues(previous, checkpoint, file, start, width):
-            requests[-1] = previous._replace(stop=max(stop, previous.stop))
+            if stop > previous.stop:
+                requests[-1] = Request(checkpoint, file, previous.start, stop, previous.offset)
         else:
             requests.append(Request(checkpoint, file, start, stop, _next_boundary(previous)))
         offsets[index][number] = requests[-1].offset + start - requests[-1].start
@@ -199,6 +206,13 @@ def _lay_out(pieces: Sequence[LoadPiece]) -> tuple[tuple[Request, ...], tuple[tu
         offsets[index][number] = _next_boundary(requests[-1] if requests else None)
         requests += gathered(slot, offsets[index][number])
     return tuple(requests), tuple(map(tuple, offsets))
+
+
+def _runs(reading: Reading, first: int, last: int) -> Iterator[tuple[int, str, int, int, int]]:
+    """Yield checkpoint, file, ends and boundary of what every extent contributes to elements of a reading."""
+    for checkpoint, _, extents, decode, _ in reading.operands:
+        for (file, at), (start, stop, width) in zip(extents, runs_of(decode, reading.shape, first, last), strict=True):
+            yield checkpoint, file, at + start, at + stop, width
 
 
 def gathered(slot: ExtentRanges, offset: int) -> Iterator[Request]:

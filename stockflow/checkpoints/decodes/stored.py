@@ -52,6 +52,9 @@ class Decode(Protocol):
     def whole_rows(self) -> bool:
         """Whether rows of the first dimension can only be decoded whole."""
 
+    def __hash__(self) -> int:
+        """Return the same for equal ones."""
+
     def run_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes that every run needs beside ``bytes_per_elem`` for each element, at most."""
 
