@@ -1,11 +1,39 @@
 """A client: one library's way to the objects of a store, in single requests."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp
 from stockflow.storage.faults import Failure
+
+P = TypeVar("P")
+Cursor = Mapping[str, str]
+"""what a request for a page says beside the first one's words; of the first one: nothing"""
+
+
+class Pages(Generic[P]):
+    """Pages that are asked for one by one; one that failed is asked for again, and those before it are kept."""
+
+    def __init__(self, ask: Callable[[Cursor], tuple[P, Cursor | None]]) -> None:
+        """Take what returns the page at a cursor, and the next one's cursor; None: there is none."""
+        self._ask = ask
+        self._cursor: Cursor | None = {}
+
+    @property
+    def are_over(self) -> bool:
+        """Whether the last page has come."""
+        return self._cursor is None
+
+    def next(self) -> P:
+        """Return the next page, which there must be, by one request."""
+        page, self._cursor = self._ask(self._cursor or {})
+        return page
+
+    @classmethod
+    def of_one(cls, ask: Callable[[], P]) -> "Pages[P]":
+        """Return the pages of what comes in one piece."""
+        return cls(lambda _: (ask(), None))
 
 
 class Client(Protocol):
@@ -35,10 +63,10 @@ class Client(Protocol):
     def read_head(self, key: str, num_bytes: int) -> tuple[bytes, Stamp]:
         """Return the first bytes and the stamp."""
 
-    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
+    def list(self, folder: str, at_most: int | None) -> Pages[Mapping[str, Stamp]]:
         """Return all objects below ``folder`` (empty: the URL itself), by key; not many more than ``at_most``."""
 
-    def listing(self) -> Listing:
+    def listing(self) -> Pages[Listing]:
         """Return the objects directly under the URL, by key, and the folders beside them."""
 
     def create(self, key: str, part_bytes: int) -> AbstractContextManager[Sink]:
@@ -69,7 +97,7 @@ class Client(Protocol):
     def asks_to_wait_s(self, key: str) -> float | None:
         """Return for how long a store that throttles asks to be left alone, where its errors do not tell; or None."""
 
-    def uploads(self) -> Sequence[HalfWritten] | None:
+    def uploads(self) -> Pages[Sequence[HalfWritten]] | None:
         """Return the open multipart uploads below the URL; None where they cannot be listed."""
 
     def abort(self, key: str, upload: str) -> None:

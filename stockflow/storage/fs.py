@@ -14,7 +14,7 @@ from fsspec.asyn import sync
 
 from stockflow.errors import RecipeError
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
-from stockflow.storage.client import Client
+from stockflow.storage.client import Client, Pages
 from stockflow.storage.faults import Failure, scrub
 from stockflow.storage.fsspec_faults import ERRORS, failure_of, open_uncommitted
 from stockflow.storage.redirects import Guard
@@ -119,16 +119,22 @@ class FsspecClient:
         payload = bytes(self.read(key, 0, wanted, None)[0]) if wanted else b""
         return payload[:wanted], stamp
 
-    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
-        """Return all files below ``folder``; the first ones only as deep as a model's folders are."""
+    def list(self, folder: str, at_most: int | None) -> Pages[Mapping[str, Stamp]]:
+        """Return all files below ``folder``, in one piece; the first ones only as deep as a model's folders are."""
+        return Pages.of_one(partial(self._list, folder, at_most))
+
+    def listing(self) -> Pages[Listing]:
+        """Return the files and the folders directly under the URL, in one piece."""
+        return Pages.of_one(self._listing)
+
+    def _list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
         deepest = None if at_most is None else MAX_DEPTH
         with suppress(FileNotFoundError):
             found = self._fs.find(self._path(folder), maxdepth=deepest, detail=True)
             return self._by_key(islice(found.values(), at_most))
         return {}
 
-    def listing(self) -> Listing:
-        """Return the files and the folders directly under the URL."""
+    def _listing(self) -> Listing:
         with suppress(FileNotFoundError):
             found = self._fs.ls(self._root, detail=True)
             return Listing(self._by_key(found), tuple(self._folders(found)))
@@ -184,9 +190,9 @@ class FsspecClient:
         """Return None: errors tell."""
         del key
 
-    def uploads(self) -> Sequence[HalfWritten] | None:
+    def uploads(self) -> Pages[Sequence[HalfWritten]] | None:
         """Return nothing for memory, where nothing outlives a writer; elsewhere fsspec does not tell."""
-        return [] if self._is_buffered else None
+        return Pages.of_one(tuple) if self._is_buffered else None
 
     def abort(self, key: str, upload: str) -> None:
         """Never called: ``uploads`` names none."""

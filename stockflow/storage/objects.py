@@ -6,11 +6,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,12 @@ import obstore
 from obstore import exceptions
 
 from stockflow.errors import AccessDeniedError, RecipeError
-from stockflow.interruption import pause
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.client import P, Pages
 from stockflow.storage.endpoints import endpoint_mistake
 from stockflow.storage.faults import Failure, RequestError, WrongAnswerError, scrub
-from stockflow.storage.obstore_faults import STARTING, detail_of, failure_of
+from stockflow.storage.obstore_faults import detail_of, failure_of
+from stockflow.storage.obstore_upload import Upload
 from stockflow.storage.parts import PARTS_IN_FLIGHT
 from stockflow.storage.remote import RemoteStore
 from stockflow.storage.retry import RetryPolicy
@@ -41,7 +41,7 @@ from stockflow.storage.s3_pages import files_on, listing_on
 from stockflow.storage.s3_requests import abort_upload, asks_to_wait_s, checksums_of, list_pages, open_uploads
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, ObjectMeta, WritableFile
+    from obstore import GetOptions, ObjectMeta
     from obstore.store import ClientConfig, RetryConfig
     from obstore.store import ObjectStore as Connection
 
@@ -134,17 +134,23 @@ class ObstoreClient:
             raise
         return bytes(payload[:num_bytes]), stamp
 
-    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
-        """Return all objects below ``folder``, or the first ones by name."""
+    def list(self, folder: str, at_most: int | None) -> Pages[Mapping[str, Stamp]]:
+        """Return all objects below ``folder``, by name; elsewhere than on S3 in one piece."""
         if self._scheme == "s3":
-            return dict(islice(files_on(self._pages(self._path(folder), "", at_most), self._root), at_most))
+            return self._pages(self._path(folder), "", partial(files_on, root=self._root))
+        return Pages.of_one(partial(self._list_elsewhere, folder, at_most))
+
+    def listing(self) -> Pages[Listing]:
+        """Return the objects and the folders directly under the URL."""
+        if self._scheme == "s3":
+            return self._pages(self._root, "/", partial(listing_on, root=self._root))
+        return Pages.of_one(self._listing_elsewhere)
+
+    def _list_elsewhere(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
         pages = obstore.list(self._reader, self._path(folder) or None, chunk_size=1000)
         return self._by_key(list(islice(chain.from_iterable(pages), at_most)))
 
-    def listing(self) -> Listing:
-        """Return the objects and the folders directly under the URL."""
-        if self._scheme == "s3":
-            return listing_on(self._pages(self._root, "/", None), self._root)
+    def _listing_elsewhere(self) -> Listing:
         found = obstore.list_with_delimiter(self._reader, self._root or None)
         folders = tuple(name for prefix in found["common_prefixes"] if (name := prefix.rpartition("/")[2]))
         files = {
@@ -162,7 +168,7 @@ class ObstoreClient:
             buffer_size=part_bytes,
             max_concurrency=PARTS_IN_FLIGHT,
         )
-        with _Upload(start, part_bytes, self._policy) as upload:
+        with Upload(start, part_bytes, self._policy) as upload:
             yield upload
 
     def put(self, key: str, payload: bytes) -> str:
@@ -210,7 +216,7 @@ class ObstoreClient:
         self._asked_at = time.monotonic()
         return asks_to_wait_s(bucket, self._path(key), self._policy.read_timeout_s)
 
-    def uploads(self) -> Sequence[HalfWritten] | None:
+    def uploads(self) -> Pages[Sequence[HalfWritten]] | None:
         """Return the open multipart uploads below the URL; known of S3 only."""
         return open_uploads(self._bucket_at(), self._root) if self._scheme == "s3" else None
 
@@ -253,9 +259,8 @@ class ObstoreClient:
             require_credentials()
         return locate_bucket(self._bucket, self._options)
 
-    def _pages(self, folder: str, delimiter: str, at_most: int | None) -> Sequence[Mapping[str, Any]]:
-        """Return the pages of a listing of S3, which obstore neither checks nor gives where one key has no path."""
-        return list_pages(self._bucket_at(), folder, delimiter, self._policy.read_timeout_s, at_most)
+    def _pages(self, folder: str, delimiter: str, read: Callable[[Mapping[str, Any]], P]) -> Pages[P]:
+        return list_pages(self._bucket_at(), folder, delimiter, self._policy.read_timeout_s, read)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")
@@ -267,65 +272,6 @@ class ObstoreClient:
         # obstore gives the empty marker "folder/" of a web console as "folder".
         folders = {key[:end] for key in stamps for end in _slashes(key)}
         return {key: stamp for key, stamp in stamps.items() if stamp.size or key not in folders}
-
-
-class _Upload:
-    """Copies what it is given: obstore refers to the caller's buffer until the part is sent (measured)."""
-
-    def __init__(self, start: "Callable[[], WritableFile]", part_bytes: int, policy: RetryPolicy) -> None:
-        self._start = start
-        self._part_bytes = part_bytes
-        self._policy = policy
-        self._stack = ExitStack()
-        self._held: list[bytes] = []
-        """what obstore holds too until a part is full, and it starts the upload"""
-        self._is_started = False
-
-    def __enter__(self) -> "_Upload":
-        self._writer = self._stack.enter_context(self._start())
-        return self
-
-    def __exit__(self, *raised: Any) -> bool | None:
-        return self._stack.__exit__(*raised)
-
-    def write(self, payload: memoryview | bytes, /) -> int:
-        view = memoryview(payload).cast("B")
-        for start in range(0, view.nbytes, self._part_bytes):
-            piece = bytes(view[start : start + self._part_bytes])
-            if self._is_started:
-                self._writer.write(piece)
-            else:
-                self._write_first(piece)
-        return view.nbytes
-
-    def _write_first(self, piece: bytes) -> None:
-        """Write into the first part; start anew, a bounded number of times, where obstore gave up the start at once."""
-        self._held.append(piece)
-        unsent = [piece]
-        for number in count(1):
-            try:
-                for part in unsent:
-                    self._writer.write(part)
-                break
-            except (exceptions.BaseError, OSError) as error:
-                failure = failure_of(error)
-                is_once = failure.attempts == 1 and failure.is_transient
-                if not is_once:
-                    raise
-                if number == self._policy.attempts:
-                    raise RequestError(replace(failure, attempts=number, step=STARTING)) from None
-            pause(self._policy.delay_s(number))
-            self._abandon()
-            self._writer = self._stack.enter_context(self._start())
-            unsent = self._held
-        self._is_started = sum(map(len, self._held)) >= self._part_bytes
-        if self._is_started:
-            self._held = []
-
-    def _abandon(self) -> None:
-        """Leave a writer whose upload never started, as an exception leaves it."""
-        with suppress(exceptions.BaseError, OSError, ValueError):
-            self._stack.pop_all().__exit__(InterruptedError, InterruptedError(), None)
 
 
 def _connect_elsewhere(

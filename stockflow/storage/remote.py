@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 from stockflow.errors import AlreadyExistsError, InputChangedError, RecipeError, StockflowError, StorageError
 from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, check_key
 from stockflow.storage.checksums import WholeObjects
-from stockflow.storage.client import Client
+from stockflow.storage.client import Client, Pages
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.faults import Failure, Operation, WrongAnswerError, storage_error, user_error
 from stockflow.storage.parts import RANGE_BYTES, SMALL_BYTES, part_bytes
@@ -108,8 +108,9 @@ class RemoteStore:
     def list(self, prefix: str = "", *, at_most: int | None = None) -> dict[str, Stamp]:
         """Return every object below ``prefix``, recursively, or the first ones found."""
         folder = check_key(prefix.rstrip("/")) if prefix else ""
-        found = self._run("list", folder, partial(self._client.list, folder, at_most))
-        return dict(sorted(islice(found.items(), at_most)))
+        pages = self._each("list", folder, self._client.list(folder, at_most))
+        found = dict(islice(chain.from_iterable(page.items() for page in pages), at_most))
+        return dict(sorted(found.items()))
 
     def list_top(self) -> dict[str, Stamp]:
         """Return the objects directly under the URL."""
@@ -117,8 +118,10 @@ class RemoteStore:
 
     def listing(self) -> Listing:
         """Return the objects and the folders directly under the URL."""
-        found = self._run("list", "", self._client.listing)
-        return Listing(dict(sorted(found.files.items())), tuple(sorted(found.folders)))
+        pages = list(self._each("list", "", self._client.listing()))
+        files = dict(chain.from_iterable(page.files.items() for page in pages))
+        folders = chain.from_iterable(page.folders for page in pages)
+        return Listing(dict(sorted(files.items())), tuple(sorted(folders)))
 
     def check_links(self, keys: Iterable[str]) -> None:
         """Refuse nothing: objects are no links."""
@@ -193,16 +196,22 @@ class RemoteStore:
     def half_written(self, *, also_held: bool = False) -> Sequence[HalfWritten] | None:
         """Return the open multipart uploads below the URL, those of live writers included."""
         del also_held
+        pages = self._client.uploads()
+        found: list[HalfWritten] = []
+        while pages and not pages.are_over:
+            page = self._run("list uploads below", "", partial(self._uploads_on_next, pages))
+            if page is None:
+                return None
+            found += page
+        return found if pages else None
 
-        def attempt() -> Sequence[HalfWritten] | None:
-            try:
-                return self._client.uploads()
-            except self._client.errors as error:
-                if self._client.failure(error).status in (405, 501):
-                    return None
-                raise
-
-        return self._run("list uploads below", "", attempt)
+    def _uploads_on_next(self, pages: Pages[Sequence[HalfWritten]]) -> Sequence[HalfWritten] | None:
+        try:
+            return pages.next()
+        except self._client.errors as error:
+            if self._client.failure(error).status in (405, 501):
+                return None
+            raise
 
     def discard(self, leftovers: Iterable[HalfWritten]) -> None:
         """Abort multipart uploads."""
@@ -327,6 +336,11 @@ class RemoteStore:
         if hashlib.sha256(first).digest() != hashlib.sha256(second).digest():
             raise WrongAnswerError(READS_DIFFER)
 
+    def _each(self, operation: Operation, key: str, pages: Pages[T]) -> Iterator[T]:
+        """Yield pages, each asked for by attempts of its own."""
+        while not pages.are_over:
+            yield self._run(operation, key, pages.next)
+
     def _run(self, operation: Operation, key: str, attempt: Callable[[], T], pinned: Stamp | None = None) -> T:
         waits: list[float | None] = [None]
 
@@ -338,12 +352,8 @@ class RemoteStore:
 
         def judge(error: Exception, attempts: int, is_last: bool) -> StockflowError | None:
             failure = self._failure(error)
-            if (
-                failure.status == 404
-                and key in self._written
-                and operation in ("stat", "read")
-                and attempts < LAG_ATTEMPTS
-            ):
+            is_ours = key in self._written and operation in ("stat", "read")
+            if failure.status == 404 and is_ours and attempts < LAG_ATTEMPTS:
                 return None
             is_another = failure.status in (412, 416) or isinstance(error, WrongAnswerError)
             if pinned is not None and is_another and (found := self.stamp(key)) != pinned:

@@ -3,7 +3,7 @@
 Left out is what no key of a store can name: clients disagree on empty, ``.`` and ``..`` segments.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from stockflow.storage.base import Listing, Stamp
@@ -11,20 +11,20 @@ from stockflow.storage.base import Listing, Stamp
 _UNNAMED = frozenset(("", ".", ".."))
 
 
-def files_on(pages: Iterable[Mapping[str, Any]], root: str) -> Iterator[tuple[str, Stamp]]:
-    """Yield the objects; the empty marker of a folder ends in a slash, and is none."""
-    for page in pages:
-        for entry in page.get("Contents", ()):
-            key = _below(root, entry["Key"])
-            if not _UNNAMED.intersection(key.split("/")):
-                yield key, Stamp(entry["Size"], entry.get("ETag", ""))
+def files_on(page: Mapping[str, Any], root: str) -> dict[str, Stamp]:
+    """Return the objects; the empty marker of a folder ends in a slash, and is none."""
+    entries = ((_below(root, entry["Key"]), entry) for entry in page.get("Contents", ()))
+    return {
+        key: Stamp(entry["Size"], entry.get("ETag", ""))
+        for key, entry in entries
+        if not _UNNAMED.intersection(key.split("/"))
+    }
 
 
-def listing_on(pages: Iterable[Mapping[str, Any]], root: str) -> Listing:
+def listing_on(page: Mapping[str, Any], root: str) -> Listing:
     """Return the objects and the folders directly below the root."""
-    pages = list(pages)
-    folders = (_below(root, entry["Prefix"])[:-1] for page in pages for entry in page.get("CommonPrefixes", ()))
-    return Listing(dict(files_on(pages, root)), tuple(name for name in folders if name not in _UNNAMED))
+    folders = (_below(root, entry["Prefix"])[:-1] for entry in page.get("CommonPrefixes", ()))
+    return Listing(files_on(page, root), tuple(name for name in folders if name not in _UNNAMED))
 
 
 def _below(root: str, key: str) -> str:

@@ -1,14 +1,16 @@
 """Single requests to S3 that botocore makes beside a store's client: what the client cannot ask, or asks twice."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from stockflow.storage.base import HalfWritten
+from stockflow.storage.client import Cursor, Pages
 from stockflow.storage.faults import Failure, RequestError, WrongAnswerError, scrub
 from stockflow.storage.s3 import Bucket, encryption, single_requests
 from stockflow.storage.throttles import asked_wait_s
 
+P = TypeVar("P")
 LISTING_TIMEOUT_S = 60.0
 """of one request for open uploads"""
 
@@ -24,50 +26,53 @@ def put_new_object(bucket: Bucket, key: str, payload: bytes, timeout_s: float) -
 
 
 def list_pages(
-    bucket: Bucket, folder: str, delimiter: str, timeout_s: float, at_most: int | None = None
-) -> list[Mapping[str, Any]]:
-    """Return the pages of a listing of ``folder`` (empty: the bucket), at least ``at_most`` objects of it.
+    bucket: Bucket, folder: str, delimiter: str, timeout_s: float, read: Callable[[Mapping[str, Any]], P]
+) -> Pages[P]:
+    """Return the pages of a listing of ``folder`` (empty: the bucket), each as ``read`` takes it.
 
-    By botocore, which takes keys as they are; what is no listing, as a page of a gateway, is none of an empty folder.
-
-    Raises:
-        RequestError: the request failed.
+    By botocore: obstore checks no page, and gives none where one key has no path. A page raises RequestError where its
+    request failed; what is no listing, as a page of a gateway, is none of an empty folder.
     """
-    pages: list[Mapping[str, Any]] = []
-    asked: dict[str, str] = {"Prefix": f"{folder}/" if folder else "", "Delimiter": delimiter, **_payer(bucket)}
-    with _request_errors():
-        client = single_requests(bucket, timeout_s)
-        while True:
-            page = client.list_objects_v2(Bucket=bucket.name, **asked)
-            if "IsTruncated" not in page:
-                raise RequestError(Failure("the answer is no listing"))
-            pages.append(page)
-            is_enough = at_most is not None and sum(len(each.get("Contents", ())) for each in pages) >= at_most
-            if is_enough or not page["IsTruncated"]:
-                return pages
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+    asked = {"Prefix": f"{folder}/" if folder else "", "Delimiter": delimiter, **_payer(bucket)}
+
+    @_request_errors()
+    def ask(cursor: Cursor) -> tuple[P, Cursor | None]:
+        page = single_requests(bucket, timeout_s).list_objects_v2(Bucket=bucket.name, **asked, **cursor)
+        after = _after(page, cursor, {"ContinuationToken": "NextContinuationToken"})
+        return read(page), after
+
+    return Pages(ask)
 
 
-def open_uploads(bucket: Bucket, root: str) -> list[HalfWritten]:
+def open_uploads(bucket: Bucket, root: str) -> Pages[Sequence[HalfWritten]]:
     """Return the open multipart uploads of keys below ``root``, keys relative to it. By botocore: obstore lists none.
 
-    Raises:
-        RequestError: the request failed.
+    A page raises RequestError where its request failed.
     """
     top = f"{root}/" if root else ""
-    found: list[HalfWritten] = []
-    more: dict[str, str] = {}
-    with _request_errors():
+
+    @_request_errors()
+    def ask(cursor: Cursor) -> tuple[Sequence[HalfWritten], Cursor | None]:
         client = single_requests(bucket, LISTING_TIMEOUT_S)
-        while True:
-            page = client.list_multipart_uploads(Bucket=bucket.name, Prefix=top, **_payer(bucket), **more)
-            for upload in page.get("Uploads", ()):
-                # Not every store filters by prefix.
-                if upload["Key"].startswith(top):
-                    found.append(HalfWritten(upload["Key"].removeprefix(top), upload["UploadId"], is_abandoned=False))
-            if not page.get("IsTruncated"):
-                return found
-            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        page = client.list_multipart_uploads(Bucket=bucket.name, Prefix=top, **_payer(bucket), **cursor)
+        # Not every store filters by prefix.
+        below = (upload for upload in page.get("Uploads", ()) if upload["Key"].startswith(top))
+        found = [HalfWritten(each["Key"].removeprefix(top), each["UploadId"], is_abandoned=False) for each in below]
+        return found, _after(page, cursor, {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"})
+
+    return Pages(ask)
+
+
+def _after(page: Mapping[str, Any], cursor: Cursor, names: Mapping[str, str]) -> Cursor | None:
+    """Return the cursor of the page after this one, made of what the page tells by other names; None: there is none."""
+    if "IsTruncated" not in page:
+        raise RequestError(Failure("the answer is no listing"))
+    if not page["IsTruncated"]:
+        return None
+    after = {asked: page[told] for asked, told in names.items() if told in page}
+    if not after or after == cursor:
+        raise RequestError(Failure("the listing is not complete, and does not say where it goes on"))
+    return after
 
 
 def abort_upload(bucket: Bucket, key: str, upload: str) -> None:

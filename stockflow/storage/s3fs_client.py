@@ -1,15 +1,15 @@
 """s3:// through s3fs: twice obstore's CPU per byte, for stores that obstore does not suit."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from fsspec.asyn import sync
 
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
+from stockflow.storage.client import P, Pages
 from stockflow.storage.endpoints import endpoint_mistake
 from stockflow.storage.faults import Failure, RequestError, WrongAnswerError
 from stockflow.storage.fsspec_faults import ERRORS, failure_of
@@ -86,14 +86,14 @@ class S3fsClient:
             raise
         return bytes(payload[:num_bytes]), stamp
 
-    def list(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
-        """Return all objects below ``folder``, or the first ones by name."""
-        pages = self._pages(self._path(folder), "", at_most)
-        return dict(islice(files_on(pages, self._root), at_most))
+    def list(self, folder: str, at_most: int | None) -> Pages[Mapping[str, Stamp]]:
+        """Return all objects below ``folder``, by name."""
+        del at_most
+        return self._pages(self._path(folder), "", partial(files_on, root=self._root))
 
-    def listing(self) -> Listing:
+    def listing(self) -> Pages[Listing]:
         """Return the objects and the folders directly under the URL."""
-        return listing_on(self._pages(self._root, "/", None), self._root)
+        return self._pages(self._root, "/", partial(listing_on, root=self._root))
 
     @contextmanager
     def create(self, key: str, part_bytes: int) -> Iterator[Sink]:
@@ -145,7 +145,7 @@ class S3fsClient:
         """Return None: errors tell."""
         del key
 
-    def uploads(self) -> Sequence[HalfWritten]:
+    def uploads(self) -> Pages[Sequence[HalfWritten]]:
         """Return the open multipart uploads below the URL."""
         return open_uploads(self._bucket_at(), self._root)
 
@@ -180,8 +180,8 @@ class S3fsClient:
         async with reply["Body"] as body:
             return await body.read(), reply
 
-    def _pages(self, folder: str, delimiter: str, at_most: int | None) -> Sequence[Mapping[str, Any]]:
-        return list_pages(self._bucket_at(), folder, delimiter, self._policy.read_timeout_s, at_most)
+    def _pages(self, folder: str, delimiter: str, read: Callable[[Mapping[str, Any]], P]) -> Pages[P]:
+        return list_pages(self._bucket_at(), folder, delimiter, self._policy.read_timeout_s, read)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".strip("/")

@@ -3,6 +3,7 @@
 import http.server
 import logging
 import ssl
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -499,6 +500,26 @@ def test_listings_go_on_past_one_page(opener: Opener, s3_endpoint: str, s3_bucke
     assert names == list(store.list()) == list(store.list_top())
     store.delete(names)
     assert store.list() == {}
+
+
+def test_each_page_of_a_listing_has_attempts_of_its_own(
+    opener: Opener, proxy: FaultyProxy, s3_endpoint: str, s3_bucket: str
+) -> None:
+    """Five pages of five names, each of which fails three times of the four that it may; so does that of uploads."""
+    names = [f"{number:02}" for number in range(22)]
+    behind, store = (opener(f"s3://{s3_bucket}/run", endpoint=url) for url in (s3_endpoint, proxy.url))
+    for name in names:
+        behind.put(name, b"1")
+    boto3.client("s3", endpoint_url=s3_endpoint).create_multipart_upload(Bucket=s3_bucket, Key="run/upload")
+    failing: deque[Fault] = deque(("503", "reset", "html", "pass") * 5)
+
+    for number, read in enumerate((store.list, store.list_top), 1):
+        proxy.faults["list"] = failing.copy()
+        assert names == list(read())
+        assert proxy.steps.count("list") == 20 * number
+    proxy.fail("list", "html", times=3)
+    assert [left.key for left in store.half_written() or ()] == ["upload"]
+    assert store.num_retries == 33
 
 
 def _self_signed(certificate: Path) -> ssl.SSLContext:
