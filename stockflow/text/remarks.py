@@ -79,6 +79,7 @@ CODES: Mapping[str, str] = {
     "token-ids": "ids of tokens in configs, which follow the vocabulary that is written",
     "tokens-beyond-rows": "tokens for which an embedding has no row",
     "tokens-disagree": "tokens of which the files of one tokenizer say different things",
+    "padding-of-zeros": "rows beyond all vocabularies, which no model has",
     "tokens-missing": "tokens that some models have and others lack",
     "tied-head": "a head that is stored beside its embedding in some models only",
     "two-sets-of-weights": "a single file and shards in one folder, either of which may be the model",

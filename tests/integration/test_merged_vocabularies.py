@@ -103,18 +103,26 @@ class Models:
 def by_token(
     models: Models, name: str, ids: Mapping[str, int], num_rows: int, merged: Sequence[int], forced: Mapping[str, int]
 ) -> list[oracle.Floats]:
-    """Rows of every merged model by token string, defaults included: the only one's, the base's, else the mean."""
+    """Rows of every merged model by token string, defaults included: the only one's, the base's, else the mean.
+
+    A row that is no token's is, likewise, the row of equal number of the models where it is no token's either.
+    """
     stored = {index: models.tensors[index][name].double().numpy() for index in merged}
+    spare = {index: set(range(len(stored[index]))) - set(models.ids[index].values()) for index in merged}
     made = [np.zeros((num_rows, HIDDEN)) for _ in merged]
-    for token, row in ids.items():
-        having = [index for index in merged if token in models.ids[index]]
-        rows = [stored[index][models.ids[index][token]] for index in having]
-        default = np.zeros(HIDDEN) if not rows else rows[0] if having[0] == 0 else np.mean(rows, axis=0)
-        if token in forced:
-            default = stored[forced[token]][models.ids[forced[token]][token]]
+
+    def fill(row: int, rows: Mapping[int, int], forced_row: oracle.Floats | None = None) -> None:
+        own = {index: stored[index][number] for index, number in rows.items()}
+        default = own[0] if 0 in own else np.mean(list(own.values()), axis=0) if own else np.zeros(HIDDEN)
         for place, index in enumerate(merged):
-            own = index in having and token not in forced
-            made[place][row] = stored[index][models.ids[index][token]] if own else default
+            made[place][row] = own.get(index, default) if forced_row is None else forced_row
+
+    for token, row in ids.items():
+        source = forced.get(token)
+        row_of = {index: models.ids[index][token] for index in merged if token in models.ids[index]}
+        fill(row, row_of, None if source is None else stored[source][models.ids[source][token]])
+    for row in set(range(num_rows)) - set(ids.values()):
+        fill(row, {index: row for index in merged if row in spare[index]})
     return made
 
 
@@ -394,7 +402,7 @@ def test_a_row_of_a_model_that_is_not_merged_is_refused(three: Models) -> None:
         Inputs.open(load_recipe(str(recipe))).plan()
 
 
-def test_padding_is_rows_of_zeros_and_a_zero_token_is_one(three: Models) -> None:
+def test_padding_is_that_of_the_models_then_zeros_and_a_zero_token_is_zeros(three: Models) -> None:
     tokens = {"<|new|>": {"source": {"kind": "zero"}}}
 
     out = three.merged("model_stock", tokenizer={"source": "base", "tokens": tokens, "pad_to_multiple_of": 64})
@@ -403,7 +411,13 @@ def test_padding_is_rows_of_zeros_and_a_zero_token_is_one(three: Models) -> None
     rows = load_file(str(out / "model.safetensors"))[ROWS[0]]
     assert ids["<|new|>"] == len(three.ids[0])
     assert rows.shape[0] % 64 == 0
-    assert not rows[ids["<|new|>"] :].any()
+    assert not rows[ids["<|new|>"]].any()
+    assert torch.equal(rows[len(ids) : len(three.tensors[0][ROWS[0]])], three.tensors[0][ROWS[0]][len(ids) :])
+    assert not rows[max(len(each[ROWS[0]]) for each in three.tensors) :].any()
+    remarks = json.loads((out / "manifest.json").read_text())["remarks"]
+    said = [each for each in remarks if each["code"] == "padding-of-zeros"]
+    assert {name for each in said for name in each["tensors"]} == {*ROWS}
+    assert f"{int((rows == 0).all(dim=1).sum()) - 1} rows of padding" in said[0]["text"]
 
 
 def test_two_plans_of_a_union_are_the_same_and_memory_changes_no_byte(three: Models) -> None:

@@ -6,6 +6,7 @@ the row of the only model that has it, else the base's, else the mean of those t
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from stockflow.checkpoints.decodes.stored import RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.heads import may_be_tied, tied_names
@@ -46,7 +47,7 @@ class OutputVocabulary:
     ids: Ids
     """what every token's row is"""
     num_rows: int
-    """one per id, and padding of zeros"""
+    """one per id, and padding"""
     source: int
     """checkpoint whose tokenizer it is, or was added to"""
     added: Ids
@@ -55,6 +56,8 @@ class OutputVocabulary:
     """that have a row per token"""
     own: Sequence[Ids]
     """of each checkpoint: its ids, those without a row left out"""
+    spare: Sequence[frozenset[int]]
+    """of each checkpoint: its rows that are no token's, such as padding"""
     rows_of: Sequence[int]
     """how many rows each checkpoint has"""
     defaults: Mapping[str, Default]
@@ -90,27 +93,34 @@ class OutputVocabulary:
         return self._maps[models]
 
     def _map(self, models: tuple[int, ...], place: int) -> RowRuns:
-        own = self.own[models[place]]
         runs: list[RowRun] = []
         fills: list[RowFill] = []
-        for token, row in sorted(self.ids.items(), key=lambda item: item[1]):
-            default = self.defaults.get(token)
-            stored = own.get(token)
+        tokens = {row: token for token, row in self.ids.items()}
+        for row in range(self.num_rows):
+            token = tokens.get(row)
+            default = self.defaults.get(token) if token is not None else None
+            stored = self._stored(token, row, models[place])
             if default is not None and (default.is_forced or stored is None):
                 stored = default.row if default.of == (models[place],) else None
             if stored is not None:
                 _extend(runs, stored, row)
-            elif of := self._having(token, models, default):
+            elif of := self._having(token, row, models, default):
                 _fill(fills, row, of)
         return RowRuns(self.rows_of[models[place]], tuple(runs), tuple(fills))
 
-    def _having(self, token: str, models: tuple[int, ...], default: Default | None) -> tuple[int, ...]:
-        """Return the places of the models whose mean the default row of a token is."""
+    def _stored(self, token: str | None, row: int, model: int) -> int | None:
+        """Return a model's own row of a token, or that of padding: the one of equal number that is no token's there."""
+        if token is not None:
+            return self.own[model].get(token)
+        return row if row in self.spare[model] else None
+
+    def _having(self, token: str | None, row: int, models: tuple[int, ...], default: Default | None) -> tuple[int, ...]:
+        """Return the places of the models whose mean the default of a row is."""
         if default is not None and not set(default.of) <= set(models):
             raise PlanError(f"`tokenizer.tokens` takes the row of {shown(token)} from a model that is not merged there")
         if default is not None:
             return tuple(models.index(model) for model in default.of)
-        having = tuple(place for place, model in enumerate(models) if token in self.own[model])
+        having = tuple(place for place, model in enumerate(models) if self._stored(token, row, model) is not None)
         of_base = tuple(place for place in having if models[place] == self.base)
         return of_base or having
 
@@ -131,27 +141,41 @@ def _fill(fills: list[RowFill], row: int, of: tuple[int, ...]) -> None:
 
 
 def rows_of_zeros(vocabulary: OutputVocabulary | None, jobs: Sequence[TensorJob]) -> Iterator[Remark]:
-    """Yield the tensors in which tokens have rows of zeros though a model has them, which the tensor is not made of."""
+    """Yield the tensors in which rows are zeros: padding, and tokens that only models have which it is not made of."""
     if vocabulary is None:
         return
     asked = {token for token, default in vocabulary.defaults.items() if not default.of}
     known = {token for own in vocabulary.own for token in own} - asked
+    tokens = {row: token for token, row in vocabulary.ids.items()}
     for job in jobs:
-        covered = bytearray(vocabulary.num_rows)
-        for rows in (operand.rows for operand in job.reading.operands if operand.rows):
-            for run in rows.runs:
-                covered[run.to : run.to + run.stop - run.start] = b"\1" * (run.stop - run.start)
-            for fill in rows.fills:
-                covered[fill.start : fill.stop] = b"\1" * (fill.stop - fill.start)
-        lacking = [token for token, row in vocabulary.ids.items() if not covered[row] and token in known]
-        if lacking and job.output.name in vocabulary.tensors:
+        if job.output.name not in vocabulary.tensors:
+            continue
+        bare = _rows_of_nobody(job, vocabulary.num_rows)
+        lacking = {tokens[row]: str(row) for row in bare if tokens.get(row) in known}
+        if lacking:
             have = "has" if len(lacking) == 1 else "have"
             text = (
-                f"{counted(len(lacking), 'token')} such as {shown(lacking[0])} {have} a row of zeros in "
+                f"{counted(len(lacking), 'token')} such as {shown(next(iter(lacking)))} {have} a row of zeros in "
                 f"{shown(job.output.name)}: no model that it is made of has one"
             )
-            values = {token: str(vocabulary.ids[token]) for token in lacking[:NUM_VALUES]}
+            values = dict(islice(lacking.items(), NUM_VALUES))
             yield Remark("tokens-missing", text, tensors=(job.output.name,), values=values)
+        if padding := [row for row in bare if row not in tokens]:
+            text = (
+                f"{counted(len(padding), 'row')} of padding in {shown(job.output.name)} such as {padding[0]:,} are "
+                "zeros, as no model has them: their ids have a logit of 0, which wins where all others are negative"
+            )
+            yield Remark("padding-of-zeros", text, "note", tensors=(job.output.name,))
+
+
+def _rows_of_nobody(job: TensorJob, num_rows: int) -> list[int]:
+    covered = bytearray(num_rows)
+    for rows in (operand.rows for operand in job.reading.operands if operand.rows):
+        for run in rows.runs:
+            covered[run.to : run.to + run.stop - run.start] = b"\1" * (run.stop - run.start)
+        for fill in rows.fills:
+            covered[fill.start : fill.stop] = b"\1" * (fill.stop - fill.start)
+    return [row for row, has_model in enumerate(covered) if not has_model]
 
 
 def unlike_rows(jobs: Sequence[TensorJob]) -> Iterator[str]:
@@ -204,6 +228,7 @@ def output_vocabulary(
         added=added,
         tensors=frozenset(tensors),
         own=own,
+        spare=[frozenset(range(num)) - set(each.values()) for each, num in zip(own, rows, strict=True)],
         rows_of=rows,
         defaults={token: _default(recipe, token, entry, own, rows) for token, entry in wanted.tokens.items()},
         base=recipe.checkpoints.index(recipe.base_model) if recipe.base_model else None,
