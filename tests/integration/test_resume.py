@@ -17,7 +17,6 @@ import torch
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError, PlanError
 from stockflow.events import OnEvent
-from stockflow.forecast.lines import result_lines
 from stockflow.output import claims
 from stockflow.output.claims import Claim
 from stockflow.output.keys import CLAIM_FILE
@@ -27,6 +26,7 @@ from stockflow.output.receipts import Receipt
 from stockflow.output.shards import valid_receipts
 from stockflow.planning.plan import NUMERICS, ShardPlan
 from stockflow.recipe import load_recipe
+from stockflow.results.merges import result_lines
 from stockflow.run.driver import MergeOptions, merge
 from stockflow.run.inputs import Inputs
 from stockflow.run.places import ShardWork, in_this_process, receipt_of
