@@ -34,7 +34,7 @@ from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by,
 from stockflow.checkpoints.scale_rules import by_kind, find_rules
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weights
-from stockflow.errors import CheckpointError, LinkError, NotFoundError, UserError
+from stockflow.errors import CheckpointError, LinkError, NotFoundError, StockflowError, StorageError, UserError
 from stockflow.storage import JoinedStore, Listing, LocalStore, Stamp, Store, key_of_adapter
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
@@ -300,7 +300,7 @@ def _document(store: Store, tree: Tree, key: str) -> object:
 
 
 def open_checkpoints(
-    stores: Sequence[Store | UserError],
+    stores: Sequence[Store | StockflowError],
     on_file: OnFile = unheard,
     settles: Settles | None = None,
     with_base: WithBase | None = None,
@@ -315,22 +315,25 @@ def open_checkpoints(
 
     Raises:
         UserError: what ``open_checkpoint`` raises, of all of them at once.
+        StorageError: reading failed after retries, and nothing else is wrong.
     """
     cache = HeaderCache()
 
-    def attempt(position: int) -> Checkpoint | UserError:
+    def attempt(position: int, failed: object = None) -> Checkpoint | StockflowError:
         store = stores[position]
-        if isinstance(store, UserError):
+        if isinstance(store, StockflowError):
             return store
+        if isinstance(failed, StorageError) and not isinstance(store, LocalStore):
+            return failed  # which may take a minute to find out
         try:
             return _completed(store, cache, on_file, partial(settles or _settles_nothing, position), with_base)
-        except UserError as error:
+        except (UserError, StorageError) as error:
             return error
 
     first = [attempt(position) for position in range(len(stores))[:1]]  # fills the cache for the others
     with ThreadPoolExecutor(max(len(stores), 1)) as pool:
-        found = first + list(pool.map(attempt, range(1, len(stores))))
-    errors = [each for each in found if isinstance(each, UserError)]
+        found = first + list(pool.map(partial(attempt, failed=next(iter(first), None)), range(1, len(stores))))
+    errors = [each for each in found if isinstance(each, StockflowError)]
     if settles is None:
         refusals = (remark for each in found if isinstance(each, Checkpoint) for remark in each.remarks)
         refusals = (remark for remark in refusals if remark.severity == "refusal")
@@ -355,13 +358,12 @@ def _settles_nothing(position: int, name: str) -> bool:
     return False
 
 
-def _together(errors: Sequence[UserError]) -> UserError:
-    """Return one error for all of them; what stands in the way to a store, such as credentials, comes alone."""
+def _together(errors: Sequence[StockflowError]) -> StockflowError:
+    """Return one error for all of them; of what stands in the way to a store, such as credentials, the first one."""
     own = [error for error in errors if isinstance(error, NotFoundError | CheckpointError | LinkError)]
-    if len(own) < len(errors):
-        return next(error for error in errors if error not in own)
-    if len(own) == 1:
-        return own[0]
-    kind = NotFoundError if all(isinstance(error, NotFoundError) for error in own) else CheckpointError
-    lines = "\n  ".join(dict.fromkeys(map(str, own)))
-    return kind(f"{len(own)} models cannot be opened:\n  {lines}")
+    others = [error for error in errors if error not in own]
+    if len(errors) == 1 or not own:
+        return errors[0]
+    kind = NotFoundError if all(isinstance(error, NotFoundError) for error in errors) else CheckpointError
+    lines = "\n  ".join(dict.fromkeys(map(str, [*own, *others[:1]])))
+    return kind(f"{len(errors)} models cannot be opened:\n  {lines}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stockflow.cli.exits import exit_codes, say, tell
-from stockflow.cli.options import Logging, OutputArgument, Serving, StorageRecipe, options
+from stockflow.cli.options import Logging, OutputArgument, Serving, StorageRecipe, check_order, options
 from stockflow.errors import EXIT_INTERRUPTED, NotFoundError
 from stockflow.settings import MergeSettings, as_words
 
@@ -90,6 +90,7 @@ def _request(recipe: str, output: str, settings: dict[str, Any]) -> "Submission"
     from stockflow.run import submission
     from stockflow.run.places import check_gpus
 
+    check_order(recipe, output)
     check_gpus(settings["device"], settings["gpus_per_worker"])
     trusted = [os.path.abspath(os.path.expanduser(folder)) for folder in settings["follow_links"]]
     words = as_words(settings | {"follow_links": trusted}, MergeSettings, Logging, Serving)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypedDict, Unpack
 import typer
 
 from stockflow.cli.merging import merged
-from stockflow.cli.options import Answer, Logging, OutputArgument, RecipeArgument, Serving, Told, command
+from stockflow.cli.options import Answer, Logging, OutputArgument, RecipeArgument, Serving, Told, check_order, command
 from stockflow.errors import RecipeError
 from stockflow.settings import MergeSettings, Setting, flag_of, num_bytes, settings_of
 
@@ -87,6 +87,7 @@ def mergekit_yaml(
     from stockflow.events import Note
     from stockflow.recipe import amended, recipe_of
 
+    check_order(recipe, output)
     given: dict[str, Any] = dict(settings)
     theirs = {name: given.pop(name) for name in MergekitSettings.__annotations__ if name in given}
     for note in _without_use(theirs, verbose):

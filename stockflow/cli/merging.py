@@ -13,6 +13,7 @@ from stockflow.cli.options import (
     RecipeArgument,
     Serving,
     Told,
+    check_order,
     command,
     facts_of,
 )
@@ -29,6 +30,7 @@ def merge(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings
     Running the same command again resumes: shards that are there already are kept. The output is complete
     when OUTPUT/manifest.json exists; `stockflow verify` checks every byte of it.
     """
+    check_order(recipe, output)
     return merged(recipe, output, told, settings)
 
 

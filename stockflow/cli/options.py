@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, get_args
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, g
 import typer
 
 from stockflow.cli.exits import exit_codes, say, tell
-from stockflow.errors import EXIT_BUG, EXIT_USER, UserError
+from stockflow.errors import EXIT_BUG, EXIT_USER, RecipeError, UserError
 from stockflow.settings import Setting, checked, choices_of, flag_of, settings_of
+from stockflow.text.redaction import redact
 
 if TYPE_CHECKING:
     from stockflow.events import OnEvent
@@ -29,6 +30,17 @@ OutputArgument = Annotated[
 StorageRecipe = Annotated[
     str | None, typer.Option("--recipe", help="Recipe whose storage options apply (endpoints, anonymous access).")
 ]
+
+
+def check_order(recipe: str, output: str) -> None:
+    """Refuse a recipe in the place of the output.
+
+    Raises:
+        RecipeError: only OUTPUT looks like a recipe.
+    """
+    suffixes = (".yaml", ".yml")
+    if output.endswith(suffixes) and not (recipe.endswith(suffixes) or recipe == "-" or os.path.isfile(recipe)):
+        raise RecipeError(f"RECIPE and OUTPUT changed places: {redact(output)} looks like the recipe; name it first")
 
 
 class Logging(TypedDict, total=False):
@@ -147,8 +159,11 @@ def options(
     *kinds: type, without: Sequence[str] = (), defaults: Mapping[str, object] | None = None
 ) -> Callable[[_Command], _Command]:
     """Return a decorator: a function of ``**settings`` becomes a command with an option for each; it exits by kind."""
-    settings = {name: found for name, found in settings_of(*kinds).items() if name not in without}
     others = defaults or {}
+    settings = {name: found for name, found in settings_of(*kinds).items() if name not in without}
+    for name in others:
+        declared, setting = settings[name]
+        settings[name] = declared, replace(setting, help=setting.help.partition(" Default: ")[0])
 
     def decorate(function: _Command) -> _Command:
         @wraps(function)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
-from stockflow.cli.options import Answer, OutputArgument, RecipeArgument, Told, command, facts_of
+from stockflow.cli.options import Answer, OutputArgument, RecipeArgument, Told, check_order, command, facts_of
 from stockflow.errors import RecipeError
 from stockflow.settings import MergeSettings, PlanSettings, as_words
 
@@ -23,6 +23,7 @@ def plan(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings:
     from stockflow import api
     from stockflow.text.redaction import command_line
 
+    check_order(recipe, output)
     result = api.plan(recipe, output, on_event=told.on_event, **settings)
     words = ("stockflow", "merge", recipe, output, *as_words(settings, MergeSettings))
     return Answer(lambda: f"{result}\nnext: {command_line(*words)}", facts_of(result))

@@ -32,7 +32,10 @@ def check_apart(output_url: str, inputs: Iterable[Store]) -> None:
     """
     for store in inputs:
         if any(is_within(output_url, half) for half in halves_of(store.url)) or output_url == store.where():
-            raise PlanError(f"the output {redact(output_url)} is, or lies in, the input {redact(store.url)}; move it")
+            raise PlanError(
+                f"the output {redact(output_url)} is, or lies in, the input {redact(store.url)}; "
+                "name a folder beside it"
+            )
 
 
 def check_keys(store: Store, keys: Iterable[str]) -> None:

@@ -99,7 +99,7 @@ class PlainLines(Ticking):
             return
         now = self._state.snapshot()
         if now.stage.name:
-            self._say(f"{now.stage.name}: {in_words(now)}")
+            self._say(f"{now.stage.name}: {in_words(now)}".removesuffix(": "))
 
     def _say(self, text: str) -> None:
         with self._lock:

@@ -5,20 +5,18 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
-from stockflow.errors import CheckpointError, DamagedOutputError, NotFoundError, StorageError, UserError
+from stockflow.errors import CheckpointError, DamagedOutputError, NotFoundError, UserError
 from stockflow.methods import METHODS
 from stockflow.methods.protocol import FROM_BASE
-from stockflow.output import claims, receipts
 from stockflow.output import manifest as manifest_file
-from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, receipt_key, tensors_key
+from stockflow.output import receipts
+from stockflow.output.keys import MANIFEST_FILE, receipt_key, tensors_key
 from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning.plan import CheckpointRef, MergePlan, merged_among
-from stockflow.progress import file as progress_file
 from stockflow.run.inputs import collector_paused
 from stockflow.storage import StorageConfig, open_store, redact
 from stockflow.text.records import parse_record
@@ -28,6 +26,7 @@ from stockflow.verification.contents import MAX_TABLE_BYTES, MAX_UNPLANNED_ROWS
 from stockflow.verification.files import Output
 from stockflow.verification.records import read_plan
 from stockflow.verification.table import decode_apart
+from stockflow.verification.unfinished import what_is_there
 from stockflow.verification.verify import Finding
 
 NUM_READERS = 16
@@ -176,40 +175,9 @@ def _read_manifest(output: Output) -> Manifest:
     try:
         return manifest_file.read(output)
     except NotFoundError:
-        raise NotFoundError(f"{where} has no {MANIFEST_FILE}: {_what_is_there(output)}") from None
+        raise NotFoundError(f"{where} has no {MANIFEST_FILE}: {what_is_there(output, 'ask for the report')}") from None
     except CheckpointError as error:
         raise DamagedOutputError(f"{error}") from None
-
-
-def _what_is_there(output: Output) -> str:
-    """Say what an output without a manifest is, and what to do."""
-    keys = set(output.list())
-    if not keys and not _exists(output, CLAIM_FILE):
-        return "there is nothing. Check the place, or name the storage options with --recipe"
-    if _exists(output, CLAIM_FILE):
-        return f"what is made there is not finished{_progress(output)}; run it again, then ask for the report"
-    if any(key.endswith((".safetensors", ".safetensors.index.json")) for key in keys):
-        return (
-            "it is a checkpoint that stockflow did not make, so nothing is on record about its making; "
-            "`stockflow audit RECIPE MERGED` tells what a merge by another tool did"
-        )
-    return "it is not an output of stockflow"
-
-
-def _exists(output: Output, key: str) -> bool:
-    try:
-        output.store.stamp(key)
-    except (UserError, StorageError):
-        return False
-    return True
-
-
-def _progress(output: Output) -> str:
-    """Say how far an unfinished merge is, as far as it says so itself."""
-    with suppress(UserError):
-        progress = progress_file.read(output, claims.read(output).plan_id)
-        return f" ({progress.shards_done:,} of {progress.shards:,} {progress.of})" if progress else ""
-    return ""
 
 
 def _read_rows(output: Output, manifest: Manifest) -> tuple[TensorFacts, ...]:

@@ -13,7 +13,7 @@ from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints, open_tokenizer
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer, read_tokenizers
-from stockflow.errors import NotFoundError, UserError
+from stockflow.errors import NotFoundError, StockflowError, StorageError, UserError
 from stockflow.planning.make import make_plan
 from stockflow.planning.plan import MergePlan
 from stockflow.planning.vocabulary.files import is_taken
@@ -77,7 +77,7 @@ class Inputs:
             StorageError: reading failed after retries.
         """
         inputs = cls(recipe, [], trusted=trusted, reads_twice=reads_twice)
-        found = [_store_or_why_not(location, inputs.storage) for location in recipe.checkpoints]
+        found = list(_stores_or_why_not(recipe.checkpoints, inputs.storage))
         with collector_paused():
             complete = partial(with_base, storage=inputs.storage)
             inputs.checkpoints = open_checkpoints(found, on_file, recipe.spares, complete)
@@ -142,15 +142,20 @@ class Inputs:
             )
 
 
-def _store_of(store: Store | UserError, opened: Checkpoint, storage: StorageConfig) -> Store:
+def _store_of(store: Store | StockflowError, opened: Checkpoint, storage: StorageConfig) -> Store:
     """Return the store that a checkpoint was read from, which may be of more than was named."""
-    is_same = not isinstance(store, UserError) and store.url == opened.url
+    is_same = not isinstance(store, StockflowError) and store.url == opened.url
     return cast(Store, store) if is_same else open_model(opened.url, storage)
 
 
-def _store_or_why_not(location: str, storage: StorageConfig) -> Store | UserError:
-    """Return a model's store, or that there is no such model: it is told with what else is wrong."""
-    try:
-        return open_model(pin_revision(location), storage)
-    except NotFoundError as error:
-        return error
+def _stores_or_why_not(locations: Sequence[str], storage: StorageConfig) -> Iterator[Store | StockflowError]:
+    """Yield each model's store, or why there is none: it is told with what else is wrong. A lost hub is asked once."""
+    lost: StockflowError | None = None
+    for location in locations:
+        try:
+            yield lost if lost and "hf://" in location else open_model(pin_revision(location), storage)
+        except NotFoundError as error:
+            yield error
+        except (UserError, StorageError) as error:
+            lost = error
+            yield error

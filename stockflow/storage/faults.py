@@ -62,6 +62,8 @@ class Failure:
     """requests the client library made before it gave up, where it repeats them itself and tells"""
     step: str = ""
     """which request of an upload failed, in words, where the library tells"""
+    is_unsigned: bool = False
+    """whether no credentials were sent, as the recipe says"""
     wait_s: float | None = None
     """how long a throttle asks to be left alone"""
 
@@ -171,6 +173,8 @@ def _denied(failure: Failure, operation: Operation, where: str) -> str:
         )
     elif failure.code in _KEY_CODES:
         remedy = "the access key or its secret is not one that this endpoint knows: check both, and the endpoint"
+    elif failure.is_unsigned:
+        remedy = "the request was sent unsigned, as `anonymous: true` says, and it is not public: remove that line"
     elif failure.status == 401 or action is None:
         remedy = "check the credentials, or set `anonymous: true` for public objects"
     else:

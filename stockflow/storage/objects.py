@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, islice
@@ -104,7 +105,8 @@ class ObstoreClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return the HTTP status, the store's code and the telling words of an obstore error."""
-        return error.failure if isinstance(error, RequestError) else failure_of(error)
+        found = error.failure if isinstance(error, RequestError) else failure_of(error)
+        return replace(found, is_unsigned=self._options.anonymous)
 
     def stamp(self, key: str) -> Stamp:
         """Return size and ETag of an object, by HEAD."""

@@ -253,6 +253,8 @@ def require_credentials() -> None:
         found = _credentials()
         if found is not None:
             keep_secret(*found.get_frozen_credentials()[:3])
+    if found is None and os.environ.get("AWS_SECRET_ACCESS_KEY"):
+        raise _half_a_pair("AWS_ACCESS_KEY_ID", "env")
     if found is None:
         raise AccessDeniedError(
             "no AWS credentials found in the environment, the profile or the instance; "
@@ -310,13 +312,20 @@ def _default_region() -> str:
 @contextmanager
 def _usable_profile() -> Iterator[None]:
     """Turn what botocore says of a missing profile or an expired sign-in into an error for the user."""
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError, PartialCredentialsError
 
     try:
         yield
+    except PartialCredentialsError as error:
+        raise _half_a_pair(error.kwargs["cred_var"], error.kwargs["provider"]) from None
     except BotoCoreError as error:
         said = without_secrets(str(error))
         raise AccessDeniedError(f"cannot use the AWS profile: {said}; mend the profile or sign in again") from None
+
+
+def _half_a_pair(missing: str, place: str) -> AccessDeniedError:
+    where = "the environment" if place == "env" else place
+    return AccessDeniedError(f"half of a pair of AWS credentials: {missing} is missing in {where}; set both or none")
 
 
 def _virtual_host(endpoint: str, bucket: str) -> str:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,8 @@ class S3fsClient:
 
     def failure(self, error: Exception) -> Failure:
         """Return what an exception of s3fs, aiohttp or botocore says."""
-        return error.failure if isinstance(error, RequestError) else failure_of(error)
+        found = error.failure if isinstance(error, RequestError) else failure_of(error)
+        return replace(found, is_unsigned=self._options.anonymous)
 
     def stamp(self, key: str) -> Stamp:
         """Return size and ETag of an object, by HEAD."""

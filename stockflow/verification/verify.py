@@ -22,6 +22,7 @@ from stockflow.verification import contents, records
 from stockflow.verification.files import NUM_LOCAL_READERS, NUM_OBJECT_READERS, Output
 from stockflow.verification.findings import Finding, Findings
 from stockflow.verification.sample import Groups, Sampled, SampleOptions, choose, sampled_line
+from stockflow.verification.unfinished import what_is_there
 
 __all__ = ["Finding", "SampleOptions", "Sampled", "Verification", "summary_lines", "verify"]
 
@@ -109,10 +110,7 @@ def verify(
         _check_plan_id(manifest)
         _check_sample(url, manifest, sample)
     except NotFoundError:
-        raise NotFoundError(
-            f"{redact(url)} has no {MANIFEST_FILE}: it is not a finished output of stockflow; "
-            "run the command that makes it again to finish it"
-        ) from None
+        raise NotFoundError(f"{redact(url)} has no {MANIFEST_FILE}: {what_is_there(output, 'verify')}") from None
     except CheckpointError as error:
         return Verification(url, "", 0, 0, 0, (Finding(MANIFEST_FILE, str(error)),))
     verifier = _Verifier(output, manifest, config)

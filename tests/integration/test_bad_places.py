@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from stockflow.cli import app
 from stockflow.storage import fs, hub, objects
+from stockflow.storage.faults import Failure, user_error
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import CONNECT_TIMEOUT, forget_session
 from tests.checkpoints import Family, make_family
@@ -74,13 +75,13 @@ def merge(tmp_path: Path) -> Callable[..., Result]:
 
 @pytest.fixture
 def told(merge: Callable[..., Result]) -> Told:
-    """Returns what a merge that must be refused says, in one line; the exit code is 2 unless another is given."""
+    """Returns what a merge that must be refused says, a line of each model; the exit code is 2 or given."""
 
     def refused(base: str, tuned: str, output: str | None = None, *, code: int = 2, **options: object) -> str:
         result = merge(base, tuned, output, **options)
         assert code == result.exit_code, result.output
         assert result.stderr.startswith("stockflow: ")
-        assert result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.count("\n") == 1 + 2 * (tuned == "/no/where"), result.stderr
         return result.stderr
 
     return refused
@@ -180,6 +181,27 @@ def test_no_credentials_is_said_at_once(told: Told, bucket: str, monkeypatch: py
         forget_session()
 
 
+@pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_half_a_pair_of_credentials_is_called_one(told: Told, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.delenv(missing)
+    forget_session()
+
+    try:
+        said = told("s3://bucket/base", "/no/where")
+    finally:
+        forget_session()
+
+    assert f"half of a pair of AWS credentials: {missing} is missing in the environment; set both or none" in said
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_an_unsigned_request_is_not_blamed_on_credentials(status: int) -> None:
+    said = str(user_error(Failure("denied", status, is_unsigned=True), "read", "s3://bucket/key"))
+
+    assert "`anonymous: true` says" in said
+    assert "credentials" not in said
+
+
 def test_an_endpoint_that_is_down_is_a_storage_failure(
     told: Told, bucket: str, monkeypatch: pytest.MonkeyPatch, client: str
 ) -> None:
@@ -187,7 +209,7 @@ def test_an_endpoint_that_is_down_is_a_storage_failure(
     for module in (objects, fs):
         monkeypatch.setattr(module, "RetryPolicy", QUICK)
 
-    said = told(f"s3://{bucket}/base", "/no/where", code=3, client=client)
+    said = told(f"s3://{bucket}/base", f"s3://{bucket}/tuned", code=3, client=client)
 
     assert f"cannot list s3://{bucket}/base after 2 attempts: " in said
     assert "run again" in said

@@ -825,6 +825,20 @@ def test_models_that_the_hub_does_not_have_are_named_with_the_folders_that_are_n
         assert said in finished.stderr
 
 
+def test_a_hub_that_cannot_be_reached_hides_no_wrong_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    models = [{"model": name, "parameters": {"weight": 1}} for name in ("org/one", "/no/a", "org/two", "/no/b")]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+
+    said = cli("plan", recipe, tmp_path / "out")
+
+    assert said.exit_code == 2
+    assert "4 models cannot be opened" in said.output
+    for words in ("/no/a: the folder does not exist", "/no/b: the folder", "hf://org/one: the hub did not answer"):
+        assert said.output.count(words) == 1
+
+
 @pytest.mark.parametrize("location", ["org/name", "https://huggingface.co/org/name", "checkpoints/llama"])
 def test_a_hub_that_cannot_be_reached_is_named_with_why_it_was_asked(location: str, tmp_path: Path) -> None:
     environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}

@@ -291,7 +291,7 @@ def remove_table(output: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        (remove_manifest, 2, "what is made there is not finished"),
+        (remove_manifest, 2, "it is not a finished output"),
         (leave_a_foreign_checkpoint, 2, "it is a checkpoint that stockflow did not make"),
         (leave_nothing, 2, "there is nothing"),
         (damage_manifest, 4, "manifest.json is not"),

@@ -465,8 +465,16 @@ def test_verifying_what_is_no_output(world: World) -> None:
     (world.root / "file").write_text("")
     (world.root / "empty").mkdir()
 
-    for place in ("nowhere", "file", "empty", "base"):
-        assert_refused(cli("verify", world.root / place), f"{place} has no manifest.json: it is not a finished output")
+    for place, said in (
+        ("nowhere", "there is nothing. Check the place"), ("file", "there is nothing"), ("empty", "there is nothing"),
+        ("base", "it is a checkpoint that stockflow did not make"),
+    ):  # fmt: skip
+        assert_refused(cli("verify", world.root / place), f"{place} has no manifest.json: {said}")
+
+
+@pytest.mark.parametrize("command", ["plan", "merge", "mergekit-yaml"])
+def test_a_recipe_in_the_place_of_the_output(world: World, command: str) -> None:
+    assert_refused(cli(command, world.output, world.recipe), "RECIPE and OUTPUT changed places: .*recipe.yaml looks")
 
 
 def test_a_demo_where_it_cannot_be(world: World) -> None:
