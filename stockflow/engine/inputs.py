@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from stockflow.engine.buffers import Pool, Scratch
 from stockflow.engine.devices import OpenDevice
 from stockflow.engine.in_place import DirectReader, DirectUnit, Lookahead
-from stockflow.engine.prefetch import Prefetcher
+from stockflow.engine.prefetch import InMemory, Prefetcher
 from stockflow.engine.stage import DecodingStage
 from stockflow.engine.units import LargeUnit, PackedUnit, Unit
 from stockflow.planning.budget import Workspace
@@ -66,7 +66,9 @@ class Sources:
                 check_stamp(store, file, expected)
 
     @contextmanager
-    def reading(self, steps: Sequence[Step], workspace: Workspace, on_read: OnRead) -> Iterator["Stream"]:
+    def reading(
+        self, steps: Sequence[Step], workspace: Workspace, on_read: OnRead, in_memory: InMemory
+    ) -> Iterator["Stream"]:
         """Read what a schedule says, ahead of the computation, while the block lasts."""
         self._slabs.fit(workspace.slab_bytes, workspace.num_slabs)
         counter = _Counter(on_read)
@@ -80,6 +82,7 @@ class Sources:
                     num_slabs=workspace.num_slabs,
                     num_readers=NUM_LOCAL_READERS if workspace.direct else NUM_OBJECT_READERS,
                     on_read=counter.add,
+                    in_memory=in_memory,
                 )
             )
             reader = stack.enter_context(

@@ -14,6 +14,15 @@ from stockflow.planning.plan import CheckpointRef
 from stockflow.planning.reads import Load, Request, Step, split_request
 from stockflow.storage import Store
 
+InMemory = Callable[[Request], Iterable[Bytes]]
+"""Returns what a request is for, piece by piece, if it is in memory; else nothing."""
+
+
+def nowhere(request: Request) -> Iterable[Bytes]:
+    """Say that nothing is in memory."""
+    del request
+    return ()
+
 
 class LoadedSlab:
     """A load whose bytes have arrived."""
@@ -41,6 +50,7 @@ class Prefetcher:
         num_slabs: int,
         num_readers: int,
         on_read: Callable[[int, float], None],
+        in_memory: InMemory = nowhere,
     ) -> None:
         """Prepare; reading starts when the context is entered.
 
@@ -52,6 +62,7 @@ class Prefetcher:
             num_slabs: how many to use.
             num_readers: requests in flight.
             on_read: called with bytes and seconds of each finished request, from reader threads.
+            in_memory: what need not be read.
         """
         self._steps = steps
         self._checkpoints = checkpoints
@@ -59,6 +70,7 @@ class Prefetcher:
         self._buffers = pool
         self._num_slabs = num_slabs
         self._on_read = on_read
+        self._in_memory = in_memory
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix="read")
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
         self._free: SimpleQueue[Bytes | None] = SimpleQueue()
@@ -112,11 +124,20 @@ class Prefetcher:
                 requests = [
                     self._pool.submit(self._read, request, buffer)
                     for whole in load.requests
+                    if not self._is_copied(whole, buffer)
                     for request in split_request(whole)
                 ]
                 self._loading.put((load, buffer, requests))
         except BaseException as error:  # the consumer raises it: a thread has no caller
             self._loading.put(error)
+
+    def _is_copied(self, request: Request, buffer: Bytes) -> bool:
+        """Fill in what is in memory; return whether that was all."""
+        place = request.offset
+        for part in self._in_memory(request):
+            buffer[place : place + len(part)] = part
+            place += len(part)
+        return place > request.offset
 
     def _acquire(self) -> Bytes | None:
         if self._free.empty() and len(self._taken) < self._num_slabs:

@@ -3,7 +3,7 @@
 Shape suffixes: M sources, K and L ranks, R rows, C columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,9 @@ from stockflow.kernels import low_rank
 from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.kernels.floats import slab_of
 from stockflow.planning.budget import Workspace
-from stockflow.planning.factors import Factor, factors_of
+from stockflow.planning.factors import Factor, FactorRanges, factors_of
 from stockflow.planning.job import TensorJob
+from stockflow.planning.reads import Request
 
 _SUMMED = 512
 """Elements of a row of which products are summed before they are added to those of others: they stay in a cache."""
@@ -38,10 +39,42 @@ class KnownGrams(NamedTuple):
     by_tensor: Mapping[str, Floats]
     """(M, M), by the name of the reading; of the anchor nothing but zeros"""
     bytes_read: int
+    held: "HeldFactors"
 
 
-def known_grams(session: Session, jobs: Sequence[TensorJob], workspace: Workspace, on_read: OnRead) -> KnownGrams:
+class HeldFactors:
+    """Factors that were read for their products and are wanted again."""
+
+    def __init__(self, ranges: FactorRanges) -> None:
+        """Take where those lie that are to be held."""
+        self._ranges = ranges
+        self._payloads: dict[tuple[int, str, int], Bytes] = {}
+
+    def take(self, factor: Factor, payload: Bytes) -> None:
+        """Keep the bytes of a factor if it is to be held."""
+        checkpoint, (file, start), size = factor.place
+        if self._ranges.covering(checkpoint, file, start, start + size):
+            self._payloads[checkpoint, file, start] = payload[:size]
+
+    def parts(self, request: Request) -> Iterator[Bytes]:
+        """Yield what a request is for, if all of it is held."""
+        checkpoint, file, first, last, _ = request
+        for start, stop in self._ranges.covering(checkpoint, file, first, last):
+            payload = self._payloads[checkpoint, file, start]
+            yield payload[max(first - start, 0) : min(last, stop) - start]
+
+
+def known_grams(
+    session: Session, jobs: Sequence[TensorJob], workspace: Workspace, on_read: OnRead, ranges: FactorRanges
+) -> KnownGrams:
     """Read the factors of all tensors whose changes are known, and return their products.
+
+    Args:
+        session: to read through.
+        jobs: the tensors.
+        workspace: how the memory is divided.
+        on_read: told of what is read.
+        ranges: where factors lie that are held for the merge.
 
     Raises:
         InputChangedError: an adapter is not the planned one any more.
@@ -50,18 +83,20 @@ def known_grams(session: Session, jobs: Sequence[TensorJob], workspace: Workspac
     known = [job for job in jobs if job.has_known_changes]
     factors = list(factors_of(known))
     grams = {job.reading.name: _gram(session, job, {}) for job in known if not any(factors_of([job]))}
+    kept = HeldFactors(ranges)
     if not factors:
-        return KnownGrams(grams, 0)
+        return KnownGrams(grams, 0, kept)
     held: dict[tuple[int, bool], Bytes] = {}
     with session.stream(factors, workspace, on_read) as stream:
         for unit in (unit for units in stream for unit in units):
             factor = unit.work
             assert isinstance(factor, Factor)
-            held[factor.operand, factor.is_b] = _bytes_of(unit)
+            held[factor.operand, factor.is_b] = payload = _bytes_of(unit)
+            kept.take(factor, payload)
             if len(held) == 2 * _num_changed(factor.job):
                 grams[factor.job.reading.name] = _gram(session, factor.job, held)
                 held = {}
-        return KnownGrams(grams, stream.bytes_read)
+        return KnownGrams(grams, stream.bytes_read, kept)
 
 
 def compile_kernels() -> None:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from stockflow.ahead import map_ahead
 from stockflow.engine.devices import Device, open_device
 from stockflow.engine.inputs import OnRead, Sources, Stream
+from stockflow.engine.prefetch import InMemory, nowhere
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.units import Unit
 from stockflow.events import Note, OnEvent, ignore
@@ -102,14 +103,16 @@ class Session:
         )
 
     @contextmanager
-    def stream(self, works: Sequence[Work], workspace: Workspace, on_read: OnRead) -> Iterator[Stream]:
-        """Read what these tensors need, ahead of the computation, while the block lasts.
+    def stream(
+        self, works: Sequence[Work], workspace: Workspace, on_read: OnRead, in_memory: InMemory = nowhere
+    ) -> Iterator[Stream]:
+        """Read what these tensors need, and is not in memory yet, ahead of the computation, while the block lasts.
 
         Raises:
             InputChangedError: an input is not the planned one any more.
             StorageError: reading failed after retries.
         """
-        with self.sources.reading(list(schedule(works, workspace)), workspace, on_read) as stream:
+        with self.sources.reading(list(schedule(works, workspace)), workspace, on_read, in_memory) as stream:
             yield stream
 
     def has_enough(self, units: Sequence[Unit]) -> bool:

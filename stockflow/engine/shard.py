@@ -25,6 +25,7 @@ from stockflow.kernels.arrays import Bytes, Floats
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.budget import NUM_OUT_BUFFERS, Workspace
 from stockflow.planning.experts.units import segments
+from stockflow.planning.factors import FactorRanges, batches
 from stockflow.planning.job import TensorJob
 from stockflow.planning.plan import CheckpointRef, OnNonfinite, ShardPlan, merged_among
 from stockflow.storage import Sink
@@ -54,7 +55,8 @@ class ShardMerger:
         self.session.prepare(lambda: self._prepare(jobs))
 
     def _prepare(self, jobs: Sequence[TensorJob]) -> None:
-        rank_space.compile_kernels()
+        if any(job.has_known_changes for job in jobs):
+            rank_space.compile_kernels()
         UnitMerger(self.tools(StageClock(), _nothing_known), Layers()).prepare(jobs)
         arranging.prepare(jobs)
 
@@ -99,14 +101,13 @@ class ShardRun:
 
     def execute(self, sink: Sink) -> None:
         """Read, merge and write everything."""
-        known = rank_space.known_grams(self._session, self._shard.jobs, self._workspace, self._count_read)
-        self._grams, self.bytes_read = known.by_tensor, known.bytes_read
         self._outs.fit(self._workspace.out_bytes, NUM_OUT_BUFFERS)
         with ExitStack() as stack:
             writer = stack.enter_context(OrderedWriter(sink, pool=self._outs, num_buffers=NUM_OUT_BUFFERS))
             writer.write_header(self._shard.header)
             for jobs in segments(self._shard.jobs):
-                self._merge_segment(jobs, writer)
+                for batch, ranges in batches(jobs, self._workspace.factor_bytes):
+                    self._merge_batch(batch, ranges, writer)
             self.size, self.sha256 = writer.finish()
         self.seconds = {
             **self._clock.seconds,
@@ -116,10 +117,13 @@ class ShardRun:
             "wait_write": writer.wait_s,
         }
 
-    def _merge_segment(self, jobs: Sequence[TensorJob], writer: OrderedWriter) -> None:
-        """Merge what follows each other, and is decided as one if it is a layer's."""
+    def _merge_batch(self, jobs: Sequence[TensorJob], ranges: FactorRanges, writer: OrderedWriter) -> None:
+        """Merge what follows each other, and is decided as one if it is a layer's; factors of these ranges are held."""
+        known = rank_space.known_grams(self._session, jobs, self._workspace, self._count_read, ranges)
+        self._grams = known.by_tensor
+        self.bytes_read += known.bytes_read
         self.bytes_read += self._layers.decide(self._session, jobs, self._workspace, self._count_read, self._tools)
-        with self._session.stream(jobs, self._workspace, self._count_read) as stream:
+        with self._session.stream(jobs, self._workspace, self._count_read, known.held.parts) as stream:
             for units in stream:
                 if len(units) > 1 or units[0].work.place_beside[1]:
                     for part in self._parted(units):

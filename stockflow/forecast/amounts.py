@@ -11,7 +11,7 @@ from stockflow.methods.protocol import Linear
 from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.planning.budget import Workspace
 from stockflow.planning.experts.units import layer_units, segments
-from stockflow.planning.factors import factors_of
+from stockflow.planning.factors import FactorRanges, batches, factors_of
 from stockflow.planning.job import TensorJob
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.planning.reads import Load, Step, schedule
@@ -248,27 +248,30 @@ def _shard_amounts(shard: ShardPlan, workspace: Workspace, passes: Counter[int])
     for unit in layer_units(shard.jobs):
         for step in schedule(unit.members, workspace):
             _add_reads(amounts, replace(step, num_sweeps=unit.members[0].num_statistic_passes, held=False), again=True)
-    for step in schedule([*factors_of(shard.jobs)], workspace):
-        _add_reads(amounts, step)
-    for step in (step for jobs in segments(shard.jobs) for step in schedule(jobs, workspace)):
-        _add_reads(amounts, step)
-        passes[step.num_reads] += sum(piece.stop == piece.work.reading.num_elems for piece in step.loads[-1].pieces)
+    for jobs, held in (batch for run in segments(shard.jobs) for batch in batches(run, workspace.factor_bytes)):
+        for step in schedule([*factors_of(jobs)], workspace):
+            _add_reads(amounts, step)
+        for step in schedule(jobs, workspace):
+            _add_reads(amounts, step, held)
+            passes[step.num_reads] += sum(piece.stop == piece.work.reading.num_elems for piece in step.loads[-1].pieces)
     return amounts
 
 
-def _add_reads(amounts: ShardAmounts, step: Step, *, again: bool = False) -> None:
+def _add_reads(amounts: ShardAmounts, step: Step, held: FactorRanges | None = None, *, again: bool = False) -> None:
     for load in step.loads:
-        for checkpoint, size, num_requests in _requests(load, step):
+        for checkpoint, size, num_requests in _requests(load, step, held):
             reads = amounts.reads.setdefault(checkpoint, CheckpointReads())
             reads.num_requests += num_requests * step.num_reads
             reads.num_bytes += size * step.num_reads
             reads.num_bytes_once += 0 if again else size
 
 
-def _requests(load: Load, step: Step) -> Iterator[tuple[int, int, int]]:
-    """Per range: checkpoint, bytes, and in how many requests they are read in one pass."""
-    if len(load.pieces) > 1:
+def _requests(load: Load, step: Step, held: FactorRanges | None) -> Iterator[tuple[int, int, int]]:
+    """Per range that is not held: checkpoint, bytes, and in how many requests they are read in one pass."""
+    if len(load.pieces) > 1 or (held and held.by_file):
         for request in load.requests:
+            if held and held.covering(request.checkpoint, request.file, request.start, request.stop):
+                continue
             size = request.stop - request.start
             yield request.checkpoint, size, -(-size // RANGE_BYTES)
         return

@@ -4,7 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +55,10 @@ NUM_GROUP_FACTS = 12
 LAYER_BYTES = 96 * MIB
 """Kept of a layer that is decided as one, at most."""
 _NO_UNIT = ", as a number without a unit counts bytes"
+FACTOR_BYTES = 256 * MIB
+"""Held of factors from their products to the merge of what they change, at most."""
+LEAST_FACTOR_BYTES = 16 * MIB
+"""With less room than this, of more, they are read again."""
 PRODUCT_COPIES = 6
 """Products per span in working precision and float64, their sum with what came before, and temporaries."""
 
@@ -76,12 +80,14 @@ class Workspace:
     """results that wait for their codes"""
     ahead_bytes: int = 0
     """baseline, clients, and what is held before anything is merged and there are any results"""
+    factor_bytes: int = 0
+    """factors that are held from their products to the merge of what they change"""
 
     @property
     def projected_bytes(self) -> int:
         """Peak of the worker process."""
         merging_bytes = self.fixed_bytes + NUM_OUT_BUFFERS * self.out_bytes + self.waiting_bytes
-        return self.num_slabs * self.slab_bytes + max(merging_bytes, self.ahead_bytes)
+        return self.num_slabs * self.slab_bytes + max(merging_bytes, self.ahead_bytes) + self.factor_bytes
 
     def chunk_elems(self, work: Work) -> int:
         """Most elements of a tensor that are read, and then written, as one: what a slab or an output buffer holds."""
@@ -213,6 +219,8 @@ def _divided(
     ahead = baseline_bytes + max(work.ahead_bytes for work, _ in works)
     waiting = partial(_waiting_bytes, works, num_threads=num_threads, direct=direct)
     found = (_direct if direct else _streamed)(works, memory_bytes, fixed, ahead, waiting)
+    if not direct:
+        found = replace(found, factor_bytes=_factor_bytes(works, memory_bytes - found.projected_bytes))
     return found, max(found.projected_bytes, LEAST_MEMORY_BYTES if baseline_bytes >= BASELINE_BYTES["cpu"] else 0)
 
 
@@ -238,6 +246,12 @@ def _streamed(
     wanted = min(holding + lookahead, -(-total // (slab - overhead)) + 1)
     num_slabs = max(min(num_slabs, wanted), MIN_SLABS)
     return Workspace(slab, num_slabs, out, fixed_bytes, waiting_bytes=waiting, ahead_bytes=ahead_bytes)
+
+
+def _factor_bytes(works: Counted, left: int) -> int:
+    """Return how much of factors is held of what other needs leave: all, at most half of what is held ahead."""
+    room, total = min(left, FACTOR_BYTES), sum(count * (work.ahead_bytes // 2) for work, count in works)
+    return total if total <= room else room if room >= LEAST_FACTOR_BYTES else 0
 
 
 def _load_elems(work: Work, num_spans: int) -> int:

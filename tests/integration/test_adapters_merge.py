@@ -12,11 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from stockflow.forecast.amounts import survey
 from stockflow.insight.comparison import compare_checkpoints
 from stockflow.planning import file as plan_file
+from stockflow.planning.factors import factor_bytes
 from stockflow.recipe import load_recipe
 from stockflow.run import places
-from stockflow.run.driver import MergeOptions, merge
+from stockflow.run.driver import MergeOptions, merge, plan_merge
 from stockflow.run.executors.ray import RayOptions, connected
 from stockflow.run.inputs import Inputs
 from stockflow.run.places import survey_in_this_process
@@ -129,6 +131,11 @@ def test_a_merge_of_adapters_is_that_of_the_models_they_make(
     assert correct / total >= LEAST_CORRECT
 
 
+def read_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stockflow.engine.inputs.ReadsInPlace", type("NoStore", (), {}))
+    monkeypatch.setattr("stockflow.run.driver.ReadsInPlace", type("NoStore", (), {}))
+
+
 @pytest.mark.parametrize(("num_threads", "memory"), [(1, 320), (3, 420), (2, 1024)])
 @pytest.mark.parametrize("is_direct", [True, False], ids=["in place", "in slabs"])
 def test_neither_threads_nor_memory_nor_how_it_is_read_change_a_bit(
@@ -141,11 +148,38 @@ def test_neither_threads_nor_memory_nor_how_it_is_read_change_a_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not is_direct:
-        monkeypatch.setattr("stockflow.engine.inputs.ReadsInPlace", type("NoStore", (), {}))
-        monkeypatch.setattr("stockflow.run.driver.ReadsInPlace", type("NoStore", (), {}))
+        read_in_slabs(monkeypatch)
     recipe, memory_bytes = models.recipe("model_stock"), memory * runs.MIB
     runs.merge_here(recipe, tmp_path / "out", memory_bytes=memory_bytes, num_threads=num_threads, shard_size=300_000)
 
+    assert runs.shard_digests(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("room", [2**20, 120_000, 60_000, 0])
+def test_factors_are_read_once_where_there_is_room_for_them(
+    room: int,
+    models: Models,
+    expected: Mapping[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read_in_slabs(monkeypatch)
+    monkeypatch.setattr("stockflow.planning.budget.FACTOR_BYTES", room)
+    monkeypatch.setattr("stockflow.planning.budget.LEAST_FACTOR_BYTES", min(room, 1))
+    monkeypatch.setattr("stockflow.planning.budget.CHUNK_SPANS", (1,))
+    recipe, options = models.recipe("model_stock"), MergeOptions(1024 * runs.MIB, 2, "cpu", 300_000)
+    announced = survey(*plan_merge(Inputs.open(load_recipe(str(recipe))), str(tmp_path / "out"), options))
+
+    made = runs.merge_here(recipe, tmp_path / "out", shard_size=300_000)
+
+    known = [each for each in made.plan.jobs if each.has_known_changes]
+    once = sum(each.reading.num_bytes for each in made.plan.jobs)
+    again = sum(size for size in map(factor_bytes, known) if size > room)
+    found = made.manifest.summary["bytes_read"]
+    if again:
+        assert found >= once + again
+    else:
+        assert found == once == announced.num_bytes_read
     assert runs.shard_digests(tmp_path / "out") == expected
 
 
