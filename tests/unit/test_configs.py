@@ -430,6 +430,29 @@ FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
         {"n_positions": 9, "vocab_size": 5}, {"transformer.wpe.weight": (8, 4), "transformer.wte.weight": (5, 4)},
         "n_positions: 9",
     ),
+    "positions of a decoder": (
+        {"max_target_positions": 9, "vocab_size": 5},
+        {"model.decoder.embed_positions.weight": (8, 4), "model.decoder.embed_tokens.weight": (5, 4)},
+        "max_target_positions: 9",
+    ),
+    "kinds of tokens": (
+        {"type_vocab_size": 1, "vocab_size": 5},
+        {"bert.embeddings.token_type_embeddings.weight": (2, 4), "bert.embeddings.word_embeddings.weight": (5, 4)},
+        "type_vocab_size: 1",
+    ),
+    "size of Mixtral's experts": (
+        {"num_local_experts": 8, "intermediate_size": 6},
+        {"model.layers.0.block_sparse_moe.gate.weight": (8, 4),
+         "model.layers.0.block_sparse_moe.experts.0.w1.weight": (3, 4)}, "intermediate_size: 6",
+    ),
+    "as many keys as queries": (
+        {"hidden_size": 4, "num_attention_heads": 2},
+        {f"{ATTENTION}.k_proj.weight": (4, 4), "model.embed_tokens.weight": (5, 4)}, "",
+    ),
+    "fewer keys than queries": (
+        {"hidden_size": 4, "num_attention_heads": 2},
+        {f"{ATTENTION}.k_proj.weight": (2, 4), "model.embed_tokens.weight": (5, 4)}, "num_attention_heads: 2",
+    ),
     "labels": (
         {"id2label": {"0": "a", "1": "b"}, "vocab_size": 5},
         {"score.weight": (3, 4), "model.embed_tokens.weight": (5, 4)}, "id2label: {.*, which makes 2 where .* have 3",

@@ -44,11 +44,16 @@ SIZES = (
     Size((".mlp.up_proj.weight", ".mlp.gate_proj.weight"), 0, ("intermediate_size",)),
     Size((".input_layernorm.weight",), 0, _WIDTH),
     Size((".experts.0.up_proj.weight",), 0, ("moe_intermediate_size",)),
+    Size((".experts.0.w1.weight",), 0, ("moe_intermediate_size", "intermediate_size")),
+    Size((".mlp.shared_expert.up_proj.weight",), 0, ("shared_expert_intermediate_size",)),
     Size(_ROUTERS, 0, ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")),
     Size((".wpe.weight", ".embeddings.position_embeddings.weight"), 0, ("n_positions", "max_position_embeddings")),
+    Size((".decoder.embed_positions.weight",), 0, ("max_target_positions",)),
+    Size((".embeddings.token_type_embeddings.weight",), 0, ("type_vocab_size",)),
     Size(("score.weight", "classifier.weight", "classifier.out_proj.weight"), 0, ("id2label",)),
 )
-_KEYS = Size((".self_attn.k_proj.weight",), 0, ("num_key_value_heads",))
+_KEYS = Size((".self_attn.k_proj.weight",), 0, ("num_key_value_heads", "num_attention_heads"))
+"""of which configs without the former have as many as the latter says"""
 _ENDS = tuple(end for size in (*SIZES, _KEYS) for end in size.ends)
 
 
