@@ -188,6 +188,7 @@ MEANING = (
         "chunk_size", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size", "window_size",
         "fullatt_block_indexes", "vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio",
         "mm_tokens_per_image", "classifier_pooling", "problem_type", "feed_forward_proj", "layer_norm_type",
+        "is_encoder_decoder", "is_gated_act", "scale_embedding", "scale_decoder_outputs", "classifier_activation",
         "is_decoder", "apply_residual_connection_post_layernorm", "normalize_before", "do_layer_norm_before",
     )),
 )  # fmt: skip
@@ -227,6 +228,17 @@ def token_keys(section: Config) -> list[str]:
     classes = section.get("architectures")
     classifies = "SequenceClassification" in str(classes[0]) if isinstance(classes, list) and classes else False
     return [key for key in section if _TOKEN.fullmatch(key) or (classifies and key == "pad_token_id")]
+
+
+_SIZE = re.compile(
+    r"(\w+_)?(hidden|intermediate|inner|vocab|embedding|ffn)_size|n_(embd|inner|vocab|layers?)|d_(model|ff|inner)"
+    r"|num_(hidden_|encoder_|decoder_)?layers|(encoder|decoder)_(layers|ffn_dim)|(\w+_)?lora_rank|projection_dim"
+)
+
+
+def size_keys(section: Config) -> list[str]:
+    """Return which keys are sizes that shapes show."""
+    return [key for key in section if _SIZE.fullmatch(key)]
 
 
 def says_nothing(value: object) -> bool:
@@ -273,4 +285,5 @@ def nonfinite(value: object, path: str = "") -> Iterator[tuple[str, str]]:
 
 def further_keys(section: Config) -> Config:
     """Return what nobody knows the meaning of: no fact, and not known to mean nothing."""
-    return {key: value for key, value in section.items() if key not in _KNOWN and not _QUIET.fullmatch(key)}
+    known = (*_KNOWN, *size_keys(section))
+    return {key: value for key, value in section.items() if key not in known and not _QUIET.fullmatch(key)}

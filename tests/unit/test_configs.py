@@ -224,6 +224,7 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "Jamba's period": (CONFIG, JAMBA, {**JAMBA, "attn_layer_period": 4}, "attn_layer_period"),
     "buckets": (CONFIG, T5, {**T5, "relative_attention_num_buckets": 64}, "relative_attention_num_buckets"),
     "patches": (CONFIG, CLIP, within(CLIP, "vision_config", patch_size=16), "vision_config.patch_size"),
+    "BART's scale": (CONFIG, {**T5, "scale_embedding": False}, {**T5, "scale_embedding": True}, "scale_embedding"),
     "labels": (CONFIG, BERT, {**BERT, "id2label": {"0": "positive", "1": "negative"}}, "id2label"),
     "Cohere's scale": (CONFIG, COHERE, {**COHERE, "logit_scale": 0.25}, "logit_scale"),
     "Granite's multiplier": (CONFIG, GRANITE, {**GRANITE, "embedding_multiplier": 1.0}, "embedding_multiplier"),
@@ -415,6 +416,10 @@ FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
     "biases that are denied": ({"attention_bias": False}, {f"{ATTENTION}.q_proj.bias": (4,)}, "_bias: False, but"),
     "biases that are not there": ({"attention_bias": True}, {f"{ATTENTION}.q_proj.weight": (4, 4)}, "_bias: True, but"),
     "biases of one tensor": ({"attention_bias": True}, {"gpt_neox.layers.0.attention.dense.bias": (4,)}, ""),
+    "biases of an MLP": ({"mlp_bias": True}, {"model.layers.0.mlp.up_proj.bias": (4,)}, ""),
+    "biases of an MLP that are denied": (
+        {"mlp_bias": False}, {"model.layers.0.mlp.up_proj.bias": (4,)}, "mlp_bias: False, but 1",
+    ),
     "biases of norms": ({"attention_bias": False}, {f"{ATTENTION}.q_norm.bias": (4,)}, ""),
     "biases of a tower": ({"attention_bias": False}, {"visual.blocks.0.attn.qkv.bias": (4,)}, ""),
     "experts": ({"num_experts": 8, "moe_intermediate_size": 3}, {"model.layers.0.mlp.gate.weight": (8, 4)}, ""),
@@ -473,6 +478,16 @@ def test_what_a_config_says_of_biases_experts_positions_and_labels_is_held_again
     said = [remark.text for remark in merge.plan().remarks if remark.code == "promise-unkept"]
     assert len(said) == bool(broken)
     assert not broken or re.search(broken, said[0])
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "num_decoder_layers", "decoder_ffn_dim"])
+def test_sizes_that_differ_over_equal_shapes_are_said(merge: Merge, key: str) -> None:
+    give(merge, {**T5, key: 8}, {**T5, key: 4}, {**T5, key: 4})
+
+    (found,) = merge.plan().remarks
+    assert (found.code, found.severity) == ("promise-unkept", "warning")
+    assert found.text.startswith(f"{key} differs: 8 in ")
+    assert found.values == dict(zip(map(str, merge.folders), "844", strict=True))
 
 
 @pytest.mark.parametrize("donor", [0, 1])

@@ -200,6 +200,22 @@ def test_a_head_that_nobody_has_is_said(tmp_path: Path) -> None:
     assert "no head is written" in said.text
 
 
+PARTS = ("head.dense.weight", "encoder.layer.0.attention.output.dense.weight", "decoder.bias")
+
+
+@pytest.mark.parametrize("head", [None, "cls.predictions.decoder.weight", "decoder.weight"])
+def test_what_is_called_like_a_head_or_an_output_is_none(tmp_path: Path, head: str | None) -> None:
+    """BERT's layers have outputs, ModernBERT's head is more than its decoder: what has a row per token is one."""
+    own = tensors("lacking", 0)
+    own |= {name: torch.ones(3, dtype=torch.bfloat16) for name in PARTS}
+    own |= {head: tensors("untied", 0)[HEAD]} if head else {}
+    merge = Merge(tmp_path)
+    for folder in merge.folders:
+        write_checkpoint(folder, own, config=config_of("lacking") | {"architectures": ["BertForMaskedLM"]})
+
+    assert ("no head is written" in "".join(remark.text for remark in merge.plan().remarks)) == (head is None)
+
+
 @pytest.mark.parametrize("forms", [("untied", "lacking", "untied"), ("lacking", "untied", "untied")], ids="-".join)
 def test_a_missing_head_is_never_advised_to_be_copied_or_left_out(tmp_path: Path, forms: tuple[str, ...]) -> None:
     found = written(tmp_path, *forms).refusal()

@@ -52,6 +52,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     configs.other_meanings,
     configs.meanings_of_some,
     configs.other_tokens,
+    configs.other_sizes,
     configs.other_contexts,
     configs.other_keys,
     precision.kept_precision,

@@ -1,6 +1,6 @@
 """Configs of all models held against each other: facts that shapes do not show, which the published one decides."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from stockflow.checkpoints.configs import (
@@ -16,11 +16,14 @@ from stockflow.checkpoints.configs import (
     further_keys,
     says_nothing,
     sections,
+    size_keys,
     token_keys,
     trait,
 )
 from stockflow.checkpoints.heads import is_of_language
+from stockflow.planning.looks.promises import missing_layers
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.looks.sizes import broken_sizes
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
@@ -82,12 +85,20 @@ def meanings_of_some(proposal: Proposal) -> Iterator[Remark]:
 
 def other_tokens(proposal: Proposal) -> Iterator[Remark]:
     """Yield which tokens configs speak of by other ids, if the models' tokens keep theirs."""
-    if proposal.recipe.vocabulary is None:
-        sections_of_all = [each for config in _configs(proposal).values() for each in config.values()]
-        keys = dict.fromkeys(key for section in sections_of_all for key in token_keys(section))
-        for found in _disagreements(proposal, list(map(trait, keys))):
-            means = "models that were trained with another token there meet the published one"
-            yield _remark(proposal, "config-differs", "warning", found, means)
+    for found in _disagreements(proposal, _traits(proposal, token_keys)) if proposal.recipe.vocabulary is None else ():
+        means = "models that were trained with another token there meet the published one"
+        yield _remark(proposal, "config-differs", "warning", found, means)
+
+
+def other_sizes(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which sizes configs disagree on though the tensors are of one shape: loaders go by the published one."""
+    if proposal.stackings or proposal.recipe.vocabulary is not None:
+        return
+    said = {key for look in (broken_sizes, missing_layers) for each in look(proposal) for key in each.values}
+    for found in _disagreements(proposal, _traits(proposal, size_keys)):
+        if found.name not in said:
+            means = "their tensors have equal shapes, so that one of them is wrong, and loaders go by the published one"
+            yield _remark(proposal, "promise-unkept", "warning", found, means)
 
 
 def other_contexts(proposal: Proposal) -> Iterator[Remark]:
@@ -98,14 +109,19 @@ def other_contexts(proposal: Proposal) -> Iterator[Remark]:
 
 def other_keys(proposal: Proposal) -> Iterator[Remark]:
     """Yield which keys differ that stockflow does not know."""
-    known = {key for config in _configs(proposal).values() for each in config.values() for key in further_keys(each)}
-    traits = [trait(key) for key in sorted(known)]
+    traits = _traits(proposal, further_keys)
     found = [*_disagreements(proposal, traits)]
     found += [Disagreement(name, said) for name, said, _ in _said_by_some(proposal, traits)]
     if found:
         said = "; ".join(f"{shown(each.name)}: {_said(proposal, each)}" for each in found)
         text = f"configs differ in keys that are not known to give weights another meaning: {said}"
         yield Remark("config-keys-differ", text, "note", values={each.name: _said(proposal, each) for each in found})
+
+
+def _traits(proposal: Proposal, keys_of: Callable[[Config], Iterable[str]]) -> list[Trait]:
+    """Facts of single keys that any config has."""
+    sections_of_all = (each for config in _configs(proposal).values() for each in config.values())
+    return [trait(key) for key in sorted({key for section in sections_of_all for key in keys_of(section)})]
 
 
 def _remark(proposal: Proposal, code: str, severity: str, found: Disagreement, means: str) -> Remark:

@@ -11,7 +11,10 @@ from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
-_OF_ATTENTION = re.compile(r"att\w*\.(?!.*norm).+\.bias$", re.IGNORECASE)
+_BIASES = {
+    "attention_bias": re.compile(r"att\w*\.(?!.*norm).+\.bias$", re.IGNORECASE),
+    "mlp_bias": re.compile(r"\bmlp\.(\w+_proj|W\w)\.bias$"),
+}
 _OTHER_TOWER = re.compile(r"vision|visual|audio|image|projector|encoder|mtp|per_layer")
 
 
@@ -23,10 +26,13 @@ class Size(NamedTuple):
     axis: int
     keys: tuple[str, ...]
 
-    def promised(self, section: Config) -> int | None:
-        """Return what a section says, or how many it names; None if nothing, or another thing for each layer."""
-        found = first(*self.keys)(section)
-        return found if type(found) is int else len(found) if isinstance(found, dict) else None
+    def promised(self, section: Config) -> list[int]:
+        """Return what a section says, or how many it names, by each key; nothing if it says it layer by layer."""
+        if isinstance(first(*self.keys)(section), list):
+            return []
+        found = (section.get(key) for key in self.keys)
+        said = (len(each) if isinstance(each, dict) else each for each in found)
+        return [each for each in said if type(each) is int]
 
 
 _WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -43,8 +49,7 @@ SIZES = (
     Size(_EMBEDDINGS, 1, _WIDTH),
     Size((".mlp.up_proj.weight", ".mlp.gate_proj.weight"), 0, ("intermediate_size",)),
     Size((".input_layernorm.weight",), 0, _WIDTH),
-    Size((".experts.0.up_proj.weight",), 0, ("moe_intermediate_size",)),
-    Size((".experts.0.w1.weight",), 0, ("moe_intermediate_size", "intermediate_size")),
+    Size((".experts.0.up_proj.weight", ".experts.0.w1.weight"), 0, ("moe_intermediate_size", "intermediate_size")),
     Size((".mlp.shared_expert.up_proj.weight",), 0, ("shared_expert_intermediate_size",)),
     Size(_ROUTERS, 0, ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")),
     Size((".wpe.weight", ".embeddings.position_embeddings.weight"), 0, ("n_positions", "max_position_embeddings")),
@@ -62,32 +67,31 @@ def broken_sizes(proposal: Proposal) -> Iterator[Remark]:
     telling = [job.output for job in proposal.jobs if job.output.name.endswith(_ENDS)]
     shapes = {each.name: each.shape for each in telling if not _OTHER_TOWER.search(each.name)}
     for path, section in sections(proposal.config or {}):
-        known = [(size, number) for size in SIZES if (number := size.promised(section)) is not None]
-        known += [(_KEYS, number) for number in _key_rows(section)]
-        held = [(size, number, found) for size, number in known if (found := _found(size, shapes))]
-        broken = {size.keys: (size, number, found) for size, number, found in held if number not in found}
+        known = [(size, size.promised(section)) for size in SIZES] + [(_KEYS, _key_rows(section))]
+        held = [(size, numbers, found) for size, numbers in known if numbers and (found := _found(size, shapes))]
+        broken = {size.keys: (size, numbers[0], found) for size, numbers, found in held if found.isdisjoint(numbers)}
         if 2 * len(broken) <= len(held):
             yield from (_said(proposal, path, section, *each) for each in broken.values())
 
 
 def broken_biases(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that attention has biases which the published config denies, or promises, and loaders go by it."""
-    names = (job.output.name for job in proposal.jobs if job.output.name.endswith(".bias"))
-    ours = [name for name in names if _OF_ATTENTION.search(name) and not _OTHER_TOWER.search(name)]
+    """Yield that there are biases which the published config denies, or promises and are not there."""
+    names = [job.output.name for job in proposal.jobs if job.output.name.endswith(".bias")]
     for path, section in sections(proposal.config or {}):
-        flag = section.get("attention_bias")
-        if is_of_language(path) and isinstance(flag, bool) and flag is not bool(ours):
-            url = redact(proposal.donor.url)
-            kept = f"{len(ours)} written, such as {shown(ours[0])}" if ours else "none written"
-            then = f"loaders {'leave them out' if ours else 'make them up'}; correct the config of {url}"
-            text = f"the published config says {path}attention_bias: {flag}, but {kept}: {then}"
-            yield Remark("promise-unkept", text, "warning", (url,), values={f"{path}attention_bias": str(flag)})
+        for key, of_kind in _BIASES.items():
+            flag = section.get(key)
+            ours = [name for name in names if of_kind.search(name) and not _OTHER_TOWER.search(name)]
+            if is_of_language(path) and isinstance(flag, bool) and flag is not bool(ours):
+                url = redact(proposal.donor.url)
+                kept = f"{len(ours)} written, such as {shown(ours[0])}" if ours else "none written"
+                then = f"loaders {'leave them out' if ours else 'make them up'}; correct the config of {url}"
+                text = f"the published config says {path}{key}: {flag}, but {kept}: {then}"
+                yield Remark("promise-unkept", text, "warning", (url,), values={f"{path}{key}": str(flag)})
 
 
-def _key_rows(section: Config) -> Iterator[int]:
-    heads, size = _KEYS.promised(section), head_size(section)
-    if heads is not None and isinstance(size, int):
-        yield heads * size
+def _key_rows(section: Config) -> list[int]:
+    heads, size = _KEYS.promised(section)[:1], head_size(section)
+    return [number * size for number in heads] if isinstance(size, int) else []
 
 
 def _found(size: Size, shapes: Mapping[str, Sequence[int]]) -> set[int]:

@@ -82,10 +82,11 @@ def missing_heads(proposal: Proposal) -> Iterator[Remark]:
     """Yield that the published config promises a head of its own, and none is written."""
     if tie_flag(proposal.config) is not False or not _is_language_model(proposal):
         return
-    names = [job.output.name for job in proposal.jobs]
-    if tied_names({job.output.name: job.output for job in proposal.jobs}).embeddings and not any(
-        map(_is_any_head, names)
-    ):
+    specs = {job.output.name: job.output for job in proposal.jobs}
+    names = tied_names(specs)
+    embedded = {specs[name].shape for name in names.embeddings}
+    others = specs.keys() - {*names.embeddings, *names.copies}
+    if names.embeddings and not any(_is_any_head(name) or specs[name].shape in embedded for name in others):
         url = redact(proposal.donor.url)
         text = (
             f"the published config says {TIE_KEY}: false, as that of {url} does, but no head is written: a loader "
@@ -104,4 +105,5 @@ def _is_language_model(proposal: Proposal) -> bool:
 
 
 def _is_any_head(name: str) -> bool:
-    return "head" in name or "output" in name.split(".")[:-1] or name.endswith(("embed_out.weight", "proj_out.weight"))
+    *_, module, _ = ("", *name.split("."))
+    return is_head(name) or "lm_head" in name or "head" in module
