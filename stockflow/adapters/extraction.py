@@ -18,11 +18,12 @@ from stockflow.adapters.experts import (
     stacked_targets,
 )
 from stockflow.adapters.findings import Extraction, extraction_of, extraction_on_record
-from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole, stores_turned, task_of
+from stockflow.adapters.peft import AdapterDescription, factor_keys, key_of_bias, key_of_whole, task_of
 from stockflow.adapters.pieces import AdapterPieces, Held
 from stockflow.adapters.publishing import FINISHED, AdapterPlan, admit, claimed, publish
 from stockflow.adapters.record import factor_row, is_whole, rank_of, read_record, whole_row
 from stockflow.adapters.targets import FactorTarget, KeptWhole, Pair, kept_whole, module_of, paired
+from stockflow.checkpoints.adapters.ground import stores_turned
 from stockflow.checkpoints.decodes.joined import as_bytes
 from stockflow.checkpoints.files.header import TensorSpec, width_of
 from stockflow.checkpoints.opening import Checkpoint, link_notes, open_checkpoints

@@ -13,8 +13,6 @@ from stockflow.checkpoints.adapters.keys import PREFIX
 from stockflow.checkpoints.configs import Config
 from stockflow.storage import redact
 
-_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""Model types whose linear layers store weights as ``[in, out]``."""
 VERSION = "0.21.2"
 """of PEFT, in whose layout factors of parameters are"""
 MAX_PATTERNS = 4000
@@ -89,11 +87,6 @@ def patterns(ranks: Mapping[str, int]) -> Mapping[str, int]:
             some = names[first : first + together]
             found[f"^{some[0]}" if len(some) == 1 else f"^({'|'.join(some)})"] = rank
     return found
-
-
-def stores_turned(config: Config | None) -> bool:
-    """Return whether a model's linear layers store weights as ``[in, out]``."""
-    return (config or {}).get("model_type") in _CONV1D
 
 
 def task_of(config: Config | None) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from stockflow.adapters.peft import stores_turned
+from stockflow.checkpoints.adapters.ground import stores_turned
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.heads import has_head, head_beside, is_head, tie_flag, tied_names
 from stockflow.checkpoints.naming import kind_of

@@ -175,7 +175,8 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
     made = adapted(Ground(store.model.where(), base.specs, base.stored, names, base.config), adapter)
     store.take_from_adapter(adapter.tokenizer)
     store.check_links(adapter.tokenizer)
-    extents = {**base.extents, **{key_of_adapter(key): extent for key, extent in adapter.extents.items()}}
+    parted = {head: base.extents[name] for head, name in made.parted.items()}
+    extents = {**base.extents, **parted, **{key_of_adapter(key): extent for key, extent in adapter.extents.items()}}
     return replace(
         base,
         url=store.url,

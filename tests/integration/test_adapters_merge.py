@@ -48,6 +48,7 @@ def tuned(number: int) -> Adapter:
     made = adapters.linear(SHAPES, seed=number, r=7 - number)
     if number == 2:
         lengthy = adapters.with_lengths({LENGTHY: SHAPES[LENGTHY]})
+        made.config["use_dora"] = True
         made.tensors |= {key: t for key, t in lengthy.tensors.items() if "lora_magnitude" in key}
         lengths = next(t for key, t in made.tensors.items() if "lora_magnitude" in key).double().numpy()
         plain = made.changes[LENGTHY]

@@ -259,6 +259,56 @@ def test_a_head_that_an_embedding_leaves_has_the_name_that_its_family_loads(
     assert len(found) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_that_is_saved_whole_leaves_a_tied_head_as_it_was(dtype: torch.dtype, tmp_path: Path) -> None:
+    name, whole = "model.embed_tokens.weight", adapters.saved(SHAPES)
+    key = f"{adapters.PREFIX}{name}"
+    adapter = Adapter({key: whole.tensors[key].to(dtype)}, {"modules_to_save": ["embed_tokens"]})
+
+    base, found, is_tied = tied_and(tmp_path, adapter)
+
+    assert share_correct(found[name], adapter.tensors[key].double().numpy()) == 1
+    assert share_correct(found["lm_head.weight"], base[name]) == 1
+    assert is_tied is False
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_embedding_and_head_of_two_lengths_are_refused(more: int, has_head: bool, tmp_path: Path) -> None:
+    rows, columns = SHAPES["model.embed_tokens.weight"]
+    adapter = Adapter(config={"modules_to_save": ["embed_tokens"]})
+    adapter.draw("model.embed_tokens.weight", (rows + more, columns), np.random.default_rng(1))
+    write_adapter(tmp_path / "lora", adapter)
+    write_base(tmp_path / "base", SHAPES if has_head else TIED, tie_word_embeddings=not has_head)
+
+    said = refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    assert f"has {rows + more} rows and 'lm_head.weight' {rows}, which no loader takes" in said
+
+
+@pytest.mark.parametrize(("model_type", "is_turned"), [("llama", False), ("gpt2", True)])
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("modules", [("attn",), ("attn", "wide")])
+def test_square_matrices_lie_as_their_layers_have_them(
+    modules: tuple[str, ...], flag: bool, model_type: str, is_turned: bool, tmp_path: Path
+) -> None:
+    if model_type == "llama" and flag and modules == ("attn",):
+        is_turned = True  # nothing but the flag tells
+    shapes = {"model.layers.0.attn.weight": (8, 8), "model.layers.0.wide.weight": (8, 20), "lm_head.weight": (31, 8)}
+    straight = {
+        name: shape[::-1] if is_turned and name != "lm_head.weight" else shape for name, shape in shapes.items()
+    }
+    base = write_base(tmp_path / "base", shapes, model_type=model_type)
+    adapter = adapters.linear(straight, [*modules, "lm_head"], fan_in_fan_out=flag)
+    write_adapter(tmp_path / "lora", adapter)
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    for name, change in adapter.changes.items():
+        is_own = is_turned and name != "lm_head.weight"
+        assert share_correct(found[name], change(base[name].T).T if is_own else change(base[name])) >= LEAST_CORRECT
+
+
 def test_a_tied_model_beside_one_that_an_adapter_unties_is_published_untied(tmp_path: Path) -> None:
     adapter = adapters.linear({"lm_head.weight": SHAPES["lm_head.weight"]}, ["lm_head"])
     base = write_base(tmp_path / "base", TIED, tie_word_embeddings=True)["model.embed_tokens.weight"]
@@ -431,6 +481,15 @@ def test_what_is_not_read_is_refused_by_name(said: dict[str, Any], expected: str
     write_adapter(tmp_path / "lora", adapters.linear(SHAPES), **said)
 
     assert expected in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+
+def test_lengths_that_the_config_does_not_speak_of_are_refused(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", adapters.with_lengths(SHAPES), use_dora=False)
+
+    assert "the config does not say `use_dora`, and some tensors" in refusal(
+        tmp_path, f"{tmp_path}/base+{tmp_path}/lora"
+    )
 
 
 def remarks(root: Path) -> dict[str, str]:

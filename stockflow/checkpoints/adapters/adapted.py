@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from stockflow.checkpoints.adapters.config import AdapterConfig, ModuleScales
 from stockflow.checkpoints.adapters.experts import expert_factors
-from stockflow.checkpoints.adapters.ground import Ground
+from stockflow.checkpoints.adapters.ground import Ground, stores_turned
 from stockflow.checkpoints.adapters.keys import NESTED, by_module
 from stockflow.checkpoints.adapters.opening import Adapter
 from stockflow.checkpoints.decodes.low_rank import Added, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes.stored import Decode, plain
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.heads import is_head, tied_names
+from stockflow.checkpoints.heads import is_head, may_be_tied, tied_names
 from stockflow.checkpoints.quantised import Stored
 from stockflow.errors import CheckpointError
 from stockflow.storage import key_of_adapter
@@ -33,6 +34,8 @@ class Adapted:
     """of tensors that the base lacks, or has in another shape"""
     stored: dict[str, Stored] = field(default_factory=dict)
     """of every tensor that it changes; parts of the adapter by their keys"""
+    parted: dict[str, str] = field(default_factory=dict)
+    """of heads that the base ties and this does not: the tensor of the base whose bytes they begin with"""
     unties: bool = False
     """whether head and embedding are two tensors only because of it"""
     remarks: tuple[Remark, ...] = ()
@@ -50,7 +53,7 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
         modules = by_module(adapter.specs)
     except ValueError as error:
         raise CheckpointError(f"{adapter.where}: {error}") from None
-    binder = _Binder(ground, adapter, ModuleScales(adapter.config, modules))
+    binder = _Binder(ground, adapter, modules)
     for module, parts in modules.items():
         binder.bind(module, parts)
     if binder.left:
@@ -62,6 +65,7 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
         )
     _check_promises(ground, adapter, modules)
     binder.untie()
+    _check_vocabulary(ground, adapter, binder.made)
     binder.made.remarks = tuple(_on_biases(ground, adapter, modules))
     return binder.made
 
@@ -69,16 +73,41 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
 def _check_promises(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> None:
     """Hold what a config says is there against the tensors: what is lost would leave the base as it is."""
     config = adapter.config
-    if config.has_lengths and not any("lengths" in parts for parts in modules.values()):
-        raise CheckpointError(
-            f"{adapter.where}: the config says `use_dora`, and no tensor is a `lora_magnitude_vector`; fetch it again"
+    has_lengths = any("lengths" in parts for parts in modules.values())
+    if has_lengths != config.has_lengths:
+        problem = (
+            "the config does not say `use_dora`, and some tensors are `lora_magnitude_vector`s, which PEFT would leave "
+            "out; say it if the adapter is of DoRA"
+            if has_lengths
+            else "the config says `use_dora`, and no tensor is a `lora_magnitude_vector`; fetch it again"
         )
+        raise CheckpointError(f"{adapter.where}: {problem}")
     for name in config.modules_to_save:
         is_there = any(f".{tensor}".endswith((f".{name}.weight", f".{name}.bias")) for tensor in ground.specs)
         if is_there and not any(f".{module}".endswith(f".{name}") for module in modules):
             raise CheckpointError(
                 f"{adapter.where}: the config says that {shown(name)} is saved whole (`modules_to_save`), and no "
                 "tensor is of it; fetch it again"
+            )
+
+
+def _check_vocabulary(ground: Ground, adapter: Adapter, made: Adapted) -> None:
+    """Hold the rows of embedding and head against each other where an adapter has more, or fewer, than its base."""
+    if not any(map(may_be_tied, made.specs)):
+        return
+    specs = {**ground.specs, **made.specs}
+    names = tied_names(specs)
+    for head in names.heads:
+        others = [name for name in names.embeddings if specs[name].shape[1:] == specs[head].shape[1:]]
+        own = ground.specs.get(head)
+        was_alike = own is None or any(own.shape == ground.specs[name].shape for name in others if name in ground.specs)
+        if others and was_alike and all(specs[name].shape != specs[head].shape for name in others):
+            rows = (
+                f"{shown(others[0])} has {specs[others[0]].shape[0]:,} rows and {shown(head)} {specs[head].shape[0]:,}"
+            )
+            raise CheckpointError(
+                f"{adapter.where}: with it {rows}, which no loader takes: it was trained on a model of another number "
+                "of tokens, and holds one of the two whole; save both (`modules_to_save`), or resize the base first"
             )
 
 
@@ -104,8 +133,9 @@ def _on_biases(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -
 class _Binder:
     """Finds the place of every tensor of an adapter, module by module."""
 
-    def __init__(self, ground: Ground, adapter: Adapter, scales: ModuleScales) -> None:
-        self.ground, self.adapter, self.scales = ground, adapter, scales
+    def __init__(self, ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> None:
+        self.ground, self.adapter, self._modules = ground, adapter, modules
+        self.scales = ModuleScales(adapter.config, modules)
         self.made = Adapted()
         self.left: list[str] = []
         self._owners: dict[str, str] = {}
@@ -161,13 +191,13 @@ class _Binder:
             yield from self._add_to_bias(module, key, decode.scale)
 
     def _product(self, module: str, name: str, key_a: str, key_b: str, *, is_embedding: bool) -> LowRank:
-        config, spec = self.adapter.config, self._spec(name)
+        spec = self._spec(name)
         a, b = self.adapter.specs[key_a], self.adapter.specs[key_b]
         rank = a.shape[0] if a.shape else 0
         rows, columns = (spec.shape[0], math.prod(spec.shape[1:])) if spec.shape else (0, 0)
         fits = rank > 0 and a.num_elems == rank * columns and b.num_elems == rank * rows
         fits_turned = rank > 0 and a.num_elems == rank * rows and b.num_elems == rank * columns and len(spec.shape) == 2
-        is_transposed = fits_turned and (is_embedding or config.fan_in_fan_out or not fits)
+        is_transposed = fits_turned and (not fits or is_embedding or self._is_turned(name))
         if not (fits or is_transposed):
             raise CheckpointError(
                 f"{self.adapter.where}: {shown(key_a)} {list(a.shape)} and {shown(key_b)} {list(b.shape)} make no "
@@ -176,6 +206,31 @@ class _Binder:
         self._check_rank(module, rank)
         scale, matrix = self.scales.scale_of(module, rank), (rows, columns)
         return LowRank(self._stored_as(name).decode, rank, scale, (a.dtype, b.dtype), matrix, is_transposed)
+
+    def _is_turned(self, name: str) -> bool:
+        """Return whether a square matrix of a linear layer is stored as ``[in, out]``.
+
+        PEFT goes by the class of the layer, and its config has the flag of the last one that it wrapped.
+        """
+        return self._turned_elsewhere and not is_head(name)
+
+    @cached_property
+    def _turned_elsewhere(self) -> bool:
+        """Whether others among the adapted matrices are stored as ``[in, out]``, or config or family says so."""
+        seen = {turned for module in self._modules if (turned := self._turned_by_shape(module)) is not None}
+        if len(seen) == 1:
+            return seen.pop()
+        return stores_turned(self.ground.config) or self.adapter.config.fan_in_fan_out
+
+    def _turned_by_shape(self, module: str) -> bool | None:
+        """Return whether a matrix that no head is must be one of ``[in, out]``; None if its shape does not tell."""
+        parts, name = self._modules[module], self.ground.names.find(f"{module}.weight")
+        if name is None or is_head(name) or not parts.keys() >= {"lora_A", "lora_B"}:
+            return None
+        shape, (a, b) = self._spec(name).shape, (self.adapter.specs[parts[each]].shape for each in ("lora_A", "lora_B"))
+        if len(shape) != 2 or len(a) != 2 or len(b) != 2 or shape[0] == shape[1]:
+            return None
+        return shape == (a[1], b[0]) if {*shape} == {a[1], b[0]} else None
 
     def _check_rank(self, module: str, rank: int) -> None:
         expected = self.scales.ranks_of(module)
@@ -246,7 +301,10 @@ class _Binder:
     def _part(self, head: str, embedding: str) -> None:
         """Give the model a head of its own, which is what the base ties it to."""
         self.made.specs[head] = self.ground.specs[embedding]._replace(name=head)
-        self.made.stored[head] = self.ground.stored_as(embedding)
+        stored = self.ground.stored_as(embedding)
+        first, *others = stored.parts
+        self.made.stored[head] = replace(stored, parts=(first._replace(name=head), *others))
+        self.made.parted[head] = first.name
         self.made.unties = True
 
     def _claim(self, name: str) -> None:

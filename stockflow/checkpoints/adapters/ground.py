@@ -10,6 +10,14 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.heads import head_beside, is_head, original_of, tie_flag, tied_names
 from stockflow.checkpoints.quantised import Stored
 
+_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Model types whose linear layers store weights as ``[in, out]``."""
+
+
+def stores_turned(config: Config | None) -> bool:
+    """Return whether a model's linear layers store weights as ``[in, out]``."""
+    return (config or {}).get("model_type") in _CONV1D
+
 
 @dataclass(frozen=True, slots=True)
 class Ground:
