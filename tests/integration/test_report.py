@@ -216,7 +216,7 @@ def test_the_page_needs_nothing_else_and_names_every_input(report: Report, whole
     assert {value[1:] for _, value in page.loads} <= {*page.ids}
     assert not {"img", "link", "iframe", "object", "embed", "base", "form"} & {*page.elements}
     assert re.search(r"url\(|@import|https?://", text) is None
-    inputs = page.table("", "input", "files")
+    inputs = page.table("letter", "input", "files")
     assert [row[1].split()[0] for row in inputs] == [str(whole.parent / name) for name in NAMES]
     assert [int(row[2]) for row in inputs] == [
         len([path for path in (whole.parent / name).iterdir() if path.suffix == ".safetensors"]) for name in NAMES
@@ -367,6 +367,7 @@ def test_remarks_and_what_an_elementwise_method_recorded_are_shown(tmp_path: Pat
 
     report = stockflow.report(tmp_path / "out")
 
+    assert '<th scope="col"></th>' not in report.html()
     facts = Page(report.html()).table("fact", "tensors")
     assert [row[:3] for row in facts] == [["kept share A", "1", "0.300"], ["kept share B", "1", "0.300"]]
     remarks = Page(report.html()).table("code")
