@@ -15,6 +15,7 @@
     |  |- NumericsError                     NaN, infinity or a geometry without an answer
     |  `- OutputConflictError               the output prefix belongs to something else
     |- StorageError                     3   storage failed after retries: run again
+    |  |- LostUploadError                   an upload broke at an answer that is asked for once
     |  `- AlreadyExistsError                an exclusive creation found the key taken
     |- DamagedOutputError               4   what an output says of itself is not what was published
     |- ComputeLostError                 5   workers, capacity, deadline or memory were lost
@@ -100,6 +101,10 @@ class StorageError(StockflowError, OSError):
     """Storage failed after retries; running again may succeed, and a merge resumes."""
 
     exit_code = EXIT_STORAGE
+
+
+class LostUploadError(StorageError):
+    """An upload ended at an answer that its client asks for once; written again, the object may arrive."""
 
 
 class AlreadyExistsError(StorageError, FileExistsError):

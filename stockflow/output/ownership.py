@@ -140,7 +140,7 @@ def earlier_plan(store: Store, plan_id: str) -> RecordedPlan | None:
 def _since_then(earlier: States, now: States) -> str:
     """Return the end of a message: each file that both plans read and that is another now, with both stamps."""
     changed = [
-        f"{url}/{file} changed: it was {_words(before)}, it is {_words(now[url][file])}"
+        f"{url}/{file} changed: it was {before}, it is {now[url][file]}"
         for url, files in earlier.items()
         for file, before in files.items()
         if now.get(url, {}).get(file, before) != before
@@ -158,10 +158,6 @@ def _other_numerics(earlier: int) -> str:
 def _listed(changed: Sequence[str]) -> str:
     more = len(changed) - MAX_CHANGES
     return "; ".join(changed[:MAX_CHANGES]) + (f"; and {more} files more" if more > 0 else "")
-
-
-def _words(stamp: Stamp) -> str:
-    return f"{stamp.size:,} bytes, {stamp.version or 'no version'}"
 
 
 def admit(store: Store, plan: MergePlan, *, overwrite: bool) -> Occupancy:

@@ -1,6 +1,6 @@
 """Where shards are merged: the glue between the driver and an executor."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -11,8 +11,9 @@ from stockflow.engine.process import process_name
 from stockflow.engine.shard import OnBytes
 from stockflow.engine.survey import Look, Surveyor, SurveySpec
 from stockflow.engine.worker import Worker, WorkerSpec
-from stockflow.errors import BudgetError, CheckpointError, NotFoundError, PlanError
-from stockflow.events import Event, Moved, Note, OnEvent
+from stockflow.errors import BudgetError, CheckpointError, LostUploadError, NotFoundError, PlanError
+from stockflow.events import Event, Moved, Note, OnEvent, Retry
+from stockflow.interruption import pause
 from stockflow.output import claims, receipts
 from stockflow.output.numerics import agree_on_numerics
 from stockflow.output.receipts import Receipt
@@ -21,10 +22,13 @@ from stockflow.planning.plan import ShardPlan
 from stockflow.run import shard_events
 from stockflow.run.executors import local
 from stockflow.storage import Store, open_store, redact
+from stockflow.storage.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from stockflow.run.executors import ray
 
+MAX_UPLOADS = 3
+"""Of one shard: as often as Ray's workers are given one that failed on storage."""
 MAX_BATCH_TENSORS = 64
 """Rows of these pass through Ray: 70 kB with sixteen models."""
 MAX_ANSWER_BYTES = 64_000
@@ -35,26 +39,54 @@ MAX_BATCH_BYTES = 2 * 10**9
 
 def in_this_process(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
     """Merge shards here, one after the other, on the worker's threads; each is published while the next begins."""
-    worker, name = Worker(spec, on_event), process_name()
-
-    def on_bytes(num_read: int, num_written: int) -> None:
-        on_event(Moved(num_read, num_written, name))
-
-    def begin(shard: ShardPlan) -> Future[Receipt]:
-        on_event(shard_events.begun(shard, name))
-        return worker.begin(shard, on_bytes)
-
+    worker = Worker(spec, on_event)
     try:
         _agree(spec, worker)
-        published: deque[Future[Receipt]] = deque()
-        for future in local.run(begin, shards):
-            published.append(future)
-            if len(published) > 1:
-                yield published.popleft().result()
-        for future in published:
-            yield future.result()
+        yield from _ShardsHere(worker, on_event).merged(shards)
     finally:
         worker.close()
+
+
+class _ShardsHere:
+    """Shards in work in this process; one whose upload is lost is merged again at once, a bounded number of times."""
+
+    def __init__(self, worker: Worker, on_event: OnEvent) -> None:
+        self._worker, self._on_event, self._name = worker, on_event, process_name()
+        self._num_lost: Counter[str] = Counter()
+
+    def merged(self, shards: Sequence[ShardPlan]) -> Iterator[Receipt]:
+        published: deque[tuple[ShardPlan, Future[Receipt]]] = deque()
+        for begun in local.run(lambda shard: (shard, self._begin(shard)), shards):
+            published.append(begun)
+            if len(published) > 1:
+                yield self._receipt(*published.popleft())
+        for begun in published:
+            yield self._receipt(*begun)
+
+    def _begin(self, shard: ShardPlan) -> Future[Receipt]:
+        self._on_event(shard_events.begun(shard, self._name))
+        try:
+            return self._worker.begin(shard, self._moved)
+        except LostUploadError as error:
+            return self._begin_again(shard, error)
+
+    def _receipt(self, shard: ShardPlan, published: Future[Receipt]) -> Receipt:
+        try:
+            return published.result()
+        except LostUploadError as error:
+            return self._receipt(shard, self._begin_again(shard, error))
+
+    def _begin_again(self, shard: ShardPlan, error: LostUploadError) -> Future[Receipt]:
+        self._num_lost[shard.file] += 1
+        if self._num_lost[shard.file] == MAX_UPLOADS:
+            raise error
+        self._on_event(Retry("storage", shard.file))
+        self._on_event(Note(f"{shard.file} is merged again: {error}"))
+        pause(RetryPolicy().delay_s(self._num_lost[shard.file]))
+        return self._begin(shard)
+
+    def _moved(self, num_read: int, num_written: int) -> None:
+        self._on_event(Moved(num_read, num_written, self._name))
 
 
 @dataclass(frozen=True)

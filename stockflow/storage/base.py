@@ -29,6 +29,10 @@ class Stamp:
     version: str
     """the ETag of an object, ``mtime_ns=...`` of a file, empty where the store has nothing"""
 
+    def __str__(self) -> str:
+        """Return both, for a sentence."""
+        return f"{self.size:,} bytes, {self.version or 'no version'}"
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:
@@ -213,10 +217,14 @@ def check_stamp(store: Store, key: str, expected: Stamp) -> None:
     """
     found = store.stamp(key)
     if found != expected:
-        raise InputChangedError(
-            f"{store.where(key)} changed since it was planned: expected {expected.size:,} bytes, "
-            f"{expected.version}; found {found.size:,} bytes, {found.version}. Restore it, or plan again"
-        )
+        raise changed(store.where(key), expected, found)
+
+
+def changed(where: str, expected: Stamp, found: Stamp) -> InputChangedError:
+    """Return the error for an object that is in another state than planned."""
+    return InputChangedError(
+        f"{where} changed since it was planned: expected {expected}; found {found}. Restore it, or plan again"
+    )
 
 
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -16,8 +16,8 @@ _CREDENTIAL_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "Invalid
 _CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 _KEY_CODES = frozenset({"SignatureDoesNotMatch", "InvalidAccessKeyId"})
 _REGION_CODES = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
-_LOST_CODES = frozenset({"NoSuchUpload"})
-"""what a store says with 404 and no object is missing: an upload is not there any more"""
+_LOST_CODES = frozenset({"NoSuchUpload", "InvalidPart"})
+"""what a store says of an upload that is not, or not as it was made, there any more: no object is missing"""
 _ARCHIVED = "InvalidObjectState"
 _NAME_CODES = frozenset({"InvalidBucketName", "KeyTooLongError", "ParamValidationError"})
 _MAX_DETAIL = 240
@@ -86,6 +86,11 @@ class Failure:
         return self.status in _TRANSIENT_STATUSES or self.code in _TRANSIENT_CODES
 
     @property
+    def is_of_lost_upload(self) -> bool:
+        """Whether an upload cannot go on, and another may arrive."""
+        return self.code in _LOST_CODES
+
+    @property
     def is_throttle(self) -> bool:
         """Whether the store has too much to do."""
         return self.status in (429, 503)
@@ -115,7 +120,7 @@ def user_error(failure: Failure, operation: Operation, where: str) -> StockflowE
         return AccessDeniedError(_denied(failure, operation, where))
     if failure.code == "NoSuchBucket":
         return NotFoundError(f"cannot {operation} {where}: the bucket does not exist; check its name and the endpoint")
-    if failure.code in _LOST_CODES:
+    if failure.is_of_lost_upload:
         return None
     if failure.status == 404 and operation == "list":
         return NotFoundError(f"cannot list {where}: no such place ({failure}); check its name and the endpoint")

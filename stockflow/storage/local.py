@@ -12,7 +12,7 @@ from stockflow.errors import (
     InputChangedError,
     LinkError,
 )
-from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, check_key
+from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, changed, check_key
 from stockflow.storage.links import Links
 from stockflow.storage.local_faults import named
 from stockflow.storage.partials import PARTIAL_SUFFIX, is_partial, key_of_partial, partial_file, unheld
@@ -241,10 +241,7 @@ class PinnedFile:
         if found == self._stamp and self._sightings:
             self._sightings.hold(self._path, opened)
         if found != self._stamp:
-            raise InputChangedError(
-                f"{self._path} changed since it was planned: expected {self._stamp.size} bytes, "
-                f"{self._stamp.version}; found {found.size} bytes, {found.version}. Restore the file, or plan again"
-            )
+            raise changed(str(self._path), self._stamp, found)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill ``buffer``; the file is compared with its stamp afterwards, so that no changed byte is used.

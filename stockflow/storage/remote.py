@@ -8,8 +8,14 @@ from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
-from stockflow.errors import AlreadyExistsError, InputChangedError, RecipeError, StockflowError, StorageError
-from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, check_key
+from stockflow.errors import (
+    AlreadyExistsError,
+    LostUploadError,
+    RecipeError,
+    StockflowError,
+    StorageError,
+)
+from stockflow.storage.base import HalfWritten, Listing, NewObject, Pin, Stamp, changed, check_key
 from stockflow.storage.checksums import WholeObjects
 from stockflow.storage.client import Client, Pages
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
@@ -279,17 +285,18 @@ class RemoteStore:
         return False
 
     def _check_upload(self, key: str, sent: PartDigests) -> None:
-        """Hold an object against what was sent, by its ETag; with another ETag its bytes decide.
+        """Hold an object against what was sent, by its ETag, asked for twice; with another ETag its bytes decide.
 
         Raises:
-            StorageError: they are not what was sent.
+            LostUploadError: they are not what was sent.
         """
-        found = self.stamp(key)
-        if found.size == sent.num_bytes and names_same(found.version, sent.etags()):
-            return
+        for ask in (self.stamp, lambda key: self.read_head(key, 1)[1]):
+            found = ask(key)
+            if found.size == sent.num_bytes and names_same(found.version, sent.etags()):
+                return
         if found.size != sent.num_bytes or self._digests_of(key, found, sent.part_bytes).etags() != sent.etags():
-            raise StorageError(
-                f"{self.where(key)} is not what was sent: found {_words(found)}; expected {sent.num_bytes} bytes, "
+            raise LostUploadError(
+                f"{self.where(key)} is not what was sent: found {found}; expected {sent.num_bytes} bytes, "
                 f"{sent.etags()[0]}. The network or the store damaged it, or another writes there; run again"
             )
         self._known_md5_etags = False  # some stores, and keys of a KMS, make ETags of another kind
@@ -317,7 +324,7 @@ class RemoteStore:
             payload, found = self._client.read(key, start, start + target.nbytes, stamp)
             # A store that ignores If-Match still says whose bytes it sent.
             if found is not None and found != stamp:
-                raise self._changed(key, stamp, found)
+                raise WrongAnswerError(f"{found} came, expected {stamp}")
             if payload.nbytes != target.nbytes:
                 raise WrongAnswerError(
                     f"{payload.nbytes} bytes came from byte {start}, expected {target.nbytes}: "
@@ -357,7 +364,7 @@ class RemoteStore:
                 return None
             is_another = failure.status in (412, 416) or isinstance(error, WrongAnswerError)
             if pinned is not None and is_another and (found := self.stamp(key)) != pinned:
-                return self._changed(key, pinned, found)
+                return changed(self.where(key), pinned, found)
             if failure.is_transient and not is_last:
                 return None
             return self._final(replace(failure, wait_s=waits[-1]), attempts, operation, key)
@@ -372,7 +379,9 @@ class RemoteStore:
         """Return the error for an upload, whose requests the client library repeats."""
         failure = self._failure(error)
         told = failure.attempts or (self._policy.attempts if failure.status is None else 1)
-        return self._final(failure, told, "write", key)
+        refusal = self._final(failure, told, "write", key)
+        is_lost = failure.is_of_lost_upload or (failure.is_transient and told == 1)
+        return LostUploadError(str(refusal)) if is_lost and type(refusal) is StorageError else refusal
 
     def _final(self, failure: Failure, attempts: int, operation: Operation, key: str) -> StockflowError:
         where = self.where(key)
@@ -385,13 +394,3 @@ class RemoteStore:
         return user_error(failure, operation, where) or storage_error(
             failure, operation, where, attempts, endpoint=self._client.endpoint
         )
-
-    def _changed(self, key: str, expected: Stamp, found: Stamp) -> InputChangedError:
-        return InputChangedError(
-            f"{self.where(key)} changed since it was planned: expected {_words(expected)}; "
-            f"found {_words(found)}. Restore the object, or plan again"
-        )
-
-
-def _words(stamp: Stamp) -> str:
-    return f"{stamp.size} bytes, {stamp.version or 'no version'}"

@@ -13,6 +13,7 @@ from stockflow.storage.throttles import asked_wait_s
 P = TypeVar("P")
 LISTING_TIMEOUT_S = 60.0
 """of one request for open uploads"""
+_HTML = "a page of HTML came, as of a proxy or a sign-in, and no answer of S3"
 
 
 def put_new_object(bucket: Bucket, key: str, payload: bytes, timeout_s: float) -> str:
@@ -129,12 +130,16 @@ def failure_of_answer(answer: Mapping[str, Any], otherwise: str) -> Failure:
     told = answer.get("Error", {})
     code = str(told.get("Code", ""))
     about = answer.get("ResponseMetadata", {})
+    headers = about.get("HTTPHeaders", {})
+    if "html" in headers.get("content-type", "") and about.get("HTTPStatusCode") == 500:
+        # botocore calls whatever is no answer of S3 a 500, whatever its status was.
+        return Failure(_HTML, attempts=about.get("RetryAttempts", 0) + 1)
     return Failure(
         detail=scrub(str(told.get("Message", otherwise) or "")),
         status=about.get("HTTPStatusCode"),
         code="" if code.isdigit() else code,  # the answer to a HEAD has no body, and botocore puts the status here
         attempts=about.get("RetryAttempts", 0) + 1,
-        wait_s=asked_wait_s(about.get("HTTPHeaders", {})),
+        wait_s=asked_wait_s(headers),
     )
 
 

@@ -44,7 +44,9 @@ globals().update(
 sibling = contract.sibling
 opener = s3_only.opener
 test_a_missing_bucket_is_called_a_bucket = s3_only.test_a_missing_bucket_is_called_a_bucket
-test_a_denied_request_names_action_and_key = s3_only.test_a_denied_request_names_action_and_key
+test_a_denied_request_names_the_key_and_that_it_was_unsigned = (
+    s3_only.test_a_denied_request_names_the_key_and_that_it_was_unsigned
+)
 test_folder_markers_are_not_objects = s3_only.test_folder_markers_are_not_objects
 
 

@@ -152,7 +152,7 @@ def test_a_replaced_object_is_noticed(store: Store) -> None:
     assert planned != store.stamp("a.bin")
     if store.url.startswith("memory://"):
         return  # pinned by stat: the engine compares stamps around each shard
-    with pytest.raises(InputChangedError, match=r"a\.bin changed since it was planned: expected 10240 bytes"):
+    with pytest.raises(InputChangedError, match=r"a\.bin changed since it was planned: expected 10,240 bytes"):
         read(store, "a.bin", 0, 10, planned)
 
 

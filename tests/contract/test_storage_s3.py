@@ -243,15 +243,17 @@ def test_a_missing_profile_is_named(
         opener("s3://bucket/run", endpoint=s3_endpoint).stamp("a.bin")
 
 
-def test_a_denied_request_names_action_and_key(opener: Opener, s3_endpoint: str, s3_bucket: str) -> None:
+def test_a_denied_request_names_the_key_and_that_it_was_unsigned(
+    opener: Opener, s3_endpoint: str, s3_bucket: str
+) -> None:
     store = opener(f"s3://{s3_bucket}/run", endpoint=s3_endpoint)
     store.put("a.bin", PAYLOAD)
     stamp = store.stamp("a.bin")
     stranger = opener(f"s3://{s3_bucket}/run", endpoint=s3_endpoint, anonymous=True)
 
-    with pytest.raises(AccessDeniedError, match=r"run/a\.bin: access denied .*s3:GetObject"):
+    with pytest.raises(AccessDeniedError, match=r"run/a\.bin: access denied .*sent unsigned"):
         stranger.stamp("a.bin")
-    with pytest.raises(AccessDeniedError, match=r"run/a\.bin: access denied .*s3:GetObject"):
+    with pytest.raises(AccessDeniedError, match=r"run/a\.bin: access denied .*sent unsigned"):
         read(stranger, "a.bin", 0, 10, stamp)
 
 
@@ -520,6 +522,25 @@ def test_each_page_of_a_listing_has_attempts_of_its_own(
     proxy.fail("list", "html", times=3)
     assert [left.key for left in store.half_written() or ()] == ["upload"]
     assert store.num_retries == 33
+
+
+def test_a_page_of_html_for_a_listing_is_called_so(store: RemoteStore, proxy: FaultyProxy) -> None:
+    proxy.fail("GET", "html", times=4)
+
+    with pytest.raises(StorageError, match=r"after 4 attempts: a page of HTML came.*; the endpoint is http") as told:
+        store.list()
+    assert "500" not in str(told.value)
+
+
+def test_an_etag_that_is_another_once_is_asked_for_again(store: RemoteStore, proxy: FaultyProxy) -> None:
+    proxy.fail("HEAD", "wrong-etag")
+    with store.create("big.bin") as sink:
+        sink.write(bytes(17 << 20))
+    stamp = store.stamp("big.bin")
+    proxy.fail("GET", "wrong-etag")
+
+    assert bytes(10) == read(store, "big.bin", 5, 10, stamp)
+    assert not any(proxy.faults.values())
 
 
 def _self_signed(certificate: Path) -> ssl.SSLContext:

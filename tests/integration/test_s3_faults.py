@@ -206,6 +206,28 @@ def test_a_listing_that_lags_behind_ends_no_merge(place: Place, digests: dict[st
     assert place.proxy.met["head", "gone"] == 2
 
 
+def test_a_shard_whose_upload_met_a_senseless_answer_is_merged_again(place: Place, digests: dict[str, str]) -> None:
+    """obstore asks for a part, and the end of an upload, once where the answer is none of S3."""
+    place.proxy.fail("part", "html", after=2)
+    place.proxy.fail("complete", "empty", after=2)
+    place.proxy.fail("head", "wrong-etag", after=2)
+    place.proxy.fail("GET", "wrong-etag", after=20)
+
+    assert digests == shards(place.merge())
+    assert place.proxy.steps.count("create") == len(digests) + 2
+    assert sum(place.proxy.met.values()) == 4
+
+
+def test_uploads_that_always_break_end_with_exit_3(place: Place, digests: dict[str, str]) -> None:
+    place.proxy.outages.append(Outage("complete", "model-00003", "html"))
+
+    with pytest.raises(StorageError, match=r"cannot write .*model-00003.*; run again to resume"):
+        place.merge()
+    assert sum("model-00003" in words and "POST" in words for words in place.proxy.requests) == 2 * places.MAX_UPLOADS
+    place.proxy.outages.clear()
+    assert digests == shards(place.merge())
+
+
 def test_an_etag_that_was_wrong_while_planning_leaves_no_claim(place: Place, digests: dict[str, str]) -> None:
     inputs = Inputs.open(load_recipe(str(place.recipe)))
     files = inputs.checkpoints[1].files
