@@ -18,6 +18,9 @@ _CODE_DTYPES = frozenset(
 _SCALE = re.compile(r"(^|[._])(scale|scales|scale_inv|scale_2|absmax|scb|qscale_weight|weight_scales?\w*)$", re.I)
 _TABLE = re.compile(r"(^|[._])(q?zeros?|zero_point|g_idx|shape|format|q_scale|q_groups?|q_group_map|q_invperm|q_perm)$")
 """Integers beside codes and scales."""
+_SCALES_OF_CODES = ("weight_scale_inv", ".weight_scale", "_proj_scale_inv")
+_SCALES_OF_WEIGHTS = (*_SCALES_OF_CODES, ".SCB", ".weight.absmax")
+"""Ends of the names of scales; those after the first three are beside weights of several formats."""
 _KEPT_PLAIN = re.compile(r"(^|[._])bias$")
 """Beside codes, but a tensor of plain numbers."""
 
@@ -88,14 +91,24 @@ def packed_weights(specs: Specs) -> tuple[PackedWeights, ...]:
     return tuple(PackedWeights(name, tuple(found), _parts(modules, found)) for name, found in codes.items())
 
 
-def scales_of_plain_weights(specs: Specs) -> tuple[str, ...]:
-    """Return the scales beside weights of plain numbers: codes that were cast, or scales that were applied."""
-    scales = [name for name in specs if name.endswith((".weight_scale_inv", ".weight_scale", ".SCB", ".weight.absmax"))]
-    return tuple(name for name in scales if (weight := specs.get(_weight_of(name))) and weight.kind == "float")
+def leftover_scales(specs: Specs) -> tuple[list[str], list[str]]:
+    """Return the scales that belong to no codes: beside weights of plain numbers, and of weights that are not there.
+
+    Those of codes that are read are no tensors of a checkpoint.
+    """
+    beside, alone = list[str](), list[str]()
+    for name in specs:
+        if name.endswith(_SCALES_OF_WEIGHTS):
+            weight = specs.get(_weight_of(name))
+            if weight is not None and weight.kind == "float":
+                beside.append(name)
+            elif weight is None and name.endswith(_SCALES_OF_CODES) and f"{_weight_of(name)}_packed" not in specs:
+                alone.append(name)
+    return beside, alone
 
 
 def _weight_of(scale: str) -> str:
-    return f"{re.sub(r'[.](weight_scale(_inv)?|SCB|weight[.]absmax)$', '', scale)}.weight"
+    return re.sub(r"_scale(_inv)?$|[.]absmax$", "", re.sub(r"[.]SCB$", ".weight_scale", scale))
 
 
 def by_module(specs: Specs) -> dict[str, dict[str, TensorSpec]]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 from stockflow.checkpoints.decodes.stored import BlockScaled, Codes, Decode, GroupScaled, Whole
 from stockflow.checkpoints.files.header import DTYPES, TensorSpec
@@ -51,13 +52,35 @@ class Stored:
         return self.parts[0].name.endswith(BLOCKS)
 
 
+class Scheme(NamedTuple):
+    """What a config says of the codes of some modules; None where it says nothing."""
+
+    bits: int | None = None
+    group: int | None = None
+    type: str | None = None
+    """``int`` or ``float``"""
+    symmetric: bool | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Hints:
     """What a config says of quantised weights."""
 
     block: tuple[int, int] | None = None
-    group: int | None = None
-    bits: int | None = None
+    schemes: tuple[Scheme, ...] = ()
+
+    def allows(self, type_: str) -> bool:
+        """Return whether there may be codes of four bits without zero points."""
+        return not self.schemes or any(self._of_four_bits(type_))
+
+    def groups(self, type_: str) -> Iterator[int]:
+        """Yield how many of such codes have a scale together, as far as that is said."""
+        yield from (scheme.group for scheme in self._of_four_bits(type_) if scheme.group)
+
+    def _of_four_bits(self, type_: str) -> Iterator[Scheme]:
+        for scheme in self.schemes:
+            if scheme.bits in (None, 4) and scheme.type in (None, type_) and scheme.symmetric is not False:
+                yield scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +107,24 @@ def sized_by(specs: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
 def hints_of(config: Mapping[str, object] | None) -> Hints:
     """Return what a config says, at its top or in the config of its language model."""
     for said in _quantizations(config or {}):
-        block, group, bits = said.get("weight_block_size"), said.get("group_size"), said.get("bits")
-        for weights in _schemes(said):
+        block, schemes = said.get("weight_block_size"), list(_schemes(said))
+        for weights in schemes:
             block = block or weights.get("block_structure")
-            group, bits = group or weights.get("group_size"), bits or weights.get("num_bits")
         is_block = isinstance(block, list) and len(block) == 2 and all(_is_size(size) for size in block)
-        return Hints(
-            (block[0], block[1]) if is_block and isinstance(block, list) else None,
-            group if isinstance(group, int) and _is_size(group) else None,
-            bits if isinstance(bits, int) and _is_size(bits) else None,
-        )
+        known = (scheme for scheme in map(_scheme, schemes or [said]) if scheme != Scheme())
+        return Hints((block[0], block[1]) if is_block and isinstance(block, list) else None, tuple(known))
     return Hints()
+
+
+def _scheme(said: Mapping[str, object]) -> Scheme:
+    bits, group = said.get("num_bits", said.get("bits")), said.get("group_size")
+    type_, symmetric = said.get("type"), said.get("symmetric")
+    return Scheme(
+        bits if isinstance(bits, int) and _is_size(bits) else None,
+        group if isinstance(group, int) and _is_size(group) else None,
+        type_ if isinstance(type_, str) else None,
+        symmetric if isinstance(symmetric, bool) else None,
+    )
 
 
 def tensors_of(specs: Mapping[str, TensorSpec], hints: Hints, shapes: Mapping[str, Shape], where: str) -> Tensors:
@@ -248,19 +278,18 @@ def _compressed(code: TensorSpec, siblings: Siblings, hints: Hints, shapes: Mapp
         or {"weight_zero_point", "weight_g_idx"} & set(siblings)
     ):
         return None
-    if code.dtype == "U8":
+    if code.dtype == "U8" and hints.allows("float"):
         group = NV_GROUP if whole is not None else MX_GROUP
         return _nibbles("weight", code, scale, group, whole=whole, does="divides", beside=beside)
-    if code.dtype != "I32" or scale.kind != "float" or hints.bits not in (None, 4):
+    if code.dtype != "I32" or scale.kind != "float" or not hints.allows("int"):
         return None
     room, num_groups = 8 * code.shape[1], scale.shape[1]
-    group = hints.group or (room // num_groups if num_groups and room % num_groups == 0 else 0)
     known = shapes.get(size.name) if size is not None else None
-    columns = known[-1] if known else room
-    if num_groups == 1:
-        group = columns
-    if not group or -(-columns // group) != num_groups or not room - 8 < columns <= room:
-        return _no_groups(code, scale, hints.group, known)
+    columns, asked = known[-1] if known else room, list(hints.groups("int"))
+    derived = columns if num_groups == 1 else room // num_groups if num_groups and room % num_groups == 0 else 0
+    group = next((each for each in asked or [derived] if each and -(-columns // each) == num_groups), 0)
+    if not group or not room - 8 < columns <= room or (known and known[0] != code.shape[0]):
+        return _no_groups(code, scale, asked[0] if asked else None, known)
     stored = group_scaled("I32", "I4", scale.dtype, group, columns)
     return "weight", (code.shape[0], columns), Stored(stored, (code, scale), beside)
 

@@ -51,7 +51,7 @@ def numbers_of_nibbles(codes: str, working: str) -> Values:
 
 def powers_of_two(exponents_S: Bytes, working: str) -> Values:
     """Return the scales that exponents of eight bits (E8M0) stand for; 255 is no number. Source: OCP, as above."""
-    powers_S = np.ldexp(np.ones(len(exponents_S), working), exponents_S.astype(np.int32) - 127)
+    powers_S = np.ldexp(np.ones(len(exponents_S), working), np.minimum(exponents_S, 254).astype(np.int32) - 127)
     powers_S[exponents_S == 255] = np.nan
     return powers_S.astype(working)
 

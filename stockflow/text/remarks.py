@@ -32,7 +32,7 @@ CODES: Mapping[str, str] = {
     "index-data": "index data that is stored as floats",
     "index-disagrees": "tensors that an index lists and no file holds, or that files hold and the index does not list",
     "left-out": "files of a model that no loader of the output needs",
-    "leftover-scales": "scales beside weights of plain numbers",
+    "leftover-scales": "scales beside weights of plain numbers, or without the weights they belong to",
     "local-revision": "the revision of a model that is a folder, which has none",
     "matches-nothing": "a rule, or a filter of a parameter, that no tensor's name contains",
     "missing-files": "code and modules that the configs which go out name, and that are not there",

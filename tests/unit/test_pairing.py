@@ -4,7 +4,8 @@ import pytest
 
 from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.quantised import Hints, Tensors, hints_of, tensors_of
+from stockflow.checkpoints.packed import leftover_scales
+from stockflow.checkpoints.quantised import Hints, Scheme, Tensors, hints_of, tensors_of
 from stockflow.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -139,10 +140,66 @@ def test_scales_of_activations_are_no_weights() -> None:
 
 def test_a_config_says_blocks_and_groups_wherever_it_has_them() -> None:
     assert hints_of({"quantization_config": {"weight_block_size": [128, 64]}}) == Hints((128, 64))
-    assert hints_of({"text_config": {"quantization_config": {"bits": 4, "group_size": 32}}}) == Hints(None, 32, 4)
+    assert hints_of({"text_config": {"quantization_config": {"bits": 4, "group_size": 32}}}) == Hints(
+        None, (Scheme(4, 32),)
+    )
     weights = {"num_bits": 8, "block_structure": [64, 64]}
     assert hints_of({"compression_config": {"config_groups": {"FP8_BLOCK": {"weights": weights}}}}) == Hints(
-        (64, 64), None, 8
+        (64, 64), (Scheme(8),)
     )
     assert hints_of({"quantization_config": {"weight_block_size": None, "group_size": True}}) == Hints()
     assert hints_of(None) == Hints()
+
+
+INT4 = {"num_bits": 4, "group_size": 32, "type": "int", "symmetric": True}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("said", "is_read"),
+    [
+        ([INT4], True),
+        ([FP8, INT4], True),
+        ([INT4, FP8], True),
+        ([FP8], False),
+        ([{**INT4, "symmetric": False}], False),
+        ([{**INT4, "type": "float"}], False),
+        ([{**INT4, "num_bits": 8}], False),
+    ],
+)
+def test_words_of_eight_codes_are_read_where_a_scheme_of_the_config_is_of_such(
+    said: list[object], is_read: bool
+) -> None:
+    groups = {f"group_{number}": {"weights": weights} for number, weights in enumerate(said)}
+    hints = hints_of({"quantization_config": {"config_groups": groups}})
+    found = paired(hints, weight_packed=("I32", (16, 8)), weight_scale=("BF16", (16, 2)))
+
+    assert bool(found.stored) == is_read
+
+
+def test_nibbles_in_bytes_are_no_integers_and_a_scale_of_a_row_is_none_of_a_group() -> None:
+    hints = hints_of({"quantization_config": {"config_groups": {"a": {"weights": INT4}}}})
+
+    assert not paired(hints, weight_packed=("U8", (16, 32)), weight_scale=("U8", (16, 2))).stored
+    with pytest.raises(CheckpointError, match="32 columns to a scale"):
+        paired(hints, weight_packed=("I32", (16, 8)), weight_scale=("BF16", (16, 1)))
+
+
+@pytest.mark.parametrize("shape", [(12, 64), (16, 32), (16, 72)])
+def test_a_shape_that_its_codes_do_not_have_is_refused(shape: Shape) -> None:
+    tensors = {"weight_packed": ("I32", (16, 8)), "weight_scale": ("BF16", (16, 2)), "weight_shape": ("I64", (2,))}
+    specs = {f"{M}.{own}": TensorSpec(f"{M}.{own}", dtype, shape) for own, (dtype, shape) in tensors.items()}
+
+    with pytest.raises(CheckpointError, match="these do not go together"):
+        tensors_of(specs, Hints(), {f"{M}.weight_shape": shape}, "there")
+
+
+def test_scales_without_their_codes_are_left_over() -> None:
+    specs = {
+        name: TensorSpec(name, "F32", (2, 2))
+        for name in ("a.weight", "a.weight_scale_inv", "b.weight_scale", "c.gate_up_proj_scale_inv", "d.rope_scale")
+    }
+    packed = {"e.weight_packed": TensorSpec("e.weight_packed", "I32", (2, 2))}
+    packed["e.weight_scale"] = TensorSpec("e.weight_scale", "F32", (2, 2))
+
+    assert leftover_scales(specs | packed) == (["a.weight_scale_inv"], ["b.weight_scale", "c.gate_up_proj_scale_inv"])

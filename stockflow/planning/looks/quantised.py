@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from stockflow.checkpoints import packed
 from stockflow.checkpoints.configs import quantization_keys
 from stockflow.checkpoints.decodes.low_rank import codes_within
-from stockflow.checkpoints.packed import scales_of_plain_weights
 from stockflow.checkpoints.quantised import STATIC_SCALES
 from stockflow.planning.formats import QUANTIZATION_FILE, has_codes, outputs_of
 from stockflow.planning.looks.proposal import Proposal
@@ -93,16 +93,22 @@ def averaged_scales(proposal: Proposal) -> Iterator[Remark]:
 
 
 def leftover_scales(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which models have scales beside weights of plain numbers: one of the two is not what its name says."""
+    """Yield which models have scales that belong to no codes: part of such a model is missing, or not what it says."""
     by_layout = {id(each.specs): each.specs for each in proposal.checkpoints}
-    scales = {layout: scales_of_plain_weights(specs) for layout, specs in by_layout.items()}
+    scales = {layout: packed.leftover_scales(specs) for layout, specs in by_layout.items()}
     for checkpoint in proposal.checkpoints:
-        names = [name for name in scales[id(checkpoint.specs)] if not proposal.is_skipped(name)]
-        if names:
-            url = redact(checkpoint.url)
+        url, found = redact(checkpoint.url), scales[id(checkpoint.specs)]
+        beside, alone = ([name for name in names if not proposal.is_skipped(name)] for names in found)
+        if beside:
             text = (
-                f"{url} has {counted(len(names), 'scale')} such as {in_a_line(names[0])} beside weights of plain "
+                f"{url} has {counted(len(beside), 'scale')} such as {in_a_line(beside[0])} beside weights of plain "
                 "numbers: if these are codes that were cast without their scales, this is no model; give the 16-bit "
                 "original. If the scales were applied and left behind, a rule with `action: skip` leaves them out"
             )
-            yield Remark("leftover-scales", text, "refusal", (url,), tuple(names))
+            yield Remark("leftover-scales", text, "refusal", (url,), tuple(beside))
+        if alone:
+            text = (
+                f"{url} has {counted(len(alone), 'scale')} such as {in_a_line(alone[0])} and not the weights that they "
+                "belong to: fetch or copy the model again. If it has none, a rule with `action: skip` leaves them out"
+            )
+            yield Remark("leftover-scales", text, "refusal", (url,), tuple(alone))
