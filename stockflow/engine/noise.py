@@ -7,6 +7,7 @@ The begin of each span is looked at.
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,10 +80,17 @@ def look(span: LoadedPiece) -> list[Seen]:
                 float(changes_E @ changes_E),
                 int(np.count_nonzero(shares_E >= 0.5)),
                 num,
-                float(np.median(shares_E)),
+                _median(shares_E),
             )
         )
     return found
+
+
+def _median(values_E: Any) -> float:
+    """Return the median of a few numbers: numpy's own takes twenty times as long over them."""
+    middle = len(values_E) // 2
+    sorted_E = np.partition(values_E, [middle - 1, middle] if middle else middle)
+    return float(sorted_E[middle] if len(values_E) % 2 else 0.5 * (sorted_E[middle - 1] + sorted_E[middle]))
 
 
 def facts_of(seen: Iterable[Seen]) -> dict[str, float]:
@@ -94,7 +102,7 @@ def facts_of(seen: Iterable[Seen]) -> dict[str, float]:
         return {}
     signals = [ratio for each in by_model.values() if (ratio := _signal(each)) is not None]
     changed = [sum(one.num_changed for one in each) / sum(one.num_elems for one in each) for each in by_model.values()]
-    medians = [float(np.median([one.median_step for one in each])) for each in by_model.values()]
+    medians = [statistics.median(one.median_step for one in each) for each in by_model.values()]
     facts = {"changed_codes": float(np.mean(changed)), "median_step": min(medians)}
     return facts | ({"rounding_signal": min(signals)} if signals else {})
 
