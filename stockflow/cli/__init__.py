@@ -3,19 +3,21 @@
 import gc
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from stockflow.cli.cluster import status, submit
-from stockflow.cli.exits import with_errors_somewhere
+from stockflow.cli.exits import exit_codes, prepare_streams, say, tell
 from stockflow.cli.extracting import extract
 from stockflow.cli.looking import audit, clean, diff, inspect, report, verify
 from stockflow.cli.mergekit import mergekit_yaml
 from stockflow.cli.merging import demo, merge
 from stockflow.cli.planning import calibrate, plan
 from stockflow.cli.recipes import lint, schema
+from stockflow.errors import EXIT_USER
 from stockflow.version import __version__
 
 app = typer.Typer(
@@ -32,7 +34,8 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"stockflow {__version__}")
+        with exit_codes():
+            say(f"stockflow {__version__}")
         raise typer.Exit
 
 
@@ -61,8 +64,12 @@ def main() -> None:
     """Run the command line."""
     # Importing makes some hundred thousand objects that stay; walking them again and again took a fifth of the start.
     gc.set_threshold(200_000, 20, 20)
-    with_errors_somewhere()
+    prepare_streams()
     os.environ.setdefault(
         "OPENBLAS_NUM_THREADS", "1"
     )  # matrices are multiplied on threads of ours; idle ones of numpy spin
-    app()
+    try:
+        app()
+    except OSError as error:  # of --help; commands have told theirs
+        tell(f"stockflow: cannot write to standard output: {error.strerror or error}")
+        sys.exit(EXIT_USER)

@@ -168,7 +168,7 @@ def _say_how_to_go_on(jobs: "Jobs", job_id: str, output: str) -> None:
 
 
 def _print(text: str) -> None:
-    say(text, end="", flush=True)
+    say(text, end="")
 
 
 def _note(text: str) -> None:
@@ -197,11 +197,11 @@ def status(
         store = open_store(output, storage_of(recipe))
         found = _await_begin(store) if watch else read_status(store)
         while watch and not found.is_over:
-            say(json.dumps(found.facts()) if as_json else status_line(found), flush=True)
+            say(json.dumps(found.facts()) if as_json else status_line(found))
             time.sleep(interval)
             found = read_status(store)
         if as_json:
-            print(json.dumps(found.facts(), indent=None if watch else 1))
+            say(json.dumps(found.facts(), indent=None if watch else 1))
         else:
             say("\n".join(status_lines(found)))
         if (watch or found.is_killed) and (code := exit_code(found)):

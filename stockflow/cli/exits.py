@@ -4,12 +4,13 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 import typer
 
-from stockflow.errors import EXIT_BUG, EXIT_USER, StockflowError
+from stockflow.errors import EXIT_BUG, EXIT_USER, StockflowError, UserError
 from stockflow.text.escaping import printable
 from stockflow.text.redaction import without_secrets
 
@@ -20,9 +21,31 @@ MAX_SAID = 200
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def say(text: object, *, end: str = "\n", flush: bool = False) -> None:
+class UnheardError(UserError):
+    """Standard output cannot be written to."""
+
+
+def say(text: object, *, end: str = "\n") -> None:
     """Print to standard output; strangers' names may be part of it."""
-    print(printable(text), end=end, flush=flush)
+    write((printable(text), end))
+
+
+def write(parts: Iterable[str]) -> None:
+    """Write to standard output as it is, and at once.
+
+    Raises:
+        UnheardError: it is closed, or full.
+        BrokenPipeError: nobody reads it.
+    """
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
+        sys.stdout.writelines(parts)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UnheardError(f"cannot write to standard output: {error.strerror or error}") from None
 
 
 def tell(text: object) -> None:
@@ -30,8 +53,10 @@ def tell(text: object) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def with_errors_somewhere() -> None:
-    """Let a process that was started without standard error say its errors to nobody, not to standard output."""
+def prepare_streams() -> None:
+    """Let a process say what its streams cannot encode, and without standard error its errors to nobody."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 

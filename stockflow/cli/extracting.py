@@ -28,4 +28,4 @@ def extract(
     from stockflow import api
 
     found = api.extract(base, tuned, output, recipe=recipe, on_event=told.on_event, **settings)
-    return Answer(lambda: found, facts_of(found))
+    return Answer(lambda: found, facts_of(found), is_kept=True)

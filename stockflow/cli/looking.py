@@ -50,7 +50,7 @@ def inspect(recipe: RecipeArgument, told: Told, out: Out = None, **settings: Unp
         from stockflow.output.tables import INSPECTION_SCHEMA, encode_rows
 
         _publish(folder, "inspect", encode_rows(found.rows(), INSPECTION_SCHEMA), json_parts(found), told)
-    next_one = f"next: {command_line('stockflow', 'plan', recipe)} OUTPUT says what the merge would take"
+    next_one = f"next: {command_line('stockflow', 'plan', recipe)} OUTPUT  # says what the merge would take"
     return Answer(
         lambda: "\n".join((str(found), *_where_rows_are(out, "inspect"), next_one)), lambda: json_parts(found)
     )

@@ -39,7 +39,7 @@ def merged(recipe: "RecipeLike", output: str, told: Told, settings: MergeSetting
     from stockflow import api
 
     result = api.merge(recipe, output, on_event=told.on_event, **settings)
-    return Answer(lambda: result, facts_of(result))
+    return Answer(lambda: result, facts_of(result), is_kept=True)
 
 
 @command(

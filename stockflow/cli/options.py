@@ -1,9 +1,7 @@
 """What commands share: arguments, options made of settings, how they tell of their progress and print their answer."""
 
-import errno
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, g
 
 import typer
 
-from stockflow.cli.exits import exit_codes, say, tell
+from stockflow.cli.exits import UnheardError, exit_codes, say, tell, write
 from stockflow.errors import EXIT_BUG, EXIT_USER, RecipeError, UserError
 from stockflow.settings import Setting, checked, choices_of, flag_of, settings_of
 from stockflow.text.redaction import redact
@@ -98,6 +96,8 @@ class Answer:
     code: int = 0
     insists: bool = False
     """whether ``--quiet`` does not keep it from speaking"""
+    is_kept: bool = False
+    """whether what was done is there, whoever hears of it"""
     asides: Sequence[str] = ()
     """lines for standard error, whatever is printed"""
 
@@ -140,11 +140,9 @@ def command(
                 answer = function(**given, told=told)
             try:
                 _print(answer, told)
-            except BrokenPipeError:
-                raise
-            except OSError as error:  # what was done is done, whoever reads of it
-                tell(f"stockflow: cannot write to standard output: {error.strerror or error}")
-                raise typer.Exit(answer.code or (0 if resumes else EXIT_USER)) from None
+            except UnheardError as error:
+                tell(f"stockflow: {error}")
+                raise typer.Exit(answer.code or (0 if answer.is_kept else EXIT_USER)) from None
             for aside in answer.asides:
                 tell(aside)
             if answer.code:
@@ -211,13 +209,10 @@ def _option(name: str, declared: Any, setting: Setting, default: object) -> Para
 
 
 def _print(answer: Answer, told: Told) -> None:
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, "it is closed")
     if told.as_json:
-        sys.stdout.writelines(answer.json_parts())
-        sys.stdout.flush()
+        write(answer.json_parts())
     elif answer.insists or not told.quiet:
-        say(answer.words(), flush=True)
+        say(answer.words())
 
 
 @contextmanager

@@ -29,10 +29,10 @@ def lint(
         found = list(linting.lint(recipes))
         counts = linting.counts_of(found)
         if as_json:
-            print(json.dumps({"recipes": [linting.facts_of(each) for each in found], "counts": counts}, indent=1))
+            say(json.dumps({"recipes": [linting.facts_of(each) for each in found], "counts": counts}, indent=1))
         else:
             say("\n".join(line for each in found for line in linting.lines_of(each)))
-            say(linting.in_a_sentence(counts), flush=True)
+            say(linting.in_a_sentence(counts))
         if counts["refused"] or counts["unsupported"] or (strict and counts["warned"]):
             raise typer.Exit(EXIT_USER)
 
@@ -42,4 +42,4 @@ def schema() -> None:
     from stockflow.recipe import recipe_schema
 
     with exit_codes():
-        print(json.dumps(recipe_schema(), indent=1), flush=True)
+        say(json.dumps(recipe_schema(), indent=1))

@@ -200,7 +200,7 @@ class CheckpointDifference:
         yield f"  tensors, the relatively farthest first{_cut(num_differing, NUM_FARTHEST)}"
         for tensor in self.differing[:NUM_FARTHEST]:
             yield f"    {in_a_line(tensor.name)}: {in_words(tensor)}"
-        yield f"next: {command_line('stockflow', 'diff', self.url_a, self.url_b, '--json')} lists every tensor"
+        yield f"next: {command_line('stockflow', 'diff', self.url_a, self.url_b, '--json')}  # lists every tensor"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -304,5 +304,5 @@ def summary_lines(result: Verification) -> Sequence[str]:
     return [
         f"verified {redact(result.output_url)}: {counted(result.num_files, 'file')}, "
         f"{counted(result.num_tensors, 'tensor')}, {gb(result.num_bytes)}, all as the manifest says",
-        *(sampled or ([] if result.is_adapter else [f"next: {again} merges a share again"])),
+        *(sampled or ([] if result.is_adapter else [f"next: {again}  # merges a share again"])),
     ]

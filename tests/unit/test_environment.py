@@ -118,6 +118,8 @@ def test_what_may_be_ours_keeps_its_traceback(error: Exception) -> None:
     [
         ("plan {recipe} out > /dev/full", "stockflow: cannot write to standard output: No space left on device\n"),
         ("plan {recipe} out >&-", "stockflow: cannot write to standard output: it is closed\n"),
+        ("schema >&-", "stockflow: cannot write to standard output: it is closed\n"),
+        ("--help > /dev/full", "stockflow: cannot write to standard output: No space left on device\n"),
         ("plan r.yaml out", "stockflow: 'r.yaml' is relative to the current folder, which was removed"),
     ],
 )
@@ -126,7 +128,7 @@ def test_streams_and_folders_that_are_gone_are_told_in_a_sentence(
 ) -> None:
     (tmp_path / "gone").mkdir()
     recipe = Path(inputs.stores[0].url).parent / "r.yaml"
-    leave = "rmdir ../gone; " if "{recipe}" not in shell else ""
+    leave = "rmdir ../gone; " if "r.yaml" in shell else ""
     command = f"{leave}exec {sys.executable} -m stockflow {shell.format(recipe=recipe)}"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
@@ -136,3 +138,13 @@ def test_streams_and_folders_that_are_gone_are_told_in_a_sentence(
 
     said = [line for line in ended.stderr.splitlines(keepends=True) if line.startswith("stockflow: ")]
     assert (ended.returncode, [line.startswith(told) for line in said]) == (2, [True]), ended.stderr
+
+
+def test_letters_that_a_terminal_does_not_have_are_spelt_out(tmp_path: Path) -> None:
+    (tmp_path / "\u00e9.yaml").write_text("merge_method: linear\nmodels: []\n")
+    words = [sys.executable, "-m", "stockflow", "lint", "\u00e9.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii"}
+
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert (ended.returncode, "\\xe9.yaml: refused" in ended.stdout) == (2, True), ended.stderr
