@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
 import yaml
@@ -54,7 +55,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 _KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 import stockflow
 from stockflow.adapters import pieces
 from stockflow.events import Done
@@ -68,8 +69,15 @@ def tell(event):
         if len(done) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-stockflow.extract(*sys.argv[1:], rank=4, keep_whole=True, workers=1, on_event=tell)
+stockflow.extract(*sys.argv[1:4], rank=4, keep_whole=True, workers=1, on_event=tell, **json.loads(sys.argv[4]))
 """
+
+
+def killed_midway(places: list[str], **settings: Any) -> None:
+    """Extract in a process of its own that is killed after four of the matrices."""
+    words = [sys.executable, "-c", _KILLED, *places, json.dumps(settings)]
+    killed = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def test_an_extraction_that_is_killed_goes_on_and_ends_with_equal_bytes(tmp_path: Path) -> None:
@@ -77,9 +85,8 @@ def test_an_extraction_that_is_killed_goes_on_and_ends_with_equal_bytes(tmp_path
     out = tmp_path / "out"
     whole = extracted([*places[:2], str(tmp_path / "at-once")])
 
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *places], capture_output=True, text=True, check=False)
+    killed_midway(places)
 
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (out / "adapter_config.json").exists()
     status = json.loads(run("status", out, "--json").stdout)
     assert (status["state"], status["bytes_done"] > 0) == ("running", True), "seen a moment ago"
@@ -94,6 +101,38 @@ def test_an_extraction_that_is_killed_goes_on_and_ends_with_equal_bytes(tmp_path
     assert (resumed.tensors, resumed.num_equal, resumed.energy) == (whole.tensors, whole.num_equal, whole.energy)
     assert not list(out.rglob("factors/*")), "nothing is left of what was kept meanwhile"
     assert run("verify", out).exit_code == 0
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_an_extraction_that_is_killed_goes_on_in_a_bucket(
+    executor: str, s3_endpoint: str, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    extracted([*write(tmp_path)[:2], str(tmp_path / "at-once")])
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for path in [path for name in PLACES[:2] for path in (tmp_path / name).iterdir()]:
+        client.upload_file(str(path), s3_bucket, f"{path.parent.name}/{path.name}")
+    places = [f"s3://{s3_bucket}/{place}" for place in PLACES]
+    storage = {"storage": {f"s3://{s3_bucket}": {"endpoint": s3_endpoint}}}
+    recipe = {"merge_method": "passthrough", "models": [{"model": "x/y"}], "stockflow": storage}
+    killed_midway(places, recipe=recipe, executor=executor)
+
+    read: list[str] = []
+    extracted(
+        places,
+        recipe=recipe,
+        executor=executor,
+        on_event=lambda event: read.append(event.item) if isinstance(event, Done) else None,
+    )
+
+    assert 0 < len([item for item in read if item in NAMES]) < len(NAMES), "some are not looked at again"
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=s3_bucket, Prefix="out/")
+    left = {entry["Key"].removeprefix("out/") for page in pages for entry in page["Contents"]}
+    assert not [key for key in left if "/factors/" in key], "nothing is left of what was kept meanwhile"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        body = client.get_object(Bucket=s3_bucket, Key=f"out/{name}")["Body"].read()
+        expected = (tmp_path / "at-once" / name).read_bytes()
+        assert body == expected.replace(str(tmp_path).encode(), f"s3://{s3_bucket}".encode())
 
 
 def stops_after(number: int) -> Callable[[Event], None]:
