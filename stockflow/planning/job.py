@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from stockflow.checkpoints.decodes.joined import as_bytes, is_verbatim, kernels_of
+from stockflow.checkpoints.decodes.joined import as_bytes, is_uncoded, is_verbatim, kernels_of
 from stockflow.checkpoints.decodes.low_rank import LowRank, is_known_change
 from stockflow.checkpoints.decodes.stored import (
     BlockScaled,
@@ -378,7 +378,8 @@ def merging(
     declared = METHODS.get(method)
     whole_rows = declared is not None and isinstance(declared.rule, Elementwise) and declared.rule.whole_rows
     reading = Reading(output.name, output.shape, operands, scope, working, whole_rows)
-    ranked = float_bits_of((output.dtype, *dtypes))
+    is_exact = all(is_uncoded(operand.decode) for operand in operands)  # else float32 would round what is decoded
+    ranked = float_bits_of((output.dtype, *dtypes)) if is_exact else working
     return TensorJob(reading, (Result((output,), plain(output.dtype), method, parameters, ranked, working),))
 
 

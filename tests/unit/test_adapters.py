@@ -648,3 +648,18 @@ def test_tensors_that_make_no_sense_are_told_in_a_sentence(
 
     assert expected in said
     assert "\n" not in said
+
+
+def test_exactly_as_many_elements_are_kept_as_asked_for(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SHAPES)
+    models = [
+        {"model": f"{tmp_path}/base+{write_adapter(tmp_path / f'lora{seed}', adapters.linear(SHAPES, seed=seed))}"}
+        for seed in range(3)
+    ]
+    given = {"base_model": f"{tmp_path}/base", "parameters": {"select_topk": 0.3}}
+
+    found = merged(tmp_path, "", merge_method="sce", models=models, **given)
+
+    for name in adapters.linear(SHAPES).changes:
+        num_changed = int((found[name].array.reshape(base[name].shape) != base[name]).sum())
+        assert num_changed == int(0.3 * base[name].size), name
