@@ -11,6 +11,7 @@ from typing import Any
 
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.session import GROWTH_BYTES
+from stockflow.events import OnEvent, ignore
 from stockflow.planning.budget import BASELINE_BYTES
 from stockflow.run.driver import Merged, MergeOptions, merge
 from stockflow.run.inputs import Inputs
@@ -50,12 +51,13 @@ def merge_here(
     num_threads: int = 2,
     shard_size: int | None = None,
     overwrite: bool = False,
+    on_event: OnEvent = ignore,
 ) -> Merged:
     """Merge in this process, as if it were a fresh one, and return the result."""
     from stockflow.recipe import load_recipe
 
     options = MergeOptions(memory_bytes + grown_bytes(), num_threads, "cpu", shard_size, overwrite)
-    return merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process)
+    return merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process, on_event)
 
 
 def command(*arguments: object) -> list[str]:

@@ -57,6 +57,7 @@ class Chaos:
     def __init__(self, site: Site, random: Random, expected: dict[str, str], behind: StorageConfig) -> None:
         """Hold every end against ``expected`` digests by file, read with the options of ``behind``."""
         self._site, self._random, self._expected, self._behind = site, random, expected, behind
+        self._publish_s = site.publish_s
         self.kills: list[Kill] = []
         self.num_merges = 0
         """that came to their end, undisturbed at last"""
@@ -95,9 +96,24 @@ class Chaos:
             return self._sleep(running, moment_s * site.start_s)
         if target >= len(self._expected):
             reached = self._await(running, lambda: output.num_receipts() >= len(self._expected))
-            return reached and self._sleep(running, moment_s * site.publish_s)
+            if reached and not self._sleep(running, moment_s * self._publish_s):
+                self._publish_s /= 2  # it ends sooner on this machine
+            return running.poll() is None
         is_due: Callable[[], bool] = lambda: output.num_receipts() >= target and self._is_working(running, output)  # noqa: E731
-        return self._await(running, is_due) and self._sleep(running, moment_s * site.shard_s)
+        return self._await_within_a_shard(running, output, is_due, moment_s * site.shard_s)
+
+    def _await_within_a_shard(
+        self, running: Running, output: Output, is_due: Callable[[], bool], seconds: float
+    ) -> bool:
+        """Wait until a shard has been in work for so long; for half of it, where all end sooner on this machine."""
+        while self._await(running, is_due):
+            num_receipts = output.num_receipts()
+            if not self._sleep(running, seconds):
+                return False
+            if self._is_working(running, output) and (self._site.is_on_ray or output.num_receipts() == num_receipts):
+                return True
+            seconds /= 2
+        return False
 
     def _is_working(self, running: Running, output: Output) -> bool:
         return bool(ray_workers(running.pid)) if self._site.is_on_ray else output.is_busy()

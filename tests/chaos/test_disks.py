@@ -4,6 +4,7 @@ A small file system in memory stands for the disk; mounting one takes root.
 """
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from stockflow.errors import StorageError
+from stockflow.events import Event, Stage
 from tests.checkpoints import make_family, write_recipe
 from tests.runs import command, leftovers, merge_here, receipts, run, shard_digests
 
@@ -79,32 +82,54 @@ def used_bytes(folder: Path) -> int:
     return (state.f_blocks - state.f_bfree) * state.f_frsize
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9])
+def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(recipe: Path, disk: Disk, share: float) -> None:
+    output, needed = disk.folder / "out", _needed(recipe, disk)
+    disk.unmount()
+    disk.mount(f"size={max(int(share * needed) // 4096, 1) * 4096}")
+
+    refused = run(*arguments(recipe, output))
+
+    assert refused.returncode == 2, refused.stderr
+    assert f"{output} has no room for this output" in refused.stderr
+    assert list(disk.folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.985, 0.998])
 def test_a_full_disk_ends_the_merge_and_room_lets_it_resume(
     recipe: Path, digests: dict[str, str], disk: Disk, share: float
 ) -> None:
-    """Full before the claim, within a shard, at a receipt, among the last small files."""
+    """Filled by another after the first look: when merging begins, within a shard, at a receipt, in small files."""
     output = disk.folder / "out"
-    merge_here(recipe, output, shard_size=SHARD_SIZE)
-    needed = used_bytes(disk.folder)
-    disk.unmount()
-    disk.mount(f"size={max(int(share * needed) // 4096, 1) * 4096}")
+    needed = _needed(recipe, disk)
 
-    failed = run(*arguments(recipe, output))
+    def fill(event: Event) -> None:
+        if isinstance(event, Stage) and event.name == "merging":
+            disk.change(f"size={max(int(share * needed), used_bytes(disk.folder)) // 4096 * 4096}")
+
+    with pytest.raises(StorageError) as failed:
+        merge_here(recipe, output, shard_size=SHARD_SIZE, on_event=fill)
     left = leftovers(output)
     finished = receipts(output)
     is_published = (output / "manifest.json").exists()
     disk.change(f"size={ROOM}")
     resumed = run(*arguments(recipe, output), "--json")
 
-    assert failed.returncode == 3, failed.stderr
-    assert failed.stderr.endswith("No space left on device; free space on the disk and run again to resume\n")
-    assert f"stockflow: cannot write {output}" in failed.stderr.replace("cannot create", "cannot write")
+    assert str(failed.value).endswith("No space left on device; free space on the disk and run again to resume")
+    assert f"cannot write {output}" in str(failed.value).replace("cannot create", "cannot write")
     assert left == []
     assert not is_published
     assert resumed.returncode == 0, resumed.stderr
     assert f'"resumed_shards": {len(finished)}' in resumed.stdout
     assert shard_digests(output) == digests
+
+
+def _needed(recipe: Path, disk: Disk) -> int:
+    """Return what a disk holds after the merge, which is removed again."""
+    merge_here(recipe, disk.folder / "out", shard_size=SHARD_SIZE)
+    needed = used_bytes(disk.folder)
+    shutil.rmtree(disk.folder / "out")
+    return needed
 
 
 def test_a_target_that_is_read_only_is_said_at_once(recipe: Path, disk: Disk) -> None:
