@@ -74,6 +74,12 @@ def interruption(number: int) -> InterruptedRunError:
     return error
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """Return the interruption if one is behind an error: Ray turns what is raised within it into errors of its own."""
+    is_other = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
+    return interruption(_received[0]) if _received and is_other else error
+
+
 @contextmanager
 def finishing() -> Iterator[None]:
     """Let this thread go on trying: it cleans up. When the process must end is the watcher's business."""
@@ -124,9 +130,9 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _received or isinstance(error, InterruptedRunError):
+        if (cause := cause_of(error)) is error:
             raise
-        raise interruption(_received[0]) from error  # Ray turns what is raised within it into errors of its own
+        raise cause from error
     finally:
         _has_left.set()
         if not _received:  # otherwise the watcher sees to it that threads that hang keep nobody waiting

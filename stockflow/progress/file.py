@@ -17,7 +17,7 @@ from stockflow.errors import (
     exit_code_of,
 )
 from stockflow.events import Event
-from stockflow.interruption import finishing
+from stockflow.interruption import cause_of, finishing
 from stockflow.output import claims
 from stockflow.output.claims import HEARTBEAT_S
 from stockflow.output.keys import progress_key
@@ -195,7 +195,8 @@ def progress_file(store: Store, tracker: Tracker) -> Iterator[Callable[[], None]
         file.end_if_taken(error)
         raise
     except BaseException as error:
-        file.end("stopped" if exit_code_of(error) in (130, 143) else "failed", error)
+        cause = cause_of(error)
+        file.end("stopped" if exit_code_of(cause) in (130, 143) else "failed", cause)
         raise
     else:
         if file.was_written:

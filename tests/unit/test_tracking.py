@@ -1,5 +1,6 @@
 """What progress.json says, at times that the test chooses; the arithmetic is done again here."""
 
+import signal
 import threading
 from collections.abc import Collection
 from dataclasses import replace
@@ -213,6 +214,22 @@ def test_how_a_run_ended_is_reported(
     last = progress_record.read(store, plan.plan_id)
     assert last is not None
     assert (last.stage, last.exit_code, last.message, last.in_flight) == (stage, exit_code, message, ())
+
+
+def test_what_a_signal_became_on_its_way_through_ray_is_a_stop(
+    plan: MergePlan, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = merging(plan, Clock())
+    begin(tracker, plan, 0, "here:1")
+    monkeypatch.setattr("stockflow.interruption._received", [signal.SIGTERM])
+
+    with pytest.raises(SystemError), progress_file(store, tracker):
+        raise SystemError("returned a result with an exception set")
+
+    last = progress_record.read(store, plan.plan_id)
+    assert last is not None
+    assert (last.stage, last.exit_code) == ("stopped", 143)
+    assert last.message.startswith("stopped by SIGTERM; run the same command again")
 
 
 @pytest.mark.parametrize("owner", [None, "another plan", "this plan"])
