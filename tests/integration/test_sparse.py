@@ -150,8 +150,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 """Method, what the recipe says, what the oracle is told."""
 
-LEAST_SHARE = 0.9999
-"""Outputs that are the correctly rounded ones."""
+LEAST_SHARE = {"BF16": 0.9999, "F16": 0.999, "F32": 0.9999}
+"""Of a tensor, outputs that are the correctly rounded ones. F16 models differ by few distinct numbers: where one of
+these, weighted, lies within float32's error of a middle, all elements that have it are rounded the other way."""
 
 
 DTYPES = {"BF16": (BF16, "BF16"), "F16": (F16, "F16"), "F32": (F32, "F32"), "narrowed": (F32, "BF16")}
@@ -175,14 +176,12 @@ def test_a_merge_is_what_the_oracle_says(
 
     expected = oracle.merge_folder(method, family.base, family.tuned, out_dtype=out, **told)
     shares = {}
-    num_wrong = num_elems = 0
     for name in SPANNING:
         wrong = np.count_nonzero(oracle.ulp_distance(out, oracle.round_to(out, found[name].array), expected[name].bits))
         shares[name] = 1 - wrong / max(expected[name].out.size, 1)
-        num_wrong, num_elems = num_wrong + wrong, num_elems + expected[name].out.size
     worst = min(shares, key=shares.__getitem__)
-    print(f"FIGURES {method} {out}: {1 - num_wrong / num_elems:.6%}, worst {worst} {shares[worst]:.6%}")
-    assert num_wrong <= (1 - LEAST_SHARE) * num_elems
+    print(f"FIGURES {method} {out}: worst {worst} {shares[worst]:.6%}")
+    assert shares[worst] >= LEAST_SHARE[out]
 
 
 @pytest.mark.parametrize("case", CASES)

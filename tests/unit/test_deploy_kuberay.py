@@ -526,5 +526,5 @@ def test_the_driver_has_time_to_end_when_the_job_is_stopped(job: Any) -> None:
 
 def test_no_secret_is_written_down() -> None:
     for path in DEPLOY.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".pyc":
             assert not re.search(r"AKIA|SECRET_ACCESS_KEY|SESSION_TOKEN|auth_token: ", path.read_text()), path
