@@ -256,7 +256,7 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
     if absent and known.optional.is_lacked(names[0], [checkpoints[index] for index in absent]):
         return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes, is_part=is_part)
     if absent:
-        remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}, `action: skip` leaves {THEM} out"
+        remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}"
         told_of = [index for index in absent if stretch.numbers[index] not in known.explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
         return [_of_a_head(missing, stretch, told_of)] if told_of else []

@@ -181,6 +181,7 @@ def test_a_missing_tensor_is_refused_unless_a_rule_names_it(merge: Merge) -> Non
 
     assert f"'embed.weight' is missing in {merge.folders[1]}, {merge.folders[2]}" in found
     assert "one problem" in found
+    assert "skip" not in found, "what the base has, its class computes with"
     assert jobs_of(merge.plan(stockflow=rule(filter="embed", action="copy")))["embed.weight"].result.method == COPY
     assert "embed.weight" not in jobs_of(merge.plan(stockflow=rule(filter="embed", action="skip")))
 
