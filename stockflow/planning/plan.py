@@ -18,9 +18,10 @@ from stockflow.checkpoints.decodes.transposed import ByRows, Transposed, is_besi
 from stockflow.checkpoints.files.candidates import index_of
 from stockflow.checkpoints.files.header import TensorSpec, encode_header
 from stockflow.checkpoints.files.layout import folder_of
-from stockflow.methods.protocol import Scope
+from stockflow.methods.protocol import Elementwise, Scope
 from stockflow.planning.job import TensorJob
 from stockflow.planning.operands import Operand
+from stockflow.planning.working_precision import float_bits_of
 from stockflow.storage import Stamp, redact
 from stockflow.text.records import as_plain
 from stockflow.text.remarks import Remark
@@ -223,6 +224,7 @@ class MergePlan:
             **({"stacked": True} if self.is_stacked else {}),
             **({"rows": maps.rows} if maps.rows else {}),
             **({"decodes": maps.decodes} if maps.decodes else {}),
+            **({"ranked": "as decoded"} if maps.decodes and any(map(_ranks_as_decoded, self.jobs)) else {}),
             **({"written_files": written} if written else {}),
         }
 
@@ -300,6 +302,12 @@ def _canonical_job(job: TensorJob, settings: _Settings, maps: _Maps, place: Plac
         name, shape = reading.name, reading.shape
     row: list[object] = [name, written, shape, settings.number(job), dtypes]
     return row + [place(operand) for operand in reading.operands] if place else row
+
+
+def _ranks_as_decoded(job: TensorJob) -> bool:
+    """Whether magnitudes are ranked finer than what is stored is wide, as codes or factors are decoded so."""
+    stored = float_bits_of((job.output.dtype, *job.reading.dtypes))
+    return any(isinstance(each.declared.rule, Elementwise) and each.float_bits > stored for each in job.results)
 
 
 def with_beside(jobs: Iterable[TensorJob], names: Collection[str]) -> Iterator[TensorJob]:
