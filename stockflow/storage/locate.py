@@ -56,7 +56,8 @@ def normalize_url(location: str) -> str:
         if scheme in WRITABLE_SCHEMES and any(part in ("", ".", "..") for part in place.split("/")):
             raise RecipeError(f"{redact(location)} has an empty, `.` or `..` segment; write it without")
         return check_plain(f"{scheme}://{place}")
-    path = Path(unquote(urlsplit(location).path) if "://" in location else location).expanduser().absolute()
+    path = Path(unquote(urlsplit(location).path) if "://" in location else location)
+    path = (path.expanduser() if location.startswith("~") else path).absolute()  # `./~` is no home
     # A file of weights may be a link, into the blobs of the hub's cache, whose names say nothing.
     return check_plain(str(path.parent.resolve() / path.name if is_weights(str(path)) else path.resolve()))
 

@@ -452,6 +452,8 @@ def test_an_existing_folder_is_a_path_whatever_it_is_called(tmp_path: Path, monk
 
         assert resolve_location(name) == str(tmp_path / name)
         assert resolve_location(str(tmp_path / name)) == str(tmp_path / name)
+    for name in ("~", "~/x", "~nobody"):
+        assert resolve_location(f"./{name}") == str(tmp_path / name)
 
 
 def test_a_bare_name_that_is_no_folder_is_on_the_hub() -> None:
