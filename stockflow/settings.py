@@ -12,8 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature, cleandoc, signature
 from itertools import count
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal, Protocol, TypedDict, TypeVar, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, Protocol, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from stockflow.errors import PlanError, RecipeError
 
@@ -275,9 +276,30 @@ def checked(option: str, declared: Any, setting: Setting, value: Any) -> Any:
     choices = choices_of(declared)
     if choices and value not in choices:
         raise RecipeError(f"{option}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
+    is_free = not choices and setting.parse not in (num_bytes, labels_of)
+    if is_free and not any(_fits(kind, value) for kind in _kinds_of(declared)):
+        kinds = " or ".join(_WORDS.get(get_origin(kind) or kind, "a path") for kind in _kinds_of(declared))
+        raise RecipeError(f"{option}: expected {kinds}, found {value!r}")
     if setting.least is not None and value is not None and value < setting.least:
         raise RecipeError(f"{option}: expected at least {setting.least:g}, found {value}")
     return setting.parse(option, value) if setting.parse else value
+
+
+_WORDS = {
+    int: "an integer", float: "a number", bool: "True or False", str: "a text", NoneType: "None", Sequence: "a list",
+}  # fmt: skip
+
+
+def _kinds_of(declared: Any) -> tuple[Any, ...]:
+    return get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if get_origin(kind) is Sequence:
+        return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def as_words(given: Mapping[str, Any], *kinds: type) -> list[str]:
