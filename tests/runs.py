@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stockflow.engine.process import current_memory_bytes
 from stockflow.engine.session import GROWTH_BYTES
@@ -16,6 +16,9 @@ from stockflow.planning.budget import BASELINE_BYTES
 from stockflow.run.driver import Merged, MergeOptions, merge
 from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
+
+if TYPE_CHECKING:
+    from click.testing import Result
 
 REPOSITORY = Path(__file__).parent.parent
 MIB = 2**20
@@ -63,6 +66,15 @@ def merge_here(
 def command(*arguments: object) -> list[str]:
     """Return the command line of ``stockflow`` in this interpreter."""
     return [sys.executable, "-m", "stockflow", *map(str, arguments)]
+
+
+def invoke(*words: object, stdin: str | None = None) -> "Result":
+    """Run ``stockflow`` in this process, as if these words were typed; what it does not catch is raised."""
+    from typer.testing import CliRunner
+
+    from stockflow.cli import app
+
+    return CliRunner().invoke(app, [str(word) for word in words], input=stdin, catch_exceptions=False)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -12,14 +12,13 @@ import boto3
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import stockflow
 from stockflow.adapters import pieces
-from stockflow.cli import app
 from stockflow.errors import OutputConflictError
 from stockflow.events import Done, Event, Moved, Stage
-from tests import adapters
+from tests import adapters, runs
 from tests.checkpoints import LLAMA_CONFIG, write_checkpoint
 
 NAMES = [f"model.layers.{number}.self_attn.q_proj.weight" for number in range(6)]
@@ -43,7 +42,7 @@ def extracted(places: list[str], **settings: Any) -> stockflow.Extraction:
 
 
 def run(*words: object) -> Result:
-    result = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    result = runs.invoke(*words)
     assert "Traceback" not in result.output
     return result
 

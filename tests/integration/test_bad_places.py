@@ -16,13 +16,13 @@ import boto3
 import pytest
 import yaml
 from huggingface_hub import constants
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from stockflow.cli import app
 from stockflow.storage import fs, hub, objects
 from stockflow.storage.faults import Failure, user_error
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import CONNECT_TIMEOUT, forget_session
+from tests import runs
 from tests.checkpoints import Family, make_family
 from tests.fault_proxy import Fault, FaultyProxy, Outage
 from tests.hub_server import COMMIT, GATED, hub_server
@@ -68,7 +68,7 @@ def merge(tmp_path: Path) -> Callable[..., Result]:
         storage = {"stockflow": {"storage": {f"{base.rpartition('/')[0]}/": options}}} if options else {}
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(linear(base, tuned) | storage))
         arguments = ["merge", str(tmp_path / "recipe.yaml"), output or str(tmp_path / "out"), "--device", "cpu"]
-        return CliRunner().invoke(app, [*arguments, "--quiet"])
+        return runs.invoke(*arguments, "--quiet")
 
     return run_it
 

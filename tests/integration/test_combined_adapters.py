@@ -11,10 +11,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import stockflow
-from stockflow.cli import app
 from tests import adapters, oracle, runs
 from tests.adapters import Adapter, write_adapter
 from tests.checkpoints import llama_shapes, write_checkpoint
@@ -52,7 +51,7 @@ class Family:
 
 def merge(recipe: Path, *options: object) -> Result:
     words = ["merge", recipe, recipe.parent / "out", *options]
-    result = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    result = runs.invoke(*words)
     assert "Traceback" not in result.output
     return result
 
@@ -300,7 +299,7 @@ def test_names_that_differ_in_wrappers_are_one_module(tmp_path: Path) -> None:
 def test_the_plan_says_rank_targets_and_bytes_and_writes_nothing(tmp_path: Path) -> None:
     recipe = three(tmp_path).recipe([1.0, 1.0, 1.0], stockflow={"rank": 4})
 
-    words = CliRunner().invoke(app, ["plan", str(recipe), str(tmp_path / "out")])
+    words = runs.invoke("plan", recipe, tmp_path / "out")
     found = stockflow.plan(recipe, tmp_path / "out").facts()
 
     assert words.exit_code == 0
@@ -365,7 +364,7 @@ def test_an_adapter_is_not_replaced_by_what_it_becomes(tmp_path: Path) -> None:
     family = three(tmp_path)
     recipe = family.recipe([1.0, 1.0, 1.0])
 
-    result = CliRunner().invoke(app, ["merge", str(recipe), str(family.places[1]), "--overwrite"])
+    result = runs.invoke("merge", recipe, family.places[1], "--overwrite")
 
     assert result.exit_code == 2
     assert "lies in, the input" in result.output

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from stockflow.checkpoints.files.header import TensorSpec, encode_header
-from stockflow.cli import app
 from stockflow.errors import BudgetError
 from stockflow.events import Done, Event, Moved, Stage
 from stockflow.insight.comparison import compare_checkpoints
@@ -35,7 +34,7 @@ def compare(a: str, b: str, options: SurveyOptions) -> CheckpointDifference:
 
 
 def diff(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, ["diff", *map(str, arguments)], catch_exceptions=False)
+    result = runs.invoke("diff", *arguments)
     assert "Traceback" not in result.output
     return result
 

@@ -13,10 +13,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import stockflow
-from stockflow.cli import app
 from tests import adapters, oracle, quantised, runs
 from tests.checkpoints import LLAMA_CONFIG, write_checkpoint
 
@@ -60,7 +59,7 @@ def write(folder: Path, base: Tensors, tuned: Tensors, dtype: torch.dtype = torc
 
 def extract(folder: Path, *options: object) -> Result:
     places = folder / "base", folder / "tuned", folder / "out"
-    result = CliRunner().invoke(app, ["extract", *map(str, (*places, *options))], catch_exceptions=False)
+    result = runs.invoke("extract", *places, *options)
     assert "Traceback" not in result.output
     return result
 
@@ -368,7 +367,7 @@ def test_an_output_that_is_taken_is_left_as_it_is(tmp_path: Path) -> None:
         assert "not empty" in refused.output
 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
-    inside = CliRunner().invoke(app, ["extract", *[str(tmp_path / each) for each in ("base", "tuned", "tuned/out")]])
+    inside = runs.invoke("extract", *[tmp_path / each for each in ("base", "tuned", "tuned/out")])
     assert inside.exit_code == 2
     assert "lies in" in inside.output
 

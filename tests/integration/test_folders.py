@@ -11,9 +11,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from stockflow.cli import app
 from stockflow.errors import RecipeError
 from stockflow.recipe import resolve_location
 from tests import runs
@@ -64,7 +63,7 @@ def recipe_over(folder: Path, location: object, rules: object = None, accept: ob
 
 def cli(*words: object) -> Result:
     """Run a command in this process."""
-    result = CliRunner().invoke(app, list(map(str, words)))
+    result = runs.invoke(*words)
     assert "Traceback" not in result.output
     return result
 

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from stockflow.cli import app
 from stockflow.events import Note
 from stockflow.progress.lines import PlainLines
 from stockflow.text.escaping import code_block, code_cell, in_a_line, printable
@@ -22,10 +21,6 @@ HOSTILE = (
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 FOLDER = "mo`d|el<script>*[x](y)``"
 """What the names of a folder may hold."""
-
-
-def cli(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def lines_of(finished: Result) -> list[str]:
@@ -67,10 +62,10 @@ def test_no_command_lets_a_tensors_name_speak_for_it(family: Family, recipe: Pat
         ("status", output),
     ]
     for command in commands:
-        finished = cli(*command)
+        finished = runs.invoke(*command)
         assert finished.exit_code == (1 if command[0] == "diff" else 0), finished.output
         assert lines_of(finished)
-    assert in_a_line(HOSTILE) in cli("diff", family.base, family.tuned[0]).stdout
+    assert in_a_line(HOSTILE) in runs.invoke("diff", family.base, family.tuned[0]).stdout
 
     html = page.read_text()
     assert not COMMANDS.search(html)
@@ -83,7 +78,7 @@ def test_errors_quote_what_they_name(family: Family, recipe: Path, tmp_path: Pat
     mixed = write_recipe(tmp_path / "mixed.yaml", "model_stock", Family(family.base, (family.tuned[0], other)))
 
     for command in (("plan", mixed, tmp_path / "out"), ("inspect", mixed), ("diff", family.base, other)):
-        finished = cli(*command)
+        finished = runs.invoke(*command)
         assert finished.exit_code in (1, 2), finished.output
         assert "forged" in "".join(lines_of(finished)), "the tensor is named"
 
@@ -96,7 +91,7 @@ def test_files_with_hostile_names_are_named_and_stay_where_they_are(
         (family.base / name).write_text("x")
 
     for command in (("plan", recipe, tmp_path / "out"), ("merge", recipe, tmp_path / "out", "--memory", "4GiB")):
-        finished = cli(*command)
+        finished = runs.invoke(*command)
         assert finished.exit_code == 0, finished.output
         assert "forged" in "".join(lines_of(finished)), "they are named"
     assert not [path for path in (tmp_path / "out").rglob("*") if "forged" in path.name]
@@ -104,7 +99,7 @@ def test_files_with_hostile_names_are_named_and_stay_where_they_are(
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / f"{bad}.bin").write_text("x")
-    finished = cli("diff", empty, family.base)
+    finished = runs.invoke("diff", empty, family.base)
     assert finished.exit_code == 2
     assert lines_of(finished)
 
@@ -117,9 +112,9 @@ def test_a_place_whose_name_commands_is_refused(letter: str, family: Family, tmp
         recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", Family(family.base, (place, family.tuned[1])))
 
         for finished in (
-            cli("plan", recipe, tmp_path / "out"),
-            cli("merge", recipe, tmp_path / f"out{letter}x"),
-            cli("verify", f"s3://bucket/{letter}"),
+            runs.invoke("plan", recipe, tmp_path / "out"),
+            runs.invoke("merge", recipe, tmp_path / f"out{letter}x"),
+            runs.invoke("verify", f"s3://bucket/{letter}"),
         ):
             assert finished.exit_code == 2, finished.output
             assert "control characters" in "".join(lines_of(finished))
@@ -178,7 +173,7 @@ def test_a_tensor_that_a_rule_leaves_out_is_named_on_one_line(family: Family, tm
     rules = [{"filter": "forged", "action": "skip"}]
     recipe = write_recipe(tmp_path / "skip.yaml", "model_stock", family, stockflow={"rules": rules})
 
-    finished = cli("plan", recipe, tmp_path / "out")
+    finished = runs.invoke("plan", recipe, tmp_path / "out")
 
     (line,) = [line for line in lines_of(finished) if "left out by rules" in line]
     assert "forged" in line

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import stockflow
-from stockflow.cli import app
 from stockflow.errors import LinkError
 from stockflow.events import Event, Note
 from tests import runs
@@ -36,10 +35,6 @@ def secret(tmp_path: Path) -> Path:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"key": SECRET}))
     return path
-
-
-def cli(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def replaced(file: Path, target: object) -> Path:
@@ -94,7 +89,7 @@ def test_a_key_that_a_tokenizer_links_to_is_never_published(
     """A checkpoint unpacked from a tar would else put its victim's credentials into a public bucket."""
     link = replaced(family.base / "tokenizer_config.json", os.path.relpath(secret, family.base))
 
-    refused = cli("merge", recipe, tmp_path / "out", "--memory", "4GiB")
+    refused = runs.invoke("merge", recipe, tmp_path / "out", "--memory", "4GiB")
 
     assert_refused(refused, link, str(secret), "outside of its folder", "a copy of the file there, or remove the link")
     assert not (tmp_path / "out").exists()
@@ -113,7 +108,7 @@ def test_every_command_refuses_every_file_that_leads_elsewhere(
     link = replaced(family.base / name, secret)
 
     for command in reading(recipe, family, tmp_path / "out"):
-        assert_refused(cli(*command), link, str(secret))
+        assert_refused(runs.invoke(*command), link, str(secret))
     assert not (tmp_path / "out").exists()
 
 
@@ -122,10 +117,10 @@ def test_a_link_among_folders_counts_as_well(family: Family, recipe: Path, secre
     (family.base / "sub").symlink_to(secret.parent)
     link = replaced(family.base / "tokenizer.json", "sub/credentials")
 
-    assert_refused(cli("plan", recipe, tmp_path / "out"), link, str(secret))
+    assert_refused(runs.invoke("plan", recipe, tmp_path / "out"), link, str(secret))
 
     replaced(link, "model.safetensors.index.json")
-    assert cli("plan", recipe, tmp_path / "out").exit_code == 0
+    assert runs.invoke("plan", recipe, tmp_path / "out").exit_code == 0
     assert index.exists()
 
 
@@ -146,7 +141,7 @@ def test_links_that_lead_nowhere_or_in_a_circle_or_to_what_is_hidden_are_named(
     link = replaced(family.base / "tokenizer.json", target)
 
     for command in reading(recipe, family, tmp_path / "out"):
-        assert_refused(cli(*command), link, said)
+        assert_refused(runs.invoke(*command), link, said)
 
 
 def test_a_side_file_that_becomes_a_link_after_planning_is_not_published(
@@ -167,7 +162,7 @@ def test_links_that_no_loader_needs_do_not_matter(family: Family, recipe: Path, 
     for name, target in (("id_rsa", secret), ("data", secret.parent), ("log.txt", "gone"), ("circle", "circle")):
         (family.base / name).symlink_to(target)
 
-    finished = cli("merge", recipe, tmp_path / "out", "--memory", "4GiB")
+    finished = runs.invoke("merge", recipe, tmp_path / "out", "--memory", "4GiB")
 
     assert finished.exit_code == 0, finished.output
     assert f"not copied from {family.base}, as no loader needs it: 'circle', 'id_rsa', 'log.txt'" in finished.stderr
@@ -179,7 +174,7 @@ def test_fsspecs_name_of_the_disk_follows_no_more_links(family: Family, secret: 
     link = replaced(family.base / "config.json", secret)
 
     for scheme in ("local", "file", "asynclocal"):
-        assert_refused(cli("diff", f"{scheme}://{family.base}", family.tuned[0]), link, str(secret))
+        assert_refused(runs.invoke("diff", f"{scheme}://{family.base}", family.tuned[0]), link, str(secret))
 
 
 def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(family: Family, recipe: Path, tmp_path: Path) -> None:
@@ -187,7 +182,7 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(family: Family, reci
     file.unlink()
     os.mkfifo(file)
 
-    assert "is no plain file" in cli("plan", recipe, tmp_path / "out").stderr
+    assert "is no plain file" in runs.invoke("plan", recipe, tmp_path / "out").stderr
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json", "LICENSE", "modules.json"])
@@ -196,7 +191,7 @@ def test_a_pipe_in_the_place_of_a_side_file_is_refused(family: Family, recipe: P
     file.unlink(missing_ok=True)
     os.mkfifo(file)
 
-    assert f"{file} is no plain file but a pipe" in cli("plan", recipe, tmp_path / "out").stderr
+    assert f"{file} is no plain file but a pipe" in runs.invoke("plan", recipe, tmp_path / "out").stderr
 
 
 # ----------------------------------------------------------------------------------------------------- followed
@@ -222,7 +217,7 @@ def test_the_hubs_cache_is_merged_as_it_lies(family: Family, tmp_path: Path) -> 
     assert {
         key: merged.manifest.files[key].sha256 for key in ("model.safetensors", "tokenizer.json", "config.json")
     } == {key: plain.manifest.files[key].sha256 for key in ("model.safetensors", "tokenizer.json", "config.json")}
-    assert cli("verify", tmp_path / "out", "--inputs", "--sample", "100%").exit_code == 0
+    assert runs.invoke("verify", tmp_path / "out", "--inputs", "--sample", "100%").exit_code == 0
 
 
 @pytest.mark.parametrize("layout", ["a link as blobs", "no cache", "no revision"])
@@ -238,7 +233,7 @@ def test_what_only_looks_like_the_hubs_cache_is_none(layout: str, family: Family
     link = replaced(folder / "tokenizer.json", repository / "blobs" / "credentials")
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", Family(folder, family.tuned))
 
-    assert_refused(cli("plan", recipe, tmp_path / "out"), link, "credentials")
+    assert_refused(runs.invoke("plan", recipe, tmp_path / "out"), link, "credentials")
 
 
 def test_links_inside_a_folder_and_to_it_are_followed(family: Family, tmp_path: Path) -> None:
@@ -268,21 +263,21 @@ def test_weights_that_lie_elsewhere_are_read_where_that_is_allowed_and_said(
     output = tmp_path / "out"
 
     for command in reading(recipe, family, output):
-        refused = cli(*command, "--follow-links", tmp_path / "second")
+        refused = runs.invoke(*command, "--follow-links", tmp_path / "second")
         assert_refused(refused, shards(family.base)[0], f"--follow-links '{tmp_path / 'store' / 'deep'}'")
 
     for command in [*reading(recipe, family, output), ("verify", output, "--inputs"), ("audit", output)]:
-        finished = cli(*command, *trusted)
+        finished = runs.invoke(*command, *trusted)
         assert finished.exit_code == (1 if command[0] == "diff" else 0), finished.output
         for target in targets:
             assert f"is read from '{target}', where its link leads (--follow-links)" in finished.stderr, command[0]
     merged = json.loads((output / "manifest.json").read_text())
     assert merged["merge_id"] == plain.manifest.merge_id
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
-    assert cli("verify", output, "--sample", "100%", *trusted).exit_code == 0
-    assert cli("verify", output, "--inputs").exit_code == 4
+    assert runs.invoke("verify", output, "--sample", "100%", *trusted).exit_code == 0
+    assert runs.invoke("verify", output, "--inputs").exit_code == 4
     assert (
-        cli("plan", recipe, output, *trusted)
+        runs.invoke("plan", recipe, output, *trusted)
         .stdout.splitlines()[-1]
         .endswith(f"{output} --follow-links {tmp_path / 'store'} --follow-links {tmp_path / 'second'}")
     )
@@ -307,7 +302,7 @@ def test_what_is_no_weights_is_not_read_even_there(family: Family, recipe: Path,
     """A home folder may be named for the sake of the weights in it: its keys are still not published."""
     link = replaced(family.base / "tokenizer_config.json", secret)
 
-    refused = cli("merge", recipe, tmp_path / "out", "--follow-links", secret.parent.parent)
+    refused = runs.invoke("merge", recipe, tmp_path / "out", "--follow-links", secret.parent.parent)
 
     assert_refused(refused, link, "it is not followed, lest it is published")
 
@@ -315,11 +310,11 @@ def test_what_is_no_weights_is_not_read_even_there(family: Family, recipe: Path,
 def test_a_recipe_cannot_say_which_links_are_followed(family: Family, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", "model_stock", family, stockflow={"follow_links": [str(tmp_path)]})
 
-    assert cli("plan", recipe, tmp_path / "out").exit_code == 2
+    assert runs.invoke("plan", recipe, tmp_path / "out").exit_code == 2
 
 
 def test_a_folder_to_follow_links_into_must_be_one(recipe: Path, tmp_path: Path) -> None:
-    refused = cli("plan", recipe, tmp_path / "out", "--follow-links", tmp_path / "none")
+    refused = runs.invoke("plan", recipe, tmp_path / "out", "--follow-links", tmp_path / "none")
 
     assert refused.exit_code == 2
     assert "expected a folder that links may lead into" in refused.stderr
@@ -367,12 +362,12 @@ def test_records_that_lead_elsewhere_are_neither_read_nor_written_nor_removed(
         ("merge", recipe, output, "--overwrite", "--memory", "4GiB"),
     ]
     for command in commands:
-        finished = cli(*command)
+        finished = runs.invoke(*command)
         assert finished.exit_code == 2, finished.output
         assert "_stockflow" in finished.stderr, command[0]
         assert "outside of" in finished.stderr, command[0]
-    assert cli("report", output).exit_code in (2, 4)
-    assert cli("verify", output).exit_code == 4
+    assert runs.invoke("report", output).exit_code in (2, 4)
+    assert runs.invoke("verify", output).exit_code == 4
     assert sorted(path.relative_to(elsewhere) for path in elsewhere.rglob("*")) == before
 
 
@@ -380,7 +375,7 @@ def test_a_link_that_lies_in_an_output_is_not_written_through(output: Path, reci
     replaced(output / "tokenizer.json", secret)
     before = secret.read_bytes()
 
-    finished = cli("merge", recipe, output, "--overwrite", "--memory", "4GiB")
+    finished = runs.invoke("merge", recipe, output, "--overwrite", "--memory", "4GiB")
 
     assert finished.exit_code == 0, finished.output
     assert secret.read_bytes() == before
@@ -390,8 +385,8 @@ def test_a_link_that_lies_in_an_output_is_not_written_through(output: Path, reci
 def test_shards_that_lie_elsewhere_are_verified_where_that_is_allowed(output: Path, tmp_path: Path) -> None:
     target = moved(output / "model.safetensors", tmp_path / "store")
 
-    refused = cli("verify", output)
-    allowed = cli("verify", output, "--follow-links", tmp_path / "store")
+    refused = runs.invoke("verify", output)
+    allowed = runs.invoke("verify", output, "--follow-links", tmp_path / "store")
 
     assert refused.exit_code == 4
     assert f"model.safetensors: is a link to {target}, outside of the output" in refused.stdout

@@ -13,10 +13,8 @@ import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 import stockflow
-from stockflow.cli import app
 from stockflow.reports.report import Report
 from stockflow.text.sealed import seal
 from tests import oracle, runs
@@ -225,8 +223,8 @@ def test_the_page_needs_nothing_else_and_names_every_input(report: Report, whole
 
 
 def test_json_and_text_agree_with_the_page(whole: Path, report: Report) -> None:
-    told = CliRunner().invoke(app, ["report", str(whole), "--json", "--quiet"])
-    shown = CliRunner().invoke(app, ["report", str(whole)])
+    told = runs.invoke("report", whole, "--json", "--quiet")
+    shown = runs.invoke("report", whole)
 
     assert told.exit_code == shown.exit_code == 0
     facts = json.loads(told.stdout)
@@ -254,7 +252,7 @@ def test_a_damaged_receipt_is_named_and_done_without(output: Path, damage: bytes
     path = next(output.glob("_stockflow/*/receipts/*.json"))
     path.write_bytes(damage)
 
-    found = CliRunner().invoke(app, ["report", str(output), "--html", str(output.parent / "page.html")])
+    found = runs.invoke("report", output, "--html", output.parent / "page.html")
 
     assert found.exit_code == 4
     assert path.name in found.stderr
@@ -302,7 +300,7 @@ def remove_table(output: Path) -> None:
 def test_what_has_no_report_is_said(output: Path, change: Callable[[Path], None], code: int, words: str) -> None:
     change(output)
 
-    found = CliRunner().invoke(app, ["report", str(output), "--html", str(output.parent / "page.html")])
+    found = runs.invoke("report", output, "--html", output.parent / "page.html")
 
     assert (found.exit_code, found.stdout) == (code, "")
     assert words in found.stderr
@@ -314,7 +312,7 @@ def test_what_has_no_report_is_said(output: Path, change: Callable[[Path], None]
 def test_a_page_needs_a_file(whole: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
-    found = CliRunner().invoke(app, ["report", str(whole), "--html", place])
+    found = runs.invoke("report", whole, "--html", place)
 
     assert found.exit_code == 2
     assert "names no file" in found.stderr
@@ -398,12 +396,12 @@ def test_a_report_on_s3_from_s3(
         s3.put_object(Bucket=s3_bucket, Key=f"out/{path.relative_to(whole)}", Body=path.read_bytes())
 
     place = f"s3://{s3_bucket}/out"
-    made = CliRunner().invoke(app, ["report", place, "--html", f"{place}/report.html"])
+    made = runs.invoke("report", place, "--html", f"{place}/report.html")
 
     assert made.exit_code == 0, made.stderr
     page = s3.get_object(Bucket=s3_bucket, Key="out/report.html")["Body"].read().decode()
     assert page == report.html().replace(str(whole), place)
-    missing = CliRunner().invoke(app, ["report", f"s3://{s3_bucket}/other"])
+    missing = runs.invoke("report", f"s3://{s3_bucket}/other")
     assert missing.exit_code == 2
     assert "there is nothing" in missing.stderr
 

@@ -19,13 +19,12 @@ import pytest
 import torch
 import typer
 import yaml
-from typer.testing import CliRunner
 
-from stockflow.cli import app
 from stockflow.cli.exits import exit_codes
 from stockflow.storage import fs, objects
 from stockflow.storage.retry import RetryPolicy
 from stockflow.storage.s3 import forget_session
+from tests import runs
 from tests.checkpoints import Family, make_family
 from tests.runs import REPOSITORY, command
 from tests.s3_server import FORBIDDEN, free_port
@@ -230,7 +229,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., s
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         forget_session()
-        finished = CliRunner().invoke(app, [*arguments, "--quiet"])
+        finished = runs.invoke(*arguments, "--quiet")
         assert finished.exit_code in (2, 3), finished.output
         return finished.stderr
 

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from stockflow.cli import app
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.output.tables import decode_tensors
 from stockflow.storage import StorageConfig
 from stockflow.text.sealed import seal
 from stockflow.verification.verify import Finding, Verification, verify
+from tests import runs
 from tests.checkpoints import Family, llama_shapes, make_family, write_recipe
 from tests.runs import merge_here
 
@@ -459,8 +458,8 @@ def test_exit_4_with_one_line_per_finding(sharded: Path) -> None:
     flip(sharded / first, -1)
     (sharded / second).unlink()
 
-    result = CliRunner().invoke(app, ["verify", str(sharded)])
-    as_json = CliRunner().invoke(app, ["verify", str(sharded), "--json"])
+    result = runs.invoke("verify", sharded)
+    as_json = runs.invoke("verify", sharded, "--json")
 
     assert result.exit_code == as_json.exit_code == 4
     progress = (result.stderr + as_json.stderr).splitlines()  # of a machine that is busy

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from stockflow.cli import app
 from stockflow.engine.cpu import HostArithmetic
 from stockflow.engine.pieces import LoadedPiece
 from stockflow.errors import BudgetError, PlanError
@@ -319,7 +317,7 @@ def test_a_budget_too_small_and_numerics_of_another_version_are_refused(
 
 def test_the_command_line_says_what_was_recomputed_how(root: Path) -> None:
     def invoke(*arguments: str) -> Any:
-        return CliRunner().invoke(app, ["verify", str(root / "out"), *arguments])
+        return runs.invoke("verify", root / "out", *arguments)
 
     shown = invoke("--sample", "50%", "--seed", "7")
     as_json = invoke("--sample", "0.5", "--seed", "7", "--json")

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
 import stockflow
-from stockflow.cli import app
 from stockflow.recipe import Recipe, load_recipe
 from stockflow.text import notebook
 from stockflow.wiring import merge_options
+from tests import runs
 from tests.checkpoints import Family, make_family, write_checkpoint, write_recipe
 from tests.runs import REPOSITORY
 
@@ -121,10 +120,10 @@ def test_facts_and_text_are_the_command_lines(name: str, root: Path) -> None:
 
     result = getattr(stockflow, name)(*places)
 
-    printed = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    printed = json.loads(runs.invoke(*words, "--json").stdout)
     facts = json.loads(json.dumps(result.facts()))
     assert {**facts, "seconds": 0} == {**printed, "seconds": 0}
-    lines = CliRunner().invoke(app, words).stdout.splitlines()
+    lines = runs.invoke(*words).stdout.splitlines()
     times = re.compile(r"[\d.]+ s\b")
     assert [times.sub("", line) for line in str(result).splitlines()] == [
         times.sub("", line) for line in lines if not line.startswith("next: stockflow merge")

@@ -16,11 +16,12 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from stockflow import __version__
 from stockflow.cli import app
 from stockflow.cli.exits import exit_codes
+from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.runs import REPOSITORY, command, run
 from tests.waiting import HANG_S
@@ -31,7 +32,7 @@ COMMANDS = ("merge", "plan", "lint", "verify", "diff", "extract", "demo", "schem
 
 def cli(*arguments: object) -> Result:
     """Run a command in this process."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    result = runs.invoke(*arguments)
     assert "Traceback" not in result.output
     return result
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner, Result
 
 import stockflow
 from stockflow.cli import app
@@ -22,15 +21,12 @@ from stockflow.settings import (
     flag_of,
     settings_of,
 )
+from tests import runs
 from tests.checkpoints import make_family, write_recipe
 
 WITHOUT_PROGRESS = {"lint", "schema", "status", "submit"}
 """One reads small files, one prints a constant, one is progress itself, one shows what the cluster's merge says."""
 STYLES = ["json", "plain", "none"]
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_every_command_has_progress_and_quiet() -> None:
@@ -49,14 +45,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_next_command_makes_the_plan_that_was_shown(recipe: Path) -> None:
     options = ["--memory", "1GiB", "--workers", "8", "--executor", "ray", "--shard-size", "20KB", "--overwrite"]
 
-    finished = run("plan", recipe, recipe.parent / "out", *options)
+    finished = runs.invoke("plan", recipe, recipe.parent / "out", *options)
 
     assert finished.stdout.splitlines()[-1].endswith(f"{recipe.parent / 'out'} {' '.join(options)}")
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_plan_that_is_quick_tells_programs_only(recipe: Path, style: str) -> None:
-    finished = run("plan", recipe, recipe.parent / "out", "--progress", style)
+    finished = runs.invoke("plan", recipe, recipe.parent / "out", "--progress", style)
 
     assert finished.exit_code == 0
     assert finished.stdout.splitlines()[-1] == f"next: stockflow merge {recipe} {recipe.parent / 'out'}"
@@ -68,7 +64,7 @@ def test_a_plan_that_is_quick_tells_programs_only(recipe: Path, style: str) -> N
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_failing_clean_says_so_in_the_chosen_way(tmp_path: Path, style: str) -> None:
-    finished = run("clean", tmp_path, "--progress", style)
+    finished = runs.invoke("clean", tmp_path, "--progress", style)
 
     assert finished.exit_code == 2
     assert finished.stdout == ""
@@ -83,7 +79,7 @@ def test_a_failing_clean_says_so_in_the_chosen_way(tmp_path: Path, style: str) -
 
 
 def test_quiet_is_quiet_whatever_progress_says(recipe: Path) -> None:
-    finished = run("plan", recipe, recipe.parent / "out", "--quiet", "--progress", "json")
+    finished = runs.invoke("plan", recipe, recipe.parent / "out", "--quiet", "--progress", "json")
 
     assert (finished.exit_code, finished.stdout, finished.stderr) == (0, "", "")
 
@@ -93,18 +89,20 @@ def test_the_next_command_is_one_that_a_shell_takes(recipe: Path, tmp_path: Path
     spaced.write_text(recipe.read_text())
     (tmp_path / "a b").mkdir()
 
-    shown = run("plan", spaced, tmp_path / "an output", "--follow-links", tmp_path / "a b").stdout.splitlines()[-1]
+    shown = runs.invoke("plan", spaced, tmp_path / "an output", "--follow-links", tmp_path / "a b").stdout.splitlines()[
+        -1
+    ]
 
     words = ["stockflow", "merge", str(spaced), str(tmp_path / "an output"), "--follow-links", str(tmp_path / "a b")]
     assert shlex.split(shown.removeprefix("next: ")) == words
 
 
 def test_summaries_are_whole_and_short_help_works() -> None:
-    shown = run("-h")
+    shown = runs.invoke("-h")
 
     assert shown.exit_code == 0
     assert "..." not in shown.stdout.split("Commands:")[1]
-    assert run("plan", "-h").stdout == run("plan", "--help").stdout
+    assert runs.invoke("plan", "-h").stdout == runs.invoke("plan", "--help").stdout
 
 
 # ------------------------------------------------------------------------------------ settings, declared once

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import stockflow
-from stockflow.cli import app
 from stockflow.errors import RecipeError
 from stockflow.forecast.amounts import Kernel, survey
 from stockflow.forecast.calibrate import calibrate
@@ -19,6 +17,7 @@ from stockflow.forecast.transfers import is_on_this_machine
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import MergeOptions, plan_merge
 from stockflow.run.inputs import Inputs
+from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.runs import MIB, merge_here, run
 
@@ -94,7 +93,7 @@ def test_plan_tells_time_memory_and_cost(recipe: Path, tmp_path: Path) -> None:
 def test_what_is_assumed_and_what_is_given_is_said(
     recipe: Path, tmp_path: Path, words: list[str], said: str, unsaid: str
 ) -> None:
-    told = CliRunner().invoke(app, ["plan", str(recipe), str(tmp_path / "out"), *words]).stdout
+    told = runs.invoke("plan", recipe, tmp_path / "out", *words).stdout
 
     assert said in told
     assert unsaid not in told
@@ -125,7 +124,7 @@ def test_the_cores_of_a_calibration_that_is_given_count(recipe: Path, tmp_path: 
     ],
 )
 def test_what_cannot_be_understood_is_said(recipe: Path, tmp_path: Path, words: list[str], said: str) -> None:
-    finished = CliRunner().invoke(app, ["plan", str(recipe), str(tmp_path / "out"), *words])
+    finished = runs.invoke("plan", recipe, tmp_path / "out", *words)
 
     assert finished.exit_code == 2
     assert said in finished.stderr

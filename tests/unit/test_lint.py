@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from stockflow.cli import app
+from tests import runs
 from tests.unit.test_recipes_in_the_wild import FORMS, ROWS
 
 FINE = "merge_method: model_stock\nbase_model: org/base\nmodels: [{model: org/a}, {model: org/b}]\n"
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def lint(*words: object) -> Result:
-    return CliRunner().invoke(app, ["lint", *map(str, words)], catch_exceptions=False)
+    return runs.invoke("lint", *words)
 
 
 def facts(*words: object) -> dict[str, list[dict[str, object]]]:
@@ -97,7 +97,7 @@ def test_json_has_places_texts_and_codes(folder: Path) -> None:
 
 
 def test_a_recipe_comes_from_standard_input_too() -> None:
-    result = CliRunner().invoke(app, ["lint", "-"], input=FILES["b_warned.yaml"])
+    result = runs.invoke("lint", "-", stdin=FILES["b_warned.yaml"])
 
     assert result.stdout.startswith("<stdin>: with warnings\n  <stdin>:4:1: `normalize` has no effect here")
 

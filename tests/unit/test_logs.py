@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from stockflow import api
-from stockflow.cli import app
 from stockflow.errors import StorageError
 from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
 from stockflow.progress.display import LogLevel
@@ -207,7 +205,7 @@ def test_standard_error_of_a_merge_and_a_verification_is_json(recipe: Path, tmp_
         command, cwd=runs.REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
     out, said = merging.communicate(timeout=HANG_S)
-    verified = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), *logs])
+    verified = runs.invoke("verify", tmp_path / "out", *logs)
 
     lines = [json.loads(line) for line in said.splitlines()]
     shards = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
@@ -221,7 +219,7 @@ def test_standard_error_of_a_merge_and_a_verification_is_json(recipe: Path, tmp_
 
 
 def test_a_mistake_is_json_too(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["merge", str(tmp_path / "no.yaml"), str(tmp_path), "--log-format", "json"])
+    result = runs.invoke("merge", tmp_path / "no.yaml", tmp_path, "--log-format", "json")
 
     last = json.loads(result.stderr.splitlines()[-1])
     assert result.exit_code == last["exit_code"] == 2
@@ -229,8 +227,8 @@ def test_a_mistake_is_json_too(tmp_path: Path) -> None:
 
 
 def test_quiet_says_errors_only(recipe: Path, tmp_path: Path) -> None:
-    good = CliRunner().invoke(app, ["merge", str(recipe), str(tmp_path / "out"), "--log-format", "json", "--quiet"])
-    bad = CliRunner().invoke(app, ["merge", "no.yaml", str(tmp_path / "out"), "--log-format", "json", "--quiet"])
+    good = runs.invoke("merge", recipe, tmp_path / "out", "--log-format", "json", "--quiet")
+    bad = runs.invoke("merge", "no.yaml", tmp_path / "out", "--log-format", "json", "--quiet")
 
     assert (good.exit_code, good.output) == (0, "")
     (line,) = bad.stderr.splitlines()
@@ -242,7 +240,7 @@ def test_a_bug_is_one_line_with_its_traceback(recipe: Path, tmp_path: Path, monk
         raise RuntimeError(f"https://user:{SECRET}@host/x")
 
     monkeypatch.setattr(api, "merge", broken)
-    result = CliRunner().invoke(app, ["merge", str(recipe), str(tmp_path / "out"), "--log-format", "json"])
+    result = runs.invoke("merge", recipe, tmp_path / "out", "--log-format", "json")
 
     (line,) = [json.loads(text) for text in result.stderr.splitlines()]
     assert result.exit_code == line["exit_code"] == 70
@@ -253,7 +251,7 @@ def test_a_bug_is_one_line_with_its_traceback(recipe: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize("progress", ["rich", "lanes", "json"])
 def test_two_forms_at_once_are_refused(progress: str) -> None:
-    result = CliRunner().invoke(app, ["merge", "r", "o", "--log-format", "json", "--progress", progress])
+    result = runs.invoke("merge", "r", "o", "--log-format", "json", "--progress", progress)
 
     assert result.exit_code == 2
     assert result.stderr == (

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from stockflow.cli import app
 from stockflow.cli.mergekit import shard_bytes
 from stockflow.errors import RecipeError
 from stockflow.recipe import Recipe, amended, parse_recipe
+from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
 
 SHAPES = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
@@ -25,7 +25,7 @@ def merge(family: Family, *words: object) -> tuple[Result, Path]:
     folder = family.base.parent
     recipe = write_recipe(folder / "recipe.yaml", "model_stock", family)
     output = folder / "out"
-    return CliRunner().invoke(app, ["mergekit-yaml", str(recipe), str(output), *map(str, words)]), output
+    return runs.invoke("mergekit-yaml", recipe, output, *words), output
 
 
 def test_a_usual_line_of_a_script_merges(family: Family) -> None:
@@ -52,7 +52,7 @@ def test_a_usual_line_of_a_script_merges(family: Family) -> None:
 
 def plainly_merged(family: Family) -> bytes:
     recipe, output = family.base.parent / "recipe.yaml", family.base.parent / "plain"
-    assert CliRunner().invoke(app, ["merge", str(recipe), str(output)]).exit_code == 0
+    assert runs.invoke("merge", recipe, output).exit_code == 0
     return (output / "model.safetensors").read_bytes()
 
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import typer
-from typer.testing import CliRunner
 
 from stockflow.cli import app
 from stockflow.storage import LocalStore
+from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.integration.test_clean import grow_old
 from tests.pages import section
@@ -62,7 +62,7 @@ def test_the_fields_of_progress_are_those_that_are_documented(tmp_path: Path) ->
     for command in commands:
         if command[0] == "clean":  # it touches nothing where a run was seen lately
             grow_old(LocalStore(str(output)))
-        finished = CliRunner().invoke(app, [*map(str, command), "--progress", "json"])
+        finished = runs.invoke(*command, "--progress", "json")
         assert finished.exit_code == 0, finished.stderr
         events += [json.loads(line) for line in finished.stderr.splitlines()]
 

@@ -8,9 +8,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from stockflow.cli import app
 from stockflow.errors import PlanError, StorageError
 from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
 from stockflow.progress.display import reporting
@@ -18,6 +16,7 @@ from stockflow.progress.lines import JsonLines, PlainLines
 from stockflow.progress.live import LiveDisplay
 from stockflow.progress.state import WINDOW_S, State
 from stockflow.progress.wording import duration, in_words
+from tests import runs
 from tests.checkpoints import make_family, write_recipe
 
 MERGING = Stage(
@@ -376,7 +375,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str,
 
     def run(*arguments: str) -> tuple[str, str]:
         words = [str(places.get(word, word)) for word in arguments]
-        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        result = runs.invoke(*words)
         return result.stdout, result.stderr
 
     run("merge", "RECIPE", "OUT")

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 from ray.job_submission import JobSubmissionClient
-from typer.testing import CliRunner
 
 from stockflow import __version__
-from stockflow.cli import app
 from stockflow.errors import AccessDeniedError, ComputeLostError, NotFoundError, RecipeError
 from stockflow.run import submission
 from stockflow.run.executors.ray.jobs import Job, LogStream
 from stockflow.run.submission import Submission, exit_code, follow, how_it_ended, make_request
+from tests import runs
 from tests.checkpoints import Family, make_family, write_recipe
 from tests.pages import section
 from tests.s3_server import free_port
@@ -47,7 +46,7 @@ def open_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused(recipe: object, output: object, *options: object) -> tuple[int, str]:
     """Submit what cannot be; return the exit code and the one message."""
-    result = CliRunner().invoke(app, ["submit", str(recipe), str(output), *map(str, options)])
+    result = runs.invoke("submit", recipe, output, *options)
     assert result.stdout == ""
     message = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("note: "))
     assert message.startswith("stockflow: ")
@@ -286,7 +285,7 @@ def test_what_answers_is_not_what_is_needed(
 def test_folders_are_named_whatever_the_address(url: str, is_said: str, recipe: Path, tmp_path: Path) -> None:
     address = url.format(free_port())
 
-    result = CliRunner().invoke(app, ["submit", str(recipe), str(tmp_path / "out"), "--address", address])
+    result = runs.invoke("submit", recipe, tmp_path / "out", "--address", address)
 
     (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert note.startswith(f"{is_said}{tmp_path / 'out'}, {tmp_path / 'family'}")
@@ -306,9 +305,7 @@ def test_folders_that_links_may_lead_into_are_sent_along_and_named(
     monkeypatch.chdir(tmp_path)
     words = ["--follow-links", "store", "--follow-links", str(tmp_path / "other")]
 
-    result = CliRunner().invoke(
-        app, ["submit", str(recipe), str(tmp_path / "out"), "--address", f"127.0.0.1:{free_port()}", *words]
-    )
+    result = runs.invoke("submit", recipe, tmp_path / "out", "--address", f"127.0.0.1:{free_port()}", *words)
 
     (request,) = made
     absolute = [str(tmp_path / "store"), str(tmp_path / "other")]
