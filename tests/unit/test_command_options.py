@@ -89,9 +89,8 @@ def test_the_next_command_is_one_that_a_shell_takes(recipe: Path, tmp_path: Path
     spaced.write_text(recipe.read_text())
     (tmp_path / "a b").mkdir()
 
-    shown = runs.invoke("plan", spaced, tmp_path / "an output", "--follow-links", tmp_path / "a b").stdout.splitlines()[
-        -1
-    ]
+    told = runs.invoke("plan", spaced, tmp_path / "an output", "--follow-links", tmp_path / "a b").stdout
+    shown = told.splitlines()[-1]
 
     words = ["stockflow", "merge", str(spaced), str(tmp_path / "an output"), "--follow-links", str(tmp_path / "a b")]
     assert shlex.split(shown.removeprefix("next: ")) == words
