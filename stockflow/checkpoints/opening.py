@@ -25,7 +25,7 @@ from stockflow.checkpoints.files.chunks import is_distributed, read_distributed
 from stockflow.checkpoints.files.documents import find_json, read_json
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, OnFile, Pieces, unheard
-from stockflow.checkpoints.files.tree import Tree, list_tree
+from stockflow.checkpoints.files.tree import MANIFEST_FILE, RECORDS_FOLDER, Tree, list_tree
 from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.heads import with_tie_flag
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
@@ -130,7 +130,7 @@ def open_checkpoint(
         config=config,
         side_files=beside.copied,
         omitted_side_files=beside.omitted,
-        remarks=(*weights.remarks, *beside.remarks, *_on_pipeline(modules, store)),
+        remarks=(*weights.remarks, *beside.remarks, *_on_pipeline(modules, store), *_on_unfinished(listing, store)),
         other_files=beside.others,
         missing_files=beside.missing,
         values=values,
@@ -263,6 +263,15 @@ def _extents(weights: Weights, tensors: Tensors) -> Mapping[str, Extent]:
     if not tensors.stored:
         return weights.extents
     return {**weights.extents, **{name: weights.extents[each.parts[0].name] for name, each in tensors.stored.items()}}
+
+
+def _on_unfinished(listing: Listing, store: Store) -> Iterator[Remark]:
+    if RECORDS_FOLDER in listing.folders and MANIFEST_FILE not in listing.files:
+        text = (
+            f"{store.where()} is the output of a merge that has not finished: it has records in {RECORDS_FOLDER}/ and "
+            f"no {MANIFEST_FILE}, which comes last; run that merge again to its end"
+        )
+        yield Remark("unfinished-output", text, "refusal", (store.url,))
 
 
 def _on_pipeline(modules: Modules, store: Store) -> Iterator[Remark]:

@@ -1,8 +1,10 @@
 """Keys: the names of everything in an output."""
 
-MANIFEST_FILE = "manifest.json"
+from stockflow.checkpoints.files import tree
+
+MANIFEST_FILE = tree.MANIFEST_FILE
 CARD_FILE = "README.md"
-RECORDS = "_stockflow/"
+RECORDS = f"{tree.RECORDS_FOLDER}/"
 """Folder of everything in an output that is not part of the model."""
 CLAIM_FILE = RECORDS + "claim.json"
 

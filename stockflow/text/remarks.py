@@ -87,6 +87,7 @@ CODES: Mapping[str, str] = {
     "unlisted-weights": "weights in files that neither index nor modules name",
     "unmerged": "a merge in which every tensor comes from one model",
     "values-collapsed": "small tensors of which rounding leaves few distinct values",
+    "unfinished-output": "a model that is the output of a merge which has not finished",
     "vocabularies-differ": "token ids that stand for different tokens in models whose rows are merged",
     "vocabularies-unread": "tokenizers that cannot be compared",
     "weights-chosen": "which of a folder's files are read as its weights, where that was not plain",

@@ -915,3 +915,17 @@ def test_placeholders_that_rules_leave_out_are_no_dead_end(action: str, code: in
     hollow = full(1.0) | {NAMES[2]: EMPTY}
 
     assert both(tmp_path, hollow, hollow, [{"filter": "norm", "action": action}]).exit_code == code
+
+
+def test_the_output_of_a_merge_that_has_not_finished_is_no_model(tmp_path: Path) -> None:
+    write(tmp_path / "ones", {"model.safetensors": full(1.0)})
+    (tmp_path / "first").mkdir()
+    merged(tmp_path / "first", tmp_path / "ones")
+    assert is_mean(merged(tmp_path, tmp_path / "first" / "out")[0], 2.0)
+    (tmp_path / "first" / "out" / "manifest.json").unlink()
+
+    said = refused(tmp_path, tmp_path / "first" / "out")
+
+    assert "is the output of a merge that has not finished" in said
+    assert "run that merge again to its end" in said
+    assert "accept: [unfinished-output]" in said

@@ -10,6 +10,8 @@ from stockflow.storage import Listing, Stamp, Store
 
 RECORDS_FOLDER = "_stockflow"
 """What an output has there is no part of the model."""
+MANIFEST_FILE = "manifest.json"
+"""An output has it once it is whole."""
 MAX_FOLDERS = 32
 """Subfolders that are listed: those that a loader may ask for first."""
 MAX_FILES = 1000
