@@ -282,6 +282,8 @@ def checked(option: str, declared: Any, setting: Setting, value: Any) -> Any:
         raise RecipeError(f"{option}: expected {kinds}, found {value!r}")
     if setting.least is not None and value is not None and value < setting.least:
         raise RecipeError(f"{option}: expected at least {setting.least:g}, found {value}")
+    if isinstance(value, Real) and not isinstance(value, bool | int | float):
+        value = int(value) if isinstance(value, Integral) else float(value)
     return setting.parse(option, value) if setting.parse else value
 
 

@@ -97,14 +97,20 @@ def leftover_scales(specs: Specs) -> tuple[list[str], list[str]]:
     Those of codes that are read are no tensors of a checkpoint.
     """
     beside, alone = list[str](), list[str]()
+    coded = {module for name, spec in specs.items() if spec.kind != "float" for module in (_module_of_codes(name),)}
     for name in specs:
         if name.endswith(_SCALES_OF_WEIGHTS):
             weight = specs.get(_weight_of(name))
             if weight is not None and weight.kind == "float":
                 beside.append(name)
-            elif weight is None and name.endswith(_SCALES_OF_CODES) and f"{_weight_of(name)}_packed" not in specs:
+            elif weight is None and name.endswith(_SCALES_OF_CODES) and name.rpartition(".")[0] not in coded:
                 alone.append(name)
     return beside, alone
+
+
+def _module_of_codes(name: str) -> str | None:
+    module, _, own = name.rpartition(".")
+    return None if own.endswith(("shape", "scale")) else module
 
 
 def _weight_of(scale: str) -> str:

@@ -73,9 +73,9 @@ class Hints:
         """Return whether there may be codes of four bits without zero points."""
         return not self.schemes or any(self._of_four_bits(type_))
 
-    def groups(self, type_: str) -> Iterator[int]:
-        """Yield how many of such codes have a scale together, as far as that is said."""
-        yield from (scheme.group for scheme in self._of_four_bits(type_) if scheme.group)
+    def groups(self, type_: str) -> list[int | None]:
+        """Return how many of such codes have a scale together, by each scheme; None where it does not say."""
+        return [scheme.group or None for scheme in self._of_four_bits(type_)] or [None]
 
     def _of_four_bits(self, type_: str) -> Iterator[Scheme]:
         for scheme in self.schemes:
@@ -285,11 +285,12 @@ def _compressed(code: TensorSpec, siblings: Siblings, hints: Hints, shapes: Mapp
         return None
     room, num_groups = 8 * code.shape[1], scale.shape[1]
     known = shapes.get(size.name) if size is not None else None
-    columns, asked = known[-1] if known else room, list(hints.groups("int"))
+    columns, said = known[-1] if known else room, hints.groups("int")
     derived = columns if num_groups == 1 else room // num_groups if num_groups and room % num_groups == 0 else 0
-    group = next((each for each in asked or [derived] if each and -(-columns // each) == num_groups), 0)
+    asked = [derived if each is None else each for each in said]
+    group = next((each for each in asked if each and -(-columns // each) == num_groups), 0)
     if not group or not room - 8 < columns <= room or (known and known[0] != code.shape[0]):
-        return _no_groups(code, scale, asked[0] if asked else None, known)
+        return _no_groups(code, scale, next(filter(None, said), None), known)
     stored = group_scaled("I32", "I4", scale.dtype, group, columns)
     return "weight", (code.shape[0], columns), Stored(stored, (code, scale), beside)
 

@@ -39,7 +39,8 @@ def shown(found: object) -> str:
 def meant(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is nearest: spelt otherwise, misspelt, or with fewer or more words."""
     names = {each: _words(each) for each in known}
-    asked, said = _words(name), [_MEANS.get(word, word) for word in _words(name)]
+    asked = _words(name)
+    said = list(dict.fromkeys(_MEANS.get(word, word) for word in asked))
     same = [each for each, words in names.items() if "".join(words) == "".join(said)]
     close = get_close_matches(name, names, n=1, cutoff=0.8)
     part = [each for each, words in names.items() if {*said} <= {*words}]

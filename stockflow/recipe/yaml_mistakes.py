@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 import yaml
 
@@ -19,9 +20,22 @@ Spot = tuple[int, int]
 
 def wide_space(text: str) -> Spot | None:
     """Return where a space that is none to YAML indents a line or stands behind a dash."""
-    if (found := _WIDE_SPACE.search(text)) is None:
-        return None
-    return text.count("\n", 0, found.start(1)) + 1, found.start(1) - text.rfind("\n", 0, found.start(1))
+    spots = [found.start(1) for found in _WIDE_SPACE.finditer(text)]
+    texts = _texts(text) if spots else []
+    for spot in spots:
+        if not any(start <= spot < stop for start, stop in texts):
+            return text.count("\n", 0, spot) + 1, spot - text.rfind("\n", 0, spot)
+    return None
+
+
+def _texts(text: str) -> list[tuple[int, int]]:
+    """Return where texts stand that may hold any space: quoted ones and blocks, as far as the parser gets."""
+    found: list[tuple[int, int]] = []
+    with suppress(yaml.YAMLError):
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.ScalarToken) and token.style:
+                found.append((token.start_mark.index, token.end_mark.index))
+    return found
 
 
 def is_about_tab(error: yaml.MarkedYAMLError) -> bool:

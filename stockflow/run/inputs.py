@@ -13,7 +13,7 @@ from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints, open_tokenizer
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer, read_tokenizers
-from stockflow.errors import NotFoundError, StockflowError, StorageError, UserError
+from stockflow.errors import AccessDeniedError, NotFoundError, StockflowError, StorageError, UserError
 from stockflow.planning.make import make_plan
 from stockflow.planning.plan import MergePlan
 from stockflow.planning.vocabulary.files import is_taken
@@ -154,8 +154,7 @@ def _stores_or_why_not(locations: Sequence[str], storage: StorageConfig) -> Iter
     for location in locations:
         try:
             yield lost if lost and "hf://" in location else open_model(pin_revision(location), storage)
-        except NotFoundError as error:
-            yield error
         except (UserError, StorageError) as error:
-            lost = error
+            is_about_one = isinstance(error, NotFoundError | AccessDeniedError)
+            lost = error if "hf://" in location and not is_about_one else lost
             yield error

@@ -66,9 +66,9 @@ def open_uploads(bucket: Bucket, root: str) -> Pages[Sequence[HalfWritten]]:
 
 def _after(page: Mapping[str, Any], cursor: Cursor, names: Mapping[str, str]) -> Cursor | None:
     """Return the cursor of the page after this one, made of what the page tells by other names; None: there is none."""
-    if "IsTruncated" not in page:
+    if not page.keys() & {"IsTruncated", "Name", "Bucket"}:
         raise RequestError(Failure("the answer is no listing"))
-    if not page["IsTruncated"]:
+    if not page.get("IsTruncated"):
         return None
     after = {asked: page[told] for asked, told in names.items() if told in page}
     if not after or after == cursor:

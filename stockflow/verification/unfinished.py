@@ -8,14 +8,17 @@ from stockflow.output.keys import CLAIM_FILE
 from stockflow.progress import file as progress_file
 from stockflow.verification.files import Output
 
+MAX_KEYS = 1000
+"""that are looked at: a wrong place may be a whole bucket"""
+
 
 def what_is_there(output: Output, then: str) -> str:
     """Say what an output without a manifest is, and what to do before it is asked again."""
-    keys = set(output.list())
-    if not keys and not _exists(output, CLAIM_FILE):
-        return "there is nothing. Check the place, or name the storage options with --recipe"
     if _exists(output, CLAIM_FILE):
         return f"it is not a finished output{_progress(output)}; run the command that makes it again, then {then}"
+    keys = output.store.list(at_most=MAX_KEYS)
+    if not keys:
+        return "there is nothing. Check the place, or name the storage options with --recipe"
     if any(key.endswith((".safetensors", ".safetensors.index.json")) for key in keys):
         return (
             "it is a checkpoint that stockflow did not make, so nothing is on record about its making; "

@@ -403,14 +403,18 @@ def test_an_adapter_alone_is_read_with_the_base_that_it_names(tmp_path: Path) ->
 def test_an_adapter_that_adds_nothing_is_said(tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_base(base, SHAPES)
-    for name in ("idle", "trained"):
+    for name in ("idle", "trained", "trained elsewhere"):
         made = adapters.linear(SHAPES)
-        for key in (key for key in made.tensors if name == "idle" and ".lora_B." in key):
+        for key in (key for key in made.tensors if name != "trained" and ".lora_B." in key):
             made.tensors[key] *= 0
+        if name == "trained elsewhere":
+            made.tensors["base_model.model.model.norm.weight"] = torch.ones(SHAPES["model.norm.weight"])
+            made.config["modules_to_save"] = ["norm"]
         write_adapter(tmp_path / name, made)
 
     recipe = {"merge_method": "linear", "models": [
-        {"model": f"{base}+{tmp_path / name}", "parameters": {"weight": 1.0}} for name in ("idle", "trained")
+        {"model": f"{base}+{tmp_path / name}", "parameters": {"weight": 1.0}}
+        for name in ("idle", "trained", "trained elsewhere")
     ]}  # fmt: skip
     said = [remark for remark in stockflow.plan(recipe, tmp_path / "out").plan.remarks if remark.code == "zeros"]
 

@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -194,6 +195,12 @@ def test_facts_of_every_tensor_are_those_of_the_merge(root: Path) -> None:
 
     assert {tensor.name for tensor in tensors} == set(SHAPES)
     assert all(tensor.ratio is not None and 0 <= tensor.ratio <= 1 for tensor in tensors)
+
+
+def test_numbers_of_numpy_are_numbers(root: Path) -> None:
+    given = {"random_seed": np.int64(3), "workers": np.int32(2), "machine_price": np.float32(2.0)}
+
+    json.dumps(stockflow.plan(root / "recipe.yaml", root / "elsewhere", **given).facts())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

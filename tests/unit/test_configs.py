@@ -410,6 +410,7 @@ def test_sizes_that_no_tensor_has_are_said(tmp_path: Path, case: str, nested: bo
     assert not said or said[0].severity == "warning"
 
 
+LABELS = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
 ATTENTION, EXPERTS = "model.layers.0.self_attn", "model.layers.0.mlp.experts.0"
 FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
     "biases": ({"attention_bias": True}, {f"{ATTENTION}.q_proj.bias": (4,)}, ""),
@@ -459,10 +460,30 @@ FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
         {f"{ATTENTION}.k_proj.weight": (2, 4), "model.embed_tokens.weight": (5, 4)}, "num_attention_heads: 2",
     ),
     "labels": (
-        {"id2label": {"0": "a", "1": "b"}, "vocab_size": 5},
+        {**LABELS, "vocab_size": 5},
         {"score.weight": (3, 4), "model.embed_tokens.weight": (5, 4)}, "id2label: {.*, which makes 2 where .* have 3",
     ),
-    "as many labels": ({"id2label": {"0": "a", "1": "b"}}, {"score.weight": (2, 4)}, ""),
+    "as many labels": (LABELS, {"score.weight": (2, 4)}, ""),
+    "labels of a head that has none": (
+        {**LABELS, "architectures": ["BertForMultipleChoice"], "vocab_size": 5},
+        {"classifier.weight": (1, 4), "model.embed_tokens.weight": (5, 4)}, "",
+    ),
+    "labels beside a router": (
+        {**LABELS, "vocab_size": 5},
+        {"model.layers.0.mlp.router.classifier.weight": (7, 4), "model.embed_tokens.weight": (5, 4)}, "",
+    ),
+    "two positions more": (
+        {"max_position_embeddings": 6, "vocab_size": 5},
+        {"yoso.embeddings.position_embeddings.weight": (8, 4), "yoso.embeddings.word_embeddings.weight": (5, 4)}, "",
+    ),
+    "embeddings narrower than the rest": (
+        {"hidden_size": 9, "embedding_size": 4, "vocab_size": 5},
+        {"albert.embeddings.word_embeddings.weight": (5, 4)}, "",
+    ),
+    "biases of convolutions": ({"attention_bias": False}, {f"{ATTENTION}.qkv_proj.conv_qk_depthwise.bias": (4,)}, ""),
+    "biases that no config decides": (
+        {"attention_bias": False, "model_type": "qwen2"}, {f"{ATTENTION}.q_proj.bias": (4,)}, "",
+    ),
 }  # fmt: skip
 
 

@@ -185,6 +185,14 @@ def test_nibbles_in_bytes_are_no_integers_and_a_scale_of_a_row_is_none_of_a_grou
         paired(hints, weight_packed=("I32", (16, 8)), weight_scale=("BF16", (16, 1)))
 
 
+def test_a_scheme_of_whole_rows_beside_one_of_groups_is_read() -> None:
+    rows = {**INT4, "group_size": None, "strategy": "channel"}
+    hints = hints_of({"quantization_config": {"config_groups": {"a": {"weights": INT4}, "b": {"weights": rows}}}})
+
+    for num_groups in (1, 2):
+        assert paired(hints, weight_packed=("I32", (16, 8)), weight_scale=("BF16", (16, num_groups))).stored
+
+
 @pytest.mark.parametrize("shape", [(12, 64), (16, 32), (16, 72)])
 def test_a_shape_that_its_codes_do_not_have_is_refused(shape: Shape) -> None:
     tensors = {"weight_packed": ("I32", (16, 8)), "weight_scale": ("BF16", (16, 2)), "weight_shape": ("I64", (2,))}
@@ -201,5 +209,9 @@ def test_scales_without_their_codes_are_left_over() -> None:
     }
     packed = {"e.weight_packed": TensorSpec("e.weight_packed", "I32", (2, 2))}
     packed["e.weight_scale"] = TensorSpec("e.weight_scale", "F32", (2, 2))
+
+    # sparse weights of compressed-tensors
+    packed["s.compressed"] = TensorSpec("s.compressed", "F8_E4M3", (4,))
+    packed["s.weight_scale"] = TensorSpec("s.weight_scale", "F32", (2, 1))
 
     assert leftover_scales(specs | packed) == (["a.weight_scale_inv"], ["b.weight_scale", "c.gate_up_proj_scale_inv"])

@@ -949,3 +949,9 @@ def test_values_that_do_not_go_together_are_refused_where_they_stand(density: st
 
     with pytest.raises(RecipeError, match=re.escape(f"{place}: the `density` ")):
         parse_recipe(f"{text}parameters: {{density: {density}, epsilon: 0.15}}\n", "r.yaml")
+
+
+def test_texts_may_hold_any_space() -> None:
+    text = f"{LINEAR}chat_template: |\n  {{{{ messages }}}} and some more\n  \u00a0 - a line\n"
+
+    assert parse(text).chat_template is not None

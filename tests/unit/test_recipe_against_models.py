@@ -183,6 +183,14 @@ def test_names_that_no_loader_knows_are_said_where_the_base_has_them(tmp_path: P
     assert not remarks(Merge(tmp_path / "other").write().plan(), "promise-unkept")
 
 
+def test_a_module_may_be_called_like_what_adapters_wrap(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models:
+        tensors["timm_model.base_layer.0.weight"] = tensors["embed.weight"].clone()
+
+    assert not remarks(merge.write().plan(), "not-weights")
+
+
 KEPT_BESIDE = {
     "optimizer.state.embed.weight.exp_avg": "exp_avg",
     "ema_model.embed.weight": "ema_model.",

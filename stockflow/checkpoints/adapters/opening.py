@@ -95,7 +95,10 @@ def _on_zeros(
     store: Store, file: str, stamp: Stamp, placed: Mapping[str, tuple[TensorSpec, Extent]]
 ) -> Iterator[Remark]:
     """Yield that an adapter adds nothing, as before training, or where shards were saved in their place."""
-    products = [each for key, each in placed.items() if place_of(key).part == "lora_B"]
+    parts = {key: place_of(key).part for key in placed}
+    if not {*parts.values()} <= {"lora_A", "lora_B"}:
+        return
+    products = [placed[key] for key, part in parts.items() if part == "lora_B"]
     probed = [products[index] for index in sorted({0, len(products) // 2, len(products) - 1})] if products else []
     if not probed or any(_has_numbers(store, file, stamp, *each) for each in probed):
         return

@@ -92,13 +92,20 @@ def other_tokens(proposal: Proposal) -> Iterator[Remark]:
 
 def other_sizes(proposal: Proposal) -> Iterator[Remark]:
     """Yield which sizes configs disagree on though the tensors are of one shape: loaders go by the published one."""
-    if proposal.stackings or proposal.recipe.vocabulary is not None:
+    if proposal.stackings or proposal.recipe.vocabulary is not None or _copies_differ(proposal):
         return
     said = {key for look in (broken_sizes, missing_layers) for each in look(proposal) for key in each.values}
     for found in _disagreements(proposal, _traits(proposal, size_keys)):
         if found.name not in said:
             means = "their tensors have equal shapes, so that one of them is wrong, and loaders go by the published one"
             yield _remark(proposal, "promise-unkept", "warning", found, means)
+
+
+def _copies_differ(proposal: Proposal) -> bool:
+    """Whether models have tensors of several shapes, of which one is copied or none is written."""
+    names = [*(job.output.name for job in proposal.jobs if job.is_copy), *proposal.skipped]
+    specs = [each.specs for each in proposal.checkpoints]
+    return any(len({each[name].shape for each in specs if name in each}) > 1 for name in names)
 
 
 def other_contexts(proposal: Proposal) -> Iterator[Remark]:

@@ -13,7 +13,7 @@ from stockflow.text.strictjson import shown
 
 _STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_OF_ADAPTERS = (".modules_to_save.", ".original_module.", ".base_layer.")
+_OF_ADAPTERS = (".modules_to_save.", ".original_module.", ".base_layer.weight", ".base_layer.bias")
 _OF_TRAINERS = ("exp_avg", "momentum_buffer", "optimizer.", "ema_model.", "model_ema.")
 MAX_PARTS = 5
 """Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``."""
