@@ -177,7 +177,7 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     store = open_store(output, inputs.storage, writable=True)
     check_target(store, plan)
     found = admit(store, plan, overwrite=options.overwrite)
-    if found.finished and not options.overwrite:
+    if found.finished and not options.overwrite and _has_all_shards(store, plan, found.finished):
         return Merged("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
     check_room(store, plan)
     with at_work(store, plan, {shard.file for shard in plan.shards}, on_event) as (run, tell, is_exclusive):
@@ -194,6 +194,13 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
 
         manifest = commit(store, inputs.stores, inputs.recipe, plan, receipts)
     return Merged("merged", plan, manifest, store.url, num_resumed, time.perf_counter() - started)
+
+
+def _has_all_shards(store: Store, plan: MergePlan, manifest: Manifest) -> bool:
+    """Return whether the shards of a finished output are still there, by their sizes."""
+    files = [shard.file for shard in plan.shards]
+    listed = store.list() if any("/" in file for file in files) else store.list_top()
+    return all(file in listed and listed[file].size == manifest.files[file].size for file in files)
 
 
 def _merge_shards(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import stockflow
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, NumericsError, OutputConflictError, PlanError
 from stockflow.events import OnEvent
@@ -191,6 +192,24 @@ def test_another_plan_is_refused_and_overwrite_replaces_it(family: Family, recip
     assert not (output / "model.safetensors.index.json").exists()
     assert [path.parent.parent.name for path in output.glob("_stockflow/*/receipts/*")] == [replaced.plan.plan_id]
     assert oracle.load_checkpoint(output).keys() == SMALL.keys() | oracle.load_checkpoint(family.base).keys()
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_finished_output_that_lost_a_shard_gets_it_again(recipe: Path, tmp_path: Path, *, is_cut: bool) -> None:
+    whole = runs.merge_here(recipe, tmp_path / "out", shard_size=4_000)
+    before = runs.shard_digests(tmp_path / "out")
+    shard = tmp_path / "out" / whole.plan.shards[1].file
+    if is_cut:
+        shard.write_bytes(b"cut")
+    else:
+        shard.unlink()
+
+    again = runs.merge_here(recipe, tmp_path / "out", shard_size=4_000)
+
+    assert (again.outcome, again.num_resumed) == ("merged", len(whole.plan.shards) - 1)
+    assert runs.shard_digests(tmp_path / "out") == before
+    assert stockflow.verify(str(tmp_path / "out")).findings == ()
+    assert runs.merge_here(recipe, tmp_path / "out", shard_size=4_000).outcome == "already_finished"
 
 
 def test_an_unfinished_output_of_another_plan_is_refused(family: Family, recipe: Path, tmp_path: Path) -> None:
