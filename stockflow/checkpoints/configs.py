@@ -145,7 +145,7 @@ def architectures(section: Config) -> object:
     return sorted(named) or None
 
 
-ARCHITECTURE = (trait("model_type"), trait("architectures", read=architectures))
+ARCHITECTURE = (trait("model_type"), trait("architectures", read=architectures), trait("_class_name"))
 HEADS = (
     trait("number of attention heads", *_NUM_HEADS_KEYS),
     trait("number of key-value heads", "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
@@ -199,7 +199,7 @@ FOUND_LATER = frozenset({
     "scale_attn_weights", "use_parallel_residual",
 })  # fmt: skip
 """What newer versions of a class write, some in the place of others, and older ones left to it."""
-NEVER_ALONE = frozenset({"max_window_layers", "id2label", "problem_type", "is_decoder"})
+NEVER_ALONE = frozenset({"max_window_layers", "problem_type", "is_decoder"})
 """What says nothing without other keys, or of no weight that is merged."""
 CONTEXT = (
     trait("context length", "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length",

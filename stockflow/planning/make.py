@@ -219,8 +219,12 @@ def _misfit(found: Unplanned, explained: Collection[int]) -> Misfit | None:
     if not holders or _action(stretch.recipe, name) == "skip":
         return None
     lacking = f"but not in {stretch.urls([0])}, which gives the output its names"
-    remedy = f"a rule with `action: skip` leaves {THEM} out"
-    misfit = Misfit(name, f"in {stretch.urls(holders)} {lacking}", remedy, "skip")
+    misfit = Misfit(
+        name, f"in {stretch.urls(holders)} {lacking}", f"a rule with `action: skip` leaves {THEM} out", "skip"
+    )
+    if len(holders) == len(stretch.checkpoints) - 1:
+        remedy = f"all others were trained with {THEM}: take a base that has {THEM}, or average the others without it"
+        misfit = replace(misfit, remedy=remedy, action="")
     return _of_a_head(misfit, stretch, [0])
 
 

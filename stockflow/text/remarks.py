@@ -24,6 +24,7 @@ CODES: Mapping[str, str] = {
     "damaged-file": "files to copy that are git-lfs pointers, web pages, empty or no JSON",
     "doubled-tensors": "tensors in several files of a checkpoint, of which the one the index names is read",
     "dtypes-differ": "tensors whose sources have several dtypes",
+    "far-values": "weights or factors that no merge is likely to mean",
     "factors-inside": "factors of adapters beside the weights of a model, which are no weights by themselves",
     "heads-differ": "attention heads of several numbers or sizes over equal shapes",
     "expert-units": "experts that are decided one by one, where mergekit decides all of a layer together",

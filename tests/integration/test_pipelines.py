@@ -123,6 +123,18 @@ def test_each_component_is_merged_in_its_folder_and_the_rest_is_copied(pipelines
     assert stockflow.diff(out, out).is_equal
 
 
+def test_parts_that_are_put_together_or_scheduled_in_another_way_are_said(pipelines: Family, tmp_path: Path) -> None:
+    for folder in pipelines.tuned:
+        (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+        (folder / "model_index.json").write_text(json.dumps(INDEX | {"_class_name": "Other"}))
+
+    remarks = stockflow.plan(recipe_of(pipelines, tmp_path), tmp_path / "out").plan.remarks
+
+    said = " ".join(each.text for each in remarks if (each.code, each.severity) == ("side-files-differ", "warning"))
+    assert "v_prediction" in said
+    assert "Other" in said
+
+
 def test_a_pipeline_on_s3_is_the_same(pipelines: Family, tmp_path: Path, s3_endpoint: str, s3_bucket: str) -> None:
     local = runs.merge_here(recipe_of(pipelines, tmp_path), tmp_path / "out")
     client = boto3.client("s3", endpoint_url=s3_endpoint)

@@ -284,6 +284,8 @@ ALONE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
     "what is published": (CONFIG, "note", {**LLAMA, "scale_emb": 12}, LLAMA, "scale_emb"),
     "what newer versions write": (CONFIG, "note", LLAMA, {**LLAMA, "no_rope_layers": [0, 1]}, "no_rope_layers"),
     "what nobody knows": (KEYS, "note", LLAMA, {**LLAMA, "flux": 2}, "flux"),
+    "a token of images": (CONFIG, "warning", LLAMA, {**LLAMA, "image_token_id": 60}, "image_token_id"),
+    "labels": (CONFIG, "warning", LLAMA, {**LLAMA, "id2label": {"0": "safe", "1": "unsafe"}}, "id2label"),
 }
 
 

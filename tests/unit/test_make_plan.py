@@ -1,6 +1,7 @@
 """What planning makes of checkpoints and a recipe, what it refuses, and how it lays the output out."""
 
 import json
+import re
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -184,6 +185,43 @@ def test_a_missing_tensor_is_refused_unless_a_rule_names_it(merge: Merge) -> Non
     assert "skip" not in found, "what the base has, its class computes with"
     assert jobs_of(merge.plan(stockflow=rule(filter="embed", action="copy")))["embed.weight"].result.method == COPY
     assert "embed.weight" not in jobs_of(merge.plan(stockflow=rule(filter="embed", action="skip")))
+
+
+FAR: dict[str, tuple[dict[str, Any], str]] = {
+    "percentages": (
+        {"merge_method": "task_arithmetic", "parameters": {"weight": 60}}, "`weight: 60` .* for a percentage write 0.6",
+    ),
+    "a factor": (
+        {"merge_method": "ties", "parameters": {"weight": 0.5, "density": 0.5, "lambda": 100}},
+        "`lambda: 100` multiplies",
+    ),
+    "weights of a third": (
+        {"merge_method": "linear", "parameters": {"weight": 0.1, "normalize": False}}, "the weights sum to 0.3 and",
+    ),
+    "weights of an average": ({"merge_method": "linear", "parameters": {"weight": 0.5, "normalize": False}}, ""),
+    "weights that are normalized": ({"merge_method": "linear", "parameters": {"weight": 50.0 / 10}}, ""),
+    "a negative weight": ({"merge_method": "task_arithmetic", "parameters": {"weight": -1.5}}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAR)
+def test_values_far_from_any_merge_are_said(merge: Merge, case: str) -> None:
+    recipe, expected = FAR[case]
+
+    said = [each.text for each in merge.write().plan(**recipe).remarks if each.code == "far-values"]
+
+    assert len(said) == bool(expected)
+    assert not expected or re.match(expected, said[0])
+
+
+def test_what_all_tunes_have_is_not_advised_to_be_left_out(merge: Merge) -> None:
+    for tensors in merge.models[1:]:
+        tensors["score.weight"] = torch.ones(2, 3)
+
+    found = merge.write().refusal()
+
+    assert "all others were trained with it: take a base that has it" in found
+    assert "skip" not in found
 
 
 def test_an_extra_tensor_is_refused_unless_a_rule_skips_it(merge: Merge) -> None:

@@ -341,6 +341,13 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         ),
         {"side-files-differ": "note"},
     ),
+    "another module behind the others": (
+        (
+            FAST | {"modules.json": '[{"path": "", "type": "x.Transformer"}]'},
+            FAST | {"modules.json": '[{"path": "", "type": "x.Transformer"}, {"path": "1", "type": "x.Normalize"}]'},
+        ),
+        {"side-files-differ": "warning", "missing-files": "warning"},
+    ),
     "a generation config of another version": (
         (
             FAST | {"generation_config.json": '{"transformers_version": "4.40"}'},

@@ -32,7 +32,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 _KNOWN = re.compile("|".join(pattern for patterns in KINDS.values() for pattern in patterns))
 _OF_TOKENIZER = re.compile("|".join(KINDS["tokenizer"]))
 _TEMPLATE = re.compile("|".join(KINDS["template"]))
-_OF_USE = re.compile("|".join((*KINDS["processor"], *KINDS["sentence embeddings"])))
+_OF_PIPELINES = (r"model_index\.json", r"scheduler_config\.json", r".+\.py")
+_OF_USE = re.compile("|".join((*KINDS["processor"], *KINDS["sentence embeddings"], *_OF_PIPELINES)))
 _PLACES = (
     (re.compile(""), _KNOWN),
     (re.compile("additional_chat_templates"), re.compile(r".+\.jinja")),
@@ -70,7 +71,7 @@ def is_tokenizer_or_template(key: str) -> bool:
 
 
 def is_of_use(key: str) -> bool:
-    """Return whether a file says how a model is used: what images or texts become before it, embeddings behind it."""
+    """Return whether a file says how a model is used: of what parts it is, what is done before and behind it, code."""
     folder, _, name = key.rpartition("/")
     return bool(_OF_USE.fullmatch(name)) or (bool(folder) and name == "config.json")
 

@@ -17,7 +17,15 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import kind_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.cutting import Cutting, flags_of
-from stockflow.checkpoints.tokens.vocabularies import FORMS, Ids, decoder_tokens, fast_tokenizer, json_of, token_map
+from stockflow.checkpoints.tokens.vocabularies import (
+    FORMS,
+    Ids,
+    decoder_tokens,
+    fast_tokenizer,
+    items_of,
+    json_of,
+    token_map,
+)
 from stockflow.storage import Stamp, Store
 
 T = TypeVar("T")
@@ -29,7 +37,14 @@ TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_confi
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 
-_WRITTEN_BY = ("transformers_version", "_from_model_config", "_name_or_path", "__version__", "processor_class")
+_WRITTEN_BY = (
+    "transformers_version",
+    "_from_model_config",
+    "_name_or_path",
+    "__version__",
+    "_diffusers_version",
+    "processor_class",
+)
 """keys of configs that say who wrote them"""
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHER_FORMS = re.compile(r"dict\.txt|vocab-(src|tgt)\.json|entity_vocab\.json|.+\.(model|spm)|prophetnet\.tokenizer")
@@ -214,9 +229,19 @@ def _tokenizer(files: _Files) -> Tokenizer:
         settings,
         document,
         _cutting(files, settings),
-        {key: _without_writer(files.json(key)) for key in files.stamps if is_of_use(key)},
+        {key: _use(files, key) for key in files.stamps if is_of_use(key)},
         _doubts(files, settings, vocabulary) if vocabulary and FAST in files.stamps else {},
     )
+
+
+def _use(files: _Files, key: str) -> dict[str, object]:
+    """Return what a file says of how the model is used; of code, which it is."""
+    if key.endswith(".py"):
+        return {"sha256": files.parsed(key, _digest)}
+    try:
+        return _without_writer(files.parsed(key, items_of))
+    except ValueError:
+        return {}
 
 
 def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabulary) -> dict[str, str]:

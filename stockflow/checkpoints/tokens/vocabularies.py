@@ -171,11 +171,21 @@ FORMS: tuple[tuple[re.Pattern[str], Callable[[bytes], Ids]], ...] = tuple(
 
 def json_of(payload: bytes) -> dict[str, object]:
     """Return a JSON object that others wrote, within bounds."""
-    check_num_values(payload, MAX_VALUES)
-    parsed = parse_json(payload, allows_constants=True)
+    parsed = _parsed(payload)
     if not isinstance(parsed, dict):
         raise ValueError("it is not a JSON object")
     return parsed
+
+
+def items_of(payload: bytes) -> dict[str, object]:
+    """Return a JSON object that others wrote, or a list with its places for keys."""
+    parsed = _parsed(payload)
+    return {f"[{place}]": item for place, item in enumerate(parsed)} if isinstance(parsed, list) else json_of(payload)
+
+
+def _parsed(payload: bytes) -> object:
+    check_num_values(payload, MAX_VALUES)
+    return parse_json(payload, allows_constants=True)
 
 
 def checked(ids: Mapping[Any, object]) -> Ids:

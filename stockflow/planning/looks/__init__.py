@@ -34,6 +34,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     asked.over_http,
     placeholders.placeholders,
     asked.skipped_tensors,
+    asked.far_values,
     layers.modules_left_out,
     layers.layers_in_config,
     asked.missing_tokenizer,

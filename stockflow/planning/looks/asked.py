@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.pipelines import PIPELINE_FILE
+from stockflow.methods.protocol import Parameters
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of
@@ -13,6 +14,7 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 
 MERGED = "merged"
+FAR_FACTOR = 10.0
 _LEAVE_THE_BASE = ("lambda", "t", "select_topk")
 """Parameters of which zero leaves the base as it is."""
 
@@ -24,6 +26,30 @@ def skipped_tensors(proposal: Proposal) -> Iterator[Remark]:
         which = f"{counted(len(names), 'tensor')} {are(len(names))}"
         text = f"{which} left out by rules: {', '.join(map(in_a_line, names[:3]))} ..."
         yield Remark("skipped", text, "note", tensors=tuple(names))
+
+
+def far_values(proposal: Proposal) -> Iterator[Remark]:
+    """Yield weights and factors that no merge is likely to mean, such as percentages; of each kind the first."""
+    given = {id(job.result.parameters): (job.result.method, job.result.parameters) for job in proposal.jobs}
+    said: dict[str, str] = {}
+    for method, parameters in given.values():
+        for name, text in _far_off(method, parameters):
+            said.setdefault(name, text)
+    for text in said.values():
+        yield Remark("far-values", text)
+
+
+def _far_off(method: str, given: Parameters) -> Iterator[tuple[str, str]]:
+    weights, factor, place = given.per_model.get("weight", ()), given.shared.get("lambda"), given.shared.get("t")
+    for name, values in (("weight", weights), ("lambda", (factor,))):
+        for value in values:
+            if isinstance(value, float) and abs(value) > FAR_FACTOR:
+                yield name, f"`{name}: {value:g}` multiplies by as much: for a percentage write {value / 100:g}"
+    if method == "slerp" and isinstance(place, float) and not 0 <= place <= 1:
+        yield "t", f"`t: {place:g}` goes beyond the two models: 0 is the base, 1 the other"
+    if method == "linear" and given.shared.get("normalize") is False and not 0.5 <= sum(weights) <= 2:
+        text = f"the weights sum to {sum(weights):g} and are not normalized (`normalize: false`): so much is the result"
+        yield "sum", f"{text} of an average"
 
 
 def snapshots(proposal: Proposal) -> Iterator[Remark]:

@@ -72,7 +72,8 @@ def other_meanings(proposal: Proposal) -> Iterator[Remark]:
 def meanings_of_some(proposal: Proposal) -> Iterator[Remark]:
     """Yield what some models alone say, where it is no default of most classes; a warning if it is not published."""
     donor = redact(proposal.donor.url)
-    for name, said, silent in _said_by_some(proposal, MEANING):
+    of_tokens = _traits(proposal, token_keys) if proposal.recipe.vocabulary is None else []
+    for name, said, silent in _said_by_some(proposal, [*MEANING, *of_tokens]):
         values = {url: shown(value) for url, value in said.items()}
         text = (
             f"{name} is said by some models only: {_said(proposal, Disagreement(name, said))}; not by "
