@@ -135,6 +135,18 @@ def test_parts_that_are_put_together_or_scheduled_in_another_way_are_said(pipeli
     assert "Other" in said
 
 
+def test_tokens_of_a_part_that_have_other_ids_are_refused(pipelines: Family, tmp_path: Path) -> None:
+    for number, folder in enumerate((pipelines.base, *pipelines.tuned)):
+        ids = {"a": 0, "b": 1, "c": 2} if number < 2 else {"a": 0, "b": 2, "c": 1}
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(ids))
+
+    with pytest.raises(stockflow.PlanError) as caught:
+        stockflow.plan(recipe_of(pipelines, tmp_path), tmp_path / "out")
+
+    assert f"2 ids of tokenizer/vocab.json mean something else in {pipelines.tuned[1]} than" in str(caught.value)
+    assert "accept: [vocabularies-differ]" in str(caught.value)
+
+
 def test_a_pipeline_on_s3_is_the_same(pipelines: Family, tmp_path: Path, s3_endpoint: str, s3_bucket: str) -> None:
     local = runs.merge_here(recipe_of(pipelines, tmp_path), tmp_path / "out")
     client = boto3.client("s3", endpoint_url=s3_endpoint)

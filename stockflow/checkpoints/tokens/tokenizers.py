@@ -7,8 +7,9 @@ and what is the same of several models is then one object.
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -98,6 +99,8 @@ class Tokenizer:
     """what other files say of how the model is used, without what says who wrote them"""
     doubts: Mapping[str, str] = field(default_factory=dict)
     """by token: in what the files contradict each other"""
+    below: Mapping[str, Ids] = field(default_factory=dict)
+    """vocabularies of parts and modules that have folders of their own, by file"""
 
 
 def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int:
@@ -231,7 +234,22 @@ def _tokenizer(files: _Files) -> Tokenizer:
         _cutting(files, settings),
         {key: _use(files, key) for key in files.stamps if is_of_use(key)},
         _doubts(files, settings, vocabulary) if vocabulary and FAST in files.stamps else {},
+        dict(_below(files)),
     )
+
+
+def _below(files: _Files) -> Iterator[tuple[str, Ids]]:
+    """Yield the vocabularies in subfolders, of each folder the first file that loaders take; what is unread is not."""
+    of_folders: dict[str, list[str]] = {}
+    for key in files.stamps:
+        if (folder := key.rpartition("/")[0]) and not folder.endswith("additional_chat_templates"):
+            of_folders.setdefault(folder, []).append(key)
+    for keys in of_folders.values():
+        found = ((key, read) for form, read in FORMS for key in keys if form.fullmatch(key.rpartition("/")[2]))
+        key, read = next(found, ("", None))
+        with suppress(ValueError):
+            if read is not None:
+                yield key, files.parsed(key, read)
 
 
 def _use(files: _Files, key: str) -> dict[str, object]:

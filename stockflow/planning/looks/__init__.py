@@ -94,6 +94,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     tokenizers.words_of_no_tune,
     tokenizers.templates_going_out,
     uses.uses_of_no_tune,
+    uses.vocabularies_of_parts,
     uses.contradicting_files,
     uses.ends_of_texts,
 )

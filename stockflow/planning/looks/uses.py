@@ -40,6 +40,25 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
             yield Remark("side-files-differ", text, severity, (url,), values=values)
 
 
+def vocabularies_of_parts(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that parts of models, which have folders and tokenizers of their own, give ids to other tokens."""
+    if not proposal.tokenizers:
+        return
+    donor, url = proposal.tokenizers[0], redact(proposal.checkpoints[0].url)
+    for each, tokenizer in zip(proposal.checkpoints, proposal.tokenizers, strict=False):
+        for key in donor.below.keys() & tokenizer.below.keys():
+            own, theirs = donor.below[key], tokenizer.below[key]
+            tokens = {number: token for token, number in own.items()}
+            other = [token for token, number in theirs.items() if tokens.get(number, token) != token]
+            if own is not theirs and other:
+                text = (
+                    f"{counted(len(other), 'id')} of {in_a_line(key)} mean something else in {redact(each.url)} than "
+                    f"in {url}, such as {theirs[other[0]]:,}, which is {shown(other[0])} there: rows of different "
+                    "tokens would be mixed, and `tokenizer_source` reaches no folders; copy that part by a rule"
+                )
+                yield Remark("vocabularies-differ", text, "refusal", (url, redact(each.url)))
+
+
 def ends_of_texts(proposal: Proposal) -> Iterator[Remark]:
     """Yield that generation would end at a token without a row, or at another one than the tokenizer's."""
     recipe, donor = proposal.recipe, proposal.recipe.side_files_donor
