@@ -11,7 +11,6 @@ Read = Callable[[Config], object]
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "expert_dtype")
 """Say how packed weights are stored: the usual one, that of older compressed-tensors, of MLX, of DeepSeek-V4."""
-TIE_KEY = "tie_word_embeddings"
 
 
 def sections(config: Config, path: str = "") -> Iterator[tuple[str, Config]]:

@@ -97,7 +97,7 @@ def leftover_scales(specs: Specs) -> tuple[list[str], list[str]]:
     Those of codes that are read are no tensors of a checkpoint.
     """
     beside, alone = list[str](), list[str]()
-    coded = {module for name, spec in specs.items() if spec.kind != "float" for module in (_module_of_codes(name),)}
+    coded = {_module_of_codes(name) for name, spec in specs.items() if spec.kind != "float"}
     for name in specs:
         if name.endswith(_SCALES_OF_WEIGHTS):
             weight = specs.get(_weight_of(name))

@@ -14,7 +14,7 @@ from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
 from stockflow.output.ownership import admit, look, overwriting_notes, store_warnings, take
 from stockflow.output.receipts import Receipt, without_coefficients
-from stockflow.output.shards import valid_receipts
+from stockflow.output.shards import present_files, valid_receipts
 from stockflow.output.target import check_apart, check_room, check_target
 from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
@@ -199,8 +199,8 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
 def _has_all_shards(store: Store, plan: MergePlan, manifest: Manifest) -> bool:
     """Return whether the shards of a finished output are still there, by their sizes."""
     files = [shard.file for shard in plan.shards]
-    listed = store.list() if any("/" in file for file in files) else store.list_top()
-    return all(file in listed and listed[file].size == manifest.files[file].size for file in files)
+    present = present_files(store, files)
+    return all(file in present and present[file].size == manifest.files[file].size for file in files)
 
 
 def _merge_shards(

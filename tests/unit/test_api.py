@@ -200,7 +200,9 @@ def test_facts_of_every_tensor_are_those_of_the_merge(root: Path) -> None:
 def test_numbers_of_numpy_are_numbers(root: Path) -> None:
     given = {"random_seed": np.int64(3), "workers": np.int32(2), "machine_price": np.float32(2.0)}
 
-    json.dumps(stockflow.plan(root / "recipe.yaml", root / "elsewhere", **given).facts())  # type: ignore[arg-type]
+    facts = stockflow.plan(root / "recipe.yaml", root / "elsewhere", **given).facts()  # type: ignore[arg-type]
+
+    assert json.loads(json.dumps(facts))["forecast"]["cost"]["machine_price"] == 2.0
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,13 @@ def other_tokens(proposal: Proposal) -> Iterator[Remark]:
 
 def other_sizes(proposal: Proposal) -> Iterator[Remark]:
     """Yield which sizes configs disagree on though the tensors are of one shape: loaders go by the published one."""
-    if proposal.stackings or proposal.recipe.vocabulary is not None or _copies_differ(proposal):
+    if proposal.stackings or proposal.recipe.vocabulary is not None:
+        return
+    differing = list(_disagreements(proposal, _traits(proposal, size_keys)))
+    if not differing or _copies_differ(proposal):
         return
     said = {key for look in (broken_sizes, missing_layers) for each in look(proposal) for key in each.values}
-    for found in _disagreements(proposal, _traits(proposal, size_keys)):
+    for found in differing:
         if found.name not in said:
             means = "their tensors have equal shapes, so that one of them is wrong, and loaders go by the published one"
             yield _remark(proposal, "promise-unkept", "warning", found, means)
