@@ -115,8 +115,7 @@ def make_plan(
     jobs = with_layers_together(with_shared_reads(by_columns(jobs), checkpoints))
     if checkpoints[recipe.donor].static_scales and any(map(in_codes, jobs)):
         jobs += static_scales(checkpoints[recipe.donor], recipe.donor)
-    num_rows = vocabulary.num_rows if vocabulary else None
-    config = output_config(recipe, checkpoints, jobs, outline.stackings, num_rows)
+    config = output_config(recipe, checkpoints, jobs, outline.stackings, vocabulary.num_rows if vocabulary else None)
     followed = following(recipe, config, tokenizers, vocabulary)
     stacked = outline.left_out, outline.stackings
     of_merged = tokenizers[:num_merged]
@@ -167,6 +166,7 @@ def _planned(
                 jobs.append(part_of(planned, whole) if whole else planned)
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
+    skipped |= dict.fromkeys(each.spec.name for each in outline.unplanned if _action(recipe, each.spec.name) == "skip")
     problems = [*explained.values(), *unlike_parts(jobs), *unlike_members(jobs)]
     if outline.is_stacked:
         problems += [*unlike_codes(recipe, checkpoints, outline.givers), *unlike_rows(jobs)]

@@ -96,7 +96,7 @@ class Outline:
     unplanned: list[Unplanned] = field(default_factory=list)
     stackings: list[Stacking] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    """names in the donor that belong to no module of the recipe"""
+    """names that belong to no module of the recipe"""
 
     @property
     def givers(self) -> list[int]:
@@ -122,7 +122,7 @@ def outline_of(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Outline:
     owners = {name: module_of(name, modules) for name in _all_names(checkpoints)} if recipe.modules else {}
     for module, slices in modules.items():
         _add_module(outline, _Module(recipe, module, slices, checkpoints, owners))
-    outline.left_out = [name for name in checkpoints[recipe.donor].specs if name in owners and owners[name] is None]
+    outline.left_out = [name for name, owner in owners.items() if owner is None]
     return outline
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.errors import PlanError, RecipeError
@@ -60,6 +61,22 @@ def test_a_strict_plan_refuses_what_it_is_warned_of(tmp_path: Path) -> None:
 
     accepting = parse_recipe(json.dumps(merge.recipe | {"stockflow": {"accept": ["no-config"]}}), "recipe.yaml")
     assert make_plan(accepting, checkpoints, strict=True).plan_id == plan.plan_id
+
+
+def test_tensors_that_rules_leave_out_are_said_whichever_model_has_them(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    merge.models[1]["drafts.weight"] = torch.ones(3, dtype=torch.bfloat16)
+    merge.models[2] |= {f"drafts.{name}": torch.ones(3, dtype=torch.bfloat16) for name in ("weight", "bias")}
+    rules = [{"filter": each, "action": "skip"} for each in ("scalar", "drafts")]
+
+    plan = merge.write().plan(stockflow={"rules": rules})
+
+    one, two = map(str, merge.folders[1:])
+    (said,) = (remark for remark in plan.remarks if remark.code == "skipped")
+    assert said.tensors == plan.skipped == ("scalar", "drafts.bias", "drafts.weight")
+    assert (said.severity, said.models) == ("note", (two, one))
+    left_out = "3 tensors are left out by rules: scalar, drafts.bias, drafts.weight"
+    assert said.text == f"{left_out}; only {two}, {one} have drafts.bias, drafts.weight"
 
 
 def test_remarks_are_in_the_plan_its_file_the_manifest_and_the_card(tmp_path: Path) -> None:

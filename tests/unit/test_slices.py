@@ -306,11 +306,12 @@ def test_a_config_that_says_nothing_of_a_layer_is_refused(models: Models, tmp_pa
     assert "config.json of $a says nothing in 'layer_types' of layer 2, which a slice takes" in found
 
 
-def write_llava(folder: Path, num_layers: int) -> Path:
+def write_llava(folder: Path, num_layers: int, *others: str) -> Path:
     names = [
         "language_model.model.embed_tokens.weight",
         "language_model.lm_head.weight",
         "multi_modal_projector.a.weight",
+        *others,
     ]
     names += [f"language_model.model.layers.{layer}.{part}" for layer in range(num_layers) for part in PARTS]
     names += [f"vision_tower.encoder.layers.{layer}.{part}" for layer in range(3) for part in PARTS]
@@ -351,15 +352,15 @@ def test_modules_are_parts_of_names_and_the_rest_is_the_text_decoder(models: Mod
 
 
 def test_a_module_that_the_recipe_does_not_name_is_left_out_and_said(models: Models, tmp_path: Path) -> None:
-    for name in ("d", "e"):
-        write_llava(tmp_path / name, 4)
+    write_llava(tmp_path / "d", 4)
+    write_llava(tmp_path / "e", 4, "audio_tower.weight")
     text = MODULES.replace("  multi_modal_projector: {models: [$e]}\n", "")
 
     plan = models.plan(text)
 
     assert "multi_modal_projector.a.weight" not in sources(plan)
     assert [(each.code, each.severity, each.tensors) for each in plan.remarks if each.code == "module-left-out"] == [
-        ("module-left-out", "warning", ("multi_modal_projector.a.weight",))
+        ("module-left-out", "warning", ("multi_modal_projector.a.weight", "audio_tower.weight"))
     ]
 
 

@@ -1,6 +1,6 @@
 """What the recipe asks for, perhaps unaware: left out tensors, an unlisted base, promoted dtypes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.pipelines import PIPELINE_FILE
@@ -20,12 +20,20 @@ _LEAVE_THE_BASE = ("lambda", "t", "select_topk")
 
 
 def skipped_tensors(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which tensors rules leave out."""
-    names = proposal.skipped
+    """Yield which tensors rules leave out, and which of them models have beside the donor's."""
+    names, donor = proposal.skipped, proposal.donor.specs
     if names:
-        which = f"{counted(len(names), 'tensor')} {are(len(names))}"
-        text = f"{which} left out by rules: {', '.join(map(in_a_line, names[:3]))} ..."
-        yield Remark("skipped", text, "note", tensors=tuple(names))
+        holders = {name: [redact(each.url) for each in proposal.checkpoints if name in each.specs] for name in names}
+        beside = [name for name in names if holders[name] and name not in donor]
+        models = tuple(dict.fromkeys(url for name in beside for url in holders[name]))
+        text = f"{counted(len(names), 'tensor')} {are(len(names))} left out by rules: {_first_of(names)}"
+        if beside:
+            text += f"; only {', '.join(models)} {'has' if len(models) == 1 else 'have'} {_first_of(beside)}"
+        yield Remark("skipped", text, "note", models, tuple(names))
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(map(in_a_line, names[:3])) + " ..." * (len(names) > 3)
 
 
 def far_values(proposal: Proposal) -> Iterator[Remark]:
