@@ -51,6 +51,10 @@ class Trait(NamedTuple):
     aliases: tuple[str, ...] = ()
     """the keys, if any of them tells it; a config may have several, for several parts of a model"""
 
+    def is_said(self, value: object) -> bool:
+        """Return whether a value says something; of a token every id does."""
+        return value is not None and (is_of_tokens(self.name) or not says_nothing(value))
+
 
 def trait(name: str, *keys: str, read: Read | None = None, default: object = None) -> Trait:
     """Return a fact that the first of these keys tells, or of its own name, or ``read`` of them."""
@@ -207,7 +211,7 @@ CONTEXT = (
 """How far a model was trained or is let go; its tensors know nothing of it."""
 _KNOWN = frozenset(key for each in (*ARCHITECTURE, *HEADS, *MEANING, *CONTEXT) for key in each.keys)
 _QUIET = re.compile(
-    r"_.*|.*_token_ids?|.*_token_index|.*dropout.*|drop_path.*|initializer_.*|output_.*|.*_loss.*|.*_config|.*version.*"
+    r"_.*|.*dropout.*|drop_path.*|initializer_.*|output_.*|.*_loss.*|.*_config|.*version.*"
     r"|.*_size|n_(embd|inner|vocab|layers?|head)|d_(model|ff|inner)|num_.*layers|num_labels|label2id|use_(cache|return_dict)"
     r"|torch_dtype|dtype|auto_map|pretraining_tp|ep_size|return_dict.*|gradient_checkpointing|unsloth.*|tie_.*|expert_dtype"
     r"|quantization|task_specific_params|finetuning_task|.*attn_implementation|use_flash_attn.*|seq_aux|freeze.*|tune_.*"
@@ -216,7 +220,15 @@ _QUIET = re.compile(
 """Keys that say nothing of how a model computes, or what shapes and other looks show."""
 
 
-_TOKEN = re.compile(r"(?!(bos|eos|pad|unk|sep|cls)_)\w+_token_(id|index)")
+TOKEN_IDS = r".*_token_(ids?|index)|(begin_)?suppress_tokens|bad_words_ids"
+"""keys of ids of tokens"""
+_OF_TOKENS = re.compile(rf"{TOKEN_IDS}|forced_decoder_ids")
+_OF_TEXTS = re.compile(r"(bos|eos|pad|unk|sep|cls)_.*")
+
+
+def is_of_tokens(key: str) -> bool:
+    """Return whether a key names tokens by their ids."""
+    return bool(_OF_TOKENS.fullmatch(key))
 
 
 def token_keys(section: Config) -> list[str]:
@@ -226,7 +238,8 @@ def token_keys(section: Config) -> list[str]:
     """
     classes = section.get("architectures")
     classifies = "SequenceClassification" in str(classes[0]) if isinstance(classes, list) and classes else False
-    return [key for key in section if _TOKEN.fullmatch(key) or (classifies and key == "pad_token_id")]
+    own = [key for key in section if is_of_tokens(key)]
+    return [key for key in own if not _OF_TEXTS.fullmatch(key) or (classifies and key == "pad_token_id")]
 
 
 _SIZE = re.compile(
@@ -283,6 +296,6 @@ def nonfinite(value: object, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def further_keys(section: Config) -> Config:
-    """Return what nobody knows the meaning of: no fact, and not known to mean nothing."""
-    known = (*_KNOWN, *size_keys(section))
+    """Return what nobody knows the meaning of: no fact, not known to mean nothing; and how texts begin and end."""
+    known = (*_KNOWN, *size_keys(section), *token_keys(section))
     return {key: value for key, value in section.items() if key not in known and not _QUIET.fullmatch(key)}

@@ -135,6 +135,50 @@ def test_parts_that_are_put_together_or_scheduled_in_another_way_are_said(pipeli
     assert "Other" in said
 
 
+COMPONENT_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "heads": ("heads-differ", {"attention_head_dim": 4}, "unet/config.json: size of an attention head differs: 8 in "),
+    "class": ("architecture-differs", {"_class_name": "Other"}, "unet/config.json: _class_name differs: 'UNet' in "),
+}
+
+
+@pytest.mark.parametrize("case", COMPONENT_CONFIGS)
+def test_components_of_other_heads_or_classes_are_refused_as_models_are(
+    pipelines: Family, tmp_path: Path, case: str
+) -> None:
+    code, changed, said = COMPONENT_CONFIGS[case]
+    own = {"_class_name": "UNet", "attention_head_dim": 8, "sample_size": 64, "act_fn": "silu"}
+    for number, folder in enumerate((pipelines.base, *pipelines.tuned)):
+        text = json.dumps(own | (changed if number == 2 else {}))
+        (folder / "unet" / "config.json").write_text(text)
+        (folder / "scheduler" / "scheduler_config.json").write_text(text)  # of a component without weights
+
+    with pytest.raises(stockflow.PlanError) as caught:
+        stockflow.plan(recipe_of(pipelines, tmp_path), tmp_path / "out")
+
+    assert str(caught.value).count("\n") == 1
+    assert said in str(caught.value)
+    assert f"accept: [{code}]" in str(caught.value)
+    copied = {"rules": [{"filter": "unet/", "action": "copy"}]}
+    remarks = stockflow.plan(recipe_of(pipelines, tmp_path, stockflow=copied), tmp_path / "out").plan.remarks
+    assert [each.code for each in remarks if "unet/config.json" in each.text] == ["side-files-differ"]
+
+
+def test_what_else_components_say_is_a_warning_once(pipelines: Family, tmp_path: Path) -> None:
+    for folder in pipelines.tuned:
+        (folder / "unet" / "config.json").write_text('{"act_fn": "gelu", "shift_factor": 2}')
+    (pipelines.base / "unet" / "config.json").write_text('{"act_fn": "silu", "shift_factor": 1}')
+
+    remarks = stockflow.plan(recipe_of(pipelines, tmp_path), tmp_path / "out").plan.remarks
+
+    said = {each.code: each for each in remarks if "unet/config.json" in each.text}
+    assert {code: each.severity for code, each in said.items()} == dict.fromkeys(
+        ("config-differs", "side-files-differ"), "warning"
+    )
+    assert "activation differs: 'silu' in" in said["config-differs"].text
+    assert "act_fn" not in said["side-files-differ"].text
+    assert "{'shift_factor': 1}" in said["side-files-differ"].text
+
+
 def test_tokens_of_a_part_that_have_other_ids_are_refused(pipelines: Family, tmp_path: Path) -> None:
     for number, folder in enumerate((pipelines.base, *pipelines.tuned)):
         ids = {"a": 0, "b": 1, "c": 2} if number < 2 else {"a": 0, "b": 2, "c": 1}

@@ -124,7 +124,6 @@ QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         LLAMA, {**LLAMA, "transformers_version": "4.57.1", "torch_dtype": "float32", "use_cache": False},
     ),
     "where from": (LLAMA, {**LLAMA, "_name_or_path": "/x", "unsloth_version": "2025.3", "unsloth_fixed": True}),
-    "token ids": (LLAMA, {**LLAMA, "bos_token_id": 5, "eos_token_id": [1, 2], "pad_token_id": 0}),
     "training": (LLAMA, {**LLAMA, "attention_dropout": 0.1, "initializer_range": 0.01, "router_aux_loss_coef": 0.1}),
     "FSDP": (LLAMA, {**LLAMA, "architectures": ["FSDPLlamaForCausalLM"]}),
     "transformers 5": (LLAMA, {**LLAMA, **V5}),
@@ -235,6 +234,7 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "length": (LENGTH, LLAMA, {**LLAMA, "max_position_embeddings": 131072}, "context length"),
     "GPT-2's length": (LENGTH, {**GPT2, "n_positions": 1024}, {**GPT2, "n_positions": 2048}, "context length"),
     "what nobody knows": (KEYS, {**LLAMA, "flux": 1}, {**LLAMA, "flux": 2}, "flux"),
+    "the first token": (KEYS, {**LLAMA, "bos_token_id": 1}, {**LLAMA, "bos_token_id": 0}, "bos_token_id"),
 }  # fmt: skip
 SEVERITIES = {ARCHITECTURE: "refusal", HEADS: "refusal", CONFIG: "warning", LENGTH: "note", KEYS: "note"}
 
@@ -285,6 +285,11 @@ ALONE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
     "what newer versions write": (CONFIG, "note", LLAMA, {**LLAMA, "no_rope_layers": [0, 1]}, "no_rope_layers"),
     "what nobody knows": (KEYS, "note", LLAMA, {**LLAMA, "flux": 2}, "flux"),
     "a token of images": (CONFIG, "warning", LLAMA, {**LLAMA, "image_token_id": 60}, "image_token_id"),
+    "the first token": (KEYS, "note", LLAMA, {**LLAMA, "bos_token_id": 1}, "bos_token_id"),
+    "the last tokens": (KEYS, "note", LLAMA, {**LLAMA, "eos_token_id": [0, 2]}, "eos_token_id"),
+    "the filling": (KEYS, "note", GEMMA3, within(GEMMA3, "text_config", pad_token_id=0), "text_config.pad_token_id"),
+    "the begin of a decoder": (CONFIG, "warning", T5, {**T5, "decoder_start_token_id": 0}, "decoder_start_token_id"),
+    "a token that is forced": (CONFIG, "warning", T5, {**T5, "forced_bos_token_id": 1}, "forced_bos_token_id"),
     "labels": (CONFIG, "warning", LLAMA, {**LLAMA, "id2label": {"0": "safe", "1": "unsafe"}}, "id2label"),
 }
 

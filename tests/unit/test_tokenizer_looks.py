@@ -283,7 +283,17 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
             FAST | {"generation_config.json": '{"eos_token_id": 1}'},
             FAST | {"generation_config.json": '{"eos_token_id": [1, 2]}'},
         ),
-        {"side-files-differ": "warning"},
+        {"side-files-differ": "warning", "config-keys-differ": "note"},
+    ),
+    "a first token that one tune begins with": (
+        tuple(
+            FAST | {"generation_config.json": json.dumps({"top_k": 5} | ids)} for ids in ({}, {"bos_token_id": 1}, {})
+        ),
+        {"config-keys-differ": "note"},
+    ),
+    "a token that one tune forces": (
+        (FAST, FAST | {"generation_config.json": '{"forced_bos_token_id": 0}'}, FAST),
+        {"config-differs": "warning", "not-taken": "note"},
     ),
     "a template that breaks off": (
         (FAST | {"chat_template.jinja": CHATML[:-6]}, FAST | {"chat_template.jinja": CHATML[:-6]}),

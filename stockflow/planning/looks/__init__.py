@@ -48,14 +48,6 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     filters.unmatched_filters,
     filters.seed,
     configs.missing_configs,
-    configs.other_architectures,
-    configs.other_heads,
-    configs.other_meanings,
-    configs.meanings_of_some,
-    configs.other_tokens,
-    configs.other_sizes,
-    configs.other_contexts,
-    configs.other_keys,
     precision.kept_precision,
     precision.carried_indices,
     precision.running_statistics,
@@ -104,4 +96,6 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
 def remarks_on(proposal: Proposal) -> tuple[Remark, ...]:
     """Return all remarks: those of the recipe, those of each checkpoint, and what the looks find."""
     own = (*proposal.recipe.remarks, *(remark for each in proposal.checkpoints for remark in each.remarks))
-    return (*own, *(remark for look in LOOKS for remark in look(proposal)))
+    found = [remark for look in LOOKS for remark in look(proposal)]
+    unkept = {key for remark in found if remark.code == "promise-unkept" for key in remark.values}
+    return (*own, *found, *configs.differing_configs(proposal, unkept))

@@ -14,22 +14,34 @@ from stockflow.checkpoints.configs import (
     Trait,
     comparable,
     further_keys,
-    says_nothing,
+    is_of_tokens,
     sections,
     size_keys,
     token_keys,
     trait,
 )
 from stockflow.checkpoints.heads import is_of_language
-from stockflow.planning.looks.promises import missing_layers
+from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.looks.sizes import broken_sizes
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
 
 MAX_ITEMS_SHOWN = 6
 """of a list; of longer ones those that differ"""
+Sections = Mapping[str, Config]
+"""of a config by path, or of one path by model"""
+_KINDS: Sequence[tuple[str, Severity, Sequence[Trait], str]] = (
+    ("architecture-differs", "refusal", ARCHITECTURE, "tensors of equal names and shapes need not be used alike"),
+    ("heads-differ", "refusal", HEADS, "the same rows belong to other heads, and no average of them is a model"),
+    (
+        "config-differs", "warning", MEANING,
+        "the merged weights will run with the published one, some were trained with another",
+    ),
+    ("context-length-differs", "note", CONTEXT, "no tensor depends on it"),
+)  # fmt: skip
+_OTHER_TOKEN = "models that were trained with another token there meet the published one"
+_OTHER_SIZE = "their tensors have equal shapes, so that one of them is wrong, and loaders go by the published one"
 
 
 class Disagreement(NamedTuple):
@@ -40,6 +52,59 @@ class Disagreement(NamedTuple):
     """by location, of those that say something"""
 
 
+class Configs(NamedTuple):
+    """Those of all models, or of one component of theirs."""
+
+    published: str
+    """location of the model whose config goes out"""
+    sections: Mapping[str, Sections]
+    """by location of the models that have one"""
+
+    def traits(self, keys_of: Callable[[Config], Iterable[str]]) -> list[Trait]:
+        """Return facts of single keys that any config has."""
+        of_all = (section for each in self.sections.values() for section in each.values())
+        return [trait(key) for key in sorted({key for section in of_all for key in keys_of(section)})]
+
+    def by_path(self) -> Iterator[tuple[str, Sections]]:
+        """Yield each path with what the models have there, if there are several models."""
+        paths = dict.fromkeys(path for each in self.sections.values() for path in each)
+        for path in paths if len(self.sections) > 1 else ():
+            yield path, {url: each[path] for url, each in self.sections.items() if path in each}
+
+    def disagreements(self, traits: Iterable[Trait]) -> Iterator[Disagreement]:
+        """Yield the facts of which models say different things."""
+        for path, own in self.by_path():
+            for each in traits:
+                for asked in (each, *map(trait, each.aliases)):
+                    found = _values(asked, own)
+                    if any(value != next(iter(found.values())) for value in found.values()):
+                        yield Disagreement(path + asked.name, found)
+                        break
+
+    def said_by_some(self, traits: Sequence[Trait]) -> Iterator[tuple[Disagreement, list[str]]]:
+        """Yield what some models say in one voice and others do not say, and which are these."""
+        for path, own in self.by_path():
+            for each in traits:
+                values = {url: each.read(section) for url, section in own.items()} if each.default is None else {}
+                said = {url: value for url, value in values.items() if each.is_said(value)}
+                others = FOUND_LATER.difference(each.keys) if FOUND_LATER.intersection(each.keys) else frozenset[str]()
+                silent = [url for url, value in values.items() if value is None and others.isdisjoint(own[url])]
+                is_one_voice = all(value == next(iter(said.values())) for value in said.values())
+                if said and silent and is_one_voice and not NEVER_ALONE.intersection(each.keys):
+                    yield Disagreement(path + each.name, said), silent
+
+    def told(self, found: Disagreement) -> str:
+        """Return every value with the models that have it, the published one first."""
+        owners: dict[str, list[str]] = {}
+        for url, value in sorted(_telling(found.values).items(), key=lambda item: item[0] != self.published):
+            owners.setdefault(shown(value), []).append(self.named(url))
+        return ", ".join(f"{value} in {', '.join(urls)}" for value, urls in owners.items())
+
+    def named(self, url: str) -> str:
+        """Return a location, and whether what is said there is published."""
+        return f"{url} (published)" if url == self.published else url
+
+
 def missing_configs(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models besides the one that gives the config have none."""
     urls = [redact(each.url) for each in proposal.checkpoints if each.config is None and each is not proposal.donor]
@@ -48,61 +113,51 @@ def missing_configs(proposal: Proposal) -> Iterator[Remark]:
         yield Remark("no-config", text, "note", tuple(urls))
 
 
-def other_architectures(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that models are not of one architecture."""
-    for found in _disagreements(proposal, ARCHITECTURE):
-        means = "tensors of equal names and shapes need not be used alike"
-        yield _remark(proposal, "architecture-differs", "refusal", found, means)
+def differing_configs(proposal: Proposal, said: Collection[str]) -> Iterator[Remark]:
+    """Yield what configs disagree on, those of the models and those of components that are merged.
+
+    Args:
+        proposal: what is looked at.
+        said: keys of the published config of which it is said that no tensor keeps what they promise.
+    """
+    keeps_ids = proposal.recipe.vocabulary is None
+    models, *components = _of_models(proposal), *_of_components(proposal)
+    for configs in (models, *components):
+        of_tokens = configs.traits(token_keys) if keeps_ids else []
+        for code, severity, traits, means in (*_KINDS, ("config-differs", "warning", of_tokens, _OTHER_TOKEN)):
+            for found in configs.disagreements(traits):
+                yield _differing(configs, code, severity, found, means)
+        for found, silent in configs.said_by_some([*MEANING, *of_tokens]):
+            yield _said_by_some(configs, found, silent)
+    yield from _other_sizes(proposal, models, said)
+    yield from _other_keys(models, keeps_ids)
 
 
-def other_heads(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that models cut tensors of equal shapes into other heads."""
-    for found in _disagreements(proposal, HEADS):
-        means = "the same rows belong to other heads, and no average of them is a model"
-        yield _remark(proposal, "heads-differ", "refusal", found, means)
+def _differing(configs: Configs, code: str, severity: Severity, found: Disagreement, means: str) -> Remark:
+    values = {url: shown(value) for url, value in _telling(found.values).items()}
+    text = f"{found.name} differs: {configs.told(found)}; {means}"
+    return Remark(code, text, severity, tuple(found.values), values=values)
 
 
-def other_meanings(proposal: Proposal) -> Iterator[Remark]:
-    """Yield what else gives equal tensors another meaning."""
-    for found in _disagreements(proposal, MEANING):
-        means = "the merged weights will run with the published one, some were trained with another"
-        yield _remark(proposal, "config-differs", "warning", found, means)
+def _said_by_some(configs: Configs, found: Disagreement, silent: Sequence[str]) -> Remark:
+    """Say what is no default of most classes; a warning if it is not published."""
+    text = (
+        f"{found.name} is said by some models only: {configs.told(found)}; not by "
+        f"{', '.join(map(configs.named, silent))}: loaders take what the class of a model has by default, which need "
+        "not be that"
+    )
+    is_lost = configs.published in silent and found.name.rpartition(".")[2] not in FOUND_LATER
+    values = {url: shown(value) for url, value in found.values.items()}
+    return Remark("config-differs", text, "warning" if is_lost else "note", (*values, *silent), values=values)
 
 
-def meanings_of_some(proposal: Proposal) -> Iterator[Remark]:
-    """Yield what some models alone say, where it is no default of most classes; a warning if it is not published."""
-    donor = redact(proposal.donor.url)
-    of_tokens = _traits(proposal, token_keys) if proposal.recipe.vocabulary is None else []
-    for name, said, silent in _said_by_some(proposal, [*MEANING, *of_tokens]):
-        values = {url: shown(value) for url, value in said.items()}
-        text = (
-            f"{name} is said by some models only: {_said(proposal, Disagreement(name, said))}; not by "
-            f"{', '.join(silent)}{' (published)' * (donor in silent)}: loaders take what the class of a model has by "
-            "default, which need not be that"
-        )
-        severity: Severity = "warning" if donor in silent and name.rpartition(".")[2] not in FOUND_LATER else "note"
-        yield Remark("config-differs", text, severity, (*said, *silent), values=values)
-
-
-def other_tokens(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which tokens configs speak of by other ids, if the models' tokens keep theirs."""
-    for found in _disagreements(proposal, _traits(proposal, token_keys)) if proposal.recipe.vocabulary is None else ():
-        means = "models that were trained with another token there meet the published one"
-        yield _remark(proposal, "config-differs", "warning", found, means)
-
-
-def other_sizes(proposal: Proposal) -> Iterator[Remark]:
+def _other_sizes(proposal: Proposal, configs: Configs, said: Collection[str]) -> Iterator[Remark]:
     """Yield which sizes configs disagree on though the tensors are of one shape: loaders go by the published one."""
     if proposal.stackings or proposal.recipe.vocabulary is not None:
         return
-    differing = list(_disagreements(proposal, _traits(proposal, size_keys)))
-    if not differing or _copies_differ(proposal):
-        return
-    said = {key for look in (broken_sizes, missing_layers) for each in look(proposal) for key in each.values}
-    for found in differing:
-        if found.name not in said:
-            means = "their tensors have equal shapes, so that one of them is wrong, and loaders go by the published one"
-            yield _remark(proposal, "promise-unkept", "warning", found, means)
+    differing = [each for each in configs.disagreements(configs.traits(size_keys)) if each.name not in said]
+    for found in differing if differing and not _copies_differ(proposal) else ():
+        yield _differing(configs, "promise-unkept", "warning", found, _OTHER_SIZE)
 
 
 def _copies_differ(proposal: Proposal) -> bool:
@@ -112,43 +167,14 @@ def _copies_differ(proposal: Proposal) -> bool:
     return any(len({each[name].shape for each in specs if name in each}) > 1 for name in names)
 
 
-def other_contexts(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that models are said to take texts of different lengths."""
-    for found in _disagreements(proposal, CONTEXT):
-        yield _remark(proposal, "context-length-differs", "note", found, "no tensor depends on it")
-
-
-def other_keys(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which keys differ that stockflow does not know."""
-    traits = _traits(proposal, further_keys)
-    found = [*_disagreements(proposal, traits)]
-    found += [Disagreement(name, said) for name, said, _ in _said_by_some(proposal, traits)]
+def _other_keys(configs: Configs, keeps_ids: bool) -> Iterator[Remark]:
+    """Yield which keys differ that stockflow does not know, or that are of tokens which need not begin or end texts."""
+    traits = [each for each in configs.traits(further_keys) if keeps_ids or not is_of_tokens(each.name)]
+    found = [*configs.disagreements(traits), *(each for each, _ in configs.said_by_some(traits))]
     if found:
-        said = "; ".join(f"{shown(each.name)}: {_said(proposal, each)}" for each in found)
+        said = "; ".join(f"{shown(each.name)}: {configs.told(each)}" for each in found)
         text = f"configs differ in keys that are not known to give weights another meaning: {said}"
-        yield Remark("config-keys-differ", text, "note", values={each.name: _said(proposal, each) for each in found})
-
-
-def _traits(proposal: Proposal, keys_of: Callable[[Config], Iterable[str]]) -> list[Trait]:
-    """Facts of single keys that any config has."""
-    sections_of_all = (each for config in _configs(proposal).values() for each in config.values())
-    return [trait(key) for key in sorted({key for section in sections_of_all for key in keys_of(section)})]
-
-
-def _remark(proposal: Proposal, code: str, severity: str, found: Disagreement, means: str) -> Remark:
-    values = {url: shown(value) for url, value in _telling(found.values).items()}
-    text = f"{found.name} differs: {_said(proposal, found)}; {means}"
-    return Remark(code, text, severity, tuple(found.values), values=values)  # type: ignore[arg-type]
-
-
-def _said(proposal: Proposal, found: Disagreement) -> str:
-    """Every value with the models that have it, the published one first."""
-    donor = redact(proposal.donor.url)
-    owners: dict[str, list[str]] = {}
-    for url, value in sorted(_telling(found.values).items(), key=lambda item: item[0] != donor):
-        owners.setdefault(shown(value), []).append(url)
-    said = [f"{value} in {', '.join(urls)}{' (published)' * (donor in urls)}" for value, urls in owners.items()]
-    return ", ".join(said)
+        yield Remark("config-keys-differ", text, "note", values={each.name: configs.told(each) for each in found})
 
 
 def _telling(values: Mapping[str, object]) -> Mapping[str, object]:
@@ -175,15 +201,37 @@ def _pairs(value: object) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _configs(proposal: Proposal) -> dict[str, dict[str, Config]]:
-    """Sections by path, by location of the models that have a config."""
-    found, published = {}, _language_path(proposal.donor.config)
+def _of_models(proposal: Proposal) -> Configs:
+    """Return config.json of all models, with what generation_config.json says of tokens."""
+    found, published = dict[str, Sections](), _language_path(proposal.donor.config)
+    generation = _of_generation(proposal)
     for number, each in enumerate(proposal.checkpoints):
         if each.config is not None:
             nums = {stacking.num_layers.get(number) for stacking in proposal.stackings}
             own = {path: _as_one(section, nums) for path, section in sections(each.config)}
-            found[redact(each.url)] = _language_at(published, own, _language_path(each.config))
-    return found
+            found[redact(each.url)] = {
+                **_language_at(published, own, _language_path(each.config)),
+                **generation[number],
+            }
+    return Configs(redact(proposal.donor.url), found)
+
+
+def _of_generation(proposal: Proposal) -> Sequence[dict[str, Config]]:
+    """Return what generation_config.json of each model says of tokens, if any has one."""
+    given = [each.generation for each in proposal.tokenizers]
+    if not any(given):
+        return [{}] * len(proposal.checkpoints)
+    ids = [{key: value for key, value in (each or {}).items() if is_of_tokens(key)} for each in given]
+    return [{f"{GENERATION_CONFIG}: ": each} for each in ids]
+
+
+def _of_components(proposal: Proposal) -> Iterator[Configs]:
+    """Yield the configs of each component and module of which tensors are merged."""
+    published = redact(proposal.side_files_donor.url)
+    for key in proposal.merged_configs:
+        models = zip(proposal.checkpoints, proposal.tokenizers, strict=False)
+        given = {redact(each.url): own.uses[key] for each, own in models if key in own.uses}
+        yield Configs(published, {url: dict(sections(own, f"{key}: ")) for url, own in given.items()})
 
 
 def _language_path(config: Config | None) -> str:
@@ -206,35 +254,6 @@ def _as_one(section: Config, nums: Collection[int | None]) -> Config:
     """A section without what it lists per layer, of models whose layers are stacked: that follows the layers."""
     per_layer = [key for key, value in section.items() if isinstance(value, list) and len(value) in nums]
     return {key: comparable(value) for key, value in section.items() if key not in per_layer}
-
-
-def _disagreements(proposal: Proposal, traits: Iterable[Trait]) -> Iterator[Disagreement]:
-    configs = _configs(proposal)
-    paths = dict.fromkeys(path for config in configs.values() for path in config)
-    for path in paths if len(configs) > 1 else ():
-        own = {url: config[path] for url, config in configs.items() if path in config}
-        for each in traits:
-            for asked in (each, *map(trait, each.aliases)):
-                found = _values(asked, own)
-                if any(value != next(iter(found.values())) for value in found.values()):
-                    yield Disagreement(path + asked.name, found)
-                    break
-
-
-def _said_by_some(proposal: Proposal, traits: Sequence[Trait]) -> Iterator[tuple[str, dict[str, object], list[str]]]:
-    """Yield what some models say in one voice and others do not say: its name, the values, and who is silent."""
-    configs = _configs(proposal)
-    paths = dict.fromkeys(path for config in configs.values() for path in config)
-    for path in paths if len(configs) > 1 else ():
-        own = {url: config[path] for url, config in configs.items() if path in config}
-        for each in traits:
-            values = {url: each.read(section) for url, section in own.items()} if each.default is None else {}
-            said = {url: value for url, value in values.items() if not says_nothing(value)}
-            others = FOUND_LATER.difference(each.keys) if FOUND_LATER.intersection(each.keys) else frozenset[str]()
-            silent = [url for url, value in values.items() if value is None and others.isdisjoint(own[url])]
-            is_one_voice = all(value == next(iter(said.values())) for value in said.values())
-            if said and silent and is_one_voice and not NEVER_ALONE.intersection(each.keys):
-                yield path + each.name, said, silent
 
 
 def _values(each: Trait, own: Mapping[str, Config]) -> dict[str, object]:

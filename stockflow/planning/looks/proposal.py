@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer
@@ -11,7 +13,7 @@ from stockflow.planning.targets import Stacking
 from stockflow.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Proposal:
     """What is looked at."""
 
@@ -42,6 +44,15 @@ class Proposal:
     def side_files_donor(self) -> Checkpoint:
         """Gives tokenizer and other small files."""
         return self.checkpoints[self.recipe.side_files_donor]
+
+    @cached_property
+    def merged_configs(self) -> list[str]:
+        """Keys of the configs of components and modules of which tensors are merged, where they were read."""
+        donors = self.tokenizers[self.recipe.side_files_donor : self.recipe.side_files_donor + 1]
+        keys = {folder_of(key): key for each in donors for key in each.uses if key.endswith("/config.json")}
+        merged = [job.reading for job in self.jobs if keys and not job.is_copy and len(job.reading.operands) > 1]
+        folders = dict.fromkeys(folder_of(each.operands[0].extents[0].file) for each in merged)
+        return [keys[folder] for folder in folders if folder in keys]
 
     def is_skipped(self, name: str) -> bool:
         """Return whether a rule leaves a tensor out, in whichever model it is."""

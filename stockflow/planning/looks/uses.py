@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from stockflow.checkpoints.configs import further_keys
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
@@ -20,9 +21,11 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
     if donor >= len(proposal.tokenizers):
         return
     url = redact(proposal.checkpoints[donor].url)
-    for key, own in proposal.tokenizers[donor].uses.items():
+    for key, whole in proposal.tokenizers[donor].uses.items():
+        telling = further_keys if key in proposal.merged_configs else dict[str, object]  # what else it says is compared
+        own = telling(whole)
         tunes = {
-            redact(each.url): tokenizer.uses.get(key, own)
+            redact(each.url): telling(tokenizer.uses.get(key, whole))
             for each, tokenizer, location in zip(
                 proposal.checkpoints, proposal.tokenizers, recipe.checkpoints, strict=False
             )
@@ -30,10 +33,10 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
         }
         others = {model: theirs for model, theirs in tunes.items() if theirs != own}
         if others:
-            telling = {
+            names = {
                 name for theirs in others.values() for name in {*own, *theirs} if own.get(name) != theirs.get(name)
             }
-            values = {model: _brief(theirs, telling) for model, theirs in {url: own, **others}.items()}
+            values = {model: _brief(theirs, names) for model, theirs in {url: own, **others}.items()}
             said = ", ".join(f"{value} in {model}" for model, value in values.items() if model != url)
             text = f"{in_a_line(key)} of {url} goes out, with {values[url]}; {said}; {CHOOSES}"
             severity: Severity = "warning" if len(others) == len(tunes) else "note"

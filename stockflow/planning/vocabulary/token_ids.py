@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stockflow.checkpoints.configs import Config
+from stockflow.checkpoints.configs import TOKEN_IDS, Config
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG, Tokenizer
 from stockflow.checkpoints.tokens.vocabularies import Ids
@@ -16,7 +16,7 @@ from stockflow.text.strictjson import shown
 
 NUM_SHOWN, MAX_NAMED = 3, 20
 """tokens in a sentence, and in what programs read"""
-_KEY = re.compile(r".*_token_(ids?|index)|suppress_tokens|begin_suppress_tokens|bad_words_ids")
+_KEY = re.compile(TOKEN_IDS)
 
 
 @dataclass
