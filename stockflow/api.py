@@ -156,11 +156,11 @@ def merge(
     chosen, recipe = resolved(MergeSettings, settings), read_recipe(recipe, on_event)
     if recipe.stockflow.output == "adapter":
         return merge_adapter(recipe, output, chosen, on_event)
-    options, execute = options_of(chosen, chosen.workers), execute_on(chosen)
+    options, (execute, ready) = options_of(chosen, chosen.workers), execute_on(chosen)
     inputs = open_inputs(
         recipe, on_event, chosen.follow_links, chosen.random_seed, reads_twice=chosen.verify_inputs, is_told=True
     )
-    result = driver.merge(inputs, os.fspath(output), options, execute, on_event)
+    result = driver.merge(inputs, os.fspath(output), options, execute, on_event, ready)
     return MergeResult(result, inputs.storage)
 
 

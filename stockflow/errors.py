@@ -102,6 +102,10 @@ class StorageError(StockflowError, OSError):
 
     exit_code = EXIT_STORAGE
 
+    def of_tries(self, what: str, times: int) -> "StorageError":
+        """Return the error of what was tried so often, of which this ended the last time."""
+        return type(self)(f"{what} was tried {times} times, the last time: {self}")
+
 
 class LostUploadError(StorageError):
     """An upload ended at an answer that its client asks for once; written again, the object may arrive."""

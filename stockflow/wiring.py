@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from stockflow.planning.budget import default_memory
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import Recipe, RecipeLike, amended, recipe_of
 from stockflow.recipe.values import OUTPUT_DTYPES
-from stockflow.run.driver import Execute, MergeOptions
+from stockflow.run.driver import Execute, MergeOptions, Ready
 from stockflow.run.inputs import Inputs
 from stockflow.settings import (
     DeviceName,
@@ -156,10 +157,10 @@ def options_of(chosen: SimpleNamespace, workers: int | None) -> MergeOptions:
     )
 
 
-def execute_on(chosen: SimpleNamespace) -> Execute:
-    """Return what merges shards where settings of a merge say."""
+def execute_on(chosen: SimpleNamespace) -> tuple[Execute, Ready]:
+    """Return what merges shards where settings of a merge say, and what sees that it could."""
     if not is_on_ray(chosen.executor):
-        return _in_this_process
+        return _in_this_process, partial(_ready_here, chosen.device)
     asked = {
         "num_workers": chosen.workers,
         "gpus_per_worker": chosen.gpus_per_worker,
@@ -167,7 +168,25 @@ def execute_on(chosen: SimpleNamespace) -> Execute:
         "item_timeout_s": chosen.shard_timeout,
         "no_worker_timeout_s": chosen.worker_timeout,
     }
-    return partial(_on_ray, {name: value for name, value in asked.items() if value is not None})
+    told = {name: value for name, value in asked.items() if value is not None}
+    return partial(_on_ray, told), partial(_ready_on_ray, told)
+
+
+@contextmanager
+def _ready_here(device: DeviceName, _: int) -> Iterator[None]:
+    if device == "cuda":
+        from stockflow.engine.devices import open_device
+
+        open_device(device)
+    yield
+
+
+@contextmanager
+def _ready_on_ray(asked: Mapping[str, Any], num_shards: int) -> Iterator[None]:
+    from stockflow.run.executors import ray
+
+    with ray.reached(ray.RayOptions(**asked), num_shards):
+        yield
 
 
 def _in_this_process(spec: "WorkerSpec", shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:

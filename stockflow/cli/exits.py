@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import TextIOBase, TextIOWrapper
 
 import typer
 
@@ -38,8 +38,6 @@ def write(parts: Iterable[str]) -> None:
         BrokenPipeError: nobody reads it.
     """
     try:
-        if sys.stdout is None:
-            raise OSError(errno.EBADF, "it is closed")
         sys.stdout.writelines(parts)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -53,8 +51,16 @@ def tell(text: object) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
+class _Closed(TextIOBase):
+    """Standard output that was closed before the process began; libraries say nothing to None, in silence."""
+
+    def write(self, _: str, /) -> int:
+        raise OSError(errno.EBADF, "it is closed")
+
+
 def prepare_streams() -> None:
     """Let a process say what its streams cannot encode, and without standard error its errors to nobody."""
+    sys.stdout = sys.stdout or _Closed()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is None:

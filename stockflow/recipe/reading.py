@@ -148,7 +148,11 @@ def recipe_of(given: RecipeLike) -> Recipe:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"the recipe is a mapping that no YAML could give: {error}") from None
         return parse_recipe(text, "<mapping>")
-    text = os.fspath(given)
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else given
+    if not isinstance(text, str):
+        raise RecipeError(
+            f"the recipe is of type {type(given).__name__}: expected a path, a URL, YAML as a text, or a mapping"
+        )
     return parse_recipe(text, "<text>") if "\n" in text else load_recipe(text)
 
 

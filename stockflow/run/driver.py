@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -41,6 +42,8 @@ Outcome = Literal["merged", "already_finished"]
 
 Execute = Callable[["WorkerSpec", Sequence[ShardPlan], OnEvent], Iterator[Receipt]]
 """Merges shards somewhere and yields their receipts; tells of bytes, who is at which shard, and what is tried again."""
+Ready = Callable[[int], AbstractContextManager[None]]
+"""Sees that so many shards could be merged there, before an output is claimed for it, and keeps it so."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,14 @@ def side_file_notes(inputs: Inputs) -> Iterator[str]:
         yield f"not copied from {redact(donor.url)}, as no loader needs it: {names}{more}"
 
 
-def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, on_event: OnEvent = ignore) -> Merged:
+def merge(
+    inputs: Inputs,
+    output: str,
+    options: MergeOptions,
+    execute: Execute,
+    on_event: OnEvent = ignore,
+    ready: Ready = lambda _: nullcontext(),
+) -> Merged:
     """Merge, or finish what an earlier run of the same plan began.
 
     Raises:
@@ -180,7 +190,8 @@ def merge(inputs: Inputs, output: str, options: MergeOptions, execute: Execute, 
     if found.finished and not options.overwrite and _has_all_shards(store, plan, found.finished):
         return Merged("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
     check_room(store, plan)
-    with at_work(store, plan, {shard.file for shard in plan.shards}, on_event) as (run, tell, is_exclusive):
+    files = {shard.file for shard in plan.shards}
+    with ready(len(files)), at_work(store, plan, files, on_event) as (run, tell, is_exclusive):
         taken = take(store, plan, run, found, is_exclusive=is_exclusive)
         weak = store_warnings(store, inputs.stores, plan, is_exclusive=is_exclusive)
         for note in chain(plan.notes, taken, side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):

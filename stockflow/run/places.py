@@ -79,7 +79,7 @@ class _ShardsHere:
     def _begin_again(self, shard: ShardPlan, error: LostUploadError) -> Future[Receipt]:
         self._num_lost[shard.file] += 1
         if self._num_lost[shard.file] == MAX_UPLOADS:
-            raise error
+            raise error.of_tries(shard.file, MAX_UPLOADS)
         self._on_event(Retry("storage", shard.file))
         self._on_event(Note(f"{shard.file} is merged again: {error}"))
         pause(RetryPolicy().delay_s(self._num_lost[shard.file]))

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from obstore import exceptions
 
 from stockflow.errors import AccessDeniedError, RecipeError
 from stockflow.storage.base import HalfWritten, Listing, Pin, Sink, Stamp, StoreOptions
-from stockflow.storage.client import P, Pages
+from stockflow.storage.client import Cursor, P, Pages
 from stockflow.storage.endpoints import endpoint_mistake
 from stockflow.storage.faults import Failure, RequestError, WrongAnswerError, scrub
 from stockflow.storage.obstore_faults import detail_of, failure_of
@@ -42,13 +41,15 @@ from stockflow.storage.s3_pages import files_on, listing_on
 from stockflow.storage.s3_requests import abort_upload, asks_to_wait_s, checksums_of, list_pages, open_uploads
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, ObjectMeta
+    from obstore import GetOptions, ListStream, ObjectMeta
     from obstore.store import ClientConfig, RetryConfig
     from obstore.store import ObjectStore as Connection
 
 _NO_RETRIES: "RetryConfig" = {"max_retries": 0, "retry_timeout": timedelta(0)}
 ASK_EVERY_S = 5.0
 """A store that throttles is not asked more often how long to wait."""
+LISTED = 100
+"""Objects that obstore gives at once of a listing: a failure loses fewer than these."""
 _SLOW_READ = 2
 """A whole answer may take so many times the silence that ends one."""
 
@@ -137,10 +138,10 @@ class ObstoreClient:
         return bytes(payload[:num_bytes]), stamp
 
     def list(self, folder: str, at_most: int | None) -> Pages[Mapping[str, Stamp]]:
-        """Return all objects below ``folder``, by name; elsewhere than on S3 in one piece."""
+        """Return all objects below ``folder``, by name."""
         if self._scheme == "s3":
             return self._pages(self._path(folder), "", partial(files_on, root=self._root))
-        return Pages.of_one(partial(self._list_elsewhere, folder, at_most))
+        return self._pages_elsewhere(self._path(folder) or None, at_most)
 
     def listing(self) -> Pages[Listing]:
         """Return the objects and the folders directly under the URL."""
@@ -148,9 +149,28 @@ class ObstoreClient:
             return self._pages(self._root, "/", partial(listing_on, root=self._root))
         return Pages.of_one(self._listing_elsewhere)
 
-    def _list_elsewhere(self, folder: str, at_most: int | None) -> Mapping[str, Stamp]:
-        pages = obstore.list(self._reader, self._path(folder) or None, chunk_size=1000)
-        return self._by_key(list(islice(chain.from_iterable(pages), at_most)))
+    def _pages_elsewhere(self, folder: str | None, at_most: int | None) -> Pages[Mapping[str, Stamp]]:
+        """Return pages of obstore's, which gives no token: after a failure it lists anew, from the last key on.
+
+        The last one has all, as the marker of a folder is told by what comes after it.
+        """
+        streams: list[ListStream[Sequence[ObjectMeta]]] = []
+        found: list[ObjectMeta] = []
+
+        def ask(cursor: Cursor) -> tuple[Mapping[str, Stamp], Cursor | None]:
+            if not streams:
+                streams.append(obstore.list(self._reader, folder, offset=cursor.get("after"), chunk_size=LISTED))
+            try:
+                page = next(streams[0], ())
+            except self.errors:
+                streams.clear()
+                raise
+            found.extend(page)
+            if page and (at_most is None or len(found) < at_most):
+                return {}, {"after": page[-1]["path"]}
+            return self._by_key(found), None
+
+        return Pages(ask)
 
     def _listing_elsewhere(self) -> Listing:
         found = obstore.list_with_delimiter(self._reader, self._root or None)

@@ -3,7 +3,7 @@
 import http.server
 import logging
 import ssl
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlsplit
 
 import boto3
 import pytest
@@ -522,6 +523,61 @@ def test_each_page_of_a_listing_has_attempts_of_its_own(
     proxy.fail("list", "html", times=3)
     assert [left.key for left in store.half_written() or ()] == ["upload"]
     assert store.num_retries == 33
+
+
+AZURE_PAGE = 150
+
+
+class _Azure(http.server.BaseHTTPRequestHandler):
+    """Lists a container in pages, as Azure and its emulator do; each page but the first fails three times before."""
+
+    protocol_version = "HTTP/1.1"
+    names: ClassVar[list[str]]
+    fails: ClassVar[Counter[int]]
+
+    def do_GET(self) -> None:
+        first = int(parse_qs(urlsplit(self.path).query).get("marker", ["0"])[0])
+        self.fails[first] += first > 0
+        page = self.names[first : first + AZURE_PAGE]
+        blobs = "".join(map(_azure_entry, page))
+        after = first + AZURE_PAGE if first + AZURE_PAGE < len(self.names) else ""
+        listing = f"<EnumerationResults><Blobs>{blobs}</Blobs><NextMarker>{after}</NextMarker></EnumerationResults>"
+        body = listing.encode()
+        self.send_response(503 if 0 < self.fails[first] < 4 else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _azure_entry(name: str) -> str:
+    facts = {
+        "Last-Modified": "Sun, 29 Nov 2026 10:00:00 GMT",
+        "Etag": "0x1",
+        "Content-Length": int(not name.endswith("/")),
+        "Content-Type": "application/octet-stream",
+    }
+    told = "".join(f"<{key}>{value}</{key}>" for key, value in facts.items())
+    return f"<Blob><Name>{name}</Name><Properties>{told}</Properties></Blob>"
+
+
+def test_a_listing_elsewhere_than_on_s3_goes_on_where_it_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine failures, of four attempts each; the marker of a folder is the last of what obstore gives at once."""
+    files = [f"run/{number:03}" for number in range(99)] + [f"run/folder/{number:03}" for number in range(401)]
+    _Azure.names, _Azure.fails = sorted([*files, "run/folder/"]), Counter()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Azure) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
+        monkeypatch.setenv("AZURITE_BLOB_STORAGE_URL", f"http://127.0.0.1:{server.server_port}")
+        store = ObjectStore("az://container/run", StoreOptions(), QUICK)
+
+        found = store.list()
+        server.shutdown()
+
+    assert [f"run/{name}" for name in found] == files
+    assert store.num_retries == 9
 
 
 def test_a_page_of_html_for_a_listing_is_called_so(store: RemoteStore, proxy: FaultyProxy) -> None:

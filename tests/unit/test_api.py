@@ -241,6 +241,9 @@ def test_by_default_a_ray_worker_shares_this_machine_with_as_many_as_it_has_core
 def test_recipes_that_cannot_be(root: Path) -> None:
     with pytest.raises(stockflow.RecipeError, match="a mapping that no YAML could give"):
         stockflow.plan({"models": {1, 2}}, root / "elsewhere")
+    for given in (b"models: []", 7, None, ["a", "b"]):
+        with pytest.raises(stockflow.RecipeError, match=f"of type {type(given).__name__}: expected a path, a URL"):
+            stockflow.plan(given, root / "elsewhere")  # type: ignore[arg-type]
     with pytest.raises(stockflow.RecipeError, match="<text>:1:1"):
         stockflow.plan("- a\n- b\n", root / "elsewhere")
     with pytest.raises(stockflow.NotFoundError):

@@ -460,6 +460,7 @@ def test_cuda_without_a_device(world: World) -> None:
     result = cli("merge", world.recipe, world.output, "--device", "cuda")
 
     assert_refused(result, "--device cuda: torch sees no CUDA device here")
+    assert not world.output.exists()
 
 
 def test_verifying_what_is_no_output(world: World) -> None:

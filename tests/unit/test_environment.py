@@ -119,6 +119,8 @@ def test_what_may_be_ours_keeps_its_traceback(error: Exception) -> None:
         ("plan {recipe} out > /dev/full", "stockflow: cannot write to standard output: No space left on device\n"),
         ("plan {recipe} out >&-", "stockflow: cannot write to standard output: it is closed\n"),
         ("schema >&-", "stockflow: cannot write to standard output: it is closed\n"),
+        ("--help >&-", "stockflow: cannot write to standard output: it is closed\n"),
+        ("merge --help >&-", "stockflow: cannot write to standard output: it is closed\n"),
         ("--help > /dev/full", "stockflow: cannot write to standard output: No space left on device\n"),
         ("plan r.yaml out", "stockflow: 'r.yaml' is relative to the current folder, which was removed"),
     ],

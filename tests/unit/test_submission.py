@@ -196,6 +196,7 @@ def test_bad_requests_are_refused_without_a_cluster(recipe: Path, tmp_path: Path
 
     for given, message in {
         (recipe, out, "--address", "ray://head:10001"): "--address ray://head:10001: expected where the dashboard",
+        (recipe, out, "--address", "http:/head"): "--address http:/head: expected where the dashboard",
         (recipe, out, "--address", "http://head:99999"): "expected where the dashboard",
         (recipe, out, "--memory", "much", *nobody): "--memory: expected a size",
         (recipe, out, "--label", "spot", *nobody): "--label spot: expected KEY=VALUE",

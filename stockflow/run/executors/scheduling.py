@@ -330,7 +330,7 @@ class Scheduler(Generic[T]):
         if len({id(failed) for failed in worker.failed}) > 1 and self._succeeded > worker.failing_since:
             self._give_up_on(worker, now)
         elif task.failures[Cause.storage] >= self._limits.storage_failures:
-            raise error
+            raise error.of_tries(self._name(task.item), task.failures[Cause.storage])
         self._on_failure(Cause.storage, task.item)
         pause_s = self._limits.storage_pause_after(max(task.failures[Cause.storage], 1))
         task.not_before, task.failed_by = now + pause_s, number

@@ -4,7 +4,7 @@ The driver owns every retry: Ray restarts nothing by itself (``max_restarts=0``)
 apart and a poisoned item cannot loop. Running an item twice is harmless: both runs write the same bytes.
 """
 
-from stockflow.run.executors.ray.cluster import RayOptions, connected
+from stockflow.run.executors.ray.cluster import RayOptions, connected, reached
 from stockflow.run.executors.ray.loop import run
 
-__all__ = ["RayOptions", "connected", "run"]
+__all__ = ["RayOptions", "connected", "reached", "run"]

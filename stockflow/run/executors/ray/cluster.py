@@ -105,6 +105,21 @@ def connected(options: RayOptions, num_items: int) -> Iterator[None]:
             ray.shutdown()
 
 
+@contextmanager
+def reached(options: RayOptions, num_items: int) -> Iterator[None]:
+    """Be connected to a cluster that is named and can hold a worker; one on this machine is started when items are.
+
+    Raises:
+        ComputeLostError: see ``connected`` and ``refuse_impossible``.
+    """
+    if starts_here(options):
+        yield
+        return
+    with connected(options, num_items):
+        refuse_impossible(options, lambda _: None)
+        yield
+
+
 def starts_here(options: RayOptions) -> bool:
     """Return whether connecting starts a cluster on this machine."""
     return not ray.is_initialized() and _address(options) == "local"

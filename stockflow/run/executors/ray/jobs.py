@@ -232,6 +232,7 @@ def job_api_url(address: str) -> str:
     try:
         parts = urlsplit(url)
         is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_url &= parts.hostname not in ("http", "https")  # of http:/HOST
     except ValueError:
         is_url = False
     if not is_url or parts.query or parts.fragment:
