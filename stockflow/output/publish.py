@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -28,6 +29,8 @@ from stockflow.version import __version__
 
 NUM_PUBLISHERS = 8
 """Small files that are written at the same time: on object storage each takes two or three round trips."""
+_ENCODING = threading.Lock()
+"""One large file at a time, however many are published: encoding holds the interpreter, and takes twice its bytes."""
 HF_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 DTYPE_KEYS = ("torch_dtype", "dtype")
 COUNTED = ("zeroed", "subnormal", "collapsed", "below_zero")
@@ -112,9 +115,9 @@ def _files_in_order(
 ) -> Iterator[dict[str, Callable[[], bytes]]]:
     """Yield the files beside the shards and what makes their bytes: those that may appear at the same time together."""
     yield {
-        plan_key(plan.plan_id): lambda: plan_file.encode(plan),
-        tensors_key(plan.plan_id): lambda: encode_tensors(rows),
-        CARD_FILE: lambda: model_card(recipe, plan, rows).encode(),
+        plan_key(plan.plan_id): _alone(lambda: plan_file.encode(plan)),
+        tensors_key(plan.plan_id): _alone(lambda: encode_tensors(rows)),
+        CARD_FILE: _alone(lambda: model_card(recipe, plan, rows).encode()),
         **{side.key: partial(_read_side_file, inputs[side.checkpoint], side) for side in plan.side_files},
         **{file.key: partial(bytes, file.payload) for file in plan.written_files},
     }
@@ -123,6 +126,14 @@ def _files_in_order(
     config = plan.config
     if config is not None:
         yield {CONFIG_FILE: lambda: encode_config(config, rows)}
+
+
+def _alone(encode: Callable[[], bytes]) -> Callable[[], bytes]:
+    def encode_alone() -> bytes:
+        with _ENCODING:
+            return encode()
+
+    return encode_alone
 
 
 def _published_meanwhile(output: Store, plan_id: str) -> Manifest | None:

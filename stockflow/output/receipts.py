@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from sys import intern
 
 from stockflow.checkpoints.files.header import DTYPES
 from stockflow.output.keys import receipt_key
@@ -118,13 +119,25 @@ def within_bounds(tensors: Sequence[TensorFacts]) -> Iterator[TensorFacts]:
         yield facts if left >= 0 else replace(facts, coefficients=None)
 
 
-def without_coefficients(receipt: Receipt) -> Receipt:
-    """Return what a driver keeps of a receipt.
+def condensed(receipt: Receipt) -> Receipt:
+    """Return what a driver keeps of a receipt: words that its rows share once, and no coefficients.
 
-    Coefficients of 48 experts' tensors, by 768 rows and eight models, take 25 MB; only `verify` needs them, and reads
-    them from the store.
+    Of 48 experts' tensors, by 768 rows and eight models, these take 25 MB; only `verify` needs them, and reads them
+    from the store.
     """
-    return replace(receipt, tensors=tuple(replace(row, coefficients=None) for row in receipt.tensors))
+    return replace(receipt, tensors=tuple(_condensed(row, receipt.file) for row in receipt.tensors))
+
+
+def _condensed(row: TensorFacts, file: str) -> TensorFacts:
+    return replace(
+        row,
+        dtype=intern(row.dtype),
+        shard=file if row.shard == file else row.shard,
+        method=intern(row.method),
+        scope=intern(row.scope),
+        flags=tuple(map(intern, row.flags)),
+        coefficients=None,
+    )
 
 
 def total_gram(receipts: Sequence[Receipt]) -> tuple[tuple[float, ...], ...]:

@@ -11,7 +11,7 @@ from stockflow.checkpoints.files.layout import folder_of
 from stockflow.errors import CheckpointError, InputChangedError, NotFoundError
 from stockflow.output import receipts
 from stockflow.output.keys import receipt_folder, receipt_key
-from stockflow.output.receipts import Receipt, without_coefficients
+from stockflow.output.receipts import Receipt, condensed
 from stockflow.planning.plan import MergePlan, ShardPlan
 from stockflow.storage import Stamp, Store
 from stockflow.storage.parts import RANGE_BYTES
@@ -21,7 +21,7 @@ NUM_READERS = 16
 
 
 def valid_receipts(store: Store, plan: MergePlan) -> dict[str, Receipt]:
-    """Receipts of shards that are still what they were when the receipt was written; without coefficients."""
+    """Receipts of shards that are still what they were when the receipt was written, condensed."""
     plan_id = plan.plan_id
     known = store.list(receipt_folder(plan_id))
     present = present_files(store, [shard.file for shard in plan.shards]) if known else {}
@@ -52,7 +52,7 @@ def is_finished(store: Store, plan_id: str, shard: ShardPlan, numerics_class: st
 
 
 def _receipt_of(store: Store, plan_id: str, shard: ShardPlan) -> Receipt | None:
-    """Return the receipt of a shard, without coefficients; None if it proves nothing: the shard must be merged again.
+    """Return the condensed receipt of a shard; None if it proves nothing: the shard must be merged again.
 
     Raises:
         NotFoundError: there is none.
@@ -62,7 +62,7 @@ def _receipt_of(store: Store, plan_id: str, shard: ShardPlan) -> Receipt | None:
     except CheckpointError:
         return None
     is_of_shard = (receipt.plan_id, receipt.file, receipt.size) == (plan_id, shard.file, shard.num_bytes)
-    return without_coefficients(receipt) if is_of_shard else None
+    return condensed(receipt) if is_of_shard else None
 
 
 def is_intact(store: Store, receipt: Receipt, found: Stamp) -> bool:

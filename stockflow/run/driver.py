@@ -14,7 +14,7 @@ from stockflow.output.keys import plan_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.numerics import agreed_numerics
 from stockflow.output.ownership import admit, look, overwriting_notes, store_warnings, take
-from stockflow.output.receipts import Receipt, without_coefficients
+from stockflow.output.receipts import Receipt, condensed
 from stockflow.output.shards import present_files, valid_receipts
 from stockflow.output.target import check_apart, check_room, check_target
 from stockflow.planning import file as plan_file
@@ -196,6 +196,7 @@ def merge(
         weak = store_warnings(store, inputs.stores, plan, is_exclusive=is_exclusive)
         for note in chain(plan.notes, taken, side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
             tell(Note(note))
+        inputs.forget_tensors()
         store.put(plan_key(plan.plan_id), plan_file.encode(plan))
         tell(Stage("looking for finished shards"))
         spec = _worker_spec(inputs, plan, store.url, options, run)
@@ -225,7 +226,7 @@ def _merge_shards(
     resumed = set(receipts)
     tell_executed = all_of(tell, partial(_note_idle_workers, plan, tell))
     while remaining := [shard for shard in plan.shards if shard.file not in receipts]:
-        for receipt in map(without_coefficients, execute(spec, remaining, tell_executed)):
+        for receipt in map(condensed, execute(spec, remaining, tell_executed)):
             receipts[receipt.file] = receipt
             tell(shard_events.done(shards[receipt.file], receipt))
         others = _drop_other_numerics(store, plan, receipts, tell)

@@ -97,6 +97,10 @@ class Inputs:
         """Those whose tensors are read, in the order of ``recipe.checkpoints``."""
         return self.checkpoints[: len(self.recipe.checkpoints)]
 
+    def forget_tensors(self) -> None:
+        """Drop the checkpoints, of which the plan has all that a merge reads: of 92,000 tensors of three 100 MiB."""
+        self.checkpoints.clear()
+
     def _unified(self) -> "Inputs":
         """Return them with each model once, however many names the recipe has for it."""
         same = same_models(self.recipe.checkpoints, self.merged)
