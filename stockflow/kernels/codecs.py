@@ -95,7 +95,7 @@ def scale_blocks(
     num_elems, one = np.uint64(len(out_E)), np.uint64(1)
     is_e4m3 = numbers_C[0x7F] != numbers_C[0x7F] and numbers_C[0x7E] == 448.0
     bits = np.empty(TILE, np.uint32)
-    floats = bits.view(np.float32)
+    floats, mend = bits.view(np.float32), np.float32(2.0**120 if is_e4m3 else 1.0)
     num_rows, num_columns = matrix
     bands = (num_rows + block[0] - one) // block[0]
     first_row = start // num_columns
@@ -104,41 +104,42 @@ def scale_blocks(
     while done < num_elems:
         row, column = (start + done) // num_columns, (start + done) % num_columns
         band = row // num_rows * bands + row % num_rows // block[0]
-        place = column // block[1]
-        end = min((place + one) * block[1], num_columns)
-        count = min(end - column, num_elems - done)
-        scale = scales_RS[band - first_band, place]
+        count = min(min(num_columns - column, num_elems - done), np.uint64(TILE))
         if is_e4m3:
-            _scale_e4m3(codes, first + done, count, scale, bits, floats, out_E, done)
+            _move_e4m3(codes, first + done, count, bits)
         else:
             for k in range(count):
-                out_E[done + k] = numbers_C[codes[first + done + k]] * scale
+                floats[k] = numbers_C[codes[first + done + k]]
+        place, left = column // block[1], block[1] - column % block[1]
+        scales_S, out = scales_RS[band - first_band], out_E[done : done + count]
+        _scale(floats, mend, count, scales_S, place, left, block[1], out)
         done += count
 
 
 @jit
-def _scale_e4m3(
-    codes: Bytes,
-    first: Index,
-    count: Index,
-    scale: Any,
-    bits: Bits,
-    floats: Singles,
-    out_E: Values,
-    at: Index,
+def _move_e4m3(codes: Bytes, first: Index, count: Index, bits: Bits) -> None:
+    """Move exponent and fraction into a float32; a multiplication by 2**120, which is exact, mends its exponent."""
+    for k in range(count):
+        code = np.uint32(codes[first + k])
+        magnitude = (code & np.uint32(0x7F)) << np.uint32(20)
+        magnitude = np.uint32(0x7FC0_0000) if magnitude == np.uint32(0x7F0_0000) else magnitude
+        bits[k] = magnitude | ((code & np.uint32(0x80)) << np.uint32(24))
+
+
+@jit
+def _scale(
+    floats: Singles, mend: Any, count: Index, scales_S: Values, place: Index, left: Index, group: Index, out: Values
 ) -> None:
-    """Move exponent and fraction into a float32 and mend the exponent's bias by a multiplication, which is exact."""
-    done = np.uint64(0)
+    """Fill ``out`` with mended numbers of a row times their scales: that at ``place`` for ``left`` of them, and so on.
+
+    Each further scale is for ``group`` numbers.
+    """
+    done, end = np.uint64(0), left
     while done < count:
-        num = min(count - done, np.uint64(TILE))
-        for k in range(num):
-            code = np.uint32(codes[first + done + k])
-            magnitude = (code & np.uint32(0x7F)) << np.uint32(20)
-            magnitude = np.uint32(0x7FC0_0000) if magnitude == np.uint32(0x7F0_0000) else magnitude
-            bits[k] = magnitude | ((code & np.uint32(0x80)) << np.uint32(24))
-        for k in range(num):
-            out_E[at + done + k] = floats[k] * np.float32(2.0**120) * scale
-        done += num
+        scale = scales_S[place]
+        for k in range(done, min(end, count)):
+            out[k] = floats[k] * mend * scale
+        done, end, place = end, end + group, place + np.uint64(1)
 
 
 @jit
@@ -170,45 +171,35 @@ def scale_groups(
     per_row = (num_columns + group - one) // group
     first_byte = start // num_columns * row_bytes + start % num_columns // two
     first_scale = start // num_columns * per_row + start % num_columns // group
+    bits, is_i4 = np.empty(TILE + 2, np.uint32), numbers_C[0] == -8.0
+    floats, mend = bits.view(np.float32), np.float32(1.0 if is_i4 else 2.0**126)
     done = np.uint64(0)
     while done < num_elems:
         row, column = (start + done) // num_columns, (start + done) % num_columns
-        place = column // group
-        count = min(min((place + one) * group, num_columns) - column, num_elems - done)
-        scale = scales_S[row * per_row + place - first_scale]
-        byte = first + row * row_bytes - first_byte + column // two
-        if (column | count) & one:
-            for k in range(count):
-                at = column % two + np.uint64(k)
-                code = codes[byte + at // two] >> ((at & one) << two)
-                out_E[done + np.uint64(k)] = numbers_C[code & np.uint8(15)] * scale
-        elif numbers_C[0] == -8.0:
-            _scale_i4(codes, byte, count // two, scale, out_E, done)
+        count = min(min(num_columns - column, num_elems - done), np.uint64(TILE))
+        skipped = column & one
+        byte, num_bytes = first + row * row_bytes - first_byte + column // two, (skipped + count + one) // two
+        if is_i4:
+            _move_i4(codes, byte, num_bytes, floats)
         else:
-            _scale_f4(codes, byte, count // two, scale, out_E, done)
+            _move_f4(codes, byte, num_bytes, bits)
+        place, left = row * per_row + column // group - first_scale, group - column % group
+        _scale(floats[skipped:], mend, count, scales_S, place, left, group, out_E[done : done + count])
         done += count
 
 
 @jit
-def _scale_i4(codes: Bytes, first: Index, num_bytes: Index, scale: Any, out_E: Values, at: Index) -> None:
+def _move_i4(codes: Bytes, first: Index, num_bytes: Index, floats: Singles) -> None:
     for k in range(num_bytes):
         both = np.int32(codes[first + k])
-        out_E[at + k + k] = np.float32((both & np.int32(15)) - np.int32(8)) * scale
-        out_E[at + k + k + np.uint64(1)] = np.float32((both >> np.int32(4)) - np.int32(8)) * scale
+        floats[k + k] = np.float32((both & np.int32(15)) - np.int32(8))
+        floats[k + k + np.uint64(1)] = np.float32((both >> np.int32(4)) - np.int32(8))
 
 
 @jit
-def _scale_f4(codes: Bytes, first: Index, num_bytes: Index, scale: Any, out_E: Values, at: Index) -> None:
+def _move_f4(codes: Bytes, first: Index, num_bytes: Index, bits: Bits) -> None:
+    """Move exponent and fraction into a float32; a multiplication by 2**126, which is exact, mends its exponent."""
     for k in range(num_bytes):
-        both = np.int32(codes[first + k])
-        out_E[at + k + k] = _half_of_f4(both & np.int32(15)) * scale
-        out_E[at + k + k + np.uint64(1)] = _half_of_f4(both >> np.int32(4)) * scale
-
-
-@jit
-def _half_of_f4(code: Any) -> Any:
-    """Return the number of a code of E2M1: 0, 0.5, 1, 1.5, then in steps of 1 and of 2."""
-    size = code & np.int32(7)
-    far = np.int32(2) * size - np.int32(4) if size < 6 else np.int32(4) * size - np.int32(16)
-    value = np.float32(size if size < 4 else far) * np.float32(0.5)
-    return -value if code & np.int32(8) else value
+        both = np.uint32(codes[first + k])
+        bits[k + k] = (both & np.uint32(7)) << np.uint32(22) | (both & np.uint32(8)) << np.uint32(28)
+        bits[k + k + np.uint64(1)] = (both & np.uint32(0x70)) << np.uint32(18) | (both >> np.uint32(7)) << np.uint32(31)
