@@ -30,7 +30,7 @@ help:
 	@echo "make test-ceph   the storage contract on Ceph's gateway (Debian's packages)"
 	@echo "make bench       time and memory of merges against the I/O floor; docs/benchmarks.md"
 	@echo "make bench-peers the same merge by mergekit, in an environment of its own"
-	@echo "make test-peers  verdicts on real output of mergekit, in an environment of its own"
+	@echo "make test-peers  merges against those of mergekit and PEFT, in environments of their own"
 	@echo "make fuzz        malformed inputs for every reader, guided by coverage (8 minutes)"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
 	@echo "make bench-quantised  CPU per element of FP8, INT4 and MXFP4 beside BF16 of equal shapes"

@@ -9,7 +9,7 @@ import torch
 
 import stockflow
 from tests import oracle
-from tests.integration.test_adapters_peft import with_peft
+from tests.integration.test_adapters_peft import MOST_APART, apart, with_peft
 from tests.peft_models import SMALL
 
 pytestmark = pytest.mark.peers
@@ -62,15 +62,22 @@ def write_pair(folder: Path, family: str, said: dict[str, Any], ends: tuple[str,
     model.save_pretrained(folder / "tuned")
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs, adapters that were extracted of them, and what PEFT makes of base and adapter, with its logits."""
+    folder = tmp_path_factory.mktemp("extracted")
+    for case, (family, said, options, ends) in CASES.items():
+        write_pair(folder / case, family, said, ends)
+        stockflow.extract(folder / case / "base", folder / case / "tuned", folder / case / "lora", **options)
+    with_peft("apply", *(folder / case / name for case in CASES for name in ("base", "lora", "merged")))
+    with_peft("forward", *(folder / case / "tuned" for case in CASES))
+    return folder
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_peft_makes_the_tuned_model_of_base_and_adapter(case: str, tmp_path: Path) -> None:
-    family, said, options, ends = CASES[case]
-    write_pair(tmp_path, family, said, ends)
-    stockflow.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", **options)
-
-    with_peft("merge", tmp_path / "base", tmp_path / "lora", tmp_path / "merged")
-
-    base, tuned, merged = (oracle.load_checkpoint(tmp_path / name) for name in ("base", "tuned", "merged"))
+def test_peft_makes_the_tuned_model_of_base_and_adapter(case: str, models: Path) -> None:
+    base, tuned, merged = (oracle.load_checkpoint(models / case / name) for name in ("base", "tuned", "merged"))
     for name, (_, expected) in tuned.items():
         np.testing.assert_allclose(merged[name].array, expected, atol=2e-5, err_msg=name)
     assert any((base[name].array != tuned[name].array).any() for name in base)
+    assert apart(models / case / "merged", models / case / "tuned") <= MOST_APART

@@ -99,9 +99,19 @@ def test_an_adapter_may_be_a_file_of_torch(tmp_path: Path) -> None:
         assert share_correct(found[name], values) >= LEAST_CORRECT
 
 
-def test_factors_of_all_experts_are_found_where_a_base_has_them_one_by_one(tmp_path: Path) -> None:
-    own = {f"{EXPERTS}.{e}.{name}.weight": (17, 21) for e in range(3) for name in ("gate_proj", "up_proj")}
-    own |= {f"{EXPERTS}.{e}.down_proj.weight": (21, 17) for e in range(3)}
+@pytest.mark.parametrize(
+    ("stem", "words"),
+    [
+        (EXPERTS, ("gate_proj", "up_proj", "down_proj")),
+        ("model.layers.0.block_sparse_moe.experts", ("w1", "w3", "w2")),
+    ],
+)
+def test_factors_of_all_experts_are_found_where_a_base_has_them_one_by_one(
+    stem: str, words: tuple[str, str, str], tmp_path: Path
+) -> None:
+    gate, up, out = words
+    own = {f"{stem}.{e}.{name}.weight": (17, 21) for e in range(3) for name in (gate, up)}
+    own |= {f"{stem}.{e}.{out}.weight": (21, 17) for e in range(3)}
     base = write_base(tmp_path / "base", SHAPES | own)
     adapter = adapters.of_experts(EXPERTS, FUSED, list(FUSED))
     write_adapter(tmp_path / "lora", adapter)
@@ -112,8 +122,8 @@ def test_factors_of_all_experts_are_found_where_a_base_has_them_one_by_one(tmp_p
     deltas = adapter.of(fused)
     for expert in range(3):
         gate_up, down = (deltas[f"{EXPERTS}.{name}"][expert] for name in FUSED)
-        for name, delta in (("gate_proj", gate_up[:17]), ("up_proj", gate_up[17:]), ("down_proj", down)):
-            whole = f"{EXPERTS}.{expert}.{name}.weight"
+        for name, delta in ((gate, gate_up[:17]), (up, gate_up[17:]), (out, down)):
+            whole = f"{stem}.{expert}.{name}.weight"
             assert share_correct(found[whole], base[whole] + delta) >= LEAST_CORRECT
 
 
@@ -332,6 +342,80 @@ def test_replaced_rows_are_those_of_a_tied_head_too(tmp_path: Path) -> None:
     assert share_correct(found[name], adapter.changes[name](base[name])) == 1
     assert "lm_head.weight" not in found
     assert is_tied is True
+
+
+EMBEDDING = "model.embed_tokens"
+
+
+def once_more(form: str) -> tuple[Adapter, Callable[[oracle.Floats], oracle.Floats]]:
+    """Return an adapter with the tensors of an embedding, and as PEFT writes them once more for a head that is tied."""
+    rows, columns = SHAPES[f"{EMBEDDING}.weight"]
+    made, random = Adapter(), np.random.default_rng(7)
+    if form == "factors":
+        made.config["ensure_weight_tying"] = True
+        a = made.draw(f"{EMBEDDING}.lora_embedding_A", (adapters.RANK, rows), random)
+        b = made.draw(f"{EMBEDDING}.lora_embedding_B", (columns, adapters.RANK), random)
+        made.tensors[f"{adapters.PREFIX}lm_head.lora_A.weight"] = torch.from_numpy(b.T).float()
+        made.tensors[f"{adapters.PREFIX}lm_head.lora_B.weight"] = torch.from_numpy(a.T).float()
+        return made, lambda w: w + adapters.ALPHA / adapters.RANK * (b @ a).T
+    if form == "rows":
+        made.config["trainable_token_indices"] = [rows + 1, 3]
+        whole = made.draw(f"{EMBEDDING}.token_adapter.base_layer.weight", (rows + 2, columns), random)
+        whole[[rows + 1, 3]] = made.draw(f"{EMBEDDING}.token_adapter.trainable_tokens_delta", (2, columns), random)
+    else:
+        made.config |= {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True} if form == "saved" else {}
+        whole = made.draw(f"{EMBEDDING}.weight", (rows + 2, columns), random)
+    made.tensors |= {key.replace(EMBEDDING, "lm_head"): tensor.clone() for key, tensor in made.tensors.items()}
+    return made, lambda w: whole
+
+
+@pytest.mark.parametrize("form", ["factors", "rows", "saved", "resized"])
+def test_a_head_that_was_trained_as_one_with_the_embedding_stays_tied(form: str, tmp_path: Path) -> None:
+    adapter, change = once_more(form)
+
+    base, found, is_tied = tied_and(tmp_path, adapter)
+
+    assert share_correct(found[f"{EMBEDDING}.weight"], change(base[f"{EMBEDDING}.weight"])) >= LEAST_CORRECT
+    assert found.keys() == base.keys()
+    assert is_tied is True
+
+
+def test_rows_of_other_tokens_untie_a_head(tmp_path: Path) -> None:
+    adapter = Adapter(config={"trainable_token_indices": {"embed_tokens": [5, 1], "lm_head": [7]}})
+    random, columns = np.random.default_rng(8), SHAPES["lm_head.weight"][1]
+    rows = {
+        name: adapter.draw(f"{name}.token_adapter.trainable_tokens_delta", (num, columns), random)
+        for name, num in ((EMBEDDING, 2), ("lm_head", 1))
+    }
+
+    base, found, is_tied = tied_and(tmp_path, adapter)
+
+    for name, indices in ((EMBEDDING, [5, 1]), ("lm_head", [7])):
+        expected = base[f"{EMBEDDING}.weight"].copy()
+        expected[indices] = rows[name]
+        assert share_correct(found[f"{name}.weight"], expected) == 1
+    assert is_tied is False
+
+
+def test_what_peft_writes_of_more_tokens_counts_once(tmp_path: Path) -> None:
+    """What was trained is there twice, and beside it what it began as."""
+    adapter = Adapter(config={"modules_to_save": ["embed_tokens", "lm_head"]})
+    random, (rows, columns) = np.random.default_rng(9), SHAPES["lm_head.weight"]
+    expected = {
+        name: adapter.draw(f"{name}.modules_to_save.weight", (rows + 2, columns), random)
+        for name in (EMBEDDING, "lm_head")
+    }
+    for name in expected:
+        adapter.draw(f"{name}.original_module.weight", (rows + 2, columns), random)
+        whole = adapter.tensors[f"{adapters.PREFIX}{name}.modules_to_save.weight"]
+        adapter.tensors[f"{adapters.PREFIX}{name}.weight"] = whole.clone()
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", adapter)
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    assert all(share_correct(found[f"{name}.weight"], values) == 1 for name, values in expected.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows + 2
 
 
 def resized(root: Path, name: str, token: str) -> tuple[Path, oracle.Floats]:

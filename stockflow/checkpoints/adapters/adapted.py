@@ -8,7 +8,7 @@ from functools import cached_property
 from stockflow.checkpoints.adapters.config import AdapterConfig, ModuleScales
 from stockflow.checkpoints.adapters.experts import expert_factors
 from stockflow.checkpoints.adapters.ground import Ground, stores_turned
-from stockflow.checkpoints.adapters.keys import NESTED, by_module
+from stockflow.checkpoints.adapters.keys import NESTED, ORIGINAL, by_module
 from stockflow.checkpoints.adapters.opening import Adapter
 from stockflow.checkpoints.decodes.low_rank import Added, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes.stored import Decode, plain
@@ -143,6 +143,8 @@ class _Binder:
 
     def bind(self, module: str, parts: Parts) -> None:
         """Take all tensors of a module."""
+        if self._is_embedding_again(module, parts):
+            return
         left, self._module = dict(parts), module
         for take in (self._take_base, self._take_product, self._take_tokens, self._take_replaced):
             for part in take(module, left):
@@ -158,6 +160,18 @@ class _Binder:
             head, stored = self.ground.head_beside(name), self.made.stored.get(name)
             if stored and not _keeps_tie(stored, config, name) and self.ground.tied_original(head) == name:
                 self._part(head, name)
+
+    def _is_embedding_again(self, module: str, parts: Parts) -> bool:
+        """Return whether a module is the head of a base that ties it, and PEFT wrote the embedding's tensors for it."""
+        original, config = self.ground.tied_original(f"{module}.weight"), self.adapter.config
+        embeddings = (
+            each for each in self._modules if original and self.ground.names.find(f"{each}.weight") == original
+        )
+        for embedding in embeddings:
+            are_same_rows = "tokens" in parts and config.tokens_of(module) == config.tokens_of(embedding)
+            is_resized = parts.keys() == {"weight"} and not config.saves(module) and not config.saves(embedding)
+            return config.keeps_ties or are_same_rows or (is_resized and "weight" in self._modules[embedding])
+        return False
 
     def _take_base(self, module: str, parts: Parts) -> Iterator[str]:
         """Take copies of the base's own tensors, which count in its place."""
@@ -257,7 +271,7 @@ class _Binder:
             yield "lora_B.bias"
 
     def _take_tokens(self, module: str, parts: Parts) -> Iterator[str]:
-        name = self.ground.names.find(f"{module}.weight") if "tokens" in parts else None
+        name = self._weight_of(module) if "tokens" in parts else None
         if name:
             key, spec = parts["tokens"], self._spec(name)
             indices = self.adapter.config.tokens_of(module)
@@ -273,7 +287,7 @@ class _Binder:
     def _take_replaced(self, module: str, parts: Parts) -> Iterator[str]:
         """Take tensors that stand in for those of the base, or that it lacks and a new module has."""
         for part in list(parts):
-            if part.startswith(("lora_", "lengths", "tokens", "base.")):
+            if part.startswith(("lora_", "lengths", "tokens", "base.", ORIGINAL)):
                 continue
             whole = f"{module}.{part}" if module else part
             name = self.ground.names.find(whole)

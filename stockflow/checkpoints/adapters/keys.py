@@ -4,7 +4,7 @@ Source: the keys that PEFT 0.21 writes; https://huggingface.co/docs/peft/develop
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from stockflow.text.strictjson import shown
@@ -14,8 +14,13 @@ _FACTORS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     r"|token_adapter\.trainable_tokens_delta)(\.default)?(?P<end>\.weight|\.bias)?"
 )
-_OWN = re.compile(r"(?P<module>.+)\.(?P<part>base_layer|modules_to_save)(\.default)?(?P<end>\.weight|\.bias)")
+_OWN = re.compile(
+    r"(?P<module>.+?)(\.token_adapter)?\.(?P<part>base_layer|modules_to_save|original_module)(\.default)?"
+    r"(?P<end>\.weight|\.bias)"
+)
+_PARTS = {"base_layer": "base", "modules_to_save": "", "original_module": "original"}
 _SHORT = {"token_adapter.trainable_tokens_delta": "tokens", "lora_magnitude_vector": "lengths"}
+ORIGINAL = "original."
 NESTED = ".base_layer"
 """End of the name of a module that wraps another parameter of the same experts."""
 
@@ -27,7 +32,8 @@ class KeyPlace(NamedTuple):
     """as the model calls it"""
     part: str
     """``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_embedding_A`` and ``_B``, ``lengths``, ``tokens``,
-    ``base.weight``, ``base.bias``, or the name of a parameter that is replaced"""
+    ``base.weight``, ``base.bias``, ``original.weight`` of what was trained in another's place, or the name of a
+    parameter that is replaced"""
 
 
 def place_of(key: str) -> KeyPlace:
@@ -37,8 +43,7 @@ def place_of(key: str) -> KeyPlace:
         part = _SHORT.get(found["part"], found["part"])
         return KeyPlace(found["module"], f"{part}.bias" if found["end"] == ".bias" else part)
     if found := _OWN.fullmatch(name):
-        own = "base" if found["part"] == "base_layer" else ""
-        return KeyPlace(found["module"], f"{own}{found['end']}".removeprefix("."))
+        return KeyPlace(found["module"], f"{_PARTS[found['part']]}{found['end']}".removeprefix("."))
     module, _, parameter = name.rpartition(".")
     return KeyPlace(module, parameter)
 
@@ -46,12 +51,29 @@ def place_of(key: str) -> KeyPlace:
 def by_module(keys: Iterable[str]) -> Mapping[str, Mapping[str, str]]:
     """Return the keys of each module, by what they are there.
 
+    Of more tokens than the base has, PEFT writes what was trained twice, and beside it what it began as: no parts.
+
     Raises:
         ValueError: two keys say the same.
     """
     modules: dict[str, dict[str, str]] = {}
     for key in keys:
         place = place_of(key)
-        if (other := modules.setdefault(place.module, {}).setdefault(place.part, key)) != key:
+        parts = modules.setdefault(place.module, {})
+        other = parts.setdefault(place.part, key)
+        if other != key and _is_saved(other) == _is_saved(key):
             raise ValueError(f"{shown(other)} and {shown(key)} are two of one tensor; remove one")
-    return modules
+        if _is_saved(key):
+            parts[place.part] = key
+    return {
+        module: {part: parts[part] for part in parts if not _is_original(part, parts)}
+        for module, parts in modules.items()
+    }
+
+
+def _is_saved(key: str) -> bool:
+    return ".modules_to_save." in key
+
+
+def _is_original(part: str, parts: Collection[str]) -> bool:
+    return part.startswith(ORIGINAL) and part.removeprefix(ORIGINAL) in parts

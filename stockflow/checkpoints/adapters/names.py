@@ -10,9 +10,9 @@ _FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|
 _GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _OTHERWISE = (
     (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".attn.", ".self_attn."),
-    ("unembed_tokens.", "lm_head."), ("lm_head.", "embed_out."),
+    ("unembed_tokens.", "lm_head."), ("lm_head.", "embed_out."), (".mlp.", ".block_sparse_moe."),
 )  # fmt: skip
-"""What Tinker, and for GPT-NeoX transformers 5, calls modules, and what files of most bases do."""
+"""What Tinker, and for GPT-NeoX and Mixtral transformers 5, calls modules, and what files of most bases do."""
 _OF_FUSED = {"gate_up_proj": (_GATES, _UPS), "down_proj": (_DOWNS,)}
 """What an expert's matrices are called where each is stored by itself, in the order in which they are fused."""
 
