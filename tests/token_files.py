@@ -85,5 +85,6 @@ def model_with(
     }
     write_checkpoint(folder, tensors, side_files={}, config={"model_type": "llama", "vocab_size": rows})
     for file, content in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder

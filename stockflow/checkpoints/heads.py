@@ -55,6 +55,14 @@ _PREFIXES = ("", "model.")
 _ENDS = (*_HEADS, *_EMBEDDINGS, *_COPIES, *_COPIES.values(), ".shared_head.head.weight")
 MAX_DOTS = 5
 """``base_model.model.model.embed_tokens.weight``; what lies in layers mostly has more."""
+UNTIED_TYPES = frozenset({
+    "llama", "llama4_text", "mistral", "ministral", "ministral3", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "qwen3_next", "qwen2_vl", "qwen2_5_vl", "deepseek_v2", "deepseek_v3", "phi", "phi3", "phimoe", "olmo", "olmo2",
+    "olmo3", "olmoe", "stablelm", "gpt_neox", "gptj", "codegen", "glm", "glm4", "glm4_moe", "gpt_oss", "granite",
+    "granitemoe", "jamba", "mamba2", "nemotron", "nemotron_h", "persimmon", "minimax", "seed_oss", "dbrx",
+    "exaone4", "kimi_linear",
+})  # fmt: skip
+"""Types of models with a head of its own unless their config ties it."""
 _IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
 COPIES_IN_LAYERS = (".embed_tokens.weight", ".shared_head.head.weight")
 """Ends of names by which a layer that predicts further tokens has the embedding, and the head, once more."""
@@ -99,6 +107,11 @@ def may_be_tied(name: str) -> bool:
 def is_copy_in_a_layer(name: str) -> bool:
     """Return whether a layer that predicts further tokens has the embedding or the head under this name."""
     return name.endswith(COPIES_IN_LAYERS) and _COPY_IN_A_LAYER.search(name) is not None
+
+
+def is_in_a_layer(name: str) -> bool:
+    """Return whether a tensor is of a layer that has a number."""
+    return _IN_A_LAYER.search(name) is not None
 
 
 def is_head(name: str) -> bool:
@@ -183,6 +196,13 @@ def tie_flag(config: Config | None) -> bool | None:
     said = tie_flags(config)
     ours = {flag for path, flag in said.items() if is_of_language(path)}
     return None if len(ours) > 1 else next(iter(ours or said.values()), None)
+
+
+def unties(config: Config | None) -> bool:
+    """Return whether a config says that the head is a tensor of its own, or says nothing and its type means that."""
+    of_language = (section for path, section in sections(config or {}) if is_of_language(path))
+    is_meant = any(section.get("model_type") in UNTIED_TYPES for section in of_language)
+    return tie_flag(config) is False or (is_meant and not tie_flags(config))
 
 
 def tie_flags(config: Config | None) -> dict[str, bool]:

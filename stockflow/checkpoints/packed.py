@@ -68,10 +68,17 @@ _BY_NAME: tuple[tuple[re.Pattern[str], Callable[[TensorSpec, Siblings], str]], .
         (r"dqweight", lambda *_: "FP-Quant"),
         (r"weight\._data(\.\w+)?", lambda *_: "quanto"),
         (r"weight_qdata|_weight_qdata", lambda *_: "torchao"),
+        (r"bitmask", lambda *_: "compressed-tensors (2:4 sparse)"),
+        (r"B(_24|_meta)?|meta", lambda *_: "Marlin"),
     )
 )
 """Names that only codes have."""
-_NEEDS = {"codes": "codebooks", "indices": "centroids", "res_indices": "centroids"}
+_NEEDS = {
+    "codes": "codebooks",
+    **dict.fromkeys(("indices", "res_indices"), "centroids"),
+    "bitmask": "compressed",
+    **dict.fromkeys(("B", "B_24", "B_meta", "meta"), "s"),
+}
 """Names that are codes only beside another."""
 
 
@@ -142,7 +149,10 @@ def _format_of(spec: TensorSpec, own: str, siblings: Siblings) -> str | None:
     if spec.kind == "packed":
         return _float_format(spec, siblings)
     scales = [name for name, each in siblings.items() if each is not spec and _SCALE.search(name)]
-    return _integer_format(spec, siblings) if scales and spec.shape else None
+    is_matrix = own == "weight" and len(spec.shape) > 1
+    if not scales:
+        return f"packed {spec.dtype}" if is_matrix else None
+    return _integer_format(spec, siblings) if spec.shape else None
 
 
 def _float_format(spec: TensorSpec, siblings: Siblings) -> str:

@@ -13,7 +13,7 @@ from stockflow.checkpoints.modules import published_as
 from stockflow.checkpoints.naming import holds_fused_experts, is_router, projection_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
-from stockflow.checkpoints.tokens.tokenizers import Tokenizer, has_tokens
+from stockflow.checkpoints.tokens.tokenizers import Tokenizer
 from stockflow.errors import PlanError
 from stockflow.methods.protocol import Parameters
 from stockflow.planning.anchors import with_shared_reads
@@ -36,18 +36,18 @@ from stockflow.planning.formats import (
 from stockflow.planning.job import COPY, TensorJob, copying, merging
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.misfits import THEM, Misfit, told
+from stockflow.planning.misfits import THEM, Misfit, extra_tensors, mismatches, of_a_head, told
 from stockflow.planning.operands import Operand, operand_of
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.packed import unread_models
 from stockflow.planning.plan import CheckpointRef, MergePlan, ShardPlan
 from stockflow.planning.precision import kept_above, kept_dtype
 from stockflow.planning.recomputed import without_recomputed
-from stockflow.planning.targets import Outline, OutputTensor, Stretch, Unplanned, outline_of
-from stockflow.planning.ties import missing_head_remedy, with_tied_heads
+from stockflow.planning.targets import Outline, OutputTensor, outline_of
+from stockflow.planning.ties import with_tied_heads
 from stockflow.planning.views import other_layout, under_names_of
 from stockflow.planning.vocabulary.files import published_tokenizer
-from stockflow.planning.vocabulary.rows import output_vocabulary, rows_of_zeros, unlike_rows
+from stockflow.planning.vocabulary.rows import output_vocabulary, rows_of_zeros, rows_remedy, unlike_rows
 from stockflow.planning.vocabulary.token_ids import following
 from stockflow.recipe import Recipe, Rule
 from stockflow.storage import redact
@@ -60,14 +60,8 @@ SHARDS_PER_WORKER = 4
 GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
 """With so many the last, half-empty round weighs little (docs/clusters.md#measured) if one takes well over a second."""
 
-PACKED_REMEDY = (
-    "codes are numbers only with their scales, and here one is without the other; fetch the checkpoint again, or name "
-    f"{THEM} in a rule with `action: copy`"
-)
-
 PASSTHROUGH, UNSCALED = "passthrough", Parameters(per_model={"scale": (1.0,)})
 """What takes over the numbers that codes stand for."""
-ROWS_REMEDY = "`tokenizer_source: base` or `union` merges rows by token"
 
 
 def make_plan(
@@ -109,7 +103,8 @@ def make_plan(
         checkpoints = [vocabulary.reshaped(each) for each in checkpoints]
     outline = outline_of(recipe, checkpoints)
     by_token = vocabulary.tensors if vocabulary else frozenset[str]()
-    jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts, by_token)
+    by_row = rows_remedy(checkpoints, tokenizers)
+    jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts, by_token, by_row)
     if vocabulary is not None:
         jobs = [vocabulary.mapped(job) for job in jobs]
     jobs = with_layers_together(with_shared_reads(by_columns(jobs), checkpoints))
@@ -147,14 +142,21 @@ def make_plan(
 
 
 def _planned(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], outline: Outline, experts: Experts, by_token: Collection[str]
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    outline: Outline,
+    experts: Experts,
+    by_token: Collection[str],
+    by_row: str,
 ) -> tuple[list[TensorJob], list[str], list[str]]:
     """Return the jobs in the order of the output, the names that rules skip, and what stands against the rest."""
     donor = checkpoints[recipe.donor]
     explained = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
-    misfits = [misfit for each in outline.unplanned if (misfit := _misfit(each, explained))]
+    left_out = {each.spec.name: None for each in outline.unplanned if _action(recipe, each.spec.name) == "skip"}
+    beside = (each for each in outline.unplanned if each.spec.name not in left_out)
+    misfits = list(extra_tensors(beside, explained))
     jobs, skipped = list[TensorJob](), dict[str, None]()
-    known = _Known(explained, kept_above(recipe, checkpoints), OptionalParts(donor), by_token)
+    known = _Known(explained, kept_above(recipe, checkpoints), OptionalParts(donor), by_token, by_row)
     for target in outline.targets:
         whole = experts.whole(target.names[0], target.spec.name) if experts.wholes else None
         stored_name = whole.numbers.name if whole else target.spec.name
@@ -166,7 +168,7 @@ def _planned(
                 jobs.append(part_of(planned, whole) if whole else planned)
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
-    skipped |= dict.fromkeys(each.spec.name for each in outline.unplanned if _action(recipe, each.spec.name) == "skip")
+    skipped |= left_out
     problems = [*explained.values(), *unlike_parts(jobs), *unlike_members(jobs)]
     if outline.is_stacked:
         problems += [*unlike_codes(recipe, checkpoints, outline.givers), *unlike_rows(jobs)]
@@ -212,28 +214,6 @@ def _action(recipe: Recipe, name: str) -> str | None:
     return rule.action if rule else None
 
 
-def _misfit(found: Unplanned, explained: Collection[int]) -> Misfit | None:
-    """What stands against a tensor that the donor lacks, unless a rule skips it or that is said already."""
-    stretch, name = found.stretch, found.spec.name
-    holders = [index for index in found.holders if stretch.numbers[index] not in explained]
-    if not holders or _action(stretch.recipe, name) == "skip":
-        return None
-    lacking = f"but not in {stretch.urls([0])}, which gives the output its names"
-    misfit = Misfit(
-        name, f"in {stretch.urls(holders)} {lacking}", f"a rule with `action: skip` leaves {THEM} out", "skip"
-    )
-    if len(holders) == len(stretch.checkpoints) - 1:
-        remedy = f"all others were trained with {THEM}: take a base that has {THEM}, or average the others without it"
-        misfit = replace(misfit, remedy=remedy, action="")
-    return _of_a_head(misfit, stretch, [0])
-
-
-def _of_a_head(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misfit:
-    """The same, with what can be done if it is a head over the vocabulary, for which no rule is right."""
-    remedy = missing_head_remedy(misfit.name, stretch.urls(lacking), stretch.checkpoints[lacking[0]].config)
-    return replace(misfit, remedy=remedy, action="") if remedy else misfit
-
-
 class _Known(NamedTuple):
     """What is known of the checkpoints beyond single tensors."""
 
@@ -244,6 +224,8 @@ class _Known(NamedTuple):
     optional: OptionalParts
     by_token: Collection[str]
     """names of tensors whose rows follow a vocabulary; what is in codes there is written as numbers"""
+    by_row: str
+    """what to do where models have rows for different numbers of tokens"""
 
 
 def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Sequence[TensorJob] | Sequence[Misfit]:
@@ -263,7 +245,7 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}"
         told_of = [index for index in absent if stretch.numbers[index] not in known.explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
-        return [_of_a_head(missing, stretch, told_of)] if told_of else []
+        return [of_a_head(missing, stretch, told_of)] if told_of else []
     if recipe.carries_over(stored_name, spec.dtype, stand):
         return _as_it_is(target, *indices, keeps_codes=keeps_codes, is_part=is_part)
     alike = spec.kind != "packed" and target.is_alike(indices)
@@ -271,7 +253,7 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
     if (spec.kind != "float" or holds_indices(target)) and (alike or are_known(target, donor_first)):
         carried = carried_over(target, dict(zip(donor_first, _operands(target, donor_first), strict=True)))
         return [carried] if isinstance(carried, TensorJob) else carried
-    problems = [] if alike else _mismatches(target, donor_first)
+    problems = [] if alike else mismatches(target, donor_first, known.by_row)
     if problems:
         return problems
     asked = kept_dtype(target, indices, known.above) or recipe.output_dtype
@@ -334,26 +316,6 @@ def promoted(dtypes: Iterable[str]) -> str:
     if len(distinct) == 1:
         return distinct.pop()
     return "F64" if "F64" in distinct else "F32"
-
-
-def _mismatches(target: OutputTensor, indices: Sequence[int]) -> list[Misfit]:
-    stretch, spec = target.stretch, target.spec
-    donor_url = stretch.urls(indices[:1])
-
-    def unlike(where: str, found: object, expected: object, *remedy: str) -> Misfit:
-        return Misfit(spec.name, f"{found} in {where}, expected {expected} as in {donor_url}", *remedy)
-
-    misfits = []
-    for index in indices:
-        found, where = target.source(index), stretch.urls([index])
-        if found.kind == "packed":
-            misfits.append(Misfit(spec.name, f"{found.dtype} in {where}", PACKED_REMEDY))
-        elif found.shape != spec.shape:
-            by_token = [ROWS_REMEDY] if found.shape[1:] == spec.shape[1:] and has_tokens(spec.name) else []
-            misfits.append(unlike(where, list(found.shape), list(spec.shape), *by_token))
-        elif found.kind != spec.kind or (spec.kind != "float" and found.dtype != spec.dtype):
-            misfits.append(unlike(where, found.dtype, spec.dtype))
-    return list(dict.fromkeys(misfits))
 
 
 def _all_problems(problems: Sequence[str]) -> str:

@@ -7,6 +7,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.tokens.tokenizers import has_tokens
+from stockflow.planning.optional import OptionalParts
+from stockflow.planning.targets import OutputTensor, Stretch, Unplanned
+from stockflow.planning.ties import missing_head_remedy
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
@@ -30,6 +34,77 @@ class Misfit:
 
 
 THEM = "{them}"
+_PACKED_REMEDY = (
+    "codes are numbers only with their scales, and here one is without the other; fetch the checkpoint again, or name "
+    f"{THEM} in a rule with `action: copy`"
+)
+_STACK = re.compile(r"(?:.*?\.)??(?=\d+\.)")
+_NEEDLESS = ("scale", "inv_freq")
+"""Ends of the names of what a layer computes without."""
+
+
+def extra_tensors(unplanned: Iterable[Unplanned], explained: Collection[int]) -> Iterator[Misfit]:
+    """Yield what stands against tensors that donors lack, unless the layout of a checkpoint says it already."""
+    stacks: dict[int, Collection[str]] = {}
+    for each in unplanned:
+        stretch, name = each.stretch, each.spec.name
+        if id(stretch) not in stacks:
+            stacks[id(stretch)] = _stacks(stretch)
+        holders = [index for index in each.holders if stretch.numbers[index] not in explained]
+        if not holders:
+            continue
+        urls, remedy, action = stretch.urls(holders), f"a rule with `action: skip` leaves {THEM} out", "skip"
+        if len(holders) == len(stretch.checkpoints) - 1:
+            remedy = f"take a base that has {THEM}, or average the others without it"
+            remedy, action = f"all others were trained with {THEM}: {remedy}", ""
+        elif _is_of_a_layer(name, stacks[id(stretch)]) and not OptionalParts(stretch.checkpoints[holders[0]]).of(name):
+            remedy, action = f"its layers compute with {THEM}: leave {urls} out of the recipe", ""
+        lacking = f"but not in {stretch.urls([0])}, which gives the output its names"
+        yield of_a_head(Misfit(name, f"in {urls} {lacking}", remedy, action), stretch, [0])
+
+
+def _stacks(stretch: Stretch) -> Collection[str]:
+    """Return what stands before the numbers of layers in the names of its donor."""
+    found = (_STACK.match(name) for name in stretch.checkpoints[0].specs)
+    return {each[0] for each in found if each}
+
+
+def _is_of_a_layer(name: str, stacks: Collection[str]) -> bool:
+    stack = _STACK.match(name)
+    return stack is not None and stack[0] in stacks and not name.endswith(_NEEDLESS)
+
+
+def of_a_head(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misfit:
+    """Return the same, with what can be done if it is a head over the vocabulary, for which no rule is right."""
+    remedy = missing_head_remedy(misfit.name, stretch.urls(lacking), stretch.checkpoints[lacking[0]].config)
+    return replace(misfit, remedy=remedy, action="") if remedy else misfit
+
+
+def mismatches(target: OutputTensor, indices: Sequence[int], by_row: str) -> list[Misfit]:
+    """Return in which checkpoints a tensor is stored otherwise than in the first of them.
+
+    Args:
+        target: what is written.
+        indices: of the checkpoints of its stretch.
+        by_row: what to do where they have rows for different numbers of tokens.
+    """
+    stretch, spec = target.stretch, target.spec
+    donor_url = stretch.urls(indices[:1])
+
+    def unlike(where: str, found: object, expected: object, remedy: str = "") -> Misfit:
+        return Misfit(spec.name, f"{found} in {where}, expected {expected} as in {donor_url}", remedy)
+
+    misfits = []
+    for index in indices:
+        found, where = target.source(index), stretch.urls([index])
+        if found.kind == "packed":
+            misfits.append(Misfit(spec.name, f"{found.dtype} in {where}", _PACKED_REMEDY))
+        elif found.shape != spec.shape:
+            is_by_row = found.shape[1:] == spec.shape[1:] and has_tokens(spec.name)
+            misfits.append(unlike(where, list(found.shape), list(spec.shape), by_row * is_by_row))
+        elif found.kind != spec.kind or (spec.kind != "float" and found.dtype != spec.dtype):
+            misfits.append(unlike(where, found.dtype, spec.dtype))
+    return list(dict.fromkeys(misfits))
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,6 +189,9 @@ def test_tokens_of_a_part_that_have_other_ids_are_refused(pipelines: Family, tmp
 
     assert f"2 ids of tokenizer/vocab.json mean something else in {pipelines.tuned[1]} than" in str(caught.value)
     assert "accept: [vocabularies-differ]" in str(caught.value)
+    copied = {"rules": [{"filter": "text_encoder/", "action": "copy"}]}
+    remarks = stockflow.plan(recipe_of(pipelines, tmp_path, stockflow=copied), tmp_path / "out").plan.remarks
+    assert "vocabularies-differ" not in {each.code for each in remarks}, "as it says, a rule copies that part"
 
 
 def test_a_pipeline_on_s3_is_the_same(pipelines: Family, tmp_path: Path, s3_endpoint: str, s3_bucket: str) -> None:

@@ -241,19 +241,20 @@ def test_shapes_that_differ(merge: Merge) -> None:
     merge.write()
 
     assert (
-        f"'embed.weight' is [21, 7] in {merge.folders[1]}, expected [20, 7] as in {merge.folders[0]}" in merge.refusal()
-    )
+        f"'embed.weight' is [21, 7] in {merge.folders[1]}, expected [20, 7] as in {merge.folders[0]}; with the "
+        "tokenizer.json of each model beside it, `tokenizer_source: base` merges rows by token"
+    ) in merge.refusal()
 
 
 def test_integers_of_another_width_and_integers_for_floats(merge: Merge) -> None:
     merge.models[1]["position_ids"] = torch.arange(9, dtype=torch.int32)
-    merge.models[2]["embed.weight"] = torch.ones(20, 7, dtype=torch.int16)
+    merge.models[2]["layers.0.norm.weight"] = torch.ones(7, dtype=torch.int16)
     merge.write()
 
     found = merge.refusal()
 
     assert f"'position_ids' is I32 in {merge.folders[1]}, expected I64 as in {merge.folders[0]}" in found
-    assert f"'embed.weight' is I16 in {merge.folders[2]}, expected BF16 as in {merge.folders[0]}" in found
+    assert f"'layers.0.norm.weight' is I16 in {merge.folders[2]}, expected BF16 as in {merge.folders[0]}" in found
     assert "2 problems" in found
 
 

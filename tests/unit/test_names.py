@@ -88,6 +88,19 @@ def test_a_bias_in_every_layer_is_one_problem(tmp_path: Path) -> None:
     assert {name for name, job in jobs_of(merge.plan(**pasted(said))).items() if job.is_copy} == set(biases)
 
 
+def test_what_the_layers_of_one_tune_compute_with_is_not_advised_to_be_left_out(tmp_path: Path) -> None:
+    biases = {f"model.layers.{n}.self_attn.q_proj.bias": torch.ones(HIDDEN).bfloat16() for n in range(NUM_LAYERS)}
+    beyond = {name: value for name, value in llama(layers=NUM_LAYERS + 1).items() if f".{NUM_LAYERS}." in name}
+    merge = merge_of(tmp_path, llama(), llama() | biases | beyond, llama())
+
+    said = problems(merge)
+
+    assert len(said) == 2
+    for each in said:
+        assert f"its layers compute with them: leave {merge.folders[1]} out of the recipe" in each
+        assert "action" not in each
+
+
 def test_shapes_that_differ_alike_are_one_problem(tmp_path: Path) -> None:
     other = {name: value.repeat(2, 1) if "up_proj" in name else value for name, value in llama().items()}
     merge = merge_of(tmp_path, llama(), other, llama())

@@ -82,6 +82,11 @@ FORMATS: dict[str, tuple[str, Tensors]] = {
     "QuIP#": ("QuIP#", {"Qidxs": ((4, 8), torch.int16), "SU": ((8,), F16), "SV": ((8,), F16)}),
     "EXL2": ("EXL2", {"q_weight": ((8, 32), I32), "q_scale": ((2, 4), I32), "q_scale_max": ((2,), F16)}),
     "EXL3": ("EXL3", {"trellis": ((2, 2, 32), torch.int16), "suh": ((32,), F16), "svh": ((32,), F16)}),
+    "2:4 sparse": (
+        "compressed-tensors (2:4 sparse)", {"compressed": ((32, 32), BF16), "bitmask": ((32, 8), U8)},
+    ),
+    "Marlin": ("Marlin", {"B": ((4, 64), I32), "s": ((1, 32), F16), "workspace": ((16,), I32)}),
+    "bytes": ("packed U8", {"weight": ((32, 68), U8)}),
     "a layout nobody has seen": ("packed I32 with scales", {"kernel": ((8, 32), I32), "kernel_scale": ((32,), F32)}),
 }  # fmt: skip
 """What lies in a module, by whose: name, shape and dtype, and what the format is called."""

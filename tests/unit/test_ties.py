@@ -200,6 +200,35 @@ def test_a_head_that_nobody_has_is_said(tmp_path: Path) -> None:
     assert "no head is written" in said.text
 
 
+@pytest.mark.parametrize(("model_type", "is_said"), [("llama", True), ("gemma", False), ("qwen3_moe", True)])
+def test_a_head_that_nobody_has_is_said_where_the_type_of_model_means_one(
+    tmp_path: Path, model_type: str, is_said: bool
+) -> None:
+    """A matrix of a layer may have the embedding's shape; it is no head."""
+    own = tensors("lacking", 0)
+    own["model.layers.0.mlp.up_proj.weight"] = own[EMBEDDING].clone()
+    merge = Merge(tmp_path)
+    for folder in merge.folders:
+        write_checkpoint(folder, own, config={"model_type": model_type, "architectures": ["XForCausalLM"]})
+
+    assert [each.code for each in merge.plan().remarks] == ["promise-unkept"] * is_said
+
+
+def test_a_copy_that_is_an_embedding_in_some_models_only_is_warned_of(tmp_path: Path) -> None:
+    names = ("shared.weight", "encoder.embed_tokens.weight")
+    merge = Merge(tmp_path)
+    for number, folder in enumerate(merge.folders):
+        embedding = torch.randn(16, 8).bfloat16()
+        own = dict(zip(names, (embedding, embedding * 1.25 if number == 2 else embedding.clone()), strict=True))
+        write_checkpoint(folder, own, config={"model_type": "bart", KEY: True})
+
+    (said,) = merge.plan().remarks
+
+    assert (said.code, said.severity, said.tensors) == ("tied-head", "warning", names[1:])
+    assert f"and another tensor in {merge.folders[2]}" in said.text
+    assert "loaders that tie the two take one for both" in said.text
+
+
 PARTS = ("head.dense.weight", "encoder.layer.0.attention.output.dense.weight", "decoder.bias")
 
 

@@ -269,6 +269,10 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         {},
     ),
     "no template but the base's": ((config(chat_template=CHATML), FAST), {}),
+    "another of several templates": (
+        tuple(FAST | {"additional_chat_templates/rag.jinja": each} for each in (CHATML, LLAMA)),
+        {"side-files-differ": "warning"},
+    ),
     "another end token": ((config(eos_token="a"), config(eos_token="b")), {"side-files-differ": "warning"}),
     "an end token written as a mapping": (
         (config(eos_token="a"), config(eos_token={"content": "a", "lstrip": False})),

@@ -73,7 +73,7 @@ def is_tokenizer_or_template(key: str) -> bool:
 def is_of_use(key: str) -> bool:
     """Return whether a file says how a model is used: of what parts it is, what is done before and behind it, code."""
     folder, _, name = key.rpartition("/")
-    return bool(_OF_USE.fullmatch(name)) or (bool(folder) and name == "config.json")
+    return bool(_OF_USE.fullmatch(name)) or (bool(folder) and (name == "config.json" or name.endswith(".jinja")))
 
 
 def module_files(keys: Iterable[str], folders: Collection[str]) -> Iterator[str]:

@@ -253,8 +253,8 @@ def _below(files: _Files) -> Iterator[tuple[str, Ids]]:
 
 
 def _use(files: _Files, key: str) -> dict[str, object]:
-    """Return what a file says of how the model is used; of code, which it is."""
-    if key.endswith(".py"):
+    """Return what a file says of how the model is used; of code and templates, which it is."""
+    if key.endswith((".py", ".jinja")):
         return {"sha256": files.parsed(key, _digest)}
     try:
         return _without_writer(files.parsed(key, items_of))

@@ -46,13 +46,20 @@ class Proposal:
         return self.checkpoints[self.recipe.side_files_donor]
 
     @cached_property
+    def folders(self) -> Mapping[str, bool]:
+        """Folders of which tensors are written, and whether any of these is merged; empty: the model's own."""
+        found: dict[str, bool] = {}
+        for job in self.jobs:
+            folder = folder_of(job.reading.operands[0].extents[0].file)
+            found[folder] = found.get(folder, False) or (not job.is_copy and len(job.reading.operands) > 1)
+        return found
+
+    @property
     def merged_configs(self) -> list[str]:
         """Keys of the configs of components and modules of which tensors are merged, where they were read."""
         donors = self.tokenizers[self.recipe.side_files_donor : self.recipe.side_files_donor + 1]
-        keys = {folder_of(key): key for each in donors for key in each.uses if key.endswith("/config.json")}
-        merged = [job.reading for job in self.jobs if keys and not job.is_copy and len(job.reading.operands) > 1]
-        folders = dict.fromkeys(folder_of(each.operands[0].extents[0].file) for each in merged)
-        return [keys[folder] for folder in folders if folder in keys]
+        keys = [key for each in donors for key in each.uses if key.endswith("/config.json")]
+        return [key for key in keys if self.folders.get(folder_of(key))]
 
     def is_skipped(self, name: str) -> bool:
         """Return whether a rule leaves a tensor out, in whichever model it is."""

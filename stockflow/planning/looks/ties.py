@@ -7,9 +7,11 @@ from stockflow.checkpoints.heads import (
     has_head,
     is_copy_in_a_layer,
     is_head,
+    is_in_a_layer,
     tie_flag,
     tie_flags,
     tied_names,
+    unties,
 )
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
@@ -66,30 +68,34 @@ def contradicting_flags(proposal: Proposal) -> Iterator[Remark]:
 
 
 def stale_copies(proposal: Proposal) -> Iterator[Remark]:
-    """Yield copies of embedding and head, in layers that predict further tokens, that some models trained apart."""
+    """Yield copies of an embedding or a head that are the same tensor in some models and another one in others."""
     for each in written_heads(proposal.checkpoints, proposal.jobs):
         name, original = each.head.output.name, each.embedding.output.name
-        if is_copy_in_a_layer(name) and each.own and each.tied:
+        if not is_head(name) and each.own and each.tied:
+            is_draft = is_copy_in_a_layer(name)
             own, tied = (", ".join(redact(one.url) for one in these) for these in (each.own, each.tied))
+            then = "drafts may be accepted less often" if is_draft else "loaders that tie the two take one for both"
             text = (
                 f"{shown(name)} is {shown(original)} again in {tied}, and another tensor in {own}, as if it had been "
-                "left behind in training: both are merged as they are stored, and drafts may be accepted less often"
+                f"left behind in training: both are merged as they are stored, and {then}"
             )
-            yield Remark("tied-head", text, "note", tuple(redact(one.url) for one in each.own), (name,))
+            models = tuple(redact(one.url) for one in each.own)
+            yield Remark("tied-head", text, "note" if is_draft else "warning", models, (name,))
 
 
 def missing_heads(proposal: Proposal) -> Iterator[Remark]:
     """Yield that the published config promises a head of its own, and none is written."""
-    if tie_flag(proposal.config) is not False or not _is_language_model(proposal):
+    if not unties(proposal.config) or not _is_language_model(proposal):
         return
     specs = {job.output.name: job.output for job in proposal.jobs}
     names = tied_names(specs)
     embedded = {specs[name].shape for name in names.embeddings}
-    others = specs.keys() - {*names.embeddings, *names.copies}
+    others = {name for name in specs.keys() - {*names.embeddings, *names.copies} if not is_in_a_layer(name)}
     if names.embeddings and not any(_is_any_head(name) or specs[name].shape in embedded for name in others):
         url = redact(proposal.donor.url)
+        says = "says" if tie_flags(proposal.config) else "means by its model_type"
         text = (
-            f"the published config says {TIE_KEY}: false, as that of {url} does, but no head is written: a loader "
+            f"the published config {says} {TIE_KEY}: false, as that of {url} does, but no head is written: a loader "
             "would make one up; say true there if head and embedding are one, or keep the head"
         )
         yield Remark("promise-unkept", text, "warning", (url,), values={TIE_KEY: "False"})

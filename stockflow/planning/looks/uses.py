@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from stockflow.checkpoints.configs import further_keys
+from stockflow.checkpoints.files.layout import folder_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
@@ -53,7 +54,8 @@ def vocabularies_of_parts(proposal: Proposal) -> Iterator[Remark]:
             own, theirs = donor.below[key], tokenizer.below[key]
             tokens = {number: token for token, number in own.items()}
             other = [token for token, number in theirs.items() if tokens.get(number, token) != token]
-            if own is not theirs and other:
+            part = folder_of(key).replace("tokenizer", "text_encoder")  # as pipelines call what reads its tokens
+            if own is not theirs and other and proposal.folders.get(part, True):
                 text = (
                     f"{counted(len(other), 'id')} of {in_a_line(key)} mean something else in {redact(each.url)} than "
                     f"in {url}, such as {theirs[other[0]]:,}, which is {shown(other[0])} there: rows of different "

@@ -25,6 +25,7 @@ from stockflow.text.strictjson import shown
 
 NUM_VALUES = 20
 """tokens in what programs read"""
+_COLUMN_PER_TOKEN = "final_logits_bias"
 ALONE = Parameters({"normalize": True}, {"weight": (1.0,)})
 """of `linear`: the rows of one model as they are"""
 
@@ -189,6 +190,18 @@ def unlike_rows(jobs: Sequence[TensorJob]) -> Iterator[str]:
         yield f"rows are for several vocabularies: {said}; `tokenizer_source: union`, or a model, makes them one"
 
 
+def rows_remedy(checkpoints: Sequence[Checkpoint], tokenizers: Sequence[Tokenizer]) -> str:
+    """Return what to do where models have rows for different numbers of tokens: what a recipe can say, if it can."""
+    layouts = {id(each.specs): each.specs for each in checkpoints}.values()
+    if any(name.endswith(_COLUMN_PER_TOKEN) for specs in layouts for name in specs):
+        return ""
+    first = next((each.vocabulary for each in tokenizers[:1]), None)
+    own = [each.vocabulary or first for each in tokenizers]
+    if own and all(each and not each.problem and not each.numbering for each in own):
+        return "`tokenizer_source: base` or `union` merges rows by token"
+    return "with the tokenizer.json of each model beside it, `tokenizer_source: base` merges rows by token"
+
+
 def output_vocabulary(
     recipe: Recipe, checkpoints: Sequence[Checkpoint], tokenizers: Sequence[Tokenizer]
 ) -> OutputVocabulary | None:
@@ -280,5 +293,5 @@ def _check_rows(made: OutputVocabulary, checkpoints: Sequence[Checkpoint]) -> No
                     f"{shown(name)} has {shape[0]:,} rows in {redact(checkpoint.url)}, and the embedding there has "
                     f"{num_rows:,}; expected a row per token in both"
                 )
-        if strays := [name for name in checkpoint.specs if name.endswith("final_logits_bias")]:
+        if strays := [name for name in checkpoint.specs if name.endswith(_COLUMN_PER_TOKEN)]:
             raise PlanError(f"{shown(strays[0])} has a column per token; only rows are gathered by token")
