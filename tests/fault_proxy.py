@@ -176,6 +176,8 @@ class FaultyProxy:
         self.headers: list[dict[str, str]] = []
         """their headers, names in lower case"""
         self.steps: list[Step] = []
+        self.num_at_work = 0
+        """requests other than GET that have come and are not answered"""
         self.met: Counter[tuple[Step, Fault]] = Counter()
         """faults that requests met, by step"""
         self.told: dict[Fault, tuple[tuple[str, str], ...]] = {"wait": (("Retry-After", "1"),)}
@@ -262,6 +264,13 @@ class FaultyProxy:
         if request is None:
             return False
         fault = self.next_fault(request)
+        self.num_at_work += request.method != "GET"
+        try:
+            return await self._answer(request, writer, fault)
+        finally:
+            self.num_at_work -= request.method != "GET"
+
+    async def _answer(self, request: Request, writer: asyncio.StreamWriter, fault: Fault) -> bool:
         await asyncio.sleep(self.delays_s.get(request.step, 0.0))
         if fault in ANSWERS:
             status, body = ANSWERS[fault]

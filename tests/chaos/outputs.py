@@ -2,6 +2,7 @@
 
 import fcntl
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any, Protocol
 
 from stockflow.storage.partials import PARTIAL_SUFFIX
 from tests.fault_proxy import FaultyProxy
+
+_QUIET_LOOKS = 15
+"""at a proxy that has nothing to do, until what was sent to it cannot be on the way any more"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Output(Protocol):
     def is_busy(self) -> bool:
         """Return whether a shard is being merged; cheap."""
 
+    def settle(self) -> None:
+        """Wait until all has arrived that a process sent before it was stopped."""
+
     def num_in_flight(self, before: Snapshot, after: Snapshot) -> int:
         """Return how many shards the process that died in between had begun, and has not finished."""
 
@@ -58,6 +65,9 @@ class FolderOutput:
 
     def num_receipts(self) -> int:
         return len(self._receipts())
+
+    def settle(self) -> None:
+        pass
 
     def is_busy(self) -> bool:
         return any(_is_locked(path) for path in self._partial())
@@ -95,6 +105,12 @@ class BucketOutput:
     def num_receipts(self) -> int:
         self._follow()
         return len(self._written)
+
+    def settle(self) -> None:
+        num_quiet = 0
+        while num_quiet < _QUIET_LOOKS:
+            time.sleep(0.01)
+            num_quiet = 0 if self._proxy.num_at_work else num_quiet + 1
 
     def is_busy(self) -> bool:
         self._follow()

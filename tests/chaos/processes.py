@@ -99,9 +99,25 @@ def ray_workers(pid: int) -> list[int]:
 
 def kill(*pids: int) -> None:
     """Kill processes, as a machine that loses power does: none of them sees it coming."""
+    _signal(signal.SIGKILL, *pids)
+
+
+def _signal(number: int, *pids: int) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
+
+
+def stop(*pids: int) -> None:
+    """Stop processes where they are, and return when they are."""
+    _signal(signal.SIGSTOP, *pids)
+    while any(_state(pid) not in "TZX" for pid in pids):
+        time.sleep(0.001)
+
+
+def go_on(*pids: int) -> None:
+    """Let stopped processes go on."""
+    _signal(signal.SIGCONT, *pids)
 
 
 def await_end(running: Running, others: Sequence[int]) -> None:
@@ -114,9 +130,14 @@ def await_end(running: Running, others: Sequence[int]) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    return _state(pid) not in "ZX"
+
+
+def _state(pid: int) -> str:
+    """Return the letter of ``ps``; X of what is gone."""
     with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "X"
 
 
 def _title(pid: int) -> str:

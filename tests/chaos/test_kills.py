@@ -19,7 +19,7 @@ from stockflow.run.driver import MergeOptions, merge
 from stockflow.run.inputs import Inputs
 from stockflow.run.places import in_this_process
 from stockflow.storage import StorageConfig, StoreOptions
-from tests.chaos.kills import Chaos, Kill, Site, Victim, table
+from tests.chaos.kills import Chaos, Kill, Phase, Site, Victim, table
 from tests.chaos.outputs import BucketOutput, FolderOutput, Output
 from tests.chaos.processes import Commanded, Forked, Running
 from tests.checkpoints import make_family
@@ -39,6 +39,10 @@ ENOUGH = 50
 """kills, below which their phases are left to chance"""
 DRIVER: tuple[Victim, ...] = ("driver",)
 ANYBODY: tuple[Victim, ...] = (*["worker"] * 4, "driver", "everything")
+
+
+def _phases(start_s: float, shard_s: float, publish_s: float) -> dict[Phase, float]:
+    return {"before a shard": start_s, "in a shard": shard_s, "publishing": publish_s}
 
 
 class Grounds:
@@ -63,10 +67,12 @@ class Grounds:
         # A throttled store makes moments that are long enough to be hit.
         self._proxy.delays_s |= {"get": 0.05, "part": 0.03, "put": 0.03}
         return {
-            "disk": Site("disk", self._forked(self._disk), self._folder_output, DRIVER, False, 2, 0.3, 0.06, 0.1),
-            "s3": Site("s3", self._forked(self._s3), self._bucket_output, DRIVER, False, 2, 1.0, 0.3, 0.6),
-            "ray": Site("ray", self._on_ray(), self._folder_output, ANYBODY, True, 2, 6.0, 0.4, 0.8),
-            "ray s3": Site("ray s3", self._on_ray(), self._bucket_output, ANYBODY, True, 2, 6.0, 0.6, 1.2),
+            "disk": Site(
+                "disk", self._forked(self._disk), self._folder_output, DRIVER, False, 2, _phases(0.3, 0.06, 0.1)
+            ),
+            "s3": Site("s3", self._forked(self._s3), self._bucket_output, DRIVER, False, 2, _phases(1.0, 0.3, 0.6)),
+            "ray": Site("ray", self._on_ray(), self._folder_output, ANYBODY, True, 2, _phases(6.0, 0.4, 0.8)),
+            "ray s3": Site("ray s3", self._on_ray(), self._bucket_output, ANYBODY, True, 2, _phases(6.0, 0.6, 1.2)),
         }
 
     def _recipe(self, name: str, models: list[str]) -> Path:
