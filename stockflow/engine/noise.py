@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stockflow.checkpoints.decodes.low_rank import reads_anchor
-from stockflow.checkpoints.decodes.stored import BlockScaled, Decode, GroupScaled, matrix_of
+from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled
 from stockflow.checkpoints.decodes.transposed import within_rows
 from stockflow.engine.pieces import LoadedPiece
-from stockflow.engine.stage import scales_of
+from stockflow.engine.stage import geometry_of, scales_of
+from stockflow.kernels import coding
 from stockflow.planning.job import Reading, TensorJob
 from stockflow.planning.operands import Operand
 
@@ -128,8 +129,8 @@ def _steps(span: LoadedPiece, number: int, num: int) -> Any:
     """Return the distance between neighbouring codes at each of the first numbers of an operand."""
     decode, shape = within_rows(span.reading.operands[number].decode), span.reading.shape
     first, scales_S = scales_of(span, number)
-    places_E = _places(decode, shape, np.arange(span.start, span.start + num)) - first
-    scales_E = scales_S[places_E].astype(np.float64)
+    scales_E = np.empty(num)
+    coding.spread(scales_S, np.uint64(first), np.uint64(span.start), geometry_of(decode, shape), scales_E)
     if isinstance(decode, GroupScaled) and decode.codes == "I4":
         return scales_E
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -138,15 +139,3 @@ def _steps(span: LoadedPiece, number: int, num: int) -> Any:
         return scales_E * np.where(sizes_E < 2, 0.5, np.where(sizes_E < 4, 1.0, 2.0))
     exponents_E = np.maximum(np.frexp(sizes_E)[1] - 1, _LEAST_EXPONENT[decode.dtype])
     return scales_E * np.ldexp(1.0, exponents_E - _FRACTION_BITS[decode.dtype])
-
-
-def _places(decode: Decode, shape: tuple[int, ...], elements_E: Any) -> Any:
-    """Return the number of the scale of each element."""
-    if isinstance(decode, GroupScaled):
-        rows_E, columns_E = np.divmod(elements_E, decode.num_columns)
-        return rows_E * decode.scales_per_row + columns_E // decode.group
-    assert isinstance(decode, BlockScaled)
-    (num_rows, num_columns), (bands, per_row) = matrix_of(shape), decode.grid(shape)
-    rows_E, columns_E = np.divmod(elements_E, num_columns)
-    matrices_E, within_E = np.divmod(rows_E, num_rows)
-    return (matrices_E * bands + within_E // decode.block[0]) * per_row + columns_E // decode.block[1]

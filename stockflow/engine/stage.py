@@ -4,7 +4,7 @@ It fills float32 (float64 where the reading asks for it) and hands on a piece wh
 kernel and no method knows of codes, scales and maps of rows. The scratch stays in the thread's caches.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,12 @@ from stockflow.engine.adapter_stage import adapter_decoders
 from stockflow.engine.buffers import Scratch, aligned
 from stockflow.engine.decoding import Memory, StoredRun, fill, numbers
 from stockflow.engine.pieces import LoadedPiece, Piece
-from stockflow.kernels import codecs
+from stockflow.kernels import codecs, coding
 from stockflow.kernels.arrays import Bytes, Floats, Values
 from stockflow.kernels.floats import FORMATS, Slab, slab_of
 from stockflow.kernels.turning import turn
 from stockflow.planning.job import Reading
-from stockflow.planning.operands import Operand
+from stockflow.planning.operands import Operand, runs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,9 @@ class DecodingStage:
             return self._gathered(piece)
         operands = piece.reading.operands
         span, rows_ME = self._of_numbers(piece, len(operands))
+        anchored = piece.on(rows_ME[0])
         for (operand, offsets), row_E in zip(_placed(piece), rows_ME, strict=True):
-            _decode_operand(operand, piece.on(rows_ME[0]), offsets, row_E)
+            _decode_operand(operand, anchored, offsets, row_E)
         for row_E, operand in zip(rows_ME, operands, strict=True):
             if operand.rows is not None and operand.rows.fills:
                 _fill_rows(operand.rows, piece, row_E, rows_ME)
@@ -131,14 +132,18 @@ class DecodingStage:
 
 def _gather(operand: Operand, piece: StoredPiece, offsets: list[int], out: Bytes) -> None:
     """Put what the slots of an operand hold of a piece one behind the other."""
-    shape = piece.reading.shape
-    held, wanted = (operand.decode.ranges(shape, first, piece.stop) for first in (piece.first, piece.start))
+    runs = runs_of(operand.decode, piece.reading.shape, piece.start, piece.stop)
     at = 0
-    for offset, frm, to in zip(offsets, held, wanted, strict=True):
-        size, place = to.stop - to.start, offset + to.start - frm.start
-        if size:
-            out[at : at + size] = piece.memory.buffer[place : place + size]
-        at += size
+    for place, (first, last, _) in zip(_places_of(operand, piece, offsets), runs, strict=True):
+        out[at : at + last - first] = piece.memory.buffer[place : place + last - first]
+        at += last - first
+
+
+def _places_of(operand: Operand, piece: StoredPiece, offsets: Sequence[int]) -> list[int]:
+    """Return where the slots of an operand begin for a piece, of which more may be in memory."""
+    shape, firsts = piece.reading.shape, (piece.first, piece.start)
+    held, wanted = (runs_of(operand.decode, shape, first, piece.stop) for first in firsts)
+    return [offset + to[0] - frm[0] for offset, frm, to in zip(offsets, held, wanted, strict=True)]
 
 
 def scales_of(span: LoadedPiece, number: int) -> tuple[int, Values]:
@@ -151,14 +156,13 @@ def scales_of(span: LoadedPiece, number: int) -> tuple[int, Values]:
     reading, operand = span.reading, span.reading.operands[number]
     skipped = sum(len(each.extents) for each in reading.operands[:number])
     offsets = piece.offsets[skipped : skipped + len(operand.extents)]
-    held, wanted = (operand.decode.ranges(reading.shape, first, span.stop)[1] for first in (piece.first, span.start))
-    decode, width = within_rows(operand.decode), operand.decode.widths[1]
+    decode, (_, place, *_) = within_rows(operand.decode), _places_of(operand, piece, offsets)
     assert isinstance(decode, BlockScaled | GroupScaled)
-    count = (wanted.stop - wanted.start) // width
-    place = offsets[1] + wanted.start - held.start
+    first, last, width = runs_of(operand.decode, reading.shape, span.start, span.stop)[1]
+    count = (last - first) // width
     scales_S = _scales(decode.scale_dtype, piece.memory, place, count, np.dtype(np.float32))
     if not isinstance(operand.decode, ByRows):
-        return wanted.start // width, scales_S
+        return first // width, scales_S
     own = decode.ranges(reading.shape, span.start, span.stop)[1]
     rows_RMS = scales_S.reshape(-1, operand.decode.num_beside, decode.grid(reading.shape)[1])
     skipped = own.start // width % rows_RMS.shape[2]
@@ -166,12 +170,19 @@ def scales_of(span: LoadedPiece, number: int) -> tuple[int, Values]:
     return own.start // width, rows_RMS[:, operand.decode.number].reshape(-1)[skipped : skipped + count]
 
 
+def geometry_of(decode: Decode, shape: tuple[int, ...]) -> coding.BlockGrid:
+    """Return where the blocks of a tensor lie."""
+    if isinstance(decode, GroupScaled):
+        return coding.BlockGrid(*map(np.uint64, (1, decode.num_columns, 1, decode.group)))
+    assert isinstance(decode, BlockScaled)
+    return coding.BlockGrid(*map(np.uint64, (*matrix_of(shape), *decode.block)))
+
+
 def _decode_operand(operand: Operand, piece: StoredPiece, offsets: list[int], out_E: Values) -> None:
     """Fill ``out_E`` with the elements of a piece; ``offsets`` say where in its memory the operand's slots begin."""
     shape = piece.reading.shape
     if operand.rows is None:
-        held, wanted = (operand.decode.ranges(shape, first, piece.stop) for first in (piece.first, piece.start))
-        places = [offset + to.start - frm.start for offset, frm, to in zip(offsets, held, wanted, strict=True)]
+        places = _places_of(operand, piece, offsets)
         _decode_run(operand.decode, StoredRun(shape, piece.start, piece.stop, piece.memory, places), out_E)
         return
     out_E[:] = 0.0
@@ -225,14 +236,13 @@ def _join(decode: Joined, run: StoredRun, out_E: Values) -> None:
 
 def _scale_blocks(decode: BlockScaled, run: StoredRun, out_E: Values) -> None:
     shape, start, stop, memory, (codes_at, scales_at) = run
-    first, last = decode.scale_rows(shape, start, stop)
-    columns = decode.grid(shape)[1]
-    scales_S = _scales(decode.scale_dtype, memory, scales_at, (last - first) * columns, out_E.dtype)
+    first, last, width = runs_of(decode, shape, start, stop)[1]
+    scales_S = _scales(decode.scale_dtype, memory, scales_at, (last - first) // width, out_E.dtype)
     codecs.scale_blocks(
         memory.buffer,
         np.uint64(codes_at),
-        codecs.numbers_of_codes(decode.dtype, out_E.dtype.name),
-        scales_S.reshape(-1, columns),
+        codecs.numbers_of_codes(decode.dtype, out_E.dtype.char),
+        scales_S.reshape(-1, decode.grid(shape)[1]),
         np.uint64(start),
         _pair(matrix_of(shape)),
         _pair(decode.block),
@@ -241,11 +251,9 @@ def _scale_blocks(decode: BlockScaled, run: StoredRun, out_E: Values) -> None:
 
 
 def _scale_groups(decode: GroupScaled, run: StoredRun, out_E: Values) -> None:
-    _, start, stop, memory, (codes_at, scales_at, *whole_at) = run
-    if start == stop:
-        return
-    num_scales = decode.place(stop - 1)[1] - decode.place(start)[1] + 1
-    scales_S = _scales(decode.scale_dtype, memory, scales_at, num_scales, out_E.dtype)
+    shape, start, stop, memory, (codes_at, scales_at, *whole_at) = run
+    first, last, width = runs_of(decode, shape, start, stop)[1]
+    scales_S = _scales(decode.scale_dtype, memory, scales_at, (last - first) // width, out_E.dtype)
     for place in whole_at:
         whole = _scales("F32", memory, place, 1, out_E.dtype)
         with np.errstate(all="ignore"):  # what is not finite is refused where it is merged
@@ -253,7 +261,7 @@ def _scale_groups(decode: GroupScaled, run: StoredRun, out_E: Values) -> None:
     codecs.scale_groups(
         memory.buffer,
         np.uint64(codes_at),
-        codecs.numbers_of_nibbles(decode.codes, out_E.dtype.name),
+        codecs.numbers_of_nibbles(decode.codes, out_E.dtype.char),
         scales_S,
         np.uint64(start),
         np.uint64(decode.num_columns),
@@ -267,9 +275,9 @@ def _scales(dtype: str, memory: Memory, place: int, count: int, working: np.dtyp
     """Return scales in working precision, whatever they are stored in."""
     codes = memory.buffer[place : place + count]
     if dtype == "F8_E8M0":
-        return codecs.powers_of_two(codes, working.name)
+        return codecs.powers_of_two(codes, working.char)
     if DTYPES[dtype].kind == "packed":
-        return codecs.numbers_of_codes(dtype, working.name)[codes]
+        return codecs.numbers_of_codes(dtype, working.char)[codes]
     return numbers(dtype, memory, place, count, working)
 
 

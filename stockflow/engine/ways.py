@@ -9,14 +9,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from stockflow.checkpoints.decodes.stored import BlockScaled, Decode, GroupScaled, matrix_of
+from stockflow.checkpoints.decodes.stored import BlockScaled, Decode, GroupScaled
 from stockflow.checkpoints.decodes.transposed import within_rows
 from stockflow.checkpoints.scale_rules import RULES
 from stockflow.engine.alarm import Alarm
 from stockflow.engine.buffers import Scratch
 from stockflow.engine.pieces import LoadedPiece, Piece
 from stockflow.engine.procedures.proceeding import MapSpans
-from stockflow.engine.stage import scales_of
+from stockflow.engine.stage import geometry_of, scales_of
 from stockflow.engine.units import Unit
 from stockflow.kernels import coding
 from stockflow.kernels.arrays import Bytes, Singles
@@ -96,14 +96,6 @@ def _are_alike(one: Decode, other: Decode) -> bool:
     return one == other
 
 
-def _geometry_of(decode: Decode, shape: tuple[int, ...]) -> coding.BlockGrid:
-    """Return where the blocks of a tensor lie."""
-    if isinstance(decode, GroupScaled):
-        return coding.BlockGrid(*map(np.uint64, (1, decode.num_columns, 1, decode.group)))
-    assert isinstance(decode, BlockScaled)
-    return coding.BlockGrid(*map(np.uint64, (*matrix_of(shape), *decode.block)))
-
-
 @dataclass
 class _Waiting:
     """A piece whose results are complete as soon as the next one is asked for."""
@@ -138,7 +130,7 @@ class Coder:
         self._result, self._target = result, target
         self._map_spans, self._alarm = map_spans, alarm
         self._shape, self._encoding = job.reading.shape, within_rows(result.encode)
-        self._geometry = _geometry_of(self._encoding, self._shape)
+        self._geometry = geometry_of(self._encoding, self._shape)
         self._alike = [
             number
             for number, operand in enumerate(job.reading.operands)

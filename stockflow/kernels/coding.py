@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stockflow.kernels.arrays import Bits, Bytes, Singles
+from stockflow.kernels.arrays import Bits, Bytes, Floats, Singles
 from stockflow.kernels.floats import TILE, Index
 from stockflow.kernels.jit import jit
 
@@ -53,22 +53,37 @@ def _scale_row(row: Index, grid: BlockGrid) -> Any:
 
 
 @jit
+def _block_of(element: Index, grid: BlockGrid) -> Any:
+    """Return the number of the scale of an element, and how many elements of its row, from it on, share it."""
+    row, column = element // grid.columns, element % grid.columns
+    per_row = (grid.columns + grid.block_columns - np.uint64(1)) // grid.block_columns
+    place = column // grid.block_columns
+    end = min((place + np.uint64(1)) * grid.block_columns, grid.columns)
+    return _scale_row(row, grid) * per_row + place, end - column
+
+
+@jit
+def spread(scales_S: Singles, first_scale: Index, start: Index, grid: BlockGrid, out_E: Floats) -> None:
+    """Fill ``out_E`` with the scales of elements from ``start`` on; the first given is number ``first_scale``."""
+    num_elems, done = np.uint64(len(out_E)), np.uint64(0)
+    while done < num_elems:
+        scale, count = _block_of(start + done, grid)
+        out_E[done : done + count] = scales_S[scale - first_scale]
+        done += count
+
+
+@jit
 def mark_changed(
     numbers_E: Singles, source_E: Singles, start: Index, grid: BlockGrid, first_scale: Index, changed_S: Bytes
 ) -> None:
     """Set the flags of the blocks in which a run of results, from element ``start`` on, is other than a source."""
-    num_elems, columns = np.uint64(len(numbers_E)), grid.columns
-    per_row = (columns + grid.block_columns - np.uint64(1)) // grid.block_columns
-    done = np.uint64(0)
+    num_elems, done = np.uint64(len(numbers_E)), np.uint64(0)
     while done < num_elems:
-        row, column = (start + done) // columns, (start + done) % columns
-        place = column // grid.block_columns
-        count = min(min((place + np.uint64(1)) * grid.block_columns, columns) - column, num_elems - done)
-        at = _scale_row(row, grid) * per_row + place - first_scale
-        if changed_S[at] == 0:
-            for k in range(done, done + count):
+        scale, count = _block_of(start + done, grid)
+        if changed_S[scale - first_scale] == 0:
+            for k in range(done, min(done + count, num_elems)):
                 if numbers_E[k] != source_E[k]:
-                    changed_S[at] = 1
+                    changed_S[scale - first_scale] = 1
                     break
         done += count
 

@@ -199,7 +199,7 @@ class BlockScaled(RunByRun):
     def _scale_row(self, shape: tuple[int, ...], element: int) -> int:
         rows, columns = matrix_of(shape)
         matrix, row = divmod(element // columns, rows)
-        return matrix * self.grid(shape)[0] + row // self.block[0]
+        return matrix * -(-rows // self.block[0]) + row // self.block[0]
 
     @property
     def sizes(self) -> tuple[int, ...]:
