@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from stockflow.planning.budget import Workspace, overhead_bytes
+from stockflow.planning.budget import PIECE_OVERHEAD, Workspace, overhead_bytes
 from stockflow.planning.job import Reading
 from stockflow.planning.operands import ExtentRanges, runs_of
 from stockflow.planning.spans import SPAN_ELEMS, chunk_step
@@ -20,6 +20,9 @@ from stockflow.planning.work import Work
 from stockflow.storage.parts import RANGE_BYTES
 
 ALIGNMENT = 64
+MAX_GAP_BYTES = PIECE_OVERHEAD
+"""Between ranges that are read by one request: a slab has room for as much beside each range, and a request to object
+storage costs what a megabyte does. Tensors that are not read, such as the shapes of packed codes, lie there."""
 
 
 class LoadPiece(NamedTuple):
@@ -49,7 +52,7 @@ class Load:
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """The ranges to read; ranges that touch in a file are one request."""
+        """The ranges to read; ranges that touch in a file, or nearly so, are one request."""
         return self._layout[0]
 
     @property
@@ -237,8 +240,8 @@ def _next_boundary(previous: Request | None) -> int:
 
 def _continues(previous: Request, checkpoint: int, file: str, start: int, width: int) -> bool:
     """Whether a range can be read together with the previous one and still begin on a boundary of its elements."""
-    touches = (previous.checkpoint, previous.file) == (checkpoint, file) and start <= previous.stop
-    return touches and (previous.offset + start - previous.start) % width == 0
+    is_near = (previous.checkpoint, previous.file) == (checkpoint, file) and start <= previous.stop + MAX_GAP_BYTES
+    return is_near and (previous.offset + start - previous.start) % width == 0
 
 
 def split_request(request: Request) -> Iterator[Request]:
