@@ -1,4 +1,4 @@
-"""Values that are read before a merge: small integers, index data stored as floats, and whether a head is a copy.
+"""Values that are read before a merge: small integers, floats that are no weights, and whether a head is a copy.
 
 A few ranges per checkpoint, of bounded number and size; what is not read here is compared while merging.
 """
@@ -17,7 +17,7 @@ from stockflow.checkpoints.weights import Weights
 from stockflow.storage import Stamp, Store
 
 MAX_TENSOR_BYTES, MAX_INDEX_BYTES = 65_536, 2**20
-"""Of integers, and of floats that are named like indices."""
+"""Of integers and complex numbers, and of floats that are named like indices, masks or frequencies."""
 MAX_GAP_BYTES = 4_096
 """Between small tensors that one request reads."""
 MAX_RANGES, MAX_RANGE_BYTES = 32, 2**18
@@ -27,9 +27,13 @@ NUM_PROBES, PROBE_ELEMS = 8, 8_192
 Floats = npt.NDArray[np.float64]
 INDEX_DATA = ("position_ids", "position_index", "token_type_ids", "cache_position")
 """Ends of the names of what holds indices, not weights, in whatever dtype."""
+FREQUENCIES = ("inv_freq",)
+MASKS = ("_mask", "masked_bias")
+"""Ends of the names of what holds two values at most, such as 0 and minus infinity."""
+_NO_WEIGHTS = (*INDEX_DATA, *FREQUENCIES, *MASKS)
 _INTEGERS = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "integer")
 WIDENED = frozenset({"BF16", "F16", "F32", "F64"})
-_NUMPY = {"BOOL": "u1", "F16": "<f2", "F32": "<f4", "F64": "<f8"} | {
+_NUMPY = {"BOOL": "u1", "C64": "<f4", "F16": "<f2", "F32": "<f4", "F64": "<f8"} | {
     f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
 }
 
@@ -40,8 +44,8 @@ class KnownValues:
 
     data: Mapping[Extent, bytes] = field(default_factory=dict)
     """all bytes of some small tensors"""
-    indices: frozenset[Extent] = frozenset()
-    """floats that are named like indices, and are whole numbers"""
+    fixed: frozenset[Extent] = frozenset()
+    """floats that are named like indices, masks or frequencies, and are"""
     copies: frozenset[Extent] = frozenset()
     """heads and copies whose values are those of their embedding, in every range that was looked at"""
 
@@ -64,7 +68,7 @@ def read_values(store: Store, weights: Weights, config: Config | None, cache: He
     specs, extents, reader = weights.specs, weights.extents, _Ranges(store, weights.files)
     wanted = {extents[spec.name]: spec for spec in cache.found(specs, small_tensors)}
     data = dict(reader.together(sorted((extent, spec.num_bytes) for extent, spec in wanted.items())))
-    indices = frozenset(extent for extent, payload in data.items() if _are_indices(payload, wanted[extent].dtype))
+    fixed = frozenset(extent for extent, spec in wanted.items() if _are_no_weights(spec, data.get(extent)))
     names = cache.found(specs, tied_names)
     candidates = names.copies if tie_flag(config) is False else names.ties
     pairs = [(name, original_of(name, specs[name].shape, names, specs)) for name in candidates]
@@ -73,25 +77,32 @@ def read_values(store: Store, weights: Weights, config: Config | None, cache: He
         for name, original in pairs
         if original and _are_equal(reader, (specs[name], extents[name]), (specs[original], extents[original]))
     )
-    return KnownValues(data, indices, copies)
+    return KnownValues(data, fixed, copies)
 
 
 def as_numbers(payload: bytes, dtype: str) -> Floats | None:
-    """Return stored numbers as float64; None for dtypes that are no plain numbers."""
+    """Return stored numbers as float64, of complex ones both parts; None for dtypes that are no plain numbers."""
     if dtype == "BF16":
         return (np.frombuffer(payload, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
     return np.frombuffer(payload, _NUMPY[dtype]).astype(np.float64) if dtype in _NUMPY else None
 
 
 def _is_wanted(spec: TensorSpec) -> bool:
-    if spec.dtype in _INTEGERS:
+    if spec.dtype in _INTEGERS or spec.dtype == "C64":
         return 0 < spec.num_bytes <= MAX_TENSOR_BYTES
-    return spec.name.endswith(INDEX_DATA) and spec.dtype in WIDENED and 0 < spec.num_bytes <= MAX_INDEX_BYTES
+    return spec.name.endswith(_NO_WEIGHTS) and spec.dtype in WIDENED and 0 < spec.num_bytes <= MAX_INDEX_BYTES
 
 
-def _are_indices(payload: bytes, dtype: str) -> bool:
-    numbers = as_numbers(payload, dtype) if dtype in WIDENED else None
-    return numbers is not None and bool(np.isfinite(numbers).all()) and np.array_equal(numbers, np.trunc(numbers))
+def _are_no_weights(spec: TensorSpec, payload: bytes | None) -> bool:
+    """Return whether floats are what their name says; frequencies are, whether they were read or not."""
+    if spec.dtype not in WIDENED or payload is None:
+        return spec.dtype in WIDENED and spec.name.endswith(FREQUENCIES)
+    numbers = as_numbers(payload, spec.dtype)
+    assert numbers is not None
+    if spec.name.endswith(MASKS):
+        return np.unique(numbers).size <= 2
+    is_whole = bool(np.isfinite(numbers).all()) and np.array_equal(numbers, np.trunc(numbers))
+    return is_whole or spec.name.endswith(FREQUENCIES)
 
 
 def _are_equal(reader: "_Ranges", a: tuple[TensorSpec, Extent], b: tuple[TensorSpec, Extent]) -> bool:

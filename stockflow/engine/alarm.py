@@ -29,7 +29,10 @@ class Alarm:
         if self.on_nonfinite == "propagate":
             return
         name = span.reading.name
-        advice = "mend the checkpoint, or set `stockflow: {on_nonfinite: propagate}`"
+        advice = (
+            "mend the checkpoint, or name what is no weight in a rule with `action: copy`; with "
+            "`stockflow: {on_nonfinite: propagate}` NaN is published"
+        )
         for number, (operand, dtype) in enumerate(zip(span.reading.operands, span.dtypes, strict=True)):
             index = first_nonfinite(span.operand(number), dtype)
             if index is not None:

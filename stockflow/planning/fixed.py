@@ -1,4 +1,4 @@
-"""Fixed numbers: integers and index data, which are carried over if all models agree and are never averaged."""
+"""Fixed numbers: integers, indices, masks and frequencies, carried over if all models agree and never averaged."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,10 +14,10 @@ from stockflow.text.strictjson import shown
 MAX_VALUES_SHOWN = 4
 
 
-def holds_indices(target: OutputTensor) -> bool:
-    """Return whether the donor's tensor holds indices as floats."""
+def is_fixed(target: OutputTensor) -> bool:
+    """Return whether the donor's tensor of floats holds no weights, but indices, a mask or frequencies."""
     donor = target.stretch.checkpoints[0]
-    known = donor.values.indices
+    known = donor.values.fixed
     return bool(known) and donor.extents[target.names[0]] in known
 
 
@@ -55,8 +55,12 @@ def _read(target: OutputTensor, index: int) -> Floats | None:
 def _unlike(name: str, values: Mapping[str, Floats]) -> Misfit:
     said = ", ".join(f"{_shown(numbers)} in {url}" for url, numbers in values.items())
     donor = next(iter(values))
-    remedy = f"an average of such numbers means nothing; a rule with `action: copy` takes {THEM} from {donor}"
-    return Misfit(name, f"not equal in all models: {said}", remedy, "copy")
+    remedy, action = f"a rule with `action: copy` takes {THEM} from {donor}", "copy"
+    if name.endswith((".weight_mask", ".bias_mask")):
+        remedy, action = "`torch.nn.utils.prune.remove` makes it part of its weight", ""
+    return Misfit(
+        name, f"not equal in all models: {said}", f"an average of such numbers means nothing; {remedy}", action
+    )
 
 
 def _shown(numbers: Floats) -> str:

@@ -21,7 +21,7 @@ from stockflow.planning.columns import by_columns
 from stockflow.planning.config.published import output_config
 from stockflow.planning.experts.projections import Experts, part_of, seen_one_by_one, unlike_parts
 from stockflow.planning.experts.units import unlike_members, with_layers_together
-from stockflow.planning.fixed import are_known, carried_over, holds_indices
+from stockflow.planning.fixed import are_known, carried_over, is_fixed
 from stockflow.planning.formats import (
     ADD_FORMAT,
     cannot_be_kept,
@@ -250,7 +250,7 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
         return _as_it_is(target, *indices, keeps_codes=keeps_codes, is_part=is_part)
     alike = spec.kind != "packed" and target.is_alike(indices)
     donor_first = tuple(dict.fromkeys((recipe.donor, *indices)))
-    if (spec.kind != "float" or holds_indices(target)) and (alike or are_known(target, donor_first)):
+    if (spec.kind != "float" or is_fixed(target)) and (alike or are_known(target, donor_first)):
         carried = carried_over(target, dict(zip(donor_first, _operands(target, donor_first), strict=True)))
         return [carried] if isinstance(carried, TensorJob) else carried
     problems = [] if alike else mismatches(target, donor_first, known.by_row)

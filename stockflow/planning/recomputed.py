@@ -1,7 +1,7 @@
 """Recomputed buffers: what loaders make anew from the config, and older files hold beside the weights."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from stockflow.checkpoints.files.header import TensorSpec
@@ -19,17 +19,24 @@ _RECOMPUTED = re.compile(
 
 
 def without_recomputed(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints without the buffers that only some hold, and with what is to be said of that.
+    """Return the checkpoints without the buffers that only some hold, or masks in several dtypes, and with a remark.
 
     Those that all hold, and those that a rule names, are kept.
     """
-    first = checkpoints[0].specs.keys()
-    uneven = {name for each in checkpoints[1:] for name in first ^ each.specs.keys() if _RECOMPUTED.search(name)}
+    first = checkpoints[0].specs
+    others = [each.specs for each in checkpoints if each.specs is not first]
+    uneven = {name for specs in others for name in (*(first.keys() ^ specs.keys()), *_recast_biases(first, specs))}
+    uneven = set(filter(_RECOMPUTED.search, uneven))
     uneven = {
         name for name in uneven if all(_is_buffer(each.specs[name]) for each in checkpoints if name in each.specs)
     }
     dropped = {name for name in uneven if recipe.rule_for(name) is None}
     return [_without(each, dropped) for each in checkpoints] if dropped else list(checkpoints)
+
+
+def _recast_biases(first: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+    held = (name for name in first if name.endswith("bias") and name in specs)
+    yield from (name for name in held if specs[name].dtype != first[name].dtype)
 
 
 def _is_buffer(spec: TensorSpec) -> bool:
@@ -45,7 +52,7 @@ def _without(checkpoint: Checkpoint, names: set[str]) -> Checkpoint:
     them = "it" if len(held) == 1 else "them"
     text = (
         f"{counted(len(held), 'buffer')} of {url} such as {shown(held[0])} {are(len(held))} left out: not every model "
-        f"has {them}, and loaders compute {them}"
+        f"has {them} alike, and loaders compute {them}"
     )
     remark = Remark("recomputed", text, "note", models=(url,), tensors=tuple(held))
     specs = {name: spec for name, spec in checkpoint.specs.items() if name not in names}

@@ -356,6 +356,7 @@ def test_ids_of_tokens_in_configs_follow_the_vocabulary(three: Models) -> None:
     config = json.loads((three.folders[0] / "config.json").read_text()) | ids | {"image_token_index": 10**6}
     (three.folders[0] / "config.json").write_text(json.dumps(config))
     generation = {"eos_token_id": own["<|end|>"], "suppress_tokens": [own["Ġ"]], "top_k": own["Ġ"]}
+    generation |= {"forced_decoder_ids": [[1, own["Ġ"]], [2, None]], "lang_to_id": {"<|en|>": own["Ġ"]}}
     (three.folders[0] / "generation_config.json").write_text(json.dumps(generation))
 
     out = three.merged("model_stock", tokenizer_source=str(three.folders[2]))
@@ -366,6 +367,10 @@ def test_ids_of_tokens_in_configs_follow_the_vocabulary(three: Models) -> None:
     assert written["eos_token_id"] == [new["<|end|>"], new["Ġ"]]
     assert (written["text_config"]["pad_token_id"], written["image_token_index"]) == (new["Ġ"], 10**6)
     found = json.loads((out / "generation_config.json").read_text())
+    assert (found.pop("forced_decoder_ids"), found.pop("lang_to_id")) == (
+        [[1, new["Ġ"]], [2, None]],
+        {"<|en|>": new["Ġ"]},
+    )
     assert found == {"eos_token_id": new["<|end|>"], "suppress_tokens": [new["Ġ"]], "top_k": own["Ġ"]}
     assert not stockflow.verify(out).findings
 

@@ -130,6 +130,33 @@ def test_index_data_in_floats_is_carried_over_in_its_own_dtype(merge: Merge, nam
     assert "index-data" in codes(plan)
 
 
+NO_WEIGHTS = {
+    "visual.attn_mask": torch.full((7, 7), -torch.inf).triu(1),
+    "h.0.attn.masked_bias": torch.tensor(-1e4),
+    "layers.0.rotary_emb.inv_freq": 1e4 ** -torch.linspace(0, 1, 8),
+    "fc.weight_mask": torch.tensor([1.0, 0.0, 1.0]),
+    "freqs_cis": torch.ones(3, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+def test_masks_and_frequencies_are_carried_over_or_refused_where_they_differ(merge: Merge, name: str) -> None:
+    value = NO_WEIGHTS[name]
+    plan = add(merge, name, value, value, value).write(config={}).plan()
+
+    assert jobs_of(plan)[name].method == COPY_EQUAL
+    assert codes(plan) == (["index-data"] if value.dtype == F32 else [])
+    found = add(merge, name, value, value, value * 2 + 1).write(config={}).refusal()
+    assert f"'{name}' is not equal in all models" in found
+    assert ("torch.nn.utils.prune.remove" if "weight_mask" in name else "a rule with `action: copy`") in found
+
+
+def test_weights_under_the_name_of_a_mask_are_weights(merge: Merge) -> None:
+    plan = add(merge, "spatial_mask", *drawn((9,))).write(config={}).plan()
+
+    assert jobs_of(plan)["spatial_mask"].method == "model_stock"
+
+
 def test_equal_indices_of_several_dtypes_are_the_donors(merge: Merge) -> None:
     positions = torch.arange(300)
     plan = add(merge, "e.position_ids", positions.float(), positions, positions.double()).write(config={}).plan()
@@ -182,14 +209,15 @@ def test_many_counters_that_differ_are_one_line_with_the_rule_to_paste(merge: Me
 
 
 def test_means_of_running_statistics_are_said(merge: Merge) -> None:
-    for name in ("bn.running_mean", "bn.running_var"):
+    for name in ("bn.running_mean", "bn.running_var", "codebook.embed_avg", "conv.weight_u"):
         add(merge, name, *(tensor.abs() for tensor in drawn((4,))))
     merge.write(config={})
 
     (said,) = merge.plan().remarks
     assert (said.code, said.severity) == ("running-statistics", "warning")
-    assert set(said.tensors) == {"bn.running_mean", "bn.running_var"}
-    assert codes(merge.plan(stockflow=rule(filter="running", action="copy"))) == []
+    assert set(said.tensors) == {"bn.running_mean", "bn.running_var", "codebook.embed_avg", "conv.weight_u"}
+    copied = [{"filter": filter, "action": "copy"} for filter in ("running", "embed_avg", "weight_u")]
+    assert codes(merge.plan(stockflow={"rules": copied})) == []
 
 
 # What a smaller range loses

@@ -135,7 +135,18 @@ def test_masks_and_positions_of_some_models_are_left_out_and_said(
 
     assert name not in jobs_of(plan)
     (told,) = remarks(plan, "recomputed")
-    assert told.text.endswith(f"such as {name!r} is left out: not every model has it, and loaders compute it")
+    assert told.text.endswith(f"such as {name!r} is left out: not every model has it alike, and loaders compute it")
+
+
+def test_masks_of_several_dtypes_are_left_out(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for tensors, dtype in zip(merge.models, (torch.uint8, torch.bool, torch.float32), strict=True):
+        tensors["h.0.attn.bias"] = MASK.to(dtype)
+
+    plan = merge.write().plan()
+
+    assert "h.0.attn.bias" not in jobs_of(plan)
+    assert len(remarks(plan, "recomputed")) == 3
 
 
 def test_a_bias_of_attention_is_no_mask(tmp_path: Path) -> None:

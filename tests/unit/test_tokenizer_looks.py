@@ -440,6 +440,10 @@ def of_model(**options: Any) -> Files:
     return {"tokenizer.json": json.dumps(document | {"model": document["model"] | options})}
 
 
+def slow(merges: str) -> Files:
+    return {"vocab.json": json.dumps(ids_of(LETTERS)), "merges.txt": f"#version: 0.2\n{merges}\n"}
+
+
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 CUT: dict[str, tuple[Files, Files, str, str]] = {
     "normalizer": (FAST, step(normalizer={"type": "Lowercase"}), "warning", "normalizer"),
@@ -447,6 +451,8 @@ CUT: dict[str, tuple[Files, Files, str, str]] = {
     "around": (FAST, step(post_processor={"type": "BertProcessing", "sep": ["a", 0]}), "warning", "post_processor"),
     "decoder": (FAST, step(decoder={"type": "ByteLevel"}), "note", "decoder"),
     "merges": (FAST, of_model(merges=[["a", "b"]]), "warning", "merges"),
+    "merges of slow forms": (slow("a b\nc d"), slow("c d\na b"), "warning", "merges"),
+    "merges of both forms": (of_model(merges=[["a", "b"]]), slow("a c"), "warning", "merges"),
     "fallback": (FAST, of_model(byte_fallback=True), "warning", "model"),
     "side": (FAST | config(padding_side="left"), FAST | config(padding_side="right"), "note", "padding_side"),
     "class": (
@@ -472,6 +478,7 @@ def test_tokenizers_that_cut_texts_in_other_ways_are_said(tmp_path: Path, case: 
 
 SAME_CUT: dict[str, tuple[Files, Files]] = {
     "merges as pairs": (of_model(merges=["a b"]), of_model(merges=[["a", "b"]])),
+    "merges of both forms": (of_model(merges=[["a", "b"]]), slow("a b")),
     "what newer versions write": (
         step(pre_tokenizer=BYTE_LEVEL),
         step(pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, padding={"strategy": "BatchLongest"}),

@@ -41,6 +41,12 @@ def cutting_of(document: Mapping[str, object]) -> Cutting:
     }
 
 
+def merges_of(payload: bytes) -> Cutting:
+    """Return how a ``merges.txt`` cuts texts, comparable to the merges of a ``tokenizer.json``."""
+    lines = payload.decode(errors="replace").splitlines()
+    return {"merges": _of_lines(line for line in lines if line.strip() and not line.startswith("#version"))}
+
+
 def flags_of(settings: Mapping[str, object]) -> Cutting:
     """Return what a ``tokenizer_config.json`` says of it in so many words."""
     said = {flag: str(settings[flag]) for flag in FLAGS if isinstance(settings.get(flag), bool)}

@@ -17,7 +17,7 @@ from stockflow.checkpoints.beside.side_files import is_of_use
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import kind_of
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.tokens.cutting import Cutting, flags_of
+from stockflow.checkpoints.tokens.cutting import Cutting, flags_of, merges_of
 from stockflow.checkpoints.tokens.vocabularies import (
     FORMS,
     Ids,
@@ -35,6 +35,7 @@ MAX_FILE_BYTES = 64_000_000
 """Of a file that is parsed; Gemma's tokenizer.json has 33 MB."""
 FAST = "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+MERGES = "merges.txt"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 
@@ -286,10 +287,12 @@ def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabular
 
 
 def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:
-    try:
-        own = files.parsed(FAST, fast_tokenizer).cutting if FAST in files.stamps else {}
-    except ValueError:  # said of its vocabulary
-        own = {}
+    own: Cutting = {}
+    with suppress(ValueError):  # said of its vocabulary
+        if FAST in files.stamps:
+            own = files.parsed(FAST, fast_tokenizer).cutting
+        elif MERGES in files.stamps:
+            own = files.parsed(MERGES, merges_of)
     return {**own, **flags_of(settings)}
 
 

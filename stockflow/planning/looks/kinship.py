@@ -81,6 +81,7 @@ def _are_equal(one: Sample, other: Sample) -> bool:
 
 def _relative_distance(base: Sequence[Sample], other: Sequence[Sample]) -> float | None:
     """Return |w - w0| / |w0| over all samples, None where that says nothing."""
-    own = sum(float(np.vdot(each.values, each.values)) for each in base)
-    apart = sum(float(np.sum((one.values - two.values) ** 2)) for one, two in zip(base, other, strict=True))
+    with np.errstate(invalid="ignore", over="ignore"):
+        own = sum(float(np.vdot(each.values, each.values)) for each in base)
+        apart = sum(float(np.sum((one.values - two.values) ** 2)) for one, two in zip(base, other, strict=True))
     return float(np.sqrt(apart / own)) if 0.0 < own < np.inf and apart < np.inf else None

@@ -8,7 +8,11 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
-RUNNING_STATISTICS = (".running_mean", ".running_var", ".moving_mean", ".moving_variance")
+RUNNING_STATISTICS = (
+    *(".running_mean", ".running_var", ".moving_mean", ".moving_variance", ".cluster_size", ".embed_avg"),
+    *(".weight_u", ".parametrizations.weight.0._u"),
+)
+"""Ends of the names; the last two are of spectral norms."""
 _ENDS = {
     "F16": ("65,504", "6.1e-5", "3e-8"),
     "BF16": ("3.39e38", "1.2e-38", "4.6e-41"),
@@ -34,8 +38,8 @@ def kept_precision(proposal: Proposal) -> Iterator[Remark]:
 
 
 def carried_indices(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which tensors of floats hold indices."""
-    known = [each.values.indices for each in proposal.checkpoints]
+    """Yield which tensors of floats hold no weights."""
+    known = [each.values.fixed for each in proposal.checkpoints]
     if any(known):
         names = [
             job.output.name
@@ -44,7 +48,8 @@ def carried_indices(proposal: Proposal) -> Iterator[Remark]:
         ]
         if names:
             text = (
-                f"{_such(names)} {are(len(names))} index data, stored as floats: carried over as stored, not averaged"
+                f"{_such(names)} {are(len(names))} no weights but indices, masks or frequencies, stored as floats: "
+                "carried over as stored, not averaged"
             )
             yield Remark("index-data", text, "note", tensors=tuple(names))
 
@@ -55,8 +60,8 @@ def running_statistics(proposal: Proposal) -> Iterator[Remark]:
     names = [job.output.name for job in proposal.jobs if job.output.name in found and not job.is_copy] if found else []
     if names:
         text = (
-            f"{_such(names)} {are(len(names))} running statistics of activations: their averages are not those of the "
-            "merged model; run it over training data in training mode before it is used"
+            f"{_such(names)} {are(len(names))} running statistics: their averages are not those of the merged model; "
+            "run it over training data in training mode before it is used"
         )
         yield Remark("running-statistics", text, "warning", tensors=tuple(names))
 

@@ -36,9 +36,14 @@ class Renumbering:
 
     def of(self, config: Config) -> dict[str, object]:
         """Return a config with the ids of the output, in the configs within it too."""
-        return {
-            key: self._value(value) if _KEY.fullmatch(key) else self._within(value) for key, value in config.items()
-        }
+        return {key: self._of_key(key, value) for key, value in config.items()}
+
+    def _of_key(self, key: str, value: object) -> object:
+        if key == "forced_decoder_ids" and isinstance(value, list):  # pairs of a place and an id
+            return [[*each[:1], *map(self._value, each[1:])] if isinstance(each, list) else each for each in value]
+        if key in ("lang_to_id", "task_to_id") and isinstance(value, dict):
+            return {token: self._value(number) for token, number in value.items()}
+        return self._value(value) if _KEY.fullmatch(key) else self._within(value)
 
     def _within(self, value: object) -> object:
         return self.of(value) if isinstance(value, dict) else value
