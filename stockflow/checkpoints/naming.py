@@ -18,6 +18,8 @@ A name is split at its dots; upper and lower case are the same. The first rule t
 import re
 from typing import NamedTuple
 
+OF_TRAINERS = ("exp_avg", "momentum_buffer", "optimizer.", "ema_model.", "model_ema.")
+"""Parts of the names of what a trainer keeps beside weights."""
 WRAPPERS = frozenset({
     "model", "module", "language_model", "base_model", "transformer", "backbone",
     "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",

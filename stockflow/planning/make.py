@@ -151,7 +151,8 @@ def _planned(
 ) -> tuple[list[TensorJob], list[str], list[str]]:
     """Return the jobs in the order of the output, the names that rules skip, and what stands against the rest."""
     donor = checkpoints[recipe.donor]
-    explained = {index: said for index, each in enumerate(checkpoints) if (said := other_layout(donor, each))}
+    layouts = {index: other_layout(donor, each) for index, each in enumerate(checkpoints)}
+    explained = {index: said for index, said in layouts.items() if said is not None}
     left_out = {each.spec.name: None for each in outline.unplanned if _action(recipe, each.spec.name) == "skip"}
     beside = (each for each in outline.unplanned if each.spec.name not in left_out)
     misfits = list(extra_tensors(beside, explained))
@@ -169,7 +170,7 @@ def _planned(
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
     skipped |= left_out
-    problems = [*explained.values(), *unlike_parts(jobs), *unlike_members(jobs)]
+    problems = [*filter(None, explained.values()), *unlike_parts(jobs), *unlike_members(jobs)]
     if outline.is_stacked:
         problems += [*unlike_codes(recipe, checkpoints, outline.givers), *unlike_rows(jobs)]
     if misfits:

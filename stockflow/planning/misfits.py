@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.tokens.tokenizers import has_tokens
+from stockflow.checkpoints.naming import OF_TRAINERS
+from stockflow.checkpoints.tokens.tokenizers import has_tokens, vocabulary_rows
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.targets import OutputTensor, Stretch, Unplanned
 from stockflow.planning.ties import missing_head_remedy
@@ -54,7 +55,9 @@ def extra_tensors(unplanned: Iterable[Unplanned], explained: Collection[int]) ->
         if not holders:
             continue
         urls, remedy, action = stretch.urls(holders), f"a rule with `action: skip` leaves {THEM} out", "skip"
-        if len(holders) == len(stretch.checkpoints) - 1:
+        if any(marker in name for marker in OF_TRAINERS):
+            remedy = f"that is what a trainer keeps; {remedy}"
+        elif len(holders) == len(stretch.checkpoints) - 1:
             remedy = f"take a base that has {THEM}, or average the others without it"
             remedy, action = f"all others were trained with {THEM}: {remedy}", ""
         elif _is_of_a_layer(name, stacks[id(stretch)]) and not OptionalParts(stretch.checkpoints[holders[0]]).of(name):
@@ -100,11 +103,22 @@ def mismatches(target: OutputTensor, indices: Sequence[int], by_row: str) -> lis
         if found.kind == "packed":
             misfits.append(Misfit(spec.name, f"{found.dtype} in {where}", _PACKED_REMEDY))
         elif found.shape != spec.shape:
-            is_by_row = found.shape[1:] == spec.shape[1:] and has_tokens(spec.name)
-            misfits.append(unlike(where, list(found.shape), list(spec.shape), by_row * is_by_row))
+            remedy = _remedy_of_rows(target, index, by_row) if found.shape[1:] == spec.shape[1:] else ""
+            misfits.append(unlike(where, list(found.shape), list(spec.shape), remedy))
         elif found.kind != spec.kind or (spec.kind != "float" and found.dtype != spec.dtype):
             misfits.append(unlike(where, found.dtype, spec.dtype))
     return list(dict.fromkeys(misfits))
+
+
+def _remedy_of_rows(target: OutputTensor, index: int, by_row: str) -> str:
+    """Return what to do where a tensor has another number of rows: a row per token, or per something else."""
+    if not has_tokens(target.spec.name):
+        return ""
+    checkpoints = (target.stretch.checkpoints[0], target.stretch.checkpoints[index])
+    shapes = (target.spec.shape, target.source(index).shape)
+    if any(shape[0] == vocabulary_rows(each.specs) for shape, each in zip(shapes, checkpoints, strict=True)):
+        return by_row
+    return "a row is of something else than a token there, such as a label: merge the models that agree on them"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Views: a checkpoint under the names of another, where both name the same tensors in two ways, or in two layouts."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -17,6 +17,14 @@ from stockflow.text.strictjson import shown
 
 _TRANSPARENT = frozenset(part for part in WRAPPERS if part.startswith("_"))
 """Those that stand anywhere in a name."""
+_SPELLINGS = {
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+    "backbone.embedding.weight": "backbone.embeddings.weight",
+}
+"""Ends of names that loaders take for one another: those of TensorFlow's layers, of weight norms, of Mamba's."""
 NUM_VOTES = 100
 MAX_RENAMINGS = 8
 LEAST_SHARE = 0.9
@@ -36,7 +44,9 @@ class _Renaming:
 
     @property
     def is_wrapper(self) -> bool:
-        """Whether the two differ in wrappers alone."""
+        """Whether the two differ in wrappers alone, or in what loaders take for one another."""
+        if _spelled(self.donors) == _spelled(self.others):
+            return True
         left, right = (Counter(prefix.split(".")) for prefix in (self.donors, self.others))
         return set((left - right) + (right - left)) <= WRAPPERS | {""}
 
@@ -68,9 +78,14 @@ def under_names_of(donor: Checkpoint, other: Checkpoint, accepted: Collection[st
 
 
 def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
-    """Return that a checkpoint holds the donor's weights in other tensors, None if it does not seem so."""
+    """Return that a checkpoint holds the donor's weights in other tensors, None if it does not seem so.
+
+    It is empty where a remark says already under which names it may be read.
+    """
     if other.specs.keys() == donor.specs.keys():
         return None
+    if any(remark.code == "other-names" and remark.severity == "refusal" for remark in other.remarks):
+        return ""
     lacking, besides = _apart(donor, other)
     if lacking and (factors := factors_within({name: other.specs[name] for name in besides})):
         return factors_said(redact(other.url), factors)
@@ -91,10 +106,10 @@ def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
 
 def factors_said(url: str, factors: Sequence[str]) -> str:
     """Return that a model holds factors of an adapter, and what to do about it."""
+    read = ", or give base and adapter, `model: BASE+ADAPTER`" if ".lora_" in factors[0] else ""
     return (
         f"{url} holds {counted(len(factors), 'factor')} of adapters such as {shown(factors[0])}, and sums of factors "
-        "are not factors of sums: put them into the weights (`model.merge_and_unload()`), or give base and adapter, "
-        "`model: BASE+ADAPTER`"
+        f"are not factors of sums: put them into the weights (`model.merge_and_unload()`){read}"
     )
 
 
@@ -107,10 +122,12 @@ def _apart(donor: Checkpoint, other: Checkpoint) -> tuple[list[str], list[str]]:
 def _pairs(donor: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[_Renaming]]:
     """Return the other's names by the donor's, and in what they differ, if nearly all that are besides are so found."""
     lacking, besides = _apart(donor, other)
-    bare = {_unwrapped(name): name for name in besides}
-    found = {name: theirs for name in lacking if (theirs := bare.get(_unwrapped(name)))}
+    bare = {_spelled(_unwrapped(name)): name for name in besides}
+    found = {name: theirs for name in lacking if (theirs := bare.get(_spelled(_unwrapped(name))))}
     inside = {part for pair in found.items() for name in pair for part in name.split(".")} & _TRANSPARENT
-    renamings = [_Renaming("", f"{min(inside)}.")] if found else []
+    spelled = {_Renaming(ours, theirs) for ours, theirs in zip(_ends(found), _ends(found.values()), strict=True)}
+    renamings = [_Renaming("", f"{part}.") for part in sorted(inside)[:1]]
+    renamings += sorted((each for each in spelled if each.donors != each.others), key=str)
     left, held = [name for name in lacking if name not in found], set(besides) - set(found.values())
     while held and (renaming := _likeliest(left, sorted(held))) and len(renamings) < MAX_RENAMINGS:
         names = {name: theirs for name in left if (theirs := renaming.of(name)) in held}
@@ -147,6 +164,18 @@ def _likeliest(lacking: Sequence[str], besides: Sequence[str]) -> _Renaming | No
 def _unwrapped(name: str) -> str:
     """Return a name without what wraps single modules."""
     return ".".join(part for part in name.split(".") if part not in _TRANSPARENT) if "._" in f".{name}" else name
+
+
+def _spelled(name: str) -> str:
+    """Return a name with the usual one of the ends that loaders take for one another."""
+    end = next((end for end in _SPELLINGS if f".{name}".endswith(f".{end}")), "")
+    return name.removesuffix(end) + _SPELLINGS[end] if end else name
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    """Return the ends of names of which loaders take one for another, empty for others."""
+    ends = (*_SPELLINGS, *_SPELLINGS.values())
+    return [next((end for end in ends if f".{name}".endswith(f".{end}")), "") for name in names]
 
 
 def _end(name: str) -> str:

@@ -224,6 +224,23 @@ def test_what_all_tunes_have_is_not_advised_to_be_left_out(merge: Merge) -> None
     assert "skip" not in found
 
 
+def test_what_a_trainer_keeps_is_advised_to_be_left_out_though_all_tunes_have_it(merge: Merge) -> None:
+    for tensors in merge.models[1:]:
+        tensors["optimizer.state.embed.exp_avg"] = torch.ones(2, 3)
+
+    assert "that is what a trainer keeps; a rule with `action: skip` leaves it out" in merge.write().refusal()
+
+
+def test_rows_of_labels_are_no_tokens(merge: Merge) -> None:
+    for number, tensors in enumerate(merge.models):
+        tensors["classifier.weight"] = torch.ones(3 if number else 2, 7)
+
+    found = merge.write().refusal()
+
+    assert "a row is of something else than a token there, such as a label" in found
+    assert "tokenizer" not in found
+
+
 def test_an_extra_tensor_is_refused_unless_a_rule_skips_it(merge: Merge) -> None:
     merge.models[2]["vision.weight"] = torch.ones(3)
     merge.write()

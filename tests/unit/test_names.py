@@ -138,6 +138,36 @@ def test_a_wrapper_in_the_names_is_read_through(tmp_path: Path, ours: str, their
     assert {remark.severity for remark in plan.remarks if remark.code == "other-names"} == {"note"}
 
 
+SPELLINGS = {
+    "embeddings.LayerNorm.gamma": "embeddings.LayerNorm.weight",
+    "embeddings.LayerNorm.beta": "embeddings.LayerNorm.bias",
+    "pos_conv_embed.conv.parametrizations.weight.original1": "pos_conv_embed.conv.weight_v",
+    "backbone.embedding.weight": "backbone.embeddings.weight",
+}
+
+
+@pytest.mark.parametrize("old", SPELLINGS)
+@pytest.mark.parametrize("merged", [0, 1], ids=["the base has it", "a tune has it"])
+def test_names_that_loaders_take_for_one_another_are_read_as_one(tmp_path: Path, old: str, merged: int) -> None:
+    value = torch.ones(3, 2, dtype=torch.bfloat16)
+    names = [old if number == merged else SPELLINGS[old] for number in range(3)]
+
+    plan = merge_of(tmp_path, *(llama() | {name: value} for name in names)).plan()
+
+    assert len(jobs_of(plan)[names[0]].reading.operands) == 3
+    assert {remark.severity for remark in plan.remarks if remark.code == "other-names"} == {"note"}
+
+
+def test_a_view_that_must_be_accepted_is_one_problem(tmp_path: Path) -> None:
+    """With a head of values beside it, as a trainer saves: it is no other layout."""
+    tunes = [llama(prefix="pretrained_model.model.") | {"v_head.summary.weight": torch.ones(1, HIDDEN).bfloat16()}] * 2
+
+    said = problems(merge_of(tmp_path, llama(), *tunes))
+
+    assert len(said) == 2
+    assert all("accept: [other-names]" in each for each in said)
+
+
 def test_wrappers_of_single_modules_are_read_through(tmp_path: Path) -> None:
     compiled = {re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name): value for name, value in llama().items()}
 

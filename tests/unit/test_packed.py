@@ -169,7 +169,11 @@ def test_masks_counters_indices_and_scales_of_layers_are_not_packed(merge: Merge
     for tensors in merge.models:
         tensors |= {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in plain.items()}
 
-    assert {remark.code for remark in merge.write().plan().remarks} <= {"running-statistics", "static-scales", "index-data"}
+    assert {remark.code for remark in merge.write().plan().remarks} <= {
+        "running-statistics",
+        "static-scales",
+        "index-data",
+    }
 
 
 LEFTOVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

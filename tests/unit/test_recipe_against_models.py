@@ -172,6 +172,20 @@ def test_factors_in_a_whole_model_are_no_weights_whose_rules_could_skip_them(tmp
     assert "action" not in said
 
 
+@pytest.mark.parametrize(
+    "part", ["hada_w1_a.default", "lokr_w2", "oft_R.default", "boft_s.x", "vera_lambda_b.x", "ia3_l"]
+)
+def test_factors_of_other_kinds_of_adapters_are_no_weights(tmp_path: Path, part: str) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models:
+        tensors[f"layers.0.q_proj.{part}"] = torch.ones(2, 2)
+
+    said = merge.write().refusal()
+
+    assert "holds 1 factor of adapters such as" in said
+    assert "BASE+ADAPTER" not in said
+
+
 def test_factors_of_all_models_are_refused_until_accepted(tmp_path: Path) -> None:
     merge = Merge(tmp_path)
     for tensors in merge.models:

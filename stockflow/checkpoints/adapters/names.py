@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import WRAPPERS
 
-_FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
+_FACTOR = re.compile(
+    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_\w+|vera_\w+|ia3_l)(\.|$)"
+)
+_MARKERS = (".lora_", ".hada_", ".lokr_", "oft_", ".vera_", ".ia3_l")
 _GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _OTHERWISE = (
     (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".attn.", ".self_attn."),
@@ -19,7 +22,8 @@ _OF_FUSED = {"gate_up_proj": (_GATES, _UPS), "down_proj": (_DOWNS,)}
 
 def factors_within(specs: Mapping[str, TensorSpec]) -> list[str]:
     """Return the names of factors of adapters, and of what they wrap, in a whole model."""
-    return [name for name in specs if ".lora_" in name and _FACTOR.search(name)]
+    joined = "\n".join(specs)
+    return [*filter(_FACTOR.search, specs)] if any(marker in joined for marker in _MARKERS) else []
 
 
 def unwrapped(name: str) -> str:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.configs import Config, first, nonfinite, sections
+from stockflow.checkpoints.naming import OF_TRAINERS
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
@@ -14,7 +15,6 @@ from stockflow.text.strictjson import shown
 _STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _OF_ADAPTERS = (".modules_to_save.", ".original_module.", ".base_layer.weight", ".base_layer.bias")
-_OF_TRAINERS = ("exp_avg", "momentum_buffer", "optimizer.", "ema_model.", "model_ema.")
 MAX_PARTS = 5
 """Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``."""
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -84,9 +84,9 @@ def wrapped_by_adapters(proposal: Proposal) -> Iterator[Remark]:
 
 def training_state(proposal: Proposal) -> Iterator[Remark]:
     """Yield that what a trainer keeps beside the weights would be merged as if it were weights."""
-    names = _with_markers(proposal, _OF_TRAINERS)
+    names = _with_markers(proposal, OF_TRAINERS)
     if names and len(names) < len(proposal.jobs):
-        markers = dict.fromkeys(next(filter(name.__contains__, _OF_TRAINERS)) for name in names)
+        markers = dict.fromkeys(next(filter(name.__contains__, OF_TRAINERS)) for name in names)
         rules = ", ".join(f"{{filter: {marker}, action: skip}}" for marker in markers)
         text = (
             f"{_so_many(names)} {are(len(names))} what a trainer keeps (the state of an optimizer, or averages of "
