@@ -599,6 +599,55 @@ def test_biases_that_were_trained_are_there_or_missed(said: str, tmp_path: Path)
     assert "neither it nor" in remarks(tmp_path)["adapter-biases"]
 
 
+@pytest.mark.parametrize(
+    ("task", "head", "of_class", "expected"),
+    [
+        ("SEQ_CLS", "score", "LlamaForCausalLM", "loaded as that, the output is without 'score.weight' [3, 48]"),
+        ("TOKEN_CLS", "classifier", "LlamaForCausalLM", "the output is without 'classifier.weight' [3, 48]"),
+        ("QUESTION_ANS", "qa_outputs", "LlamaForCausalLM", "the output is without 'qa_outputs.weight' [3, 48]"),
+        ("CAUSAL_LM", "v_head.summary", "LlamaForCausalLM", "is without 'v_head.summary.weight' [3, 48]"),
+        (None, "score", "LlamaForCausalLM", "trained for None"),
+        ("SEQ_CLS", None, "LlamaForCausalLM", "the head that was trained is not there"),
+        ("SEQ_CLS", "score", "LlamaForSequenceClassification", None),
+        ("SEQ_CLS", None, "LlamaForSequenceClassification", None),
+        ("CAUSAL_LM", None, "LlamaForCausalLM", None),
+        ("CAUSAL_LM", "lm_head", "LlamaForCausalLM", None),
+    ],
+)
+def test_an_adapter_for_a_class_with_another_head_is_refused_until_accepted(
+    task: str | None, head: str | None, of_class: str, expected: str | None, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "base", TIED, architectures=[of_class], tie_word_embeddings=True)
+    adapter = adapters.linear(TIED, ["q_proj"], task_type=task, modules_to_save=[head] if head else None)
+    if head:
+        adapter.draw(
+            f"{head}.weight", SHAPES["lm_head.weight"] if head == "lm_head" else (3, 48), np.random.default_rng(1)
+        )
+    write_adapter(tmp_path / "lora", adapter)
+    model = f"{tmp_path}/base+{tmp_path}/lora"
+
+    if expected:
+        assert expected in refusal(tmp_path, model, UserError)
+    accepted = {"stockflow": {"accept": ["adapter-task"]}} if expected else {}
+    found = merged(tmp_path, model, **accepted)
+
+    assert (
+        not head
+        or share_correct(found[f"{head}.weight"], adapter.tensors[f"{adapters.PREFIX}{head}.weight"].numpy()) == 1
+    )
+
+
+def test_a_head_of_more_labels_than_the_base_names_is_refused(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES | {"score.weight": (2, 48)}, architectures=["LlamaForSequenceClassification"])
+    adapter = Adapter(config={"task_type": "SEQ_CLS", "modules_to_save": ["score"]})
+    adapter.draw("score.weight", (3, 48), np.random.default_rng(1))
+    write_adapter(tmp_path / "lora", adapter)
+
+    assert "'base_model.model.score.weight' is [3, 48], expected [2, 48] for 'score.weight'" in refusal(
+        tmp_path, f"{tmp_path}/base+{tmp_path}/lora"
+    )
+
+
 def test_what_lies_beside_an_adapter_is_said_unless_it_is_the_base_s(tmp_path: Path) -> None:
     write_base(tmp_path / "base", SHAPES)
     folder = write_adapter(tmp_path / "lora", adapters.linear(SHAPES))

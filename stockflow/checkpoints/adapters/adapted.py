@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from stockflow.checkpoints.adapters.checks import Parts, check_promises, check_vocabulary, on_biases, on_task
 from stockflow.checkpoints.adapters.config import AdapterConfig, ModuleScales
 from stockflow.checkpoints.adapters.experts import expert_factors
 from stockflow.checkpoints.adapters.ground import Ground, stores_turned
@@ -22,8 +23,6 @@ from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
 NUM_NAMED = 5
-Parts = Mapping[str, str]
-"""Keys of a module, by what they are there."""
 
 
 @dataclass(slots=True)
@@ -63,71 +62,11 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
             f"{adapter.where}: {count} of {len(adapter.specs)} have no place in {ground.where}: {some}. Name the base "
             "that the adapter was trained on"
         )
-    _check_promises(ground, adapter, modules)
+    check_promises(ground, adapter, modules)
     binder.untie()
-    _check_vocabulary(ground, adapter, binder.made)
-    binder.made.remarks = tuple(_on_biases(ground, adapter, modules))
+    check_vocabulary(ground, adapter, binder.made.specs)
+    binder.made.remarks = (*on_biases(ground, adapter, modules), *on_task(ground, adapter, binder.brought()))
     return binder.made
-
-
-def _check_promises(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> None:
-    """Hold what a config says is there against the tensors: what is lost would leave the base as it is."""
-    config = adapter.config
-    has_lengths = any("lengths" in parts for parts in modules.values())
-    if has_lengths != config.has_lengths:
-        problem = (
-            "the config does not say `use_dora`, and some tensors are `lora_magnitude_vector`s, which PEFT would leave "
-            "out; say it if the adapter is of DoRA"
-            if has_lengths
-            else "the config says `use_dora`, and no tensor is a `lora_magnitude_vector`; fetch it again"
-        )
-        raise CheckpointError(f"{adapter.where}: {problem}")
-    for name in config.modules_to_save:
-        is_there = any(f".{tensor}".endswith((f".{name}.weight", f".{name}.bias")) for tensor in ground.specs)
-        if is_there and not any(f".{module}".endswith(f".{name}") for module in modules):
-            raise CheckpointError(
-                f"{adapter.where}: the config says that {shown(name)} is saved whole (`modules_to_save`), and no "
-                "tensor is of it; fetch it again"
-            )
-
-
-def _check_vocabulary(ground: Ground, adapter: Adapter, made: Adapted) -> None:
-    """Hold the rows of embedding and head against each other where an adapter has more, or fewer, than its base."""
-    if not any(map(may_be_tied, made.specs)):
-        return
-    specs = {**ground.specs, **made.specs}
-    names = tied_names(specs)
-    for head in names.heads:
-        others = [name for name in names.embeddings if specs[name].shape[1:] == specs[head].shape[1:]]
-        own = ground.specs.get(head)
-        was_alike = own is None or any(own.shape == ground.specs[name].shape for name in others if name in ground.specs)
-        if others and was_alike and all(specs[name].shape != specs[head].shape for name in others):
-            rows = (
-                f"{shown(others[0])} has {specs[others[0]].shape[0]:,} rows and {shown(head)} {specs[head].shape[0]:,}"
-            )
-            raise CheckpointError(
-                f"{adapter.where}: with it {rows}, which no loader takes: it was trained on a model of another number "
-                "of tokens, and holds one of the two whole; save both (`modules_to_save`), or resize the base first"
-            )
-
-
-def _on_biases(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> Iterator[Remark]:
-    """Yield that biases are said to be trained where there are none.
-
-    Raises:
-        CheckpointError: the base has some, and the adapter none.
-    """
-    said = adapter.config.biases
-    if said == "none" or any(part.rpartition(".")[2] == "bias" for parts in modules.values() for part in parts):
-        return
-    trained = list(modules) if said == "lora_only" else [name.removesuffix(".bias") for name in ground.specs]
-    if lost := next((name for module in trained if (name := ground.names.find(f"{module}.bias"))), None):
-        raise CheckpointError(
-            f"{adapter.where}: the config says that biases were trained (`bias: {said}`), as {shown(lost)} of "
-            f"{ground.where}, and no tensor is one; fetch it again"
-        )
-    text = f"{adapter.where} says that biases were trained (`bias: {said}`); neither it nor {ground.where} has any"
-    yield Remark("adapter-biases", text, "note", (adapter.where,))
 
 
 class _Binder:
@@ -160,6 +99,12 @@ class _Binder:
             head, stored = self.ground.head_beside(name), self.made.stored.get(name)
             if stored and not _keeps_tie(stored, config, name) and self.ground.tied_original(head) == name:
                 self._part(head, name)
+
+    def brought(self) -> list[TensorSpec]:
+        """Return the tensors that the base has no place for, heads but for that are tied there."""
+        known, made = self.ground.specs, self.made
+        new = [spec for name, spec in made.specs.items() if name not in known and name not in made.parted]
+        return [spec for spec in new if not self.ground.tied_original(spec.name)]
 
     def _is_embedding_again(self, module: str, parts: Parts) -> bool:
         """Return whether a module is the head of a base that ties it, and PEFT wrote the embedding's tensors for it."""
@@ -332,9 +277,12 @@ class _Binder:
 
     def _replace(self, name: str, key: str) -> None:
         self._claim(name)
-        found = self.adapter.specs[key]
-        if name in self.ground.specs and found.shape != self.ground.specs[name].shape:
-            self.made.specs[name] = self.ground.specs[name]._replace(shape=found.shape)
+        found, own = self.adapter.specs[key], self.ground.specs.get(name)
+        if own is not None and found.shape != own.shape:
+            is_of_tokens = may_be_tied(f"{name.rpartition('.')[0]}.weight") and found.shape[1:] == own.shape[1:]
+            if not (is_of_tokens and found.shape):
+                self._check_shape(key, own)
+            self.made.specs[name] = own._replace(shape=found.shape)
         self.made.stored[name] = Stored(plain(found.dtype), (self._part_of(key),))
 
     def _put(self, name: str, decode: Decode, *keys: str) -> None:
