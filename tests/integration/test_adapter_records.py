@@ -68,12 +68,15 @@ def tell(event):
         if len(done) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-stockflow.extract(*sys.argv[1:4], rank=4, keep_whole=True, workers=1, on_event=tell, **json.loads(sys.argv[4]))
+if sys.argv[1] == "merge":
+    stockflow.merge(*sys.argv[2:4], on_event=tell, **json.loads(sys.argv[4]))
+else:
+    stockflow.extract(*sys.argv[1:4], rank=4, keep_whole=True, workers=1, on_event=tell, **json.loads(sys.argv[4]))
 """
 
 
 def killed_midway(places: list[str], **settings: Any) -> None:
-    """Extract in a process of its own that is killed after four of the matrices."""
+    """Extract, or merge, in a process of its own that is killed after four of the matrices."""
     words = [sys.executable, "-c", _KILLED, *places, json.dumps(settings)]
     killed = subprocess.run(words, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -272,6 +275,45 @@ def test_adapters_that_are_merged_have_records_and_resume_too(tmp_path: Path, mo
     assert resumed.energies == whole.energies
     assert run("verify", tmp_path / "out", "--inputs").exit_code == 0
     assert "6 tensors by factors of rank 4; 0 tensors whole" in run("report", tmp_path / "out").output
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_adapters_are_merged_in_a_bucket_and_go_on_there(
+    executor: str, s3_endpoint: str, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for number in range(3):
+        made = adapters.linear(dict.fromkeys(NAMES, (40, 30)), ["q_proj"], r=3, seed=number)
+        folder = adapters.write_adapter(tmp_path / f"lora-{number}", made, base_model_name_or_path="org/base")
+        for path in folder.iterdir():
+            client.upload_file(str(path), s3_bucket, f"{folder.name}/{path.name}")
+    whole = stockflow.merge(merge_of_three(str(tmp_path)), tmp_path / "at-once")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(merge_of_three(f"s3://{s3_bucket}", endpoint=s3_endpoint)))
+    places = ["merge", str(tmp_path / "recipe.yaml"), f"s3://{s3_bucket}/out"]
+    killed_midway(places, executor=executor)
+    read: list[str] = []
+
+    resumed = stockflow.merge(
+        *places[1:],
+        executor=executor,
+        on_event=lambda event: read.append(event.item) if isinstance(event, Done) else None,
+    )
+
+    assert isinstance(whole, stockflow.CombinedAdapter)
+    assert isinstance(resumed, stockflow.CombinedAdapter)
+    assert resumed.energies == whole.energies
+    assert 0 < len([item for item in read if f"{item}.weight" in NAMES]) < len(NAMES), "some are not made again"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        body = client.get_object(Bucket=s3_bucket, Key=f"out/{name}")["Body"].read()
+        assert body == (tmp_path / "at-once" / name).read_bytes()
+    assert run("verify", places[2], "--recipe", places[1], "--inputs").exit_code == 0
+
+
+def merge_of_three(root: str, **storage: str) -> dict[str, Any]:
+    models = [{"model": f"{root}/lora-{each}", "parameters": {"weight": 0.5 - each}} for each in range(3)]
+    options = {"output": "adapter", "rank": 4, **({"storage": {root: storage}} if storage else {})}
+    return {"merge_method": "task_arithmetic", "base_model": "org/base", "models": models, "stockflow": options}
 
 
 def as_weight(event: Event) -> Event:
