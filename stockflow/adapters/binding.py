@@ -187,9 +187,24 @@ class _Binding:
             saved=saved,
             has_biases=any(not each.spec.name.startswith(tuple(map(_key_start, saved))) for each in biases),
             is_turned=True in self._turned,
-            task=next((source.adapter.config.task for source in self._sources if source), None),
+            task=self._task(),
             num_read=sum(spec.num_bytes for spec in (*used, *whole)),
         )
+
+    def _task(self) -> str | None:
+        """Return the task that all were trained for.
+
+        Raises:
+            PlanError: there are several, whose heads and losses differ.
+        """
+        told = {task: source.where for source in self._sources if source and (task := source.adapter.config.task)}
+        if len(told) > 1:
+            (one, where), (other, there), *_ = told.items()
+            raise PlanError(
+                f"{where} was trained for {shown(one)}, and {there} for {shown(other)}; an adapter is for one task. If "
+                "they are of one, let `task_type` in adapter_config.json say so"
+            )
+        return next(iter(told), None)
 
 
 def _key_start(module: str) -> str:

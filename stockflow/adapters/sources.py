@@ -126,7 +126,8 @@ def _opened(location: str, storage: StorageConfig, cache: HeaderCache, on_event:
         adapter = read_adapter(store, cache, lambda file: on_event(Done(file)))
     except NotFoundError as error:
         raise NotFoundError(f"{error}; with `output: adapter` every model but `base_model` is one") from None
-    return AdapterSource(store, adapter, model[0] if model else adapter.config.base)
+    base = model[0] if model else adapter.config.base
+    return AdapterSource(store, adapter, base and redact(base))
 
 
 def _check_one_base(recipe: Recipe, sources: Sequence[AdapterSource | None]) -> None:

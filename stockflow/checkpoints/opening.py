@@ -5,7 +5,7 @@ Index, headers and a few values are read. The layout is Hugging Face's: one ``mo
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from stockflow.checkpoints.adapters.adapted import adapted
 from stockflow.checkpoints.adapters.files import remarks_on_files
 from stockflow.checkpoints.adapters.ground import Ground
 from stockflow.checkpoints.adapters.keys import place_of
-from stockflow.checkpoints.adapters.names import BaseNames
+from stockflow.checkpoints.adapters.names import BaseNames, unwrapped
 from stockflow.checkpoints.adapters.opening import WithBase, base_named, read_adapter
 from stockflow.checkpoints.adapters.unfused import PlainTensors, with_experts_apart
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
@@ -29,13 +29,14 @@ from stockflow.checkpoints.files.tree import MANIFEST_FILE, RECORDS_FOLDER, Tree
 from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.heads import with_tie_flag
 from stockflow.checkpoints.modules import MODULES_FILE, ROUTER_FILE, Modules, find_modules
+from stockflow.checkpoints.packed import UNPACKED, PackedWeights, packed_weights
 from stockflow.checkpoints.pipelines import PIPELINE_FILE, find_pipeline, pipeline_remark
 from stockflow.checkpoints.quantised import Stored, Tensors, hints_of, sized_by, tensors_of
 from stockflow.checkpoints.scale_rules import by_kind, find_rules
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, StockflowError, StorageError, UserError
-from stockflow.storage import JoinedStore, Listing, LocalStore, Stamp, Store, key_of_adapter
+from stockflow.storage import JoinedStore, Listing, LocalStore, Stamp, Store, key_of_adapter, redact
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
@@ -80,6 +81,8 @@ class Checkpoint:
     """the tensors that lie in several runs of bytes, one after the other"""
     static_scales: Mapping[str, TensorSpec] = field(default_factory=dict)
     """fixed scales of activations"""
+    factors: Mapping[str, bytes] = field(default_factory=dict)
+    """some numbers of the factors of an adapter, by key"""
     rules: Mapping[str, str] = field(default_factory=dict)
     """how scales follow from weights, by kind of tensor, where the data says so"""
 
@@ -169,6 +172,7 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
         raise CheckpointError(f"{base.url} has tensors in shards, to which no adapter is added; make safetensors of it")
     adapter = read_adapter(store.adapter, cache, on_file)
     names, modules = cache.found(base.specs, BaseNames), {place_of(key).module for key in adapter.specs}
+    _check_packed(base, cache.found(base.specs, packed_weights), modules)
     apart = with_experts_apart(PlainTensors(base.specs, base.extents), names, base.stored, modules)
     if apart.specs is not base.specs:
         base, names = replace(base, specs=apart.specs, extents=apart.extents), BaseNames(apart.specs)
@@ -186,6 +190,7 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
         side_files={**_without_tokenizer(base.side_files, adapter.tokenizer), **adapter.tokenizer},
         config=with_tie_flag(base.config, False) if made.unties and base.config is not None else base.config,
         stored={**base.stored, **made.stored},
+        factors={key: sample.payload for key, sample in adapter.samples.items()},
         remarks=(
             *base.remarks,
             *_on_base(store, adapter.config.base),
@@ -194,6 +199,17 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
             *remarks_on_files(store, adapter, base.side_files),
         ),
     )
+
+
+def _check_packed(base: Checkpoint, packed: Sequence[PackedWeights], modules: Collection[str]) -> None:
+    """Refuse to add anything to weights whose codes are not read."""
+    adapted_names = set(map(unwrapped, modules))
+    for each in packed:
+        if name := next((code for code in each.codes if unwrapped(code.rpartition(".")[0]) in adapted_names), None):
+            raise CheckpointError(
+                f"{base.url} holds {each.format} weights, such as {shown(name)}, to which no adapter is added. "
+                f"{UNPACKED}"
+            )
 
 
 def _without_tokenizer(files: Mapping[str, Stamp], instead: Mapping[str, Stamp]) -> dict[str, Stamp]:
@@ -207,15 +223,15 @@ def _on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:
     base = store.model.where()
     if named and bare_name(named) != bare_name(base):
         text = (
-            f"{store.adapter.where()} says that its base is {shown(named)}, and is put on {base}: if these are not the "
-            "same weights, what it adds means nothing"
+            f"{store.adapter.where()} says that its base is {shown(redact(named))}, and is put on {base}: if these are "
+            "not the same weights, what it adds means nothing"
         )
         yield Remark("adapter-elsewhere", text, "note", (store.url,))
 
 
 def bare_name(location: str) -> str:
     """Return the name of a model without where it lies and which revision it is."""
-    return location.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+    return redact(location).partition("@")[0].rstrip("/").rpartition("/")[2].lower()
 
 
 def open_tokenizer(store: Store) -> Checkpoint:

@@ -82,6 +82,10 @@ _NEEDS = {
 """Names that are codes only beside another."""
 
 
+UNPACKED = "Give the 16-bit model it was made from, or a copy of it that was dequantised to bfloat16"
+"""What to do about them."""
+
+
 def packed_weights(specs: Specs) -> tuple[PackedWeights, ...]:
     """Return what of a checkpoint is packed, by format; nothing for one of plain numbers, whatever its config says."""
     candidates = [spec for spec in specs.values() if spec.dtype in _CODE_DTYPES]

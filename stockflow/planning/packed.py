@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.packed import PackedWeights, packed_weights
+from stockflow.checkpoints.packed import UNPACKED, PackedWeights, packed_weights
 from stockflow.recipe import Recipe
 from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact
@@ -43,6 +43,6 @@ def _sentence(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> str:
     num_codes = sum(len(each.codes) for each in packed)
     return (
         f"{redact(checkpoint.url)} holds {formats} weights ({counted(num_codes, 'tensor')}, such as "
-        f"{in_a_line(packed[0].codes[0])}), whose codes are numbers only with their scales; they are not read. Give "
-        "the 16-bit model it was made from, or a copy of it that was dequantised to bfloat16"
+        f"{in_a_line(packed[0].codes[0])}), whose codes are numbers only with their scales; they are not read. "
+        f"{UNPACKED}"
     )

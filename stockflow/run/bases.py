@@ -2,7 +2,7 @@
 
 from stockflow.errors import NotFoundError, RecipeError
 from stockflow.recipe.locations import resolve_location
-from stockflow.storage import StorageConfig, Store, joined, open_model, pin_revision
+from stockflow.storage import StorageConfig, Store, joined, open_model, pin_revision, redact
 from stockflow.text.strictjson import shown
 
 
@@ -17,5 +17,5 @@ def with_base(store: Store, base: str, *, storage: StorageConfig) -> Store:
     except (RecipeError, NotFoundError) as error:
         where = store.where()
         raise NotFoundError(
-            f"the adapter at {where} names {shown(base)} as its base: {error}; name both: `model: BASE+{where}`"
+            f"the adapter at {where} names {shown(redact(base))} as its base: {error}; name both: `model: BASE+{where}`"
         ) from None

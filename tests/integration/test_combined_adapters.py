@@ -249,6 +249,13 @@ def test_what_needs_the_base_is_refused_by_name(made: Sequence[Adapter], said: s
     assert "Remove `output: adapter`" in text
 
 
+def test_adapters_of_several_tasks_are_refused(tmp_path: Path) -> None:
+    tasks = ("SEQ_CLS", None, "CAUSAL_LM")
+    made = [adapters.linear(SHAPES, ["q_proj"], seed=seed, task_type=task) for seed, task in enumerate(tasks)]
+
+    assert "was trained for 'SEQ_CLS', and" in refusal(Family(tmp_path, made).recipe([1.0, 1.0, 1.0]))
+
+
 def test_what_is_held_whole_needs_weights_that_leave_no_share_to_the_base(tmp_path: Path) -> None:
     family = Family(tmp_path, [adapters.saved(SHAPES)])
 

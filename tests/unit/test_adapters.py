@@ -487,9 +487,10 @@ def test_an_adapter_alone_is_read_with_the_base_that_it_names(tmp_path: Path) ->
 def test_an_adapter_that_adds_nothing_is_said(tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_base(base, SHAPES)
-    for name in ("idle", "trained", "trained elsewhere"):
-        made = adapters.linear(SHAPES)
-        for key in (key for key in made.tensors if name != "trained" and ".lora_B." in key):
+    names = ("idle", "trained", "trained elsewhere", "scaled by nothing")
+    for seed, name in enumerate(names):
+        made = adapters.linear(SHAPES, seed=seed, lora_alpha=0 if name == names[3] else adapters.ALPHA)
+        for key in (key for key in made.tensors if name in names[::2] and ".lora_B." in key):
             made.tensors[key] *= 0
         if name == "trained elsewhere":
             made.tensors["base_model.model.model.norm.weight"] = torch.ones(SHAPES["model.norm.weight"])
@@ -498,12 +499,80 @@ def test_an_adapter_that_adds_nothing_is_said(tmp_path: Path) -> None:
 
     recipe = {"merge_method": "linear", "models": [
         {"model": f"{base}+{tmp_path / name}", "parameters": {"weight": 1.0}}
-        for name in ("idle", "trained", "trained elsewhere")
+        for name in names
     ]}  # fmt: skip
     said = [remark for remark in stockflow.plan(recipe, tmp_path / "out").plan.remarks if remark.code == "zeros"]
 
-    assert len(said) == 1
+    assert len(said) == 2
     assert said[0].text.startswith(f"{tmp_path / 'idle'} has nothing but zeros")
+    assert said[1].text.startswith(f"{tmp_path / names[3]} says `lora_alpha: 0`, by which its factors add nothing")
+
+
+def test_a_copy_of_an_adapter_on_the_same_model_is_said(tmp_path: Path) -> None:
+    for name in ("base", "other"):
+        write_base(tmp_path / name, SHAPES)
+    for name, seed in (("one", 1), ("copy", 1), ("two", 2)):
+        write_adapter(tmp_path / name, adapters.linear(SHAPES, seed=seed))
+    places = [f"{tmp_path}/{each}" for each in ("base+{}/one", "base+{}/copy", "base+{}/two", "other+{}/one")]
+    models = [{"model": each.format(tmp_path), "parameters": {"weight": 1.0}} for each in places]
+
+    plan = stockflow.plan({"merge_method": "linear", "models": models}, tmp_path / "out").plan
+
+    said = [each for each in plan.remarks if each.code == "same-samples" and "the same factors" in each.text]
+    assert [each.models for each in said] == [tuple(f"{tmp_path}/base + {tmp_path}/{name}" for name in ("one", "copy"))]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_no_secret_in_the_name_of_a_base_is_shown(alone: bool, tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    secret = "https://me:hunter2@127.0.0.1:9/llama?X-Amz-Signature=abcdef99"
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES), base_model_name_or_path=secret)
+
+    if alone:
+        shown = refusal(tmp_path, f"{tmp_path}/lora", NotFoundError)
+    else:
+        merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+        shown = "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.suffix in (".md", ".json"))
+
+    assert "127.0.0.1:9/llama" in shown
+    assert not any(word in shown for word in ("hunter2", "abcdef99"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ({"weight": (torch.uint8, (1152, 1)), "weight.absmax": (torch.float32, (36,))}, "bitsandbytes (NF4)"),
+        (
+            {"qweight": (torch.int32, (6, 48)), "scales": (torch.float16, (1, 48)), "g_idx": (torch.int32, (48,))},
+            "GPTQ",
+        ),
+    ],
+)
+def test_codes_that_are_not_read_take_no_adapter(
+    codes: dict[str, tuple[torch.dtype, tuple[int, ...]]], expected: str, tmp_path: Path
+) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{module}.{name}": torch.ones(shape, dtype=dtype) for name, (dtype, shape) in codes.items()}
+    write_checkpoint(tmp_path / "base", tensors | {"model.norm.weight": torch.ones(48)}, config=CONFIG)
+    write_adapter(tmp_path / "lora", adapters.linear({f"{module}.weight": (48, 48)}))
+
+    assert f"holds {expected} weights, such as '{module}." in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+
+@pytest.mark.parametrize("name", ["default", "sft"])
+def test_keys_may_bear_the_name_of_one_adapter(name: str, tmp_path: Path) -> None:
+    base, adapter = write_base(tmp_path / "base", SHAPES), adapters.linear(SHAPES)
+    plain = dict(adapter.tensors)
+    adapter.tensors = {key.replace(".weight", f".{name}.weight"): tensor for key, tensor in plain.items()}
+    write_adapter(tmp_path / "lora", adapter)
+
+    found = merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+    assert all(share_correct(found[name], values) >= LEAST_CORRECT for name, values in adapter.of(base).items())
+    adapter.tensors |= {key: tensor.clone() for key, tensor in plain.items()}
+    write_adapter(tmp_path / "lora", adapter)
+    with pytest.raises(CheckpointError, match="are two of one tensor; remove one"):
+        merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
 
 
 @pytest.mark.parametrize(("named", "is_said"), [("org/Base@main", False), ("org/another", True), (None, False)])
@@ -745,6 +814,10 @@ def test_places_without_an_adapter_say_what_is_there(tmp_path: Path) -> None:
     (hollow / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 
     assert "there is no adapter at" in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/empty", NotFoundError)
+    write_adapter(tmp_path / "empty" / "checkpoint-9", Adapter())
+    model = f"{tmp_path}/base+{tmp_path}/empty"
+    assert "or the folder below it that has one ('checkpoint-9')" in refusal(tmp_path, model, NotFoundError)
+    assert "has no tensors: it was saved without" in refusal(tmp_path, f"{model}/checkpoint-9")
     assert "and no adapter_model.safetensors; fetch it" in refusal(
         tmp_path, f"{tmp_path}/base+{tmp_path}/hollow", NotFoundError
     )

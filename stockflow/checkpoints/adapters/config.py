@@ -156,7 +156,7 @@ def _parsed(given: object) -> AdapterConfig:
         version=tuple(map(int, re.findall(r"\d{1,6}", str(given.get("peft_version") or ""))[:3])),
         expert_layout=_read(given, "moe_lora_layout", _text, "unsloth" if _is_of_unsloth(given) else "") or None,
         keeps_ties=_read(given, "ensure_weight_tying", _flag, False),
-        base=f"{base}@{revision}" if base and is_pinned else base if isinstance(base, str) else None,
+        base=f"{base}@{revision}" if base and is_pinned else base if base and isinstance(base, str) else None,
         task=_read(given, "task_type", _text, "") or None,
     )
 

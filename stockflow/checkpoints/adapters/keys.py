@@ -12,10 +12,10 @@ from stockflow.text.strictjson import shown
 PREFIX = "base_model.model."
 _FACTORS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-    r"|token_adapter\.trainable_tokens_delta)(\.default)?(?P<end>\.weight|\.bias)?"
+    r"|token_adapter\.trainable_tokens_delta)(\.\w+)??(?P<end>\.weight|\.bias)?"
 )
 _OWN = re.compile(
-    r"(?P<module>.+?)(\.token_adapter)?\.(?P<part>base_layer|modules_to_save|original_module)(\.default)?"
+    r"(?P<module>.+?)(\.token_adapter)?\.(?P<part>base_layer|modules_to_save|original_module)(\.\w+)??"
     r"(?P<end>\.weight|\.bias)"
 )
 _PARTS = {"base_layer": "base", "modules_to_save": "", "original_module": "original"}

@@ -3,26 +3,37 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY, AdapterConfig, parse_adapter_config
 from stockflow.checkpoints.adapters.keys import place_of
-from stockflow.checkpoints.adapters.stacks import one_by_one
+from stockflow.checkpoints.adapters.stacks import Placed, one_by_one
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.files.documents import read_json
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, OnFile, read_header
+from stockflow.checkpoints.files.tree import is_hidden
 from stockflow.checkpoints.tokens.vocabularies import FORMS
 from stockflow.checkpoints.values import as_numbers
 from stockflow.errors import CheckpointError, NotFoundError
-from stockflow.storage import Stamp, Store, key_of_adapter
+from stockflow.storage import Listing, Stamp, Store, key_of_adapter
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
 _WEIGHTS = (WEIGHTS_KEY, "adapter_model.bin")
 """The first that is there is read."""
 MAX_CONFIG_BYTES = 4_000_000
-MAX_PROBE_BYTES = 65_536
+NUM_NAMED = 5
+MAX_SAMPLE_BYTES = 65_536
 """Of the first, the middle and the last factor B."""
+
+
+class FactorSample(NamedTuple):
+    """What was looked at of a factor."""
+
+    payload: bytes
+    has_numbers: bool
+    """whether any is not zero"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,8 @@ class Adapter:
     files: Mapping[str, Stamp]
     tokenizer: Mapping[str, Stamp]
     """what is there of a tokenizer and its templates, if there is a vocabulary; by key in the folder"""
+    samples: Mapping[str, FactorSample]
+    """of some factors, by key"""
     remarks: tuple[Remark, ...] = ()
 
 
@@ -75,11 +88,14 @@ def read_adapter(store: Store, cache: HeaderCache, on_file: OnFile) -> Adapter:
     files = store.listing().files
     key = next((each for each in _WEIGHTS if each in files), None)
     if CONFIG_KEY not in files or key is None:
-        raise NotFoundError(_lack(store, files))
+        raise NotFoundError(_lack(store, store.listing()))
     config = parse_adapter_config(read_json(store, CONFIG_KEY, MAX_CONFIG_BYTES), store.where(CONFIG_KEY))
     contents, stamp = read_header(store, key, cache, on_file)
+    if not contents.tensors:
+        raise CheckpointError(f"{store.where(key)} has no tensors: it was saved without its weights; fetch it again")
     file = key_of_adapter(key)
     placed = one_by_one({each.spec.name: (each.spec, Extent(file, each.start)) for each in contents.tensors})
+    samples = _sampled(store, key, stamp, placed)
     return Adapter(
         where=store.where(),
         config=config,
@@ -87,34 +103,43 @@ def read_adapter(store: Store, cache: HeaderCache, on_file: OnFile) -> Adapter:
         extents={key: extent for key, (_, extent) in placed.items()},
         files={file: stamp, key_of_adapter(CONFIG_KEY): files[CONFIG_KEY]},
         tokenizer=_tokenizer(files),
-        remarks=tuple(_on_zeros(store, key, stamp, placed)),
+        samples=samples,
+        remarks=(*_on_scale(store, config), *_on_zeros(store, samples, placed)),
     )
 
 
-def _on_zeros(
-    store: Store, file: str, stamp: Stamp, placed: Mapping[str, tuple[TensorSpec, Extent]]
-) -> Iterator[Remark]:
+def _on_scale(store: Store, config: AdapterConfig) -> Iterator[Remark]:
+    """Yield that an adapter adds nothing as its config says so."""
+    if config.alpha == 0 and not any(config.alpha_pattern.values()):
+        text = f"{store.where()} says `lora_alpha: 0`, by which its factors add nothing, and the base stays as it is"
+        yield Remark("zeros", text, models=(store.url,))
+
+
+def _on_zeros(store: Store, samples: Mapping[str, FactorSample], placed: Mapping[str, Placed]) -> Iterator[Remark]:
     """Yield that an adapter adds nothing, as before training, or where shards were saved in their place."""
-    parts = {key: place_of(key).part for key in placed}
-    if not {*parts.values()} <= {"lora_A", "lora_B"}:
-        return
-    products = [placed[key] for key, part in parts.items() if part == "lora_B"]
-    probed = [products[index] for index in sorted({0, len(products) // 2, len(products) - 1})] if products else []
-    if not probed or any(_has_numbers(store, file, stamp, *each) for each in probed):
+    parts = {place_of(key).part for key in placed}
+    if not samples or parts - {"lora_A", "lora_B"} or any(each.has_numbers for each in samples.values()):
         return
     text = (
-        f"{store.where()} has nothing but zeros where it was looked at in {shown(probed[0][0].name)} and the like: it "
-        "was never trained, or saved without its weights, and the base stays as it is"
+        f"{store.where()} has nothing but zeros where it was looked at in {shown(next(iter(samples)))} and the like: "
+        "it was never trained, or saved without its weights, and the base stays as it is"
     )
-    yield Remark("zeros", text, models=(store.url,), tensors=tuple(spec.name for spec, _ in probed))
+    yield Remark("zeros", text, models=(store.url,), tensors=tuple(samples))
 
 
-def _has_numbers(store: Store, file: str, stamp: Stamp, spec: TensorSpec, extent: Extent) -> bool:
-    buffer = bytearray(min(spec.num_bytes, MAX_PROBE_BYTES))
+def _sampled(store: Store, file: str, stamp: Stamp, placed: Mapping[str, Placed]) -> dict[str, FactorSample]:
+    """Return the begin of the first, the middle and the last factor B, by key."""
+    products = [key for key in placed if place_of(key).part == "lora_B"]
+    chosen = sorted({0, len(products) // 2, len(products) - 1}) if products else []
+    return {products[number]: _sample(store, file, stamp, *placed[products[number]]) for number in chosen}
+
+
+def _sample(store: Store, file: str, stamp: Stamp, spec: TensorSpec, extent: Extent) -> FactorSample:
+    buffer = bytearray(min(spec.num_bytes, MAX_SAMPLE_BYTES))
     if buffer:
         store.read_into(file, extent.start, memoryview(buffer), stamp)
     numbers = as_numbers(bytes(buffer), spec.dtype)
-    return numbers is None or bool(numbers.any())
+    return FactorSample(bytes(buffer), numbers is None or bool(numbers.any()))
 
 
 def _tokenizer(files: Mapping[str, Stamp]) -> dict[str, Stamp]:
@@ -122,7 +147,10 @@ def _tokenizer(files: Mapping[str, Stamp]) -> dict[str, Stamp]:
     return {key: stamp for key, stamp in files.items() if has_vocabulary and is_tokenizer_or_template(key)}
 
 
-def _lack(store: Store, files: Mapping[str, Stamp]) -> str:
-    if CONFIG_KEY not in files:
-        return f"there is no adapter at {store.where()}: expected {CONFIG_KEY}, as PEFT writes it"
-    return f"there is no adapter at {store.where()}: it has {CONFIG_KEY} and no {WEIGHTS_KEY}; fetch it"
+def _lack(store: Store, listing: Listing) -> str:
+    where = store.where()
+    if CONFIG_KEY in listing.files:
+        return f"there is no adapter at {where}: it has {CONFIG_KEY} and no {WEIGHTS_KEY}; fetch it"
+    others = [folder for folder in listing.folders if not is_hidden(folder)][:NUM_NAMED]
+    within = f", or the folder below it that has one ({', '.join(map(shown, others))})" if others else ""
+    return f"there is no adapter at {where}: expected {CONFIG_KEY}, as PEFT writes it{within}"

@@ -25,6 +25,20 @@ def copies(proposal: Proposal) -> Iterator[Remark]:
                 "one may be a copy of the other"
             )
             yield Remark("same-samples", text, "note", (left, right), tuple(each.name for each in ours))
+    yield from _copied_adapters(proposal)
+
+
+def _copied_adapters(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which adapters of one model are the same wherever they were looked at."""
+    adapted = [each for each in proposal.checkpoints if any(map(any, each.factors.values()))]
+    for one, other in combinations(adapted, 2):
+        if one.factors == other.factors and halves_of(one.url)[0] == halves_of(other.url)[0]:
+            left, right = redact(one.url), redact(other.url)
+            text = (
+                f"{left} and {right} have the same factors in all {len(one.factors)} places that were looked at: one "
+                "may be a copy of the other"
+            )
+            yield Remark("same-samples", text, "note", (left, right), tuple(one.factors))
 
 
 def strangers(proposal: Proposal) -> Iterator[Remark]:
