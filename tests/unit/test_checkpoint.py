@@ -259,7 +259,8 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         "..",
         "a\\b",
         "a\0b",
-        "./a",
+        "./",
+        "././a",
         1,
         None,
         ["a"],
@@ -273,6 +274,18 @@ def test_an_index_entry_that_leaves_the_folder(tmp_path: Path, file: object) -> 
         opened(folder)
 
     assert str(folder / INDEX) in str(caught.value)
+
+
+def test_an_index_may_name_files_from_its_own_folder(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "m")
+    index = json.loads((folder / INDEX).read_text())
+    whole = opened(folder)
+    index["weight_map"] = {name: f"./{file}" for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+
+    again = opened(folder)
+
+    assert (again.extents, again.remarks) == (whole.extents, whole.remarks)
 
 
 def test_an_index_that_names_a_missing_file(tmp_path: Path) -> None:

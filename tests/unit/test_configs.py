@@ -435,6 +435,14 @@ FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
         {"n_routed_experts": 16, "moe_intermediate_size": 3},
         {"model.layers.0.mlp.gate.weight": (8, 4), f"{EXPERTS}.up_proj.weight": (3, 4)}, "n_routed_experts: 16",
     ),
+    "a router that scores what all share": (
+        {"n_routed_experts": 16, "n_shared_experts": 2, "vocab_size": 5},
+        {"model.layers.0.mlp.gate.weight": (18, 4), "model.embed_tokens.weight": (5, 4)}, "",
+    ),
+    "two widths": (
+        {"intermediate_size": 3, "dense_intermediate_size": 6, "vocab_size": 5},
+        {"model.layers.0.mlp.up_proj.weight": (6, 4), "model.embed_tokens.weight": (5, 4)}, "",
+    ),
     "size of experts": (
         {"num_experts": 8, "moe_intermediate_size": 6},
         {"model.layers.0.mlp.gate.weight": (8, 4), f"{EXPERTS}.up_proj.weight": (3, 4)}, "moe_intermediate_size: 6",

@@ -198,7 +198,10 @@ FAR: dict[str, tuple[dict[str, Any], str]] = {
     "weights of a third": (
         {"merge_method": "linear", "parameters": {"weight": 0.1, "normalize": False}}, "the weights sum to 0.3 and",
     ),
-    "weights of an average": ({"merge_method": "linear", "parameters": {"weight": 0.5, "normalize": False}}, ""),
+    "weights of an average": ({"merge_method": "linear", "parameters": {"weight": 0.3, "normalize": False}}, ""),
+    "weights of twice": (
+        {"merge_method": "linear", "parameters": {"weight": 0.7, "normalize": False}}, "the weights sum to 2.1 and",
+    ),
     "weights that are normalized": ({"merge_method": "linear", "parameters": {"weight": 50.0 / 10}}, ""),
     "a negative weight": ({"merge_method": "task_arithmetic", "parameters": {"weight": -1.5}}, ""),
 }  # fmt: skip
@@ -212,6 +215,18 @@ def test_values_far_from_any_merge_are_said(merge: Merge, case: str) -> None:
 
     assert len(said) == bool(expected)
     assert not expected or re.match(expected, said[0])
+
+
+def test_weights_that_cancel_magnify_what_models_have_apart(merge: Merge) -> None:
+    models = [
+        {"model": str(folder), "parameters": {"weight": weight}}
+        for folder, weight in zip(merge.folders[1:], (1.0, -0.9999), strict=True)
+    ]
+
+    remarks = merge.write().plan(merge_method="linear", models=models).remarks
+
+    (said,) = [each.text for each in remarks if each.code == "far-values"]
+    assert said.startswith("the weights sum to 0.0001, by which all are divided")
 
 
 def test_what_all_tunes_have_is_not_advised_to_be_left_out(merge: Merge) -> None:

@@ -53,10 +53,24 @@ def test_a_filter_of_a_parameter_that_matches_nothing_is_warned_of(tmp_path: Pat
     plan = merge.plan(parameters={"filter_wise": filtered})
 
     assert [(remark.severity, remark.text) for remark in remarks(plan, "matches-nothing")] == [
-        ("warning", "no tensor's name contains 'layersnorm', the filter of a value; did you mean 'layers.norm'?"),
+        ("warning", "no tensor's name contains 'layersnorm', the filter of a value; did you mean 'layers'?"),
         ("warning", "no tensor's name contains 'zzz', the filter of a value; remove it"),
     ]
     assert [remark.place for remark in remarks(plan, "matches-nothing")] == ["recipe.yaml:8:5", "recipe.yaml:10:5"]
+
+
+def test_rules_and_values_that_are_never_reached_are_said(tmp_path: Path) -> None:
+    merge = Merge(tmp_path).write()
+    rules = [{"filter": "layers", "action": "copy"}, {"filter": "layers.1", "action": "skip"}]
+    values = [{"filter": "layers", "value": 0.5}, {"value": 1.0}, {"filter": "embed", "value": 0.2}]
+
+    refused = merge.refusal(stockflow={"rules": rules})
+    plan = merge.plan(merge_method="task_arithmetic", parameters={"weight": values})
+
+    assert "'layers.1', the filter of a rule, is never reached: 'layers' before it takes all its tensors" in refused
+    assert [(remark.severity, remark.values["filter"]) for remark in remarks(plan, "matches-nothing")] == [
+        ("warning", "embed")
+    ]
 
 
 def test_filters_in_slices_are_told_of_too(tmp_path: Path) -> None:
@@ -157,6 +171,8 @@ def test_a_bias_of_attention_is_no_mask(tmp_path: Path) -> None:
 
 
 FACTORS = {f"layers.0.q_proj.lora_{part}.default.weight": torch.ones(2, 2) for part in "AB"}
+KOHYA = {f"lora_unet_down_0_to_q.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
+DIFFUSERS = {f"unet.attn.processor.to_q_lora.{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
 INSIDE = "holds 2 factors of adapters such as 'layers.0.q_proj.lora_A.default.weight', and sums of factors are not"
 
 
@@ -184,6 +200,14 @@ def test_factors_of_other_kinds_of_adapters_are_no_weights(tmp_path: Path, part:
 
     assert "holds 1 factor of adapters such as" in said
     assert "BASE+ADAPTER" not in said
+
+
+@pytest.mark.parametrize("factors", [KOHYA, DIFFUSERS], ids=["kohya", "diffusers"])
+def test_adapters_in_the_place_of_models_are_refused(tmp_path: Path, factors: dict[str, torch.Tensor]) -> None:
+    merge = Merge(tmp_path, (1, 1, 1))
+    merge.models = [dict(factors)] * 3
+
+    assert "holds 2 factors of adapters such as" in merge.write().refusal()
 
 
 def test_factors_of_all_models_are_refused_until_accepted(tmp_path: Path) -> None:

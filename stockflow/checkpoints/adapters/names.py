@@ -7,9 +7,10 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import WRAPPERS
 
 _FACTOR = re.compile(
-    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_\w+|vera_\w+|ia3_l)(\.|$)"
+    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector|down|up)|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_\w+|vera_\w+|ia3_l)"
+    r"(\.|$)|lora(_linear_layer)?\.(down|up)\."
 )
-_MARKERS = (".lora_", ".hada_", ".lokr_", "oft_", ".vera_", ".ia3_l")
+_MARKERS = (".lora_", "lora.", "lora_linear", ".hada_", ".lokr_", "oft_", ".vera_", ".ia3_l")
 _GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _OTHERWISE = (
     (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".attn.", ".self_attn."),

@@ -49,15 +49,21 @@ def read_index(store: Store, key: str) -> Homes:
     weight_map = read_json(store, key, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected a mapping `weight_map` from tensor names to files")
-    is_name = lru_cache(maxsize=None)(is_file_name)
-    for name, file in weight_map.items():
-        if isinstance(file, str) and is_name(file):
-            continue
+    named = lru_cache(maxsize=None)(_named)
+    homes = {name: named(file) if isinstance(file, str) else "" for name, file in weight_map.items()}
+    strange = next((name for name, file in homes.items() if not file), None)
+    if strange is not None:
         raise CheckpointError(
-            f"{where}: tensor {shown(name)} is said to be in {shown(file)}; "
+            f"{where}: tensor {shown(strange)} is said to be in {shown(weight_map[strange])}; "
             "expected the name of a file in the same folder"
         )
-    return weight_map
+    return homes
+
+
+def _named(file: str) -> str:
+    """Return the file of the same folder that a path names, ``./x`` as ``x``; empty where it leads elsewhere."""
+    name = file.removeprefix("./")
+    return name if is_file_name(name) else ""
 
 
 def mismatch_of(homes: Homes, extents: Mapping[str, Extent]) -> IndexMismatch:

@@ -46,6 +46,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     asked.promoted_dtypes,
     filters.unmatched_rules,
     filters.unmatched_filters,
+    filters.shadowed_filters,
     filters.seed,
     configs.missing_configs,
     precision.kept_precision,

@@ -14,7 +14,7 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 
 MERGED = "merged"
-FAR_FACTOR = 10.0
+FAR_FACTOR, SMALL_SUM = 10.0, 0.01
 _LEAVE_THE_BASE = ("lambda", "t", "select_topk")
 """Parameters of which zero leaves the base as it is."""
 
@@ -55,7 +55,14 @@ def _far_off(method: str, given: Parameters) -> Iterator[tuple[str, str]]:
                 yield name, f"`{name}: {value:g}` multiplies by as much: for a percentage write {value / 100:g}"
     if method == "slerp" and isinstance(place, float) and not 0 <= place <= 1:
         yield "t", f"`t: {place:g}` goes beyond the two models: 0 is the base, 1 the other"
-    if method == "linear" and given.shared.get("normalize") is False and not 0.5 <= sum(weights) <= 2:
+    sizes, normalizes = sum(map(abs, weights)), given.shared.get("normalize")
+    if normalizes and 0 < abs(sum(weights)) < SMALL_SUM * sizes:
+        text = f"the weights sum to {sum(weights):g}, by which all are divided: single ones count up to"
+        yield (
+            "sum",
+            f"{text} {max(map(abs, weights)) / abs(sum(weights)):.3g} times; change them, or `normalize: false`",
+        )
+    if method == "linear" and normalizes is False and not 0.8 <= sum(weights) <= 1.25:
         text = f"the weights sum to {sum(weights):g} and are not normalized (`normalize: false`): so much is the result"
         yield "sum", f"{text} of an average"
 

@@ -1,14 +1,17 @@
 """Rules and filters that no tensor's name contains, each with the part of a name that is nearest; and the seed."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.text.remarks import Remark
+from stockflow.recipe.settings import matches
+from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
 
 _CODE = "matches-nothing"
 _MOST_PARTS = 3
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def unmatched_rules(proposal: Proposal) -> Iterator[Remark]:
@@ -28,6 +31,34 @@ def unmatched_filters(proposal: Proposal) -> Iterator[Remark]:
         yield Remark(_CODE, said, values={"filter": text}, place=recipe.filters[text])
 
 
+def shadowed_filters(proposal: Proposal) -> Iterator[Remark]:
+    """Yield rules and values that are never reached, as one before them is for the same tensors, and more."""
+    recipe = proposal.recipe
+    values = [each.values() for each in (recipe.parameters, *(model.parameters for model in recipe.models))]
+    for text, before in _shadowed([rule.filter for rule in recipe.stockflow.rules]):
+        yield _never_reached(proposal, "a rule", "refusal", text, before)
+    for setting in (setting for settings in values for setting in settings):
+        for text, before in _shadowed([item.filter for item in setting]):
+            yield _never_reached(proposal, "a value", "warning", text, before)
+
+
+def _shadowed(texts: Sequence[str | None]) -> Iterator[tuple[str, str]]:
+    """Yield filters that one before them, empty where it is none, is for all tensors of."""
+    for number, text in enumerate(texts):
+        found = [each or "" for each in texts[:number] if matches(each, text or "")]
+        if found and text and text != "*":
+            yield text, found[0]
+
+
+def _never_reached(proposal: Proposal, what: str, severity: Severity, text: str, before: str) -> Remark:
+    takes = f"{shown(before)} before it takes all its tensors" if before else "one without filter before it takes all"
+    said = (
+        f"{shown(text)}, the filter of {what}, is never reached: {takes}, and the first that matches counts; put it "
+        "first, or remove it"
+    )
+    return Remark(_CODE, said, severity, values={"filter": text}, place=proposal.recipe.filters.get(text, ""))
+
+
 def _unmatched(texts: Iterable[str], proposal: Proposal) -> list[str]:
     asked = [text for text in dict.fromkeys(texts) if text not in ("", "*")]
     written = "\n".join((*(job.stored_name for job in proposal.jobs), *proposal.skipped)) if asked else ""
@@ -38,13 +69,14 @@ def _unmatched(texts: Iterable[str], proposal: Proposal) -> list[str]:
 
 def _nearest(text: str, proposal: Proposal) -> str:
     parts: dict[str, None] = {}
-    for name in dict.fromkeys(job.stored_name for job in proposal.jobs):
-        words = [word for word in name.split(".") if not word.isdigit()]
+    for run in dict.fromkeys(run for job in proposal.jobs for run in _NUMBER.split(job.stored_name)):
+        words = run.split(".")
         for first in range(len(words)):
             for last in range(first + 1, min(first + _MOST_PARTS, len(words)) + 1):
                 parts[".".join(words[first:last])] = None
     close = get_close_matches(text, parts, n=1)
-    return f"; did you mean {shown(close[0])}?" if close else "; remove it"
+    found = f"; did you mean {shown(close[0])}?" if close else "; remove it"
+    return f" (a filter is a part of a name, `*` alone is all){found}" if "*" in text else found
 
 
 def seed(proposal: Proposal) -> Iterator[Remark]:

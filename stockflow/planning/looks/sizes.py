@@ -35,6 +35,8 @@ class Size(NamedTuple):
     keys: tuple[str, ...]
     spare: int = 0
     """rows that there may be more"""
+    beside: str = ""
+    """key of how many there may be more exactly"""
 
     def promised(self, section: Config) -> list[int]:
         """Return what a section says, or how many it names, by each key; nothing if it says it layer by layer."""
@@ -42,7 +44,8 @@ class Size(NamedTuple):
             return []
         found = (section.get(key) for key in self.keys)
         said = (len(each) if isinstance(each, dict) else each for each in found)
-        return [each for each in said if type(each) is int]
+        numbers, more = [each for each in said if type(each) is int], section.get(self.beside)
+        return [*numbers, *(each + more for each in numbers if type(more) is int)]
 
     def key(self, section: Config) -> str:
         """Return by which key a section says it first."""
@@ -66,11 +69,16 @@ _ROUTERS = (".mlp.gate.weight", ".mlp.router.weight", ".block_sparse_moe.gate.we
 SIZES = (
     Size(_EMBEDDINGS, 0, ("vocab_size",)),
     Size(_EMBEDDINGS, 1, (*_EMBEDDED, *_WIDTH)),
-    Size((".mlp.up_proj.weight", ".mlp.gate_proj.weight"), 0, ("intermediate_size",)),
+    Size((".mlp.up_proj.weight", ".mlp.gate_proj.weight"), 0, ("intermediate_size", "dense_intermediate_size")),
     Size((".input_layernorm.weight",), 0, _WIDTH),
     Size((".experts.0.up_proj.weight", ".experts.0.w1.weight"), 0, ("moe_intermediate_size", "intermediate_size")),
     Size((".mlp.shared_expert.up_proj.weight",), 0, ("shared_expert_intermediate_size",)),
-    Size(_ROUTERS, 0, ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")),
+    Size(
+        _ROUTERS,
+        0,
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        beside="n_shared_experts",
+    ),
     Size((".wpe.weight", ".embeddings.position_embeddings.weight"), 0, ("n_positions", "max_position_embeddings"), 2),
     Size((".decoder.embed_positions.weight",), 0, ("max_target_positions",)),
     Size((".embeddings.token_type_embeddings.weight",), 0, ("type_vocab_size",)),
