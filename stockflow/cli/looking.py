@@ -47,7 +47,7 @@ def inspect(recipe: RecipeArgument, told: Told, out: Out = None, **settings: Unp
     folder = open_out(out, inputs.storage)
     found = surveys.inspect(inputs, wiring.survey_options(chosen), survey, told.on_event)
     if folder is not None:
-        from stockflow.output.tables import INSPECTION_SCHEMA, encode_rows
+        from stockflow.output.survey_tables import INSPECTION_SCHEMA, encode_rows
 
         _publish(folder, "inspect", encode_rows(found.rows(), INSPECTION_SCHEMA), json_parts(found), told)
     next_one = f"next: {command_line('stockflow', 'plan', recipe)} OUTPUT  # says what the merge would take"
@@ -89,7 +89,7 @@ def audit(
     folder = open_out(out, merge.storage)
     found = auditing.audit(merge, wiring.survey_options(chosen), survey, told.on_event)
     if folder is not None:
-        from stockflow.output.tables import AUDIT_SCHEMA, encode_rows
+        from stockflow.output.survey_tables import AUDIT_SCHEMA, encode_rows
 
         _publish(folder, "audit", encode_rows(found.rows, AUDIT_SCHEMA), json_parts(found), told)
     again = merge.merged and found.verdict.answer == "yes"

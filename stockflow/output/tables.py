@@ -1,19 +1,19 @@
-"""tensors.parquet: one row of facts per tensor. The home of pyarrow."""
+"""tensors.parquet: one row of facts per tensor."""
 
 import json
 import resource
 import sys
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stockflow.errors import CheckpointError
-from stockflow.methods.ratios import RATIOS
-from stockflow.output.receipts import TensorFacts
+
+if TYPE_CHECKING:  # the process that reads a table starts without what rows are made of
+    from stockflow.output.receipts import TensorFacts
 
 TENSORS_SCHEMA = pa.schema(
     [
@@ -36,60 +36,6 @@ TENSORS_SCHEMA = pa.schema(
     ]
 )
 
-
-_NAMED_TENSOR = [
-    ("name", pa.string()),
-    ("kind", pa.string()),
-    ("layer", pa.int64()),
-    ("shape", pa.list_(pa.int64())),
-    ("dtype", pa.string()),
-    ("num_elems", pa.int64()),
-]
-
-INSPECTION_SCHEMA = pa.schema(
-    [
-        *_NAMED_TENSOR,
-        ("method", pa.string()),
-        ("base_norm", pa.float64()),
-        ("delta_norms", pa.list_(pa.float64())),
-        ("cosines", pa.list_(pa.float64())),
-        ("angles", pa.list_(pa.float64())),
-        ("mean_cosine", pa.float64()),
-        *((f"ratio_{name}", pa.float64()) for name in RATIOS),
-        ("rounding_signal", pa.float64()),
-        ("cosine_floor", pa.float64()),
-        ("flags", pa.list_(pa.string())),
-    ]
-)
-
-AUDIT_SCHEMA = pa.schema(
-    [
-        *_NAMED_TENSOR,
-        ("scope", pa.string()),
-        ("num_groups", pa.int64()),
-        *((f"ratio_{name}", pa.float64()) for name in RATIOS),
-        ("ratio_correct", pa.float64()),
-        ("mean_norm", pa.float64()),
-        ("update_norm", pa.float64()),
-        ("old_error", pa.float64()),
-        ("old_distance", pa.float64()),
-        ("old_roundings", pa.float64()),
-        ("match", pa.string()),
-        ("candidates", pa.list_(pa.string())),
-        ("implied_ratio", pa.float64()),
-        ("implied_weights", pa.list_(pa.float64())),
-        ("residual", pa.float64()),
-        ("rounding_noise", pa.float64()),
-        ("error", pa.float64()),
-        ("distance", pa.float64()),
-        ("equal_share", pa.float64()),
-        ("mean_roundings", pa.float64()),
-        ("max_roundings", pa.float64()),
-        ("flags", pa.list_(pa.string())),
-    ]
-)
-
-
 MAX_ROW_BYTES = 16_384
 """A name of 100 characters and norms of 100 models take 3,000."""
 READER_MEMORY_BYTES = 2**30
@@ -97,7 +43,7 @@ READER_MEMORY_BYTES = 2**30
 READER_SECONDS = 120
 
 
-def encode_tensors(rows: Iterable[TensorFacts]) -> bytes:
+def encode_tensors(rows: "Iterable[TensorFacts]") -> bytes:
     """Return the rows as a parquet file; equal rows give equal bytes.
 
     Python values are those of one column at a time: of 185,000 rows as mappings they would take 100 MiB more.
@@ -115,17 +61,6 @@ def encode_tensors(rows: Iterable[TensorFacts]) -> bytes:
 
 def _plain(value: object) -> object:
     return list(value.items()) if isinstance(value, Mapping) else value
-
-
-def encode_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, rows_at_once: int = 4096) -> bytes:
-    """Return plain rows as a parquet file; ``rows_at_once`` of them are Python values at a time."""
-    buffer = pa.BufferOutputStream()
-    remaining = iter(rows)
-    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
-        while portion := list(islice(remaining, rows_at_once)):
-            writer.write_table(pa.Table.from_pylist(portion, schema=schema))
-    payload: bytes = buffer.getvalue().to_pybytes()
-    return payload
 
 
 def decode_tensors(payload: bytes) -> list[dict[str, object]]:
@@ -146,8 +81,10 @@ def decode_tensors(payload: bytes) -> list[dict[str, object]]:
     return rows
 
 
-def read_facts(path: Path) -> list[TensorFacts]:
+def read_facts(path: Path) -> "list[TensorFacts]":
     """Return the rows of a local tensors.parquet."""
+    from stockflow.output.receipts import TensorFacts
+
     return [TensorFacts(**row) for row in decode_tensors(path.read_bytes())]  # type: ignore[arg-type]
 
 
