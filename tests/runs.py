@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,17 +72,9 @@ def invoke(*words: object, stdin: str | None = None) -> "Result":
     """Run ``stockflow`` in this process, as if these words were typed; what it does not catch is raised."""
     from typer.testing import CliRunner
 
-    as_click = super(CliRunner, CliRunner())  # whose command is built once, not at each call
-    return as_click.invoke(_commands(), [str(word) for word in words], input=stdin, catch_exceptions=False)
-
-
-@cache
-def _commands() -> Any:
-    from typer.main import get_command
-
     from stockflow.cli import app
 
-    return get_command(app)
+    return CliRunner().invoke(app, [str(word) for word in words], input=stdin, catch_exceptions=False)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

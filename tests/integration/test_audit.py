@@ -513,9 +513,9 @@ def test_the_command_prints_a_verdict_and_leaves_both_files(
     family, recipe = families["bf16"]
     merged = merged_by("two_model", family, tmp_path / "merged", BF16)
 
-    finished = runs.run("audit", recipe, merged, "--out", tmp_path / "found", "--device", "cpu", "--progress", "none")
+    finished = runs.invoke("audit", recipe, merged, "--out", tmp_path / "found", "--progress", "none")
 
-    assert (finished.returncode, finished.stderr) == (0, "")
+    assert (finished.exit_code, finished.stderr) == (0, "")
     assert "A re-merge is worth it: tensors with 100 % of the parameters" in finished.stdout
     assert "the old formula for two models (two_model)" in finished.stdout
     assert finished.stdout.splitlines()[-1] == f"next: stockflow merge {recipe} OUTPUT"
@@ -553,9 +553,9 @@ def test_an_output_that_needs_storage_options_gets_them_from_a_recipe(
     recipe.write_text(f"{by_folder.read_text()}\n{stored_at}")
     runs.merge_elsewhere(recipe, output)  # type: ignore[arg-type]
 
-    finished = runs.run("audit", output, "--recipe", recipe, "--json", "--device", "cpu")
+    finished = runs.invoke("audit", output, "--recipe", recipe, "--json", "--device", "cpu")
 
-    assert finished.returncode == 0, finished.stderr
+    assert finished.exit_code == 0, finished.stderr
     assert json.loads(finished.stdout)["verdict"] == "no"
     assert stockflow.audit(output, recipe=recipe, device="cpu").verdict.answer == "no"
     with pytest.raises(RecipeError, match="here a recipe is audited, whose own apply"):
@@ -568,9 +568,9 @@ def test_a_memory_that_is_too_small_is_refused_by_the_figure_that_was_given(
     family, recipe = families["bf16"]
     merged = merged_by("exact", family, tmp_path / "merged", BF16)
 
-    finished = runs.run("audit", recipe, merged, "--memory", "200MiB", "--device", "cpu")
+    finished = runs.invoke("audit", recipe, merged, "--memory", "200MiB", "--device", "cpu")
 
-    assert (finished.returncode, finished.stdout) == (2, "")
+    assert (finished.exit_code, finished.stdout) == (2, "")
     assert "the limit is 200 MiB. Raise --memory" in finished.stderr
 
 
@@ -600,8 +600,8 @@ def test_what_is_not_there_is_one_line_and_exit_2(
 ) -> None:
     _, recipe = families["bf16"]
 
-    finished = runs.run("audit", *(word.format(recipe=recipe, folder=tmp_path) for word in arguments))
+    finished = runs.invoke("audit", *(word.format(recipe=recipe, folder=tmp_path) for word in arguments))
 
-    assert (finished.returncode, finished.stdout) == (2, "")
+    assert (finished.exit_code, finished.stdout) == (2, "")
     assert any(line.startswith("stockflow: ") for line in finished.stderr.splitlines())
     assert "Traceback" not in finished.stderr

@@ -67,18 +67,18 @@ def test_what_a_killed_merge_left_is_shown_then_removed_and_the_merge_resumes(re
     partials = {name for name in runs.leftovers(output) if ".model-" in name}
     store = open_store(str(output), StorageConfig())
 
-    refused = runs.run("clean", output, "--yes")
+    refused = runs.invoke("clean", output, "--yes")
     grow_old(store)
     before = contents(output)
-    shown = runs.run("clean", output)
+    shown = runs.invoke("clean", output)
     after_showing = contents(output)
-    removed = runs.run("clean", output, "--yes", "--json")
+    removed = runs.invoke("clean", output, "--yes", "--json")
     is_gone = not orphan.exists()
     resumed = runs.merge_elsewhere(recipe, output, *OPTIONS[:-1])
 
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert f"a run was seen in {output}" in refused.stderr
-    assert (shown.returncode, before) == (0, after_showing)
+    assert (shown.exit_code, before) == (0, after_showing)
     assert all(word in shown.stdout for word in (*partials, orphan.name, "/runs/", "--yes removes them"))
     assert receipt.name not in shown.stdout
     told = json.loads(removed.stdout)
@@ -105,9 +105,9 @@ def test_a_published_output_stays_byte_for_byte(recipe: Path, tmp_path: Path) ->
     grow_old(store)
     claim = contents(output)[CLAIM_FILE]
 
-    cleaned = runs.run("clean", output, "--yes")
+    cleaned = runs.invoke("clean", output, "--yes")
 
-    assert cleaned.returncode == 0, cleaned.stderr
+    assert cleaned.exit_code == 0, cleaned.stderr
     assert "removed: 2" in cleaned.stdout
     expected = before | {CLAIM_FILE: claim} | {k: hashlib.sha256(v).hexdigest() for k, v in strangers.items()}
     assert expected == contents(output)
@@ -155,9 +155,9 @@ def test_an_output_is_cleaned_right_after_its_merge(recipe: Path, tmp_path: Path
     partial.write_bytes(b"half")
     os.utime(partial, (time.time() - HOUR_S,) * 2)
 
-    cleaned = runs.run("clean", output, "--yes")
+    cleaned = runs.invoke("clean", output, "--yes")
 
-    assert cleaned.returncode == 0, cleaned.stderr
+    assert cleaned.exit_code == 0, cleaned.stderr
     assert "a finished output" in cleaned.stdout
     assert "whose runs have ended" in cleaned.stdout
     assert runs.leftovers(output) == []
@@ -170,9 +170,9 @@ def test_a_stopped_merge_is_cleaned_right_after_its_end(recipe: Path, tmp_path: 
     stopped.send_signal(signal.SIGCONT)
     assert stopped.wait(HANG_S) == 143
 
-    cleaned = runs.run("clean", output, "--yes")
+    cleaned = runs.invoke("clean", output, "--yes")
 
-    assert cleaned.returncode == 0, cleaned.stderr
+    assert cleaned.exit_code == 0, cleaned.stderr
     assert "an unfinished merge" in cleaned.stdout
     assert runs.merge_elsewhere(recipe, output, *OPTIONS[:-1])["resumed_shards"] >= 1
 

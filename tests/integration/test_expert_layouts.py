@@ -225,18 +225,18 @@ def test_outputs_of_mixed_layouts_are_verified_and_gone_on_with(tmp_path: Path, 
     result = merged(tmp_path, {0: layout, 1: others, 2: others}, "model_stock")
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
 
-    verified = runs.run("verify", output, "--inputs", "--sample", "1.0")
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    verified = runs.invoke("verify", output, "--inputs", "--sample", "1.0")
+    assert verified.exit_code == 0, verified.stdout + verified.stderr
     digests = runs.shard_digests(output)
     (output / "manifest.json").unlink()
     again = merge_here(recipe, output)
     assert again.plan.plan_id == result.plan.plan_id
     assert runs.shard_digests(output) == digests
 
-    audited = runs.run("audit", output, "--json")
-    assert audited.returncode == 0, audited.stderr
-    looked = runs.run("inspect", recipe, "--json")
-    assert looked.returncode == 0, looked.stderr
+    audited = runs.invoke("audit", output, "--json")
+    assert audited.exit_code == 0, audited.stderr
+    looked = runs.invoke("inspect", recipe, "--json")
+    assert looked.exit_code == 0, looked.stderr
     cosines = {row["name"]: row["mean_cosine"] for row in json.loads(looked.stdout)["tensors"]}
     facts = runs.tensor_facts(output)
     assert cosines.keys() == facts.keys()
@@ -250,9 +250,9 @@ def test_a_byte_that_changed_in_a_fused_output_is_found(tmp_path: Path) -> None:
     payload[-3] ^= 1
     path.write_bytes(payload)
 
-    verified = runs.run("verify", tmp_path / "out")
+    verified = runs.invoke("verify", tmp_path / "out")
 
-    assert verified.returncode != 0
+    assert verified.exit_code != 0
 
 
 def test_quantised_experts_are_parted_where_their_scales_are(tmp_path: Path) -> None:

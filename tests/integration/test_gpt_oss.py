@@ -192,10 +192,10 @@ def test_an_output_is_the_same_for_every_memory_and_is_verified(tmp_path: Path) 
     digests = runs.shard_digests(out)
 
     runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "little", memory_bytes=306 * runs.MIB, num_threads=1)
-    verified = runs.run("verify", out, "--inputs", "--sample", "1.0")
+    verified = runs.invoke("verify", out, "--inputs", "--sample", "1.0")
 
     assert runs.shard_digests(tmp_path / "little") == digests
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert verified.exit_code == 0, verified.stdout + verified.stderr
     (path,) = out.glob("_stockflow/*/plan.json")
     recorded = plan_file.parse(path.read_bytes(), "plan.json")
     assert recorded.plan_id == recorded.digest == recorded.plan.plan_id

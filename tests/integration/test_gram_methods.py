@@ -221,12 +221,12 @@ def test_an_output_is_verified_and_reported(method: str, with_base: bool, scope:
     )
     runs.merge_here(recipe, tmp_path / "out")
 
-    verified = runs.run("verify", tmp_path / "out", "--inputs", "--sample", "100%")
-    reported = runs.run("report", tmp_path / "out", "--json", "--html", tmp_path / "report.html")
+    verified = runs.invoke("verify", tmp_path / "out", "--inputs", "--sample", "100%")
+    reported = runs.invoke("report", tmp_path / "out", "--json", "--html", tmp_path / "report.html")
 
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert verified.exit_code == 0, verified.stdout + verified.stderr
     assert "3 combined from the coefficients on record" in verified.stdout + verified.stderr
-    assert reported.returncode == 0, reported.stderr
+    assert reported.exit_code == 0, reported.stderr
     report = json.loads(reported.stdout)
     recorded = {name for row in runs.tensor_facts(tmp_path / "out").values() for name in row["facts"]} - {"groups"}
     assert {fact["name"] for fact in report["geometry"]["method_facts"]} == recorded
@@ -246,9 +246,9 @@ def test_a_changed_coefficient_on_record_is_found(tmp_path: Path) -> None:
     tensors["norm"] += 0.25
     save_file(tensors, file)
 
-    verified = runs.run("verify", tmp_path / "out", "--sample", "100%")
+    verified = runs.invoke("verify", tmp_path / "out", "--sample", "100%")
 
-    assert verified.returncode == 4
+    assert verified.exit_code == 4
     assert "model.safetensors" in verified.stdout + verified.stderr
 
 

@@ -232,7 +232,7 @@ def test_a_tune_that_is_another_ones_copy_is_proved(tmp_path: Path, family: Fami
 
     (proof,) = [remark for remark in result.manifest.remarks if remark.code == "copy"]
     assert proof.models == (str(tmp_path / "copy"), str(family.tuned[0]))
-    told = runs.run("merge", recipe, tmp_path / "again")
+    told = runs.invoke("merge", recipe, tmp_path / "again")
     assert f"{tmp_path / 'copy'} is equal to {family.tuned[0]} in every tensor that was merged" in told.stdout
 
 

@@ -193,9 +193,9 @@ def test_the_command_prints_a_summary_and_leaves_both_files(tmp_path: Path) -> N
     family = make_family(tmp_path, 3, LAYERS)
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
 
-    finished = runs.run("inspect", recipe, "--out", tmp_path / "found", "--device", "cpu", "--progress", "none")
+    finished = runs.invoke("inspect", recipe, "--out", tmp_path / "found", "--device", "cpu", "--progress", "none")
 
-    assert (finished.returncode, finished.stderr) == (0, "")
+    assert (finished.exit_code, finished.stderr) == (0, "")
     assert "inspected 6 of 9 tensors" in finished.stdout
     assert all(f"\n  {kind} " in finished.stdout for kind in ("embedding", "attention", "mlp", "experts", "norm"))
     document = json.loads((tmp_path / "found" / "inspect.json").read_text())
@@ -221,9 +221,9 @@ def test_a_place_that_cannot_take_rows_is_refused_before_anything_is_read(
     family = make_family(tmp_path, 2, LAYERS)
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
 
-    finished = runs.run("inspect", recipe, "--out", place.format(file=recipe), "--progress", "json")
+    finished = runs.invoke("inspect", recipe, "--out", place.format(file=recipe), "--progress", "json")
 
-    assert finished.returncode == 2
+    assert finished.exit_code == 2
     assert said in finished.stderr
     assert '"read_bytes": ' not in finished.stderr or '"read_bytes": 0' in finished.stderr
     assert finished.stdout == ""
@@ -232,7 +232,7 @@ def test_a_place_that_cannot_take_rows_is_refused_before_anything_is_read(
 def test_a_place_is_tried_and_nothing_is_left_of_it(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", make_family(tmp_path, 2, {"w": (8, 4)}))
 
-    assert runs.run("inspect", recipe, "--out", tmp_path / "found", "--device", "cpu").returncode == 0
+    assert runs.invoke("inspect", recipe, "--out", tmp_path / "found", "--device", "cpu").exit_code == 0
 
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["inspect.json", "inspect.parquet"]
 

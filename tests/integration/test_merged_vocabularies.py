@@ -437,9 +437,9 @@ def test_two_plans_of_a_union_are_the_same_and_memory_changes_no_byte(three: Mod
 def test_a_union_is_verified_and_audited_from_its_own_plan(three: Models) -> None:
     out = three.merged("model_stock", tokenizer_source="union")
 
-    verified = runs.run("verify", out, "--sample", "100%", "--json")
+    verified = runs.invoke("verify", out, "--sample", "100%", "--json")
 
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert verified.exit_code == 0, verified.stdout + verified.stderr
 
 
 def test_when_vocabularies_agree_nothing_but_files_moves(tmp_path: Path) -> None:
@@ -542,9 +542,9 @@ def test_inspect_and_audit_see_rows_by_token(three: Models) -> None:
     runs.merge_here(recipe, out)
     facts = runs.tensor_facts(out)
 
-    seen = runs.run("inspect", recipe, "--out", three.root / "seen", "--device", "cpu")
-    audited = runs.run("audit", out, "--out", three.root / "found", "--device", "cpu")
+    seen = runs.invoke("inspect", recipe, "--out", three.root / "seen", "--device", "cpu")
+    audited = runs.invoke("audit", out, "--out", three.root / "found", "--device", "cpu")
 
-    assert seen.returncode == 0, seen.stderr
-    assert audited.returncode == 0, audited.stdout + audited.stderr
+    assert seen.exit_code == 0, seen.stderr
+    assert audited.exit_code == 0, audited.stdout + audited.stderr
     assert facts[ROWS[0]]["ratio"] > 0.1

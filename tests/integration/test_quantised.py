@@ -209,8 +209,8 @@ def test_an_output_in_codes_is_what_its_plan_says_and_is_merged_again_the_same(k
     recorded = plan_file.parse(path.read_bytes(), str(path))
     assert recorded.plan.plan_id == recorded.plan_id == recorded.digest
     assert recorded.plan.merge_id == recorded.merge_id == recorded.copies_digest
-    verified = runs.run("verify", kept, "--sample", "100%")
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    verified = runs.invoke("verify", kept, "--sample", "100%")
+    assert verified.exit_code == 0, verified.stdout + verified.stderr
 
 
 @pytest.mark.parametrize("columns", [4096])

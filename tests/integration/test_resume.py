@@ -180,11 +180,11 @@ def test_another_plan_is_refused_and_overwrite_replaces_it(family: Family, recip
     old_layout = sorted(path.name for path in output.glob("*.safetensors"))
     other = write_recipe(tmp_path / "other.yaml", "linear", family, per_model={"weight": [0.3, 0.7]}, with_base=False)
 
-    refused = runs.run("merge", other, output, "--quiet")
+    refused = runs.invoke("merge", other, output, "--quiet")
     replaced = runs.merge_here(other, output, overwrite=True)
 
     assert len(old_layout) > 1
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert "holds the finished output of another plan" in refused.stderr
     assert "--overwrite" in refused.stderr
     assert replaced.outcome == "merged"
@@ -218,9 +218,9 @@ def test_an_unfinished_output_of_another_plan_is_refused(family: Family, recipe:
     (output / "manifest.json").unlink()
     other = write_recipe(tmp_path / "other.yaml", "linear", family, per_model={"weight": [0.3, 0.7]}, with_base=False)
 
-    refused = runs.run("merge", other, output, "--quiet")
+    refused = runs.invoke("merge", other, output, "--quiet")
 
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert "is claimed by an unfinished run of another plan" in refused.stderr
 
 
@@ -236,9 +236,9 @@ def test_an_output_of_other_numerics_is_refused_and_named(
     if not finished:
         (tmp_path / "out" / "manifest.json").unlink()
 
-    refused = runs.run("merge", recipe, tmp_path / "out", "--quiet")
+    refused = runs.invoke("merge", recipe, tmp_path / "out", "--quiet")
 
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     ours = f"this version of stockflow has {NUMERICS} and gives other bytes"
     assert f"it was made with numerics 2, {ours}" in refused.stderr
 
@@ -248,9 +248,9 @@ def test_foreign_files_are_not_touched_without_overwrite(recipe: Path, tmp_path:
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
 
-    refused = runs.run("merge", recipe, output, "--quiet")
+    refused = runs.invoke("merge", recipe, output, "--quiet")
 
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert "is not empty and not an output of stockflow (it has 'thesis.txt')" in refused.stderr
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
 
@@ -262,9 +262,9 @@ def test_foreign_files_in_folders_of_the_output_are_not_touched_either(family: F
     (output / "additional_chat_templates").mkdir(parents=True)
     (output / "additional_chat_templates" / "mine.jinja").write_text("years of work")
 
-    refused = runs.run("merge", recipe, output, "--quiet")
+    refused = runs.invoke("merge", recipe, output, "--quiet")
 
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert "is not empty and not an output of stockflow (it has 'additional_chat_templates')" in refused.stderr
 
 
@@ -279,10 +279,10 @@ def test_overwrite_says_what_goes_and_what_stays(family: Family, recipe: Path, t
         (output / key).parent.mkdir(parents=True, exist_ok=True)
         (output / key).write_text("{}")
 
-    planned = runs.run("plan", recipe, output, "--overwrite")
-    merged = runs.run("merge", recipe, output, "--overwrite", "--quiet", "--device", "cpu")
+    planned = runs.invoke("plan", recipe, output, "--overwrite")
+    merged = runs.invoke("merge", recipe, output, "--overwrite", "--quiet", "--device", "cpu")
 
-    assert planned.returncode == 0, planned.stderr
+    assert planned.exit_code == 0, planned.stderr
     gone = ", ".join(
         f"'{key}'" for key in ("added_tokens.json", "draft.safetensors", *shards, "model.safetensors.index.json")
     )
@@ -292,7 +292,7 @@ def test_overwrite_says_what_goes_and_what_stays(family: Family, recipe: Path, t
     )
     assert f"--overwrite would remove {gone}" in planned.stdout
     assert f"--overwrite would leave {left}" in planned.stdout
-    assert merged.returncode == 0, merged.stderr
+    assert merged.exit_code == 0, merged.stderr
     assert all((output / key).exists() for key in strangers)
     assert not any((output / key.strip("'")).exists() for key in gone.split(", "))
 
@@ -301,9 +301,9 @@ def test_overwrite_says_what_goes_and_what_stays(family: Family, recipe: Path, t
 def test_an_output_in_an_input_is_refused(inside: str, family: Family, recipe: Path) -> None:
     before = sorted(family.tuned[0].rglob("*"))
 
-    refused = runs.run("merge", recipe, family.tuned[0] / inside, "--quiet", "--overwrite")
+    refused = runs.invoke("merge", recipe, family.tuned[0] / inside, "--quiet", "--overwrite")
 
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert "is, or lies in, the input" in refused.stderr
     assert before == sorted(family.tuned[0].rglob("*"))
 

@@ -102,9 +102,9 @@ def test_an_absurd_size_is_a_finding(output: Path, digits: str) -> None:
 def test_terminals_are_safe_from_names(output: Path) -> None:
     edit_manifest(output, lambda fields: fields["files"].update({"\x1b[2J\x9b": {"size": 0, "sha256": "\x07"}}))
 
-    result = runs.run("verify", output)
+    result = runs.invoke("verify", output)
 
-    assert result.returncode == 4
+    assert result.exit_code == 4
     assert "\\x1b[2J\\x9b: " in result.stdout
     assert str(Finding("a\nb", "c\r\x1b")) == "a; b: c; \\x1b"
 

@@ -19,7 +19,7 @@ from stockflow.run.driver import MergeOptions, plan_merge
 from stockflow.run.inputs import Inputs
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
-from tests.runs import MIB, merge_here, run
+from tests.runs import MIB, merge_here
 
 SHAPES = {"large": (700, 1024), "small.a": (33, 7), "small.b": (5,), "small.c": (1000,)}
 
@@ -61,7 +61,7 @@ def test_an_output_that_is_computed_more_finely_is_another_kernel(tmp_path: Path
 
 
 def test_plan_tells_time_memory_and_cost(recipe: Path, tmp_path: Path) -> None:
-    finished = run("plan", recipe, tmp_path / "out", "--json", "--machine-price", "7.2", "--memory", "1GiB")
+    finished = runs.invoke("plan", recipe, tmp_path / "out", "--json", "--machine-price", "7.2", "--memory", "1GiB")
 
     facts = json.loads(finished.stdout)
     found = facts["forecast"]
@@ -78,8 +78,8 @@ def test_plan_tells_time_memory_and_cost(recipe: Path, tmp_path: Path) -> None:
     assert facts["worst_tensor"] == "large"
     assert facts["least_memory_bytes"] <= 1024 * MIB
     enough, little = (facts["least_memory_bytes"] + change for change in (0, -1))
-    assert run("plan", recipe, tmp_path / "out", "--memory", enough).returncode == 0
-    assert run("plan", recipe, tmp_path / "out", "--memory", little).returncode == 2
+    assert runs.invoke("plan", recipe, tmp_path / "out", "--memory", enough).exit_code == 0
+    assert runs.invoke("plan", recipe, tmp_path / "out", "--memory", little).exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_built_in_calibration_names_no_folder_of_ours(
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
-    found = json.loads(run("plan", recipe, tmp_path / "out", "--json").stdout)["forecast"]["sources"]
+    found = json.loads(runs.invoke("plan", recipe, tmp_path / "out", "--json").stdout)["forecast"]["sources"]
 
     assert len(found) == 1
     assert "constants of another machine" in found[0]

@@ -65,13 +65,12 @@ MAX_LINES, MAX_LONG_MODULES, MAX_NAMES = 75, 1, 30
 """Of a function; modules above 400 lines; names at the top of the package."""
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    """Yield every module of the product: its name below ``stockflow``, and its file."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(part for part in parts if part != "__init__")
-        if name:
-            yield name, path
+@cache
+def modules() -> Sequence[tuple[str, Path]]:
+    """Return every module of the product: its name below ``stockflow``, and its file."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    names = (".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__") for path in paths)
+    return [(name.removesuffix("."), path) for name, path in zip(names, paths, strict=True) if name]
 
 
 def unit(module: str) -> str:

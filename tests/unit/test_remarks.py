@@ -102,12 +102,12 @@ def test_the_command_line_refuses_warnings_and_accepts_what_is_unmerged(tmp_path
     )
     (family.base / "config.json").unlink()
 
-    refused = runs.run("plan", recipe, tmp_path / "out")
-    assert (refused.returncode, "nothing is merged" in refused.stderr) == (2, True)
-    strict = runs.run("plan", recipe, tmp_path / "out", "--allow-unmerged", "--strict")
-    assert (strict.returncode, "[no-config, refused by --strict]" in strict.stderr) == (2, True)
-    merged = runs.run("merge", recipe, tmp_path / "out", "--allow-unmerged")
-    assert merged.returncode == 0, merged.stderr
+    refused = runs.invoke("plan", recipe, tmp_path / "out")
+    assert (refused.exit_code, "nothing is merged" in refused.stderr) == (2, True)
+    strict = runs.invoke("plan", recipe, tmp_path / "out", "--allow-unmerged", "--strict")
+    assert (strict.exit_code, "[no-config, refused by --strict]" in strict.stderr) == (2, True)
+    merged = runs.invoke("merge", recipe, tmp_path / "out", "--allow-unmerged")
+    assert merged.exit_code == 0, merged.stderr
     said = [each["code"] for each in json.loads((tmp_path / "out" / "manifest.json").read_text())["remarks"]]
     assert said == ["unmerged", "no-config"]
 
