@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,10 +97,12 @@ class RefusedLater:
 
 @dataclass(frozen=True)
 class HangingOnce:
-    """A start of another: the first item that counts anything says which process it is in, and hangs there."""
+    """A start of another: the first item that writes anything says which process it is in, and hangs there."""
 
     start: Callable[[], Callable[[Any, Count, int], Any]]
     folder: Path
+    is_stopped: bool = False
+    """whether all of its process hangs, as by SIGSTOP or a dead mount, so that it hears no wish to end"""
 
     def __call__(self) -> Callable[[Any, Count, int], Any]:
         work = self.start()
@@ -108,6 +111,7 @@ class HangingOnce:
             def hang_once(num_read: int, num_written: int) -> None:
                 count(num_read, num_written)
                 if num_written and note(self.folder, "hanging") == 1:
+                    os.kill(os.getpid(), signal.SIGSTOP if self.is_stopped else 0)
                     time.sleep(WAIT_S)
 
             note(self.folder, "begun")

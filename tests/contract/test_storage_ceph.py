@@ -6,11 +6,13 @@ What moto takes on trust is real here: signatures are checked, and 412 is the se
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from threading import Barrier
 
+import boto3
 import pytest
 
 from stockflow.errors import AccessDeniedError, AlreadyExistsError, InputChangedError, StorageError
@@ -124,7 +126,9 @@ def test_wrong_credentials_are_refused_and_not_told(
         told = f"{caught.value!r} {caught.value.__cause__!r} {caplog.text}"
         assert not any(secret in told for secret in SECRETS)
     assert store.num_retries == 0
-    assert list(owner.list()) == ["a.bin"]
+    keys = {name.lower(): value for name, value in CREDENTIALS.items() if name.endswith("_KEY_ID") or "SECRET" in name}
+    left = boto3.client("s3", endpoint_url=s3_endpoint, **keys).list_objects_v2(Bucket=s3_bucket)["Contents"]
+    assert [entry["Key"] for entry in left] == ["run/a.bin"]
 
 
 def test_the_command_line_returns_two_for_a_wrong_secret(
@@ -192,7 +196,7 @@ def test_one_of_many_rivals_wins_whichever_client_they_use(s3_endpoint: str, s3_
 def test_the_server_refuses_what_does_not_fit_its_signature(
     s3_endpoint: str, s3_bucket: str, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over plain HTTP the hash of every part is signed; moto does not look."""
+    """Over plain HTTP the hash of every part is signed; moto does not look. obstore sends no part again for that."""
     monkeypatch.setattr(parts, "DEFAULT_PART_BYTES", 5 << 20)
     with FaultyProxy(s3_endpoint) as proxy:
         options = StoreOptions(endpoint=proxy.url, client=client)
@@ -200,11 +204,13 @@ def test_the_server_refuses_what_does_not_fit_its_signature(
         proxy.fail("put", "flip")
         store.put("small.bin", contract.PAYLOAD)
         proxy.fail("part", "flip")
-        with pytest.raises(StorageError, match=r"cannot write .*/run/b\.bin .*XAmzContentSHA256Mismatch"):
+        refusal = pytest.raises(StorageError, match=r"cannot write .*/run/b\.bin .*XAmzContentSHA256Mismatch")
+        with refusal if client == "obstore" else nullcontext():
             write_large(store, "b.bin")
 
+    assert proxy.met["part", "flip"] == 1
     assert read_small(store_at(s3_endpoint, s3_bucket), "small.bin", max_bytes=99_999) == contract.PAYLOAD
-    assert "b.bin" not in store_at(s3_endpoint, s3_bucket).list()
+    assert ("b.bin" in store_at(s3_endpoint, s3_bucket).list()) == (client == "fsspec")
 
 
 def store_at(endpoint: str, bucket: str) -> Store:
@@ -251,6 +257,6 @@ def test_a_merge_is_the_same_as_on_disk(place: Place, monkeypatch: pytest.Monkey
 
     assert reference == shards(result)
     assert {"if-match"} == set(result.manifest.pins)
-    assert listener.notes == []
+    assert not [note for note in listener.notes if " read over http://" not in note]
     assert not verify(f"s3://out/{client}", load_recipe(str(recipe)).storage, inputs=True).findings
     assert "Uploads" not in place.s3.list_multipart_uploads(Bucket="out")

@@ -227,14 +227,20 @@ def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("is_stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_shard_whose_worker_is_slow_is_merged_by_an_idle_one_and_nothing_is_left_of_the_first(
-    cluster: str, recipe: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: str,
+    recipe: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_stopped: bool,
 ) -> None:
-    """The slow one has begun to write; it is ended when the other one is done."""
+    """The slow one has begun to write; it is ended when the other one is done, or with the run if it hears nothing."""
     listener = Listener()
     start = places.StartWorker
     monkeypatch.setattr(scheduling, "LEAST_SLOW_S", 0.5)
-    monkeypatch.setattr(places, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
+    monkeypatch.setattr(places, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path, is_stopped))
     Clock(monkeypatch).sleep = lambda _: wait_until(lambda: not _is_there(tmp_path / "hanging-1"))
 
     merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=2), listener)
