@@ -7,8 +7,13 @@ from pathlib import Path
 
 import boto3
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.s3_server import moto_server, s3_credentials
+
+# Neither an example's time nor that of making it is a promise: a busy machine would fail tests at random.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 class _NeedsTorch(pytest.Module):

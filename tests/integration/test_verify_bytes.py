@@ -92,7 +92,7 @@ def test_a_changed_byte_of_any_class_in_any_file_is_found(
 
 
 @given(drawn=st.data())
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_random_byte_in_random_files_is_found(
     output: Path, originals: dict[str, bytes], drawn: st.DataObject
 ) -> None:

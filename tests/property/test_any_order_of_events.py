@@ -130,7 +130,7 @@ class Cluster:
             self.now = max(self.now, due)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 150), st.randoms(use_true_random=False))
 def test_whatever_happens_every_item_is_done_once_or_the_run_ends_with_an_error(
     num_items: int, num_workers: int, num_bad_events: int, random: Random

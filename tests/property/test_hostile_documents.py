@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stockflow.checkpoints.files.header import TensorSpec
@@ -25,9 +25,7 @@ from stockflow.storage import StorageConfig, check_key, open_store
 from tests.fuzz.readers import MANIFEST, NASTY, READERS, SHARD, Reader, attempt, places
 
 JSON_READERS = ("index", "config", "manifest", "receipt", "plan", "claim")
-BRIEFLY = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)  # fmt: skip
+BRIEFLY = settings(max_examples=150, derandomize=True)
 WORDS = (b"\xff", b"\xed\xa0\x80", b"\\ud800", b"NaN", b"[" * 2000, b"{", b'"', b"1e999", b"//")
 MOST_CHARACTERS = 3500
 """of a message: twenty problems of a recipe"""

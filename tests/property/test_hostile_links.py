@@ -49,7 +49,7 @@ def fill(top: Path) -> Path:
     folder_links=st.dictionaries(st.sampled_from(["link", "deep/down", "sub"]), st.sampled_from(TARGETS), max_size=2),
     key=st.sampled_from((*NAMES, "model.safetensors")),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nothing_is_read_but_where_links_may_lead(
     top: Path, links: dict[str, str], folder_links: dict[str, str], key: str
 ) -> None:

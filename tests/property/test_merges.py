@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stockflow.errors import BudgetError
@@ -22,7 +22,7 @@ from tests.checkpoints import Family, Shape, make_family, write_checkpoint, writ
 from tests.runs import MIB
 from tests.selection import by_name, diagonal
 
-FEW = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=8, derandomize=True)
 """Every example is a whole merge of small files."""
 
 SPANNING: dict[str, Shape] = {

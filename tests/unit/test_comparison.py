@@ -94,7 +94,7 @@ def assert_compared(a: torch.Tensor, b: torch.Tensor, dtype_a: str, dtype_b: str
     share=st.sampled_from([0.0, 0.001, 0.5, 1.0]),
     scale=st.sampled_from([1e-30, 1e-4, 1.0]),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_near_neighbours_are_compared_exactly(dtype: str, size: int, seed: int, share: float, scale: float) -> None:
     random = np.random.default_rng(seed)
     base = scale * random.standard_normal(size)
@@ -105,7 +105,7 @@ def test_near_neighbours_are_compared_exactly(dtype: str, size: int, seed: int, 
 
 
 @given(dtype=st.sampled_from(list(TORCH)), size=st.integers(1, 1200), seed=st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_bits_are_compared_exactly(dtype: str, size: int, seed: int) -> None:
     """NaN with any payload, infinities, subnormals, zeros of both signs."""
     random = np.random.default_rng(seed)

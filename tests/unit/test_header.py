@@ -215,7 +215,7 @@ specs = st.lists(
 
 
 @given(specs=specs, metadata=st.dictionaries(text, text, max_size=2))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_what_is_encoded_is_parsed_and_accepted_by_the_library(
     specs: list[TensorSpec], metadata: dict[str, str]
 ) -> None:
@@ -517,7 +517,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 @given(file=mutated())
 @example(file=SEED_FILE)
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=600)
 def test_no_mutation_of_a_file_raises_anything_else_or_passes_what_the_library_refuses(file: bytes) -> None:
     if outcome(file):
         assert library_accepts(file) or b"-0" in file  # json.loads takes -0 for 0, serde for a float
@@ -535,7 +535,7 @@ entries = st.fixed_dictionaries({"dtype": json_values, "shape": json_values, "da
     header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entries | json_values, max_size=3),
     num_data_bytes=st.integers(0, 9),
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_no_json_raises_anything_else(header: dict[str, object], num_data_bytes: int) -> None:
     file = file_of(header, num_data_bytes)
 
@@ -544,7 +544,7 @@ def test_no_json_raises_anything_else(header: dict[str, object], num_data_bytes:
 
 
 @given(cut=st.integers(0, len(SEED_FILE) - 1))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_truncation_passes(cut: int) -> None:
     assert outcome(SEED_FILE)
     assert not outcome(SEED_FILE[:cut])

@@ -225,7 +225,7 @@ def test_workers_share_one_disk(num_workers: int) -> None:
     assert found.seconds == pytest.approx(8 * 1.5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=20),
     num_workers=st.integers(1, 12),
@@ -246,7 +246,7 @@ def test_more_workers_are_never_slower(sizes: list[int], num_workers: int, reque
     assert more <= fewer * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=40), num_workers=st.integers(1, 12))
 def test_shards_are_given_out_as_the_executor_does(sizes: list[int], num_workers: int) -> None:
     run = simulate(sizes, num_workers, duration=float)

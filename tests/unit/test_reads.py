@@ -24,7 +24,6 @@ from tests.plans import job
 
 
 @given(num_groups=st.integers(0, 40), group_elems=st.integers(1, 3 * SPAN_ELEMS + 5))
-@settings(deadline=None)
 def test_spans_cover_a_tensor_once_and_never_straddle_their_boundaries(num_groups: int, group_elems: int) -> None:
     num_elems = num_groups * group_elems
 
@@ -135,7 +134,7 @@ def check_load(load: Load, workspace: Workspace, room: int) -> None:
 
 
 @given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB), direct=st.booleans())
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_the_schedule_covers_every_tensor_once_within_its_slabs(
     jobs: list[TensorJob], spare: int, direct: bool
 ) -> None:
@@ -158,7 +157,7 @@ def test_the_schedule_covers_every_tensor_once_within_its_slabs(
 
 
 @given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_steps_are_whole_units_and_held_ones_fit(jobs: list[TensorJob], spare: int) -> None:
     workspace = workspace_for(jobs, spare)
 
@@ -181,7 +180,7 @@ def test_steps_are_whole_units_and_held_ones_fit(jobs: list[TensorJob], spare: i
 
 
 @given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB), direct=st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_workspace_keeps_within_the_memory(jobs: list[TensorJob], spare: int, direct: bool) -> None:
     workspace = workspace_for(jobs, spare, direct=direct)
 
@@ -232,7 +231,7 @@ def test_a_large_tensor_is_held_if_it_fits_and_read_again_if_not() -> None:
 
 
 @given(jobs=shards(), spare=st.integers(60, 300).map(lambda mib: mib * MIB))
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_direct_steps_are_the_units_larger_than_a_span_and_hold_nothing(jobs: list[TensorJob], spare: int) -> None:
     for step in schedule(jobs, workspace_for(jobs, spare, direct=True)):
         pieces = [piece for load in step.loads for piece in load.pieces]

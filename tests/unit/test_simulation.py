@@ -25,7 +25,7 @@ def test_cases_done_by_hand(durations: list[float], num_workers: int, makespan_s
     assert run.efficiency == pytest.approx(sum(durations) / (num_workers * makespan_s))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(DURATIONS, st.integers(1, 20), st.floats(0.0, 30.0))
 def test_a_run_without_misfortune_is_within_grahams_bound(
     durations: list[float], num_workers: int, startup_s: float
@@ -38,7 +38,7 @@ def test_a_run_without_misfortune_is_within_grahams_bound(
     assert least - 1e-6 <= run.makespan_s - startup_s <= most + 1e-6
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(DURATIONS, st.integers(1, 20), st.integers(0, 5))
 def test_misfortune_is_paid_for_by_time_and_nothing_is_left_undone(
     durations: list[float], num_workers: int, seed: int
