@@ -14,6 +14,7 @@ from stockflow.checkpoints.files.candidates import (
     groups_of,
     lacking,
     naming_of,
+    parts_of_ranks,
 )
 from stockflow.checkpoints.files.documents import read_json
 from stockflow.errors import CheckpointError, NotFoundError
@@ -27,12 +28,18 @@ MAX_DESCRIPTION_BYTES = 1_000_000
 NUM_NAMED = 4
 
 _STEP = re.compile(r"(?:checkpoint|global_?step|step|epoch|iter)[-_]?(\d{1,18})", re.IGNORECASE)
+_OF_RANKS = (
+    "each file has what one process held of every matrix (vLLM's sharded state, TensorRT-LLM); take the model it was "
+    "made from"
+)
 _TO_SAFETENSORS = "convert it: load it with transformers and `save_pretrained(folder, safe_serialization=True)`"
 _FORMATS: tuple[tuple[str, str], ...] = (
     (
         r".+\.distcp",
         "of a distributed checkpoint of PyTorch (DCP), and its .metadata is not there; fetch it",
     ),
+    (r"openvino_.*\.(bin|xml)", "compiled by OpenVINO; take the model it was made from"),
+    (r"ggml.*\.bin", "of whisper.cpp or llama.cpp, which is for inference; take the model it was made from"),
     (r"params_shard_\d+\.bin", "compiled for MLC; take the model it was made from"),
     (
         r"_CHECKPOINT_METADATA|manifest\.ocdbt",
@@ -76,6 +83,8 @@ def nothing_here(store: Store, files: Mapping[str, Stamp], folders: Sequence[str
     """Return why a folder, or the file that was named, is no checkpoint, and what to do."""
     if store.only and store.only not in files:
         return f"there is no checkpoint at {redact(store.url)}: there is no such file; check the name"
+    if store.only and any(group.single == store.only for group in parts_of_ranks(groups_of(files))):
+        return f"there is no checkpoint at {redact(store.url)}: {_OF_RANKS}"
     if store.only:
         naming = naming_of(store.only)
         number = f"it is one of {naming.total} files of a model" if naming and naming.number else "it is no model"
@@ -138,6 +147,11 @@ def _own_layout(place: _Place) -> Iterator[str]:
 def _incomplete(place: _Place) -> Iterator[str]:
     for lack in lacking(place.groups):
         yield f"{lack}, and there is no index; fetch them"
+
+
+def _ranks(place: _Place) -> Iterator[str]:
+    if parts := parts_of_ranks(place.groups):
+        yield f"{_some([str(group) for group in parts])}: {_OF_RANKS}"
 
 
 def _several(place: _Place) -> Iterator[str]:
@@ -210,8 +224,8 @@ def _no_weights(place: _Place) -> Iterator[str]:
 
 
 _LOOKS: tuple[Callable[[_Place], Iterator[str]], ...] = (
-    _nothing, _adapter, _pipeline, _own_layout, _incomplete, _several, _megatron, _steps, _cache, _sharded_training,
-    _other_format, _below, _no_weights,
+    _nothing, _adapter, _pipeline, _own_layout, _incomplete, _ranks, _several, _megatron, _steps, _cache,
+    _sharded_training, _other_format, _below, _no_weights,
 )  # fmt: skip
 """The first that has something to say decides."""
 

@@ -655,6 +655,18 @@ def a_message_of_a_server(folder: Path) -> None:
     touch(folder, "model.safetensors", content=b'{"error":"Invalid username or password."}')
 
 
+def ranks(folder: Path) -> None:
+    touch(folder, "model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors")
+
+
+def ranks_of_tensorrt(folder: Path) -> None:
+    touch(folder, "rank0.safetensors", "rank1.safetensors")
+
+
+def openvino(folder: Path) -> None:
+    touch(folder, "openvino_model.bin", "openvino_model.xml")
+
+
 def several_models(folder: Path) -> None:
     touch(folder, "a.safetensors", "b.safetensors")
 
@@ -696,6 +708,9 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     numbered_files_of_which_one_is_missing: ("of 3 files like model-00001-of-00003.safetensors", "2 is missing"),
     two_counts_of_numbered_files: ("it has numbered files of 2 and of 3", "move those away that are not meant"),
     a_message_of_a_server: ("is the message of a server", "download it again"),
+    ranks: ("model-rank-1-part-0.safetensors: each file has what one process held of every matrix", "was made from"),
+    ranks_of_tensorrt: ("rank0.safetensors, rank1.safetensors: each file has", "take the model it was made from"),
+    openvino: ("compiled by OpenVINO", "take the model it was made from"),
     several_models: ("it has several weights, a.safetensors, b.safetensors", "name the file that is meant"),
     two_variants: ("model.bf16.safetensors, model.fp16.safetensors", "name the file that is meant"),
     a_folder_of_models: ("it has no weights, and 2 folders (llama, qwen)", "name the one with the model"),
@@ -736,6 +751,14 @@ def test_the_own_layout_of_mistral_is_merged_where_the_file_is_named(tmp_path: P
 
     assert f"name the file: {subject}/consolidated.safetensors" in refused(tmp_path, subject)
     assert is_mean(merged(tmp_path, subject / "consolidated.safetensors")[0], 1.0)
+
+
+def test_what_one_of_several_processes_held_is_no_model_though_it_is_named(tmp_path: Path) -> None:
+    subject = write(tmp_path / "subject", {f"rank{number}.safetensors": full(1.0) for number in range(2)})
+
+    assert "each file has what one process held of every matrix" in refused(tmp_path, subject / "rank0.safetensors")
+    alone = write(tmp_path / "alone", {"lora_rank32.safetensors": full(1.0)})
+    assert is_mean(merged(tmp_path, alone / "lora_rank32.safetensors")[0], 1.0)
 
 
 def test_all_wrong_paths_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

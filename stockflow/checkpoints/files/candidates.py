@@ -30,6 +30,7 @@ _INDEX = re.compile(rf"(.+){_SUFFIX}\.index(?:\.([\w-]+))?\.json")
 _SHARD = re.compile(rf"(.+?)-(\d{{5,6}})-of-(\d{{5,6}})(?:\.([\w-]+))?{_SUFFIX}")
 _SINGLE = re.compile(rf"(.+){_SUFFIX}")
 _VARIANT = re.compile(rf"(model|pytorch_model|{DIFFUSION_STEM})\.([\w-]+)")
+_OF_A_RANK = re.compile(r"(?:.+[-_.])?rank[-_]?(\d{1,6})(?:[-_.].+)?")
 NO_MODEL = re.compile(
     r"(adapter_model|adapters?|pytorch_lora_weights|consolidated(\.\d+)?|(\w+_)?(optimizer|scheduler|states?)([-_]\w+)?"
     r"|optim|trainer|ema|random_states(_\d+)?|embeddings|learned_embeds|tokenizer|mm_projector|value_head|v_head)"
@@ -141,11 +142,19 @@ def chosen_of(groups: Collection[Group], only: str = "") -> Group | None:
         groups: all weights of a folder, in order.
         only: the one file that was named; of several numbered ones it is no model.
     """
+    parts = parts_of_ranks(groups)
     if only:
-        return _named(groups, only)
-    readable = [group for group in groups if group.is_readable and not NO_MODEL.fullmatch(group.stem)]
+        return _named([group for group in groups if group not in parts], only)
+    readable = [each for each in groups if each.is_readable and not NO_MODEL.fullmatch(each.stem) and each not in parts]
     found = [group for group in readable if group.has_usual_stem and not group.variant]
     return found[0] if found else readable[0] if len(readable) == 1 else None
+
+
+def parts_of_ranks(groups: Collection[Group]) -> list[Group]:
+    """Return what each of several processes held of one model: parts of every matrix, numbered from 0."""
+    found = {group.stem: match for group in groups if (match := _OF_A_RANK.fullmatch(group.stem))}
+    ranks = {int(match[1]) for match in found.values()}
+    return [group for group in groups if group.stem in found] if len(ranks) > 1 and 0 in ranks else []
 
 
 def _named(groups: Collection[Group], only: str) -> Group | None:
