@@ -51,8 +51,8 @@ def moto_server() -> Iterator[str]:
         _wait_for(port, process)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
-        process.wait(timeout=10)
+        process.kill()  # it keeps nothing
+        process.wait()
 
 
 def free_port() -> int:
