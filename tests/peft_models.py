@@ -1,7 +1,8 @@
 """Bases, adapters on them and what PEFT itself makes of both.
 
 ``python -m tests.peft_models write FOLDER`` makes all cases; ``apply BASE ADAPTER OUT ...`` merges what is there, and
-asks base and adapter, unmerged, for logits; ``forward MODEL ...`` asks plain models for theirs.
+asks base and adapter, unmerged, for logits; ``together BASE OUT ADAPTER ...`` merges several into one base; ``forward
+MODEL ...`` asks plain models for their logits.
 """
 
 import copy
@@ -204,6 +205,15 @@ def apply(*places: str) -> None:
         save_logits(adapted, out)
 
 
+def together(base: str, out: str, *adapters: str) -> None:
+    """Merge several adapters into their base in float32, one after the other."""
+    model = adapted_of(model_of(base), adapters[0])
+    for name in adapters[1:]:
+        model.load_adapter(name, adapter_name=Path(name).parent.name)
+    names = ["default", *(Path(name).parent.name for name in adapters[1:])]
+    model.float().merge_and_unload(adapter_names=names).save_pretrained(out)
+
+
 def forward(*folders: str) -> None:
     """Ask models that have no adapter."""
     for folder in folders:
@@ -211,4 +221,4 @@ def forward(*folders: str) -> None:
 
 
 if __name__ == "__main__":
-    {"write": write_all, "apply": apply, "forward": forward}[sys.argv[1]](*sys.argv[2:])
+    {"write": write_all, "apply": apply, "together": together, "forward": forward}[sys.argv[1]](*sys.argv[2:])

@@ -1,17 +1,23 @@
 """Adapters as sources against PEFT's own merge, installed beside this environment: ``make test-peers ARGS=-rP``."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import stockflow
 from tests import oracle, runs
 from tests.benchmarks.peers import ENVIRONMENT
+from tests.checkpoints import write_checkpoint
 from tests.peft_models import CASES, LOGITS
+from tests.quantised import FORMS
 
 pytestmark = pytest.mark.peers
 
@@ -79,8 +85,57 @@ def test_a_model_with_an_adapter_is_what_peft_makes_of_it(case: str, models: Pat
     assert error <= MOST_APART
 
 
+CODED = {"q_proj": "DeepSeek-V3", "o_proj": "Kimi-K2", "up_proj": "DeepSeek-V3", "down_proj": "by row"}
+TOGETHER = ("plain", "rslora", "patterns")
+
+
+def write_coded(plain: Path, folder: Path) -> None:
+    """Write a model with codes in the place of some weights, and the numbers that these stand for in F32."""
+    codes, numbers = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        form = CODED.get(module.rpartition(".")[2])
+        made = FORMS[form][0](tensor.float()) if form else None
+        codes |= {f"{module}.{key}": value for key, value in made.tensors.items()} if made else {name: tensor}
+        numbers[name] = torch.from_numpy(made.values).float() if made else tensor.float()
+    config = json.loads((plain / "config.json").read_text())
+    said = {"quantization_config": {"quant_method": "x", "weight_block_size": [128, 128]}}
+    write_checkpoint(folder / "coded", codes, config=config | said, side_files={})
+    write_checkpoint(folder / "decoded", numbers, config=config | {"dtype": "float32"}, side_files={})
+
+
+def test_adapters_on_codes_from_s3_to_s3_on_ray_are_what_peft_makes_of_the_numbers(
+    models: Path, s3_endpoint: str, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    write_coded(models / "plain" / "base", tmp_path)
+    adapters = [models / case / "lora" for case in TOGETHER]
+    with_peft("together", tmp_path / "decoded", tmp_path / "merged", *adapters)
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for place, name in ((tmp_path / "coded", "base"), *zip(adapters, TOGETHER, strict=True)):
+        for path in place.iterdir():
+            client.upload_file(str(path), s3_bucket, f"{name}/{path.name}")
+    root = f"s3://{s3_bucket}"
+    listed = [{"model": f"{root}/base+{root}/{name}", "parameters": {"weight": 1.0}} for name in TOGETHER]
+    recipe = {"merge_method": "task_arithmetic", "base_model": f"{root}/base", "models": listed, "dtype": "bfloat16"}
+    recipe["stockflow"] = {"storage": {root: {"endpoint": s3_endpoint}}, "output_format": "bfloat16"}
+
+    stockflow.merge(recipe, f"{root}/out", executor="ray", workers=2, shard_size="100kB")
+
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=s3_bucket, Prefix="out/model")
+    keys = [entry["Key"] for page in pages for entry in page["Contents"]]
+    assert len(keys) > 3
+    (tmp_path / "BF16").mkdir()
+    for key in keys:
+        client.download_file(s3_bucket, key, str(tmp_path / "BF16" / key.rpartition("/")[2]))
+    (tmp_path / "base").symlink_to(tmp_path / "decoded")
+    share = share_equal(tmp_path, "BF16")
+    print(f"| three adapters on codes | {share:.4%} |")
+    assert share >= LEAST_EQUAL
+
+
 def test_an_adapter_of_adapters_is_what_peft_makes_of_all(models: Path, tmp_path: Path) -> None:
-    cases, weights = ("plain", "rslora", "patterns"), (0.5, 0.2, 0.3)
+    cases, weights = TOGETHER, (0.5, 0.2, 0.3)
     listed = [
         {"model": str(models / case / "lora"), "parameters": {"weight": weight}}
         for case, weight in zip(cases, weights, strict=True)
