@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 TEST_PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 3 ? cores + 1 : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-peers bench-s3 bench-quantised bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser test-install test-pythons bench-prediction
+.PHONY: help demo test lint types bench bench-peers bench-s3 bench-quantised bench-adapters bench-scale makespans profile test-slow test-scale test-races test-ceph test-cluster chaos fuzz clean image-test cluster-demo test-peers test-browser test-install test-pythons bench-prediction
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here (two minutes; installs torch and Ray first)"
@@ -34,6 +34,7 @@ help:
 	@echo "make fuzz        malformed inputs for every reader, guided by coverage (8 minutes)"
 	@echo "make bench-s3    time and CPU of a merge from S3 to S3 against moving the same bytes (Ceph)"
 	@echo "make bench-quantised  CPU per element of FP8, INT4 and MXFP4 beside BF16 of equal shapes"
+	@echo "make bench-adapters  Model Stock of three adapters beside that of the checkpoints they make (Ceph)"
 	@echo "make bench-prediction  what stockflow plan predicts against what merges take; docs/insight.md#how-well-it-predicts"
 	@echo "make bench-scale how well 1 to 16 Ray workers share a merge, each one's rate capped (25 minutes)"
 	@echo "make makespans   simulated merges of 10**12 parameters on 8 to 512 workers"
@@ -124,6 +125,9 @@ bench-prediction: $(VENV)/.installed-dev
 
 bench-quantised: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks.quantised $(ARGS)
+
+bench-adapters: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks.adapters $(ARGS)
 
 bench-scale: $(VENV)/.installed-dev
 	for workers in 16 8 4 2 1; do $(BIN)/python -m tests.benchmarks.scale_out --workers $$workers $(ARGS) || exit; done
