@@ -23,7 +23,7 @@ class ExtentRanges(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Size of all ranges."""
-        return sum(stop - start for start, stop in self.ranges)
+        return sum([stop - start for start, stop in self.ranges])
 
 
 @lru_cache(2**12)
