@@ -229,6 +229,8 @@ class PinnedFile:
         self._path = path
         self._descriptor = descriptor
         self._stamp = stamp
+        self._held: tuple[int, ...] = ()
+        """state in which it was found unchanged"""
 
     def check(self) -> None:
         """Compare the file with its stamp.
@@ -237,11 +239,15 @@ class PinnedFile:
             InputChangedError: it was written to.
         """
         opened = os.fstat(self._descriptor)
+        state = opened.st_size, opened.st_mtime_ns, opened.st_ctime_ns
+        if state == self._held:
+            return
         found = _stamp_of(opened)
         if found == self._stamp and self._sightings:
             self._sightings.hold(self._path, opened)
         if found != self._stamp:
             raise changed(str(self._path), self._stamp, found)
+        self._held = state
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill ``buffer``; the file is compared with its stamp afterwards, so that no changed byte is used.
