@@ -74,8 +74,7 @@ def draw_ranked(
         How many elements are kept.
     """
     num_elems = np.uint64(len(factors_E))
-    skipped = start % np.uint64(4)
-    limits = np.empty(num_elems, np.uint32)
+    limits_E = np.empty(num_elems, np.uint32)
     table_limits, table_factors = np.empty(row_elems, np.uint32), np.empty(row_elems, factors_E.dtype)
     first, known = np.uint64(0), np.uint64(0)
     while first < num_elems:
@@ -86,10 +85,15 @@ def draw_ranked(
         last = first + length - np.uint64(1)
         for rank in range(length):
             place = last - (order_E[first + rank] & _LOW)
-            limits[place] = table_limits[rank]
-            if inflated:
-                factors_E[place] = table_factors[rank]
+            limits_E[place], factors_E[place] = table_limits[rank], table_factors[rank]
         first += length
+    return _draw(limits_E, start, key, factors_E)
+
+
+@jit
+def _draw(limits_E: Bits, start: Index, key: Unsigned, factors_E: Values) -> int:
+    """Put 0 for the factors of elements whose words are above their limits; return how many are not."""
+    num_elems, skipped = np.uint64(len(factors_E)), start % np.uint64(4)
     words_T = np.empty(TILE, np.uint32)
     num_kept, done = np.uint32(0), np.uint64(0)
     while done < num_elems:
@@ -97,10 +101,9 @@ def draw_ranked(
         shift = skipped if done == 0 else np.uint64(0)
         count = min(np.uint64(TILE) - shift, num_elems - done)
         for k in range(count):
-            is_kept = words_T[k + shift] <= limits[done + k]
+            is_kept = words_T[k + shift] <= limits_E[done + k]
             num_kept += np.uint32(is_kept)
-            factor = factors_E[done + k] if inflated else factors_E.dtype.type(1.0)
-            factors_E[done + k] = factor if is_kept else factors_E.dtype.type(0.0)
+            factors_E[done + k] = factors_E[done + k] if is_kept else factors_E.dtype.type(0.0)
         done += count
     return int(num_kept)
 
