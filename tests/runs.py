@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,27 @@ def merge_elsewhere(recipe: Path, output: Path, *options: object) -> dict[str, A
     assert finished.returncode == 0, finished.stderr
     result: dict[str, Any] = json.loads(finished.stdout)
     return result
+
+
+def merge_and_watch(*arguments: object) -> tuple[dict[str, Any], int]:
+    """Run a merge to its end; return what it prints and its largest resident memory as the kernel saw it."""
+    # Not resource.getrusage: a child's ru_maxrss starts with what its parent held when it forked.
+    peak = 0
+    with subprocess.Popen(command(*arguments), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            peak = max(peak, _high_water_mark(process.pid))
+            time.sleep(0.01)
+        assert process.stdout is not None
+        assert process.returncode == 0, arguments
+        return json.load(process.stdout), peak
+
+
+def _high_water_mark(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return max((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), default=0)
 
 
 def receipts(output: Path) -> list[dict[str, Any]]:

@@ -278,13 +278,15 @@ def _compressed(code: TensorSpec, siblings: Siblings, hints: Hints, shapes: Mapp
         or {"weight_zero_point", "weight_g_idx"} & set(siblings)
     ):
         return None
+    known = shapes.get(size.name) if size is not None else None
     if code.dtype == "U8" and hints.allows("float"):
+        if known and known != (held := (code.shape[0], 2 * code.shape[1])):
+            return f"holds the codes of {list(held)} numbers, and beside it is the shape {list(known)}: one is not true"
         group = NV_GROUP if whole is not None else MX_GROUP
         return _nibbles("weight", code, scale, group, whole=whole, does="divides", beside=beside)
     if code.dtype != "I32" or scale.kind != "float" or not hints.allows("int"):
         return None
     room, num_groups = 8 * code.shape[1], scale.shape[1]
-    known = shapes.get(size.name) if size is not None else None
     columns, said = known[-1] if known else room, hints.groups("int")
     derived = columns if num_groups == 1 else room // num_groups if num_groups and room % num_groups == 0 else 0
     asked = [derived if each is None else each for each in said]

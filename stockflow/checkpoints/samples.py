@@ -1,16 +1,22 @@
-"""Samples: some numbers of the same tensors of every checkpoint, for what headers do not tell: copies and strangers."""
+"""Samples: some numbers of the same tensors of every checkpoint, for what headers do not tell: copies and strangers.
+
+Of codes the scales are sampled: they are as large as the numbers they stand for.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from stockflow.checkpoints.decodes.stored import plain
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.quantised import Stored
 from stockflow.checkpoints.values import WIDENED, as_numbers
 from stockflow.kernels.arrays import Floats
 from stockflow.storage import Store
 
+T = TypeVar("T")
 NUM_SAMPLES = 8
 SAMPLE_ELEMS = 2048
 NUM_READERS = 16
@@ -25,6 +31,7 @@ class Sample:
     """as they are stored"""
     values: Floats
     """the same as float64"""
+    is_of_scales: bool = False
 
 
 Samples = Sequence[Sequence[Sample]]
@@ -32,7 +39,9 @@ Samples = Sequence[Sequence[Sample]]
 
 
 def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> Samples:
-    """Return samples of matrices that all checkpoints have, over all their depth: one small read each.
+    """Return samples of matrices, and of scales of codes, that all checkpoints have, over all their depth.
+
+    Each is one small read.
 
     Raises:
         StockflowError: reading failed after retries, or an input changed.
@@ -47,7 +56,7 @@ def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> 
 
 
 def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
-    """Return matrices of floats that all checkpoints have, from the first to the last of them in equal steps."""
+    """Return matrices of floats and scales of equal codes that all have, from the first to the last in equal steps."""
     coded = {name for each in checkpoints for name in each.stored}
     matrices = [
         spec
@@ -56,7 +65,24 @@ def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
     ]
     looked_at = _spread(matrices, 4 * NUM_SAMPLES)
     alike = [spec for spec in looked_at if all(_has_alike(each, spec) for each in checkpoints)]
-    return _spread([spec for spec in alike if spec.num_elems], NUM_SAMPLES)
+    return [*_spread([spec for spec in alike if spec.num_elems], NUM_SAMPLES), *_scales(checkpoints)]
+
+
+def _scales(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
+    donor = checkpoints[0].stored
+    looked_at = [(name, donor[name]) for name in _spread(list(donor), 4 * NUM_SAMPLES)]
+    alike = [
+        held.parts[1]
+        for name, held in looked_at
+        if held.parts[1].dtype in WIDENED and all(_has_scales(each, name, held) for each in checkpoints)
+    ]
+    return _spread(alike, NUM_SAMPLES)
+
+
+def _has_scales(checkpoint: Checkpoint, name: str, held: Stored) -> bool:
+    """Return whether a checkpoint has scales of the same codes under the same name."""
+    own = checkpoint.stored.get(name)
+    return own is not None and own.decode == held.decode and own.parts[1] == held.parts[1]
 
 
 def _has_alike(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
@@ -65,7 +91,7 @@ def _has_alike(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
     return own is spec or (own is not None and own.shape == spec.shape and {own.dtype, spec.dtype} <= WIDENED)
 
 
-def _spread(specs: list[TensorSpec], count: int) -> list[TensorSpec]:
+def _spread(specs: list[T], count: int) -> list[T]:
     """Return so many of these, the first and the last among them, in equal steps."""
     if len(specs) <= count:
         return specs
@@ -73,7 +99,7 @@ def _spread(specs: list[TensorSpec], count: int) -> list[TensorSpec]:
 
 
 def _sample(store: Store, checkpoint: Checkpoint, spec: TensorSpec) -> Sample:
-    own, count = checkpoint.specs[spec.name], min(SAMPLE_ELEMS, spec.num_elems)
+    own, count = checkpoint.specs.get(spec.name, spec), min(SAMPLE_ELEMS, spec.num_elems)
     start = (spec.num_elems - count) // 2
     decode, extents = checkpoint.joined.get(spec.name) or (plain(own.dtype), (checkpoint.extents[spec.name],))
     payload = b""
@@ -84,4 +110,4 @@ def _sample(store: Store, checkpoint: Checkpoint, spec: TensorSpec) -> Sample:
             payload += buffer
     numbers = as_numbers(payload, own.dtype)
     assert numbers is not None
-    return Sample(spec.name, payload, numbers)
+    return Sample(spec.name, payload, numbers, spec.name not in checkpoint.specs)

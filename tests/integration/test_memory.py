@@ -1,8 +1,6 @@
 """The promise of --memory, held by a process of its own against tensors that do not fit."""
 
 import json
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,7 @@ def test_a_tensor_larger_than_the_budget_is_merged_within_it(scope: str, large_f
     options = ("--memory", f"{MEMORY_BYTES // MIB}MiB", "--workers", 2, "--json")
     planned = json.loads(runs.run("plan", recipe, tmp_path / "out", *options).stdout)
 
-    result, seen_peak = merge_and_watch("merge", recipe, tmp_path / "out", "--quiet", *options)
+    result, seen_peak = runs.merge_and_watch("merge", recipe, tmp_path / "out", "--quiet", *options)
 
     reported_peak = result["summary"]["peak_memory_bytes"]
     print(f"FIGURES {scope}: seen {seen_peak / MIB:.0f}, reported {reported_peak / MIB:.0f} MiB")
@@ -82,7 +80,7 @@ def test_methods_that_look_at_elements_take_what_is_projected(
     options = ("--memory", f"{MEMORY_BYTES // MIB}MiB", "--workers", 2, "--json")
     planned = json.loads(runs.run("plan", recipe, tmp_path / "out", *options).stdout)
 
-    result, seen_peak = merge_and_watch("merge", recipe, tmp_path / "out", "--quiet", *options)
+    result, seen_peak = runs.merge_and_watch("merge", recipe, tmp_path / "out", "--quiet", *options)
 
     reported_peak = result["summary"]["peak_memory_bytes"]
     print(f"FIGURES {method}: projected {planned['projected_memory_bytes'] / MIB:.0f}, seen {seen_peak / MIB:.0f} MiB")
@@ -103,7 +101,7 @@ def test_adapters_of_a_large_layer_take_what_is_projected(tmp_path: Path) -> Non
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     planned = json.loads(runs.run("plan", tmp_path / "recipe.yaml", tmp_path / "out", "--workers", 2, "--json").stdout)
 
-    result, _ = merge_and_watch(
+    result, _ = runs.merge_and_watch(
         "merge", tmp_path / "recipe.yaml", tmp_path / "out", "--quiet", "--workers", 2, "--json"
     )
 
@@ -123,27 +121,6 @@ def test_a_budget_that_is_too_small_is_refused_while_planning(large_family: Fami
     for part in ("at least 304 MiB", "compiling the kernels takes once", "the limit is 200 MiB", "Raise --memory"):
         assert part in refused.stderr
     assert not (tmp_path / "out").exists()
-
-
-def merge_and_watch(*arguments: object) -> tuple[dict[str, Any], int]:
-    """Run a merge to its end; return what it prints and its largest resident memory as the kernel saw it."""
-    # Not resource.getrusage: a child's ru_maxrss starts with what its parent held when it forked.
-    peak = 0
-    with subprocess.Popen(runs.command(*arguments), cwd=runs.REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            peak = max(peak, _high_water_mark(process.pid))
-            time.sleep(0.01)
-        assert process.stdout is not None
-        assert process.returncode == 0
-        return json.load(process.stdout), peak
-
-
-def _high_water_mark(process: int) -> int:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return max((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), default=0)
 
 
 def assert_first_rows_are_right(scope: str, family: Family, output: Path) -> None:

@@ -376,6 +376,24 @@ def test_tunes_of_what_a_base_was_before_it_was_rounded_are_told_from_those_of_i
     assert "other-master" not in codes["after"]
 
 
+@pytest.mark.parametrize(("form", "scales"), [("DeepSeek-V3", "weight_scale_inv"), ("Kimi-K2", "weight_scale")])
+def test_scales_far_from_those_of_the_base_are_said_whatever_the_method(form: str, scales: str, tmp_path: Path) -> None:
+    base, tuned, _ = family(form)
+    inverse = {**tuned.tensors, scales: 1 / tuned.tensors[scales]}
+    tunes = {"near": inside(tuned), "inverse": {f"{MODULE}.{own}": tensor for own, tensor in inverse.items()}}
+    said = {}
+    for name, tensors in tunes.items():
+        models = [
+            write_model(tmp_path / f"{name}{n}", each, FORMS[form][1]) for n, each in enumerate((inside(base), tensors))
+        ]
+        recipe = write_recipe(tmp_path, models, merge_method="task_arithmetic", parameters={"weight": 0.5})
+        told = stockflow.plan(recipe, tmp_path / "out")
+        said[name] = {remark.code for remark in told.plan.remarks}
+
+    assert "stranger" in said["inverse"]
+    assert not {"stranger", "same-samples", "zeros"} & said["near"]
+
+
 def test_an_audit_leaves_codes_out_by_name_and_judges_the_rest(tmp_path: Path) -> None:
     models = [
         write_model(tmp_path / str(number), inside(each), FORMS["DeepSeek-V3"][1])

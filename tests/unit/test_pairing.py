@@ -194,11 +194,20 @@ def test_a_scheme_of_whole_rows_beside_one_of_groups_is_read() -> None:
 
 
 @pytest.mark.parametrize("shape", [(12, 64), (16, 32), (16, 72)])
-def test_a_shape_that_its_codes_do_not_have_is_refused(shape: Shape) -> None:
-    tensors = {"weight_packed": ("I32", (16, 8)), "weight_scale": ("BF16", (16, 2)), "weight_shape": ("I64", (2,))}
+@pytest.mark.parametrize(
+    ("codes", "scales", "words"),
+    [
+        (("I32", (16, 8)), ("BF16", (16, 2)), "these do not go together"),
+        (("U8", (16, 32)), ("U8", (16, 2)), r"codes of \[16, 64\] numbers, and beside it is the shape"),
+    ],
+)
+def test_a_shape_that_its_codes_do_not_have_is_refused(
+    shape: Shape, codes: tuple[str, Shape], scales: tuple[str, Shape], words: str
+) -> None:
+    tensors = {"weight_packed": codes, "weight_scale": scales, "weight_shape": ("I64", (2,))}
     specs = {f"{M}.{own}": TensorSpec(f"{M}.{own}", dtype, shape) for own, (dtype, shape) in tensors.items()}
 
-    with pytest.raises(CheckpointError, match="these do not go together"):
+    with pytest.raises(CheckpointError, match=words):
         tensors_of(specs, Hints(), {f"{M}.weight_shape": shape}, "there")
 
 

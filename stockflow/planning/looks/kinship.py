@@ -18,7 +18,7 @@ STRANGER = 1.0
 def copies(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are the same wherever they were looked at."""
     whole = [each for each in _sampled(proposal) if len(halves_of(each[0])) == 1]  # adapters leave most of a base alone
-    for (left, ours), (right, theirs) in combinations(whole, 2):
+    for (left, ours), (right, theirs) in combinations([(url, _of_weights(own)) for url, own in whole], 2):
         if ours and all(_are_equal(one, other) for one, other in zip(ours, theirs, strict=True)):
             text = (
                 f"{left} and {right} hold the same numbers in all {len(ours)} places that were looked at: "
@@ -78,6 +78,11 @@ def zeros(proposal: Proposal) -> Iterator[Remark]:
                 "again or leave it out"
             )
             yield Remark("zeros", text, models=(url,), tensors=names)
+
+
+def _of_weights(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Return samples but for those of scales, which small changes of a model leave as they are."""
+    return [each for each in samples if not each.is_of_scales]
 
 
 def _in_tensors(names: Sequence[str]) -> str:
