@@ -42,7 +42,7 @@ def tokenizer_json(
     return json.dumps(document, ensure_ascii=False)
 
 
-def sentencepiece_model(pieces: Sequence[str]) -> bytes:
+def sentencepiece_model(pieces: Sequence[str], score: float = -2.5) -> bytes:
     """A SentencePiece model in protobuf's wire format: pieces with scores and types, then a trainer's settings."""
 
     def field(number: int, payload: bytes) -> bytes:
@@ -52,7 +52,7 @@ def sentencepiece_model(pieces: Sequence[str]) -> bytes:
         return bytes([number << 3 | 2]) + digits + bytes([size]) + payload
 
     def piece(text: str) -> bytes:
-        return field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -2.5) + b"\x18\x01")
+        return field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18\x01")
 
     return b"".join(map(piece, pieces)) + field(2, b"\x18" + b"\x80\x7d")
 

@@ -18,6 +18,8 @@ A name is split at its dots; upper and lower case are the same. The first rule t
 import re
 from typing import NamedTuple
 
+OF_ADAPTERS = (".modules_to_save.", ".original_module.", ".base_layer.weight", ".base_layer.bias")
+"""Parts of the names that PEFT gives what it wraps."""
 OF_TRAINERS = ("exp_avg", "momentum_buffer", "optimizer.", "ema_model.", "model_ema.")
 """Parts of the names of what a trainer keeps beside weights."""
 WRAPPERS = frozenset({

@@ -56,7 +56,9 @@ def _unlike(name: str, values: Mapping[str, Floats]) -> Misfit:
     said = ", ".join(f"{_shown(numbers)} in {url}" for url, numbers in values.items())
     donor = next(iter(values))
     remedy, action = f"a rule with `action: copy` takes {THEM} from {donor}", "copy"
-    if name.endswith((".weight_mask", ".bias_mask")):
+    if name.rpartition(".")[2] in ("d2t", "t2d"):
+        remedy, action = "the rows of its head are of other tokens: merge drafts of one vocabulary", ""
+    elif name.endswith((".weight_mask", ".bias_mask")):
         remedy, action = "`torch.nn.utils.prune.remove` makes it part of its weight", ""
     return Misfit(
         name, f"not equal in all models: {said}", f"an average of such numbers means nothing; {remedy}", action

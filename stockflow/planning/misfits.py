@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.naming import OF_TRAINERS
+from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS
 from stockflow.checkpoints.tokens.tokenizers import has_tokens, vocabulary_rows
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.targets import OutputTensor, Stretch, Unplanned
@@ -57,6 +57,8 @@ def extra_tensors(unplanned: Iterable[Unplanned], explained: Collection[int]) ->
         urls, remedy, action = stretch.urls(holders), f"a rule with `action: skip` leaves {THEM} out", "skip"
         if any(marker in name for marker in OF_TRAINERS):
             remedy = f"that is what a trainer keeps; {remedy}"
+        elif any(marker in name for marker in OF_ADAPTERS):
+            remedy, action = "PEFT wrapped the model: save it after `model.merge_and_unload()`", ""
         elif len(holders) == len(stretch.checkpoints) - 1:
             remedy = f"take a base that has {THEM}, or average the others without it"
             remedy, action = f"all others were trained with {THEM}: {remedy}", ""

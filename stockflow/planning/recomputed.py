@@ -13,19 +13,19 @@ from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
 _RECOMPUTED = re.compile(
-    r"\.rotary_emb\.inv_freq$|(^|\.)embeddings\.position_ids$|\.(attn|attention)\.(masked_bias|bias)$|\.attn\.embed_positions$"
+    r"\.rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)embeddings\.position_ids$|\.(attn|attention)\.(masked_bias|bias)$|\.attn\.embed_positions$"
 )
 """Rotary frequencies, the numbers of positions, causal masks: of a bias there is one row per head, not a mask."""
 
 
 def without_recomputed(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints without the buffers that only some hold, or masks in several dtypes, and with a remark.
+    """Return the checkpoints without the buffers that only some hold, or not all alike, and with a remark.
 
     Those that all hold, and those that a rule names, are kept.
     """
     first = checkpoints[0].specs
     others = [each.specs for each in checkpoints if each.specs is not first]
-    uneven = {name for specs in others for name in (*(first.keys() ^ specs.keys()), *_recast_biases(first, specs))}
+    uneven = {name for specs in others for name in (*(first.keys() ^ specs.keys()), *_stored_otherwise(first, specs))}
     uneven = set(filter(_RECOMPUTED.search, uneven))
     uneven = {
         name for name in uneven if all(_is_buffer(each.specs[name]) for each in checkpoints if name in each.specs)
@@ -34,9 +34,9 @@ def without_recomputed(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> lis
     return [_without(each, dropped) for each in checkpoints] if dropped else list(checkpoints)
 
 
-def _recast_biases(first: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    held = (name for name in first if name.endswith("bias") and name in specs)
-    yield from (name for name in held if specs[name].dtype != first[name].dtype)
+def _stored_otherwise(first: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+    held = (name for name in first if name.endswith(("bias", "_cached")) and name in specs)
+    yield from (name for name in held if specs[name][1:] != first[name][1:])
 
 
 def _is_buffer(spec: TensorSpec) -> bool:

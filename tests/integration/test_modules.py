@@ -146,6 +146,7 @@ def test_a_model_of_modules_alone_is_merged(family: Family, tmp_path: Path) -> N
         "0_Transformer/model.safetensors",
         "2_Dense/model.safetensors",
     ]
+    assert [each.code for each in merged.plan.remarks if each.severity == "warning"] == []
     assert (out / "0_Transformer" / "tokenizer.json").exists()
     assert (out / "0_Transformer" / "config.json").exists()
     assert not (out / "model.safetensors.index.json").exists()

@@ -151,6 +151,13 @@ def test_masks_and_frequencies_are_carried_over_or_refused_where_they_differ(mer
     assert ("torch.nn.utils.prune.remove" if "weight_mask" in name else "a rule with `action: copy`") in found
 
 
+def test_tokens_of_a_draft_that_differ_are_not_advised_to_be_copied(merge: Merge) -> None:
+    found = add(merge, "d2t", torch.arange(4), torch.arange(4), torch.arange(4) + 1).write(config={}).refusal()
+
+    assert "the rows of its head are of other tokens: merge drafts of one vocabulary" in found
+    assert "action" not in found
+
+
 def test_weights_under_the_name_of_a_mask_are_weights(merge: Merge) -> None:
     plan = add(merge, "spatial_mask", *drawn((9,))).write(config={}).plan()
 

@@ -163,6 +163,36 @@ def test_masks_of_several_dtypes_are_left_out(tmp_path: Path) -> None:
     assert len(remarks(plan, "recomputed")) == 3
 
 
+def test_rotary_tables_of_several_lengths_are_left_out(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for number, tensors in enumerate(merge.models):
+        tensors["layers.0.rotary_emb.cos_cached"] = torch.ones(1, 1, 8 if number else 4, 2)
+
+    plan = merge.write().plan()
+
+    assert "layers.0.rotary_emb.cos_cached" not in jobs_of(plan)
+    assert len(remarks(plan, "recomputed")) == 3
+
+
+@pytest.mark.parametrize("name", ["q.input_quantizer._amax", "fc.activation_post_process.max_val"])
+def test_what_was_measured_to_quantise_by_is_said(tmp_path: Path, name: str) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models:
+        tensors[name] = torch.ones(())
+
+    (told,) = remarks(merge.write().plan(), "static-scales")
+
+    assert (told.severity, told.tensors) == ("warning", (name,))
+
+
+def test_what_an_adapter_wrapped_in_all_tunes_is_not_looked_for_in_a_base(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models[1:]:
+        tensors["head.modules_to_save.default.weight"] = torch.ones(2, 2)
+
+    assert "PEFT wrapped the model: save it after `model.merge_and_unload()`" in merge.write().refusal()
+
+
 def test_a_bias_of_attention_is_no_mask(tmp_path: Path) -> None:
     merge = Merge(tmp_path)
     merge.models[1]["h.0.attn.bias"] = torch.ones(4)

@@ -435,6 +435,19 @@ def step(**parts: Any) -> Files:
     return {"tokenizer.json": json.dumps(json.loads(tokenizer_json(LETTERS)) | parts)}
 
 
+@pytest.mark.parametrize(("eos", "is_said"), [([0, 3], False), (0, True)])
+def test_a_template_whose_turns_end_where_generation_does_not_is_said(
+    tmp_path: Path, eos: object, is_said: bool
+) -> None:
+    tokens = fast({"a": 0, "b": 1, "<|im_start|>": 2, "<|im_end|>": 3})
+    files = tokens | {"generation_config.json": json.dumps({"eos_token_id": eos})}
+
+    remarks = Models(tmp_path, files, files).plan(chat_template="chatml").remarks
+
+    said = [each for each in remarks if "ends turns with '<|im_end|>' (3)" in each.text]
+    assert [(each.code, each.severity) for each in said] == [("tokens-disagree", "warning")] * is_said
+
+
 def of_model(**options: Any) -> Files:
     document = json.loads(tokenizer_json(LETTERS))
     return {"tokenizer.json": json.dumps(document | {"model": document["model"] | options})}
@@ -453,6 +466,12 @@ CUT: dict[str, tuple[Files, Files, str, str]] = {
     "merges": (FAST, of_model(merges=[["a", "b"]]), "warning", "merges"),
     "merges of slow forms": (slow("a b\nc d"), slow("c d\na b"), "warning", "merges"),
     "merges of both forms": (of_model(merges=[["a", "b"]]), slow("a c"), "warning", "merges"),
+    "scores of pieces": (
+        {"spiece.model": sentencepiece_model(PIECES)},
+        {"spiece.model": sentencepiece_model(PIECES, -3.0)},
+        "warning",
+        "scores of pieces",
+    ),
     "fallback": (FAST, of_model(byte_fallback=True), "warning", "model"),
     "side": (FAST | config(padding_side="left"), FAST | config(padding_side="right"), "note", "padding_side"),
     "class": (

@@ -264,7 +264,7 @@ def test_tensors_one_level_down_are_refused_by_their_key(tmp_path: Path) -> None
 
 
 def test_a_state_dict_within_a_file_is_the_model(tmp_path: Path) -> None:
-    folder = save(tmp_path, {"epoch": 1, "state_dict": OrderedDict(a=torch.arange(3.0)), "lr": 0.1})
+    folder = save(tmp_path, {"epoch": torch.tensor(1), "state_dict": OrderedDict(a=torch.arange(3.0)), "lr": 0.1})
 
     checkpoint = opened(folder)
 

@@ -174,9 +174,9 @@ def _refuse_packed(members: Mapping[str, Member], where: str) -> None:
 
 
 def _unwrapped(found: Pairs) -> Pairs:
-    """Return what a file holds, with the tensors that it has under ``state_dict`` in the place of that."""
+    """Return what a file holds, where it has a ``state_dict`` with those tensors alone."""
     inner = [value for name, value in found if name == _WRAPPER and isinstance(value, Pairs)]
-    beside = [(name, value) for name, value in found if name != _WRAPPER]
+    beside = [(name, None if isinstance(value, Made) else value) for name, value in found if name != _WRAPPER]
     return Pairs([*inner[0], *beside]) if len(inner) == 1 else found
 
 

@@ -20,11 +20,13 @@ from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.cutting import Cutting, flags_of, merges_of
 from stockflow.checkpoints.tokens.vocabularies import (
     FORMS,
+    OF_PIECES,
     Ids,
     decoder_tokens,
     fast_tokenizer,
     items_of,
     json_of,
+    scores_of,
     token_map,
 )
 from stockflow.storage import Stamp, Store
@@ -293,6 +295,8 @@ def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:
             own = files.parsed(FAST, fast_tokenizer).cutting
         elif MERGES in files.stamps:
             own = files.parsed(MERGES, merges_of)
+        elif model := next((key for key in files.stamps if re.fullmatch(OF_PIECES, key)), None):
+            own = files.parsed(model, scores_of)
     return {**own, **flags_of(settings)}
 
 

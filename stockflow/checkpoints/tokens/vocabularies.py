@@ -6,6 +6,7 @@ bytes (tiktoken, Mistral's tekken), each byte is the letter that byte-level BPE 
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
@@ -150,11 +151,19 @@ def sentencepiece(payload: bytes) -> Ids:
     return _numbered(text.decode() for text in texts if text is not None)
 
 
+def scores_of(payload: bytes) -> Cutting:
+    """Return how the pieces of a SentencePiece model cut texts: their scores, and of which kind they are."""
+    pieces = [bytes(field) for number, field in _fields(memoryview(payload)) if number == 1]
+    return {"scores of pieces": hashlib.sha256(b"\0".join(pieces)).hexdigest()}
+
+
 def tokenizer_model(payload: bytes) -> Ids:
     """Return the vocabulary of a ``.model``: tiktoken's lines in some families, SentencePiece in the others."""
     return (tiktoken if _RANK.fullmatch(payload.partition(b"\n")[0]) else sentencepiece)(payload)
 
 
+OF_PIECES = r"(tokenizer|tiktoken|(sentence)?piece(\.bpe)?|spiece|spm)\.model(\.v\d+)?"
+"""Names of files of SentencePiece, in some families of tiktoken's lines."""
 FORMS: tuple[tuple[re.Pattern[str], Callable[[bytes], Ids]], ...] = tuple(
     (re.compile(pattern), read)
     for pattern, read in (
@@ -163,7 +172,7 @@ FORMS: tuple[tuple[re.Pattern[str], Callable[[bytes], Ids]], ...] = tuple(
         (r"vocab\.txt", token_lines),
         (r"tekken\.json", tekken),
         (r".+\.tiktoken", tiktoken),
-        (r"(tokenizer|tiktoken|(sentence)?piece(\.bpe)?|spiece|spm)\.model(\.v\d+)?", tokenizer_model),
+        (OF_PIECES, tokenizer_model),
     )
 )  # fmt: skip
 """Names of files that hold a vocabulary, and how each is read; loaders take the first one that is there."""

@@ -90,6 +90,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     uses.vocabularies_of_parts,
     uses.contradicting_files,
     uses.ends_of_texts,
+    uses.ends_of_turns,
 )
 """In the order in which their remarks are shown."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
+from stockflow.checkpoints.modules import MODULES_FILE
 from stockflow.checkpoints.pipelines import PIPELINE_FILE
 from stockflow.methods.protocol import Parameters
 from stockflow.planning.job import TensorJob
@@ -100,7 +101,8 @@ def missing_tokenizer(proposal: Proposal) -> Iterator[Remark]:
 
 def missing_config(proposal: Proposal) -> Iterator[Remark]:
     """Yield that there is no config to publish."""
-    if proposal.donor.config is None and PIPELINE_FILE not in proposal.donor.side_files:
+    of_parts = (PIPELINE_FILE, MODULES_FILE)
+    if proposal.donor.config is None and not any(key in proposal.donor.side_files for key in of_parts):
         url = redact(proposal.donor.url)
         yield Remark("no-config", f"{url} has no config.json, so the output will have none", models=(url,))
 

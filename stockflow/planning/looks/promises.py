@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.configs import Config, first, nonfinite, sections
-from stockflow.checkpoints.naming import OF_TRAINERS
+from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
@@ -14,7 +14,6 @@ from stockflow.text.strictjson import shown
 
 _STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_OF_ADAPTERS = (".modules_to_save.", ".original_module.", ".base_layer.weight", ".base_layer.bias")
 MAX_PARTS = 5
 """Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``."""
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -73,7 +72,7 @@ def missing_predictions(proposal: Proposal) -> Iterator[Remark]:
 
 def wrapped_by_adapters(proposal: Proposal) -> Iterator[Remark]:
     """Yield that heads or layers go out under the names that PEFT gives what it wraps, beside what they replaced."""
-    if names := _with_markers(proposal, _OF_ADAPTERS):
+    if names := _with_markers(proposal, OF_ADAPTERS):
         url = redact(proposal.donor.url)
         text = (
             f"{_so_many(names)} {are(len(names))} named as within an adapter, in {url} and all others: loaders know no "

@@ -14,6 +14,13 @@ from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 
+_MEASURED = (
+    *("_scale", "_quantizer._amax", "_fake_quant.scale"),
+    *("activation_post_process.min_val", "activation_post_process.max_val"),
+)
+"""Ends of the names of what was measured to quantise by; the first of some scales, the others are those of ModelOpt
+and torch.
+"""
 QUANTIZATION_FILES = (QUANTIZATION_FILE, "quantize_config.json", "quant_config.json")
 
 
@@ -81,8 +88,8 @@ def static_scales(proposal: Proposal) -> Iterator[Remark]:
 
 def averaged_scales(proposal: Proposal) -> Iterator[Remark]:
     """Yield that fixed scales of activations, or of a cache of keys and values, are merged as if they were weights."""
-    likely = (job.output.name for job in proposal.jobs if job.output.name.endswith("_scale") and not job.is_copy)
-    names = [name for name in likely if name.rpartition(".")[2] in STATIC_SCALES]
+    likely = (job.output.name for job in proposal.jobs if job.output.name.endswith(_MEASURED) and not job.is_copy)
+    names = [name for name in likely if name.rpartition(".")[2] in STATIC_SCALES or name.endswith(_MEASURED[1:])]
     if names:
         text = (
             f"{counted(len(names), 'fixed scale')} such as {in_a_line(names[0])}, of activations or of the cache of "

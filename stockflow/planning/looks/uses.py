@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from stockflow.checkpoints.configs import further_keys
 from stockflow.checkpoints.files.layout import folder_of
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.vocabulary.templates import chosen_template
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark, Severity
@@ -13,6 +14,8 @@ from stockflow.text.strictjson import shown
 
 NUM_SHOWN = 3
 """of tokens"""
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|end_of_turn|>")
+"""Tokens that chat templates write behind what one side says."""
 CHOOSES = "`stockflow: {side_files_from: MODEL}` takes another model's"
 
 
@@ -83,6 +86,27 @@ def ends_of_texts(proposal: Proposal) -> Iterator[Remark]:
             f"{shown(tokenizer.eos)} by its tokenizer, which is {own}"
         )
         yield Remark("tokens-disagree", text, "note", (url,), values={"eos_token_id": str(stated)})
+
+
+def ends_of_turns(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that the template which the recipe chooses ends turns with a token at which generation does not end."""
+    recipe, donor = proposal.recipe, proposal.recipe.vocabulary_donor
+    asked = chosen_template(recipe, proposal.tokenizers) if donor < len(proposal.tokenizers) else None
+    vocabulary = proposal.tokenizers[donor].vocabulary if asked else None
+    if not asked or vocabulary is None or recipe.vocabulary is not None:
+        return
+    tokenizer, url = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url)
+    turns = [token for token in END_OF_TURN if token in asked and token in vocabulary.ids]
+    stated = (tokenizer.generation or {}).get("eos_token_id", (proposal.config or {}).get("eos_token_id"))
+    ends = {*(stated if isinstance(stated, list) else [stated]), vocabulary.ids.get(tokenizer.eos or "")} - {None}
+    if turns and ends and ends.isdisjoint(vocabulary.ids[token] for token in turns):
+        said = ", ".join(f"{shown(token)} ({vocabulary.ids[token]})" for token in turns)
+        stops = ", ".join(sorted(map(str, ends)))
+        text = (
+            f"the chat template of the recipe ends turns with {said}, and by the files of {url} generation ends at "
+            f"{stops}: it would go on behind a turn; add that id to eos_token_id of generation_config.json"
+        )
+        yield Remark("tokens-disagree", text, "warning", (url,), values={"eos_token_id": shown(stated)})
 
 
 def contradicting_files(proposal: Proposal) -> Iterator[Remark]:
