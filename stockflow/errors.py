@@ -25,6 +25,7 @@ Each class also derives from the builtin a caller would catch, and takes one mes
 survives pickling between processes. Anything else that escapes is our bug (exit code 70).
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 EXIT_DIFFERENT = 1
@@ -63,6 +64,11 @@ class HeaderError(CheckpointError):
 
 class PlanError(UserError, ValueError):
     """The recipe and the checkpoints it names do not fit together."""
+
+    def __init__(self, text: str, remarks: Sequence[object] = ()) -> None:
+        """Take the message, and all that a plan would have remarked, what stands against it too."""
+        super().__init__(text)
+        self.remarks = remarks
 
 
 class BudgetError(UserError, MemoryError):

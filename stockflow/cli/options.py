@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, g
 import typer
 
 from stockflow.cli.exits import UnheardError, exit_codes, say, tell, write
-from stockflow.errors import EXIT_BUG, EXIT_USER, RecipeError, UserError
+from stockflow.errors import EXIT_BUG, EXIT_USER, PlanError, RecipeError, StockflowError, UserError
 from stockflow.settings import Setting, checked, choices_of, flag_of, settings_of
 from stockflow.text.redaction import redact
 
@@ -136,7 +136,7 @@ def command(
             said = {name: given.pop(name) for name in settings_of(Saying, Logging, Serving) if name in given}
             if tells_itself and said["progress"] == "auto" and not (said["quiet"] or said["as_json"]):
                 said["progress"] = "none"
-            with _told(said, delays=delays, resumes=resumes) as told:
+            with _told(said, delays=delays, resumes=resumes) as told, _refused_in_json(told):
                 answer = function(**given, told=told)
             try:
                 _print(answer, told)
@@ -208,6 +208,22 @@ def _option(name: str, declared: Any, setting: Setting, default: object) -> Para
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
+@contextmanager
+def _refused_in_json(told: Told) -> Iterator[None]:
+    """With ``--json`` say on standard output, too, why there is no answer: the error, and what a plan remarked."""
+    from stockflow.text.records import as_plain
+
+    try:
+        yield
+    except StockflowError as error:
+        if told.as_json:
+            facts = {"type": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
+            remarks = error.remarks if isinstance(error, PlanError) else ()
+            with suppress(UnheardError, BrokenPipeError):
+                write([json.dumps({"error": facts, "remarks": [as_plain(each) for each in remarks]}, indent=1), "\n"])
+        raise
+
+
 def _print(answer: Answer, told: Told) -> None:
     if told.as_json:
         write(answer.json_parts())
@@ -238,7 +254,6 @@ def with_progress(said: Mapping[str, Any], *, delay_s: float = 0.0) -> "Iterator
     Raises:
         UserError: progress and logs are asked for in two forms.
     """
-    from stockflow.errors import StockflowError
     from stockflow.progress.display import reporting
 
     progress, quiet, log_format = said["progress"], said["quiet"], said.get("log_format", "text")

@@ -118,7 +118,7 @@ def make_plan(
     remarks += (*followed.remarks, *rows_of_zeros(vocabulary, jobs), *chain(*(each.remarks for each in beside)))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
-        raise PlanError(_all_problems(problems))
+        raise PlanError(_all_problems(problems), remarks)
     donor = checkpoints[recipe.donor]
     if not jobs:
         reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"

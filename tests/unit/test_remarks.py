@@ -103,7 +103,21 @@ def test_the_command_line_refuses_warnings_and_accepts_what_is_unmerged(tmp_path
     (family.base / "config.json").unlink()
 
     refused = runs.invoke("plan", recipe, tmp_path / "out")
-    assert (refused.exit_code, "nothing is merged" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "nothing is merged" in refused.stderr, refused.stdout) == (2, True, "")
+    typed = runs.invoke("plan", recipe, tmp_path / "out", "--json")
+    found = json.loads(typed.stdout)
+    assert found["error"] == {
+        "type": "PlanError",
+        "exit_code": 2,
+        "message": typed.stderr.strip()[len("stockflow: ") :],
+    }
+    assert [(each["code"], each["severity"]) for each in found["remarks"]] == [
+        ("unmerged", "refusal"),
+        ("no-config", "warning"),
+    ]
+    for unread in ("plan", "merge", "inspect"):
+        missing = runs.invoke(unread, tmp_path / "none.yaml", *[tmp_path / "out"] * (unread != "inspect"), "--json")
+        assert json.loads(missing.stdout)["error"]["type"] == "NotFoundError"
     strict = runs.invoke("plan", recipe, tmp_path / "out", "--allow-unmerged", "--strict")
     assert (strict.exit_code, "[no-config, refused by --strict]" in strict.stderr) == (2, True)
     merged = runs.invoke("merge", recipe, tmp_path / "out", "--allow-unmerged")
