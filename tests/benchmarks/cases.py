@@ -24,6 +24,8 @@ METHOD_PARAMETERS: dict[str, dict[str, float]] = {
     "slerp": {"t": 0.5},
     "task_arithmetic": {"weight": 0.3},
     "ties": {"weight": 0.5, "density": 0.5},
+    "della": {"weight": 0.5, "density": 0.5},
+    "nearswap": {"t": 0.001},
 }
 """of the methods that need any"""
 BASE_FREE = ("linear",)
