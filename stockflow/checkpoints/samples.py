@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from stockflow.checkpoints.decodes.stored import plain
+from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled, plain
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.quantised import Stored
@@ -74,7 +74,9 @@ def _scales(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
     alike = [
         held.parts[1]
         for name, held in looked_at
-        if held.parts[1].dtype in WIDENED and all(_has_scales(each, name, held) for each in checkpoints)
+        if isinstance(held.decode, BlockScaled | GroupScaled)
+        and held.parts[1].dtype in WIDENED
+        and all(_has_scales(each, name, held) for each in checkpoints)
     ]
     return _spread(alike, NUM_SAMPLES)
 

@@ -522,6 +522,20 @@ def test_a_copy_of_an_adapter_on_the_same_model_is_said(tmp_path: Path) -> None:
     assert [each.models for each in said] == [tuple(f"{tmp_path}/base + {tmp_path}/{name}" for name in ("one", "copy"))]
 
 
+@pytest.mark.parametrize("form", ["plain factors", "modules saved whole"])
+def test_factors_that_were_drawn_apart_are_no_strangers(form: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    for name, scale in (("a", 1.0), ("b", -1.0)):
+        adapter = FORMS[form][0](SHAPES)
+        write_adapter(tmp_path / name, replace(adapter, tensors={k: scale * v for k, v in adapter.tensors.items()}))
+    models = [{"model": f"{tmp_path}/base+{tmp_path}/{name}", "parameters": {"weight": 1.0}} for name in "ab"]
+
+    planned = stockflow.plan({"merge_method": "linear", "models": models}, tmp_path / "out")
+
+    assert isinstance(planned, PlanResult)
+    assert [remark.text for remark in planned.plan.remarks if remark.severity != "note"] == []
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_no_secret_in_the_name_of_a_base_is_shown(alone: bool, tmp_path: Path) -> None:
     write_base(tmp_path / "base", SHAPES)
