@@ -1,6 +1,6 @@
 """Fixed numbers: integers, indices, masks and frequencies, carried over if all models agree and never averaged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from stockflow.planning.targets import OutputTensor
 from stockflow.text.strictjson import shown
 
 MAX_VALUES_SHOWN = 4
+_ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+"""How far rounding to a dtype may take a number of its normal range, relative to it, at most."""
 
 
 def is_fixed(target: OutputTensor) -> bool:
@@ -38,12 +40,23 @@ def carried_over(target: OutputTensor, operands: Mapping[int, Operand]) -> Tenso
     spec, order = target.spec, list(operands)
     known = {index: numbers for index in order if (numbers := _read(target, index)) is not None}
     first = known.get(order[0])
-    others = [index for index, numbers in known.items() if first is not None and not np.array_equal(numbers, first)]
+    dtypes = {index: target.source(index).dtype for index in order}
+    others = [
+        index
+        for index, numbers in known.items()
+        if first is not None and not _are_one(numbers, first, {dtypes[index], spec.dtype})
+    ]
     if others:
         return [_unlike(spec.name, {target.stretch.urls([index]): known[index] for index in (order[0], *others)})]
     if any(operand.decode.dtype != spec.dtype for operand in operands.values()):
         return copying(spec, (operands[order[0]],), COPY)
     return copying(spec, tuple(operands.values()), COPY_EQUAL)
+
+
+def _are_one(numbers: Floats, first: Floats, dtypes: Collection[str]) -> bool:
+    """Return whether numbers are equal, but for what the coarser one of two dtypes rounds away."""
+    tolerance = max(_ROUNDING.get(dtype, 0.0) for dtype in dtypes) if len(dtypes) > 1 else 0.0
+    return np.array_equal(numbers, first) or bool(tolerance and np.allclose(numbers, first, rtol=tolerance, atol=0))
 
 
 def _read(target: OutputTensor, index: int) -> Floats | None:

@@ -336,6 +336,7 @@ def test_a_model_without_config_is_named(merge: Merge) -> None:
     assert (said.code, said.severity, said.models) == ("no-config", "note", (str(merge.folders[2]),))
 
 
+SPARSE = ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"]
 BROKEN: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
     "kept": ({"num_hidden_layers": 2}, ["model.layers.0.a", "model.layers.1.a"], None),
     "too few": ({"num_hidden_layers": 3}, ["model.layers.0.a", "model.layers.1.a"], "num_hidden_layers: 3"),
@@ -368,6 +369,14 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
     "kinds of other layers": (
         {"num_hidden_layers": 1, "layer_types": ["full_attention"] * 2}, ["model.layers.0.a"], "layer_types: 2 of them",
     ),
+    "a dense layer": ({"num_hidden_layers": 2, "first_k_dense_replace": 1}, SPARSE, None),
+    "two dense layers": ({"num_hidden_layers": 2, "first_k_dense_replace": 2}, SPARSE, "first_k_dense_replace: 2"),
+    "Qwen's": ({"num_hidden_layers": 2, "decoder_sparse_step": 2, "num_experts": 4}, SPARSE, None),
+    "Qwen's lists": (
+        {"num_hidden_layers": 2, "decoder_sparse_step": 1, "num_experts": 4, "mlp_only_layers": [1]}, SPARSE,
+        "mlp_only_layers: [1]",
+    ),
+    "no experts": ({"num_hidden_layers": 2, "first_k_dense_replace": 0}, [*SPARSE[:1], "model.layers.1.a"], None),
     "MTP": ({"num_hidden_layers": 1, "mtp_num_hidden_layers": 1}, ["model.layers.0.a", "mtp.layers.0.a"], None),
     "MTP that is gone": (
         {"text_config": {"num_hidden_layers": 1, "mtp_num_hidden_layers": 1}}, ["model.language_model.layers.0.a"],

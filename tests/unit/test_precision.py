@@ -151,6 +151,17 @@ def test_masks_and_frequencies_are_carried_over_or_refused_where_they_differ(mer
     assert ("torch.nn.utils.prune.remove" if "weight_mask" in name else "a rule with `action: copy`") in found
 
 
+def test_frequencies_that_tunes_store_rounded_are_the_donors(merge: Merge) -> None:
+    value = NO_WEIGHTS["layers.0.rotary_emb.inv_freq"]
+    plan = add(merge, "rope.inv_freq", value, value.bfloat16(), value.half()).write(config={}).plan()
+
+    assert (jobs_of(plan)["rope.inv_freq"].method, jobs_of(plan)["rope.inv_freq"].output.dtype) == (COPY, "F32")
+    assert (
+        "is not equal in all models"
+        in add(merge, "rope.inv_freq", value, *[value.half() * 1.01] * 2).write(config={}).refusal()
+    )
+
+
 def test_tokens_of_a_draft_that_differ_are_not_advised_to_be_copied(merge: Merge) -> None:
     found = add(merge, "d2t", torch.arange(4), torch.arange(4), torch.arange(4) + 1).write(config={}).refusal()
 

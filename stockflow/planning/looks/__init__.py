@@ -57,6 +57,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     experts.single_units,
     experts.kept_parts,
     promises.missing_layers,
+    promises.layers_of_experts,
     promises.missing_predictions,
     promises.wrapped_names,
     promises.wrapped_by_adapters,

@@ -1,9 +1,10 @@
 """Promises of the published config that no written tensor keeps: layers, prediction layers, a head of its own."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.configs import Config, first, nonfinite, sections
+from stockflow.checkpoints.heads import is_of_language
 from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
@@ -14,18 +15,17 @@ from stockflow.text.strictjson import shown
 
 _STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-MAX_PARTS = 5
-"""Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``."""
+_FEED_FORWARD = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.(?:mlp|feed_forward)\.(experts|gate_proj|gate_up_proj)\b")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
 """Say that layers share tensors, or are counted otherwise."""
 
 
-def stacks(names: Mapping[str, object] | Iterator[str]) -> dict[str, set[int]]:
+def stacks(begins: Iterable[str]) -> dict[str, set[int]]:
     """Return the numbers of layers by what stands before them: ``model.layers.`` to 0, 1, 2."""
     found: dict[str, set[int]] = {}
-    for begin in {".".join(name.split(".", MAX_PARTS)[:MAX_PARTS]) + "." for name in names}:
-        place = _STACK.search(begin)
+    for begin in begins:
+        place = _STACK.search(f"{begin}.")
         if place:
             found.setdefault(begin[: place.end()], set()).add(int(place[1]))
     return found
@@ -35,7 +35,7 @@ def missing_layers(proposal: Proposal) -> Iterator[Remark]:
     """Yield which sections of the published config speak of other numbers of layers than are written."""
     config = proposal.config or {}
     speaks = any(key in section for _, section in sections(config) for key in _NUM_LAYERS)
-    found = stacks(job.output.name for job in proposal.jobs) if speaks else {}
+    found = stacks(proposal.begins) if speaks else {}
     whole = {len(numbers) for numbers in found.values() if max(numbers) + 1 == len(numbers)}
     for path, section in sections(config) if found else ():
         counted_otherwise = any(each in section for each in _OTHERWISE_COUNTED)
@@ -54,6 +54,37 @@ def missing_layers(proposal: Proposal) -> Iterator[Remark]:
 def _num_predicted(section: Config) -> int:
     number = NUM_PREDICTED(section)
     return number if isinstance(number, int) else 0
+
+
+def layers_of_experts(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which layers have experts where the published config says that they have none, or the other way round."""
+    for path, section in sections(proposal.config or {}):
+        says, number = _says_experts(section), first(*_NUM_LAYERS)(section)
+        if says is None or not isinstance(number, int) or not is_of_language(path):
+            continue
+        found = filter(None, map(_FEED_FORWARD.search, proposal.begins))
+        held = dict(sorted({(int(each[1]), each[2] == "experts") for each in found}))
+        key, has_experts = says
+        wrong = [layer for layer, is_so in held.items() if layer < number and is_so != has_experts(layer)]
+        if wrong and any(held.values()):
+            kept = "has experts" if held[wrong[0]] else "has none"
+            many = f"{counted(len(wrong), 'layer')} it is otherwise: layer {wrong[0]} {kept}"
+            yield _broken(proposal, path + key, section[key], f"by that, which layers have experts, in {many}")
+
+
+def _says_experts(section: Config) -> tuple[str, Callable[[int], bool]] | None:
+    """Return by which key a section says which layers have experts, and what it says; None if it does not.
+
+    Source: the decoder layers of DeepSeek-V3 and of Qwen's mixtures in transformers.
+    """
+    dense, every = section.get("first_k_dense_replace"), section.get("moe_layer_freq", 1)
+    if isinstance(dense, int) and isinstance(every, int) and every > 0:
+        return "first_k_dense_replace", lambda layer: layer >= dense and layer % every == 0
+    step, alone = section.get("decoder_sparse_step"), section.get("mlp_only_layers") or []
+    if isinstance(step, int) and step > 0 and isinstance(alone, list) and section.get("num_experts"):
+        key = "mlp_only_layers" if alone else "decoder_sparse_step"
+        return key, lambda layer: layer not in alone and (layer + 1) % step == 0
+    return None
 
 
 def missing_predictions(proposal: Proposal) -> Iterator[Remark]:

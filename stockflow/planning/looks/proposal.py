@@ -12,6 +12,9 @@ from stockflow.planning.job import TensorJob
 from stockflow.planning.targets import Stacking
 from stockflow.recipe import Recipe
 
+NUM_PARTS = 5
+"""Of a name, within which its layer stands: ``vision_tower.vision_model.encoder.layers.0``, and what holds experts."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -44,6 +47,11 @@ class Proposal:
     def side_files_donor(self) -> Checkpoint:
         """Gives tokenizer and other small files."""
         return self.checkpoints[self.recipe.side_files_donor]
+
+    @cached_property
+    def begins(self) -> frozenset[str]:
+        """The first parts of the names that are written, within which a layer and its module stand."""
+        return frozenset(".".join(job.output.name.split(".", NUM_PARTS)[:NUM_PARTS]) for job in self.jobs)
 
     @cached_property
     def folders(self) -> Mapping[str, bool]:
