@@ -120,6 +120,18 @@ CASES: dict[str, Case] = {
         {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
         "Mixtral",
     ),
+    "modules of Mixtral": Case(
+        {"target_modules": ["q_proj", "w1", "w3", "w2"], "rank_pattern": {"w2": 2}, "alpha_pattern": {"w2": 5}},
+        {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "Mixtral",
+    ),
+    "modules of Qwen3-MoE": Case({"target_modules": ["down_proj"], "use_rslora": True}, MOE, "Qwen3Moe"),
+    "modules of GPT-NeoX": Case({"target_modules": "all-linear", "modules_to_save": ["lm_head"]}, family="GPTNeoX"),
+    "experts of MiniMax-M2": Case(
+        {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
+        {"intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "MiniMaxM2",
+    ),
     "square experts of [in, out]": Case(
         {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, GPT_OSS, "GptOss"
     ),

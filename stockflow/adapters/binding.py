@@ -212,9 +212,7 @@ def _key_start(module: str) -> str:
 
 
 def _is_of_experts(source: AdapterSource, module: str) -> bool:
-    targets = {target.rpartition(".")[0] for target in source.adapter.config.target_parameters}
-    root = module.removesuffix(NESTED)
-    return any(f".{root}".endswith(f".{target}") for target in targets)
+    return bool(source.adapter.config.parameters_of(module.removesuffix(NESTED)))
 
 
 def coefficients(recipe: Recipe, name: str, num_sources: int) -> Sequence[float]:

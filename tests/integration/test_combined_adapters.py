@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,15 @@ def _replaced(name: str, value: torch.Tensor) -> Adapter:
         ([adapters.linear(SHAPES), adapters.linear({Q: (48, 40)})], "of several shapes: [48, 40] and [48, 48]"),
         (
             [adapters.of_experts("model.layers.0.mlp.experts", {"down_proj": (4, 8, 6)}, ["down_proj"])],
+            "of all experts of a layer at once",
+        ),
+        (
+            [
+                replace(
+                    adapters.of_experts("model.layers.0.mlp.experts", {"down_proj": (4, 8, 6)}, ["down_proj"]),
+                    config={"target_parameters": ["down_proj"]},
+                )
+            ],
             "of all experts of a layer at once",
         ),
     ],

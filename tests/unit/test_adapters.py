@@ -42,6 +42,13 @@ FORMS: dict[str, tuple[Callable[[Mapping[str, Any]], Adapter], Mapping[str, tupl
     "biases": (adapters.biased, SHAPES | BIASES),
     "two parameters of experts": (lambda _: adapters.of_experts(EXPERTS, FUSED, list(FUSED)), SHAPES | MOE),
     "one parameter of experts": (lambda _: adapters.of_experts(EXPERTS, FUSED, ["down_proj"]), SHAPES | MOE),
+    "parameters of experts that are named alone": (
+        lambda _: replace(
+            made := adapters.of_experts(EXPERTS, FUSED, list(FUSED)),
+            config={**made.config, "target_parameters": list(FUSED)},
+        ),
+        SHAPES | MOE,
+    ),
     "experts of [in, out]": (
         lambda _: adapters.of_experts(EXPERTS, FUSED, list(FUSED), is_turned=True),
         SHAPES | TURNED,

@@ -71,6 +71,14 @@ class AdapterConfig:
         alike = (indices for name, indices in self.token_indices.items() if _ends_with(module, name))
         return next(alike, next(iter(self.token_indices.values()), ()))
 
+    def parameters_of(self, module: str) -> set[str]:
+        """Return the parameters of a module that are adapted by themselves: all matrices of a layer's experts.
+
+        Of targets that PEFT made of an older model's modules only the parameter is named.
+        """
+        named = (target.rpartition(".") for target in self.target_parameters)
+        return {parameter for owner, _, parameter in named if _ends_with(module, owner or "experts")}
+
     def saves(self, module: str) -> bool:
         """Return whether a module is saved whole."""
         return any(_ends_with(module, name) for name in self.modules_to_save)

@@ -90,11 +90,7 @@ def _change(
 
 def _targets(adapter: Adapter, root: str) -> list[str]:
     """Return the parameters of a module that are adapted, in the order in which models declare them."""
-    found = {
-        parameter
-        for module, _, parameter in (target.rpartition(".") for target in adapter.config.target_parameters)
-        if f".{root}".endswith(f".{module}")
-    }
+    found = adapter.config.parameters_of(root)
     return sorted(found, key=lambda name: ("down" in name or name.endswith("output_linear"), name))
 
 
