@@ -224,6 +224,8 @@ TOKEN_IDS = r".*_token_(ids?|index)|(begin_)?suppress_tokens|bad_words_ids"
 """keys of ids of tokens"""
 _OF_TOKENS = re.compile(rf"{TOKEN_IDS}|forced_decoder_ids")
 _OF_TEXTS = re.compile(r"(bos|eos|pad|unk|sep|cls)_.*")
+_FORBIDDEN = re.compile(r"(begin_)?suppress_tokens|bad_words_ids")
+"""keys of tokens that decoding does not choose, whatever a model was trained with"""
 
 
 def is_of_tokens(key: str) -> bool:
@@ -238,7 +240,7 @@ def token_keys(section: Config) -> list[str]:
     """
     classes = section.get("architectures")
     classifies = "SequenceClassification" in str(classes[0]) if isinstance(classes, list) and classes else False
-    own = [key for key in section if is_of_tokens(key)]
+    own = [key for key in section if is_of_tokens(key) and not _FORBIDDEN.fullmatch(key)]
     return [key for key in own if not _OF_TEXTS.fullmatch(key) or (classifies and key == "pad_token_id")]
 
 

@@ -290,6 +290,7 @@ ALONE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
     "the filling": (KEYS, "note", GEMMA3, within(GEMMA3, "text_config", pad_token_id=0), "text_config.pad_token_id"),
     "the begin of a decoder": (CONFIG, "warning", T5, {**T5, "decoder_start_token_id": 0}, "decoder_start_token_id"),
     "a token that is forced": (CONFIG, "warning", T5, {**T5, "forced_bos_token_id": 1}, "forced_bos_token_id"),
+    "tokens that are not chosen": (KEYS, "note", LLAMA, {**LLAMA, "suppress_tokens": [1]}, "suppress_tokens"),
     "labels": (CONFIG, "warning", LLAMA, {**LLAMA, "id2label": {"0": "safe", "1": "unsafe"}}, "id2label"),
 }
 

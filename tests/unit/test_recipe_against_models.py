@@ -73,6 +73,19 @@ def test_rules_and_values_that_are_never_reached_are_said(tmp_path: Path) -> Non
     ]
 
 
+def test_rules_and_values_that_say_what_one_before_them_says_are_no_mistake(tmp_path: Path) -> None:
+    rules = [{"filter": "layers", "action": "copy"}, {"filter": "layers.1", "action": "copy"}]
+    values = [{"filter": "layers", "value": 0.5}, {"filter": "layers.1", "value": 0.5}, {"value": 1.0}]
+
+    plan = (
+        Merge(tmp_path)
+        .write()
+        .plan(merge_method="task_arithmetic", parameters={"weight": values}, stockflow={"rules": rules})
+    )
+
+    assert [remark for remark in remarks(plan, "matches-nothing") if "never reached" in remark.text] == []
+
+
 def test_filters_in_slices_are_told_of_too(tmp_path: Path) -> None:
     merge = Merge(tmp_path).write()
     sources = [

@@ -238,6 +238,7 @@ OF_TRANSFORMERS = (
 TOKEN = fast(LETTERS, more=added("<|im_end|>", start=10))
 OTHER = fast(LETTERS, more=added("<pad>", start=10))
 BEYOND = fast(LETTERS, more=added("<pad>", start=12))
+FORCED = FAST | {"config.json": '{"model_type": "llama", "vocab_size": 12, "forced_bos_token_id": 0}'}
 SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
     "tunes with a token in a padded row": ((FAST, TOKEN), {"tokens-missing": "warning"}),
     "one tune with a token": ((FAST, TOKEN, FAST), {"tokens-missing": "warning"}),
@@ -298,6 +299,10 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
     "a token that one tune forces": (
         (FAST, FAST | {"generation_config.json": '{"forced_bos_token_id": 0}'}, FAST),
         {"config-differs": "warning", "not-taken": "note"},
+    ),
+    "a token that one tune forces by a file and the others by their config": (
+        (FORCED, FORCED | {"generation_config.json": '{"forced_bos_token_id": 0}'}, FORCED),
+        {"not-taken": "note"},
     ),
     "a template that breaks off": (
         (FAST | {"chat_template.jinja": CHATML[:-6]}, FAST | {"chat_template.jinja": CHATML[:-6]}),

@@ -217,12 +217,19 @@ def _of_models(proposal: Proposal) -> Configs:
 
 
 def _of_generation(proposal: Proposal) -> Sequence[dict[str, Config]]:
-    """Return what generation_config.json of each model says of tokens, if any has one."""
+    """Return what generation_config.json of each model says of tokens, if any has one: else loaders ask config.json."""
     given = [each.generation for each in proposal.tokenizers]
     if not any(given):
         return [{}] * len(proposal.checkpoints)
-    ids = [{key: value for key, value in (each or {}).items() if is_of_tokens(key)} for each in given]
-    return [{f"{GENERATION_CONFIG}: ": each} for each in ids]
+    models = zip(proposal.checkpoints, given, strict=False)
+    said = [_of_language(each.config) if own is None else own for each, own in models]
+    return [{f"{GENERATION_CONFIG}: ": {key: own[key] for key in own if is_of_tokens(key)}} for own in said]
+
+
+def _of_language(config: Config | None) -> Config:
+    """Return what the sections of a config say that are of a language model, the outermost first."""
+    found = [section for path, section in sections(config or {}) if is_of_language(path)]
+    return {key: value for section in reversed(found) for key, value in section.items()}
 
 
 def _of_components(proposal: Proposal) -> Iterator[Configs]:

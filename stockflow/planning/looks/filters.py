@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.recipe.settings import matches
+from stockflow.recipe.options import Rule
+from stockflow.recipe.settings import Conditional, matches
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
 
@@ -35,19 +36,20 @@ def shadowed_filters(proposal: Proposal) -> Iterator[Remark]:
     """Yield rules and values that are never reached, as one before them is for the same tensors, and more."""
     recipe = proposal.recipe
     values = [each.values() for each in (recipe.parameters, *(model.parameters for model in recipe.models))]
-    for text, before in _shadowed([rule.filter for rule in recipe.stockflow.rules]):
+    for text, before in _shadowed(recipe.stockflow.rules):
         yield _never_reached(proposal, "a rule", "refusal", text, before)
     for setting in (setting for settings in values for setting in settings):
-        for text, before in _shadowed([item.filter for item in setting]):
+        for text, before in _shadowed(setting):
             yield _never_reached(proposal, "a value", "warning", text, before)
 
 
-def _shadowed(texts: Sequence[str | None]) -> Iterator[tuple[str, str]]:
-    """Yield filters that one before them, empty where it is none, is for all tensors of."""
-    for number, text in enumerate(texts):
-        found = [each or "" for each in texts[:number] if matches(each, text or "")]
-        if found and text and text != "*":
-            yield text, found[0]
+def _shadowed(items: Sequence[Rule | Conditional]) -> Iterator[tuple[str, str]]:
+    """Yield filters that one before them, empty where it is none, is for all tensors of, and says something else."""
+    for number, item in enumerate(items):
+        text = item.filter or "*"
+        found = next((each for each in items[:number] if matches(each.filter, text)), None)
+        if found and text != "*" and found != item.model_copy(update={"filter": found.filter}):
+            yield text, found.filter or ""
 
 
 def _never_reached(proposal: Proposal, what: str, severity: Severity, text: str, before: str) -> Remark:
