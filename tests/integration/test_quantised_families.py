@@ -157,8 +157,8 @@ def headers(folder: Path) -> dict[str, tuple[Any, ...]]:
     return {name: (tensor.dtype, tensor.shape) for shard in shards for name, tensor in shard.items()}
 
 
+@pytest.mark.slow
 def test_what_is_kept_in_fp8_loads_and_speaks_like_its_twin_in_bf16(deepseek: Family) -> None:
-    pytest.importorskip("accelerate")
     tokens = torch.arange(90).reshape(3, 30)
     logits = {}
     for name, asked in (("kept", {}), ("twin", {"dtype": "bfloat16"})):
