@@ -179,6 +179,20 @@ def test_what_else_components_say_is_a_warning_once(pipelines: Family, tmp_path:
     assert "{'shift_factor': 1}" in said["side-files-differ"].text
 
 
+def test_what_newer_versions_write_of_components_is_a_note(pipelines: Family, tmp_path: Path) -> None:
+    for folder in pipelines.tuned:
+        (folder / "vae" / "config.json").write_text('{"number": 5, "scaling_factor": 0.18215, "shift_factor": null}')
+        (folder / "unet" / "config.json").write_text('{"number": 5, "class_embed_type": null, "dropout": 0.0}')
+    for part in ("vae", "unet"):
+        (pipelines.base / part / "config.json").write_text('{"number": 5}')
+
+    remarks = stockflow.plan(recipe_of(pipelines, tmp_path), tmp_path / "out").plan.remarks
+
+    (said,) = [each for each in remarks if "/config.json of" in each.text]
+    assert (said.code, said.severity) == ("side-files-differ", "note")
+    assert "{'scaling_factor': 0.18215}" in said.text
+
+
 def test_tokens_of_a_part_that_have_other_ids_are_refused(pipelines: Family, tmp_path: Path) -> None:
     for number, folder in enumerate((pipelines.base, *pipelines.tuned)):
         ids = {"a": 0, "b": 1, "c": 2} if number < 2 else {"a": 0, "b": 2, "c": 1}

@@ -238,6 +238,11 @@ OF_TRANSFORMERS = (
 TOKEN = fast(LETTERS, more=added("<|im_end|>", start=10))
 OTHER = fast(LETTERS, more=added("<pad>", start=10))
 BEYOND = fast(LETTERS, more=added("<pad>", start=12))
+UNCHOSEN = {
+    "model_type": "SentenceTransformer",
+    "similarity_fn_name": "cosine",
+    "prompts": {"query": "", "document": ""},
+}
 FORCED = FAST | {"config.json": '{"model_type": "llama", "vocab_size": 12, "forced_bos_token_id": 0}'}
 SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
     "tunes with a token in a padded row": ((FAST, TOKEN), {"tokens-missing": "warning"}),
@@ -366,6 +371,20 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
             FAST | {"modules.json": '[{"path": "", "type": "x.Transformer"}, {"path": "1", "type": "x.Normalize"}]'},
         ),
         {"side-files-differ": "warning", "missing-files": "warning"},
+    ),
+    "what sentence-transformers writes where nothing was chosen": (
+        (
+            FAST | {"config_sentence_transformers.json": '{"default_prompt_name": null}'},
+            FAST | {"config_sentence_transformers.json": json.dumps(UNCHOSEN)},
+        ),
+        {},
+    ),
+    "a prompt that tunes were trained with": (
+        (
+            FAST | {"config_sentence_transformers.json": '{"prompts": {}}'},
+            FAST | {"config_sentence_transformers.json": json.dumps(UNCHOSEN | {"prompts": {"query": "query: "}})},
+        ),
+        {"side-files-differ": "warning"},
     ),
     "a generation config of another version": (
         (

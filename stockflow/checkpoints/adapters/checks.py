@@ -91,9 +91,11 @@ def on_task(ground: Ground, adapter: Adapter, brought: Sequence[TensorSpec]) -> 
     if not brought and not classes:
         return
     heads = ", ".join(f"{shown(spec.name)} {list(spec.shape)}" for spec in brought[:NUM_NAMED])
+    named, loaded = (f"is of {shown(classes[0])}", "as that") if classes else ("names no class", "by its type alone")
+    lost = f"loaded {loaded}, the output is without {heads}" if brought else "the head that was trained is not there"
+    trained = f"was trained for {shown(task)}" if task else "does not say for which task it was trained"
     text = (
-        f"{adapter.where} was trained for {shown(task)}, and {ground.where} is of {shown((*classes, None)[0])}: "
-        f"{f'loaded as that, the output is without {heads}' if brought else 'the head that was trained is not there'}. "
+        f"{adapter.where} {trained}, and {ground.where} {named}: {lost}. "
         "Put the adapter on a model of the class that it was trained on; accept this if the output is loaded as one"
     )
     yield Remark("adapter-task", text, "refusal", (adapter.where,), tuple(spec.name for spec in brought))

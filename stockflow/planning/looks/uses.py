@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from stockflow.checkpoints.configs import further_keys
+from stockflow.checkpoints.configs import Config, further_keys, says_nothing
 from stockflow.checkpoints.files.layout import folder_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.vocabulary.templates import chosen_template
@@ -16,6 +16,13 @@ NUM_SHOWN = 3
 """of tokens"""
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|end_of_turn|>")
 """Tokens that chat templates write behind what one side says."""
+_WRITTEN = {
+    "include_prompt": True,
+    "model_type": "SentenceTransformer",
+    "similarity_fn_name": "cosine",
+    "prompts": {"query": "", "document": ""},
+}
+"""What sentence-transformers 5 writes where nothing was chosen."""
 CHOOSES = "`stockflow: {side_files_from: MODEL}` takes another model's"
 
 
@@ -26,7 +33,7 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
         return
     url = redact(proposal.checkpoints[donor].url)
     for key, whole in proposal.tokenizers[donor].uses.items():
-        telling = further_keys if key in proposal.merged_configs else dict[str, object]  # what else it says is compared
+        telling = further_keys if key in proposal.merged_configs else dict  # what else it says is compared
         own = telling(whole)
         tunes = {
             redact(each.url): telling(tokenizer.uses.get(key, whole))
@@ -35,16 +42,26 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
             )
             if location != recipe.base_model and each.url != proposal.checkpoints[donor].url
         }
-        others = {model: theirs for model, theirs in tunes.items() if theirs != own}
+        others = {model: theirs for model, theirs in tunes.items() if _unlike(own, theirs)}
         if others:
-            names = {
-                name for theirs in others.values() for name in {*own, *theirs} if own.get(name) != theirs.get(name)
-            }
+            names = {name for theirs in others.values() for name in _unlike(own, theirs)}
             values = {model: _brief(theirs, names) for model, theirs in {url: own, **others}.items()}
             said = ", ".join(f"{value} in {model}" for model, value in values.items() if model != url)
             text = f"{in_a_line(key)} of {url} goes out, with {values[url]}; {said}; {CHOOSES}"
-            severity: Severity = "warning" if len(others) == len(tunes) else "note"
+            is_known = telling is dict or any(names & own.keys() & theirs.keys() for theirs in others.values())
+            severity: Severity = "warning" if is_known and len(others) == len(tunes) else "note"
             yield Remark("side-files-differ", text, severity, (url,), values=values)
+
+
+def _unlike(one: Config, other: Config) -> set[str]:
+    """Return the keys of which two say different things, where what one does not say is as loaders take it then."""
+    pairs = {name: (one.get(name), other.get(name)) for name in {*one, *other}}
+    return {name for name, (own, theirs) in pairs.items() if own != theirs and not _is_unsaid(name, own, theirs)}
+
+
+def _is_unsaid(name: str, own: object, theirs: object) -> bool:
+    silent, said = (own, theirs) if own in (None, {}) else (theirs, own)
+    return silent in (None, {}) and (says_nothing(said) or said == _WRITTEN.get(name))
 
 
 def vocabularies_of_parts(proposal: Proposal) -> Iterator[Remark]:
