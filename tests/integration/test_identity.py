@@ -224,6 +224,15 @@ def test_a_copy_among_the_models_of_a_module_is_proved(tmp_path: Path, family: F
     assert proof.models == (str(tmp_path / "copy"), str(family.base))
 
 
+@pytest.mark.parametrize(("epsilon", "expected"), [(1e-7, []), (1e3, ["far-values"])])
+def test_changes_that_are_all_below_what_a_method_counts_are_said(
+    epsilon: float, expected: list[str], tmp_path: Path, family: Family
+) -> None:
+    recipe = recipe_at(tmp_path, family.base, *family.tuned, merge_method="ram", parameters={"epsilon": epsilon})
+
+    assert codes(planned(recipe)) == expected
+
+
 def test_a_tune_that_is_another_ones_copy_is_proved(tmp_path: Path, family: Family) -> None:
     shutil.copytree(family.tuned[0], tmp_path / "copy")
     recipe = recipe_at(tmp_path, family.base, family.tuned[0], tmp_path / "copy")

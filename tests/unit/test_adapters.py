@@ -677,6 +677,23 @@ def remarks(root: Path) -> dict[str, str]:
     return {each.code: str(each) for each in opened.remarks}
 
 
+def test_modules_that_were_trained_are_there_or_missed(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES, ["q_proj"]), target_modules=["q_proj"])
+    assert "adapter-part" not in remarks(tmp_path)
+
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES, ["q_proj"]), target_modules=["q_proj", "down_proj"])
+    num = sum(name.endswith("q_proj.weight") for name in SHAPES)
+    expected = (
+        f"says that {2 * num} weights of {tmp_path}/base were trained (`target_modules`), and has nothing for {num}"
+    )
+    assert expected in remarks(tmp_path)["adapter-part"]
+
+    narrowed = {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["down_proj"]}
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES, ["q_proj"]), **narrowed)
+    assert "adapter-part" not in remarks(tmp_path)
+
+
 @pytest.mark.parametrize("said", ["all", "lora_only"])
 def test_biases_that_were_trained_are_there_or_missed(said: str, tmp_path: Path) -> None:
     write_base(tmp_path / "base", SHAPES | BIASES)

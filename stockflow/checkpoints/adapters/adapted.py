@@ -5,7 +5,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from stockflow.checkpoints.adapters.checks import Parts, check_promises, check_vocabulary, on_biases, on_task
+from stockflow.checkpoints.adapters.checks import (
+    Parts,
+    check_promises,
+    check_vocabulary,
+    on_biases,
+    on_targets,
+    on_task,
+)
 from stockflow.checkpoints.adapters.config import AdapterConfig, ModuleScales
 from stockflow.checkpoints.adapters.experts import expert_factors
 from stockflow.checkpoints.adapters.ground import Ground, stores_turned
@@ -65,7 +72,11 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
     check_promises(ground, adapter, modules)
     binder.untie()
     check_vocabulary(ground, adapter, binder.made.specs)
-    binder.made.remarks = (*on_biases(ground, adapter, modules), *on_task(ground, adapter, binder.brought()))
+    binder.made.remarks = (
+        *on_biases(ground, adapter, modules),
+        *on_targets(ground, adapter, modules),
+        *on_task(ground, adapter, binder.brought()),
+    )
     return binder.made
 
 

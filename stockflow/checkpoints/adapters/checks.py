@@ -8,6 +8,7 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.heads import may_be_tied, tied_names
 from stockflow.errors import CheckpointError
 from stockflow.text.remarks import Remark
+from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
 NUM_NAMED = 5
@@ -79,6 +80,22 @@ def on_biases(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) ->
         )
     text = f"{adapter.where} says that biases were trained (`bias: {said}`); neither it nor {ground.where} has any"
     yield Remark("adapter-biases", text, "note", (adapter.where,))
+
+
+def on_targets(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> Iterator[Remark]:
+    """Yield that matrices of the base are said to be trained for which nothing is there."""
+    ends = tuple(f".{target}.weight" for target in adapter.config.targets)
+    said = [name for name, spec in ground.specs.items() if len(spec.shape) == 2 and f".{name}".endswith(ends)]
+    held = {ground.names.find(f"{module}.weight") for module in modules} if said else set()
+    lost = [name for name in said if name not in held]
+    if lost:
+        was = "was" if len(said) == 1 else "were"
+        text = (
+            f"{adapter.where} says that {counted(len(said), 'weight')} of {ground.where} {was} trained "
+            f"(`target_modules`), and has nothing for {len(lost)} of them, such as {shown(lost[0])}: they stay as they "
+            "are; fetch it again, or save it whole"
+        )
+        yield Remark("adapter-part", text, "warning", (adapter.where,), tuple(lost))
 
 
 def on_task(ground: Ground, adapter: Adapter, brought: Sequence[TensorSpec]) -> Iterator[Remark]:

@@ -51,6 +51,8 @@ class AdapterConfig:
     """whether it is of DoRA, which stores the lengths of rows beside the factors"""
     biases: str
     """which were trained along: ``none``, ``lora_only`` or ``all``"""
+    targets: tuple[str, ...]
+    """which modules were trained, by the ends of their names; none where it is a pattern that says so, or layers"""
     modules_to_save: tuple[str, ...]
     token_indices: Mapping[str, tuple[int, ...]]
     """by the name of a module, the rows that are replaced"""
@@ -158,6 +160,7 @@ def _parsed(given: object) -> AdapterConfig:
         fan_in_fan_out=_read(given, "fan_in_fan_out", _flag, False),
         has_lengths=_read(given, "use_dora", _flag, False),
         biases=_read(given, "bias", _text, "none"),
+        targets=_targets(given),
         modules_to_save=_read(given, "modules_to_save", _names, ()),
         token_indices=_read(given, "trainable_token_indices", _tokens, {}),
         target_parameters=_read(given, "target_parameters", _names, ()),
@@ -167,6 +170,12 @@ def _parsed(given: object) -> AdapterConfig:
         base=f"{base}@{revision}" if base and is_pinned else base if base and isinstance(base, str) else None,
         task=_read(given, "task_type", _text, "") or None,
     )
+
+
+def _targets(given: Mapping[str, object]) -> tuple[str, ...]:
+    is_narrowed = any(given.get(key) not in (None, []) for key in ("layers_to_transform", "exclude_modules"))
+    targets = given.get("target_modules")
+    return () if is_narrowed or not isinstance(targets, list) else tuple(map(str, targets))
 
 
 def _refuse_others(given: Mapping[str, object]) -> None:

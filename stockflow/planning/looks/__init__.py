@@ -80,6 +80,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     adapters.factors_inside,
     kinship.copies,
     kinship.strangers,
+    kinship.small_changes,
     kinship.zeros,
     tokenizers.differing_vocabularies,
     cutting.other_cutting,

@@ -15,6 +15,10 @@ STRANGER = 1.0
 """Of the weights' own size: a difference that large is no tune's. Of two unrelated models it is sqrt(2)."""
 
 
+_OF_CHANGES = ("ram", "ramplus_tl")
+"""Methods that count changes above their epsilon only."""
+
+
 def copies(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are the same wherever they were looked at."""
     whole = [each for each in _sampled(proposal) if len(halves_of(each[0])) == 1]  # adapters leave most of a base alone
@@ -60,6 +64,20 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
             continue
         text = f"{url} differs from {base} {said} tensors stored another way round, though of equal shapes"
         yield Remark("stranger", text, models=(url,), tensors=names, values={url: f"{whole:.3g}"})
+
+
+def small_changes(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that no change is as large as those that a method counts, so that the output is the base."""
+    limits = [job.result.parameters.shared["epsilon"] for job in proposal.jobs if job.result.method in _OF_CHANGES]
+    (base, own), *others = (_sampled(proposal) if limits else []) or [("", ())]
+    pairs = [pair for _, samples in others for pair in zip(own, samples, strict=True)]
+    apart = [float(np.abs(two.values - one.values).max(initial=0.0)) for one, two in pairs]
+    if apart and max(apart) < min(map(float, limits)):
+        text = (
+            f"`epsilon: {min(limits):g}` is more than any change that was looked at ({max(apart):.3g} at most): where "
+            f"none is larger, the output is {base}"
+        )
+        yield Remark("far-values", text)
 
 
 def zeros(proposal: Proposal) -> Iterator[Remark]:
