@@ -196,6 +196,7 @@ def test_what_was_measured_to_quantise_by_is_said(tmp_path: Path, name: str) -> 
     (told,) = remarks(merge.write().plan(), "static-scales")
 
     assert (told.severity, told.tensors) == ("warning", (name,))
+    assert told.text.endswith("leaves such scales out, and they are measured anew")
 
 
 def test_what_an_adapter_wrapped_in_all_tunes_is_not_looked_for_in_a_base(tmp_path: Path) -> None:

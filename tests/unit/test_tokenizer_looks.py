@@ -463,13 +463,23 @@ def step(**parts: Any) -> Files:
 def test_a_template_whose_turns_end_where_generation_does_not_is_said(
     tmp_path: Path, eos: object, is_said: bool
 ) -> None:
-    tokens = fast({"a": 0, "b": 1, "<|im_start|>": 2, "<|im_end|>": 3})
+    tokens = fast({"</s>": 0, "b": 1, "<|im_start|>": 2, "<|im_end|>": 3})
     files = tokens | {"generation_config.json": json.dumps({"eos_token_id": eos})}
 
     remarks = Models(tmp_path, files, files).plan(chat_template="chatml").remarks
 
     said = [each for each in remarks if "ends turns with '<|im_end|>' (3)" in each.text]
     assert [(each.code, each.severity) for each in said] == [("tokens-disagree", "warning")] * is_said
+
+
+def test_turns_that_go_on_behind_their_parts_end_as_their_template_says(tmp_path: Path) -> None:
+    tokens = fast({"a": 0, "<|start|>": 1, "<|end|>": 2, "<|return|>": 3})
+    files = tokens | {"generation_config.json": json.dumps({"eos_token_id": 3})}
+    harmony = "<|start|>{{ messages[0].thinking }}<|end|><|start|>{{ messages[0].content }}<|return|>"
+
+    remarks = Models(tmp_path, files, files).plan(chat_template=harmony).remarks
+
+    assert [each.text for each in remarks if "ends turns with" in each.text] == []
 
 
 def of_model(**options: Any) -> Files:

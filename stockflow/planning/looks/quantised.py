@@ -91,10 +91,11 @@ def averaged_scales(proposal: Proposal) -> Iterator[Remark]:
     likely = (job.output.name for job in proposal.jobs if job.output.name.endswith(_MEASURED) and not job.is_copy)
     names = [name for name in likely if name.rpartition(".")[2] in STATIC_SCALES or name.endswith(_MEASURED[1:])]
     if names:
+        then = "they are measured anew" if any(name.endswith(_MEASURED[1:]) for name in names) else "loaders take 1"
         text = (
             f"{counted(len(names), 'fixed scale')} such as {in_a_line(names[0])}, of activations or of the cache of "
             f"keys and values, {are(len(names))} merged like weights: measured on other models, what comes out may be "
-            "too small for this one; a rule with `action: skip` leaves such scales out, and loaders take 1"
+            f"too small for this one; a rule with `action: skip` leaves such scales out, and {then}"
         )
         yield Remark("static-scales", text, "warning", tensors=tuple(names))
 

@@ -116,7 +116,7 @@ def ends_of_turns(proposal: Proposal) -> Iterator[Remark]:
     turns = [token for token in END_OF_TURN if token in asked and token in vocabulary.ids]
     stated = (tokenizer.generation or {}).get("eos_token_id", (proposal.config or {}).get("eos_token_id"))
     ends = {*(stated if isinstance(stated, list) else [stated]), vocabulary.ids.get(tokenizer.eos or "")} - {None}
-    if turns and ends and ends.isdisjoint(vocabulary.ids[token] for token in turns):
+    if turns and ends and not any(token in asked for token, number in vocabulary.ids.items() if number in ends):
         said = ", ".join(f"{shown(token)} ({vocabulary.ids[token]})" for token in turns)
         stops = ", ".join(sorted(map(str, ends)))
         text = (
