@@ -238,6 +238,7 @@ OF_TRANSFORMERS = (
 TOKEN = fast(LETTERS, more=added("<|im_end|>", start=10))
 OTHER = fast(LETTERS, more=added("<pad>", start=10))
 BEYOND = fast(LETTERS, more=added("<pad>", start=12))
+RESCALED = {"image_processor_type": "CLIPImageProcessor", "do_rescale": True, "rescale_factor": 0.00392156862745098}
 UNCHOSEN = {
     "model_type": "SentenceTransformer",
     "similarity_fn_name": "cosine",
@@ -378,6 +379,20 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
             FAST | {"config_sentence_transformers.json": json.dumps(UNCHOSEN)},
         ),
         {},
+    ),
+    "sizes and types as older versions write them": (
+        (
+            FAST | {"preprocessor_config.json": '{"feature_extractor_type": "CLIPFeatureExtractor", "size": 224}'},
+            FAST | {"preprocessor_config.json": json.dumps(RESCALED | {"size": {"shortest_edge": 224}})},
+        ),
+        {},
+    ),
+    "images of another size than an older version writes": (
+        (
+            FAST | {"preprocessor_config.json": '{"feature_extractor_type": "CLIPFeatureExtractor", "size": 224}'},
+            FAST | {"preprocessor_config.json": json.dumps(RESCALED | {"size": {"shortest_edge": 336}})},
+        ),
+        {"side-files-differ": "warning"},
     ),
     "a prompt that tunes were trained with": (
         (

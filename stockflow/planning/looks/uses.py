@@ -21,8 +21,13 @@ _WRITTEN = {
     "model_type": "SentenceTransformer",
     "similarity_fn_name": "cosine",
     "prompts": {"query": "", "document": ""},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_convert_rgb": True,
 }
-"""What sentence-transformers 5 writes where nothing was chosen."""
+"""What sentence-transformers 5, and image processors of transformers, write where nothing was chosen."""
+_TYPES = ("image_processor_type", "feature_extractor_type")
+"""Keys of which older files have the second, and newer ones the first."""
 CHOOSES = "`stockflow: {side_files_from: MODEL}` takes another model's"
 
 
@@ -56,12 +61,17 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
 def _unlike(one: Config, other: Config) -> set[str]:
     """Return the keys of which two say different things, where what one does not say is as loaders take it then."""
     pairs = {name: (one.get(name), other.get(name)) for name in {*one, *other}}
-    return {name for name, (own, theirs) in pairs.items() if own != theirs and not _is_unsaid(name, own, theirs)}
+    return {name for name, (own, theirs) in pairs.items() if own != theirs and not _are_alike(name, own, theirs)}
 
 
-def _is_unsaid(name: str, own: object, theirs: object) -> bool:
-    silent, said = (own, theirs) if own in (None, {}) else (theirs, own)
-    return silent in (None, {}) and (says_nothing(said) or said == _WRITTEN.get(name))
+def _are_alike(name: str, own: object, theirs: object) -> bool:
+    """Return whether loaders take one for the other: nothing and what is written for it, a size and those of edges."""
+    for one, other in ((own, theirs), (theirs, own)):
+        if one in (None, {}):
+            return says_nothing(other) or other == _WRITTEN.get(name) or name in _TYPES
+        if isinstance(one, int) and isinstance(other, dict) and other:
+            return all(edge == one for edge in other.values())
+    return False
 
 
 def vocabularies_of_parts(proposal: Proposal) -> Iterator[Remark]:
