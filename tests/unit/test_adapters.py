@@ -694,6 +694,20 @@ def test_modules_that_were_trained_are_there_or_missed(tmp_path: Path) -> None:
     assert "adapter-part" not in remarks(tmp_path)
 
 
+def test_experts_are_not_missed_among_the_modules_that_were_trained(tmp_path: Path) -> None:
+    own = {f"{EXPERTS}.{e}.{name}.weight": (17, 21) for e in range(3) for name in ("gate_proj", "up_proj")}
+    own |= {f"{EXPERTS}.{e}.down_proj.weight": (21, 17) for e in range(3)}
+    write_base(tmp_path / "base", SHAPES | own)
+    adapter = adapters.of_experts(EXPERTS, FUSED, list(FUSED))
+    layers = adapters.linear(SHAPES)
+    both = replace(adapter, tensors={**adapter.tensors, **layers.tensors})
+    write_adapter(tmp_path / "lora", both, target_modules=list(adapters.PROJECTIONS))
+    assert "adapter-part" not in remarks(tmp_path)
+
+    write_adapter(tmp_path / "lora", layers, target_modules=list(adapters.PROJECTIONS))
+    assert "adapter-part" not in remarks(tmp_path)
+
+
 @pytest.mark.parametrize("said", ["all", "lora_only"])
 def test_biases_that_were_trained_are_there_or_missed(said: str, tmp_path: Path) -> None:
     write_base(tmp_path / "base", SHAPES | BIASES)

@@ -83,9 +83,13 @@ def on_biases(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) ->
 
 
 def on_targets(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> Iterator[Remark]:
-    """Yield that matrices of the base are said to be trained for which nothing is there."""
+    """Yield that matrices of the base are said to be trained for which nothing is there.
+
+    Not those of experts: libraries that hold all of a layer in one parameter train none of them by such names.
+    """
     ends = tuple(f".{target}.weight" for target in adapter.config.targets)
-    said = [name for name, spec in ground.specs.items() if len(spec.shape) == 2 and f".{name}".endswith(ends)]
+    matrices = (name for name, spec in ground.specs.items() if len(spec.shape) == 2 and ".experts." not in name)
+    said = [name for name in matrices if f".{name}".endswith(ends)]
     held = {ground.names.find(f"{module}.weight") for module in modules} if said else set()
     lost = [name for name in said if name not in held]
     if lost:
