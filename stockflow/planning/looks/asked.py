@@ -16,6 +16,8 @@ from stockflow.text.sizes import are, counted
 
 MERGED = "merged"
 FAR_FACTOR, SMALL_SUM = 10.0, 0.01
+_ELECT_SIGNS = ("ties", "dare_ties", "della", "breadcrumbs_ties")
+"""Methods that divide each number by the weights that agree on its sign."""
 _LEAVE_THE_BASE = ("lambda", "t", "select_topk")
 """Parameters of which zero leaves the base as it is."""
 
@@ -57,7 +59,7 @@ def _far_off(method: str, given: Parameters) -> Iterator[tuple[str, str]]:
     if method == "slerp" and isinstance(place, float) and not 0 <= place <= 1:
         yield "t", f"`t: {place:g}` goes beyond the two models: 0 is the base, 1 the other"
     sizes, normalizes = sum(map(abs, weights)), given.shared.get("normalize")
-    if normalizes and 0 < abs(sum(weights)) < SMALL_SUM * sizes:
+    if normalizes and method not in _ELECT_SIGNS and 0 < abs(sum(weights)) < SMALL_SUM * sizes:
         text = f"the weights sum to {sum(weights):g}, by which all are divided: single ones count up to"
         yield (
             "sum",

@@ -28,7 +28,7 @@ def copies(proposal: Proposal) -> Iterator[Remark]:
                 f"{left} and {right} hold the same numbers in all {len(ours)} places that were looked at: "
                 "one may be a copy of the other"
             )
-            yield Remark("same-samples", text, "warning", (left, right), tuple(each.name for each in ours))
+            yield Remark("same-samples", text, "note", (left, right), tuple(each.name for each in ours))
     yield from _copied_adapters(proposal)
 
 
@@ -42,7 +42,7 @@ def _copied_adapters(proposal: Proposal) -> Iterator[Remark]:
                 f"{left} and {right} have the same factors in all {len(one.factors)} places that were looked at: one "
                 "may be a copy of the other"
             )
-            yield Remark("same-samples", text, "warning", (left, right), tuple(one.factors))
+            yield Remark("same-samples", text, "note", (left, right), tuple(one.factors))
 
 
 def strangers(proposal: Proposal) -> Iterator[Remark]:
