@@ -15,7 +15,7 @@ TEST_PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 3 ? cores + 1 : 4)))
 
 help:
 	@echo "make demo        train, merge, verify and compare small models, here (two minutes; installs torch and Ray first)"
-	@echo "make test        the test suite (seven minutes on two cores, no network, no GPU)"
+	@echo "make test        the test suite (five minutes on two cores, no network, no GPU)"
 	@echo "make lint types  ruff and mypy"
 	@echo "make test-slow   more of what make test shows: all combinations of methods, dtypes, layouts; a processor with SSE2 alone, secrets on Ray, more workers, whole benchmarks"
 	@echo "make test-scale  large tensors and the planning of 92,000 names"
@@ -54,8 +54,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/stockflow demo
 
+# Files in the order of their names, so that the many quick ones of unit tests come last and no process waits for a long one.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
