@@ -174,9 +174,12 @@ def test_the_number_of_workers_does_not_change_a_byte(
     assert expected == runs.shard_digests(tmp_path / "out")
     num_bytes = sum(job.output.num_bytes for job in result.plan.jobs)
     begun, files = listener.of(Begun), {shard.file for shard in result.plan.shards}
-    assert sum(event.num_written for event in listener.of(Moved)) == num_bytes == sum(each.num_bytes for each in begun)
-    assert {event.item for event in begun} == {event.item for event in listener.of(Done)} == files
-    assert {event.worker for event in begun} == {event.worker for event in listener.of(Done)}
+    sizes = {event.item: event.num_bytes for event in begun}  # an idle worker may have begun a slow one's, too
+    num_written = sum(event.num_written for event in listener.of(Moved))
+    assert num_written == num_bytes if len(begun) == len(files) else num_written >= num_bytes
+    assert num_bytes == sum(sizes.values())
+    assert set(sizes) == {event.item for event in listener.of(Done)} == files
+    assert {event.worker for event in begun} >= {event.worker for event in listener.of(Done)}
     assert listener.of(Workers) == ([] if options.num_workers else [Workers(2)])
 
 
