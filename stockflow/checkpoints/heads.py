@@ -88,7 +88,7 @@ class TiedNames:
 def tied_names(specs: Specs) -> TiedNames:
     """Return which names of a checkpoint are heads, copies of embeddings, and embeddings."""
     likely = list(filter(may_be_tied, specs))
-    found = [name for name in likely if not _IN_A_LAYER.search(name)]
+    found = [name for name in likely if not is_in_a_layer(name)]
     return TiedNames(
         heads=tuple(name for name in found if is_head(name)),
         copies=(
@@ -116,7 +116,7 @@ def is_in_a_layer(name: str) -> bool:
 
 def is_head(name: str) -> bool:
     """Return whether a tensor is named as a head over the vocabulary is."""
-    return _of_kind(name, _HEADS) and not _IN_A_LAYER.search(name)
+    return _of_kind(name, _HEADS) and not is_in_a_layer(name)
 
 
 def original_of(name: str, shape: tuple[int | None, ...], names: TiedNames, specs: Specs) -> str | None:
@@ -229,7 +229,7 @@ def _with_flag_within(value: object, flag: bool) -> object:
 
 
 def _is_embedding(name: str) -> bool:
-    return _of_kind(name, _EMBEDDINGS) and not _IN_A_LAYER.search(name)
+    return _of_kind(name, _EMBEDDINGS) and not is_in_a_layer(name)
 
 
 def _of_kind(name: str, ends: tuple[str, ...]) -> bool:

@@ -168,14 +168,19 @@ def _unwrapped(name: str) -> str:
 
 def _spelled(name: str) -> str:
     """Return a name with the usual one of the ends that loaders take for one another."""
-    end = next((end for end in _SPELLINGS if f".{name}".endswith(f".{end}")), "")
+    end = _end_among(_SPELLINGS, name)
     return name.removesuffix(end) + _SPELLINGS[end] if end else name
 
 
 def _ends(names: Iterable[str]) -> list[str]:
     """Return the ends of names of which loaders take one for another, empty for others."""
     ends = (*_SPELLINGS, *_SPELLINGS.values())
-    return [next((end for end in ends if f".{name}".endswith(f".{end}")), "") for name in names]
+    return [_end_among(ends, name) for name in names]
+
+
+def _end_among(ends: Iterable[str], name: str) -> str:
+    """Return the first of these that a name ends with, in whole parts; empty if there is none."""
+    return next((end for end in ends if f".{name}".endswith(f".{end}")), "")
 
 
 def _end(name: str) -> str:

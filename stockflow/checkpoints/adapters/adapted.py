@@ -17,7 +17,7 @@ from stockflow.checkpoints.adapters.config import AdapterConfig, ModuleScales
 from stockflow.checkpoints.adapters.experts import expert_factors
 from stockflow.checkpoints.adapters.ground import Ground, stores_turned
 from stockflow.checkpoints.adapters.keys import NESTED, ORIGINAL, by_module
-from stockflow.checkpoints.adapters.opening import Adapter
+from stockflow.checkpoints.adapters.opening import NUM_NAMED, Adapter
 from stockflow.checkpoints.decodes.low_rank import Added, Lengths, LowRank, ReplacedRows
 from stockflow.checkpoints.decodes.stored import Decode, plain
 from stockflow.checkpoints.files.header import TensorSpec
@@ -28,8 +28,6 @@ from stockflow.storage import key_of_adapter
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
-
-NUM_NAMED = 5
 
 
 @dataclass(slots=True)

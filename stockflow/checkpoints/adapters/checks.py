@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.adapters.ground import Ground
-from stockflow.checkpoints.adapters.opening import Adapter
+from stockflow.checkpoints.adapters.opening import NUM_NAMED, Adapter
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.heads import may_be_tied, tied_names
 from stockflow.errors import CheckpointError
@@ -11,7 +11,6 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
-NUM_NAMED = 5
 Parts = Mapping[str, str]
 """Keys of a module, by what they are there."""
 _CLASS_OF_TASK = {

@@ -143,9 +143,10 @@ def chosen_of(groups: Collection[Group], only: str = "") -> Group | None:
         only: the one file that was named; of several numbered ones it is no model.
     """
     parts = parts_of_ranks(groups)
+    whole = [group for group in groups if group not in parts]
     if only:
-        return _named([group for group in groups if group not in parts], only)
-    readable = [each for each in groups if each.is_readable and not NO_MODEL.fullmatch(each.stem) and each not in parts]
+        return _named(whole, only)
+    readable = [group for group in whole if group.is_readable and not NO_MODEL.fullmatch(group.stem)]
     found = [group for group in readable if group.has_usual_stem and not group.variant]
     return found[0] if found else readable[0] if len(readable) == 1 else None
 

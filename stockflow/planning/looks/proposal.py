@@ -62,7 +62,7 @@ class Proposal:
             found[folder] = found.get(folder, False) or (not job.is_copy and len(job.reading.operands) > 1)
         return found
 
-    @property
+    @cached_property
     def merged_configs(self) -> list[str]:
         """Keys of the configs of components and modules of which tensors are merged, where they were read."""
         donors = self.tokenizers[self.recipe.side_files_donor : self.recipe.side_files_donor + 1]
