@@ -22,11 +22,12 @@ OF_ADAPTERS = (".modules_to_save.", ".original_module.", ".base_layer.weight", "
 """Parts of the names that PEFT gives what it wraps."""
 OF_TRAINERS = ("exp_avg", "momentum_buffer", "optimizer.", "ema_model.", "model_ema.")
 """Parts of the names of what a trainer keeps beside weights."""
-WRAPPERS = frozenset({
-    "model", "module", "language_model", "base_model", "transformer", "backbone",
-    "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
-})  # fmt: skip
+TRAINING_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that say what held a model in training, which loaders do not take off."""
+WRAPPERS = frozenset({"model", "language_model", "base_model", "transformer", "backbone", *TRAINING_WRAPPERS})
 """Parts of names that say what held a model as it was saved, and nothing of the tensor."""
+EXPERT_WORDS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
+"""What most families call the matrices of an expert, and what those do that follow Mixtral."""
 KINDS = ("embedding", "attention", "mlp", "experts", "router", "norm", "head", "other")
 """Every kind there is, in the order in which reports show them."""
 
@@ -56,7 +57,7 @@ _RULES = tuple(
     )
 )
 _FUSED = re.compile(r"expert|(^|\.)\w*moe(\.|$)|(^|\.)(input|output)_linear\.", re.I)
-_ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+_ROLES = {word: role for role, words in EXPERT_WORDS.items() for word in words}
 _PROJECTION = re.compile(rf"(.*\.experts)\.(\d{{1,6}})\.({'|'.join(_ROLES)})\.weight")
 _OTHER_GATE = re.compile(r"attn|attention|shared_expert_gate", re.I)
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d{1,9})(?:\.|$)", re.I)

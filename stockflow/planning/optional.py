@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from stockflow.checkpoints.configs import Config, first, sections
 from stockflow.checkpoints.heads import COPIES_IN_LAYERS
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.planning.towers import NUM_LAYERS_KEYS
 
 PREDICTION = "layers that predict further tokens"
 _TOWERS = {
@@ -16,7 +17,7 @@ _TOWERS = {
 }
 _NAMED_PREDICTION = r"mtp(_\w+)?|nextn|multi_token_prediction\w*"
 NUM_PREDICTED = first("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
-_NUM_LAYERS = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_NUM_LAYERS = first(*NUM_LAYERS_KEYS)
 MAX_BEYOND = 64
 
 

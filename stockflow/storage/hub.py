@@ -6,11 +6,11 @@ import re
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError
 from stockflow.storage.faults import Failure, storage_error, user_error
 from stockflow.storage.fsspec_faults import failure_of
+from stockflow.storage.hub_cache import COMMIT
 from stockflow.storage.retry import RetryLoop, RetryPolicy
 from stockflow.text.redaction import redact
 
 _MODEL = re.compile(r"hf://(?!datasets/|spaces/|buckets/)([^/@]+/[^/@]+)(?:@(refs/pr/\d+|[^/]+))?(/.*)?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _POLICY = RetryPolicy(attempts=5)
 _TIMEOUT_S = 10.0
 
@@ -25,7 +25,7 @@ def pin_revision(url: str) -> str:
         StorageError: the hub did not answer.
     """
     match = _MODEL.fullmatch(url)
-    if match is None or (match[2] and _COMMIT.fullmatch(match[2])):
+    if match is None or (match[2] and COMMIT.fullmatch(match[2])):
         return url
     repository, revision, rest = match[1], match[2], match[3] or ""
     return f"hf://{repository}@{_commit(url, repository, revision)}{rest}"

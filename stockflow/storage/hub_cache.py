@@ -7,7 +7,7 @@ from stockflow.errors import NotFoundError, RecipeError
 
 MODELS = "models--"
 """how the name of a model's folder begins; it holds ``snapshots/<commit>``, ``blobs`` and ``refs/<revision>``"""
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_REF_BYTES = 256
 NUM_NAMED = 3
 
@@ -49,4 +49,4 @@ def _main(model: str) -> str:
             said = file.read(_MAX_REF_BYTES).decode("ascii", "replace").strip()
     except OSError:
         return ""
-    return said if _COMMIT.fullmatch(said) else ""
+    return said if COMMIT.fullmatch(said) else ""

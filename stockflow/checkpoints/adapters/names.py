@@ -4,21 +4,20 @@ import re
 from collections.abc import Iterator, Mapping
 
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.naming import WRAPPERS
+from stockflow.checkpoints.naming import EXPERT_WORDS, WRAPPERS
 
 _FACTOR = re.compile(
     r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector|down|up)|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_\w+|vera_\w+|ia3_l)"
     r"(\.|$)|lora(_linear_layer)?\.(down|up)\."
 )
 _MARKERS = (".lora_", "lora.", "lora_linear", ".hada_", ".lokr_", "oft_", ".vera_", ".ia3_l")
-_GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _OTHERWISE = (
     (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".attn.", ".self_attn."),
     ("unembed_tokens.", "lm_head."), ("lm_head.", "embed_out."), (".mlp.", ".block_sparse_moe."),
 )  # fmt: skip
 """What Tinker, and for GPT-NeoX and Mixtral transformers 5, calls modules, and what files of most bases do."""
-_OF_FUSED = {"gate_up_proj": (_GATES, _UPS), "down_proj": (_DOWNS,)}
-"""What an expert's matrices are called where each is stored by itself, in the order in which they are fused."""
+_OF_FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+"""Which of an expert's matrices are fused, in this order."""
 
 
 def factors_within(specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -66,7 +65,7 @@ class BaseNames:
 
     def _expert(self, module: str, fused: str) -> list[str]:
         names = [
-            next(filter(None, (self.find(f"{module}.{word}.weight") for word in words)), None)
-            for words in _OF_FUSED.get(fused, ())
+            next(filter(None, (self.find(f"{module}.{word}.weight") for word in EXPERT_WORDS[role])), None)
+            for role in _OF_FUSED.get(fused, ())
         ]
         return [name for name in names if name] if all(names) else []

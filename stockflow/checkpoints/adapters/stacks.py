@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from stockflow.checkpoints.adapters.keys import PREFIX, KeyPlace, place_of
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent
+from stockflow.checkpoints.naming import EXPERT_WORDS
 
-_WORDS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+_WORDS = frozenset[str]().union(*EXPERT_WORDS.values())
 Placed = tuple[TensorSpec, Extent]
 
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 from stockflow.checkpoints.adapters.names import BaseNames
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent
+from stockflow.checkpoints.naming import EXPERT_WORDS
 
-_OF_EXPERT = re.compile(r"(?P<root>.+)\.\d+\.(?P<word>gate_proj|up_proj|down_proj|w1|w2|w3)")
-_WORDS = {False: ("gate_proj", "up_proj", "down_proj"), True: ("w1", "w3", "w2")}
-"""Of gate, up and down; the latter in families that follow Mixtral."""
+_COMMON, _MIXTRAL = zip(*EXPERT_WORDS.values(), strict=True)
+"""Of gate, up and down."""
+_OF_EXPERT = re.compile(rf"(?P<root>.+)\.\d+\.(?P<word>{'|'.join(_COMMON + _MIXTRAL)})")
 
 
 class PlainTensors(NamedTuple):
@@ -60,7 +61,7 @@ def _cuts(base: PlainTensors, names: BaseNames, root: str, word: str) -> dict[st
     num, hidden, inner = down.shape
     if gate_up.shape != (num, 2 * inner, hidden):
         return {}
-    gate, up, out = _WORDS[word.startswith("w")]
+    gate, up, out = _MIXTRAL if word in _MIXTRAL else _COMMON
     return {
         gate_up.name: list(_matrices(gate_up, num, (gate, up), (inner, hidden))),
         down.name: list(_matrices(down, num, (out,), (hidden, inner))),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.configs import Config, first, nonfinite, sections
 from stockflow.checkpoints.heads import is_of_language
-from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS
+from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS, TRAINING_WRAPPERS, LayerNames
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
@@ -13,10 +13,10 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
-_STACK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(?=(\d{1,6})\.)")
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = tuple(f"{part}." for part in TRAINING_WRAPPERS)
 _FEED_FORWARD = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.(?:mlp|feed_forward)\.(experts|gate_proj|gate_up_proj)\b")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_LAYERS = LayerNames()
 _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
 """Say that layers share tensors, or are counted otherwise."""
 
@@ -25,9 +25,8 @@ def stacks(begins: Iterable[str]) -> dict[str, set[int]]:
     """Return the numbers of layers by what stands before them: ``model.layers.`` to 0, 1, 2."""
     found: dict[str, set[int]] = {}
     for begin in begins:
-        place = _STACK.search(f"{begin}.")
-        if place:
-            found.setdefault(begin[: place.end()], set()).add(int(place[1]))
+        if place := _LAYERS.place(begin):
+            found.setdefault(place.stack, set()).add(place.number)
     return found
 
 

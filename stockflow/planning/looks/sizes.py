@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from stockflow.checkpoints.configs import Config, first, head_size, sections
-from stockflow.checkpoints.heads import is_of_language
+from stockflow.checkpoints.heads import is_in_a_layer, is_of_language
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
@@ -22,7 +22,6 @@ _BIASED_ANYWAY = "qwen2"
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 _MORE_ROWS = "mllama"
 """whose embedding has eight rows more than the vocabulary"""
-_IN_LAYER = re.compile(r"\.\d+\.")
 _OTHER_TOWER = re.compile(r"vision|visual|audio|image|projector|encoder|mtp|per_layer")
 
 
@@ -136,7 +135,7 @@ def _key_rows(section: Config) -> list[int]:
 def _found(size: Size, shapes: Mapping[str, Sequence[int]]) -> dict[int, str]:
     """Return the sizes that are written, each with a tensor that has it."""
     ours = [name for name in shapes if name.endswith(size.ends) and len(shapes[name]) > size.axis]
-    return {shapes[name][size.axis]: name for name in ours if size is not _LABELS or not _IN_LAYER.search(name)}
+    return {shapes[name][size.axis]: name for name in ours if size is not _LABELS or not is_in_a_layer(name)}
 
 
 def _said(proposal: Proposal, path: str, section: Config, size: Size, number: int, found: Mapping[int, str]) -> Remark:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from stockflow.checkpoints.configs import Config, further_keys, says_nothing
 from stockflow.checkpoints.files.layout import folder_of
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.looks.tokenizers import CHOOSES
 from stockflow.planning.vocabulary.templates import chosen_template
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
@@ -28,7 +29,6 @@ _WRITTEN = {
 """What sentence-transformers 5, and image processors of transformers, write where nothing was chosen."""
 _TYPES = ("image_processor_type", "feature_extractor_type")
 """Keys of which older files have the second, and newer ones the first."""
-CHOOSES = "`stockflow: {side_files_from: MODEL}` takes another model's"
 
 
 def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
