@@ -685,7 +685,8 @@ def test_modules_that_were_trained_are_there_or_missed(tmp_path: Path) -> None:
     write_adapter(tmp_path / "lora", adapters.linear(SHAPES, ["q_proj"]), target_modules=["q_proj", "down_proj"])
     num = sum(name.endswith("q_proj.weight") for name in SHAPES)
     expected = (
-        f"says that {2 * num} weights of {tmp_path}/base were trained (`target_modules`), and has nothing for {num}"
+        f"says that {2 * num} weights of {tmp_path}/base were trained (its `target_modules`, or other experts), "
+        f"and has nothing for {num}"
     )
     assert expected in remarks(tmp_path)["adapter-part"]
 
@@ -706,6 +707,21 @@ def test_experts_are_not_missed_among_the_modules_that_were_trained(tmp_path: Pa
 
     write_adapter(tmp_path / "lora", layers, target_modules=list(adapters.PROJECTIONS))
     assert "adapter-part" not in remarks(tmp_path)
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("said", [list(adapters.PROJECTIONS), "all-linear"])
+def test_experts_that_have_nothing_beside_others_are_missed(said: Any, is_fused: bool, tmp_path: Path) -> None:
+    own = {f"{EXPERTS}.{e}.{name}.weight": (17, 21) for e in range(3) for name in ("gate_proj", "up_proj")}
+    own |= {f"{EXPERTS}.{e}.down_proj.weight": (21, 17) for e in range(3)}
+    write_base(tmp_path / "base", SHAPES | (MOE if is_fused else own))
+    whole = adapters.linear({**own, **SHAPES})
+    write_adapter(tmp_path / "lora", whole, target_modules=said)
+    assert "adapter-part" not in remarks(tmp_path)
+
+    lost, part = f"{EXPERTS}.1.up_proj", without(without(whole, ".1.up_proj.lora_A.weight"), ".1.up_proj.lora_B.weight")
+    write_adapter(tmp_path / "lora", part, target_modules=said)
+    assert f"has nothing for 1 of them, such as '{lost}.weight'" in remarks(tmp_path)["adapter-part"]
 
 
 @pytest.mark.parametrize("said", ["all", "lora_only"])

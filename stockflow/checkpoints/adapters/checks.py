@@ -1,5 +1,6 @@
 """Checks of adapters: what config.json and adapter_config.json say, held against the tensors that are there."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.adapters.ground import Ground
@@ -19,6 +20,8 @@ _CLASS_OF_TASK = {
     "QUESTION_ANS": "ForQuestionAnswering",
 }
 """Ends of the names of classes with the heads that tasks of PEFT train, by the task."""
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def check_promises(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> None:
@@ -84,21 +87,32 @@ def on_biases(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) ->
 def on_targets(ground: Ground, adapter: Adapter, modules: Mapping[str, Parts]) -> Iterator[Remark]:
     """Yield that matrices of the base are said to be trained for which nothing is there.
 
-    Not those of experts: libraries that hold all of a layer in one parameter train none of them by such names.
+    Those of experts only where some are there, one by one, then also of layers that no list names: libraries that hold
+    all experts of a layer in one parameter train none of them by such names.
     """
     ends = tuple(f".{target}.weight" for target in adapter.config.targets)
-    matrices = (name for name, spec in ground.specs.items() if len(spec.shape) == 2 and ".experts." not in name)
-    said = [name for name in matrices if f".{name}".endswith(ends)]
-    held = {ground.names.find(f"{module}.weight") for module in modules} if said else set()
+    held = {ground.names.find(f"{module}.weight") or "" for module in modules}
+    experts = {_of_any_expert(name) for name in held if ".experts." in name}
+    matrices = (name for name, spec in ground.specs.items() if len(spec.shape) == 2)
+    said = [
+        name
+        for name in matrices
+        if (f".{name}".endswith(ends) and (experts or ".experts." not in name))
+        or (experts and _of_any_expert(name) in experts)
+    ]
     lost = [name for name in said if name not in held]
     if lost:
         was = "was" if len(said) == 1 else "were"
         text = (
-            f"{adapter.where} says that {counted(len(said), 'weight')} of {ground.where} {was} trained "
-            f"(`target_modules`), and has nothing for {len(lost)} of them, such as {shown(lost[0])}: they stay as they "
-            "are; fetch it again, or save it whole"
+            f"{adapter.where} says that {counted(len(said), 'weight')} of {ground.where} {was} trained (its "
+            f"`target_modules`, or other experts), and has nothing for {len(lost)} of them, such as {shown(lost[0])}: "
+            "they stay as they are; fetch it again, or save it whole"
         )
         yield Remark("adapter-part", text, "warning", (adapter.where,), tuple(lost))
+
+
+def _of_any_expert(name: str) -> str:
+    return _EXPERT.sub(".experts.*.", name)
 
 
 def on_task(ground: Ground, adapter: Adapter, brought: Sequence[TensorSpec]) -> Iterator[Remark]:
