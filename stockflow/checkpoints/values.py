@@ -28,8 +28,11 @@ Floats = npt.NDArray[np.float64]
 INDEX_DATA = ("position_ids", "position_index", "token_type_ids", "cache_position")
 """Ends of the names of what holds indices, not weights, in whatever dtype."""
 FREQUENCIES = ("inv_freq",)
-MASKS = ("_mask", "masked_bias")
-"""Ends of the names of what holds two values at most, such as 0 and minus infinity."""
+_SCALAR_MASKS = ("masked_bias",)
+MASKS = ("_mask", *_SCALAR_MASKS)
+"""Ends of the names of what holds zeros, ones and numbers that hide; of a single number, which may be trained, one."""
+MASKED = -9_000
+"""What hides a place before a softmax is less: -1e4, in BF16 -9,984, the least number of a dtype, or infinity."""
 _NO_WEIGHTS = (*INDEX_DATA, *FREQUENCIES, *MASKS)
 _INTEGERS = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "integer")
 WIDENED = frozenset({"BF16", "F16", "F32", "F64"})
@@ -100,7 +103,8 @@ def _are_no_weights(spec: TensorSpec, payload: bytes | None) -> bool:
     numbers = as_numbers(payload, spec.dtype)
     assert numbers is not None
     if spec.name.endswith(MASKS):
-        return np.unique(numbers).size <= 2
+        is_one = spec.num_elems == 1 and not spec.name.endswith(_SCALAR_MASKS)
+        return not is_one and bool(((numbers == 0) | (numbers == 1) | (numbers <= MASKED)).all())
     is_whole = bool(np.isfinite(numbers).all()) and np.array_equal(numbers, np.trunc(numbers))
     return is_whole or spec.name.endswith(FREQUENCIES)
 

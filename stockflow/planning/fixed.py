@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from stockflow.checkpoints.values import Floats, as_numbers
+from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.values import MASKS, Floats, as_numbers
 from stockflow.planning.job import COPY, COPY_EQUAL, TensorJob, copying
 from stockflow.planning.misfits import THEM, Misfit
 from stockflow.planning.operands import Operand
@@ -18,9 +19,16 @@ _ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 
 def is_fixed(target: OutputTensor) -> bool:
     """Return whether the donor's tensor of floats holds no weights, but indices, a mask or frequencies."""
-    donor = target.stretch.checkpoints[0]
-    known = donor.values.fixed
-    return bool(known) and donor.extents[target.names[0]] in known
+    checkpoints, names = target.stretch.checkpoints, target.names
+    if not _is_known(checkpoints[0], names[0]):
+        return False
+    # a mask is one in all models: what begins as ones and is trained is none
+    return not names[0].endswith(MASKS) or all(map(_is_known, checkpoints, names))
+
+
+def _is_known(checkpoint: Checkpoint, name: str) -> bool:
+    known = checkpoint.values.fixed
+    return bool(known) and checkpoint.extents.get(name) in known
 
 
 def are_known(target: OutputTensor, indices: Sequence[int]) -> bool:

@@ -146,7 +146,8 @@ def test_masks_and_frequencies_are_carried_over_or_refused_where_they_differ(mer
 
     assert jobs_of(plan)[name].method == COPY_EQUAL
     assert codes(plan) == (["index-data"] if value.dtype == F32 else [])
-    found = add(merge, name, value, value, value * 2 + 1).write(config={}).refusal()
+    other = 1 - value if name.endswith("weight_mask") else value * 2 + 1
+    found = add(merge, name, value, value, other).write(config={}).refusal()
     assert f"'{name}' is not equal in all models" in found
     assert ("torch.nn.utils.prune.remove" if "weight_mask" in name else "a rule with `action: copy`") in found
 
@@ -169,10 +170,24 @@ def test_tokens_of_a_draft_that_differ_are_not_advised_to_be_copied(merge: Merge
     assert "action" not in found
 
 
-def test_weights_under_the_name_of_a_mask_are_weights(merge: Merge) -> None:
-    plan = add(merge, "spatial_mask", *drawn((9,))).write(config={}).plan()
+@pytest.mark.parametrize(
+    "values",
+    [drawn((9,)), [torch.tensor(0.0), *drawn(())[1:]], [torch.tensor(1.0)] * 3, [torch.ones(9), *drawn((9,))[1:]]],
+    ids=["any", "a scalar", "a scalar alike", "ones that are trained"],
+)
+def test_weights_under_the_name_of_a_mask_are_weights(merge: Merge, values: list[torch.Tensor]) -> None:
+    plan = add(merge, "spatial_mask", *values).write(config={}).plan()
 
     assert jobs_of(plan)["spatial_mask"].method == "model_stock"
+    assert "index-data" not in codes(plan)
+
+
+def test_a_mask_of_16_bits_is_one(merge: Merge) -> None:
+    value = torch.full((7, 7), -1e4, dtype=BF16).triu(1)
+
+    assert (
+        jobs_of(add(merge, "attn_mask", value, value, value).write(config={}).plan())["attn_mask"].method == COPY_EQUAL
+    )
 
 
 def test_equal_indices_of_several_dtypes_are_the_donors(merge: Merge) -> None:
