@@ -39,6 +39,21 @@ def first(*keys: str) -> Read:
     return lambda section: next((section[key] for key in keys if section.get(key) is not None), None)
 
 
+_WORDS = {
+    "num_local_experts": "num_experts", "n_routed_experts": "num_experts", "moe_num_experts": "num_experts",
+    "num_shared_experts": "n_shared_experts", "num_expert_group": "n_group", "moe_renormalize": "norm_topk_prob",
+    "route_scale": "routed_scaling_factor", "global_rope_theta": "rope_theta",
+    "sliding_window_size": "sliding_window", "attention_window_size": "sliding_window",
+}  # fmt: skip
+"""What versions of one class call otherwise, and the word that most use; source: `attribute_map` of transformers."""
+
+
+def reworded(section: Config) -> Config:
+    """Return what a section says, of keys that versions of a class call in several ways under one of them."""
+    words = {key: _WORDS.get(key) or re.sub("_token_index$", "_token_id", key) for key in section}
+    return {words[key]: section[key] for key in sorted(section, key=lambda key: words[key] == key)}
+
+
 class Trait(NamedTuple):
     """Something that configs say and shapes do not."""
 
@@ -211,7 +226,7 @@ CONTEXT = (
 """How far a model was trained or is let go; its tensors know nothing of it."""
 _KNOWN = frozenset(key for each in (*ARCHITECTURE, *HEADS, *MEANING, *CONTEXT) for key in each.keys)
 _QUIET = re.compile(
-    r"_.*|.*dropout.*|drop_path.*|initializer_.*|output_.*|.*_loss.*|.*_config|.*version.*"
+    r"_.*|.*dropout.*|drop_path.*|.*layerdrop|initializer_.*|init_std|output_.*|.*_loss.*|.*_config|.*version.*"
     r"|.*_size|n_(embd|inner|vocab|layers?|head)|d_(model|ff|inner)|num_.*layers|num_labels|label2id|use_(cache|return_dict)"
     r"|torch_dtype|dtype|auto_map|pretraining_tp|ep_size|return_dict.*|gradient_checkpointing|unsloth.*|tie_.*|expert_dtype"
     r"|quantization|task_specific_params|finetuning_task|.*attn_implementation|use_flash_attn.*|seq_aux|freeze.*|tune_.*"

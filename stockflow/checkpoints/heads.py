@@ -191,6 +191,12 @@ def is_of_language(path: str) -> bool:
     return {*path.split(".")[:-1]} <= {*LANGUAGE_PARTS}
 
 
+def said_of_language(config: Config | None) -> Config:
+    """Return what the sections of a config say that are of a language model, the outermost first."""
+    found = [section for path, section in sections(config or {}) if is_of_language(path)]
+    return {key: value for section in reversed(found) for key, value in section.items()}
+
+
 def tie_flag(config: Config | None) -> bool | None:
     """Return whether a config says that head and embedding are one tensor; None if it says both, or neither."""
     said = tie_flags(config)

@@ -142,6 +142,23 @@ QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "names nobody gave": (GPT2, {**GPT2, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}),
     "one function": (GPT2, {**GPT2, "activation_function": "gelu_pytorch_tanh"}),
     "leftover of a format": (LLAMA, {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}),
+    "a token of images by an older name": ({**QWEN2_VL, "image_token_index": 9}, {**QWEN2_VL, "image_token_id": 9}),
+    "a token of images by both names": (
+        {**QWEN2_VL, "image_token_index": 9, "image_token_id": 9}, {**QWEN2_VL, "image_token_id": 9},
+    ),
+    "a token of sounds by an older name": (
+        {"text_config": {"audio_token_index": 9}}, {"text_config": {"audio_token_id": 9}},
+    ),
+    "experts by another name": (
+        {**QWEN3_MOE, "num_local_experts": 8}, {**QWEN3_MOE, "num_experts": 8},
+    ),
+    "ModernBERT of both": (
+        {"model_type": "modernbert", "global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
+        {"model_type": "modernbert", "rope_parameters": {
+            "full_attention": {"rope_theta": 160000.0, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        }},
+    ),
     "layer types by a newer version": (QWEN2, {**QWEN2, "layer_types": ["full_attention"]}),
 }  # fmt: skip
 ARCHITECTURE, HEADS, CONFIG, LENGTH, KEYS = (
@@ -192,6 +209,9 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
     "the token of images": (
         CONFIG, {**QWEN2_VL, "image_token_id": 9}, {**QWEN2_VL, "image_token_id": 8}, "image_token_id",
+    ),
+    "the token of images by two names": (
+        CONFIG, {**QWEN2_VL, "image_token_index": 9}, {**QWEN2_VL, "image_token_id": 8}, "image_token_id",
     ),
     "the first token of a decoder": (
         CONFIG, {**T5, "decoder_start_token_id": 0}, {**T5, "decoder_start_token_id": 2}, "decoder_start_token_id",

@@ -310,6 +310,18 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         (FORCED, FORCED | {"generation_config.json": '{"forced_bos_token_id": 0}'}, FORCED),
         {"not-taken": "note"},
     ),
+    "a generation config that says what the base's config does": (
+        (FORCED, FORCED | {"generation_config.json": '{"forced_bos_token_id": 0, "_from_model_config": true}'}),
+        {"not-taken": "note"},
+    ),
+    "a token that the base's config forces and the tunes' generation config alone": (
+        (FORCED, FAST | {"generation_config.json": '{"forced_bos_token_id": 0}'}),
+        {"not-taken": "note"},
+    ),
+    "a generation config that says more than the base's config": (
+        (FORCED, FORCED | {"generation_config.json": '{"forced_bos_token_id": 0, "temperature": 0.6}'}),
+        {"not-taken": "note", "side-files-differ": "warning"},
+    ),
     "a template that breaks off": (
         (FAST | {"chat_template.jinja": CHATML[:-6]}, FAST | {"chat_template.jinja": CHATML[:-6]}),
         {"template-unread": "warning"},

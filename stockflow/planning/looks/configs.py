@@ -15,12 +15,13 @@ from stockflow.checkpoints.configs import (
     comparable,
     further_keys,
     is_of_tokens,
+    reworded,
     sections,
     size_keys,
     token_keys,
     trait,
 )
-from stockflow.checkpoints.heads import is_of_language
+from stockflow.checkpoints.heads import is_of_language, said_of_language
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
@@ -40,6 +41,8 @@ _KINDS: Sequence[tuple[str, Severity, Sequence[Trait], str]] = (
     ),
     ("context-length-differs", "note", CONTEXT, "no tensor depends on it"),
 )  # fmt: skip
+_OF_GENERATION = f"{GENERATION_CONFIG}: "
+"""A path beside those of config.json."""
 _OTHER_TOKEN = "models that were trained with another token there meet the published one"
 _OTHER_SIZE = "their tensors have equal shapes, so that one of them is wrong, and loaders go by the published one"
 
@@ -88,7 +91,13 @@ class Configs(NamedTuple):
                 values = {url: each.read(section) for url, section in own.items()} if each.default is None else {}
                 said = {url: value for url, value in values.items() if each.is_said(value)}
                 others = FOUND_LATER.difference(each.keys) if FOUND_LATER.intersection(each.keys) else frozenset[str]()
-                silent = [url for url, value in values.items() if value is None and others.isdisjoint(own[url])]
+                silent = [
+                    url
+                    for url, value in values.items()
+                    if value is None
+                    and others.isdisjoint(own[url])
+                    and each.name not in self.sections[url].get(_OF_GENERATION, ())
+                ]
                 is_one_voice = all(value == next(iter(said.values())) for value in said.values())
                 if said and silent and is_one_voice and not NEVER_ALONE.intersection(each.keys):
                     yield Disagreement(path + each.name, said), silent
@@ -222,14 +231,8 @@ def _of_generation(proposal: Proposal) -> Sequence[dict[str, Config]]:
     if not any(given):
         return [{}] * len(proposal.checkpoints)
     models = zip(proposal.checkpoints, given, strict=False)
-    said = [_of_language(each.config) if own is None else own for each, own in models]
-    return [{f"{GENERATION_CONFIG}: ": {key: own[key] for key in own if is_of_tokens(key)}} for own in said]
-
-
-def _of_language(config: Config | None) -> Config:
-    """Return what the sections of a config say that are of a language model, the outermost first."""
-    found = [section for path, section in sections(config or {}) if is_of_language(path)]
-    return {key: value for section in reversed(found) for key, value in section.items()}
+    said = [said_of_language(each.config) if own is None else own for each, own in models]
+    return [{_OF_GENERATION: {key: own[key] for key in own if is_of_tokens(key)}} for own in said]
 
 
 def _of_components(proposal: Proposal) -> Iterator[Configs]:
@@ -238,7 +241,10 @@ def _of_components(proposal: Proposal) -> Iterator[Configs]:
     for key in proposal.merged_configs:
         models = zip(proposal.checkpoints, proposal.tokenizers, strict=False)
         given = {redact(each.url): own.uses[key] for each, own in models if key in own.uses}
-        yield Configs(published, {url: dict(sections(own, f"{key}: ")) for url, own in given.items()})
+        own_sections = {url: sections(own, f"{key}: ") for url, own in given.items()}
+        yield Configs(
+            published, {url: {path: _as_one(own, ()) for path, own in each} for url, each in own_sections.items()}
+        )
 
 
 def _language_path(config: Config | None) -> str:
@@ -260,7 +266,7 @@ def _language_at(path: str, own: dict[str, Config], here: str) -> dict[str, Conf
 def _as_one(section: Config, nums: Collection[int | None]) -> Config:
     """A section without what it lists per layer, of models whose layers are stacked: that follows the layers."""
     per_layer = [key for key, value in section.items() if isinstance(value, list) and len(value) in nums]
-    return {key: comparable(value) for key, value in section.items() if key not in per_layer}
+    return reworded({key: comparable(value) for key, value in section.items() if key not in per_layer})
 
 
 def _values(each: Trait, own: Mapping[str, Config]) -> dict[str, object]:

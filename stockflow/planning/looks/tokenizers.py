@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
+from stockflow.checkpoints.configs import Config
+from stockflow.checkpoints.heads import said_of_language
 from stockflow.checkpoints.tokens.tokenizers import Vocabulary, vocabulary_tensors
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.looks.proposal import Proposal
@@ -243,7 +245,9 @@ def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
             found = True
             url = redact(proposal.checkpoints[donor].url)
             word = CHOOSES_TEMPLATE if what == "chat template" else CHOOSES
-            text = f"the {what} of {url} goes out ({_brief(own)}), and every tune has another; {word}"
+            is_made = what == "generation config" and proposal.tokenizers[donor].generation is None
+            said = f"none, so that loaders take {_brief(own)} of its config.json" if is_made and own else _brief(own)
+            text = f"the {what} of {url} goes out ({said}), and every tune has another; {word}"
             values = {redact(proposal.checkpoints[index].url): _brief(each) for index, each in others.items()}
             yield Remark("side-files-differ", text, models=(url,), values={url: _brief(own), **values})
 
@@ -251,7 +255,7 @@ def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
 WORDS: Mapping[str, Callable[[Proposal, int], object]] = {
     "chat template": lambda proposal, index: proposal.tokenizers[index].template,
     "end token": lambda proposal, index: proposal.tokenizers[index].eos,
-    "generation config": lambda proposal, index: proposal.tokenizers[index].generation,
+    "generation config": lambda proposal, index: _generation(proposal, index),
     "end token's id": lambda proposal, index: _eos_id(proposal, index),
 }
 """The last only where the others are silent: it stands in one of two files."""
@@ -279,6 +283,16 @@ def templates_going_out(proposal: Proposal) -> Iterator[Remark]:
             "tokenizer goes out: a model reads several tokens there"
         )
         yield Remark("template-unread", text, "note", (url,), values=dict.fromkeys(strange, "no token"))
+
+
+def _generation(proposal: Proposal, index: int) -> Config | None:
+    """Return generation_config.json, or what loaders make of config.json if only others have that file."""
+    files = [each.generation for each in proposal.tokenizers]
+    own = files[index]
+    if own is None and files[proposal.recipe.side_files_donor] is None and any(files):
+        own = said_of_language(proposal.checkpoints[index].config)
+    asked = {key for each in files for key in each or ()}
+    return None if own is None else {key: own[key] for key in sorted(asked & own.keys()) if own[key] is not None}
 
 
 def _eos_id(proposal: Proposal, index: int) -> object:
