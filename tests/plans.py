@@ -11,7 +11,8 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.errors import PlanError
-from stockflow.methods.protocol import Parameters, Scope
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import Scope
 from stockflow.planning.job import COPIES, TensorJob, copying, merging
 from stockflow.planning.make import make_plan
 from stockflow.planning.operands import stored

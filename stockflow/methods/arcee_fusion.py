@@ -8,7 +8,8 @@ import numpy as np
 
 from stockflow.kernels.arrays import Counts, Floats
 from stockflow.methods import selection
-from stockflow.methods.protocol import Block, Parameters, Rounds, UnitContext, Update, elementwise_method
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import Block, Rounds, UnitContext, Update, elementwise_method
 from stockflow.methods.selection import first_digits, order_statistics
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from stockflow.methods import selection, sparse
-from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, Statistic, UnitContext, elementwise_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Block, Rounds, Statistic, UnitContext, elementwise_method
 from stockflow.methods.selection import KeptByRank, Pick, Threshold, largest, multiply_largest
 
 SOURCE = "Davari and Belilovsky 2023, arXiv:2312.06795"

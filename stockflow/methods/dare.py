@@ -11,7 +11,8 @@ import numpy as np
 
 from stockflow.kernels.arrays import Counts, Unsigned
 from stockflow.methods import sparse
-from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, Statistic, UnitContext, elementwise_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Block, Rounds, Statistic, UnitContext, elementwise_method
 
 SEED = Parameter("seed", "integer", default=0)
 SOURCE = "Yu et al. 2023, arXiv:2311.03099"

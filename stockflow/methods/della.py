@@ -10,7 +10,8 @@ import numpy as np
 from stockflow.kernels.arrays import Counts, Unsigned
 from stockflow.methods import sparse
 from stockflow.methods.dare import RESCALES, SEED, keys_of
-from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, Statistic, UnitContext, elementwise_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Block, Rounds, Statistic, UnitContext, elementwise_method
 
 SOURCE = "Deep, Bhardwaj, Poria 2024, arXiv:2406.11617"
 EPSILON = Parameter("epsilon", "number", per_model=True, default=0.15, minimum=0.0, maximum=0.5)

@@ -4,7 +4,8 @@ import numpy as np
 
 from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Parameter, Parameters, Tolerance, linear_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Tolerance, linear_method
 from stockflow.methods.vectors import ANGLE_TOLERANCE, Vectors, closed
 from stockflow.methods.weights import normalized
 

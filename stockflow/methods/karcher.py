@@ -3,7 +3,8 @@
 import numpy as np
 
 from stockflow.methods.gram import Gram, mean_in_order
-from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Parameter, Parameters, Tolerance, linear_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Tolerance, linear_method
 from stockflow.methods.vectors import ANGLE_TOLERANCE, Vectors
 
 

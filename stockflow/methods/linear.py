@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import Coefficients, Parameter, Parameters, linear_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Coefficients, linear_method
 from stockflow.methods.weights import normalized, zero_sum
 
 

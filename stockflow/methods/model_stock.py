@@ -4,14 +4,8 @@ import numpy as np
 
 from stockflow.errors import NumericsError
 from stockflow.methods.gram import Gram, legacy_ratio, mean_in_order, stock_ratio
-from stockflow.methods.protocol import (
-    COSINE_TOLERANCE,
-    Coefficients,
-    Parameter,
-    Parameters,
-    Tolerance,
-    linear_method,
-)
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Tolerance, linear_method
 
 
 def _fact_tolerance(name: str, mean_cosine: float | None, num_tuned: int) -> float:

@@ -6,7 +6,8 @@ import numpy as np
 
 from stockflow.errors import NumericsError
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Parameter, Parameters, Tolerance, linear_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Tolerance, linear_method
 from stockflow.methods.vectors import ANGLE_TOLERANCE, Vectors, dot
 from stockflow.methods.weights import normalized, zero_sum
 

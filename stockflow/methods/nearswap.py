@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stockflow.methods.protocol import Block, Parameter, Parameters, UnitContext, Update, elementwise_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Block, UnitContext, Update, elementwise_method
 
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values

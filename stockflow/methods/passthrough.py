@@ -3,7 +3,8 @@
 import numpy as np
 
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import Coefficients, Parameter, Parameters, linear_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Coefficients, linear_method
 
 
 def _is_whole(parameters: Parameters) -> bool:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from stockflow.kernels.arrays import Counts
-from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, UnitContext, Update, elementwise_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Block, Rounds, UnitContext, Update, elementwise_method
 
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values

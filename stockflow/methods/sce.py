@@ -7,7 +7,8 @@ import numpy as np
 
 from stockflow.kernels.arrays import Floats
 from stockflow.methods import selection
-from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, UnitContext, Update, elementwise_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Block, Rounds, UnitContext, Update, elementwise_method
 from stockflow.methods.selection import ALL, NOTHING, Pick, Threshold, first_digits, largest, multiply_largest
 from stockflow.methods.sparse import Election
 

@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Parameter, Parameters, Tolerance, linear_method
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Tolerance, linear_method
 
 NEARLY_PARALLEL = 0.9995
 SMALLEST_NORM = 1e-8

@@ -21,7 +21,8 @@ import numpy as np
 
 from stockflow.kernels.arrays import Bytes, Counts, Floats
 from stockflow.methods import selection
-from stockflow.methods.protocol import Block, Parameter, Parameters, Rounds, Statistic, UnitContext, Update
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Block, Rounds, Statistic, UnitContext, Update
 
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stockflow.methods import selection, sparse
-from stockflow.methods.protocol import Block, Parameters, Rounds, Statistic, UnitContext, elementwise_method
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import Block, Rounds, Statistic, UnitContext, elementwise_method
 from stockflow.methods.selection import KeptByRank, Pick, Threshold, largest, multiply_largest
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from stockflow.kernels.arrays import Flags, Floats
 from stockflow.methods.gram import Gram, mean_in_order
-from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Parameters
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients
 
 ANGLE_TOLERANCE = math.degrees(math.sqrt(2.0 * COSINE_TOLERANCE))
 """The error in degrees of an angle near 0 whose cosine is off by ``COSINE_TOLERANCE``."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.parameters import Parameters
 
 
 def normalized(weights: Sequence[float]) -> tuple[float, ...]:

@@ -16,7 +16,8 @@ from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.scale_rules import RULES
 from stockflow.errors import CheckpointError
 from stockflow.methods import METHODS, Method
-from stockflow.methods.protocol import Parameter, Parameters, Scope
+from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.protocol import Scope
 from stockflow.planning.experts.projections import Whole, part_of
 from stockflow.planning.experts.units import unlike_members
 from stockflow.planning.formats import coded

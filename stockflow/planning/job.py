@@ -22,16 +22,8 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import projection_of
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import (
-    FLOAT_BYTES,
-    Coefficients,
-    Copy,
-    Elementwise,
-    Linear,
-    Method,
-    Parameters,
-    Scope,
-)
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import FLOAT_BYTES, Coefficients, Copy, Elementwise, Linear, Method, Scope
 from stockflow.planning.operands import ExtentRanges, Operand
 from stockflow.planning.spans import BLOCK_ELEMS, SPAN_ELEMS
 from stockflow.planning.working_precision import FloatBits, float_bits_of, working_bits_of

@@ -15,7 +15,7 @@ from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer
 from stockflow.errors import PlanError
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.parameters import Parameters
 from stockflow.planning.anchors import with_shared_reads
 from stockflow.planning.columns import by_columns
 from stockflow.planning.config.published import output_config

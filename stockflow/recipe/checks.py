@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from stockflow.errors import RecipeError
-from stockflow.methods.protocol import Method, Parameter, Scalar
+from stockflow.methods.parameters import Parameter, Scalar
+from stockflow.methods.protocol import Method
 from stockflow.recipe.adapter_checks import adapter_problems
 from stockflow.recipe.document import Path, Problem
 from stockflow.recipe.locations import resolve_location

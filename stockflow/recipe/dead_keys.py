@@ -4,7 +4,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from stockflow.methods import METHODS
-from stockflow.methods.protocol import Method, Parameter
+from stockflow.methods.parameters import Parameter
+from stockflow.methods.protocol import Method
 from stockflow.recipe.document import Notice, Path
 from stockflow.recipe.model import Recipe
 from stockflow.recipe.options import Options

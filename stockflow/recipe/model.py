@@ -6,7 +6,8 @@ from functools import cached_property
 from pydantic import Field, PrivateAttr, model_validator
 
 from stockflow.methods import METHODS
-from stockflow.methods.protocol import FROM_BASE, Method, Parameters, Scope
+from stockflow.methods.parameters import FROM_BASE, Parameters
+from stockflow.methods.protocol import Method, Scope
 from stockflow.recipe.document import Document, Path, read_yaml
 from stockflow.recipe.locations import Location
 from stockflow.recipe.options import Options, Rule

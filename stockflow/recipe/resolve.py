@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
-from stockflow.methods.protocol import Kind, Method, Parameter, Parameters, Scalar
+from stockflow.methods.parameters import Kind, Parameter, Parameters, Scalar
+from stockflow.methods.protocol import Method
 from stockflow.recipe.settings import Settings, as_kind, matches
 from stockflow.storage import redact
 

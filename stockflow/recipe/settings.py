@@ -7,7 +7,8 @@ from typing import Annotated, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from stockflow.errors import RecipeError
-from stockflow.methods.protocol import FROM_BASE, Method, Parameter, Scalar
+from stockflow.methods.parameters import FROM_BASE, Parameter, Scalar
+from stockflow.methods.protocol import Method
 from stockflow.recipe.wording import shown
 
 _LISTS = "give one value, a list of values over the layers, or a list of {filter, value}"

@@ -10,7 +10,7 @@ from string import ascii_uppercase
 
 from stockflow.errors import CheckpointError, DamagedOutputError, NotFoundError, UserError
 from stockflow.methods import METHODS
-from stockflow.methods.protocol import FROM_BASE
+from stockflow.methods.parameters import FROM_BASE
 from stockflow.output import manifest as manifest_file
 from stockflow.output import receipts
 from stockflow.output.keys import MANIFEST_FILE, receipt_key, tensors_key

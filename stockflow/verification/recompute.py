@@ -13,7 +13,8 @@ from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.errors import CheckpointError, NumericsError, PlanError
 from stockflow.events import Moved, OnEvent, Stage
-from stockflow.methods.protocol import Linear, Parameters, Tolerance
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import Linear, Tolerance
 from stockflow.output.keys import plan_key, receipt_key, tensors_key
 from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import TensorFacts

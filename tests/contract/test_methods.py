@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from stockflow.methods import METHODS, Method
-from stockflow.methods.protocol import FROM_BASE, Elementwise, Linear
+from stockflow.methods.parameters import FROM_BASE
+from stockflow.methods.protocol import Elementwise, Linear
 from tests import checkpoints, runs
 from tests.selection import by_name, diagonal
 

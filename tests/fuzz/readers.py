@@ -16,7 +16,7 @@ from stockflow.checkpoints.files.layout import Extent, HeaderCache
 from stockflow.checkpoints.files.pickles import read_pickle
 from stockflow.checkpoints.opening import open_checkpoint
 from stockflow.errors import CheckpointError, RecipeError, StockflowError
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.parameters import Parameters
 from stockflow.output import claims, manifest, receipts
 from stockflow.output.claims import Claim
 from stockflow.output.keys import CLAIM_FILE

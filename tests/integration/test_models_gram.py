@@ -12,7 +12,8 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.engine.facts import Ledger
 from stockflow.errors import CheckpointError
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import Coefficients, Parameters
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import Coefficients
 from stockflow.output import receipts
 from stockflow.output.receipts import total_gram
 from stockflow.planning.job import merging

@@ -21,7 +21,7 @@ from stockflow.engine.procedures.proceeding import StageClock
 from stockflow.engine.session import Session
 from stockflow.engine.shard import ShardMerger
 from stockflow.engine.ways import Destination
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.parameters import Parameters
 from stockflow.planning.job import Reading, Result, TensorJob
 from stockflow.planning.operands import Operand
 from stockflow.planning.plan import CheckpointRef, ShardPlan

@@ -12,7 +12,7 @@ import torch
 
 from stockflow.errors import RecipeError
 from stockflow.methods import METHODS
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.parameters import Parameters
 from stockflow.recipe import parse_recipe
 from stockflow.storage import StorageConfig
 from stockflow.verification.sample import SampleOptions

@@ -6,7 +6,7 @@ import pytest
 
 from stockflow.checkpoints.naming import LayerNames, LayerPlace
 from stockflow.errors import PlanError
-from stockflow.methods.protocol import Kind, Scalar
+from stockflow.methods.parameters import Kind, Scalar
 from stockflow.planning.towers import depth_of, num_layers
 from stockflow.recipe.resolve import value_at
 from tests.plans import Merge

@@ -7,7 +7,8 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.engine.facts import COLUMNS, Ledger
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import Coefficients, Parameters
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import Coefficients
 from stockflow.planning.job import merging
 
 JOB = merging(TensorSpec("w", "BF16", (4, 10)), (), "model_stock", Parameters(), "row")

@@ -8,7 +8,7 @@ import pytest
 
 from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
-from stockflow.methods.protocol import FROM_BASE
+from stockflow.methods.parameters import FROM_BASE
 from stockflow.methods.ratios import Geometry
 from stockflow.recipe.checks import UNDER_STOCKFLOW
 from tests.pages import section

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from stockflow.errors import NotFoundError, RecipeError
 from stockflow.methods import METHODS, Method
-from stockflow.methods.protocol import Parameter
+from stockflow.methods.parameters import Parameter
 from stockflow.recipe import (
     Options,
     Recipe,

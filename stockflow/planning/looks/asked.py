@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.modules import MODULES_FILE
 from stockflow.checkpoints.pipelines import PIPELINE_FILE
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.parameters import Parameters
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of

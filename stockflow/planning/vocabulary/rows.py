@@ -14,7 +14,7 @@ from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer, Vocabulary, vocabulary_tensors
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.errors import PlanError
-from stockflow.methods.protocol import Parameters
+from stockflow.methods.parameters import Parameters
 from stockflow.planning.job import TensorJob, merging
 from stockflow.recipe import Recipe
 from stockflow.recipe.tokens import TokenEntry
