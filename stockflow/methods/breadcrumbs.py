@@ -43,7 +43,6 @@ _breadcrumbs = partial(
     elementwise_method,
     source=SOURCE,
     min_tuned=1,
-    parameters=sparse.parameters(GAMMA, normalize=False, rescale=False),
     scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(selection.num_rounds),
     kept_bytes=sparse.kept_bytes(2),
@@ -52,7 +51,7 @@ _breadcrumbs = partial(
 )
 
 
-@_breadcrumbs("breadcrumbs")
+@_breadcrumbs("breadcrumbs", parameters=sparse.parameters(GAMMA, elect=False, normalize=False, rescale=False))
 def breadcrumbs(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return ``w_0 + lambda * sum_i a_i S_i(d_i) / Z``; of each ``d_i`` k elements are kept, and the g largest are not.
 
@@ -63,7 +62,7 @@ def breadcrumbs(context: UnitContext, parameters: Parameters) -> Rounds:
     return sparse.merged(context, parameters, middle, elect=False)
 
 
-@_breadcrumbs("breadcrumbs_ties")
+@_breadcrumbs("breadcrumbs_ties", parameters=sparse.parameters(GAMMA, elect=True, normalize=False, rescale=False))
 def breadcrumbs_ties(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return what ``breadcrumbs`` does of the elements that have the elected sign, as ``ties`` elects it.
 

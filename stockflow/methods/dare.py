@@ -67,7 +67,6 @@ _dare = partial(
     elementwise_method,
     source=SOURCE,
     min_tuned=1,
-    parameters=sparse.parameters(SEED, normalize=False, rescale=True, rescales=RESCALES),
     scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(),
     kept_bytes=sparse.kept_bytes(),
@@ -75,7 +74,7 @@ _dare = partial(
 )
 
 
-@_dare("dare_linear")
+@_dare("dare_linear", parameters=sparse.parameters(SEED, elect=False, normalize=False, rescale=True, rescales=RESCALES))
 def dare_linear(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return ``w_0 + lambda * sum_i a_i f_i S_i(d_i) / Z``, ``S_i`` keeping each element with probability ``density``.
 
@@ -87,7 +86,7 @@ def dare_linear(context: UnitContext, parameters: Parameters) -> Rounds:
     return sparse.merged(context, parameters, drawn, elect=False)
 
 
-@_dare("dare_ties")
+@_dare("dare_ties", parameters=sparse.parameters(SEED, elect=True, normalize=False, rescale=True, rescales=RESCALES))
 def dare_ties(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return what ``dare_linear`` does of the elements that have the elected sign, as ``ties`` elects it.
 

@@ -89,6 +89,7 @@ def ranked(context: UnitContext, given: Parameters) -> Generator[Statistic, None
     return Ranked(given.each("density"), given.each("epsilon"), keys_N2, inflated, context.float_bits)
 
 
+_parameters = partial(sparse.parameters, EPSILON, SEED, rescale=True, rescales=RESCALES)
 _della = partial(
     elementwise_method,
     source=SOURCE,
@@ -103,7 +104,9 @@ _della = partial(
 )
 
 
-@_della("della", parameters=sparse.parameters(EPSILON, SEED, normalize=True, rescale=True, rescales=RESCALES))
+@_della(
+    "della", parameters=sparse.parameters(EPSILON, SEED, elect=True, normalize=True, rescale=True, rescales=RESCALES)
+)
 def della(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return ``w_0 + lambda * sum_i(m_i a_i f_i S_i(d_i)) / sum_i(m_i a_i)``; ``S_i`` keeps larger elements rather.
 
@@ -117,7 +120,10 @@ def della(context: UnitContext, parameters: Parameters) -> Rounds:
     return sparse.merged(context, parameters, ranked, elect=True)
 
 
-@_della("della_linear", parameters=sparse.parameters(EPSILON, SEED, normalize=False, rescale=True, rescales=RESCALES))
+@_della(
+    "della_linear",
+    parameters=sparse.parameters(EPSILON, SEED, elect=False, normalize=False, rescale=True, rescales=RESCALES),
+)
 def della_linear(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return what ``della`` keeps and rescales, added up without an election.
 

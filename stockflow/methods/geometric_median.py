@@ -25,7 +25,7 @@ def _no_weight(parameters: Parameters) -> str | None:
     base="optional",
     min_tuned=1,
     parameters=(
-        Parameter("weight", "number", per_model=True, default=1.0, minimum=0.0),
+        Parameter("weight", "number", per_model=True, default=1.0, minimum=0.0, role="share"),
         Parameter("max_iter", "integer", default=10_000, minimum=0),
         Parameter("tol", "number", default=1e-12, minimum=0.0),
     ),

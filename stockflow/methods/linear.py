@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from stockflow.methods.gram import Gram
-from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.parameters import FACTORS, Parameter, Parameters
 from stockflow.methods.protocol import Coefficients, linear_method
 from stockflow.methods.weights import normalized, zero_sum
 
@@ -16,8 +16,8 @@ from stockflow.methods.weights import normalized, zero_sum
     base="ignored",
     min_tuned=1,
     parameters=(
-        Parameter("weight", "number", per_model=True),
-        Parameter("normalize", "flag", default=True),
+        Parameter("weight", "number", per_model=True, usual=FACTORS),
+        Parameter("normalize", "flag", default=True, role="sum"),
     ),
     products=None,
     refuses=zero_sum("normalize"),

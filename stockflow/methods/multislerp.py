@@ -6,7 +6,7 @@ import numpy as np
 
 from stockflow.errors import NumericsError
 from stockflow.methods.gram import Gram
-from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.parameters import FACTORS, Parameter, Parameters
 from stockflow.methods.protocol import COSINE_TOLERANCE, Coefficients, Tolerance, linear_method
 from stockflow.methods.vectors import ANGLE_TOLERANCE, Vectors, dot
 from stockflow.methods.weights import normalized, zero_sum
@@ -20,8 +20,8 @@ CANCELLED = 1e-8
     base="optional",
     min_tuned=1,
     parameters=(
-        Parameter("weight", "number", per_model=True),
-        Parameter("normalize_weights", "flag", default=True),
+        Parameter("weight", "number", per_model=True, usual=FACTORS),
+        Parameter("normalize_weights", "flag", default=True, role="sum"),
         Parameter("eps", "number", default=0.0, minimum=0.0),
     ),
     scopes=("tensor", "row", "leading", "layer"),

@@ -21,7 +21,7 @@ PARALLEL, ANTIPODAL = 1e-16, 1e-14
     min_tuned=2,
     max_tuned=2,
     parameters=(
-        Parameter("weight", "number", per_model=True),
+        Parameter("weight", "number", per_model=True, role="share"),
         Parameter("nuslerp_flatten", "flag", default=True),
         Parameter("nuslerp_row_wise", "flag", default=False),
     ),

@@ -6,6 +6,13 @@ from typing import Literal
 
 Scalar = bool | float | str
 Kind = Literal["number", "integer", "flag", "word"]
+Role = Literal["amount", "least change", "share", "sum", "agreeing sum"]
+"""What a parameter is to its method: ``amount``, how much of the changes counts, 0 leaves the base as it is; ``least
+change``, smaller ones do not count; ``share``, is divided by the sum of all models'; ``sum``, a flag by which all is
+divided by the sum of the weights; ``agreeing sum``, a flag by which each number is divided by the sum of those weights
+that agree on its sign."""
+FACTORS = (-10.0, 10.0)
+"""What is usual of numbers that changes or models are multiplied by."""
 
 
 FROM_BASE = "from_base"
@@ -26,6 +33,9 @@ class Parameter:
     """allowed values of a ``word``; of a ``flag`` beside true and false"""
     minimum: float | None = None
     maximum: float | None = None
+    usual: tuple[float, float] | None = None
+    """what merges mean; a value outside is warned of, and obeyed"""
+    role: Role | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,10 @@ class Parameters:
     def each(self, name: str) -> tuple[float, ...]:
         """Return a per-model parameter, in recipe order."""
         return self.per_model[name]
+
+    def values(self, parameter: Parameter) -> tuple[Scalar, ...]:
+        """Return what one has, one value or one per model."""
+        return self.per_model[parameter.name] if parameter.per_model else (self.shared[parameter.name],)
 
     @property
     def from_base(self) -> bool:

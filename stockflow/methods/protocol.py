@@ -9,13 +9,13 @@ Shape suffixes: G groups (rows, leading indices, or 1), M sources (the anchor an
 N the sources that are not the anchor, E elements of a block.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from stockflow.kernels.arrays import Floats
 from stockflow.methods.gram import Gram, Products
-from stockflow.methods.parameters import FROM_BASE, Parameter, Parameters
+from stockflow.methods.parameters import FROM_BASE, Parameter, Parameters, Role, Scalar
 
 if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values
@@ -269,6 +269,19 @@ class Method:
     def required_per_model(self) -> tuple[str, ...]:
         """Names of the parameters that every model must have a value of."""
         return tuple(each.name for each in self.parameters if each.per_model and each.default is None)
+
+    def given(self, role: Role, parameters: Parameters) -> Iterator[tuple[str, tuple[Scalar, ...]]]:
+        """Yield the parameters of a role with their values, one or one per model."""
+        for each in self.parameters:
+            if each.role == role:
+                yield each.name, parameters.values(each)
+
+    def weights_divided_by(self, parameters: Parameters) -> Literal["sum", "agreeing sum"] | None:
+        """Return by what the weights of all models are divided, if by anything."""
+        if any(each.role == "share" for each in self.parameters):
+            return "sum"
+        asked = (each.role for each in self.parameters if each.kind == "flag" and parameters.flag(each.name))
+        return next((role for role in asked if role == "sum" or role == "agreeing sum"), None)
 
     def has_anchor(self, parameters: Parameters) -> bool:
         """Return whether the first source is a base, beside the models that count."""

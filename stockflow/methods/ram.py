@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stockflow.kernels.arrays import Values
 
 SOURCE = "arXiv:2601.13572"
-EPSILON = Parameter("epsilon", "number", default=1e-5, minimum=0.0)
+EPSILON = Parameter("epsilon", "number", default=1e-5, minimum=0.0, role="least change")
 
 
 @elementwise_method("ram", source=SOURCE, min_tuned=1, parameters=(EPSILON,), scopes=("tensor", "leading", "layer"))

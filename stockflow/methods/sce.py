@@ -27,7 +27,7 @@ def _num_rounds(float_bits: int, given: Parameters) -> int:
     "sce",
     source="Wan et al. 2024, arXiv:2408.07990",
     min_tuned=1,
-    parameters=(Parameter("select_topk", "number", default=1.0, minimum=0.0, maximum=1.0),),
+    parameters=(Parameter("select_topk", "number", default=1.0, minimum=0.0, maximum=1.0, role="amount"),),
     scopes=("tensor", "leading", "layer"),
     num_rounds=_num_rounds,
     kept_bytes=lambda given, num_numbers, num_rows: selection.kept_bytes(num_numbers),

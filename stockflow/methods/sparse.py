@@ -21,7 +21,7 @@ import numpy as np
 
 from stockflow.kernels.arrays import Bytes, Counts, Floats
 from stockflow.methods import selection
-from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.parameters import FACTORS, Parameter, Parameters
 from stockflow.methods.protocol import Block, Rounds, Statistic, UnitContext, Update
 
 if TYPE_CHECKING:
@@ -57,15 +57,15 @@ Keep = Callable[[UnitContext, Parameters], Generator[Statistic, Any, Kept]]
 
 
 def parameters(
-    *more: Parameter, normalize: bool, rescale: bool, rescales: tuple[str, ...] = ("l1",)
+    *more: Parameter, elect: bool, normalize: bool, rescale: bool, rescales: tuple[str, ...] = ("l1",)
 ) -> tuple[Parameter, ...]:
     """Return the parameters of the family, with the defaults of one method, and its own."""
     return (
-        Parameter("weight", "number", per_model=True),
-        Parameter("density", "number", per_model=True, default=1.0, minimum=0.0, maximum=1.0),
+        Parameter("weight", "number", per_model=True, usual=FACTORS, role="amount"),
+        Parameter("density", "number", per_model=True, default=1.0, minimum=0.0, maximum=1.0, role="amount"),
         *more,
-        Parameter("lambda", "number", default=1.0),
-        Parameter("normalize", "flag", default=normalize),
+        Parameter("lambda", "number", default=1.0, usual=FACTORS, role="amount"),
+        Parameter("normalize", "flag", default=normalize, role="agreeing sum" if elect else "sum"),
         Parameter("rescale", "flag", default=rescale, choices=rescales),
     )
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from stockflow.methods.gram import Gram
-from stockflow.methods.parameters import Parameter, Parameters
+from stockflow.methods.parameters import FACTORS, Parameter, Parameters
 from stockflow.methods.protocol import Coefficients, linear_method
 
 
@@ -15,9 +15,9 @@ from stockflow.methods.protocol import Coefficients, linear_method
     base="required",
     min_tuned=1,
     parameters=(
-        Parameter("weight", "number", per_model=True),
-        Parameter("lambda", "number", default=1.0),
-        Parameter("normalize", "flag", default=False),
+        Parameter("weight", "number", per_model=True, usual=FACTORS, role="amount"),
+        Parameter("lambda", "number", default=1.0, usual=FACTORS, role="amount"),
+        Parameter("normalize", "flag", default=False, role="sum"),
     ),
     products=None,
 )

@@ -33,7 +33,7 @@ def largest_kept(context: UnitContext, given: Parameters) -> Generator[Statistic
     "ties",
     source="Yadav et al. 2023, arXiv:2306.01708",
     min_tuned=1,
-    parameters=sparse.parameters(normalize=True, rescale=False),
+    parameters=sparse.parameters(elect=True, normalize=True, rescale=False),
     scopes=("tensor", "leading", "layer"),
     num_rounds=sparse.num_rounds(selection.num_rounds),
     kept_bytes=sparse.kept_bytes(1),

@@ -189,11 +189,11 @@ def test_a_missing_tensor_is_refused_unless_a_rule_names_it(merge: Merge) -> Non
 
 FAR: dict[str, tuple[dict[str, Any], str]] = {
     "percentages": (
-        {"merge_method": "task_arithmetic", "parameters": {"weight": 60}}, "`weight: 60` .* for a percentage write 0.6",
+        {"merge_method": "task_arithmetic", "parameters": {"weight": 60}}, "`weight: 60` is not .* write 0.6",
     ),
     "a factor": (
         {"merge_method": "ties", "parameters": {"weight": 0.5, "density": 0.5, "lambda": 100}},
-        "`lambda: 100` multiplies",
+        "`lambda: 100` is not between -10 and 10",
     ),
     "weights of a third": (
         {"merge_method": "linear", "parameters": {"weight": 0.1, "normalize": False}}, "the weights sum to 0.3 and",
@@ -203,6 +203,13 @@ FAR: dict[str, tuple[dict[str, Any], str]] = {
         {"merge_method": "linear", "parameters": {"weight": 0.7, "normalize": False}}, "the weights sum to 2.1 and",
     ),
     "weights that are normalized": ({"merge_method": "linear", "parameters": {"weight": 50.0 / 10}}, ""),
+    "percentages that are normalized": ({"merge_method": "ties", "parameters": {"weight": 60, "normalize": True}}, ""),
+    "percentages that are not": (
+        {"merge_method": "task_arithmetic", "parameters": {"weight": 60, "normalize": False}}, "`weight: 60` is not",
+    ),
+    "percentages of directions": (
+        {"merge_method": "multislerp", "parameters": {"weight": 60, "normalize_weights": False}}, "`weight: 60` is not",
+    ),
     "a negative weight": ({"merge_method": "task_arithmetic", "parameters": {"weight": -1.5}}, ""),
 }  # fmt: skip
 
@@ -217,16 +224,39 @@ def test_values_far_from_any_merge_are_said(merge: Merge, case: str) -> None:
     assert not expected or re.match(expected, said[0])
 
 
-def test_weights_that_cancel_magnify_what_models_have_apart(merge: Merge) -> None:
+DIVIDED: dict[str, str | None] = dict.fromkeys(
+    ["linear", "task_arithmetic", "dare_linear", "della_linear", "breadcrumbs"], "normalize"
+) | {"multislerp": "normalize_weights", "nuslerp": None}
+"""Methods that divide by the sum of all weights, and the flag that asks for it."""
+ELECTING = ["ties", "dare_ties", "della", "breadcrumbs_ties"]
+"""Methods that divide each number by the weights that agree on its sign."""
+
+
+def said_of_cancelling(merge: Merge, method: str, flag: str | None, asked: bool) -> list[str]:
     models = [
         {"model": str(folder), "parameters": {"weight": weight}}
         for folder, weight in zip(merge.folders[1:], (1.0, -0.9999), strict=True)
     ]
+    parameters = {flag: asked} if flag else {}
+    plan = merge.write().plan(merge_method=method, models=models, parameters=parameters)
+    return [each.text for each in plan.remarks if each.code == "far-values"]
 
-    remarks = merge.write().plan(merge_method="linear", models=models).remarks
 
-    (said,) = [each.text for each in remarks if each.code == "far-values"]
-    assert said.startswith("the weights sum to 0.0001, by which all are divided")
+@pytest.mark.parametrize("method", DIVIDED)
+def test_weights_that_cancel_magnify_what_models_have_apart(merge: Merge, method: str) -> None:
+    flag = DIVIDED[method]
+
+    (said,) = said_of_cancelling(merge, method, flag, True)
+
+    assert said.startswith("the weights sum to 0.0001, by which all are divided: single ones count up to 1e+04 times")
+    assert said.endswith(f"; change them, or `{flag}: false`" if flag else "; change them")
+    if flag:
+        assert not any("by which all are divided" in text for text in said_of_cancelling(merge, method, flag, False))
+
+
+@pytest.mark.parametrize("method", ELECTING)
+def test_weights_of_methods_that_elect_signs_do_not_cancel(merge: Merge, method: str) -> None:
+    assert said_of_cancelling(merge, method, "normalize", True) == []
 
 
 def test_what_all_tunes_have_is_not_advised_to_be_left_out(merge: Merge) -> None:

@@ -1,11 +1,13 @@
 """What the recipe asks for, perhaps unaware: left out tensors, an unlisted base, promoted dtypes."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.modules import MODULES_FILE
 from stockflow.checkpoints.pipelines import PIPELINE_FILE
 from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import Method
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of
@@ -15,11 +17,8 @@ from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 
 MERGED = "merged"
-FAR_FACTOR, SMALL_SUM = 10.0, 0.01
-_ELECT_SIGNS = ("ties", "dare_ties", "della", "breadcrumbs_ties")
-"""Methods that divide each number by the weights that agree on its sign."""
-_LEAVE_THE_BASE = ("lambda", "t", "select_topk")
-"""Parameters of which zero leaves the base as it is."""
+SMALL_SUM = 0.01
+"""Of the weights' sizes."""
 
 
 def skipped_tensors(proposal: Proposal) -> Iterator[Remark]:
@@ -41,33 +40,40 @@ def _first_of(names: Sequence[str]) -> str:
 
 def far_values(proposal: Proposal) -> Iterator[Remark]:
     """Yield weights and factors that no merge is likely to mean, such as percentages; of each kind the first."""
-    given = {id(job.result.parameters): (job.result.method, job.result.parameters) for job in proposal.jobs}
     said: dict[str, str] = {}
-    for method, parameters in given.values():
+    for method, parameters in proposal.methods:
         for name, text in _far_off(method, parameters):
             said.setdefault(name, text)
     for text in said.values():
         yield Remark("far-values", text)
 
 
-def _far_off(method: str, given: Parameters) -> Iterator[tuple[str, str]]:
-    weights, factor, place = given.per_model.get("weight", ()), given.shared.get("lambda"), given.shared.get("t")
-    for name, values in (("weight", weights), ("lambda", (factor,))):
-        for value in values:
-            if isinstance(value, float) and abs(value) > FAR_FACTOR:
-                yield name, f"`{name}: {value:g}` multiplies by as much: for a percentage write {value / 100:g}"
-    if method == "slerp" and isinstance(place, float) and not 0 <= place <= 1:
-        yield "t", f"`t: {place:g}` goes beyond the two models: 0 is the base, 1 the other"
-    sizes, normalizes = sum(map(abs, weights)), given.shared.get("normalize")
-    if normalizes and method not in _ELECT_SIGNS and 0 < abs(sum(weights)) < SMALL_SUM * sizes:
-        text = f"the weights sum to {sum(weights):g}, by which all are divided: single ones count up to"
-        yield (
-            "sum",
-            f"{text} {max(map(abs, weights)) / abs(sum(weights)):.3g} times; change them, or `normalize: false`",
-        )
-    if method == "linear" and normalizes is False and not 0.8 <= sum(weights) <= 1.25:
-        text = f"the weights sum to {sum(weights):g} and are not normalized (`normalize: false`): so much is the result"
+def _far_off(method: Method, given: Parameters) -> Iterator[tuple[str, str]]:
+    divided_by = method.weights_divided_by(given)
+    for each in method.parameters:
+        low, high = each.usual or (-math.inf, math.inf)
+        for value in () if divided_by and each.per_model else given.values(each):
+            if isinstance(value, float) and not low <= value <= high:
+                usual = f"`{each.name}: {value:g}` is not between {low:g} and {high:g}, as merges have it"
+                yield each.name, f"{usual}: for a percentage write {value / 100:g}" if high > 1 else usual
+    yield from _odd_sums(method, given, divided_by)
+
+
+def _odd_sums(method: Method, given: Parameters, divided_by: str | None) -> Iterator[tuple[str, str]]:
+    weights = given.per_model.get("weight", ())
+    total, sizes = sum(weights), sum(map(abs, weights))
+    if divided_by == "sum" and 0 < abs(total) < SMALL_SUM * sizes:
+        most = max(map(abs, weights)) / abs(total)
+        text = f"the weights sum to {total:g}, by which all are divided: single ones count up to {most:.3g} times"
+        yield "sum", f"{text}; change them{_or_divide_not(method)}"
+    flags = [each.name for each in method.parameters if each.role == "sum"]
+    if method.base == "ignored" and flags and not divided_by and not 0.8 <= total <= 1.25:
+        text = f"the weights sum to {total:g} and are not normalized (`{flags[0]}: false`): so much is the result"
         yield "sum", f"{text} of an average"
+
+
+def _or_divide_not(method: Method) -> str:
+    return next((f", or `{each.name}: false`" for each in method.parameters if each.role == "sum"), "")
 
 
 def snapshots(proposal: Proposal) -> Iterator[Remark]:
@@ -182,9 +188,8 @@ def _cause(job: TensorJob) -> str:
     given = job.result.parameters
     if not job.result.declared.has_anchor(given):
         return MERGED
-    shared = [f"{name}: 0" for name in _LEAVE_THE_BASE if given.shared.get(name) == 0.0]
-    zero = [f"{name}: 0" for name in ("weight", "density") if given.per_model.get(name) and not any(given.each(name))]
-    return next(iter((*shared, *zero)), MERGED)
+    zero = (f"{name}: 0" for name, values in job.result.declared.given("amount", given) if not any(values))
+    return next(zero, MERGED)
 
 
 def _reads_several(job: TensorJob) -> bool:

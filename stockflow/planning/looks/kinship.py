@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from operator import itemgetter
 
 import numpy as np
 
@@ -13,10 +14,6 @@ from stockflow.text.strictjson import shown
 
 STRANGER = 1.0
 """Of the weights' own size: a difference that large is no tune's. Of two unrelated models it is sqrt(2)."""
-
-
-_OF_CHANGES = ("ram", "ramplus_tl")
-"""Methods that count changes above their epsilon only."""
 
 
 def copies(proposal: Proposal) -> Iterator[Remark]:
@@ -68,13 +65,19 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
 
 def small_changes(proposal: Proposal) -> Iterator[Remark]:
     """Yield that no change is as large as those that a method counts, so that the output is the base."""
-    limits = [job.result.parameters.shared["epsilon"] for job in proposal.jobs if job.result.method in _OF_CHANGES]
+    limits = {
+        (name, float(value))
+        for method, parameters in proposal.methods
+        for name, values in method.given("least change", parameters)
+        for value in values
+    }
     (base, own), *others = (_sampled(proposal) if limits else []) or [("", ())]
     pairs = [pair for _, samples in others for pair in zip(own, samples, strict=True)]
     apart = [float(np.abs(two.values - one.values).max(initial=0.0)) for one, two in pairs]
-    if apart and max(apart) < min(map(float, limits)):
+    name, least = min(limits, key=itemgetter(1), default=("", 0.0))
+    if apart and max(apart) < least:
         text = (
-            f"`epsilon: {min(limits):g}` is more than any change that was looked at ({max(apart):.3g} at most): where "
+            f"`{name}: {least:g}` is more than any change that was looked at ({max(apart):.3g} at most): where "
             f"none is larger, the output is {base}"
         )
         yield Remark("far-values", text)

@@ -8,6 +8,8 @@ from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer
+from stockflow.methods.parameters import Parameters
+from stockflow.methods.protocol import Method
 from stockflow.planning.job import TensorJob
 from stockflow.planning.targets import Stacking
 from stockflow.recipe import Recipe
@@ -52,6 +54,12 @@ class Proposal:
     def begins(self) -> frozenset[str]:
         """The first parts of the names that are written, within which a layer and its module stand."""
         return frozenset(".".join(job.output.name.split(".", NUM_PARTS)[:NUM_PARTS]) for job in self.jobs)
+
+    @cached_property
+    def methods(self) -> Sequence[tuple[Method, Parameters]]:
+        """The methods in use with what they are given, each setting once."""
+        given = {id(job.result.parameters): job.result for job in self.jobs}
+        return [(each.declared, each.parameters) for each in given.values()]
 
     @cached_property
     def folders(self) -> Mapping[str, bool]:
