@@ -182,7 +182,9 @@ class _Writing(TypedDict, total=False):
     allow_unmerged: Annotated[bool, Setting(
         "Obey rules by which every tensor comes from one model: the output is no merge.", False
     )]  # fmt: skip
-    strict: Annotated[bool, Setting("Refuse what is otherwise only warned of.", False)]
+    strict: Annotated[
+        bool, Setting("Refuse all that is otherwise only said of inputs, and not accepted by the recipe.", False)
+    ]
     verify_inputs: Annotated[bool, Setting(
         "Read all that is read of remote models a second time, over another connection, and compare.", False
     )]  # fmt: skip

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Severity = Literal["note", "warning", "refusal"]
-"""``note``: a fact of what was asked; ``warning``: an error under ``--strict``; ``refusal``: one until accepted."""
+"""``note``: a fact to know; ``warning``: probably not meant; ``refusal``: an error until accepted."""
+AS_ASKED = frozenset({"adapters", "expert-units", "not-copied", "quantised", "seed", "skipped", "token-ids"})
+"""Codes whose notes say what the recipe asks for; ``--strict`` refuses every other remark that is not accepted."""
 
 CODES: Mapping[str, str] = {
     "adapter-base": "an adapter that is named alone, and the base that it names",
@@ -125,13 +127,14 @@ class Remark:
 
 
 def objections(remarks: Iterable[Remark], accepted: Collection[str], *, strict: bool) -> list[str]:
-    """Return what stands against a merge: refusals that are not accepted and, if ``strict``, warnings."""
+    """Return what stands against a merge: refusals not accepted and, if ``strict``, all that was not asked for."""
     against = []
     for remark in remarks:
         if remark.code in accepted:
             continue
+        accept = f"; or accept it: `stockflow: {{accept: [{remark.code}]}}`"
         if remark.severity == "refusal":
-            against.append(f"{remark}; or accept it: `stockflow: {{accept: [{remark.code}]}}`")
-        elif remark.severity == "warning" and strict:
-            against.append(f"{remark} [{remark.code}, refused by --strict]")
+            against.append(f"{remark}{accept}")
+        elif strict and (remark.severity == "warning" or remark.code not in AS_ASKED):
+            against.append(f"{remark} [{remark.code}, refused by --strict]{accept}")
     return against

@@ -12,7 +12,7 @@ from stockflow.planning import file as plan_file
 from stockflow.planning.make import make_plan
 from stockflow.recipe import parse_recipe
 from stockflow.storage import open_store
-from stockflow.text.remarks import CODES, Remark, objections
+from stockflow.text.remarks import AS_ASKED, CODES, Remark, objections
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.plans import Merge
@@ -31,9 +31,20 @@ def test_refusals_stand_against_a_merge_until_they_are_accepted() -> None:
     assert objections([NOTE, WARNING, REFUSAL], ["not-copied"], strict=False) == []
 
 
-def test_strict_refuses_warnings_and_no_notes() -> None:
-    assert objections([NOTE, WARNING], (), strict=True) == ["r.yaml:7:3: two [no-config, refused by --strict]"]
-    assert objections([NOTE, WARNING], ["no-config"], strict=True) == []
+def test_strict_refuses_all_that_is_neither_accepted_nor_asked_for() -> None:
+    found = [NOTE, WARNING, Remark("left-out", "four", "note"), Remark("skipped", "five", "warning")]
+    assert objections(found, (), strict=True) == [
+        "r.yaml:7:3: two [no-config, refused by --strict]; or accept it: `stockflow: {accept: [no-config]}`",
+        "four [left-out, refused by --strict]; or accept it: `stockflow: {accept: [left-out]}`",
+        "five [skipped, refused by --strict]; or accept it: `stockflow: {accept: [skipped]}`",
+    ]
+    assert objections(found, ["no-config", "left-out", "skipped"], strict=True) == []
+    assert objections(found, (), strict=False) == []
+
+
+def test_the_documentation_names_what_strict_lets_pass() -> None:
+    page = (runs.REPOSITORY / "docs" / "recipes.md").read_text()
+    assert ", ".join(f"`{code}`" for code in sorted(AS_ASKED)) in page
 
 
 @pytest.mark.parametrize("wrong", [{"code": "nonsense"}, {"severity": "loud"}], ids=str)
