@@ -28,7 +28,8 @@ from stockflow.storage.sightings import Sightings
 def collector_paused() -> Iterator[None]:
     """Keep Python's cycle collector from walking a million small objects again and again while they are made.
 
-    Planning 92,000 tensors of nine checkpoints takes half the time without it; nothing made here has cycles.
+    Planning 92,000 tensors of nine checkpoints takes half the time without it; nothing made here has cycles. What was
+    made is old at once, so that the collector does not walk it when it goes on, either.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -36,6 +37,8 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            gc.freeze()
+            gc.unfreeze()
             gc.enable()
 
 
