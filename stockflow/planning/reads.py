@@ -7,6 +7,7 @@ fill no slab: threads read what they compute next.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from stockflow.planning.work import Work
 from stockflow.storage.parts import RANGE_BYTES
 
 ALIGNMENT = 64
+"""Of requests in a slab: a multiple of every width."""
 MAX_GAP_BYTES = PIECE_OVERHEAD
 """Between ranges that are read by one request: a slab has room for as much beside each range, and a request to object
 storage costs what a megabyte does. Tensors that are not read, such as the shapes of packed codes, lie there."""
@@ -172,43 +174,64 @@ def _large(unit: Sequence[LoadPiece], workspace: Workspace) -> Step:
     return Step(tuple(Load((piece,)) for piece in unit), num_sweeps, held, workspace.direct)
 
 
+_Range = tuple[int, int, int, int, int]
+"""Begin and end in a file, the boundary it must begin on, and whose it is: the numbers of a piece and of its slot."""
+
+
 def _lay_out(pieces: Sequence[LoadPiece]) -> tuple[tuple[Request, ...], tuple[tuple[int, ...], ...]]:
     """Requests and offsets of a load: ranges in file order, every slot on a boundary of its elements."""
-    whole, scattered = [], []
+    whole: dict[tuple[int, str], list[_Range]] = defaultdict(list)
+    scattered = []
     for index, (work, first, last) in enumerate(pieces):
         reading = work.reading
         if first == last:
             continue
         if reading.is_plain:  # as nearly all are: what follows says the same of them, with more ado
-            for number, (operand, width) in enumerate(zip(reading.operands, reading.widths, strict=True)):
-                file, start = operand.extents[0]
-                ends = start + width * first, start + width * last
-                whole.append((operand.checkpoint, file, *ends, width, index, number))
+            for number, (checkpoint, _, ((file, start),), decode, _) in enumerate(reading.operands):
+                width = decode.width
+                whole[checkpoint, file].append((start + width * first, start + width * last, width, index, number))
             continue
         if all(operand.rows is None for operand in reading.operands):
-            whole += [
-                (*run, index, number) for number, run in enumerate(_runs(reading, first, last)) if run[2] < run[3]
-            ]
+            for number, (checkpoint, file, start, stop, width) in enumerate(_runs(reading, first, last)):
+                if start < stop:
+                    whole[checkpoint, file].append((start, stop, width, index, number))
             continue
         for number, slot in enumerate(reading.slots(first, last)):
             if len(slot.ranges) == 1 and slot.num_bytes:
-                whole.append((slot.checkpoint, slot.file, *slot.ranges[0], slot.width, index, number))
+                whole[slot.checkpoint, slot.file].append((*slot.ranges[0], slot.width, index, number))
             elif slot.num_bytes:
                 scattered.append((slot, index, number))
     requests: list[Request] = []
     offsets = [[0] * work.reading.num_slots for work, _, _ in pieces]
-    for checkpoint, file, start, stop, width, index, number in sorted(whole):
-        previous = requests[-1] if requests else None
-        if previous and _continues(previous, checkpoint, file, start, width):
-            if stop > previous.stop:
-                requests[-1] = Request(checkpoint, file, previous.start, stop, previous.offset)
-        else:
-            requests.append(Request(checkpoint, file, start, stop, _next_boundary(previous)))
-        offsets[index][number] = requests[-1].offset + start - requests[-1].start
+    for (checkpoint, file), ranges in sorted(whole.items()):
+        for start, stop, run in _together(ranges):
+            offset = _next_boundary(requests)
+            requests.append(Request(checkpoint, file, start, stop, offset))
+            for own, _, _, index, number in run:
+                offsets[index][number] = offset + own - start
     for slot, index, number in scattered:
-        offsets[index][number] = _next_boundary(requests[-1] if requests else None)
+        offsets[index][number] = _next_boundary(requests)
         requests += gathered(slot, offsets[index][number])
     return tuple(requests), tuple(map(tuple, offsets))
+
+
+def _together(ranges: list[_Range]) -> Iterator[tuple[int, int, list[_Range]]]:
+    """Yield begin, end and members of the runs of a file that are read by one request.
+
+    Ranges lie next to each other, or nearly so, and each begins on a boundary of its elements.
+    """
+    ranges.sort()
+    (begin, end, *_), *_ = ranges
+    run: list[_Range] = []
+    for each in ranges:
+        start, stop, width, _, _ = each
+        if start > end + MAX_GAP_BYTES or (start - begin) % width:
+            yield begin, end, run
+            begin, end, run = start, stop, []
+        if stop > end:
+            end = stop
+        run.append(each)
+    yield begin, end, run
 
 
 def _runs(reading: Reading, first: int, last: int) -> Iterator[tuple[int, str, int, int, int]]:
@@ -233,15 +256,9 @@ def gathered(slot: ExtentRanges, offset: int) -> Iterator[Request]:
         yield pending
 
 
-def _next_boundary(previous: Request | None) -> int:
-    end = previous.offset + previous.stop - previous.start if previous else 0
+def _next_boundary(requests: Sequence[Request]) -> int:
+    end = requests[-1].offset + requests[-1].stop - requests[-1].start if requests else 0
     return -(-end // ALIGNMENT) * ALIGNMENT
-
-
-def _continues(previous: Request, checkpoint: int, file: str, start: int, width: int) -> bool:
-    """Whether a range can be read together with the previous one and still begin on a boundary of its elements."""
-    is_near = (previous.checkpoint, previous.file) == (checkpoint, file) and start <= previous.stop + MAX_GAP_BYTES
-    return is_near and (previous.offset + start - previous.start) % width == 0
 
 
 def split_request(request: Request) -> Iterator[Request]:
