@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from stockflow.checkpoints.samples import sampled_specs
 from stockflow.events import Moved, OnEvent, Stage, ignore
-from stockflow.forecast.amounts import read_twice, survey
+from stockflow.forecast.amounts import survey
 from stockflow.forecast.constants import load_calibration
 from stockflow.forecast.seconds import Conditions, forecast
 from stockflow.planning.budget import default_memory
@@ -127,10 +127,8 @@ def _planned(
         *few_shards_note(merge_plan, options.num_workers),
     )
     url = driver.output_url(inputs, output)
-    work = survey(merge_plan, workspace, len(sampled_specs(inputs.merged)))
-    urls = [checkpoint.url for checkpoint in merge_plan.checkpoints]
-    work = read_twice(work, urls) if inputs.reads_twice else work
-    found = forecast(work, constants, urls, url, conditions)
+    work = survey(merge_plan, workspace, len(sampled_specs(inputs.merged)), reads_twice=inputs.reads_twice)
+    found = forecast(merge_plan, work, constants, url, conditions)
     return PlanResult(merge_plan, workspace, notes, url, work, least_bytes, found)
 
 

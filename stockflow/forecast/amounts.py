@@ -1,12 +1,11 @@
 """What a plan asks of machines and stores: bytes, requests, elements; no seconds, no money. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
-from stockflow.checkpoints.files.layout import folder_of
 from stockflow.methods.protocol import Linear
 from stockflow.output.claims import FIRST_BEAT_S, HEARTBEAT_S
 from stockflow.planning.budget import Workspace
@@ -18,6 +17,8 @@ from stockflow.planning.reads import Load, Step, schedule
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.storage import scheme_of
 from stockflow.storage.parts import RANGE_BYTES, SMALL_BYTES, part_bytes
+
+NONE_HELD = FactorRanges()
 
 
 class Kernel(NamedTuple):
@@ -33,122 +34,81 @@ class Kernel(NamedTuple):
 
 
 @dataclass(slots=True)
-class CheckpointReads:
+class InputAmounts:
     """What is read of one checkpoint."""
 
+    url: str
+    num_files: int
+    """that are opened"""
+    is_read_twice: bool = False
+    """whether all of it is read again and compared; what follows counts that already"""
     num_requests: int = 0
+    """for ranges, headers not counted"""
     num_bytes: int = 0
     """every pass counted"""
     num_bytes_once: int = 0
     """the first pass alone: the most that must come from a disk whose files then stay in memory"""
-
-    def twice(self) -> "CheckpointReads":
-        """Return what it is if each range is read again."""
-        return CheckpointReads(2 * self.num_requests, 2 * self.num_bytes, 2 * self.num_bytes_once)
-
-    def add(self, other: "CheckpointReads") -> None:
-        """Count what is read elsewhere, too."""
-        self.num_requests += other.num_requests
-        self.num_bytes += other.num_bytes
-        self.num_bytes_once += other.num_bytes_once
-
-
-@dataclass(slots=True)
-class ShardAmounts:
-    """What one shard asks of the worker that merges it."""
-
-    file: str
-    num_bytes: int
-    """size of the output file"""
-    reads: dict[int, CheckpointReads] = field(default_factory=dict)
-    """by checkpoint, all passes"""
-    elems: Counter[Kernel] = field(default_factory=Counter)
-    """of the output; of what is carried over, bytes"""
-    num_pieces: int = 0
-    """sources of tensors: what Python handles one by one"""
-
-    @property
-    def num_parts(self) -> int:
-        """Requests that upload the file to an object store, but for the start and the end of the upload."""
-        return -(-self.num_bytes // part_bytes(self.num_bytes))
 
 
 @dataclass(frozen=True)
 class Workload:
     """What a whole merge asks for."""
 
-    shards: tuple[ShardAmounts, ...]
-    num_checkpoint_files: tuple[int, ...]
-    """per checkpoint: the files that are opened"""
+    inputs: tuple[InputAmounts, ...]
+    shard_sizes: tuple[int, ...]
+    """bytes of each file"""
+    elems: Mapping[Kernel, int]
+    """of the output; of what is carried over, bytes"""
     num_tensors: int
-    num_side_files: int
-    side_files_from: int
-    """checkpoint that gives them"""
-    has_config: bool
-    """whether there is a config.json to publish; each checkpoint's is read while it is opened"""
+    num_pieces: int
+    """sources of tensors: what Python handles one by one"""
     passes: Mapping[int, int]
     """number of tensors by how often they are read"""
     num_looks: int = 0
     """per checkpoint: small reads before anything is planned"""
-    num_written_files: int = 0
-    """beside those that are copied"""
-    read_twice: frozenset[int] = frozenset()
-    """checkpoints of which all is read again and compared; ``shards`` count that already"""
-
-    @property
-    def num_bytes_again(self) -> int:
-        """Bytes that are read only to be compared."""
-        return sum(self.readings[index].num_bytes for index in self.read_twice) // 2
-
-    @cached_property
-    def readings(self) -> Mapping[int, CheckpointReads]:
-        """What is read of each checkpoint, headers not counted."""
-        total = {index: CheckpointReads() for index in range(len(self.num_checkpoint_files))}
-        for shard in self.shards:
-            for index, reads in shard.reads.items():
-                total[index].add(reads)
-        return total
-
-    @property
-    def has_index(self) -> bool:
-        """Whether there is an index to publish: of more than one shard, those of modules not counted."""
-        return sum(not folder_of(shard.file) for shard in self.shards) > 1
 
     @property
     def num_reads(self) -> int:
         """Requests for ranges of checkpoints, headers not counted."""
-        return sum(reads.num_requests for reads in self.readings.values())
+        return sum(each.num_requests for each in self.inputs)
 
     @property
     def num_bytes_read(self) -> int:
         """Bytes of checkpoints, every pass counted."""
-        return sum(reads.num_bytes for reads in self.readings.values())
+        return sum(each.num_bytes for each in self.inputs)
+
+    @property
+    def num_bytes_again(self) -> int:
+        """Bytes that are read only to be compared."""
+        return sum(each.num_bytes for each in self.inputs if each.is_read_twice) // 2
 
     @property
     def num_bytes_written(self) -> int:
         """Bytes of all shards."""
-        return sum(shard.num_bytes for shard in self.shards)
+        return sum(self.shard_sizes)
+
+    @property
+    def num_parts(self) -> int:
+        """Requests that upload all shards to an object store, but for the start and the end of each upload."""
+        return sum(map(_num_parts, self.shard_sizes))
 
 
-@dataclass(slots=True)
-class StoreRequests:
+def _num_parts(size: int) -> int:
+    return -(-size // part_bytes(size))
+
+
+class StoreRequests(NamedTuple):
     """What one store is asked during a merge, counted as stores bill it."""
 
-    gets: int = 0
+    url: str
+    gets: int
     """reads of ranges, and questions for the state of an object"""
-    puts: int = 0
+    puts: int
     """small objects, parts of uploads with their start and end, and listings"""
     bytes_out: int = 0
     """read from it"""
     bytes_kept: int = 0
     """of the output"""
-
-    def add(self, other: "StoreRequests") -> None:
-        """Count what is asked elsewhere, too."""
-        self.gets += other.gets
-        self.puts += other.puts
-        self.bytes_out += other.bytes_out
-        self.bytes_kept += other.bytes_kept
 
 
 MERGE_GETS, MERGE_PUTS = 16, 13
@@ -164,32 +124,34 @@ LAST_PROGRESS_PUTS = 1
 """Of a run that lasted until its second heartbeat: how it ended."""
 
 
-def requests_of(work: Workload, inputs: Sequence[str], seconds: float) -> tuple[list[StoreRequests], StoreRequests]:
-    """Return what each input's store is asked, and the output's, by a merge that takes so long.
+def requests_of(plan: MergePlan, work: Workload, output: str, seconds: float) -> Iterator[StoreRequests]:
+    """Yield what each input's store is asked, then the output's, by a merge that takes so long.
 
     A test holds these numbers against what a server was asked.
     """
-    by_input, asked = [], set()
-    for index, (url, num_files) in enumerate(zip(inputs, work.num_checkpoint_files, strict=True)):
-        reading, place = work.readings[index], "/".join(url.split("/")[:3])
-        headers, stamps_hold = num_files, place not in asked  # whether they do is asked once per store
-        small = (headers + work.num_looks + work.has_config) * (2 if index in work.read_twice else 1)
-        gets = reading.num_requests + small + stamps_hold
-        by_input.append(StoreRequests(gets, puts=1, bytes_out=reading.num_bytes))  # a listing
-        asked.add(place)
-    # Looked at, then copied.
-    by_input[work.side_files_from].gets += work.num_side_files * (4 if work.side_files_from in work.read_twice else 2)
-    num_further = work.has_config + work.num_side_files + work.num_written_files + work.has_index
-    output = StoreRequests(
-        gets=MERGE_GETS + num_further + sum(SHARD_GETS + (shard.num_bytes > SMALL_BYTES) for shard in work.shards),
-        puts=MERGE_PUTS
-        + num_further
-        + len(work.shards) * SHARD_PUTS
-        + sum(shard.num_parts + (UPLOAD_PUTS if shard.num_parts > 1 else 0) for shard in work.shards)
-        + _clock_puts(seconds),
+    has_config, asked = plan.config is not None, set[str]()
+    copied_from = plan.side_files[0].checkpoint if plan.side_files else plan.donor
+    for index, each in enumerate(work.inputs):
+        store = store_of(each.url)
+        small = each.num_files + work.num_looks + has_config  # which is read while a checkpoint is opened
+        small += 2 * len(plan.side_files) * (index == copied_from)  # looked at, then copied
+        stamps_hold = store not in asked  # whether they do is asked once per store
+        gets = each.num_requests + small * (1 + each.is_read_twice) + stamps_hold
+        yield StoreRequests(each.url, gets, puts=1, bytes_out=each.num_bytes)  # a listing
+        asked.add(store)
+    further = has_config + len(plan.side_files) + len(plan.written_files) + bool(plan.indexed)
+    uploads = sum(UPLOAD_PUTS for size in work.shard_sizes if _num_parts(size) > 1)
+    yield StoreRequests(
+        output,
+        gets=MERGE_GETS + further + sum(SHARD_GETS + (size > SMALL_BYTES) for size in work.shard_sizes),
+        puts=MERGE_PUTS + further + len(plan.shards) * SHARD_PUTS + work.num_parts + uploads + _clock_puts(seconds),
         bytes_kept=work.num_bytes_written,
     )
-    return by_input, output
+
+
+def store_of(url: str) -> str:
+    """Return the bucket that a URL is in; of what is in a folder, something of its path."""
+    return "/".join(url.split("/")[:3])
 
 
 def _clock_puts(seconds: float) -> int:
@@ -198,32 +160,36 @@ def _clock_puts(seconds: float) -> int:
     return (1 + int((seconds - FIRST_BEAT_S) // HEARTBEAT_S)) * BEAT_PUTS + LAST_PROGRESS_PUTS
 
 
-def survey(plan: MergePlan, workspace: Workspace, num_looks: int = 0) -> Workload:
-    """Return what a plan asks for when each worker divides its memory so, after so many small reads of each input."""
-    passes: Counter[int] = Counter()
-    shards = tuple(_shard_amounts(shard, workspace, passes) for shard in plan.shards)
+def survey(plan: MergePlan, workspace: Workspace, num_looks: int = 0, *, reads_twice: bool = False) -> Workload:
+    """Return what a plan asks for.
+
+    Args:
+        plan: of the merge.
+        workspace: how each worker divides its memory.
+        num_looks: small reads of each input before anything is planned.
+        reads_twice: whether every range, header and small file of a remote model is read a second time.
+    """
+    inputs = tuple(
+        InputAmounts(each.url, len(each.files), is_read_twice=reads_twice and scheme_of(each.url) != "file")
+        for each in plan.checkpoints
+    )
+    elems, passes = Counter[Kernel](), Counter[int]()
+    for job in plan.jobs:
+        elems[kernel_of(job)] += job.reading.num_elems
+    for shard in plan.shards:
+        _count_reads(shard, workspace, inputs, passes)
+    for each in inputs:
+        if each.is_read_twice:
+            each.num_requests, each.num_bytes = 2 * each.num_requests, 2 * each.num_bytes
     return Workload(
-        shards=shards,
-        num_checkpoint_files=tuple(len(checkpoint.files) for checkpoint in plan.checkpoints),
+        inputs=inputs,
+        shard_sizes=tuple(shard.num_bytes for shard in plan.shards),
+        elems=elems,
         num_tensors=sum(len(shard.jobs) for shard in plan.shards),
-        num_side_files=len(plan.side_files),
-        side_files_from=plan.side_files[0].checkpoint if plan.side_files else plan.donor,
-        has_config=plan.config is not None,
+        num_pieces=sum(job.reading.num_slots for job in plan.jobs),
         passes=dict(sorted(passes.items())),
         num_looks=num_looks,
-        num_written_files=len(plan.written_files),
     )
-
-
-def read_twice(work: Workload, urls: Sequence[str]) -> Workload:
-    """Return what is asked for if every range, header and small file of a remote model is read a second time."""
-    remote = frozenset(index for index, url in enumerate(urls) if scheme_of(url) != "file")
-
-    def doubled(shard: ShardAmounts) -> ShardAmounts:
-        reads = {index: each.twice() if index in remote else each for index, each in shard.reads.items()}
-        return replace(shard, reads=reads)
-
-    return replace(work, shards=tuple(map(doubled, work.shards)), read_twice=remote)
 
 
 def kernel_of(job: TensorJob) -> Kernel:
@@ -240,50 +206,38 @@ def _kernel(is_linear: bool, dtypes: tuple[str, ...], output: str, num_passes: i
     return Kernel("linear" if is_linear else "elementwise", widest, len(dtypes), num_passes)
 
 
-def _shard_amounts(shard: ShardPlan, workspace: Workspace, passes: Counter[int]) -> ShardAmounts:
-    amounts = ShardAmounts(shard.file, shard.num_bytes)
-    for job in shard.jobs:
-        amounts.elems[kernel_of(job)] += job.reading.num_elems
-        amounts.num_pieces += job.reading.num_slots
-    for unit in layer_units(shard.jobs):
+def _count_reads(shard: ShardPlan, workspace: Workspace, inputs: Sequence[InputAmounts], passes: Counter[int]) -> None:
+    for unit in layer_units(shard.jobs):  # its statistics come before its members are merged
         for step in schedule(unit.members, workspace):
-            _add_reads(amounts, replace(step, num_sweeps=unit.members[0].num_statistic_passes, held=False), again=True)
+            _add(inputs, step, unit.members[0].num_statistic_passes, again=True)
     for jobs, held in (batch for run in segments(shard.jobs) for batch in batches(run, workspace.factor_bytes)):
         for step in schedule([*factors_of(jobs)], workspace):
-            _add_reads(amounts, step)
+            _add(inputs, step, step.num_reads)
         for step in schedule(jobs, workspace):
-            _add_reads(amounts, step, held)
+            _add(inputs, step, step.num_reads, held)
             passes[step.num_reads] += sum(piece.stop == piece.work.reading.num_elems for piece in step.loads[-1].pieces)
-    return amounts
 
 
-def _add_reads(amounts: ShardAmounts, step: Step, held: FactorRanges | None = None, *, again: bool = False) -> None:
+def _add(
+    inputs: Sequence[InputAmounts], step: Step, num_reads: int, held: FactorRanges = NONE_HELD, *, again: bool = False
+) -> None:
     for load in step.loads:
         for checkpoint, size, num_requests in _requests(load, step, held):
-            reads = amounts.reads.setdefault(checkpoint, CheckpointReads())
-            reads.num_requests += num_requests * step.num_reads
-            reads.num_bytes += size * step.num_reads
-            reads.num_bytes_once += 0 if again else size
+            amounts = inputs[checkpoint]
+            amounts.num_requests += num_requests * num_reads
+            amounts.num_bytes += size * num_reads
+            amounts.num_bytes_once += 0 if again else size
 
 
-def _requests(load: Load, step: Step, held: FactorRanges | None) -> Iterator[tuple[int, int, int]]:
+def _requests(load: Load, step: Step, held: FactorRanges) -> Iterator[tuple[int, int, int]]:
     """Per range that is not held: checkpoint, bytes, and in how many requests they are read in one pass."""
-    if len(load.pieces) > 1 or (held and held.by_file):
-        for request in load.requests:
-            if held and held.covering(request.checkpoint, request.file, request.start, request.stop):
-                continue
-            size = request.stop - request.start
-            yield request.checkpoint, size, -(-size // RANGE_BYTES)
+    if step.direct and not held.by_file:
+        ((job, start, stop),) = load.pieces
+        num_spans = -(-(stop - start) // SPAN_ELEMS)
+        yield from (
+            (slot.checkpoint, slot.num_bytes, num_spans) for slot in job.reading.slots(start, stop) if slot.num_bytes
+        )
         return
-    ((job, start, stop),) = load.pieces
-    for slot in job.reading.slots(start, stop):
-        size = slot.num_bytes
-        num_requests = -(-(stop - start) // SPAN_ELEMS) if step.direct else -(-size // RANGE_BYTES)
-        if size:
-            yield slot.checkpoint, size, num_requests
-
-
-def worst_tensor(jobs: Iterable[TensorJob]) -> TensorJob | None:
-    """Return the tensor whose smallest piece takes the most memory."""
-    candidates: Sequence[TensorJob] = [job for job in jobs if job.reading.num_elems]
-    return max(candidates, key=lambda job: (job.reading.bytes_per_elem, job.reading.num_elems), default=None)
+    for checkpoint, file, start, stop, _ in load.requests:
+        if not (held.by_file and held.covering(checkpoint, file, start, stop)):
+            yield checkpoint, stop - start, -(-(stop - start) // RANGE_BYTES)

@@ -1,8 +1,8 @@
 """A forecast in words and numbers, for people and for programs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from stockflow.forecast.amounts import StoreRequests
+from stockflow.forecast.amounts import StoreRequests, store_of
 from stockflow.forecast.seconds import STAGES, Forecast
 from stockflow.storage import redact, scheme_of
 from stockflow.text.sizes import counted, estimate, gb
@@ -27,8 +27,8 @@ def forecast_facts(found: Forecast) -> dict[str, object]:
         "disk_seconds": prediction.disk_s,
         "cost": {"machine_price": price, "num_machines": num_machines, "machines": found.cost},
         "store_requests": [
-            {"url": redact(url), "gets": asked.gets, "puts": asked.puts, "bytes_out": asked.bytes_out}
-            for url, asked in found.requests
+            {"url": redact(asked.url), "gets": asked.gets, "puts": asked.puts, "bytes_out": asked.bytes_out}
+            for asked in found.requests
         ],
         "sources": list(found.sources),
     }
@@ -45,9 +45,9 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
     threads = counted(conditions.num_threads, "thread")
     yield f"  time    about {estimate(prediction.seconds)} by {workers} of {threads}{each}: {parts}"
     yield f"  limit   {STAGES[prediction.bottleneck]}; side by side: {_longest(prediction.stages)}"
-    for place, asked in _by_store(found.requests).items():
+    for asked in _by_store(found.requests):
         yield (
-            f"  store   {place}: {asked.gets:,} GETs, {asked.puts:,} PUTs and listings; "
+            f"  store   {asked.url}: {asked.gets:,} GETs, {asked.puts:,} PUTs and listings; "
             f"{gb(asked.bytes_out)} out, {gb(asked.bytes_kept)} in"
         )
     if found.cost is not None:
@@ -67,14 +67,13 @@ def _disk_words(found: Forecast) -> str:
     return f"inputs in folders are taken to come from the disk, {why}: {takes}"
 
 
-def _by_store(requests: Sequence[tuple[str, StoreRequests]]) -> dict[str, StoreRequests]:
+def _by_store(requests: Iterable[StoreRequests]) -> Iterator[StoreRequests]:
     """What each bucket is asked; folders are not counted."""
-    stores: dict[str, StoreRequests] = {}
-    for url, asked in requests:
+    stores: dict[str, list[Sequence[int]]] = {}
+    for url, *amounts in requests:
         if scheme_of(url) not in ("file", "memory"):
-            total = stores.setdefault(redact("/".join(url.split("/")[:3])), StoreRequests())
-            total.add(asked)
-    return stores
+            stores.setdefault(redact(store_of(url)), []).append(amounts)
+    yield from (StoreRequests(store, *map(sum, zip(*found, strict=True))) for store, found in stores.items())
 
 
 def _longest(stages: Mapping[str, float]) -> str:

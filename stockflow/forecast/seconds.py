@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from stockflow.forecast.amounts import CheckpointReads, StoreRequests, Workload, requests_of
+from stockflow.forecast.amounts import InputAmounts, StoreRequests, Workload, requests_of, store_of
 from stockflow.forecast.constants import Calibration, MachineCosts, PlaceCosts
+from stockflow.planning.plan import MergePlan
 from stockflow.storage import redact
 
 RANGES_IN_FLIGHT = 16
@@ -32,6 +33,9 @@ STAGES = {
     "workers": "idle workers: there are too few shards",
 }
 """What may decide how long a merge takes, in words; all but the last two go on side by side."""
+
+Source = tuple[PlaceCosts, InputAmounts]
+"""Where a checkpoint is, and what is read of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +91,20 @@ class Prediction:
         return sum(self.phases.values())
 
 
-def predict(
-    work: Workload, calibration: Calibration, inputs: Sequence[str], output: str, conditions: Conditions
-) -> Prediction:
-    """Return the time a merge takes of the checkpoints at ``inputs`` to ``output``."""
-    machine = calibration.machine
-    *sources, target = (_place(calibration, url, conditions) for url in (*inputs, output))
-    share = busiest_share([shard.num_bytes for shard in work.shards], conditions.num_workers)
-    in_folders = [(place, reads.num_bytes_once) for place, reads in _read_from(work, sources) if place.is_local]
+def predict(work: Workload, calibration: Calibration, output: str, conditions: Conditions) -> Prediction:
+    """Return the time a merge to ``output`` takes."""
+    machine, target = calibration.machine, _place(calibration, output, conditions)
+    sources = [(_place(calibration, each.url, conditions), each) for each in work.inputs]
+    share = busiest_share(work.shard_sizes, conditions.num_workers)
+    in_folders = [(place, each.num_bytes_once) for place, each in sources if place.is_local]
     disk_s = sum(num_bytes / place.read_rate for place, num_bytes in in_folders)
     fits = sum(num_bytes for _, num_bytes in in_folders) <= conditions.memory_bytes
     in_memory = conditions.read_rate is None and fits
     stages = _stages(work, machine, sources, target, conditions, share)
     if disk_s and not in_memory:
         stages["read"] = stages.get("read", 0.0) + disk_s
-    num_pieces = sum(shard.num_pieces for shard in work.shards)
-    tensors_s = (work.num_tensors * machine.tensor_us + num_pieces * machine.piece_us) / 1e6
-    shards_s = max(len(work.shards) - 1, 0) * target.shard_s
+    tensors_s = (work.num_tensors * machine.tensor_us + work.num_pieces * machine.piece_us) / 1e6
+    shards_s = max(len(work.shard_sizes) - 1, 0) * target.shard_s
     phases = {
         "start": _start_s(work, sources, target) + (machine.ray_start_s if conditions.on_ray else 0.0),
         "overhead": (tensors_s + shards_s) * share,
@@ -127,10 +128,6 @@ def _place(calibration: Calibration, url: str, conditions: Conditions) -> PlaceC
     )
 
 
-def _read_from(work: Workload, sources: Sequence[PlaceCosts]) -> Iterator[tuple[PlaceCosts, CheckpointReads]]:
-    return ((place, work.readings[index]) for index, place in enumerate(sources))
-
-
 def busiest_share(sizes: Sequence[int], num_workers: int) -> float:
     """Return the part of all work that the busiest worker does; the largest shards are given out first."""
     if num_workers == 1 or not sum(sizes):
@@ -147,43 +144,38 @@ def _bottleneck(phases: Mapping[str, float], stages: Mapping[str, float], uneven
     return "workers" if unevenness >= 2.0 else max(stages, key=lambda stage: stages[stage])
 
 
-def _start_s(work: Workload, sources: Sequence[PlaceCosts], target: PlaceCosts) -> float:
+def _start_s(work: Workload, sources: Sequence[Source], target: PlaceCosts) -> float:
     """A merge of nothing; headers, of the first checkpoint by itself, then of the others at once."""
     opening = [
-        (math.ceil(num_files / HEADERS_IN_FLIGHT) + (work.num_looks > 0)) * place.latency_s
-        for place, num_files in zip(sources, work.num_checkpoint_files, strict=True)
+        (math.ceil(each.num_files / HEADERS_IN_FLIGHT) + (work.num_looks > 0)) * place.latency_s
+        for place, each in sources
     ]
-    return max(place.start_s for place in (*sources, target)) + opening[0] + max(opening[1:], default=0.0)
+    slowest_s = max(place.start_s for place in (target, *(place for place, _ in sources)))
+    return slowest_s + opening[0] + max(opening[1:], default=0.0)
 
 
 def _stages(
     work: Workload,
     machine: MachineCosts,
-    sources: Sequence[PlaceCosts],
+    sources: Sequence[Source],
     target: PlaceCosts,
     conditions: Conditions,
     share: float,
 ) -> dict[str, float]:
     """Seconds of each stage on the worker that has most to do; a disk and a store's limits are common to all."""
-    compute_ns = sum(machine.elem_ns(kernel) * elems for shard in work.shards for kernel, elems in shard.elems.items())
-    client_ns = work.num_bytes_written * target.write_cpu_ns
-    num_requests = 0 if target.is_local else sum(shard.num_parts for shard in work.shards)
-    network_s = waits_s = 0.0
-    for place, reads in _read_from(work, sources):
-        if place.is_local:  # by the threads that compute
-            compute_ns += reads.num_bytes * place.read_cpu_ns
-        else:
-            client_ns += reads.num_bytes * place.read_cpu_ns
-            network_s += reads.num_bytes / place.read_rate
-            waits_s += reads.num_requests * place.latency_s / RANGES_IN_FLIGHT
-            num_requests += reads.num_requests
-    is_alone = conditions.num_workers * conditions.num_threads == 1
-    compute_ns /= 1.0 if is_alone else machine.efficiency
+    in_folders = [(place, each) for place, each in sources if place.is_local]
+    in_stores = [(place, each) for place, each in sources if not place.is_local]
+    compute_ns = sum(machine.elem_ns(kernel) * elems for kernel, elems in work.elems.items())
+    compute_ns += sum(each.num_bytes * place.read_cpu_ns for place, each in in_folders)  # by the threads that compute
+    compute_ns /= 1.0 if conditions.num_workers * conditions.num_threads == 1 else machine.efficiency
+    client_ns = sum(each.num_bytes * place.read_cpu_ns for place, each in in_stores)
+    client_ns += work.num_bytes_written * target.write_cpu_ns
+    num_requests = sum(each.num_requests for _, each in in_stores) + (0 if target.is_local else work.num_parts)
     stages = {
         "compute": compute_ns / 1e9 / conditions.num_threads * share,
         "cpu": (compute_ns + client_ns) / 1e9 / conditions.cores * share,
-        "read": network_s * share,
-        "requests": waits_s * share,
+        "read": sum(each.num_bytes / place.read_rate for place, each in in_stores) * share,
+        "requests": sum(each.num_requests * place.latency_s for place, each in in_stores) / RANGES_IN_FLIGHT * share,
         "write": work.num_bytes_written / target.write_rate * (1.0 if target.is_local else share),
         "request_rate": num_requests / (conditions.request_rate or math.inf),
     }
@@ -195,8 +187,8 @@ class Forecast:
     """Time, requests and money."""
 
     prediction: Prediction
-    requests: Sequence[tuple[str, StoreRequests]]
-    """by URL: the inputs, then the output"""
+    requests: tuple[StoreRequests, ...]
+    """of the inputs, then the output"""
     conditions: Conditions
     sources: tuple[str, ...]
     """where the constants are from, and what was assumed"""
@@ -209,21 +201,20 @@ class Forecast:
 
 
 def forecast(
-    work: Workload, calibration: tuple[Calibration, str], inputs: Sequence[str], output: str, conditions: Conditions
+    plan: MergePlan, work: Workload, calibration: tuple[Calibration, str], output: str, conditions: Conditions
 ) -> Forecast:
     """Return what a merge will take and cost; ``calibration`` comes with where it is from, in words."""
     constants, where = calibration
-    prediction = predict(work, constants, inputs, output, conditions)
-    by_input, by_output = requests_of(work, inputs, prediction.seconds)
-    requests = (*zip(inputs, by_input, strict=True), (output, by_output))
-    return Forecast(prediction, requests, conditions, (where, *_unmeasured(constants, (*inputs, output))))
+    prediction = predict(work, constants, output, conditions)
+    requests = tuple(requests_of(plan, work, output, prediction.seconds))
+    return Forecast(prediction, requests, conditions, (where, *_unmeasured(constants, [each.url for each in requests])))
 
 
 def _unmeasured(calibration: Calibration, urls: Sequence[str]) -> Iterator[str]:
     seen: set[str] = set()
     for url in urls:
         place, is_measured = calibration.place(url)
-        root = redact("/".join(url.split("/")[:3])) if "://" in url else os.path.dirname(url)
+        root = redact(store_of(url)) if "://" in url else os.path.dirname(url)
         if is_measured or root in seen or (place.is_local and place.name):  # then the machine is another one anyway
             continue
         seen.add(root)

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from stockflow.forecast.amounts import Workload, worst_tensor
+from stockflow.forecast.amounts import Workload
 from stockflow.forecast.lines import forecast_facts, forecast_lines, money
 from stockflow.forecast.seconds import STAGES, Forecast
 from stockflow.planning.budget import LEAST_MEMORY_BYTES, Workspace
+from stockflow.planning.job import TensorJob
 from stockflow.planning.plan import MergePlan
 from stockflow.storage import redact
 from stockflow.text import notebook
@@ -27,7 +28,7 @@ class PlanResult:
     """what a merge would find at its output"""
     output_url: str
     work: Workload
-    """requests, bytes and elements, shard by shard"""
+    """requests, bytes and elements"""
     least_memory_bytes: int
     """a worker given less would refuse"""
     forecast: Forecast
@@ -89,7 +90,7 @@ def projected(
     plan: MergePlan, workspace: Workspace, work: Workload, least_bytes: int, notes: Sequence[str] = ()
 ) -> dict[str, object]:
     """Return what a merge of this plan will read, write and hold, for programs."""
-    worst = worst_tensor(plan.jobs)
+    worst = _worst_tensor(plan)
     return {
         "plan_id": plan.plan_id,
         "merge_id": plan.merge_id,
@@ -98,10 +99,10 @@ def projected(
                 "url": redact(checkpoint.url),
                 "files": len(checkpoint.files),
                 "bytes": sum(stamp.size for stamp in checkpoint.files.values()),
-                "bytes_to_read": work.readings[index].num_bytes,
-                "requests": work.readings[index].num_requests,
+                "bytes_to_read": reading.num_bytes,
+                "requests": reading.num_requests,
             }
-            for index, checkpoint in enumerate(plan.checkpoints)
+            for checkpoint, reading in zip(plan.checkpoints, work.inputs, strict=True)
         ],
         "shards": [{"file": shard.file, "tensors": len(shard.jobs), "bytes": shard.num_bytes} for shard in plan.shards],
         "tensors": work.num_tensors,
@@ -134,11 +135,11 @@ def plan_lines(
     yield f"  output  {_shards_in_words(plan)}"
     yield from copied_lines(plan)
     yield f"  read    {gb(work.num_bytes_read)} in {counted(work.num_reads, 'request')}"
-    if work.read_twice:
+    if work.num_bytes_again:
         yield f"  again   {gb(work.num_bytes_again)} of that to compare what is read of remote models (--verify-inputs)"
     passes = (f"{counted(count, 'tensor')} read {times(number)}" for number, count in work.passes.items())
     yield f"  passes  {'; '.join(passes)}"
-    worst = worst_tensor(plan.jobs)
+    worst = _worst_tensor(plan)
     because = ""
     if least_bytes == LEAST_MEMORY_BYTES:
         because = ", which compiling takes, once per machine"
@@ -152,9 +153,14 @@ def plan_lines(
         yield f"  note    {note}"
 
 
+def _worst_tensor(plan: MergePlan) -> TensorJob | None:
+    """The tensor whose smallest piece takes the most memory."""
+    candidates = (job for job in plan.jobs if job.reading.num_elems)
+    return max(candidates, key=lambda job: (job.reading.bytes_per_elem, job.reading.num_elems), default=None)
+
+
 def _source_lines(plan: MergePlan, work: Workload) -> Iterator[str]:
-    for index, checkpoint in enumerate(plan.checkpoints):
-        reading = work.readings[index]
+    for index, (checkpoint, reading) in enumerate(zip(plan.checkpoints, work.inputs, strict=True)):
         total = sum(stamp.size for stamp in checkpoint.files.values())
         role = " (names, order, config)" if index == plan.donor else ""
         yield (

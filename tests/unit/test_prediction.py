@@ -1,15 +1,14 @@
 """The model of time and money at its limits: where one thing alone costs anything, the result is that thing exactly."""
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stockflow.forecast.amounts import CheckpointReads, Kernel, ShardAmounts, Workload
+from stockflow.forecast.amounts import InputAmounts, Kernel, Workload
 from stockflow.forecast.constants import Calibration, KernelCost, MachineCosts, PlaceCosts
-from stockflow.forecast.seconds import Conditions, Prediction, busiest_share, forecast, predict
+from stockflow.forecast.seconds import Conditions, Forecast, Prediction, busiest_share, predict
 from tests.simulation import simulate
 
 GB = 10**9
@@ -24,17 +23,12 @@ DISK = replace(STORE, url="/disk")
 CALM = Conditions(memory_bytes=10**12)
 
 
-def shard(num_bytes: int = GB, read: int = GB, requests: int = 1000, elems: int = GB // 2) -> ShardAmounts:
-    """A shard that is read from three checkpoints, twice, with three tensors of three sources."""
-    reads = {index: CheckpointReads(requests, read, read // 2) for index in range(3)}
-    return ShardAmounts("model.safetensors", num_bytes, reads, Counter({KERNEL: elems}), 9)
-
-
-SHARD = shard()
-
-
-def workload(num_shards: int = 1, shard: ShardAmounts = SHARD) -> Workload:
-    return Workload((shard,) * num_shards, (1, 1, 1), 3 * num_shards, 0, 0, False, {1: 3 * num_shards})
+def workload(*sizes: int) -> Workload:
+    """Shards of these sizes, one of a gigabyte by default, each of three tensors that three models hold; read twice."""
+    sizes = sizes or (GB,)
+    total, number = sum(sizes), len(sizes)
+    inputs = tuple(InputAmounts(f"/{index}", 1, False, 1000 * number, total, total // 2) for index in range(3))
+    return Workload(inputs, sizes, {KERNEL: total // 2}, 3 * number, 9 * number, {1: 3 * number})
 
 
 def predicted(
@@ -43,9 +37,9 @@ def predicted(
     conditions: Conditions = CALM,
     work: Workload | None = None,
 ) -> Prediction:
-    calibration = Calibration("today", "0", "", machine, (place,))
-    inputs = [f"{place.url}/{index}" for index in range(3)]
-    return predict(work or workload(), calibration, inputs, f"{place.url}/out", conditions)
+    work = work or workload()
+    work = replace(work, inputs=tuple(replace(each, url=f"{place.url}{each.url}") for each in work.inputs))
+    return predict(work, Calibration("today", "0", "", machine, (place,)), f"{place.url}/out", conditions)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +108,7 @@ def test_files_are_read_by_the_threads_that_compute() -> None:
 def test_stages_overlap_and_what_shards_pay_does_not() -> None:
     place = replace(STORE, read_rate=3 * GB, write_rate=GB, shard_s=0.5)
 
-    assert predicted(place=place, work=workload(3)).seconds == pytest.approx(3.0 + 2 * 0.5)
+    assert predicted(place=place, work=workload(*[GB] * 3)).seconds == pytest.approx(3.0 + 2 * 0.5)
 
 
 @pytest.mark.parametrize(
@@ -171,18 +165,12 @@ def test_merges_that_were_measured_are_predicted_within_a_quarter(
     case: dict[str, int], machine: MachineCosts, place: PlaceCosts, read: int, requests: int, measured_s: float
 ) -> None:
     """Recorded merges of 1 + 4 models, medians of whole processes, with the constants measured right before them."""
-    number, kernel = case["num_shards"], Kernel("linear", "BF16", 5, 1)
-    once = case["elems"] * 2
-    reads = {i: CheckpointReads(requests // 5 // number, read // 5 // number, once // number) for i in range(5)}
-    part = ShardAmounts(
-        "shard", case["num_bytes"] // number, reads, Counter({kernel: case["elems"] // number}),
-        num_pieces=5 * case["num_tensors"] // number,
-    )  # fmt: skip
-    work = Workload((part,) * number, (3, 4, 5, 6, 7), case["num_tensors"], 0, 0, True, {})
-    calibration = Calibration("then", "0", "", machine, (place,))
-    inputs = [f"{place.url}/{index}" for index in range(5)]
+    number, num_bytes = case["num_tensors"], case["elems"] * 2
+    inputs = tuple(InputAmounts(f"/{i}", 3 + i, False, requests // 5, read // 5, num_bytes) for i in range(5))
+    sizes = (case["num_bytes"] // case["num_shards"],) * case["num_shards"]
+    work = Workload(inputs, sizes, {Kernel("linear", "BF16", 5, 1): case["elems"]}, number, 5 * number, {})
 
-    found = predict(work, calibration, inputs, f"{place.url}/out", replace(CALM, num_threads=2, cores=2.0))
+    found = predicted(machine, place, replace(CALM, num_threads=2, cores=2.0), work)
 
     assert found.seconds == pytest.approx(measured_s, rel=0.25)
 
@@ -191,13 +179,15 @@ def test_merges_that_were_measured_are_predicted_within_a_quarter(
 def test_workers_divide_the_shards(num_workers: int) -> None:
     conditions = replace(CALM, num_workers=num_workers, on_ray=True)
 
-    found = predicted(replace(FREE, ray_start_s=6.0), replace(STORE, write_rate=GB), conditions, workload(8))
+    found = predicted(replace(FREE, ray_start_s=6.0), replace(STORE, write_rate=GB), conditions, workload(*[GB] * 8))
 
     assert found.seconds == pytest.approx(6.0 + 8.0 / num_workers)
 
 
 def test_workers_that_find_no_shard_are_what_a_merge_waits_for() -> None:
-    found = predicted(place=replace(STORE, write_rate=GB), conditions=replace(CALM, num_workers=8), work=workload(4))
+    found = predicted(
+        place=replace(STORE, write_rate=GB), conditions=replace(CALM, num_workers=8), work=workload(*[GB] * 4)
+    )
 
     assert found.bottleneck == "workers"
 
@@ -207,7 +197,7 @@ def test_more_workers_are_no_help_against_the_stores_request_rate() -> None:
         predicted(
             place=replace(STORE, write_rate=GB),
             conditions=replace(CALM, num_workers=n, request_rate=3063.0),
-            work=workload(64),
+            work=workload(*[GB] * 64),
         )
         for n in (1, 2, 8, 64)
     ]
@@ -220,7 +210,7 @@ def test_more_workers_are_no_help_against_the_stores_request_rate() -> None:
 def test_workers_share_one_disk(num_workers: int) -> None:
     conditions = Conditions(num_workers=num_workers, on_ray=True)
 
-    found = predicted(place=replace(DISK, read_rate=GB), conditions=conditions, work=workload(8))
+    found = predicted(place=replace(DISK, read_rate=GB), conditions=conditions, work=workload(*[GB] * 8))
 
     assert found.seconds == pytest.approx(8 * 1.5)
 
@@ -232,8 +222,7 @@ def test_workers_share_one_disk(num_workers: int) -> None:
     request_rate=st.none() | st.floats(10.0, 1e5),
 )
 def test_more_workers_are_never_slower(sizes: list[int], num_workers: int, request_rate: float | None) -> None:
-    shards = tuple(shard(size * 10**6, size * 10**6) for size in sizes)
-    work = replace(workload(), shards=shards)
+    work = workload(*(size * 10**6 for size in sizes))
     fewer, more = (
         predicted(
             replace(FREE, kernels=(LINEAR,), tensor_us=100.0),
@@ -266,15 +255,11 @@ def test_kernels_grow_with_the_sources_and_what_was_not_measured_takes_what_is_m
 
 @pytest.mark.parametrize(("num_workers", "num_machines"), [(1, 1), (16, 1), (17, 2), (33, 3)])
 def test_machines_cost_their_price_for_the_predicted_time(num_workers: int, num_machines: int) -> None:
-    calibration = Calibration("today", "0", "", FREE, (replace(STORE, start_s=1800.0),))
+    conditions = Conditions(num_workers=num_workers, on_ray=True, machine_cores=16)
+    half_an_hour = predicted(place=replace(STORE, start_s=1800.0), conditions=conditions)
 
-    def found(price: float | None) -> float | None:
-        conditions = Conditions(num_workers=num_workers, on_ray=True, machine_cores=16, machine_price=price)
-        asked = forecast(
-            workload(), (calibration, "here"), ["s3://bucket/0"] * 3, "s3://bucket/out", conditions
-        )  # fmt: skip
-        assert asked.conditions.num_machines == num_machines
-        return asked.cost
+    def found(price: float | None) -> Forecast:
+        return Forecast(half_an_hour, (), replace(conditions, machine_price=price), ())
 
-    assert found(7.2) == pytest.approx(7.2 * num_machines / 2)
-    assert found(None) is None
+    assert found(7.2).cost == pytest.approx(7.2 * num_machines / 2)
+    assert found(None).cost is None
