@@ -16,6 +16,7 @@ from stockflow.checkpoints.files.candidates import (
     naming_of,
     parts_of_ranks,
 )
+from stockflow.checkpoints.files.disguises import disguise_of
 from stockflow.checkpoints.files.documents import read_json
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store, redact, scheme_of
@@ -33,6 +34,13 @@ _OF_RANKS = (
     "made from"
 )
 _TO_SAFETENSORS = "convert it: load it with transformers and `save_pretrained(folder, safe_serialization=True)`"
+_PICKLES = re.compile(
+    r"(?!optimizer|scheduler|scaler|training_args|r(ng|andom)_state|openvino_|ggml|params_shard_).+\.(bin|pt|pth|ckpt|pkl)",
+    re.IGNORECASE,
+)
+_STARTS_OF_PICKLES = (b"PK", b"\x80", b"\x1f\x8b")
+"""Of zip archives, of pickles, of what gzip made."""
+NUM_HEAD_BYTES = 64
 _FORMATS: tuple[tuple[str, str], ...] = (
     (
         r".+\.distcp",
@@ -48,7 +56,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     (r".+\.ot", f"the Rust port's weights, which are not read; {_TO_SAFETENSORS}"),
     (r".+\.gguf", "GGUF, which is for inference and lost precision; take the model it was made from"),
     (
-        r"(?!optimizer|scheduler|scaler|training_args|r(ng|andom)_state).+\.(bin|pt|pth|ckpt|pkl)",
+        _PICKLES.pattern,
         "PyTorch's pickles, which are read if they are called pytorch_model.bin, or as shards of it are, or named: "
         f"name the file if it holds the weights of a model, else {_TO_SAFETENSORS}",
     ),
@@ -201,6 +209,15 @@ def _sharded_training(place: _Place) -> Iterator[str]:
         )
 
 
+def _no_pickle(place: _Place) -> Iterator[str]:
+    """Yield what files of other libraries are that have the names of PyTorch's, by their first bytes."""
+    for name in filter(_PICKLES.fullmatch, place.files):
+        head, _ = place.store.read_head(name, NUM_HEAD_BYTES)
+        if len(head) == NUM_HEAD_BYTES and not disguise_of(head, len(head)) and not head.startswith(_STARTS_OF_PICKLES):
+            of = "CTranslate2 (faster-whisper)" if b"Spec" in head else "another library"
+            yield f"{in_a_line(name)} is of {of} by its first bytes, none of PyTorch; take the model it was made from"
+
+
 def _other_format(place: _Place) -> Iterator[str]:
     for pattern, said in _FORMATS:
         names = [name for name in place.files if re.fullmatch(pattern, name, re.IGNORECASE)]
@@ -225,7 +242,7 @@ def _no_weights(place: _Place) -> Iterator[str]:
 
 _LOOKS: tuple[Callable[[_Place], Iterator[str]], ...] = (
     _nothing, _adapter, _pipeline, _own_layout, _incomplete, _ranks, _several, _megatron, _steps, _cache,
-    _sharded_training, _other_format, _below, _no_weights,
+    _sharded_training, _no_pickle, _other_format, _below, _no_weights,
 )  # fmt: skip
 """The first that has something to say decides."""
 

@@ -9,7 +9,7 @@ from stockflow.output.files import planned_files
 from stockflow.output.keys import CLAIM_FILE, MANIFEST_FILE, run_key
 from stockflow.planning.plan import MergePlan
 from stockflow.storage import LocalStore, Store, halves_of, is_within, redact
-from stockflow.text.sizes import gb
+from stockflow.text.sizes import counted, gb
 
 MAX_NAMED = 5
 
@@ -36,6 +36,32 @@ def check_apart(output_url: str, inputs: Iterable[Store]) -> None:
                 f"the output {redact(output_url)} is, or lies in, the input {redact(store.url)}; "
                 "name a folder beside it"
             )
+
+
+def check_unshared(store: Store, inputs: Iterable[Store]) -> None:
+    """Refuse to replace files that are hard links of an input's: removing one changes the state of the other.
+
+    Raises:
+        PlanError: some are.
+    """
+    shared = _hard_links(store.folder) if isinstance(store, LocalStore) else {}
+    for source in inputs if shared else ():
+        for half in halves_of(source.url):
+            found = _hard_links(half if os.path.isdir(half) else os.path.dirname(half))
+            if alike := found.keys() & shared.keys():
+                ours, theirs = shared[next(iter(alike))], found[next(iter(alike))]
+                raise PlanError(
+                    f"{ours} is a hard link of {theirs}, a file of an input: to replace it while that is read would "
+                    f"change it; remove the {counted(len(alike), 'link')} in {store.where()} first, or choose another "
+                    "output"
+                )
+
+
+def _hard_links(folder: str) -> dict[tuple[int, int], str]:
+    """Return the files below a folder that have several names, by device and inode; none of what is no local folder."""
+    paths = (f"{where}/{name}" for where, _, names in os.walk(folder) for name in names)
+    found = ((path, os.lstat(path)) for path in paths)
+    return {(each.st_dev, each.st_ino): path for path, each in found if each.st_nlink > 1}
 
 
 def check_keys(store: Store, keys: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from stockflow.output.numerics import agreed_numerics
 from stockflow.output.ownership import admit, look, overwriting_notes, store_warnings, take
 from stockflow.output.receipts import Receipt, condensed
 from stockflow.output.shards import present_files, valid_receipts
-from stockflow.output.target import check_apart, check_room, check_target
+from stockflow.output.target import check_apart, check_room, check_target, check_unshared
 from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note
@@ -149,6 +149,7 @@ def output_notes(inputs: Inputs, output: str, plan: MergePlan, *, overwrite: boo
     elif found.is_ours:
         yield "an earlier run of this plan began here: a merge would resume it"
     elif found.conflict:
+        check_unshared(store, inputs.stores)
         yield f"{found.conflict}: a merge would {'replace it' if overwrite else 'refuse, unless --overwrite is given'}"
         yield from overwriting_notes(store, plan, is_done=False) if overwrite else ()
 
@@ -189,6 +190,8 @@ def merge(
     found = admit(store, plan, overwrite=options.overwrite)
     if found.finished and not options.overwrite and _has_all_shards(store, plan, found.finished):
         return Merged("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
+    if found.conflict:
+        check_unshared(store, inputs.stores)
     check_room(store, plan)
     files = {shard.file for shard in plan.shards}
     with ready(len(files)), at_work(store, plan, files, on_event) as (run, tell, is_exclusive):

@@ -667,6 +667,15 @@ def openvino(folder: Path) -> None:
     touch(folder, "openvino_model.bin", "openvino_model.xml")
 
 
+def ctranslate2(folder: Path) -> None:
+    (folder / "model.bin").write_bytes(b"\x06\0\0\0\x0c\0WhisperSpec\0" + bytes(range(200)))
+    touch(folder, "config.json", "vocabulary.json")
+
+
+def another_library(folder: Path) -> None:
+    (folder / "model.bin").write_bytes(bytes(range(1, 200)))
+
+
 def several_models(folder: Path) -> None:
     touch(folder, "a.safetensors", "b.safetensors")
 
@@ -711,6 +720,8 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     ranks: ("model-rank-1-part-0.safetensors: each file has what one process held of every matrix", "was made from"),
     ranks_of_tensorrt: ("rank0.safetensors, rank1.safetensors: each file has", "take the model it was made from"),
     openvino: ("compiled by OpenVINO", "take the model it was made from"),
+    ctranslate2: ("model.bin is of CTranslate2 (faster-whisper)", "take the model it was made from"),
+    another_library: ("model.bin is of another library by its first bytes", "take the model it was made from"),
     several_models: ("it has several weights, a.safetensors, b.safetensors", "name the file that is meant"),
     two_variants: ("model.bf16.safetensors, model.fp16.safetensors", "name the file that is meant"),
     a_folder_of_models: ("it has no weights, and 2 folders (llama, qwen)", "name the one with the model"),

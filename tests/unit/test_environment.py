@@ -14,7 +14,7 @@ from stockflow.output import target
 from stockflow.output.target import check_room, check_target
 from stockflow.planning.plan import MergePlan
 from stockflow.recipe import load_recipe
-from stockflow.run.driver import MergeOptions, output_notes, plan_merge
+from stockflow.run.driver import MergeOptions, merge, output_notes, plan_merge
 from stockflow.run.inputs import Inputs
 from stockflow.storage import LocalStore
 from stockflow.storage.local_faults import named
@@ -46,6 +46,24 @@ def test_a_folder_where_a_file_will_be_is_seen_before_the_first_byte(
         check_target(LocalStore(str(tmp_path)), plan)
     with pytest.raises(PlanError, match=name):
         list(output_notes(inputs, str(tmp_path), plan, overwrite=True))
+
+
+def test_a_hard_link_of_an_input_is_not_replaced(tmp_path: Path, plan: MergePlan, inputs: Inputs) -> None:
+    family, out = make_family(tmp_path, 2, {"a.weight": (8, 8)}), tmp_path / "out"
+    recipe = write_recipe(tmp_path / "r.yaml", "model_stock", family)
+    out.mkdir()
+    file, source = out / "model.safetensors", next(family.tuned[0].glob("*.safetensors"))
+    file.touch()
+    (tmp_path / "elsewhere").hardlink_to(file)
+    list(output_notes(inputs, str(out), plan, overwrite=True))
+    file.unlink()
+    file.hardlink_to(source)
+    linked = Inputs.open(load_recipe(str(recipe)))
+
+    with pytest.raises(PlanError, match=f"{file} is a hard link of {source}, a file of an input"):
+        list(output_notes(linked, str(out), plan, overwrite=True))
+    with pytest.raises(PlanError, match="remove the 1 link in "):
+        merge(linked, str(out), MergeOptions(MEMORY_BYTES, 1, "cpu", overwrite=True), lambda *_: iter(()))
 
 
 def test_a_file_where_a_folder_will_be_is_seen_too(tmp_path: Path, plan: MergePlan) -> None:
