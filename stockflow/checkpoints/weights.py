@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from stockflow.checkpoints.files.candidates import DIFFUSION_STEM, SUFFIXES, Group
+from stockflow.checkpoints.files.candidates import DIFFUSION_STEM, SINGLE_FILE, SUFFIXES, Group
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.index import lines_of, mismatch_of, missing_files, read_index
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, Homes, OnFile, Pieces, read_header
@@ -201,7 +201,8 @@ def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
     """Yield why files are read that no loader would find, or under another name than an output has."""
     is_named = folder.store.only
     if not group.has_usual_stem and not is_named:
-        yield chosen(folder, f"{folder.where} has no other weights than {group}: they are read", "note")
+        renamed = "" if folder.config else f"; a merge is written as {SINGLE_FILE}, whatever else its loader asks for"
+        yield chosen(folder, f"{folder.where} has no other weights than {group}: they are read{renamed}", "note")
     if group.variant and not is_named:
         text = f"{folder.where} has its weights as the variant {shown(group.variant)} only: {group} is read"
         yield chosen(folder, text, "note")

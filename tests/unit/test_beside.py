@@ -53,6 +53,8 @@ COPIED: dict[str, dict[str, str | bytes]] = {
         "0_WordEmbeddings/wordembedding_config.json": "{}",
         "0_WordEmbeddings/whitespacetokenizer_config.json": "{}",
     },
+    "the config of another library": {"open_clip_config.json": "{}", "gliner_config.json": "{}"},
+    "voices": {"speaker_embeddings_path.json": "{}", "speaker_embeddings/v2/en_speaker_0.npy": "1"},
     "a module within a module": {
         "modules.json": json.dumps([{"path": "0_Asym/", "type": "x.Asym"}]),
         "0_Asym/config.json": "{}",
@@ -168,6 +170,14 @@ def test_what_no_loader_needs_stays_and_is_counted(folder: Path, files: dict[str
     assert remark.values["bytes"] == str(sum(len(content) for content in files.values()))
 
 
+def test_a_trained_head_that_stays_behind_is_warned_of(folder: Path) -> None:
+    checkpoint = opened(write(folder, {"model_head.pkl": "1", "config_setfit.json": "{}"}))
+
+    (remark,) = checkpoint.remarks
+    assert (remark.severity, remark.values) == ("warning", {"heads": "model_head.pkl"})
+    assert checkpoint.side_files.keys() - SIDE_FILES.keys() == {"config_setfit.json"}
+
+
 def test_a_folder_whose_name_no_store_takes_is_not_listed_and_said(folder: Path) -> None:
     write(folder, {"sub\ndir/x.txt": "1", "back\\slash/x.txt": "1"})
 
@@ -180,7 +190,8 @@ def test_a_folder_whose_name_no_store_takes_is_not_listed_and_said(folder: Path)
 def test_hidden_files_and_what_an_output_has_of_its_own_are_no_matter(folder: Path) -> None:
     files: dict[str, str | bytes] = {
         ".gitattributes": "1", ".git/config": "1", ".cache/huggingface/x.lock": "1", "README.md": "1",
-        "manifest.json": "{}", "_stockflow/claim.json": "{}", "1_Pooling/.env": "1", "mergekit_config.yml": "1",
+        "._model.safetensors": "1", "._model-00001-of-00002.safetensors": "1", "manifest.json": "{}",
+        "_stockflow/claim.json": "{}", "1_Pooling/.env": "1", "mergekit_config.yml": "1",
     }  # fmt: skip
 
     assert opened(write(folder, files)).remarks == ()

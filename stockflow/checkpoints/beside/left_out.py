@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 
 from stockflow.checkpoints.files.header import PlacedTensor
 from stockflow.checkpoints.files.layout import folder_of
@@ -22,6 +23,7 @@ MAX_NAMED = 20
 MAX_TENSORS = 10_000
 """names of tensors that one remark holds"""
 
+_HEAD = re.compile(r"model_head\.(pkl|joblib)")
 OTHERS = "no known kind"
 _KINDS: Mapping[str, re.Pattern[str]] = {
     "training": re.compile(
@@ -42,7 +44,8 @@ def kind_of(key: str) -> str:
 
 def strays(tree: Tree, used: Collection[str]) -> list[str]:
     """Return the keys of weights in safetensors that are not merged, those of training left out."""
-    return [key for key in tree.files if key.endswith(".safetensors") and key not in used and kind_of(key) == OTHERS]
+    seen = (key for key in tree.files if key.endswith(".safetensors") and key not in used and not is_hidden(key))
+    return [key for key in seen if kind_of(key) == OTHERS]
 
 
 def left_out(tree: Tree, used: Collection[str]) -> dict[str, Stamp]:
@@ -60,18 +63,30 @@ def left_out(tree: Tree, used: Collection[str]) -> dict[str, Stamp]:
 
 
 def files_remark(where: str, files: Mapping[str, Stamp], cut: Iterable[str]) -> Iterator[Remark]:
-    """Yield how many files stay behind. Names of those of no known kind are nobody's business who reads the output."""
+    """Yield how many files stay behind, and a trained head among them.
+
+    Names of those of no known kind are nobody's business who reads the output.
+    """
     by_kind: dict[str, list[str]] = {}
-    for key in files:
+    heads = [key for key in files if _HEAD.fullmatch(key)]
+    for key in (key for key in files if key not in heads):
         by_kind.setdefault(kind_of(key), []).append(key)
     cut = list(cut)
+    if heads:
+        text = (
+            f"{_named(heads)} of {where} stays behind: the classifier that SetFit trained on its embeddings, a "
+            "pickle of scikit-learn that no merge reads. Loaded without, the output has an untrained one: train it anew"
+        )
+        yield Remark("left-out", text, "warning", (where,), values={"heads": _named(heads)})
     if not by_kind and not cut:
         return
     parts = [f"{counted(len(keys), 'file')} of {kind} ({gb(_size(files, keys))})" for kind, keys in by_kind.items()]
     if cut:
         parts.append(f"{counted(len(cut), 'folder')} not listed to the end ({_named(cut)})")
     values = {kind: _named(keys) if kind != OTHERS else counted(len(keys), "file") for kind, keys in by_kind.items()}
-    values |= {"bytes": f"{_size(files, files):,}"} | ({"not listed to the end": _named(cut)} if cut else {})
+    values |= {"bytes": f"{_size(files, chain(*by_kind.values())):,}"} | (
+        {"not listed to the end": _named(cut)} if cut else {}
+    )
     text = f"left out of {where}, as no loader of the output needs it: {', '.join(parts)}"
     yield Remark("left-out", text, "note", (where,), values=values)
 

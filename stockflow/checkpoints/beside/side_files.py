@@ -21,7 +21,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         r"modules\.json", r"config_sentence_transformers\.json", r"sentence_.+_config\.json", r"router_config\.json",
     ),
     "quantisation": (r"hf_quant_config\.json",),
-    "framework": (r"configuration\.json",),
+    "framework": (
+        r"configuration\.json", r"config_setfit\.json", r"gliner_config\.json", r"open_clip_config\.json",
+        r"artifact\.metadata", r"speaker_embeddings_path\.json",
+    ),
     "licence": (
         r"(?i:(model[-_]|third[-_]party[-_])?(licen[cs]e|copying|notices?)"
         r"([-_](model|code|weights|data|apache(-2\.0)?|mit|bsd|cc|en|zh))?(\.(txt|md|rst|pdf))?)",
@@ -32,14 +35,18 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 _KNOWN = re.compile("|".join(pattern for patterns in KINDS.values() for pattern in patterns))
 _OF_TOKENIZER = re.compile("|".join(KINDS["tokenizer"]))
 _TEMPLATE = re.compile("|".join(KINDS["template"]))
+CONFIGS_OF_LIBRARIES = ("gliner_config.json", "open_clip_config.json")
+"""What these libraries read in the place of config.json."""
+_OF_LIBRARIES = (r"config_setfit\.json", *map(re.escape, CONFIGS_OF_LIBRARIES))
 _OF_PIPELINES = (r"model_index\.json", r"scheduler_config\.json", r".+\.py")
-_OF_USE = re.compile("|".join((*KINDS["processor"], *KINDS["sentence embeddings"], *_OF_PIPELINES)))
+_OF_USE = re.compile("|".join((*KINDS["processor"], *KINDS["sentence embeddings"], *_OF_PIPELINES, *_OF_LIBRARIES)))
 _PLACES = (
     (re.compile(""), _KNOWN),
     (re.compile("additional_chat_templates"), re.compile(r".+\.jinja")),
     (re.compile(r"(\w+_)?tokenizer"), _OF_TOKENIZER),
+    (re.compile(r"speaker_embeddings(/\w+)?"), re.compile(r".+\.np[yz]")),
 )
-"""folders, and what is known in them: templates beside the first one, the further tokenizers of a processor"""
+"""folders, and what is known in them: templates beside the first one, tokenizers of a processor, voices of Bark"""
 _IN_MODULE = re.compile(r".*config\.json|" + _KNOWN.pattern)
 _NAMES_CODE = re.compile(r"tokenizer_config\.json|(.+_)?(pre)?processor_config\.json")
 """configs beside config.json that may have an ``auto_map``"""

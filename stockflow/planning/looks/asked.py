@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
+from stockflow.checkpoints.beside.side_files import CONFIGS_OF_LIBRARIES, is_tokenizer_or_template
 from stockflow.checkpoints.modules import MODULES_FILE
 from stockflow.checkpoints.pipelines import PIPELINE_FILE
 from stockflow.methods.parameters import Parameters
@@ -109,8 +109,8 @@ def missing_tokenizer(proposal: Proposal) -> Iterator[Remark]:
 
 def missing_config(proposal: Proposal) -> Iterator[Remark]:
     """Yield that there is no config to publish."""
-    of_parts = (PIPELINE_FILE, MODULES_FILE)
-    if proposal.donor.config is None and not any(key in proposal.donor.side_files for key in of_parts):
+    of_others = (PIPELINE_FILE, MODULES_FILE, *CONFIGS_OF_LIBRARIES)
+    if proposal.donor.config is None and not any(key in proposal.donor.side_files for key in of_others):
         url = redact(proposal.donor.url)
         yield Remark("no-config", f"{url} has no config.json, so the output will have none", models=(url,))
 
