@@ -13,11 +13,15 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization"
 """Say how packed weights are stored: the usual one, that of older compressed-tensors, of MLX, of DeepSeek-V4."""
 
 
+_SECTIONS = ("_config", "_cfg", "sentence_transformers")
+"""Ends of the keys of what is a config within one; the last two are of timm and of cross-encoders."""
+
+
 def sections(config: Config, path: str = "") -> Iterator[tuple[str, Config]]:
     """Yield a config and those within it, such as ``text_config``, each with its path, which ends in a dot."""
     yield path, config
     for key, value in config.items():
-        if isinstance(value, dict) and key.endswith("_config") and key not in QUANTIZATION_KEYS:
+        if isinstance(value, dict) and key.endswith(_SECTIONS) and key not in QUANTIZATION_KEYS:
             yield from sections(value, f"{path}{key}.")
 
 
@@ -31,7 +35,19 @@ def says_packed(key: str, value: object) -> bool:
     """Return whether a key of a config says that weights are packed."""
     if key == "expert_dtype":
         return str(value).startswith(("fp4", "fp8"))
-    return key in QUANTIZATION_KEYS and isinstance(value, dict) and bool(value)
+    return key in QUANTIZATION_KEYS and isinstance(value, dict) and bool(value) and not _rounds_while_running(value)
+
+
+def _rounds_while_running(said: Config) -> bool:
+    """Return whether weights of 16 bits are meant, which each step rounds anew: BitNet's master weights."""
+    is_online = said.get("quantization_mode") == "online" or said.get("linear_class") == "autobitlinear"
+    return said.get("quant_method") == "bitnet" and is_online
+
+
+def rounding(section: Config) -> object:
+    """Return how a model rounds its weights while it runs; None if it does not."""
+    said = section.get(QUANTIZATION_KEYS[0])
+    return dict(said) if isinstance(said, dict) and _rounds_while_running(said) else None
 
 
 def first(*keys: str) -> Read:
@@ -188,6 +204,7 @@ MEANING = (
     trait("activation", "hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn",
          "mlp_hidden_act", read=activation),
     trait("id2label", read=labels),
+    trait("quantization_config", read=rounding),
     trait("is_causal", default=True),
     trait("use_bidirectional_attention", default=False),
     trait("experts per token", "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
@@ -226,7 +243,7 @@ CONTEXT = (
 """How far a model was trained or is let go; its tensors know nothing of it."""
 _KNOWN = frozenset(key for each in (*ARCHITECTURE, *HEADS, *MEANING, *CONTEXT) for key in each.keys)
 _QUIET = re.compile(
-    r"_.*|.*dropout.*|drop_path.*|.*layerdrop|initializer_.*|init_std|output_.*|.*_loss.*|.*_config|.*version.*"
+    r"_.*|.*dropout.*|drop_path.*|.*layerdrop|initializer_.*|init_std|output_.*|.*_loss.*|.*_config|.*_cfg|sentence_transformers|.*version.*"
     r"|.*_size|n_(embd|inner|vocab|layers?|head)|d_(model|ff|inner)|num_.*layers|num_labels|label2id|use_(cache|return_dict)"
     r"|torch_dtype|dtype|auto_map|pretraining_tp|ep_size|return_dict.*|gradient_checkpointing|unsloth.*|tie_.*|expert_dtype"
     r"|quantization|task_specific_params|finetuning_task|.*attn_implementation|use_flash_attn.*|seq_aux|freeze.*|tune_.*"
@@ -310,6 +327,21 @@ def nonfinite(value: object, path: str = "") -> Iterator[tuple[str, str]]:
             yield from nonfinite(each, path)
     elif isinstance(value, float) and not isfinite(value):
         yield path, spelled(value)
+
+
+_COMPUTES = re.compile(
+    r"(.*_)?(act|activation|activation_function|activation_fn|act_fn)|(.*_)?(eps|epsilon)|.*(multiplier|soft_?cap\w*)s?"
+    r"|.*(rope_theta|rope_base|base_freq\w*)|.*(pre|post|stable_layer)_norm|.*norm_(type|before|after|first)|norm_after"
+    r"|feat_extract_norm|(.*_)?pool(ing|er)?_(type|mode|method)|summary_type|.*(attention|attn|pos_att|embeddings?)_type"
+    r"|(attention|logits?|scores?|residual|embed(ding)?|depth|route(r)?|moe_routed)_(value_)?scal(e|ing)(_factor)?"
+    r"|scale_\w+|(.*_)?(alpha|beta)_factor|gelu_activation|label_names|(image_|norm_)?(mean|std)|interpolation|crop_\w+"
+)
+"""Keys by whose names a model computes with them, whatever its class."""
+
+
+def computing_keys(section: Config) -> list[str]:
+    """Return which keys of no known meaning are of what a model computes."""
+    return [key for key in further_keys(section) if _COMPUTES.fullmatch(key)]
 
 
 def further_keys(section: Config) -> Config:

@@ -98,6 +98,10 @@ GPT2 = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
+BITNET = {
+    "model_type": "bitnet",
+    "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"},
+}
 COHERE = {"model_type": "cohere", "logit_scale": 0.0625, "use_qk_norm": False}
 GRANITE = {
     "model_type": "granite",
@@ -233,6 +237,25 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
     "activation": (CONFIG, GEMMA2, {**GEMMA2, "hidden_activation": "gelu"}, "activation"),
     "CLIP's activation": (CONFIG, CLIP, within(CLIP, "text_config", hidden_act="gelu"), "text_config.activation"),
+    "where norms stand": (
+        CONFIG, {**BERT, "do_stable_layer_norm": False}, {**BERT, "do_stable_layer_norm": True}, "do_stable_layer_norm",
+    ),
+    "labels of timm": (CONFIG, {"label_names": ["a", "b"]}, {"label_names": ["b", "a"]}, "label_names"),
+    "colours of timm": (
+        CONFIG, {"pretrained_cfg": {"mean": [0.485], "url": "x"}}, {"pretrained_cfg": {"mean": [0.5], "url": "x"}},
+        "pretrained_cfg.mean",
+    ),
+    "a cross-encoder's activation": (
+        CONFIG, {"sentence_transformers": {"activation_fn": "Sigmoid"}},
+        {"sentence_transformers": {"activation_fn": "Identity"}}, "sentence_transformers.activation_fn",
+    ),
+    "weights that are rounded while they run": (
+        CONFIG, BITNET, within(BITNET, "quantization_config", use_rms_norm=True), "quantization_config",
+    ),
+    "a projector's activation": (
+        CONFIG, {**GEMMA3, "projector_hidden_act": "gelu"}, {**GEMMA3, "projector_hidden_act": "relu"},
+        "projector_hidden_act",
+    ),
     "soft caps": (CONFIG, GEMMA2, {**GEMMA2, "attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
     "scale of queries": (CONFIG, GEMMA2, {**GEMMA2, "query_pre_attn_scalar": 256}, "query_pre_attn_scalar"),
     "experts per token": (CONFIG, QWEN3_MOE, {**QWEN3_MOE, "num_experts_per_tok": 4}, "experts per token"),
@@ -311,6 +334,7 @@ ALONE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
     "the begin of a decoder": (CONFIG, "warning", T5, {**T5, "decoder_start_token_id": 0}, "decoder_start_token_id"),
     "a token that is forced": (CONFIG, "warning", T5, {**T5, "forced_bos_token_id": 1}, "forced_bos_token_id"),
     "tokens that are not chosen": (KEYS, "note", LLAMA, {**LLAMA, "suppress_tokens": [1]}, "suppress_tokens"),
+    "that weights are rounded": (CONFIG, "warning", {"model_type": "bitnet"}, BITNET, "quantization_config"),
     "labels": (CONFIG, "warning", LLAMA, {**LLAMA, "id2label": {"0": "safe", "1": "unsafe"}}, "id2label"),
 }
 

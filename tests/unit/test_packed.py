@@ -209,7 +209,13 @@ def test_a_file_that_speaks_of_packed_weights_stays_behind_and_is_named(merge: M
 
 
 @pytest.mark.parametrize(
-    "config", [{"quantization_config": None}, {"quantization_config": {}}, {"expert_dtype": "bfloat16"}]
+    "config",
+    [
+        {"quantization_config": None},
+        {"quantization_config": {}},
+        {"expert_dtype": "bfloat16"},
+        {"quantization_config": {"quant_method": "bitnet", "quantization_mode": "online"}},
+    ],
 )
 def test_keys_that_say_nothing_stay_as_they_are(merge: Merge, config: dict[str, Any]) -> None:
     plan = merge.write(config=config).plan()

@@ -13,6 +13,7 @@ from stockflow.checkpoints.configs import (
     Config,
     Trait,
     comparable,
+    computing_keys,
     further_keys,
     is_of_tokens,
     reworded,
@@ -32,12 +33,13 @@ MAX_ITEMS_SHOWN = 6
 """of a list; of longer ones those that differ"""
 Sections = Mapping[str, Config]
 """of a config by path, or of one path by model"""
+_OTHER_WAY = "the merged weights will run with the published one, some were trained with another"
 _KINDS: Sequence[tuple[str, Severity, Sequence[Trait], str]] = (
     ("architecture-differs", "refusal", ARCHITECTURE, "tensors of equal names and shapes need not be used alike"),
     ("heads-differ", "refusal", HEADS, "the same rows belong to other heads, and no average of them is a model"),
     (
         "config-differs", "warning", MEANING,
-        "the merged weights will run with the published one, some were trained with another",
+        _OTHER_WAY,
     ),
     ("context-length-differs", "note", CONTEXT, "no tensor depends on it"),
 )  # fmt: skip
@@ -133,7 +135,11 @@ def differing_configs(proposal: Proposal, said: Collection[str]) -> Iterator[Rem
     models, *components = _of_models(proposal), *_of_components(proposal)
     for configs in (models, *components):
         of_tokens = configs.traits(token_keys) if keeps_ids else []
-        for code, severity, traits, means in (*_KINDS, ("config-differs", "warning", of_tokens, _OTHER_TOKEN)):
+        further: Sequence[tuple[str, Severity, Sequence[Trait], str]] = (
+            ("config-differs", "warning", of_tokens, _OTHER_TOKEN),
+            ("config-differs", "warning", configs.traits(computing_keys), _OTHER_WAY),
+        )
+        for code, severity, traits, means in (*_KINDS, *further):
             for found in configs.disagreements(traits):
                 yield _differing(configs, code, severity, found, means)
         for found, silent in configs.said_by_some([*MEANING, *of_tokens]):
@@ -179,7 +185,9 @@ def _copies_differ(proposal: Proposal) -> bool:
 def _other_keys(configs: Configs, keeps_ids: bool) -> Iterator[Remark]:
     """Yield which keys differ that stockflow does not know, or that are of tokens which need not begin or end texts."""
     traits = [each for each in configs.traits(further_keys) if keeps_ids or not is_of_tokens(each.name)]
-    found = [*configs.disagreements(traits), *(each for each, _ in configs.said_by_some(traits))]
+    told = {each.name for each in configs.traits(computing_keys)}
+    open_ones = [each for each in traits if each.name not in told]
+    found = [*configs.disagreements(open_ones), *(each for each, _ in configs.said_by_some(traits))]
     if found:
         said = "; ".join(f"{shown(each.name)}: {configs.told(each)}" for each in found)
         text = f"configs differ in keys that are not known to give weights another meaning: {said}"
