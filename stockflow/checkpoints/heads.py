@@ -19,7 +19,7 @@ TIE_KEY = "tie_word_embeddings"
 _HEADS = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "lm_head.decoder.weight",
     "vocab_projector.weight", "output_projection.weight", "output_layer.weight", "generator_lm_head.weight",
-    "pred_layer.proj.weight", "output.weight", "lm_loss.weight",
+    "pred_layer.proj.weight", "output.weight", "lm_loss.weight", "decoder.weight", "lm_head.out_proj.weight",
 )  # fmt: skip
 _EMBEDDINGS = (
     "shared.weight", "embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight",

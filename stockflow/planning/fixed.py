@@ -79,6 +79,8 @@ def _unlike(name: str, values: Mapping[str, Floats]) -> Misfit:
     remedy, action = f"a rule with `action: copy` takes {THEM} from {donor}", "copy"
     if name.rpartition(".")[2] in ("d2t", "t2d"):
         remedy, action = "the rows of its head are of other tokens: merge drafts of one vocabulary", ""
+    elif name.endswith("._extra_state"):
+        remedy, action = f"TransformerEngine measures {THEM} anew: a rule with `action: skip` leaves {THEM} out", "skip"
     elif name.endswith((".weight_mask", ".bias_mask")):
         remedy, action = "`torch.nn.utils.prune.remove` makes it part of its weight", ""
     return Misfit(

@@ -36,7 +36,7 @@ from stockflow.planning.formats import (
 from stockflow.planning.job import COPY, TensorJob, copying, merging
 from stockflow.planning.looks import remarks_on
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.misfits import THEM, Misfit, extra_tensors, mismatches, of_a_head, told
+from stockflow.planning.misfits import THEM, Misfit, extra_tensors, mismatches, of_missing, told
 from stockflow.planning.operands import Operand, operand_of
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.packed import unread_models
@@ -246,7 +246,7 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
         remedy = f"a rule with `action: copy` takes {THEM} from {stretch.urls([0])}"
         told_of = [index for index in absent if stretch.numbers[index] not in known.explained]
         missing = Misfit(name, f"missing in {stretch.urls(told_of)}", remedy, "copy")
-        return [of_a_head(missing, stretch, told_of)] if told_of else []
+        return [of_missing(missing, stretch, told_of)] if told_of else []
     if recipe.carries_over(stored_name, spec.dtype, stand):
         return _as_it_is(target, *indices, keeps_codes=keeps_codes, is_part=is_part)
     alike = spec.kind != "packed" and target.is_alike(indices)

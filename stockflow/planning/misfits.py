@@ -39,6 +39,7 @@ _PACKED_REMEDY = (
     "codes are numbers only with their scales, and here one is without the other; fetch the checkpoint again, or name "
     f"{THEM} in a rule with `action: copy`"
 )
+_UNWRAP = "PEFT wrapped the model: save it after `model.merge_and_unload()`"
 _STACK = re.compile(r"(?:.*?\.)??(?=\d+\.)")
 _NEEDLESS = ("scale", "inv_freq")
 """Ends of the names of what a layer computes without."""
@@ -58,7 +59,7 @@ def extra_tensors(unplanned: Iterable[Unplanned], explained: Collection[int]) ->
         if any(marker in name for marker in OF_TRAINERS):
             remedy = f"that is what a trainer keeps; {remedy}"
         elif any(marker in name for marker in OF_ADAPTERS):
-            remedy, action = "PEFT wrapped the model: save it after `model.merge_and_unload()`", ""
+            remedy, action = _UNWRAP, ""
         elif len(holders) == len(stretch.checkpoints) - 1:
             remedy = f"take a base that has {THEM}, or average the others without it"
             remedy, action = f"all others were trained with {THEM}: {remedy}", ""
@@ -83,6 +84,15 @@ def of_a_head(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misfi
     """Return the same, with what can be done if it is a head over the vocabulary, for which no rule is right."""
     remedy = missing_head_remedy(misfit.name, stretch.urls(lacking), stretch.checkpoints[lacking[0]].config)
     return replace(misfit, remedy=remedy, action="") if remedy else misfit
+
+
+def of_missing(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misfit:
+    """Return the same, with what can be done if it is a head, or is there within what PEFT wrapped."""
+    module, _, own = misfit.name.rpartition(".")
+    wrapped = [f"{prefix}{module}.original_module.{own}" for prefix in ("", "base_model.model.")]
+    if any(name in stretch.checkpoints[index].specs for index in lacking for name in wrapped):
+        return replace(misfit, remedy=_UNWRAP, action="")
+    return of_a_head(misfit, stretch, lacking)
 
 
 def mismatches(target: OutputTensor, indices: Sequence[int], by_row: str) -> list[Misfit]:

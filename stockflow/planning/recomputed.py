@@ -14,8 +14,11 @@ from stockflow.text.strictjson import shown
 
 _RECOMPUTED = re.compile(
     r"\.rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)embeddings\.position_ids$|\.(attn|attention)\.(masked_bias|bias)$|\.attn\.embed_positions$"
+    r"|\._extra_state$"
 )
-"""Rotary frequencies, the numbers of positions, causal masks: of a bias there is one row per head, not a mask."""
+"""Rotary frequencies, the numbers of positions, causal masks: of a bias there is one row per head, not a mask; and
+what TransformerEngine measured to scale FP8 by, which it measures anew.
+"""
 
 
 def without_recomputed(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -35,7 +38,7 @@ def without_recomputed(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> lis
 
 
 def _stored_otherwise(first: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    held = (name for name in first if name.endswith(("bias", "_cached")) and name in specs)
+    held = (name for name in first if name.endswith(("bias", "_cached", "_extra_state")) and name in specs)
     yield from (name for name in held if specs[name][1:] != first[name][1:])
 
 

@@ -176,6 +176,21 @@ def test_masks_of_several_dtypes_are_left_out(tmp_path: Path) -> None:
     assert len(remarks(plan, "recomputed")) == 3
 
 
+@pytest.mark.parametrize("lengths", [(6, 7, 8), (6, 6, 6)])
+def test_what_transformer_engine_keeps_is_left_out_or_named(lengths: tuple[int, ...], tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for number, (tensors, length) in enumerate(zip(merge.models, lengths, strict=True)):
+        tensors["q_proj._extra_state"] = torch.full((length,), number, dtype=torch.uint8)
+
+    if len(set(lengths)) > 1:
+        plan = merge.write().plan()
+        assert "q_proj._extra_state" not in jobs_of(plan)
+        assert len(remarks(plan, "recomputed")) == 3
+    else:
+        refused = merge.write().refusal()
+        assert "TransformerEngine measures it anew: a rule with `action: skip` leaves it out" in refused
+
+
 def test_rotary_tables_of_several_lengths_are_left_out(tmp_path: Path) -> None:
     merge = Merge(tmp_path)
     for number, tensors in enumerate(merge.models):
@@ -205,6 +220,16 @@ def test_what_an_adapter_wrapped_in_all_tunes_is_not_looked_for_in_a_base(tmp_pa
         tensors["head.modules_to_save.default.weight"] = torch.ones(2, 2)
 
     assert "PEFT wrapped the model: save it after `model.merge_and_unload()`" in merge.write().refusal()
+
+
+def test_a_head_that_peft_wrapped_is_not_missing(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    merge.models[0]["score.weight"] = torch.ones(2, 2)
+    for tensors in merge.models[1:]:
+        tensors |= {f"base_model.model.score.{part}.weight": torch.ones(2, 2) for part in ("original_module", "x")}
+
+    (line,) = (line for line in merge.write().refusal().splitlines() if "'score.weight' is missing" in line)
+    assert line.endswith("; PEFT wrapped the model: save it after `model.merge_and_unload()`")
 
 
 def test_a_bias_of_attention_is_no_mask(tmp_path: Path) -> None:

@@ -261,6 +261,7 @@ def test_a_missing_head_is_never_advised_to_be_copied_or_left_out(tmp_path: Path
         ("gpt_neox.embed_in.weight", "embed_out.weight"),
         ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
         ("backbone.embeddings.weight", "lm_head.weight"),
+        ("model.embeddings.tok_embeddings.weight", "decoder.weight"),
         ("model.decoder.embed_tokens.weight", "proj_out.weight"),
         ("model.language_model.embed_tokens.weight", "lm_head.weight"),
         ("shared.weight", "encoder.embed_tokens.weight"),

@@ -430,6 +430,28 @@ def test_what_differs_beside_the_ids_is_said(case: str, tmp_path: Path) -> None:
     assert Models(tmp_path, *files).said() == expected
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "embeddings"])
+def test_rows_of_tokens_are_known_without_an_embedding_of_the_usual_name(name: str, tmp_path: Path) -> None:
+    """Heads of models that read sounds, and the only tensor of a model2vec."""
+    for number, folder in enumerate(("base", "one", "two")):
+        files = fast(renamed(LETTERS, _3="e", _4="d") if number == 1 else LETTERS)
+        model_with(tmp_path / folder, files, seed=number, embedding=name)
+    models = Models.__new__(Models)
+    models.folders = [tmp_path / folder for folder in ("base", "one", "two")]
+
+    with pytest.raises(PlanError, match="2 ids of 10 tokens mean something else in "):
+        models.plan()
+
+
+def test_tokens_that_no_sound_is_read_by_need_no_row(tmp_path: Path) -> None:
+    for number, folder in enumerate(("base", "one", "two")):
+        model_with(tmp_path / folder, fast(LETTERS), seed=number, rows=8, embedding="lm_head.weight")
+    models = Models.__new__(Models)
+    models.folders = [tmp_path / folder for folder in ("base", "one", "two")]
+
+    assert models.said() == {}
+
+
 def test_what_differs_is_said_by_its_name(tmp_path: Path) -> None:
     special = fast(LETTERS, more=[added("<a>", start=10)[0] | {"special": True}])
     models = Models(tmp_path, special, fast(LETTERS, more=PLAIN_TOKEN))

@@ -58,8 +58,10 @@ _RENUMBERED = re.compile(
 """classes whose code numbers the pieces of a SentencePiece model anew"""
 _INPUT_ROWS = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|token_embeddings?|tokens_embed|embed_in|embeddings?|emb"
-    r"|embed|shared)\.weight"
+    r"|embed|shared)(\.weight|$)"
 )
+_HEADS_ALONE = ("lm_head.weight", "ctc_head.weight")
+"""What has a row per token in models that read sounds."""
 _OUTPUT_ROWS = re.compile(r"(^|\.)(output_layer|proj_out)\.")
 _NO_TOKENS = re.compile(r"position|token_type|(^|\.)wpe(\.|$)|patch|visual|vision|segment")
 _TELLS_BYTES = re.compile(r"(?!(mtime|mtime_ns|LastModified|Last-Modified|created)=).")
@@ -83,7 +85,7 @@ class Tokenizer:
     """What the files of a model say of its tokens, and of how it is talked to."""
 
     num_rows: int
-    """of the input embedding, one per id"""
+    """of the input embedding, or of the head of models that have none, one per id"""
     vocabulary: Vocabulary | None = None
     """None if no file holds one"""
     template: str | None = None
@@ -107,9 +109,14 @@ class Tokenizer:
 
 
 def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int:
-    """Return how many rows the input embedding has; 0 if there is none."""
+    """Return how many rows the input embedding has, else a head over characters (CTC); 0 if there is none."""
     found = [spec.shape[0] for name, spec in specs.items() if _is_input(name, spec)]
-    return max(found, default=0)
+    return max(found or (specs[name].shape[0] for name in _HEADS_ALONE if name in specs), default=0)
+
+
+def has_input_rows(specs: Mapping[str, TensorSpec]) -> bool:
+    """Return whether ids are looked up in an embedding."""
+    return any(_is_input(name, spec) for name, spec in specs.items())
 
 
 def vocabulary_tensors(specs: Mapping[str, TensorSpec], num_rows: int) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.heads import said_of_language
-from stockflow.checkpoints.tokens.tokenizers import Vocabulary, vocabulary_tensors
+from stockflow.checkpoints.tokens.tokenizers import Vocabulary, has_input_rows, vocabulary_tensors
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.vocabulary.templates import chosen_template
@@ -198,7 +198,7 @@ def tokens_beyond_rows(proposal: Proposal) -> Iterator[Remark]:
     """Yield the tokens for which the embedding of a model has no row."""
     for group in _groups(proposal, range(len(proposal.tokenizers))):
         tokens = {number: token for token, number in group.vocabulary.ids.items() if number >= group.num_rows}
-        if group.num_rows and tokens:
+        if group.num_rows and tokens and has_input_rows(proposal.donor.specs):
             tokens = dict(sorted(tokens.items()))
             text = (
                 f"the {group.num_rows:,} rows of the embedding of {group.named} end before {_tokens(tokens)}: a text "
