@@ -96,7 +96,7 @@ def make_plan(
     accepted = {*recipe.stockflow.accept, *accepted}
     checkpoints = without_recomputed(recipe, checkpoints)
     experts = seen_one_by_one(recipe, checkpoints)
-    checkpoints = [under_names_of(experts.checkpoints[recipe.donor], each, accepted) for each in experts.checkpoints]
+    checkpoints = [under_names_of(experts.checkpoints[recipe.donor], each) for each in experts.checkpoints]
     checkpoints = with_tied_heads(recipe, checkpoints)
     vocabulary = output_vocabulary(recipe, [*checkpoints, *beside], tokenizers)
     if vocabulary is not None:
@@ -170,7 +170,7 @@ def _planned(
             else:
                 misfits.append(replace(planned, remedy="", action="") if whole else planned)
     skipped |= left_out
-    problems = [*filter(None, explained.values()), *unlike_parts(jobs), *unlike_members(jobs)]
+    problems = [*explained.values(), *unlike_parts(jobs), *unlike_members(jobs)]
     if outline.is_stacked:
         problems += [*unlike_codes(recipe, checkpoints, outline.givers), *unlike_rows(jobs)]
     if misfits:

@@ -1,7 +1,7 @@
 """Views: a checkpoint under the names of another, where both name the same tensors in two ways, or in two layouts."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -61,31 +61,24 @@ class _Renaming:
         return self.others + name[len(self.donors) :] if name.startswith(self.donors) else ""
 
 
-def under_names_of(donor: Checkpoint, other: Checkpoint, accepted: Collection[str]) -> Checkpoint:
+def under_names_of(donor: Checkpoint, other: Checkpoint) -> Checkpoint:
     """Return a checkpoint as it is to be read, with what is to be said of that among its remarks.
 
-    Tensors that are the donor's but for what wraps their names get its names; where more than a wrapper differs,
-    only if that is accepted.
+    Tensors that are the donor's but for their names get its names. Where these differ in more than a wrapper, the
+    remark is a refusal, and what else does not fit is found as if it were accepted.
     """
     if other.specs.keys() == donor.specs.keys():
         return other
     names, renamings = _pairs(donor, other)
     if not names:
         return other
-    remark = _said(donor, other, renamings, len(names))
-    seen = renamed(other, names) if remark.severity == "note" or remark.code in accepted else other
-    return replace(seen, remarks=(*other.remarks, remark))
+    return replace(renamed(other, names), remarks=(*other.remarks, _said(donor, other, renamings, len(names))))
 
 
 def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
-    """Return that a checkpoint holds the donor's weights in other tensors, None if it does not seem so.
-
-    It is empty where a remark says already under which names it may be read.
-    """
+    """Return that a checkpoint holds the donor's weights in other tensors, None if it does not seem so."""
     if other.specs.keys() == donor.specs.keys():
         return None
-    if any(remark.code == "other-names" and remark.severity == "refusal" for remark in other.remarks):
-        return ""
     lacking, besides = _apart(donor, other)
     if lacking and (factors := factors_within({name: other.specs[name] for name in besides})):
         return factors_said(redact(other.url), factors)

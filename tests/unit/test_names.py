@@ -158,14 +158,35 @@ def test_names_that_loaders_take_for_one_another_are_read_as_one(tmp_path: Path,
     assert {remark.severity for remark in plan.remarks if remark.code == "other-names"} == {"note"}
 
 
-def test_a_view_that_must_be_accepted_is_one_problem(tmp_path: Path) -> None:
-    """With a head of values beside it, as a trainer saves: it is no other layout."""
-    tunes = [llama(prefix="pretrained_model.model.") | {"v_head.summary.weight": torch.ones(1, HIDDEN).bfloat16()}] * 2
+VALUES = {"v_head.summary.weight": torch.ones(1, HIDDEN).bfloat16()}
 
-    said = problems(merge_of(tmp_path, llama(), *tunes))
 
-    assert len(said) == 2
-    assert all("accept: [other-names]" in each for each in said)
+@pytest.mark.parametrize(
+    ("base", "tunes", "action"),
+    [
+        (llama(), llama(prefix="pretrained_model.model.") | VALUES, "skip"),
+        (
+            llama(prefix="bert.", head=False) | {"cls.bias": torch.ones(2).bfloat16()},
+            llama(prefix="", head=False),
+            "copy",
+        ),
+    ],
+    ids=["only tunes have a head of values, as a trainer saves it", "only the base has a head of words"],
+)
+def test_what_a_view_does_not_explain_is_said_with_it_and_without(
+    tmp_path: Path, base: dict[str, torch.Tensor], tunes: dict[str, torch.Tensor], action: str
+) -> None:
+    merge = merge_of(tmp_path, base, tunes, tunes)
+
+    assert ["accept: [other-names]" in said for said in problems(merge)] == [True, True, False]
+    (said,) = problems(merge, stockflow={"accept": ["other-names"]})
+    assert said == problems(merge)[2]
+    name = ({*base, *tunes} & {"cls.bias", *VALUES}).pop()
+    assert repr(name) in said
+    rules = [{"filter": name, "action": action}]
+    plan = merge.plan(stockflow={"accept": ["other-names"], "rules": rules})
+    assert jobs_of(plan).keys() == base.keys()
+    assert plan.skipped == ((name,) if action == "skip" else ())
 
 
 def test_wrappers_of_single_modules_are_read_through(tmp_path: Path) -> None:
