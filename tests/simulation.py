@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Generic, TypeVar
 
-from stockflow.run.executors.scheduling import Action, Cause, End, Give, Limits, Scheduler, Start
+from stockflow.run.executors.scheduling import Action, End, Give, Scheduler, Start
+from stockflow.run.executors.tries import Cause, Limits
 
 T = TypeVar("T")
 

@@ -45,7 +45,7 @@ from stockflow.run.executors import scheduling
 from stockflow.run.executors.ray import RayOptions, actor, connected, loop
 from stockflow.run.executors.ray import cluster as cluster_module
 from stockflow.run.executors.ray import run as run_on_ray
-from stockflow.run.executors.scheduling import Limits
+from stockflow.run.executors.tries import Limits
 from stockflow.run.inputs import Inputs
 from stockflow.storage import StorageConfig
 from tests import ray_items, runs

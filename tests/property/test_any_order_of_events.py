@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stockflow.errors import ComputeLostError, PlanError, StorageError
-from stockflow.run.executors.scheduling import Action, Cause, Give, Limits, Scheduler, Start
+from stockflow.run.executors.scheduling import Action, Give, Scheduler, Start
+from stockflow.run.executors.tries import Cause, Limits
 
 CRASHES = (Cause.lost, Cause.out_of_memory, Cause.late, Cause.error, Cause.preempted)
 GIVEN_UP = (ComputeLostError, StorageError, PlanError, RuntimeError)

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stockflow.events import Begun, Cost, Done, Dropped, Event, Moved, Note, Retry, Run, Stage
 from stockflow.progress.metrics import CAUSES, Metrics
-from stockflow.run.executors.scheduling import Cause
+from stockflow.run.executors.tries import Cause
 
 MERGING = Stage(
     "merging", total_bytes=1000, done_bytes=100, num_items=10, num_done=1, unit="shards", counts_written=True

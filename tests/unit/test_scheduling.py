@@ -6,17 +6,8 @@ from itertools import pairwise
 import pytest
 
 from stockflow.errors import ComputeLostError, PlanError, StorageError
-from stockflow.run.executors.scheduling import (
-    LEAST_SLOW_S,
-    MOST_PAUSE_S,
-    NUM_TYPICAL,
-    Cause,
-    End,
-    Give,
-    Limits,
-    Scheduler,
-    Start,
-)
+from stockflow.run.executors.scheduling import LEAST_SLOW_S, NUM_TYPICAL, End, Give, Scheduler, Start
+from stockflow.run.executors.tries import MOST_PAUSE_S, Cause, Limits
 
 LIMITS = Limits(no_worker_timeout_s=100.0, stall_timeout_s=10.0)
 ITEMS = "abcdefghijklmnopqrstuvwxyz"

@@ -1,4 +1,4 @@
-"""Who does which item next, when an item is tried again, when a run gives up. Pure: no Ray, no clock, no I/O.
+"""Who does which item next, who is started and who is ended. Pure: no Ray, no clock, no I/O.
 
 An executor tells a `Scheduler` what happened and when, and does what it decides. The simulation of
 the tests tells it what could happen; so what is simulated and what is done are one policy.
@@ -6,77 +6,24 @@ the tests tells it what could happen; so what is simulated and what is done are 
 
 import math
 import statistics
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from stockflow.errors import ComputeLostError, StorageError
+from stockflow.run.executors.tries import Cause, Limits, Starts, Task, WorkerState
 
 T = TypeVar("T")
 
 SAY_WAITING_S = 30.0
 """How often to say that no worker has come yet."""
-MOST_PAUSE_S = 3600.0
-"""between starts of workers that die before they are up"""
 NUM_TYPICAL = 3
 """After so many items it is known how long one takes."""
 LEAST_GAIN = 1.1
 """How many times as long a slow worker needs for the rest of an item as another one for all of it, if it is copied."""
 LEAST_SLOW_S = 10.0
 """Items that take less are not given out twice: another worker would hardly be faster."""
-
-
-class Cause(StrEnum):
-    """Why an item, or a worker, was lost; each is counted apart."""
-
-    storage = "storage"
-    lost = "lost"
-    """its process or node died"""
-    late = "late"
-    """it counted nothing, was not done or not up, for too long"""
-    out_of_memory = "out of memory"
-    """its node, or its GPU, had no memory left"""
-    error = "error"
-    """something unexpected was raised, by a failing GPU or by a bug; or its start was refused while others work"""
-    preempted = "preempted"
-    """its node was taken away by whom it belongs to: nobody's fault, free"""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long to wait, and how often to try."""
-
-    no_worker_timeout_s: float = 900.0
-    """for the first worker, and for a next one once all are lost; a GPU node takes minutes"""
-    stall_timeout_s: float = 900.0
-    """an item that counts nothing for so long, or a start that takes so long, is taken for hung; its worker is
-    replaced"""
-    item_timeout_s: float | None = None
-    """an item that is not done after so long is given to another worker, however busy this one is"""
-    storage_failures: int = 3
-    """per item, or per start of workers; each has many requests repeated within it"""
-    storage_pause_s: float = 30.0
-    """before what storage failed is tried again, four times as long before the last time: outages take minutes"""
-    losses: int = 6
-    """per item: workers that died under it, pre-emptions not counted"""
-    delays: int = 3
-    """per item: workers that were too slow with it; more would only be slower"""
-    out_of_memory: int = 3
-    """per item: workers that were lost because their node, or their GPU, had no memory left"""
-    errors: int = 2
-    """per item: workers that raised something unexpected; a bug raises it everywhere"""
-    deaths_at_start: int = 3
-    """rounds of workers that die before they are up: a broken image, not bad luck. While others work, starts pause"""
-    start_pause_s: float = 60.0
-    """how long, doubled each time"""
-    slow_factor: float = 1.5
-    """once none waits, an item that takes so many times as long as most did is given to an idle worker as well"""
-
-    def storage_pause_after(self, num_failures: int) -> float:
-        """Return how long to wait before something is tried again that storage has failed so often."""
-        return self.storage_pause_s * 4.0 ** (num_failures - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,52 +55,6 @@ class End:
 Action = Start | Give[T] | End
 
 
-@dataclass(slots=True)
-class _Task(Generic[T]):
-    """An item and its failures by cause."""
-
-    item: T
-    failures: Counter[Cause] = field(default_factory=Counter)
-    memory_halvings: int = 0
-    not_before: float = -math.inf
-    was_copied: bool = False
-    failed_by: int | None = None
-    """the worker that storage failed last"""
-
-
-@dataclass(slots=True)
-class _Worker(Generic[T]):
-    """A worker and what it is doing."""
-
-    number: int
-    round: int
-    """of starts, see `_Starts`"""
-    placed: float | None = None
-    """when its process was first heard of"""
-    node: str | None = None
-    """where it came up; None while it starts"""
-    name: str = "a worker"
-    task: _Task[T] | None = None
-    given: float = 0.0
-    """when it was given its task"""
-    moved: float = 0.0
-    """when it was given its task, or last counted something"""
-    memory_halvings: int = 0
-    """with which it does its task"""
-    failed: list[_Task[T]] = field(default_factory=list)
-    """what storage failed since it last finished an item"""
-    failing_since: float = 0.0
-    num_done: int = 0
-    worked_s: float = 0.0
-    """at those"""
-    is_unfit: bool = False
-    """storage fails it alone"""
-
-    @property
-    def is_idle(self) -> bool:
-        return self.node is not None and self.task is None
-
-
 class Scheduler(Generic[T]):
     """The state of a run. Times are seconds of any one clock, passed in and never going back."""
 
@@ -182,16 +83,16 @@ class Scheduler(Generic[T]):
             on_failure: told the cause whenever an item is to be done again, or (None) a worker to be started again.
         """
         self._on_failure = on_failure
-        self._waiting = deque(_Task(item) for item in items)
-        self._paused: list[_Task[T]] = []
+        self._waiting = deque(Task(item) for item in items)
+        self._paused: list[Task[T]] = []
         self._num_workers = num_workers
         self._limits = limits
         self._name = name
         self._need = need
         self._on_note = on_note
-        self._workers: dict[int, _Worker[T]] = {}
+        self._workers: dict[int, WorkerState[T]] = {}
         self._num_started = 0
-        self._starts = _Starts(limits, on_note)
+        self._starts = Starts(limits, on_note)
         self._draining: frozenset[str] = frozenset()
         self._had_worker = self._said_waiting = now
         self._succeeded = -math.inf
@@ -233,7 +134,7 @@ class Scheduler(Generic[T]):
             self._waiting.appendleft(paused)
         actions: list[Action[T]] = [self._end(number) for number in self._leaving()]
         for _ in range(self._num_missing if now >= self._starts.not_before else 0):
-            worker: _Worker[T] = _Worker(self._num_started, self._starts.round)
+            worker: WorkerState[T] = WorkerState(self._num_started, self._starts.round)
             self._num_started += 1
             self._workers[worker.number] = worker
             actions.append(Start(worker.number))
@@ -267,7 +168,7 @@ class Scheduler(Generic[T]):
         """
         actions: list[Action[T]] = []
         for worker in list(self._workers.values()):
-            delay = self._delay_of(worker, now)
+            delay = worker.delay(self._limits, now)
             if delay:
                 actions.append(End(worker.number))
                 self.lost(worker.number, Cause.late, delay, now)
@@ -299,8 +200,7 @@ class Scheduler(Generic[T]):
     def finished(self, number: int, now: float) -> list[Action[T]]:
         """A worker has done its item; end those that were at the same one."""
         worker = self._workers[number]
-        task, worker.task = worker.task, None
-        assert task is not None
+        task = worker.put_down()
         worker.failed.clear()
         self._succeeded = now
         self._durations.append(now - worker.given)
@@ -317,8 +217,7 @@ class Scheduler(Generic[T]):
             StorageError: that was once too often.
         """
         worker = self._workers[number]
-        task, worker.task = worker.task, None
-        assert task is not None
+        task = worker.put_down()
         if self._at(task):
             self._on_note(
                 f"{worker.name} failed at its copy of {self._name(task.item)}, another goes on with it: {text}"
@@ -381,8 +280,7 @@ class Scheduler(Generic[T]):
         if self._at(task):
             self._on_note(f"{worker.name} was lost, another goes on with {self._name(task.item)}: {text}")
             return
-        task.failures[cause] += 1
-        self._give_up_if_hopeless(task, text, error)
+        task.lost(cause, self._name(task.item), text, self._limits, error)
         again = ""
         if cause is Cause.out_of_memory:
             again = ", with half the memory"
@@ -397,10 +295,10 @@ class Scheduler(Generic[T]):
 
     # Who does what
 
-    def _idle(self) -> list[_Worker[T]]:
+    def _idle(self) -> list[WorkerState[T]]:
         return [worker for worker in self._workers.values() if worker.is_idle]
 
-    def _at(self, task: _Task[T]) -> list[_Worker[T]]:
+    def _at(self, task: Task[T]) -> list[WorkerState[T]]:
         return [worker for worker in self._workers.values() if worker.task is task]
 
     def _leaving(self) -> list[int]:
@@ -414,7 +312,7 @@ class Scheduler(Generic[T]):
     def _num_missing(self) -> int:
         return max(min(self._num_workers, self.num_in_work + self.num_waiting) - len(self._workers), 0)
 
-    def _next_for(self, worker: _Worker[T], num_up: int) -> _Task[T] | None:
+    def _next_for(self, worker: WorkerState[T], num_up: int) -> Task[T] | None:
         """Take the first waiting task that this worker has not just failed at, if others might do that one."""
         for index, task in enumerate(self._waiting):
             if task.failed_by != worker.number or num_up == 1:
@@ -422,13 +320,13 @@ class Scheduler(Generic[T]):
                 return task
         return None
 
-    def _give(self, worker: _Worker[T], task: _Task[T], now: float) -> Give[T]:
+    def _give(self, worker: WorkerState[T], task: Task[T], now: float) -> Give[T]:
         worker.task = task
         worker.given = worker.moved = now
         worker.memory_halvings = max(task.memory_halvings, self._memory_halvings)
         return Give(worker.number, task.item, worker.memory_halvings)
 
-    def _slow(self, now: float) -> list[_Task[T]]:
+    def _slow(self, now: float) -> list[Task[T]]:
         """Tasks that an idle worker would most likely be done with earlier, the oldest first; each is copied once."""
         if len(self._durations) < NUM_TYPICAL:
             return []
@@ -436,17 +334,16 @@ class Scheduler(Generic[T]):
         oldest_first = sorted(self._uncopied(), key=lambda pair: pair[0].given)
         return [task for worker, task in oldest_first if self._is_slow(worker, now, typical_s)]
 
-    def _is_slow(self, worker: _Worker[T], now: float, typical_s: float) -> bool:
+    def _is_slow(self, worker: WorkerState[T], now: float, typical_s: float) -> bool:
         passed_s = now - worker.given
         if passed_s >= self._slow_s(typical_s):
             return True
-        expected_s = worker.worked_s / worker.num_done if worker.num_done else 0.0
-        return expected_s - passed_s > max(LEAST_GAIN * typical_s, LEAST_SLOW_S)
+        return worker.expected_s - passed_s > max(LEAST_GAIN * typical_s, LEAST_SLOW_S)
 
     def _slow_s(self, typical_s: float) -> float:
         return max(self._limits.slow_factor * typical_s, LEAST_SLOW_S)
 
-    def _uncopied(self) -> list[tuple[_Worker[T], _Task[T]]]:
+    def _uncopied(self) -> list[tuple[WorkerState[T], Task[T]]]:
         at_work = [(worker, worker.task) for worker in self._workers.values() if worker.task is not None]
         return [(worker, task) for worker, task in at_work if not task.was_copied]
 
@@ -455,7 +352,7 @@ class Scheduler(Generic[T]):
         starting = [worker.number for worker in self._workers.values() if worker.node is None]
         return starting + [worker.number for worker in self._idle()[self.num_in_work :]]
 
-    def _put_back(self, task: _Task[T], now: float) -> None:
+    def _put_back(self, task: Task[T], now: float) -> None:
         if task.not_before > now:
             self._paused.append(task)
         else:
@@ -467,7 +364,7 @@ class Scheduler(Generic[T]):
 
     # When to give up
 
-    def _give_up_on(self, worker: _Worker[T], now: float) -> None:
+    def _give_up_on(self, worker: WorkerState[T], now: float) -> None:
         """Storage fails this worker and no other: it is at fault, and the items are not."""
         worker.is_unfit = True
         for task in worker.failed:
@@ -475,7 +372,7 @@ class Scheduler(Generic[T]):
         self._starts.pause(now)
         self._on_note(f"{worker.name} is ended: storage fails it, and does not fail others")
 
-    def _starved(self, task: _Task[T], memory_halvings: int) -> None:
+    def _starved(self, task: Task[T], memory_halvings: int) -> None:
         """Do an item with less memory; do all of them with less if that happens to one after the other."""
         task.memory_halvings = max(task.memory_halvings, memory_halvings + 1)
         if memory_halvings == self._memory_halvings:
@@ -486,37 +383,6 @@ class Scheduler(Generic[T]):
                 f"{self._limits.out_of_memory} items in a row ran out of memory: from now on each has "
                 f"1/{2**self._memory_halvings} of --memory; lower it, or put fewer workers on a node"
             )
-
-    def _give_up_if_hopeless(self, task: _Task[T], text: str, error: Exception | None) -> None:
-        if error is not None and task.failures[Cause.error] >= self._limits.errors:
-            raise error
-        advice = {
-            Cause.lost: (self._limits.losses, "look at the workers' logs (`ray logs`)"),
-            Cause.late: (self._limits.delays, "raise the timeouts, or make shards smaller (--shard-size)"),
-            Cause.out_of_memory: (
-                self._limits.out_of_memory,
-                "put fewer workers on a node, or lower what each may take (--memory)",
-            ),
-        }
-        for cause, (most, what_to_do) in advice.items():
-            if task.failures[cause] >= most:
-                raise ComputeLostError(
-                    f"{task.failures[cause]} workers were lost doing {self._name(task.item)} ({cause}): {text}; "
-                    f"{what_to_do}, then run again"
-                )
-
-    def _delay_of(self, worker: _Worker[T], now: float) -> str:
-        """What is too long about a worker; nothing: an empty text."""
-        limits = self._limits
-        if worker.task is None:
-            if worker.node is None and worker.placed is not None and now - worker.placed > limits.stall_timeout_s:
-                return f"its process is there, and not ready after {limits.stall_timeout_s:.0f} s"
-            return ""
-        if now - worker.moved > limits.stall_timeout_s:
-            return f"nothing read or written for {limits.stall_timeout_s:.0f} s"
-        if limits.item_timeout_s is not None and now - worker.given > limits.item_timeout_s:
-            return f"not done after {limits.item_timeout_s:.0f} s"
-        return ""
 
     def _check_for_workers(self, now: float) -> None:
         """Say from time to time that no worker has come, and give up in the end."""
@@ -532,59 +398,3 @@ class Scheduler(Generic[T]):
         if now - self._said_waiting > SAY_WAITING_S:
             self._said_waiting = now
             self._on_note(f"no worker has come for {waited_s:.0f} s: {self._need()}")
-
-
-@dataclass(slots=True)
-class _Starts:
-    """Paces the starts of workers, by those that died before they were up."""
-
-    limits: Limits
-    on_note: Callable[[str], None]
-    has_come_up: bool = False
-    """whether any worker ever did"""
-    not_before: float = -math.inf
-    round: int = 0
-    """workers that are started before one of them dies are of one round"""
-    _num_failed: int = 0
-    """rounds in a row"""
-
-    def came_up(self) -> None:
-        """A worker is ready."""
-        self.has_come_up = True
-        self._num_failed = 0
-
-    def hurry(self, now: float) -> None:
-        """No worker is up any more: wait no longer than the shortest pause."""
-        self.not_before = min(self.not_before, now + self.limits.start_pause_s)
-
-    def pause(self, now: float) -> None:
-        """Start none for a while."""
-        self.not_before = max(self.not_before, now + self.limits.start_pause_s)
-
-    def failed(
-        self, round: int, cause: Cause, text: str, now: float, error: Exception | None, *, is_alone: bool
-    ) -> None:
-        """A worker died before it was up; those of one round count once.
-
-        Raises:
-            Exception: ``error``, or a ComputeLostError; that was once too often, and no worker is up.
-        """
-        if round != self.round:
-            return
-        self.round += 1
-        self._num_failed += 1
-        is_too_often = self._num_failed >= self.limits.deaths_at_start
-        if is_too_often and is_alone:
-            raise error or ComputeLostError(
-                f"{self._num_failed} times in a row workers died before they were ready: {text}; "
-                "look at the workers' logs (`ray logs`): the image or the node is at fault"
-            )
-        pause_s = 0.0
-        if cause is Cause.storage:
-            pause_s = self.limits.storage_pause_after(min(self._num_failed, self.limits.storage_failures))
-        elif is_too_often:
-            pause_s = self.limits.start_pause_s * 2.0 ** (self._num_failed - self.limits.deaths_at_start)
-        pause_s = min(pause_s, MOST_PAUSE_S)
-        self.not_before = max(self.not_before, now + pause_s)
-        when = f"; the next one is started in {pause_s:.0f} s" if pause_s else ""
-        self.on_note(f"a worker died before it was ready{when}: {text}")

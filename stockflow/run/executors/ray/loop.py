@@ -26,7 +26,8 @@ from stockflow.run.executors.ray.cluster import (
     starts_here,
     worker_count,
 )
-from stockflow.run.executors.scheduling import Action, Cause, Give, Limits, Scheduler, Start
+from stockflow.run.executors.scheduling import Action, Give, Scheduler, Start
+from stockflow.run.executors.tries import Cause, Limits
 from stockflow.version import __version__
 
 T = TypeVar("T")
