@@ -166,7 +166,7 @@ def publish(
     ):  # fmt: skip
         _check_ours(store, plan, stamp)
         store.put(key, payload)
-        published[key] = PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
+        published[key] = PublishedFile.of(payload)
     manifest = Manifest(
         plan_id=plan.plan_id,
         merge_id=plan.merge_id,

@@ -1,6 +1,5 @@
 """Records of adapters made here: a row per tensor or module, the manifest, and what both say to who asks later."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NoReturn
@@ -160,7 +159,7 @@ def read_record(store: Store, manifest: Manifest) -> AdapterRecord:
     key, output = tensors_key(manifest.plan_id), Output(store)
     try:
         payload = output.read(key, MAX_TABLE_BYTES)
-        if PublishedFile(len(payload), hashlib.sha256(payload).hexdigest()) != manifest.files.get(key):
+        if PublishedFile.of(payload) != manifest.files.get(key):
             raise CheckpointError("is not as the manifest says: its size or sha256 differs")
         rows = [parse_record(TensorFacts, row) for row in decode_apart(payload, MAX_UNPLANNED_ROWS)]
     except (UserError, ValueError) as error:

@@ -81,12 +81,7 @@ def compare_checkpoints(
         StorageError: reading failed after retries.
     """
     started = time.perf_counter()
-    on_event(Stage("opening checkpoints", unit="files"))
-    stores = [open_model(pin_revision(location), config) for location in (location_a, location_b)]
-    a, b = open_checkpoints(stores, lambda file: on_event(Done(file)))
-    for store, checkpoint in zip(stores, (a, b), strict=True):
-        for note in link_notes(store, checkpoint.files):
-            on_event(Note(note))
+    a, b = _opened((location_a, location_b), config, on_event)
     pairs, unmatched = _matched(a, b)
     looks = [_look(a, b, *pair) for pair in pairs]
     num_bytes = sum(look.reading.num_bytes for look in looks)
@@ -110,6 +105,16 @@ def compare_checkpoints(
         num_bytes=num_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _opened(locations: Sequence[str], config: StorageConfig, on_event: OnEvent) -> Sequence[Checkpoint]:
+    on_event(Stage("opening checkpoints", unit="files"))
+    stores = [open_model(pin_revision(location), config) for location in locations]
+    checkpoints = open_checkpoints(stores, lambda file: on_event(Done(file)))
+    for store, checkpoint in zip(stores, checkpoints, strict=True):
+        for note in link_notes(store, checkpoint.files):
+            on_event(Note(note))
+    return checkpoints
 
 
 def _matched(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[TensorSpec, TensorSpec]], list[Unmatched]]:

@@ -278,41 +278,52 @@ def audit_row(look: Look, tally: Tally, *, has_merged: bool) -> dict[str, Any]:
     if not tally.is_finite:
         return row | {"match": "not_finite", "flags": [MERGE_NONFINITE if tally.are_models_finite else NONFINITE]}
     correct, ratios_K = correct_formula(planned_of(look)), _ratios(tally)
-    size = math.sqrt(tally.update_squared or tally.mean_squared)
-    row |= {f"ratio_{name}": finite(ratios_K[k]) for k, name in enumerate(FORMULAS) if name not in ("average", "base")}
-    row |= {
-        "ratio_correct": finite(ratios_K[correct]),
-        "mean_norm": finite(math.sqrt(tally.mean_squared)),
-        "update_norm": finite(math.sqrt(tally.update_squared)),
-        "old_error": finite(math.sqrt(tally.old_squared)),
-        "old_distance": _share(math.sqrt(tally.old_squared), size),
-        "old_roundings": _share(math.sqrt(tally.old_squared), math.sqrt(tally.steps_squared)),
+    row |= _of_models(tally, ratios_K, correct)
+    return row | _of_merge(look, tally, ratios_K, correct) if has_merged else row
+
+
+def _of_models(tally: Tally, ratios_K: Sequence[float], correct: int) -> dict[str, Any]:
+    """What the formulas make of a tensor, and how far the first one that mergekit had is from the correct one."""
+    old, size = math.sqrt(tally.old_squared), _size(tally)
+    ratios = {f"ratio_{name}": ratios_K[k] for k, name in enumerate(FORMULAS) if name not in ("average", "base")}
+    norms = {"mean_norm": math.sqrt(tally.mean_squared), "update_norm": math.sqrt(tally.update_squared)}
+    found = {**ratios, "ratio_correct": ratios_K[correct], **norms, "old_error": old}
+    return {name: finite(value) for name, value in found.items()} | {
+        "old_distance": _share(old, size),
+        "old_roundings": _share(old, math.sqrt(tally.steps_squared)),
         "rounding_noise": _share(math.sqrt(tally.steps_squared / 12.0), size),
     }
-    if not has_merged:
-        return row
-    num_elems = reading.num_elems
+
+
+def _of_merge(look: Look, tally: Tally, ratios_K: Sequence[float], correct: int) -> dict[str, Any]:
+    """What a merge has of a tensor: by whose formula it was made, and how far it is from the correct one."""
+    num_elems = look.reading.num_elems
     match, candidates = decide(
         TensorEvidence(
-            num_elems, len(reading.operands) - 2, tally.contenders_K.tolist(), ratios_K, tally.same_KK,
+            num_elems, len(look.reading.operands) - 2, tally.contenders_K.tolist(), ratios_K, tally.same_KK,
             tally.equal_K.tolist(), tally.roundings_K.tolist(), tally.nearer_KK,
         ),
-        dtype,
+        rounded_to(look),
     )  # fmt: skip
     weights_N, *_ = np.linalg.lstsq(tally.deltas_NN, tally.merged_times_deltas_N, rcond=None)
     distance = math.sqrt(tally.distances_K[correct])
-    return row | {
+    return {
         "match": match,
         "candidates": list(candidates),
         "implied_ratio": _share(tally.merged_times_mean, tally.mean_squared),
         "implied_weights": weights_N.tolist(),
         "residual": _share(math.sqrt(tally.off_ray_squared), math.sqrt(tally.merged_squared)),
         "error": finite(distance),
-        "distance": _share(distance, size) if distance else 0.0,
+        "distance": _share(distance, _size(tally)) if distance else 0.0,
         "equal_share": float(tally.equal_K[correct] / num_elems),
         "mean_roundings": float(tally.roundings_K[correct] / num_elems),
         "max_roundings": float(tally.most_K[correct]),
     }
+
+
+def _size(tally: Tally) -> float:
+    """What distances are shares of: the correct update; where there is none, the mean task vector."""
+    return math.sqrt(tally.update_squared or tally.mean_squared)
 
 
 def look_at(planned: TensorJob, merged: Operand | None) -> Look:

@@ -1,5 +1,6 @@
 """The manifest: the record that makes an output official."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,11 @@ class PublishedFile:
 
     size: int
     sha256: str
+
+    @classmethod
+    def of(cls, payload: bytes) -> "PublishedFile":
+        """Return those of a file with these bytes."""
+        return cls(len(payload), hashlib.sha256(payload).hexdigest())
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """Publishing: everything beside the shards, in the order that makes a half-finished output impossible."""
 
-import hashlib
 import json
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from importlib import metadata
@@ -58,19 +57,8 @@ def commit(
     if twin is not None:
         return twin
     rows = [row for receipt in receipts for row in receipt.tensors]
-    published = {receipt.file: PublishedFile(receipt.size, receipt.sha256) for receipt in receipts}
-
-    def publish(key: str, encode: Callable[[], bytes]) -> None:
-        payload = encode()
-        # With other versions of libraries its bytes may be others.
-        if _published_meanwhile(output, plan.plan_id) is None:
-            output.put(key, payload)
-        published[key] = PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
-
-    with ThreadPoolExecutor(NUM_PUBLISHERS, thread_name_prefix="commit") as pool:
-        for files in _files_in_order(inputs, recipe, plan, rows):
-            for done in [pool.submit(publish, key, encode) for key, encode in files.items()]:
-                done.result()
+    shards = {receipt.file: PublishedFile(receipt.size, receipt.sha256) for receipt in receipts}
+    published = shards | _publish(output, plan, _files_in_order(inputs, recipe, plan, rows))
     gram = total_gram(receipts)
     manifest = Manifest(
         plan_id=plan.plan_id,
@@ -88,6 +76,23 @@ def commit(
     )
     check_still_ours(output, plan, receipts)
     return put_manifest(output, manifest)
+
+
+def _publish(
+    output: Store, plan: MergePlan, in_order: Iterable[Mapping[str, Callable[[], bytes]]]
+) -> dict[str, PublishedFile]:
+    """Write files, those together that may appear at the same time; none that a faster run has published meanwhile."""
+
+    def publish(encode_as: tuple[str, Callable[[], bytes]]) -> tuple[str, PublishedFile]:
+        key, encode = encode_as
+        payload = encode()
+        # With other versions of libraries its bytes may be others.
+        if _published_meanwhile(output, plan.plan_id) is None:
+            output.put(key, payload)
+        return key, PublishedFile.of(payload)
+
+    with ThreadPoolExecutor(NUM_PUBLISHERS, thread_name_prefix="commit") as pool:
+        return {key: file for files in in_order for key, file in pool.map(publish, files.items())}
 
 
 def put_manifest(output: Store, manifest: Manifest) -> Manifest:

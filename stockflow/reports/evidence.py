@@ -189,7 +189,7 @@ def _read_rows(output: Output, manifest: Manifest) -> tuple[TensorFacts, ...]:
     key = tensors_key(manifest.plan_id)
     try:
         payload = output.read(key, MAX_TABLE_BYTES)
-        if _published(payload) != manifest.files.get(key):
+        if PublishedFile.of(payload) != manifest.files.get(key):
             raise CheckpointError("is not as the manifest says: its size or sha256 differs")
         plain = decode_apart(payload, MAX_UNPLANNED_ROWS)
         return tuple(parse_record(TensorFacts, row) for row in plain)
@@ -198,10 +198,6 @@ def _read_rows(output: Output, manifest: Manifest) -> tuple[TensorFacts, ...]:
             f"{Finding(key, str(error))}. Without this table there is nothing to report; `stockflow verify` lists "
             "everything that is damaged, and the same merge with --overwrite repairs it"
         ) from None
-
-
-def _published(payload: bytes) -> PublishedFile:
-    return PublishedFile(len(payload), hashlib.sha256(payload).hexdigest())
 
 
 def _read_receipt(output: Output, manifest: Manifest, file: str) -> Receipt | Finding | None:

@@ -153,23 +153,14 @@ def follow(jobs: "Jobs", job_id: str, on_text: OnText, on_note: OnText, *, entry
         heard, told = time.monotonic(), ""
         while True:
             log.read(LOOK_S)
-            try:
-                job, heard = jobs.job(job_id), time.monotonic()
-            except AccessDeniedError:
-                raise
-            except NotFoundError as error:
-                raise ComputeLostError(f"{error}. Submit the same again to resume") from None
-            except ComputeLostError as error:
-                if time.monotonic() - heard > LOST_S:
-                    raise ComputeLostError(
-                        f"{error}. It was tried for {LOST_S:.0f} s; the job may go on: submit the same again to "
-                        "follow it"
-                    ) from None
+            job = _asked(jobs, job_id, heard)
+            if job is None:
                 if told != "lost":
                     told = "lost"
                     on_note(f"the head does not answer; trying for up to {LOST_S:.0f} s")
                 time.sleep(LOOK_S)
                 continue
+            heard = time.monotonic()
             if job.is_over:
                 try:
                     log.finish()
@@ -179,6 +170,20 @@ def follow(jobs: "Jobs", job_id: str, on_text: OnText, on_note: OnText, *, entry
             if job.status == "PENDING" and time.monotonic() - log.began > 10 and told != job.message:
                 told = job.message
                 on_note(f"the job waits to be started: {job.message}")
+
+
+def _asked(jobs: "Jobs", job_id: str, heard: float) -> "Job | None":
+    """How a job is; None if the cluster does not answer, and was heard of not long ago."""
+    try:
+        return jobs.job(job_id)
+    except NotFoundError as error:
+        raise ComputeLostError(f"{error}. Submit the same again to resume") from None
+    except ComputeLostError as error:
+        if time.monotonic() - heard > LOST_S:
+            raise ComputeLostError(
+                f"{error}. It was tried for {LOST_S:.0f} s; the job may go on: submit the same again to follow it"
+            ) from None
+        return None
 
 
 def exit_code(job: "Job") -> int:

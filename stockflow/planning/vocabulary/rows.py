@@ -4,7 +4,7 @@ Tokens are told apart by their strings. A model that lacks one takes a default r
 the row of the only model that has it, else the base's, else the mean of those that have it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -229,10 +229,7 @@ def output_vocabulary(
     union = (
         [ids[index] for index in dict.fromkeys((recipe.donor, *range(len(ids))))] if wanted.source == "union" else []
     )
-    output, added = dict(ids[source]), {}
-    for tokens in (*union, dict.fromkeys(wanted.tokens, 0)):
-        for token in sorted(tokens.keys() - output.keys(), key=lambda each: (tokens[each], each)):
-            output[token] = added[token] = max(output.values(), default=-1) + 1
+    output, added = _numbered(ids[source], [*union, dict.fromkeys(wanted.tokens, 0)])
     own = [{token: each for token, each in model.items() if each < num} for model, num in zip(ids, rows, strict=False)]
     made = OutputVocabulary(
         ids=output,
@@ -248,6 +245,15 @@ def output_vocabulary(
     )
     _check_rows(made, checkpoints[: len(rows)])
     return made
+
+
+def _numbered(source: Ids, others: Iterable[Ids]) -> tuple[dict[str, int], dict[str, int]]:
+    """The ids of a source and behind them, in the order of theirs, of what others have besides; and these alone."""
+    ids, added = dict(source), dict[str, int]()
+    for tokens in others:
+        for token in sorted(tokens.keys() - ids.keys(), key=lambda each: (tokens[each], each)):
+            ids[token] = added[token] = max(ids.values(), default=-1) + 1
+    return ids, added
 
 
 def _ids(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Ids:
