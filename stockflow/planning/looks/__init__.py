@@ -23,18 +23,19 @@ from stockflow.planning.looks import (
     ties,
     tokenizers,
     uses,
+    values,
 )
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
 
 LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
-    asked.unmerged,
-    asked.without_effect,
+    values.unmerged,
+    values.without_effect,
     asked.snapshots,
     asked.over_http,
     placeholders.placeholders,
     asked.skipped_tensors,
-    asked.far_values,
+    values.far_values,
     layers.modules_left_out,
     layers.layers_in_config,
     asked.missing_tokenizer,
