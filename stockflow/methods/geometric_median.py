@@ -1,5 +1,7 @@
 """Geometric median of the models: the point with the least sum of distances to them; outliers hardly move it."""
 
+import math
+
 import numpy as np
 
 from stockflow.kernels.arrays import Floats
@@ -19,6 +21,14 @@ def _no_weight(parameters: Parameters) -> str | None:
     return None if any(parameters.each("weight")) else "every `weight` of `geometric_median` is 0; change one"
 
 
+def _outweighing(parameters: Parameters) -> int | None:
+    """Return the model whose pull the others cannot match together; two of equal weight match each other."""
+    weights = parameters.each("weight")
+    most = max(weights)
+    matched = math.fsum(weights) - most
+    return weights.index(most) if most > matched or (most == matched and sum(map(bool, weights)) > 2) else None
+
+
 @linear_method(
     "geometric_median",
     source="Weiszfeld 1937; Vardi and Zhang 2000, doi:10.1073/pnas.97.4.1423",
@@ -33,6 +43,7 @@ def _no_weight(parameters: Parameters) -> str | None:
     facts=("mean_cosine", "min_cosine", "max_cosine", "angle", "share", "iterations"),
     tolerance=Tolerance(fact=_fact_tolerance),
     refuses=_no_weight,
+    outweighs=_outweighing,
 )
 def geometric_median(gram: Gram, parameters: Parameters) -> Coefficients:
     """Return the y that makes ``sum_i a_i |w_i - y|`` least, ``y = sum_i p_i w_i`` with shares that sum to 1.

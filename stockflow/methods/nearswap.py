@@ -18,7 +18,7 @@ SMALLEST_SIZE = 1e-6
     source="alchemonaut 2024, QuartetAnemoi-70B; as in mergekit 0.1.5",
     min_tuned=1,
     max_tuned=1,
-    parameters=(Parameter("t", "number", role="amount"),),
+    parameters=(Parameter("t", "number", role="step"),),
 )
 def nearswap(context: UnitContext, parameters: Parameters) -> Update:
     """Return ``w_0 + a (w_1 - w_0)`` with ``a = min(max(t / max(|w_1 - w_0|, 1e-6), 0), 1)``, element by element.

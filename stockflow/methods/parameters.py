@@ -6,11 +6,12 @@ from typing import Literal
 
 Scalar = bool | float | str
 Kind = Literal["number", "integer", "flag", "word"]
-Role = Literal["amount", "least change", "share", "sum", "agreeing sum"]
-"""What a parameter is to its method: ``amount``, how much of the changes counts, 0 leaves the base as it is; ``least
-change``, smaller ones do not count; ``share``, is divided by the sum of all models'; ``sum``, a flag by which all is
-divided by the sum of the weights; ``agreeing sum``, a flag by which each number is divided by the sum of those weights
-that agree on its sign."""
+Role = Literal["amount", "place", "step", "least change", "scale", "share", "sum", "agreeing sum"]
+"""What a parameter is to its method. ``amount``: how much of the changes counts, 0 leaves the base as it is; ``place``:
+from 0, the base, to 1, the other model; ``step``: how far elements may go from the base; ``least change``: smaller ones
+do not count; ``scale``: multiplies a model; ``share``: is divided by the sum of all models'; ``sum``: a flag by which
+all is divided by the sum of the weights; ``agreeing sum``: a flag by which each number is divided by the sum of those
+weights that agree on its sign."""
 FACTORS = (-10.0, 10.0)
 """What is usual of numbers that changes or models are multiplied by."""
 

@@ -17,7 +17,7 @@ def _is_whole(parameters: Parameters) -> bool:
     base="ignored",
     min_tuned=1,
     max_tuned=1,
-    parameters=(Parameter("scale", "number", per_model=True, default=1.0),),
+    parameters=(Parameter("scale", "number", per_model=True, default=1.0, role="scale"),),
     products=None,
     copies=_is_whole,
 )

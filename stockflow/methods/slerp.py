@@ -19,7 +19,7 @@ SMALLEST_NORM = 1e-8
     products="crossed",
     min_tuned=1,
     max_tuned=1,
-    parameters=(Parameter("t", "number", usual=(0.0, 1.0), role="amount"),),
+    parameters=(Parameter("t", "number", usual=(0.0, 1.0), role="place"),),
     tolerance=Tolerance(coefficient=lambda coefficient, num_sources: 20.0 * COSINE_TOLERANCE),
 )
 def slerp(gram: Gram, parameters: Parameters) -> Coefficients:

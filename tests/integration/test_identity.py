@@ -233,6 +233,16 @@ def test_changes_that_are_all_below_what_a_method_counts_are_said(
     assert codes(planned(recipe)) == expected
 
 
+@pytest.mark.parametrize(("t", "expected"), [(1e-7, []), (0.5, ["far-values"])])
+def test_steps_that_no_change_exceeds_are_said(t: float, expected: list[str], tmp_path: Path, family: Family) -> None:
+    recipe = recipe_at(tmp_path, family.base, family.tuned[0], merge_method="nearswap", parameters={"t": t})
+
+    remarks = planned(recipe).remarks
+
+    assert [each.code for each in remarks] == expected
+    assert all(each.text.endswith(f"the output is {family.tuned[0]}") for each in remarks)
+
+
 def test_a_tune_that_is_another_ones_copy_is_proved(tmp_path: Path, family: Family) -> None:
     shutil.copytree(family.tuned[0], tmp_path / "copy")
     recipe = recipe_at(tmp_path, family.base, family.tuned[0], tmp_path / "copy")

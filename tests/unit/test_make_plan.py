@@ -210,6 +210,12 @@ FAR: dict[str, tuple[dict[str, Any], str]] = {
     "percentages of directions": (
         {"merge_method": "multislerp", "parameters": {"weight": 60, "normalize_weights": False}}, "`weight: 60` is not",
     ),
+    "a model times nothing": (
+        {"merge_method": "passthrough", "parameters": {"scale": 0}}, "`scale: 0` of every tensor makes an output of",
+    ),
+    "a module times nothing": (
+        {"merge_method": "passthrough", "parameters": {"scale": [{"filter": "embed", "value": 0}, {"value": 1}]}}, "",
+    ),
     "a negative weight": ({"merge_method": "task_arithmetic", "parameters": {"weight": -1.5}}, ""),
 }  # fmt: skip
 
@@ -217,6 +223,8 @@ FAR: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", FAR)
 def test_values_far_from_any_merge_are_said(merge: Merge, case: str) -> None:
     recipe, expected = FAR[case]
+    if recipe["merge_method"] == "passthrough":
+        merge.recipe = {"models": merge.recipe["models"][:1]}
 
     said = [each.text for each in merge.write().plan(**recipe).remarks if each.code == "far-values"]
 

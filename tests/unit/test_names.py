@@ -285,6 +285,7 @@ def test_modules_in_which_nothing_is_merged_are_refused(tmp_path: Path) -> None:
         ("nearswap", {"t": 0}, "t: 0"),
         ("slerp", {"t": [0, 0]}, "t: 0"),
         ("sce", {"select_topk": 0}, "select_topk: 0"),
+        ("slerp", {"t": 1}, "t: 1"),
     ],
 )
 def test_values_by_which_nothing_is_merged_are_refused(
@@ -302,6 +303,56 @@ def test_values_by_which_nothing_is_merged_are_refused(
     some = {name: [value, 0.5] if value == 0 else value for name, value in parameters.items()}
     if method != "slerp":
         assert merge.plan(**given | {"parameters": some})
+
+
+ALONE = [
+    ("linear", (1, 0), {}, 0),
+    ("linear", (0, 1), {"normalize": False}, 1),
+    ("linear", (0, 0.5), {"normalize": False}, None),
+    ("linear", (3, 0), {}, 0),
+    ("task_arithmetic", (0, 1), {}, 1),
+    ("task_arithmetic", (0, 0.5), {}, None),
+    ("task_arithmetic", (0, 0.5), {"lambda": 2}, 1),
+    ("ties", (2, 0), {"density": 1}, 0),
+    ("ties", (2, 0), {"density": 0.5}, None),
+    ("breadcrumbs", (1, 0), {"density": 1}, None),
+    ("nuslerp", (1, 0), {}, 0),
+    ("nuslerp", (0, 0), {}, None),
+    ("multislerp", (0, 1), {}, 1),
+    ("geometric_median", (0.6, 0.4), {}, 0),
+    ("geometric_median", (0.5, 0.5), {}, None),
+]
+"""Methods, weights of two models, further parameters, and which of the two is the result, if one is."""
+
+
+@pytest.mark.parametrize(("method", "weights", "parameters", "expected"), ALONE, ids=str)
+def test_weights_by_which_one_model_is_the_result_are_refused(
+    tmp_path: Path, method: str, weights: tuple[float, float], parameters: dict[str, Any], expected: int | None
+) -> None:
+    merge = merge_of(tmp_path, llama(), llama(), llama())
+    tuned = merge.folders[1:]
+    models = [
+        {"model": str(folder), "parameters": {"weight": weight}} for folder, weight in zip(tuned, weights, strict=True)
+    ]
+    given: dict[str, Any] = {"merge_method": method, "models": models, "parameters": parameters}
+
+    if expected is None:
+        assert merge.plan(**given)
+        return
+
+    (said,) = problems(merge, **given)
+    cause = f"`weight: {weights[0]:g}, {weights[1]:g}`"
+    assert said.startswith(f"nothing is merged: with {cause} every tensor comes from one model, {tuned[expected]};")
+
+
+def test_layers_of_two_models_by_weights_of_one_and_none_are_a_merge(tmp_path: Path) -> None:
+    merge = merge_of(tmp_path, llama(), llama(), llama())
+    one, two = (
+        {"model": str(folder), "parameters": {"weight": [{"filter": "lm_head", "value": first}, {"value": second}]}}
+        for folder, first, second in zip(merge.folders[1:], (1, 0), (0, 1), strict=True)
+    )
+
+    assert merge.plan(merge_method="linear", models=[one, two])
 
 
 @pytest.mark.parametrize("action", ["copy", "skip"])

@@ -1,17 +1,20 @@
 """Kinship: models that are copies of each other, or too far from the base to have been tuned from it, by samples."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from operator import itemgetter
 
 import numpy as np
 
 from stockflow.checkpoints.samples import Sample
+from stockflow.methods.parameters import Role
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import halves_of, redact
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
+LIMITS: tuple[Role, Role] = ("least change", "step")
+"""Roles of parameters below which changes leave the output the base, and the other model."""
 STRANGER = 1.0
 """Of the weights' own size: a difference that large is no tune's. Of two unrelated models it is sqrt(2)."""
 
@@ -64,23 +67,22 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
 
 
 def small_changes(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that no change is as large as those that a method counts, so that the output is the base."""
-    limits = {
-        (name, float(value))
-        for method, parameters in proposal.methods
-        for name, values in method.given("least change", parameters)
-        for value in values
-    }
-    (base, own), *others = (_sampled(proposal) if limits else []) or [("", ())]
+    """Yield that a method counts no change that was looked at, or takes every one over as it is."""
+    limits = {role: list(_limits(proposal, role)) for role in LIMITS}
+    (base, own), *others = (_sampled(proposal) if any(limits.values()) else []) or [("", ())]
     pairs = [pair for _, samples in others for pair in zip(own, samples, strict=True)]
-    apart = [float(np.abs(two.values - one.values).max(initial=0.0)) for one, two in pairs]
-    name, least = min(limits, key=itemgetter(1), default=("", 0.0))
-    if apart and max(apart) < least:
-        text = (
-            f"`{name}: {least:g}` is more than any change that was looked at ({max(apart):.3g} at most): where "
-            f"none is larger, the output is {base}"
-        )
-        yield Remark("far-values", text)
+    apart = max((float(np.abs(two.values - one.values).max(initial=0.0)) for one, two in pairs), default=math.inf)
+    for role, output in zip(LIMITS, (base, others[-1][0] if others else base), strict=True):
+        least, name = min(limits[role], default=(0.0, ""))
+        if apart < least:
+            text = f"`{name}: {least:g}` is more than any change that was looked at ({apart:.3g} at most)"
+            yield Remark("far-values", f"{text}: where none is larger, the output is {output}")
+
+
+def _limits(proposal: Proposal, role: Role) -> Iterator[tuple[float, str]]:
+    for method, parameters in proposal.methods:
+        for name, values in method.given(role, parameters):
+            yield from ((float(value), name) for value in values)
 
 
 def zeros(proposal: Proposal) -> Iterator[Remark]:

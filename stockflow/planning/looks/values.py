@@ -3,16 +3,19 @@
 import math
 from collections.abc import Iterator
 
+from stockflow.checkpoints.files.header import DTYPES
 from stockflow.methods.parameters import Parameters
 from stockflow.methods.protocol import Method
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of
+from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 
-MERGED = "merged"
 SMALL_SUM = 0.01
 """Of the weights' sizes."""
+ZERO_IS_BASE = ("amount", "place", "step")
+"""Roles of parameters of which 0 leaves the base as it is."""
 
 
 def far_values(proposal: Proposal) -> Iterator[Remark]:
@@ -21,8 +24,18 @@ def far_values(proposal: Proposal) -> Iterator[Remark]:
     for method, parameters in proposal.methods:
         for name, text in _far_off(method, parameters):
             said.setdefault(name, text)
+    if _is_all_zeros(proposal):
+        said["scale"] = "`scale: 0` of every tensor makes an output of zeros; give it a filter"
     for text in said.values():
         yield Remark("far-values", text)
+
+
+def _is_all_zeros(proposal: Proposal) -> bool:
+    zero = {
+        id(given) for method, given in proposal.methods for _, each in method.given("scale", given) if not any(each)
+    }
+    holding = (job for job in proposal.jobs if DTYPES[job.output.dtype].kind == "float" and job.output.num_bytes)
+    return bool(zero) and all(id(job.result.parameters) in zero for job in holding)
 
 
 def _far_off(method: Method, given: Parameters) -> Iterator[tuple[str, str]]:
@@ -65,26 +78,54 @@ def unmerged(proposal: Proposal) -> Iterator[Remark]:
 
 
 def without_effect(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that by the values of the recipe every tensor that is merged comes from one model."""
+    """Yield that by the values of the recipe every tensor that is merged comes from one model, and tokens as well."""
+    if proposal.recipe.vocabulary is not None:
+        return
     causes: set[str] = set()
+    models: set[int] = set()
     for job in proposal.jobs:
-        cause = None if job.is_copy or not _reads_several(job) else _cause(job)
-        if cause == MERGED:
+        if job.is_copy or not _reads_several(job):
+            continue
+        found = only_source(job.result.declared, job.result.parameters)
+        if found is None:
             return
-        causes.update([cause] if cause else [])
-    if causes:
-        said = " and ".join(sorted(f"`{cause}`" for cause in causes))
-        text = f"nothing is merged: with {said} every tensor comes from one model; change the values"
-        yield Remark("unmerged", f"{text} (--allow-unmerged obeys them)", "refusal")
+        place, cause = found
+        causes.add(f"`{cause}`")
+        models.add(job.reading.operands[place].checkpoint)
+    if len(models) == 1:
+        url = redact(proposal.checkpoints[models.pop()].url)
+        text = f"nothing is merged: with {' and '.join(sorted(causes))} every tensor comes from one model, {url}"
+        yield Remark("unmerged", f"{text}; change the values (--allow-unmerged obeys them)", "refusal", (url,))
 
 
-def _cause(job: TensorJob) -> str:
-    """Return the value by which a tensor is that of one model, or that it is merged."""
-    given = job.result.parameters
-    if not job.result.declared.has_anchor(given):
-        return MERGED
-    zero = (f"{name}: 0" for name, values in job.result.declared.given("amount", given) if not any(values))
-    return next(zero, MERGED)
+def only_source(method: Method, given: Parameters) -> tuple[int, str] | None:
+    """Return the place of the source that a result equals, whatever sources hold, and the value that makes it so."""
+    is_anchored = method.has_anchor(given)
+    if is_anchored:
+        for each in method.parameters:
+            if each.role in ZERO_IS_BASE and not any(given.values(each)):
+                return 0, f"{each.name}: 0"
+            if each.role == "place" and given.values(each) == (1.0,):
+                return 1, f"{each.name}: 1"
+    number = method.outweighs(given)
+    if number is None and _is_alone(method, given):
+        number = next(number for number, weight in enumerate(given.each("weight")) if weight)
+    return None if number is None else (number + is_anchored, _weights_in_words(given))
+
+
+def _is_alone(method: Method, given: Parameters) -> bool:
+    """Return whether the weights of all models but one of several are 0, and that one is the result as it is."""
+    all_weights = given.per_model.get("weight", ())
+    weights = [weight for weight in all_weights if weight]
+    others = (each for each in method.parameters if each.per_model and each.name != "weight")
+    if len(all_weights) < 2 or len(weights) != 1 or any(set(given.values(each)) != {1.0} for each in others):
+        return False
+    factor = 1.0 if method.weights_divided_by(given) else weights[0]
+    return factor * float(given.shared.get("lambda", 1.0)) == 1.0
+
+
+def _weights_in_words(given: Parameters) -> str:
+    return f"weight: {', '.join(f'{weight:g}' for weight in given.each('weight'))}"
 
 
 def _reads_several(job: TensorJob) -> bool:
