@@ -211,6 +211,7 @@ def status(
 def _await_begin(store: "Store") -> "Status":
     from stockflow.progress.status import read_status
 
+    store.list_top()  # nobody waits for a bucket
     deadline, said = time.monotonic() + BEGIN_S, False
     while True:
         try:

@@ -418,7 +418,7 @@ def test_workers_that_die_at_the_start_end_the_run(cluster: str) -> None:
 def test_a_worker_of_another_version_is_refused(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "__version__", "0.0.1")
 
-    with pytest.raises(ComputeLostError, match=f"a worker has stockflow {__version__}, the driver has 0.0.1"):
+    with pytest.raises(ComputeLostError, match=rf"a worker on \S+ has stockflow {__version__}, the driver has 0.0.1"):
         run_items(ray_items.die, [1])
 
 

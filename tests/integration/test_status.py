@@ -200,9 +200,17 @@ def test_an_output_that_cannot_be_read_is_said(recipe: Path, tmp_path: Path) -> 
         read_status(output_of(str(tmp_path / "out")))
 
 
-def test_a_bucket_that_is_not_there_is_said(s3_endpoint: str, s3_bucket: str) -> None:
-    with pytest.raises(NotFoundError, match="the bucket does not exist"):
-        read_status(output_of(f"s3://{s3_bucket}-x/out", s3_endpoint))
+@pytest.mark.parametrize("options", [(), ("--watch",)], ids=["once", "watched"])
+def test_a_bucket_that_is_not_there_is_said_and_not_waited_for(
+    options: Sequence[str], s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+
+    told = runs.invoke("status", f"s3://{s3_bucket}-x/out", *options)
+
+    assert told.exit_code == 2
+    assert "the bucket does not exist" in told.stderr
+    assert "waiting" not in told.stderr
 
 
 def failing_merge(recipe: Path, output: str, error: BaseException) -> None:

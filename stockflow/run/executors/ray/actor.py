@@ -37,20 +37,21 @@ class Actor:
         Raises:
             ComputeLostError: this environment is not the driver's.
         """
+        node = os.uname().nodename
         if driver_version != __version__:
             raise ComputeLostError(
-                f"a worker has stockflow {__version__}, the driver has {driver_version}; "
+                f"a worker on {node} has stockflow {__version__}, the driver has {driver_version}; "
                 "install the same version on every node"
             )
         try:
             start = cloudpickle.loads(pickled_start)
         except (ImportError, AttributeError) as error:
             raise ComputeLostError(
-                f"a worker's environment is not the driver's: {error}; install the same packages on every node"
+                f"the environment of a worker on {node} is not the driver's: {error}; "
+                "install the same packages on every node"
             ) from error
         self._work = start()
-        name = f"{os.uname().nodename}:{os.getpid()}"
-        return str(ray.get_runtime_context().get_node_id()), name
+        return str(ray.get_runtime_context().get_node_id()), f"{node}:{os.getpid()}"
 
     def work(self, item: Any, memory_halvings: int) -> tuple[Any, Counters]:
         """Do one item; return its result and what has been counted so far."""

@@ -68,6 +68,10 @@ class _Client(JobSubmissionClient):
     def _do_request(self, *arguments: Any, **options: Any) -> Any:
         return super()._do_request(*arguments, **({"timeout": TIMEOUT_S} | options))
 
+    def ray_version(self) -> str:
+        """Return the cluster's; Ray's own client keeps it in later versions only."""
+        return str(self._do_request("GET", "/api/version").json().get("ray_version"))
+
 
 class Jobs:
     """The job API of one cluster."""
@@ -84,8 +88,8 @@ class Jobs:
         self.address = redact(self._url)
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         with _without(OVERRIDING):
-            self._client: JobSubmissionClient = self._ask(lambda: _Client(self._url))
-        self.ray_version = str(self._client._server_ray_version)
+            self._client = self._ask(lambda: _Client(self._url))
+        self.ray_version = self._ask(self._client.ray_version)
         _check_ray_version(self.ray_version, self.address)
 
     def all(self) -> list[Job]:
