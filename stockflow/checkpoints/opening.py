@@ -124,11 +124,10 @@ def open_checkpoint(
     beside = look_beside(store, tree, modules, config, weights.specs.keys(), weights.files.keys())
     values = read_values(store, weights.in_one_run, config, cache)
     tensors = _tensors(weights, values, config, cache, store.where())
-    _, kinds = cache.shared((id(tensors), by_kind), lambda: (tensors, by_kind(tensors.stored)))
     return Checkpoint(
         url=store.url,
         specs=tensors.specs,
-        extents=_extents(weights, tensors),
+        extents=cache.found(_extents, weights.extents, tensors),
         files=weights.files,
         config=config,
         side_files=beside.copied,
@@ -140,7 +139,7 @@ def open_checkpoint(
         stored=tensors.stored,
         joined=weights.joined,
         static_scales=tensors.static_scales,
-        rules=find_rules(store, weights.files, weights.extents, kinds),
+        rules=find_rules(store, weights.files, weights.extents, cache.found(by_kind, tensors.stored)),
         settled=frozenset(settled),
         over_http=store.over_http,
     )
@@ -171,8 +170,8 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
     if base.joined:
         raise CheckpointError(f"{base.url} has tensors in shards, to which no adapter is added; make safetensors of it")
     adapter = read_adapter(store.adapter, cache, on_file)
-    names, modules = cache.found(base.specs, BaseNames), {place_of(key).module for key in adapter.specs}
-    _check_packed(base, cache.found(base.specs, packed_weights), modules)
+    names, modules = cache.found(BaseNames, base.specs), {place_of(key).module for key in adapter.specs}
+    _check_packed(base, cache.found(packed_weights, base.specs), modules)
     apart = with_experts_apart(PlainTensors(base.specs, base.extents), names, base.stored, modules)
     if apart.specs is not base.specs:
         base, names = replace(base, specs=apart.specs, extents=apart.extents), BaseNames(apart.specs)
@@ -253,7 +252,7 @@ def _tensors(
     """Return the tensors of a checkpoint as the numbers they stand for; equal checkpoints share them."""
     shapes = {
         spec.name: shape
-        for spec in cache.found(weights.specs, sized_by)
+        for spec in cache.found(sized_by, weights.specs)
         if (shape := _shape_of(values.data.get(weights.extents[spec.name], b""), spec.dtype)) is not None
     }
     hints = hints_of(config)
@@ -275,10 +274,11 @@ def _shape_of(payload: bytes, dtype: str) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(map(int, numbers))
 
 
-def _extents(weights: Weights, tensors: Tensors) -> Mapping[str, Extent]:
+def _extents(extents: Mapping[str, Extent], tensors: Tensors) -> Mapping[str, Extent]:
+    """Where the tensors begin, what is stored in parts with the first of them."""
     if not tensors.stored:
-        return weights.extents
-    return {**weights.extents, **{name: weights.extents[each.parts[0].name] for name, each in tensors.stored.items()}}
+        return extents
+    return {**extents, **{name: extents[each.parts[0].name] for name, each in tensors.stored.items()}}
 
 
 def _on_unfinished(listing: Listing, store: Store) -> Iterator[Remark]:

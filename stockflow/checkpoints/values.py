@@ -69,10 +69,10 @@ def read_values(store: Store, weights: Weights, config: Config | None, cache: He
         InputChangedError: a file is no longer the one whose header was read.
     """
     specs, extents, reader = weights.specs, weights.extents, _Ranges(store, weights.files)
-    wanted = {extents[spec.name]: spec for spec in cache.found(specs, small_tensors)}
+    wanted = {extents[spec.name]: spec for spec in cache.found(small_tensors, specs)}
     data = dict(reader.together(sorted((extent, spec.num_bytes) for extent, spec in wanted.items())))
     fixed = frozenset(extent for extent, spec in wanted.items() if _are_no_weights(spec, data.get(extent)))
-    names = cache.found(specs, tied_names)
+    names = cache.found(tied_names, specs)
     candidates = names.copies if tie_flag(config) is False else names.ties
     pairs = [(name, original_of(name, specs[name].shape, names, specs)) for name in candidates]
     copies = frozenset(

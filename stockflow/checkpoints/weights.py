@@ -94,7 +94,7 @@ def _joined(one: Weights, other: Weights) -> Weights:
 
 
 def _read_group(folder: Folder, group: Group) -> Weights:
-    homes = read_index(folder.store, group.index) if group.index else dict[str, str]()
+    homes = read_index(folder.store, group.index, folder.cache) if group.index else dict[str, str]()
     if not group.single or group.single in homes.values():
         return _sharded(folder, group, homes)
     if not homes and not group.complete:
@@ -240,7 +240,7 @@ def others_remark(folder: Folder, others: Sequence[str]) -> Iterator[Remark]:
 
 def _on_index(folder: Folder, index: str, homes: Homes, weights: Weights) -> Iterator[Remark]:
     """Yield what index and headers do not agree on, and no rule settles: other names of a tensor, or a refusal."""
-    found = mismatch_of(homes, weights.extents)
+    found = folder.cache.found(mismatch_of, homes, weights.extents)
     if not found:
         return
     names = [name for name in found.absent if name not in weights.specs]

@@ -33,14 +33,31 @@ def read_json(store: Store, key: str, max_bytes: int) -> dict[str, object]:
     Raises:
         CheckpointError: it is too long, no JSON, or no object.
     """
-    where = store.where(key)
+    return json_object(read_whole(store, key, max_bytes), store.where(key))
+
+
+def read_whole(store: Store, key: str, max_bytes: int) -> bytes:
+    """Return the bytes of a document.
+
+    Raises:
+        CheckpointError: it is too long.
+    """
     payload, stamp = store.read_head(key, max_bytes)
     if stamp.size > max_bytes:
-        raise CheckpointError(f"{where} is {stamp.size:,} bytes long; at most {max_bytes:,} are read")
+        raise CheckpointError(f"{store.where(key)} is {stamp.size:,} bytes long; at most {max_bytes:,} are read")
+    return payload
+
+
+def json_object(payload: bytes, where: str) -> dict[str, object]:
+    """Return what the bytes of a JSON file say.
+
+    Raises:
+        CheckpointError: they are no JSON, or no object.
+    """
     try:
         parsed = parse_text_json(payload, allows_constants=True)
     except ValueError as error:
-        said = disguise_of(payload, stamp.size)
+        said = disguise_of(payload, len(payload))
         raise CheckpointError(f"{where} {said}" if said else f"{where} is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where} is not a JSON object")

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 
-from stockflow.checkpoints.files.documents import is_file_name, read_json
-from stockflow.checkpoints.files.layout import Extent, Homes
+from stockflow.checkpoints.files.documents import is_file_name, json_object, read_whole
+from stockflow.checkpoints.files.layout import Extent, HeaderCache, Homes
 from stockflow.errors import CheckpointError
 from stockflow.storage import Store
 from stockflow.text.escaping import in_a_line
@@ -39,14 +40,19 @@ class IndexMismatch:
         return IndexMismatch(absent, {name: file for name, file in self.unlisted.items() if not is_settled(name)})
 
 
-def read_index(store: Store, key: str) -> Homes:
-    """Return the file that each tensor is said to be in.
+def read_index(store: Store, key: str, cache: HeaderCache) -> Homes:
+    """Return the file that each tensor is said to be in; equal indices are parsed once.
 
     Raises:
         CheckpointError: the index is malformed, or names a file elsewhere.
     """
-    where = store.where(key)
-    weight_map = read_json(store, key, MAX_INDEX_BYTES).get("weight_map")
+    payload, where = read_whole(store, key, MAX_INDEX_BYTES), store.where(key)
+    homes, _ = cache.once((_homes, sha256(payload).digest()), lambda: _homes(payload, where))
+    return homes
+
+
+def _homes(payload: bytes, where: str) -> Homes:
+    weight_map = json_object(payload, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected a mapping `weight_map` from tensor names to files")
     named = lru_cache(maxsize=None)(_named)

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, TypeVarTuple, cast
 
 from stockflow.checkpoints.decodes.joined import Joined
 from stockflow.checkpoints.files import torch_files
@@ -57,6 +57,7 @@ class Pieces(NamedTuple):
 
 
 Found = TypeVar("Found")
+Known = TypeVarTuple("Known")
 OnFile = Callable[[str], None]
 """Told of each file whose header was read, from several threads."""
 Homes = Mapping[str, str]
@@ -89,9 +90,9 @@ class HeaderCache:
         self._made: dict[Hashable, object] = {}
         self._locks: dict[Hashable, threading.Lock] = {}
 
-    def found(self, specs: Mapping[str, TensorSpec], find: Callable[[Mapping[str, TensorSpec]], Found]) -> Found:
-        """Return what ``find`` says of the tensors of a checkpoint; equal layouts are asked once."""
-        _, found = self.shared((id(specs), find), lambda: (specs, find(specs)))  # kept, so that no other has its id
+    def found(self, find: Callable[[*Known], Found], *known: *Known) -> Found:
+        """Return what ``find`` says of what is known of a checkpoint; what several have in common is asked once."""
+        _, found = self.shared((find, *map(id, known)), lambda: (known, find(*known)))  # kept: no other has their ids
         return found
 
     def shared(self, key: Hashable, make: Callable[[], Found]) -> Found:
