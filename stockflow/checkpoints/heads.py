@@ -85,9 +85,9 @@ class TiedNames:
         return (*self.heads, *self.copies)
 
 
-def tied_names(specs: Specs) -> TiedNames:
+def tied_names(names: Iterable[str]) -> TiedNames:
     """Return which names of a checkpoint are heads, copies of embeddings, and embeddings."""
-    likely = list(filter(may_be_tied, specs))
+    likely = list(filter(may_be_tied, names))
     found = [name for name in likely if not is_in_a_layer(name)]
     return TiedNames(
         heads=tuple(name for name in found if is_head(name)),

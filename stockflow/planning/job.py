@@ -370,7 +370,8 @@ def merging(
     declared = METHODS.get(method)
     whole_rows = declared is not None and isinstance(declared.rule, Elementwise) and declared.rule.whole_rows
     reading = Reading(output.name, output.shape, operands, scope, working, whole_rows)
-    is_exact = all(is_uncoded(operand.decode) for operand in operands)  # else float32 would round what is decoded
+    # what is in codes would be rounded by float32
+    is_exact = reading.is_plain or all(is_uncoded(operand.decode) for operand in operands)
     ranked = float_bits_of((output.dtype, *dtypes)) if is_exact else working
     return TensorJob(reading, (Result((output,), plain(output.dtype), method, parameters, ranked, working),))
 

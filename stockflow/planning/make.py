@@ -238,7 +238,7 @@ def _plan_tensor(target: OutputTensor, stored_name: str, known: _Known) -> Seque
     if _is_copied(recipe, rule, name):
         return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes, is_part=is_part)
     method = recipe.method_for(rule)
-    indices = recipe.sources(method)
+    indices = stretch.sources[method.name]
     absent = [index for index, own in enumerate(names) if own not in checkpoints[index].specs]
     if absent and known.optional.is_lacked(names[0], [checkpoints[index] for index in absent]):
         return _as_it_is(target, recipe.donor, keeps_codes=keeps_codes, is_part=is_part)

@@ -74,9 +74,8 @@ def stored(checkpoint: int, spec: TensorSpec, extent: Extent) -> Operand:
 
 def operand_of(number: int, checkpoint: Checkpoint, name: str) -> Operand:
     """Return a tensor of a checkpoint, which is the plan's ``number``-th, as an operand."""
-    if name in checkpoint.joined:
-        return Operand(number, name, checkpoint.joined[name].extents, checkpoint.joined[name].decode)
-    held = checkpoint.stored.get(name)
-    if held is None:
-        return stored(number, checkpoint.specs[name], checkpoint.extents[name])
-    return Operand(number, name, tuple(checkpoint.extents[part.name] for part in held.parts), held.decode)
+    if held := checkpoint.stored.get(name):
+        return Operand(number, name, tuple([checkpoint.extents[part.name] for part in held.parts]), held.decode)
+    if pieces := checkpoint.joined.get(name):
+        return Operand(number, name, pieces.extents, pieces.decode)
+    return Operand(number, name, (checkpoint.extents[name],), plain(checkpoint.specs[name].dtype))

@@ -6,6 +6,7 @@ what lies outside of layers comes from the first slice if it is an embedding, el
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from stockflow.checkpoints.files.header import TensorSpec
@@ -31,6 +32,11 @@ class Stretch:
     """of its checkpoints among all"""
     checkpoints: tuple[Checkpoint, ...]
     """in the order of its ``recipe.checkpoints``; the first gives names and dtypes"""
+
+    @cached_property
+    def sources(self) -> Mapping[str, tuple[int, ...]]:
+        """Which of its checkpoints each method in use reads, by name of the method, its anchor first."""
+        return {method.name: self.recipe.sources(method) for method in self.recipe.methods}
 
     def urls(self, indices: Iterable[int]) -> str:
         """Return the locations of some of its checkpoints."""

@@ -15,7 +15,7 @@ from stockflow.text.strictjson import shown
 
 def merged_routers(proposal: Proposal) -> Iterator[Remark]:
     """Yield that routers are added up, after which tokens go to other experts than in any of the models."""
-    names = [job.output.name for job in proposal.jobs if is_router(job.output.name) and _adds_up(job)]
+    names = [name for name, job in proposal.written.items() if is_router(name) and _adds_up(job)]
     if names:
         choose = "chooses" if len(names) == 1 else "choose"
         text = (
@@ -33,7 +33,7 @@ def _adds_up(job: TensorJob) -> bool:
 
 def single_units(proposal: Proposal) -> Iterator[Remark]:
     """Yield that experts are decided one by one where mergekit decides all of a layer together."""
-    alone = (job.output.name for job in proposal.jobs if ".experts." in job.output.name and _is_decided_alone(job))
+    alone = (name for name, job in proposal.written.items() if ".experts." in name and _is_decided_alone(job))
     first = next(alone, None)
     if first and projection_of(first):
         text = (
@@ -50,7 +50,8 @@ def _is_decided_alone(job: TensorJob) -> bool:
 
 def kept_parts(proposal: Proposal) -> Iterator[Remark]:
     """Yield which parts of the donor's other models lack, so that the output has them as they are there."""
-    lacking = [each for each in proposal.checkpoints if proposal.donor.specs.keys() - each.specs.keys()]
+    own = proposal.donor.specs
+    lacking = [each for each in proposal.checkpoints if each.specs is not own and own.keys() - each.specs.keys()]
     if not lacking:
         return
     optional, found = OptionalParts(proposal.donor), dict[tuple[str, tuple[str, ...]], list[str]]()

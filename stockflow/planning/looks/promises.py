@@ -88,14 +88,12 @@ def _says_experts(section: Config) -> tuple[str, Callable[[int], bool]] | None:
 
 def missing_predictions(proposal: Proposal) -> Iterator[Remark]:
     """Yield that the config promises layers that predict further tokens, and no tensor is of one."""
-    names = None
     for path, section in sections(proposal.config or {}):
         number, layers = _num_predicted(section), first(*_NUM_LAYERS)(section)
         if not number or not isinstance(layers, int):
             continue
-        names = names or [job.output.name for job in proposal.jobs]
         extra = re.compile(rf"(^|\.)(mtp\w*\.|layers\.{layers}\.)")
-        if not any(map(extra.search, names)):
+        if not any(map(extra.search, proposal.written)):
             key = next(key for key in section if section[key] == number and ("nextn" in key or "mtp" in key))
             yield _broken(proposal, path + key, number, "no written tensor is of a layer that predicts further tokens")
 
@@ -126,10 +124,9 @@ def training_state(proposal: Proposal) -> Iterator[Remark]:
 
 
 def _with_markers(proposal: Proposal, markers: Sequence[str]) -> tuple[str, ...]:
-    names = [job.output.name for job in proposal.jobs]
-    joined = "\n".join(names)
+    joined = "\n".join(proposal.written)
     found = [marker for marker in markers if marker in joined]
-    return tuple(name for name in names if any(map(name.__contains__, found))) if found else ()
+    return tuple(name for name in proposal.written if any(map(name.__contains__, found))) if found else ()
 
 
 def _so_many(names: Sequence[str]) -> str:
@@ -151,9 +148,8 @@ def wrapped_names(proposal: Proposal) -> Iterator[Remark]:
     """Yield that tensors go out under names that say how the donor was trained, which loaders do not take off."""
     names = [
         name
-        for job in proposal.jobs
-        if (name := job.output.name).startswith(_WRAPPERS)
-        or ("._" in name and any(f".{each}" in name for each in _WRAPPERS))
+        for name in proposal.written
+        if name.startswith(_WRAPPERS) or ("._" in name and any(f".{each}" in name for each in _WRAPPERS))
     ]
     if names:
         url = redact(proposal.donor.url)

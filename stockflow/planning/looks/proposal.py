@@ -12,6 +12,7 @@ from stockflow.methods.parameters import Parameters
 from stockflow.methods.protocol import Method
 from stockflow.planning.job import TensorJob
 from stockflow.planning.targets import Stacking
+from stockflow.planning.ties import WrittenHead, written_heads
 from stockflow.recipe import Recipe
 
 NUM_PARTS = 5
@@ -51,9 +52,19 @@ class Proposal:
         return self.checkpoints[self.recipe.side_files_donor]
 
     @cached_property
+    def written(self) -> Mapping[str, TensorJob]:
+        """The jobs by the name of what they write, in order."""
+        return {job.output.name: job for job in self.jobs}
+
+    @cached_property
+    def heads(self) -> Sequence[WrittenHead]:
+        """The heads and copies that are written."""
+        return tuple(written_heads(self.checkpoints, self.jobs))
+
+    @cached_property
     def begins(self) -> frozenset[str]:
         """The first parts of the names that are written, within which a layer and its module stand."""
-        return frozenset(".".join(job.output.name.split(".", NUM_PARTS)[:NUM_PARTS]) for job in self.jobs)
+        return frozenset(".".join(name.split(".", NUM_PARTS)[:NUM_PARTS]) for name in self.written)
 
     @cached_property
     def methods(self) -> Sequence[tuple[Method, Parameters]]:

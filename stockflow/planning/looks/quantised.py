@@ -88,7 +88,7 @@ def static_scales(proposal: Proposal) -> Iterator[Remark]:
 
 def averaged_scales(proposal: Proposal) -> Iterator[Remark]:
     """Yield that fixed scales of activations, or of a cache of keys and values, are merged as if they were weights."""
-    likely = (job.output.name for job in proposal.jobs if job.output.name.endswith(_MEASURED) and not job.is_copy)
+    likely = (name for name, job in proposal.written.items() if name.endswith(_MEASURED) and not job.is_copy)
     names = [name for name in likely if name.rpartition(".")[2] in STATIC_SCALES or name.endswith(_MEASURED[1:])]
     if names:
         then = "they are measured anew" if any(name.endswith(_MEASURED[1:]) for name in names) else "loaders take 1"

@@ -91,7 +91,7 @@ _ENDS = tuple(end for size in (*SIZES, _KEYS, _LABELS) for end in size.ends)
 def broken_sizes(proposal: Proposal) -> Iterator[Remark]:
     """Yield which sizes of the published config no written tensor has, if most that it names are right."""
     config = proposal.config or {}
-    telling = [job.output for job in proposal.jobs if job.output.name.endswith(_ENDS)]
+    telling = [job.output for name, job in proposal.written.items() if name.endswith(_ENDS)]
     shapes = {each.name: each.shape for each in telling if not _OTHER_TOWER.search(each.name)}
     classes = _classes(config)
     sizes = (*SIZES, _LABELS) if any(each.endswith(_CLASSIFIERS) for each in classes) else SIZES
@@ -113,7 +113,7 @@ def _classes(config: Config) -> list[str]:
 
 def broken_biases(proposal: Proposal) -> Iterator[Remark]:
     """Yield that there are biases which the published config denies, or promises and are not there."""
-    names = [job.output.name for job in proposal.jobs if job.output.name.endswith(".bias")]
+    names = [name for name in proposal.written if name.endswith(".bias")]
     for path, section in sections(proposal.config or {}):
         for key, of_kind in _BIASES.items():
             flag = section.get(key)

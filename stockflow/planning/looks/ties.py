@@ -15,7 +15,6 @@ from stockflow.checkpoints.heads import (
 )
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.ties import written_heads
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
@@ -23,7 +22,7 @@ from stockflow.text.strictjson import shown
 
 def own_heads(proposal: Proposal) -> Iterator[Remark]:
     """Yield that a model has a head of its own where others, or a config, tie it to the embedding."""
-    for each in written_heads(proposal.checkpoints, proposal.jobs):
+    for each in proposal.heads:
         if each.is_parted(proposal.donor):
             own, tied = (", ".join(redact(one.url) for one in these) for these in (each.own, each.tied))
             ones = dict.fromkeys(redact(one.url) for one in (proposal.donor, *each.own) if tie_flag(one.config))
@@ -43,7 +42,7 @@ def own_heads(proposal: Proposal) -> Iterator[Remark]:
 
 def parted_pairs(proposal: Proposal) -> Iterator[Remark]:
     """Yield which pairs that are stored twice would no longer be one tensor."""
-    for each in written_heads(proposal.checkpoints, proposal.jobs):
+    for each in proposal.heads:
         is_untied = is_head(each.head.output.name) and tie_flag(proposal.config) is False
         if not is_untied and not each.own and _treatment(each.head) != _treatment(each.embedding):
             head, embedding = each.head.output.name, each.embedding.output.name
@@ -69,7 +68,7 @@ def contradicting_flags(proposal: Proposal) -> Iterator[Remark]:
 
 def stale_copies(proposal: Proposal) -> Iterator[Remark]:
     """Yield copies of an embedding or a head that are the same tensor in some models and another one in others."""
-    for each in written_heads(proposal.checkpoints, proposal.jobs):
+    for each in proposal.heads:
         name, original = each.head.output.name, each.embedding.output.name
         if not is_head(name) and each.own and each.tied:
             is_draft = is_copy_in_a_layer(name)
@@ -87,11 +86,12 @@ def missing_heads(proposal: Proposal) -> Iterator[Remark]:
     """Yield that the published config promises a head of its own, and none is written."""
     if not unties(proposal.config) or not _is_language_model(proposal):
         return
-    specs = {job.output.name: job.output for job in proposal.jobs}
-    names = tied_names(specs)
-    embedded = {specs[name].shape for name in names.embeddings}
-    others = {name for name in specs.keys() - {*names.embeddings, *names.copies} if not is_in_a_layer(name)}
-    if names.embeddings and not any(_is_any_head(name) or specs[name].shape in embedded for name in others):
+    written = proposal.written
+    names = tied_names(written)
+    embedded = {written[name].output.shape for name in names.embeddings}
+    known = {*names.embeddings, *names.copies}
+    others = (name for name in written if name not in known and not is_in_a_layer(name))
+    if embedded and not any(_is_any_head(name) or written[name].output.shape in embedded for name in others):
         url = redact(proposal.donor.url)
         says = "says" if tie_flags(proposal.config) else "means by its model_type"
         text = (

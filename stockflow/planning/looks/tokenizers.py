@@ -121,11 +121,10 @@ def _merged(proposal: Proposal) -> list[int]:
         return []
     rows = proposal.tokenizers[proposal.recipe.donor].num_rows
     names = [name for name in vocabulary_tensors(proposal.donor.specs, rows) if name not in proposal.skipped]
-    planned = {job.output.name: job for job in proposal.jobs}
     everyone = range(len(proposal.checkpoints))
     found: dict[int, None] = {proposal.recipe.side_files_donor: None}
     for name in names:
-        job = planned.get(name)
+        job = proposal.written.get(name)
         found |= dict.fromkeys([operand.checkpoint for operand in job.reading.operands] if job else everyone)
     return list(found) if names else []
 

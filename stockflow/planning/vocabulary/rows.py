@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from stockflow.checkpoints.decodes.stored import RowFill, RowRun, RowRuns, plain
-from stockflow.checkpoints.heads import may_be_tied, tied_names
+from stockflow.checkpoints.heads import tied_names
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer, Vocabulary, vocabulary_tensors
 from stockflow.checkpoints.tokens.vocabularies import Ids
@@ -181,7 +181,7 @@ def _rows_of_nobody(job: TensorJob, num_rows: int) -> list[int]:
 
 def unlike_rows(jobs: Sequence[TensorJob]) -> Iterator[str]:
     """Yield that embedding and head of a stack, which come from several models, have rows for several vocabularies."""
-    names = tied_names({job.output.name: job.output for job in jobs if may_be_tied(job.output.name)})
+    names = tied_names(job.output.name for job in jobs)
     found = {
         job.output.name: job.output.shape[0] for job in jobs if job.output.name in {*names.heads, *names.embeddings}
     }
