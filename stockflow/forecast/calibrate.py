@@ -7,10 +7,12 @@ places, ``stockflow merge`` as a process for start-up. So a faster kernel needs 
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from stockflow.checkpoints.files.header import TensorSpec, encode_header
+from stockflow.checkpoints.files.header import TensorSpec, encode_header, width_of
 from stockflow.errors import ComputeLostError, StockflowError, StorageError
 from stockflow.forecast.constants import Calibration, KernelCost, MachineCosts, PlaceCosts
 from stockflow.forecast.transfers import machine_cpu_s, our_cpu_s, place_costs
@@ -51,7 +53,7 @@ BUSY_SHARE = 0.1
 """of the cores' time that others may take before we say so"""
 RAY_START_S = 6.0
 """not measured: starting a cluster takes longer than all the rest of a calibration"""
-WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
+NUMPY_NAMES = {"F16": "f2", "F32": "f4", "F64": "f8", "I64": "i8"}
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -67,8 +69,8 @@ def calibrate(folder: Path, urls: Sequence[str], say: Callable[[str], None]) -> 
     Raises:
         StockflowError: a place cannot be written or read.
     """
-    with _workplace(folder) as work:
-        before = _clocks()
+    with _workplace(folder) as name:
+        work, before = Path(name), _clocks()
         bench = _Bench(work, open_store(str(work), StorageConfig(), writable=True), str(work))
         say("measuring start-up")
         tensor_us, piece_us = _per_tensor(bench)
@@ -102,23 +104,17 @@ def _disturbance(before: tuple[float, float]) -> str:
 
 def _processor() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        if found := re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
     return platform.machine()
 
 
-@contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
-    work = folder / f".stockflow-calibration-{secrets.token_hex(4)}"
+def _workplace(folder: Path) -> "tempfile.TemporaryDirectory[str]":
     try:
-        work.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".stockflow-calibration-", dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another --folder") from None
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +136,7 @@ class _Bench:
             self.store.put(key, _checkpoint(shapes, dtype, index))
         base, *tuned = (f"{self.url}/{os.path.dirname(key)}" for key in keys)
         said: dict[str, Any] = {"merge_method": method, "base_model": base, "models": [{"model": url} for url in tuned]}
-        if method == "ties":
-            said["parameters"] = {"weight": 0.5, "density": 0.5}
+        said |= {"parameters": {"weight": 0.5, "density": 0.5}} if method == "ties" else {}
         recipe = self.work / f"{name}.yaml"
         recipe.write_text(json.dumps(said))  # JSON is YAML
         yield recipe
@@ -149,21 +144,21 @@ class _Bench:
 
     def merged(self, recipe: Path, num_threads: int) -> Mapping[str, float]:
         """Merge in this process into a folder, several times; return the least of each figure of the summaries."""
-        return _least([self._merged_once(recipe, num_threads) for _ in range(ROUNDS)])
+        output, options = self.work / "output", MergeOptions(default_memory(), num_threads, "cpu")
 
-    def _merged_once(self, recipe: Path, num_threads: int) -> Mapping[str, float]:
-        output = self.work / "output"
-        options = MergeOptions(default_memory(), num_threads, "cpu")
-        started = time.process_time()
-        result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process)
-        cpu_s = time.process_time() - started
-        shutil.rmtree(output)
-        return {"seconds_combine": 0.0, "seconds_statistics": 0.0, **result.manifest.summary, "cpu_s": cpu_s}
+        def once() -> Mapping[str, float]:
+            started = time.process_time()
+            result = merge(Inputs.open(load_recipe(str(recipe))), str(output), options, in_this_process)
+            cpu_s = time.process_time() - started
+            shutil.rmtree(output)
+            return {"seconds_combine": 0.0, "seconds_statistics": 0.0, **result.manifest.summary, "cpu_s": cpu_s}
+
+        return _least(once, ROUNDS)
 
     def tiny(self, num_tensors: int, num_sources: int, shard_size: str = "1GB") -> Mapping[str, float]:
         """Merge next to nothing as users do, several times: what every merge pays, in seconds and of CPU."""
         with self.models("model_stock", "BF16", [(64,)] * num_tensors, num_sources) as recipe:
-            return _least([self._tiny_once(recipe, shard_size) for _ in range(TINY_ROUNDS)])
+            return _least(lambda: self._tiny_once(recipe, shard_size), TINY_ROUNDS)
 
     def _tiny_once(self, recipe: Path, shard_size: str) -> Mapping[str, float]:
         output = f"{self.url}/output-{secrets.token_hex(4)}"
@@ -178,7 +173,8 @@ class _Bench:
         return took
 
 
-def _least(runs: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+def _least(measure: Callable[[], Mapping[str, float]], rounds: int) -> Mapping[str, float]:
+    runs = [measure() for _ in range(rounds)]
     return {name: min(run[name] for run in runs) for name in runs[0]}
 
 
@@ -188,23 +184,14 @@ def _checkpoint(shapes: Shapes, dtype: str, index: int) -> bytes:
     header = encode_header(specs, {"format": "pt", "number": str(index)})
     seed = SEED if dtype == "I64" else SEED + index  # integers are carried over, so they must be equal
     values = np.random.default_rng(seed).standard_normal(2**22, np.float32)
-    num_bytes = sum(spec.num_bytes for spec in specs)
-    return header + np.resize(_narrowed(values, dtype).view(np.uint8), num_bytes).tobytes()
-
-
-def _narrowed(values: "np.typing.NDArray[np.float32]", dtype: str) -> "np.typing.NDArray[Any]":
-    if dtype == "BF16":
-        return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    return values.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64}[dtype])
+    narrow = values.view(np.uint16)[1::2].copy() if dtype == "BF16" else values.astype(NUMPY_NAMES[dtype])
+    return header + np.resize(narrow.view(np.uint8), sum(spec.num_bytes for spec in specs)).tobytes()
 
 
 def _per_tensor(bench: _Bench) -> tuple[float, float]:
     """Microseconds of CPU per tensor, and per source of a tensor, from merges of 3 and of 9 sources."""
     bench.tiny(1, 3)  # compiles the kernels, once per machine
-    single_s, many_s, wide_s = (
-        bench.tiny(num_tensors, num_sources)["cpu_s"]
-        for num_tensors, num_sources in ((1, 3), (TINY_TENSORS, 3), (TINY_TENSORS, 9))
-    )
+    single_s, many_s, wide_s = (bench.tiny(*size)["cpu_s"] for size in ((1, 3), (TINY_TENSORS, 3), (TINY_TENSORS, 9)))
     piece_us = max(wide_s - many_s, 0.0) / (TINY_TENSORS * 6) * 1e6
     return max((many_s - single_s) / TINY_TENSORS * 1e6 - 3 * piece_us, 0.0), piece_us
 
@@ -229,12 +216,12 @@ def _kernels(bench: _Bench) -> Iterator[KernelCost]:
         yield KernelCost("linear", dtype, source_ns * slower, pair_ns * slower, combine_ns / 5)
     pass_ns, combine_ns = _stages(bench, "ties", "BF16", 5)
     yield KernelCost("elementwise", "BF16", pass_ns / 5, 0.0, combine_ns / 5)
-    yield KernelCost("copy", "U8", 0.0, 0.0, _stages(bench, "model_stock", "I64", 3)[1] / WIDTHS["I64"] / 3)
+    yield KernelCost("copy", "U8", 0.0, 0.0, _stages(bench, "model_stock", "I64", 3)[1] / width_of("I64") / 3)
 
 
 def _stages(bench: _Bench, method: str, dtype: str, num_sources: int) -> tuple[float, float]:
     """Nanoseconds of one thread per element of a large tensor: of one statistics pass, and of the combine."""
-    num_rows = KERNEL_BYTES // (num_sources * WIDTHS[dtype]) // 1024
+    num_rows = KERNEL_BYTES // (num_sources * width_of(dtype)) // 1024
     with bench.models(method, dtype, [(num_rows, 1024)], num_sources) as recipe:
         least = bench.merged(recipe, 1)
     num_passes = 3 if method == "ties" else 1

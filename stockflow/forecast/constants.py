@@ -4,16 +4,15 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from stockflow.errors import RecipeError
+from stockflow.errors import CheckpointError, RecipeError
 from stockflow.forecast.amounts import Kernel
 from stockflow.storage import is_within, scheme_of
-from stockflow.text.records import fields_of, parse_record
+from stockflow.text.records import RecordKind, parse_record
 
-FORMAT = "stockflow-calibration-1"
-MAX_FILE_BYTES = 10_000_000
 BUILT_IN = "calibration.json"
 
 
@@ -108,6 +107,14 @@ class Calibration:
     machine: MachineCosts
     places: tuple[PlaceCosts, ...]
 
+    def __post_init__(self) -> None:
+        """Refuse, by a ValueError, what nothing can be predicted from."""
+        rates = [rate for place in self.places for rate in (place.read_rate, place.write_rate)]
+        if not rates or not self.machine.kernels or self.machine.cores < 1:
+            raise ValueError("it has no places, kernels or cores")
+        if min(*rates, self.machine.efficiency) <= 0:
+            raise ValueError("a rate or the efficiency is not above zero")
+
     def place(self, url: str) -> tuple[PlaceCosts, bool]:
         """Return the costs of a location, and whether they were measured there and not at the next of its kind."""
         within = [place for place in self.places if is_within(url, place.url) and not place.name]
@@ -120,13 +127,19 @@ class Calibration:
 
     def to_json(self) -> str:
         """Return the text of a calibration file; figures of four digits, as what is beyond is noise."""
-        plain = json.loads(json.dumps(asdict(self)), parse_float=lambda text: float(f"{float(text):.4g}"))
-        return json.dumps({"format": FORMAT, **plain}, indent=1) + "\n"
+        plain = {"format": _KIND.format, **asdict(self)}
+        rounded = json.loads(json.dumps(plain), parse_float=lambda text: float(f"{float(text):.4g}"))
+        return json.dumps(rounded, indent=1) + "\n"
 
     def with_places(self, places: Sequence[PlaceCosts]) -> "Calibration":
         """Return it with places replaced, where they are measured anew, or added."""
         known = {place.url: place for place in self.places} | {place.url: place for place in places}
         return replace(self, places=tuple(known.values()))
+
+
+_KIND = RecordKind(
+    "a calibration", partial(parse_record, Calibration), 10_000_000, 1_000_000, format="stockflow-calibration-1"
+)
 
 
 def parse_calibration(payload: bytes, where: str) -> Calibration:
@@ -136,15 +149,9 @@ def parse_calibration(payload: bytes, where: str) -> Calibration:
         RecipeError: it is none.
     """
     try:
-        found = parse_record(Calibration, fields_of(payload, FORMAT))
-        rates = [rate for place in found.places for rate in (place.read_rate, place.write_rate)]
-        if not rates or not found.machine.kernels or found.machine.cores < 1:
-            raise ValueError("it has no places, kernels or cores")
-        if min(*rates, found.machine.efficiency) <= 0:
-            raise ValueError("a rate or the efficiency is not above zero")
-        return found
-    except ValueError as error:
-        raise RecipeError(f"{where} is not a calibration: {error}; make one with `stockflow calibrate`") from None
+        return _KIND.parse(payload, where)
+    except CheckpointError as error:
+        raise RecipeError(f"{error}; make one with `stockflow calibrate`") from None
 
 
 def default_path() -> Path:
@@ -164,18 +171,18 @@ def load_calibration(given: str | os.PathLike[str] | None) -> tuple[Calibration,
     payload = resources.files("stockflow.forecast").joinpath("data", BUILT_IN).read_bytes()
     built_in = parse_calibration(payload, f"the built-in {BUILT_IN}")
     path = Path(given) if given else default_path()
-    if given or path.exists():
-        try:
-            with path.open("rb") as file:
-                payload = file.read(MAX_FILE_BYTES)
-        except OSError as error:
-            raise RecipeError(f"cannot read the calibration {path}: {error.strerror}") from None
-        found = parse_calibration(payload, str(path))
-        known = {place.is_local for place in found.places}
-        others = [place for place in built_in.places if place.is_local not in known]
-        return found.with_places(others), f"{path}, measured {found.measured}"
-    machine = built_in.machine
-    return built_in, (
-        f"constants of another machine ({machine.name}, {machine.cores} cores, {built_in.measured[:10]}): "
-        "times may be far off; `stockflow calibrate` measures this one in a minute"
-    )
+    if not given and not path.exists():
+        machine = built_in.machine
+        return built_in, (
+            f"constants of another machine ({machine.name}, {machine.cores} cores, {built_in.measured[:10]}): "
+            "times may be far off; `stockflow calibrate` measures this one in a minute"
+        )
+    try:
+        with path.open("rb") as file:
+            payload = file.read(_KIND.max_bytes + 1)
+    except OSError as error:
+        raise RecipeError(f"cannot read the calibration {path}: {error.strerror}") from None
+    found = parse_calibration(payload, str(path))
+    known = {place.is_local for place in found.places}
+    others = [place for place in built_in.places if place.is_local not in known]
+    return found.with_places(others), f"{path}, measured {found.measured}"

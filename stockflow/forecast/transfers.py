@@ -11,7 +11,6 @@ from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from socket import gethostbyname
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -43,8 +42,8 @@ def place_costs(url: str, store: Store, start_s: float, shard_s: float, folder: 
     """
     cpu_s = machine_cpu_s if is_on_this_machine(url) else time.process_time
     latency_s = _latency_s(store)
-    write = _fastest(lambda: _write(store), cpu_s)
-    size = NUM_BYTES if folder else int(max(write.rate * STORE_S, NUM_BYTES))
+    write_rate, write_cpu_ns = _fastest(lambda: _write(store), cpu_s)
+    size = NUM_BYTES if folder else int(max(write_rate * STORE_S, NUM_BYTES))
 
     def read() -> int:
         return _read(store, size, NUM_LOCAL_READERS if folder else RANGES_IN_FLIGHT)
@@ -55,25 +54,19 @@ def place_costs(url: str, store: Store, start_s: float, shard_s: float, folder: 
         return read()
 
     read()  # opens the connections
-    warm = _fastest(read, cpu_s)
-    cold = _fastest(read_from_disk, cpu_s) if folder else warm
-    return PlaceCosts(url, start_s, shard_s, latency_s, cold.rate, write.rate, warm.cpu_ns, write.cpu_ns)
+    read_rate, read_cpu_ns = _fastest(read, cpu_s)
+    if folder:
+        read_rate, _ = _fastest(read_from_disk, cpu_s)
+    return PlaceCosts(url, start_s, shard_s, latency_s, read_rate, write_rate, read_cpu_ns, write_cpu_ns)
 
 
-class _Transfer(NamedTuple):
-    rate: float
-    """bytes per second"""
-    cpu_ns: float
-    """per byte"""
+def _fastest(move: Callable[[], int], cpu_s: Callable[[], float]) -> tuple[float, float]:
+    """Move bytes a few times; return bytes per second and, by the clock ``cpu_s``, nanoseconds of CPU per byte."""
 
-
-def _fastest(move: Callable[[], int], cpu_s: Callable[[], float]) -> _Transfer:
-    """Move bytes a few times; ``cpu_s`` is the clock that counts what it costs."""
-
-    def once() -> _Transfer:
+    def once() -> tuple[float, float]:
         wall, cpu = time.perf_counter(), cpu_s()
         num_bytes = move()
-        return _Transfer(num_bytes / (time.perf_counter() - wall), (cpu_s() - cpu) / num_bytes * 1e9)
+        return num_bytes / (time.perf_counter() - wall), (cpu_s() - cpu) / num_bytes * 1e9
 
     return max(once() for _ in range(ROUNDS))
 

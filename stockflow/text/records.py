@@ -112,17 +112,6 @@ def as_plain(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
-def fields_of(payload: bytes, expected_format: str) -> dict[str, object]:
-    """Return the fields that a record's JSON text holds beside its format.
-
-    Raises:
-        ValueError: it is not a JSON mapping, or not one of the expected format.
-    """
-    plain = _plain_mapping(parse_text_json(payload, allows_constants=False))
-    _take_format(plain, expected_format)
-    return plain
-
-
 def _take_format(plain: dict[str, object], expected: str) -> None:
     found = plain.pop("format", None)
     if found != expected:
