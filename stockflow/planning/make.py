@@ -47,7 +47,13 @@ from stockflow.planning.targets import Outline, OutputTensor, outline_of
 from stockflow.planning.ties import with_tied_heads
 from stockflow.planning.views import other_layout, under_names_of
 from stockflow.planning.vocabulary.files import published_tokenizer
-from stockflow.planning.vocabulary.rows import output_vocabulary, rows_of_zeros, rows_remedy, unlike_rows
+from stockflow.planning.vocabulary.rows import (
+    OutputVocabulary,
+    output_vocabulary,
+    rows_of_zeros,
+    rows_remedy,
+    unlike_rows,
+)
 from stockflow.planning.vocabulary.token_ids import following
 from stockflow.recipe import Recipe, Rule
 from stockflow.storage import redact
@@ -90,14 +96,8 @@ def make_plan(
     """
     num_merged = len(recipe.checkpoints)
     checkpoints, beside = checkpoints[:num_merged], checkpoints[num_merged:]
-    unread = unread_models(recipe, checkpoints)
-    if unread:
-        raise PlanError(_all_problems(unread))
     accepted = {*recipe.stockflow.accept, *accepted}
-    checkpoints = without_recomputed(recipe, checkpoints)
-    experts = seen_one_by_one(recipe, checkpoints)
-    checkpoints = [under_names_of(experts.checkpoints[recipe.donor], each) for each in experts.checkpoints]
-    checkpoints = with_tied_heads(recipe, checkpoints)
+    experts, checkpoints = _named_alike(recipe, checkpoints)
     vocabulary = output_vocabulary(recipe, [*checkpoints, *beside], tokenizers)
     if vocabulary is not None:
         checkpoints = [vocabulary.reshaped(each) for each in checkpoints]
@@ -105,11 +105,7 @@ def make_plan(
     by_token = vocabulary.tensors if vocabulary else frozenset[str]()
     by_row = rows_remedy(checkpoints, tokenizers)
     jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts, by_token, by_row)
-    if vocabulary is not None:
-        jobs = [vocabulary.mapped(job) for job in jobs]
-    jobs = with_layers_together(with_shared_reads(by_columns(jobs), checkpoints))
-    if checkpoints[recipe.donor].static_scales and any(map(in_codes, jobs)):
-        jobs += static_scales(checkpoints[recipe.donor], recipe.donor)
+    jobs = _as_read(jobs, vocabulary, checkpoints, recipe.donor)
     config = output_config(recipe, checkpoints, jobs, outline.stackings, vocabulary.num_rows if vocabulary else None)
     followed = following(recipe, config, tokenizers, vocabulary)
     stacked = outline.left_out, outline.stackings
@@ -139,6 +135,30 @@ def make_plan(
         remarks=remarks,
         is_stacked=outline.is_stacked,
     )
+
+
+def _named_alike(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[Experts, Sequence[Checkpoint]]:
+    """Return how experts are seen, and the checkpoints by the donor's names: experts one by one, heads tied or not.
+
+    Raises:
+        PlanError: a model is in a form that is not read.
+    """
+    if unread := unread_models(recipe, checkpoints):
+        raise PlanError(_all_problems(unread))
+    experts = seen_one_by_one(recipe, without_recomputed(recipe, checkpoints))
+    named = [under_names_of(experts.checkpoints[recipe.donor], each) for each in experts.checkpoints]
+    return experts, with_tied_heads(recipe, named)
+
+
+def _as_read(
+    jobs: Sequence[TensorJob], vocabulary: OutputVocabulary | None, checkpoints: Sequence[Checkpoint], donor: int
+) -> list[TensorJob]:
+    """Return jobs as they are read and written: what is decided as one together, scales of a donor's codes last."""
+    mapped = list(jobs) if vocabulary is None else [vocabulary.mapped(job) for job in jobs]
+    found = with_layers_together(with_shared_reads(by_columns(mapped), checkpoints))
+    if checkpoints[donor].static_scales and any(map(in_codes, found)):
+        found += static_scales(checkpoints[donor], donor)
+    return found
 
 
 def _planned(
