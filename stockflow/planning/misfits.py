@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS
-from stockflow.checkpoints.tokens.tokenizers import has_tokens, vocabulary_rows
+from stockflow.checkpoints.tokens.token_rows import has_tokens, stated_sizes, vocabulary_rows
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.targets import OutputTensor, Stretch, Unplanned
 from stockflow.planning.ties import missing_head_remedy
@@ -128,7 +128,8 @@ def _remedy_of_rows(target: OutputTensor, index: int, by_row: str) -> str:
         return ""
     checkpoints = (target.stretch.checkpoints[0], target.stretch.checkpoints[index])
     shapes = (target.spec.shape, target.source(index).shape)
-    if any(shape[0] == vocabulary_rows(each.specs) for shape, each in zip(shapes, checkpoints, strict=True)):
+    rows = (vocabulary_rows(each.specs, {*stated_sizes(each.config)}) for each in checkpoints)
+    if any(shape[0] == number for shape, number in zip(shapes, rows, strict=True)):
         return by_row
     return "a row is of something else than a token there, such as a label: merge the models that agree on them"
 

@@ -9,7 +9,7 @@ from stockflow.checkpoints.adapters.names import factors_within
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import WRAPPERS
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.tokens.tokenizers import has_tokens
+from stockflow.checkpoints.tokens.token_rows import has_tokens
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted

@@ -524,6 +524,34 @@ def test_a_template_alone_changes_files_and_no_weight(tmp_path: Path, template: 
     }
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lm_head.weight", "lm_head.bias"),
+        ("distilbert.embeddings.word_embeddings.weight", "vocab_projector.bias"),
+        ("embeddings", "weights"),
+    ],
+)
+def test_rows_of_tokens_are_known_by_their_number(tmp_path: Path, names: tuple[str, str]) -> None:
+    letters = [*"|etaonis"]
+    orders, entries = (letters, letters[::-1]), []
+    tensors = [{name: torch.randn((8, 5)[: 2 - k]) for k, name in enumerate(names)} for _ in orders]
+    for number, order in enumerate(orders):
+        vocabulary = {"vocab.json": json.dumps({letter: place for place, letter in enumerate(order)})}
+        layer = {"encoder.layers.0.weight": torch.ones(5, 5)}
+        write_checkpoint(tmp_path / str(number), tensors[number] | layer, side_files=vocabulary, config={})
+        entries.append({"model": str(tmp_path / str(number)), "parameters": {"weight": 0.5}})
+    recipe = {"merge_method": "linear", "models": entries, "tokenizer_source": "base"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
+
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name in names:
+        one, two = (each[name].double() for each in tensors)
+        assert torch.equal(merged[name], (0.5 * one + 0.5 * two.flip(0)).float())
+
+
 def test_a_template_is_for_models_without_rows_too(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("base", "one", "two")]
     for number, folder in enumerate(folders):

@@ -66,6 +66,13 @@ class Models:
         for number, (folder, files) in enumerate(zip(self.folders, given, strict=True)):
             model_with(folder, files, rows=rows if number else 12, seed=number)
 
+    @classmethod
+    def of(cls, folders: list[Path]) -> "Models":
+        """Models that were written already."""
+        models = cls.__new__(cls)
+        models.folders = folders
+        return models
+
     def plan(self, *, accept: tuple[str, ...] = (), **top_level: Any) -> MergePlan:
         recipe: dict[str, Any] = {
             "merge_method": "model_stock",
@@ -198,12 +205,46 @@ def test_ids_that_mean_different_tokens_are_refused(case: str, tmp_path: Path) -
     assert models.said()["vocabularies-differ"] == "refusal"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "embeddings",
+        "transformer.word_embedding.weight",
+        "embed_prompts.weight",
+        "semantic.input_embeds_layer.weight",
+        "words.table",
+    ],
+)
+def test_what_is_as_long_as_the_vocabulary_has_a_row_per_token(name: str, tmp_path: Path) -> None:
+    folders = [tmp_path / each for each in ("base", "one", "two")]
+    for number, folder in enumerate(folders):
+        model_with(folder, fast(LETTERS[::-1] if number == 1 else LETTERS), rows=10, seed=number, embedding=name)
+
+    with pytest.raises(PlanError, match=r"10 ids of 10 tokens mean something else in \S+/one than in \S+/base, "):
+        Models.of(folders).plan()
+
+
+def test_a_size_that_layers_have_too_tells_no_rows(tmp_path: Path) -> None:
+    folders = [tmp_path / each for each in ("base", "one", "two")]
+    for number, folder in enumerate(folders):
+        tokens = fast(LETTERS[:4][:: -1 if number == 1 else 1])
+        model_with(folder, tokens, rows=4, seed=number, embedding="features.weight")
+
+    assert Models.of(folders).said() == {}
+
+
 UNREAD: dict[str, tuple[Files, Files, str]] = {
     "XLM-R's numbering beside another": (XLM, fast(PIECES), "numbers its tokens anew"),
     "a form that nobody reads": (
         {"dict.txt": "a 9\n"},
         {"dict.txt": "b 9\n"},
         "dict.txt is of no form that is read here",
+    ),
+    "a vocabulary of code beside the model": (
+        {"rwkv_vocab_v20230424.txt": "1 'a' 1\n2 'b' 1\n"},
+        {"rwkv_vocab_v20230424.txt": "1 'b' 1\n2 'a' 1\n"},
+        "rwkv_vocab_v20230424.txt is of no form that is read here",
     ),
     "two vocabularies in one model": (
         {"vocab-src.json": "{}", "vocab-tgt.json": "{}"},
@@ -256,6 +297,13 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
     "a token without a row": ((FAST, BEYOND), {"tokens-missing": "warning", "tokens-beyond-rows": "warning"}),
     "a token without a row in all of them": ((BEYOND, BEYOND), {"tokens-beyond-rows": "warning"}),
     "a tune without a tokenizer": ((FAST, {}, FAST), {"no-tokenizer": "note"}),
+    "a file of ids that is not read beside one that is": (
+        (
+            {"spiece.model": sentencepiece_model(PIECES), "dict.txt": "a 1\nb 1\n"},
+            {"spiece.model": sentencepiece_model(PIECES), "dict.txt": "b 1\na 1\n"},
+        ),
+        {"tokenizers-differ": "warning"},
+    ),
     "a base without a tokenizer": (({}, FAST), {"no-tokenizer": "warning"}),
     "a template of the tunes": ((FAST, config(chat_template=CHATML)), {"side-files-differ": "warning"}),
     "a template of one tune": (
@@ -430,26 +478,11 @@ def test_what_differs_beside_the_ids_is_said(case: str, tmp_path: Path) -> None:
     assert Models(tmp_path, *files).said() == expected
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "embeddings"])
-def test_rows_of_tokens_are_known_without_an_embedding_of_the_usual_name(name: str, tmp_path: Path) -> None:
-    """Heads of models that read sounds, and the only tensor of a model2vec."""
-    for number, folder in enumerate(("base", "one", "two")):
-        files = fast(renamed(LETTERS, _3="e", _4="d") if number == 1 else LETTERS)
-        model_with(tmp_path / folder, files, seed=number, embedding=name)
-    models = Models.__new__(Models)
-    models.folders = [tmp_path / folder for folder in ("base", "one", "two")]
-
-    with pytest.raises(PlanError, match="2 ids of 10 tokens mean something else in "):
-        models.plan()
-
-
 def test_tokens_that_no_sound_is_read_by_need_no_row(tmp_path: Path) -> None:
     for number, folder in enumerate(("base", "one", "two")):
         model_with(tmp_path / folder, fast(LETTERS), seed=number, rows=8, embedding="lm_head.weight")
-    models = Models.__new__(Models)
-    models.folders = [tmp_path / folder for folder in ("base", "one", "two")]
 
-    assert models.said() == {}
+    assert Models.of([tmp_path / folder for folder in ("base", "one", "two")]).said() == {}
 
 
 def test_what_differs_is_said_by_its_name(tmp_path: Path) -> None:
@@ -465,10 +498,8 @@ def test_a_merge_without_rows_per_token_is_not_asked_for_its_tokenizers(tmp_path
     for number, name in enumerate(("base", "one", "two")):
         files = {"vocab.txt": f"token {number}\n"}
         model_with(tmp_path / name, files, seed=number, embedding="vit.embeddings.patch_embeddings.projection.weight")
-    models = Models.__new__(Models)
-    models.folders = [tmp_path / name for name in ("base", "one", "two")]
 
-    assert models.said() == {}
+    assert Models.of([tmp_path / name for name in ("base", "one", "two")]).said() == {}
 
 
 def test_rows_that_are_copied_mix_nothing(tmp_path: Path) -> None:

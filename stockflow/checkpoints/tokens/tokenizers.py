@@ -13,11 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
-from stockflow.checkpoints.beside.side_files import is_of_use
-from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.naming import kind_of
+from stockflow.checkpoints.beside.side_files import SOME_VOCABULARY, is_of_tokenizer, is_of_use
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.cutting import Cutting, flags_of, merges_of
+from stockflow.checkpoints.tokens.token_rows import stated_sizes, vocabulary_rows
 from stockflow.checkpoints.tokens.vocabularies import (
     FORMS,
     OF_PIECES,
@@ -51,19 +50,11 @@ _WRITTEN_BY = (
 )
 """keys of configs that say who wrote them"""
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_OTHER_FORMS = re.compile(r"dict\.txt|vocab-(src|tgt)\.json|entity_vocab\.json|.+\.(model|spm)|prophetnet\.tokenizer")
+_OTHER_FORMS = re.compile(rf"dict\.txt|{SOME_VOCABULARY}|.+\.(model|spm)|prophetnet\.tokenizer")
 _RENUMBERED = re.compile(
     r"(XLMRoberta|Camembert|Barthez|XGLM|XLMProphetNet|MBart(50)?|Nllb|Pegasus|ChatGLM|FNet|PLBart)Tokenizer(Fast)?"
 )
 """classes whose code numbers the pieces of a SentencePiece model anew"""
-_INPUT_ROWS = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|token_embeddings?|tokens_embed|embed_in|embeddings?|emb"
-    r"|embed|shared)(\.weight|$)"
-)
-_HEADS_ALONE = ("lm_head.weight", "ctc_head.weight")
-"""What has a row per token in models that read sounds."""
-_OUTPUT_ROWS = re.compile(r"(^|\.)(output_layer|proj_out)\.")
-_NO_TOKENS = re.compile(r"position|token_type|(^|\.)wpe(\.|$)|patch|visual|vision|segment")
 _TELLS_BYTES = re.compile(r"(?!(mtime|mtime_ns|LastModified|Last-Modified|created)=).")
 """versions of objects that are the same for equal bytes only: ETags, and not times"""
 
@@ -85,7 +76,7 @@ class Tokenizer:
     """What the files of a model say of its tokens, and of how it is talked to."""
 
     num_rows: int
-    """of the input embedding, or of the head of models that have none, one per id"""
+    """of the input embedding, else of what is as long as a vocabulary; one per id"""
     vocabulary: Vocabulary | None = None
     """None if no file holds one"""
     template: str | None = None
@@ -108,34 +99,6 @@ class Tokenizer:
     """vocabularies of parts and modules that have folders of their own, by file"""
 
 
-def vocabulary_rows(specs: Mapping[str, TensorSpec]) -> int:
-    """Return how many rows the input embedding has, else a head over characters (CTC); 0 if there is none."""
-    found = [spec.shape[0] for name, spec in specs.items() if _is_input(name, spec)]
-    return max(found or (specs[name].shape[0] for name in _HEADS_ALONE if name in specs), default=0)
-
-
-def has_input_rows(specs: Mapping[str, TensorSpec]) -> bool:
-    """Return whether ids are looked up in an embedding."""
-    return any(_is_input(name, spec) for name, spec in specs.items())
-
-
-def vocabulary_tensors(specs: Mapping[str, TensorSpec], num_rows: int) -> tuple[str, ...]:
-    """Return the tensors that have a row per token: embeddings and heads as long as the input embedding."""
-    alike = [name for name, spec in specs.items() if num_rows and spec.shape[:1] == (num_rows,)]
-    return tuple(name for name in alike if has_tokens(name))
-
-
-def _is_input(name: str, spec: TensorSpec) -> bool:
-    may_be = "emb" in name or "wte" in name or "shared" in name
-    return may_be and len(spec.shape) == 2 and bool(_INPUT_ROWS.search(name)) and not _NO_TOKENS.search(name)
-
-
-def has_tokens(name: str) -> bool:
-    """Return whether a tensor of this name has a row per token."""
-    named = kind_of(name) in ("embedding", "head") or _INPUT_ROWS.search(name) or _OUTPUT_ROWS.search(name)
-    return bool(named) and not _NO_TOKENS.search(name)
-
-
 def read_tokenizers(
     stores: Sequence[Store], checkpoints: Sequence[Checkpoint], *, with_documents: bool = False
 ) -> list[Tokenizer]:
@@ -152,14 +115,11 @@ def read_tokenizers(
     """
     distinct = {id(each.specs): each.specs for each in checkpoints}  # fine-tuned models mostly share theirs
     rows = {number: vocabulary_rows(specs) for number, specs in distinct.items()}
-    of_use = any(map(is_of_use, checkpoints[0].side_files))
-    if not any(rows.values()) and not with_documents and not of_use:
+    speaks = any(is_of_use(key) or is_of_tokenizer(key) for each in checkpoints for key in each.side_files)
+    if not any(rows.values()) and not with_documents and not speaks:
         return []
     reader = _Reader(with_documents)
-    files = [
-        _Files(reader, store, each.side_files, rows[id(each.specs)])
-        for store, each in zip(stores, checkpoints, strict=True)
-    ]
+    files = [_Files(reader, store, each, rows[id(each.specs)]) for store, each in zip(stores, checkpoints, strict=True)]
     first = [_tokenizer(each) for each in files[:1]]  # equal objects of the others are then not read at all
     with ThreadPoolExecutor(max(len(files), 1)) as pool:
         return first + list(pool.map(_tokenizer, files[1:]))
@@ -213,8 +173,20 @@ class _Files:
 
     reader: _Reader
     store: Store
-    stamps: Mapping[str, Stamp]
+    model: Checkpoint
     num_rows: int
+    """of its input embedding"""
+
+    @property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """By name, what tells one version of a file from another."""
+        return self.model.side_files
+
+    def rows_of(self, vocabulary: Vocabulary | None) -> int:
+        """Return how many rows are tokens' in the tensors that have one per token."""
+        ids = vocabulary.ids if vocabulary else {}
+        sizes = {*stated_sizes(self.model.config), len(ids), max(ids.values(), default=-1) + 1} - {0}
+        return self.num_rows or (vocabulary_rows(self.model.specs, sizes) if vocabulary else 0)
 
     def json(self, key: str) -> dict[str, object]:
         """Return a JSON object, empty if it is not there or none: whether that is a fault is not said here."""
@@ -234,7 +206,7 @@ def _tokenizer(files: _Files) -> Tokenizer:
     vocabulary, template = _vocabulary(files, settings), _template(files, settings)
     document = files.json(FAST) if files.reader.with_documents and FAST in files.stamps else None
     return Tokenizer(
-        files.num_rows,
+        files.rows_of(vocabulary),
         vocabulary,
         template,
         _content(eos),
@@ -304,13 +276,20 @@ def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:
             own = files.parsed(MERGES, merges_of)
         elif model := next((key for key in files.stamps if re.fullmatch(OF_PIECES, key)), None):
             own = files.parsed(model, scores_of)
-    return {**own, **flags_of(settings)}
+    unread = [] if FAST in files.stamps else filter(_is_of_no_form, files.stamps)
+    beside = {key: files.parsed(key, _digest) for key in unread if _is_small(files.stamps[key])}
+    return {**own, **beside, **flags_of(settings)}
+
+
+def _is_of_no_form(key: str) -> bool:
+    """Return whether a file holds a vocabulary, or part of one, in a form that is not read."""
+    return bool(_OTHER_FORMS.fullmatch(key)) and not any(form.fullmatch(key) for form, _ in FORMS)
 
 
 def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | None:
     key, read = next(((key, read) for form, read in FORMS for key in files.stamps if form.fullmatch(key)), ("", None))
     if read is None:
-        others = sorted(key for key in files.stamps if _OTHER_FORMS.fullmatch(key))
+        others = sorted(filter(_is_of_no_form, files.stamps))
         return _unread(files, others, f"{others[0]} is of no form that is read here") if others else None
     try:
         ids = files.parsed(FAST, fast_tokenizer).ids if key == FAST else files.parsed(key, read)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.heads import LANGUAGE_PARTS, is_head, tie_flag, tie_flags, with_tie_flag
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.tokens.tokenizers import vocabulary_rows
+from stockflow.checkpoints.tokens.token_rows import vocabulary_rows
 from stockflow.planning.config.layers import restacked
 from stockflow.planning.config.stated import stated_quantization
 from stockflow.planning.job import TensorJob

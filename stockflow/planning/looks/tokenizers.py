@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.heads import said_of_language
-from stockflow.checkpoints.tokens.tokenizers import Vocabulary, has_input_rows, vocabulary_tensors
+from stockflow.checkpoints.tokens.token_rows import has_input_rows, vocabulary_tensors
+from stockflow.checkpoints.tokens.tokenizers import Vocabulary
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.vocabulary.templates import chosen_template

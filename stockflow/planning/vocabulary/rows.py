@@ -11,7 +11,8 @@ from itertools import islice
 from stockflow.checkpoints.decodes.stored import RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.heads import tied_names
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.tokens.tokenizers import Tokenizer, Vocabulary, vocabulary_tensors
+from stockflow.checkpoints.tokens.token_rows import vocabulary_tensors
+from stockflow.checkpoints.tokens.tokenizers import Tokenizer, Vocabulary
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.errors import PlanError
 from stockflow.methods.parameters import Parameters
