@@ -46,7 +46,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
         r".+\.distcp",
         "of a distributed checkpoint of PyTorch (DCP), and its .metadata is not there; fetch it",
     ),
-    (r"openvino_.*\.(bin|xml)", "compiled by OpenVINO; take the model it was made from"),
+    (r"openvino(_.*\.(bin|xml))?", "compiled by OpenVINO; take the model it was made from"),
     (r"ggml.*\.bin", "of whisper.cpp or llama.cpp, which is for inference; take the model it was made from"),
     (r"params_shard_\d+\.bin", "compiled for MLC; take the model it was made from"),
     (
@@ -62,7 +62,7 @@ _FORMATS: tuple[tuple[str, str], ...] = (
     ),
     (r".+\.(h5|keras)", f"Keras' weights, which are not read; {_TO_SAFETENSORS}"),
     (r".+\.msgpack", f"Flax' weights, which are not read; {_TO_SAFETENSORS}"),
-    (r".+\.onnx(_data)?", "ONNX, which is for inference; take the model it was made from"),
+    (r"(.+\.)?onnx(_data)?", "ONNX, which is for inference; take the model it was made from"),
     (r".+\.nemo", "a NeMo archive, which is not read; export it to Hugging Face's layout with NeMo"),
     (r".+\.npz", "NumPy's arrays, which are not read; write them as safetensors"),
     (r"saved_model\.pb", f"TensorFlow's, which is not read; {_TO_SAFETENSORS}"),
@@ -220,7 +220,7 @@ def _no_pickle(place: _Place) -> Iterator[str]:
 
 def _other_format(place: _Place) -> Iterator[str]:
     for pattern, said in _FORMATS:
-        names = [name for name in place.files if re.fullmatch(pattern, name, re.IGNORECASE)]
+        names = [name for name in (*place.files, *place.folders) if re.fullmatch(pattern, name, re.IGNORECASE)]
         if names:
             which = in_a_line(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             yield f"{which} {are(len(names))} {said}"

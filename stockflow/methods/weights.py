@@ -5,6 +5,14 @@ from collections.abc import Callable, Sequence
 
 from stockflow.methods.parameters import Parameters
 
+ROUNDING = 1e-12
+"""Of the sizes of weights, by which their sum misses zero where it is meant."""
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Return whether weights sum to zero, but for the rounding of decimals."""
+    return abs(math.fsum(weights)) <= ROUNDING * math.fsum(map(abs, weights))
+
 
 def normalized(weights: Sequence[float]) -> tuple[float, ...]:
     """Return weights divided by their sum."""
@@ -17,7 +25,7 @@ def zero_sum(flag: str) -> Callable[[Parameters], str | None]:
 
     def refuses(parameters: Parameters) -> str | None:
         weights = parameters.each("weight")
-        if not parameters.flag(flag) or math.fsum(weights):
+        if not parameters.flag(flag) or not cancel(weights):
             return None
         said = ", ".join(f"{weight:g}" for weight in weights)
         return f"the weights {said} sum to zero, so they cannot be normalized; change them or set `{flag}: false`"

@@ -676,6 +676,10 @@ def another_library(folder: Path) -> None:
     (folder / "model.bin").write_bytes(bytes(range(1, 200)))
 
 
+def exported(folder: Path) -> None:
+    touch(folder, "config.json", "tokenizer.json", "onnx/model.onnx", "onnx/model_quantized.onnx")
+
+
 def several_models(folder: Path) -> None:
     touch(folder, "a.safetensors", "b.safetensors")
 
@@ -720,6 +724,7 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     ranks: ("model-rank-1-part-0.safetensors: each file has what one process held of every matrix", "was made from"),
     ranks_of_tensorrt: ("rank0.safetensors, rank1.safetensors: each file has", "take the model it was made from"),
     openvino: ("compiled by OpenVINO", "take the model it was made from"),
+    exported: ("onnx is ONNX", "take the model it was made from"),
     ctranslate2: ("model.bin is of CTranslate2 (faster-whisper)", "take the model it was made from"),
     another_library: ("model.bin is of another library by its first bytes", "take the model it was made from"),
     several_models: ("it has several weights, a.safetensors, b.safetensors", "name the file that is meant"),

@@ -20,7 +20,7 @@ from tests.selection import by_name, diagonal
 RANDOM = torch.Generator().manual_seed(7)
 X, Y, Z = (torch.randn(1000, generator=RANDOM) for _ in range(3))
 NOTHING = torch.zeros(1000)
-WEIGHTS = {"nuslerp": [0.4, 0.7], "multislerp": [0.4, 0.7, 0.3], "geometric_median": [0.4, 0.7, 0.6], "karcher": None}
+WEIGHTS = {"nuslerp": [0.4, 0.7], "multislerp": [0.4, 0.7, 0.3], "geometric_median": [0.6, 0.6, 0.7], "karcher": None}
 METHODS = pytest.mark.parametrize("method", WEIGHTS)
 SHAPES: dict[str, Shape] = {"model.layers.0.experts": (3, 8, 40), "model.layers.0.mlp.weight": (17, 23), "norm": (33,)}
 
@@ -278,6 +278,11 @@ TWO = "models:\n  - model: /m/a\n  - model: /m/b\n"
             "the weights 1, -1 sum to zero, so they cannot be normalized; change them or set `normalize: false`",
         ),
         (
+            "merge_method: linear\nmodels:\n  - {model: /m/a, parameters: {weight: 0.1}}\n"
+            "  - {model: /m/b, parameters: {weight: 0.2}}\n  - {model: /m/c, parameters: {weight: -0.3}}",
+            "the weights 0.1, 0.2, -0.3 sum to zero, so they cannot be normalized",
+        ),
+        (
             "merge_method: geometric_median\n" + TWO + "parameters: {weight: 0}",
             "every `weight` of `geometric_median` is 0",
         ),
@@ -301,7 +306,7 @@ TWO = "models:\n  - model: /m/a\n  - model: /m/b\n"
         ("merge_method: karcher\n" + TWO + "parameters: {max_iter: 2.5}", "expected an integer, found 2.5"),
         ("merge_method: multislerp\n" + TWO + "parameters: {weight: 1, eps: -1}", "expected at least 0, found -1"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_makes_no_sense_is_refused_by_the_recipe(head: str, said: str) -> None:
     assert said in refusal(head)

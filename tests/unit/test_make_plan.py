@@ -240,10 +240,10 @@ ELECTING = ["ties", "dare_ties", "della", "breadcrumbs_ties"]
 """Methods that divide each number by the weights that agree on its sign."""
 
 
-def said_of_cancelling(merge: Merge, method: str, flag: str | None, asked: bool) -> list[str]:
+def said_of_cancelling(merge: Merge, method: str, flag: str | None, asked: bool, second: float = -0.9999) -> list[str]:
     models = [
         {"model": str(folder), "parameters": {"weight": weight}}
-        for folder, weight in zip(merge.folders[1:], (1.0, -0.9999), strict=True)
+        for folder, weight in zip(merge.folders[1:], (1.0, second), strict=True)
     ]
     parameters = {flag: asked} if flag else {}
     plan = merge.write().plan(merge_method=method, models=models, parameters=parameters)
@@ -260,6 +260,18 @@ def test_weights_that_cancel_magnify_what_models_have_apart(merge: Merge, method
     assert said.endswith(f"; change them, or `{flag}: false`" if flag else "; change them")
     if flag:
         assert not any("by which all are divided" in text for text in said_of_cancelling(merge, method, flag, False))
+
+
+@pytest.mark.parametrize("method", sorted(DIVIDED.keys() - {"linear", "multislerp"}))
+@pytest.mark.parametrize("second", [-1.0, -1.0 + 1e-13])
+def test_weights_that_sum_to_zero_are_said_by_methods_that_do_not_refuse_them(
+    merge: Merge, method: str, second: float
+) -> None:
+    (said,) = said_of_cancelling(merge, method, DIVIDED[method], True, second)
+
+    assert said.startswith("the weights sum to zero, so nothing is divided by that: they count ")
+    assert ("alike" if method == "nuslerp" else "as they are") in said
+    assert DIVIDED[method] is None or not said_of_cancelling(merge, method, DIVIDED[method], False, second)
 
 
 @pytest.mark.parametrize("method", ELECTING)

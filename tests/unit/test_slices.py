@@ -298,6 +298,57 @@ def test_what_the_config_lists_per_layer_follows_the_layers(models: Models, tmp_
     ]
 
 
+GEMMA2 = {"model_type": "gemma2", "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "slices", "moved"),
+    [
+        (
+            GEMMA2,
+            [(0, 3), (2, 4)],
+            "of 'gemma2' tell it by its number, alike every 2: layer 2 becomes layer 3;",
+        ),
+        (GEMMA2, [(0, 4), (2, 4)], ""),
+        (GEMMA2, [(0, 2), (3, 4)], "layer 3 becomes layer 2;"),
+        (GEMMA2 | {"layer_types": ["sliding", "full"] * 3}, [(0, 3), (2, 4)], ""),
+        ({"model_type": "gemma3_text"}, [(0, 6), (3, 6)], "'gemma3' tell it by its number, alike every 6"),
+        ({"model_type": "gemma3_text"}, [(0, 6), (0, 6)], ""),
+        ({"model_type": "smollm3"}, [(0, 4), (2, 6)], "`no_rope_layers`, follows them"),
+        ({"model_type": "llama4_text", "no_rope_layers": []}, [(0, 4), (2, 6)], "'llama4' tell it by its number"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0, 1, 1]}, [(0, 4), (2, 6)], ""),
+        ({"model_type": "llama"}, [(0, 4), (2, 6)], ""),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*ME"}, [(0, 4), (2, 6)], ""),
+        (
+            {"sliding_window_pattern": "LLLG"},
+            [(0, 4), (2, 6)],
+            "'sliding_window_pattern', too",
+        ),
+        ({"block_types": ["recurrent", "recurrent", "attention"]}, [(0, 4), (2, 6)], "'block_types', too"),
+        ({"full_attn_idxs": [2, 5]}, [(0, 4), (2, 6)], "'full_attn_idxs', too"),
+        ({"attention_types": [[["global", "local"], 3]]}, [(0, 4), (2, 6)], "'attention_types', too"),
+    ],
+)
+def test_layers_whose_kind_is_their_number_are_said_where_they_move(
+    models: Models, tmp_path: Path, config: dict[str, Any], slices: list[tuple[int, int]], moved: str
+) -> None:
+    write_model(tmp_path / "d", 6, **config)
+
+    plan = models.plan(linear(*(source("d", *each) for each in slices)))
+
+    said = [remark.text for remark in plan.remarks if remark.code == "config-layers"]
+    assert len(said) == bool(moved)
+    assert moved in "".join(said)
+
+
+def test_a_pattern_with_a_letter_per_layer_follows_the_layers(models: Models, tmp_path: Path) -> None:
+    write_model(tmp_path / "d", 6, hybrid_override_pattern="M-M*ME", hidden_act="silu24")
+
+    plan = models.plan(linear(source("d", 0, 4), source("d", 2, 6)))
+
+    assert plan.config == {"num_hidden_layers": 8, "hybrid_override_pattern": "M-M*M*ME", "hidden_act": "silu24"}
+
+
 def test_a_config_that_says_nothing_of_a_layer_is_refused(models: Models, tmp_path: Path) -> None:
     write_model(tmp_path / "d", 3, layer_types=["full"] * 3)
 

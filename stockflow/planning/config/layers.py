@@ -35,15 +35,21 @@ def restacked(config: Config, stacking: Stacking, checkpoints: Sequence[Checkpoi
         section = _at(config, path)
         own: dict[str, object] = {key: len(stacking.layers) for key in _num_keys(section, stacking.module, num_before)}
         for key, value in section.items():
-            if isinstance(value, list) and len(value) == num_before and key not in _NO_LAYERS:
-                own[key] = [_entry(checkpoints[number], path, key, layer) for number, layer in stacking.layers]
+            if len(listed(key, value)) == num_before and key not in _NO_LAYERS:
+                entries = [_entry(checkpoints[number], path, key, layer) for number, layer in stacking.layers]
+                own[key] = "".join(map(str, entries)) if isinstance(value, str) else entries
         changed = _with(changed, path, own)
     return changed
 
 
-def states_layers(config: Config, stacking: Stacking) -> bool:
-    """Return whether a config says how many layers the tower has."""
-    return next(_sections(config, stacking, stacking.num_layers[0]), None) is not None
+def sections_of(config: Config, stacking: Stacking) -> Iterator[Config]:
+    """Yield the sections of a config that say how many layers the tower has."""
+    return (_at(config, path) for path in _sections(config, stacking, stacking.num_layers[0]))
+
+
+def listed(key: str, value: object) -> Sequence[object]:
+    """Return the entries of a list, or of a pattern with a letter per layer; none of anything else."""
+    return value if isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern")) else ()
 
 
 def _sections(config: Config, stacking: Stacking, num_before: int) -> Iterator[tuple[str, ...]]:

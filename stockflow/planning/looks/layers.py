@@ -3,16 +3,30 @@
 import re
 from collections.abc import Iterator, Mapping
 
-from stockflow.planning.config.layers import states_layers
+from stockflow.planning.config.layers import listed, sections_of
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.targets import Stacking
 from stockflow.planning.towers import NUM_LAYERS_KEYS
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
-_OF_LAYERS = re.compile(r".*layer.*|first_k_dense_replace|decoder_sparse_step|.*_(interval|period|pattern)|fullatt_.*")
+_OF_LAYERS = re.compile(
+    r".*layer.*|first_k_dense_replace|decoder_sparse_step|.*_(interval|period|pattern|idxs)|fullatt_.*"
+    r"|(attention|block)_types"
+)
 _SIZES = re.compile(r".*(norm|scale|eps|drop|act).*")
+_PERIOD = re.compile(r".*_(interval|pattern|every_n_layers)")
+_BY_NUMBER = {
+    "layer_types": {
+        "gemma2": 2, "gpt_oss": 2, "minimax": 2, "vaultgemma": 2, "modernbert": 3, "afmoe": 4, "cohere2": 4, "cwm": 4,
+        "exaone4": 4, "olmo3": 4, "qwen3_5": 4, "qwen3_5_moe": 4, "qwen3_next": 4, "gemma3n": 5, "gemma3": 6,
+        "gemma4": 6,
+    },
+    "no_rope_layers": {"llama4": 4, "smollm3": 4},
+}  # fmt: skip
+"""After how many layers kinds of layers repeat, by model type, where no list of this name states them."""
 
 
 def modules_left_out(proposal: Proposal) -> Iterator[Remark]:
@@ -32,7 +46,8 @@ def layers_in_config(proposal: Proposal) -> Iterator[Remark]:
     """Yield what config.json says of layers and cannot be made true of stacked ones."""
     donor = proposal.donor
     for stacking in proposal.stackings if donor.config is not None else ():
-        if not states_layers(donor.config or {}, stacking):
+        sections = list(sections_of(donor.config or {}, stacking))
+        if not sections:
             text = (
                 f"config.json of {redact(donor.url)} does not say that it has {stacking.num_layers[0]} layers, so that "
                 f"of the output cannot say that it has {len(stacking.layers)}; correct it by hand"
@@ -43,6 +58,24 @@ def layers_in_config(proposal: Proposal) -> Iterator[Remark]:
                 f"config.json speaks of layers in {kept}, too, which stay as they are: see whether they suit the output"
             )
             yield Remark("config-layers", text, "note", models=(redact(donor.url),))
+        for moved in (_moved(section, stacking) for section in sections):
+            if moved:
+                text = f"config.json of {redact(donor.url)} does not say of which kind each layer is, {moved}"
+                yield Remark("config-layers", text, models=(redact(donor.url),))
+
+
+def _moved(section: Mapping[str, object], stacking: Stacking) -> str:
+    """Return which layer becomes one of another kind, where loaders tell kinds by number; empty if none does."""
+    kind = str(section.get("model_type")).removesuffix("_text")
+    for key, periods in _BY_NUMBER.items():
+        period = periods.get(kind, 1) if not section.get(key) and not any(map(_PERIOD.fullmatch, section)) else 1
+        for place, (_, layer) in enumerate(stacking.layers):
+            if (layer - place) % period:
+                return (
+                    f"and loaders of {kind!r} tell it by its number, alike every {period}: layer {layer} becomes layer "
+                    f"{place}; a list there with a kind for each layer, `{key}`, follows them into the output"
+                )
+    return ""
 
 
 def _kept(config: Mapping[str, object], num_layers: int) -> Iterator[str]:
@@ -51,5 +84,5 @@ def _kept(config: Mapping[str, object], num_layers: int) -> Iterator[str]:
             yield from _kept(value, num_layers)
         elif key not in NUM_LAYERS_KEYS and _OF_LAYERS.fullmatch(key) and not _SIZES.fullmatch(key):
             is_number = type(value) is int and value > 0
-            if is_number or (isinstance(value, list) and value and len(value) != num_layers):
+            if is_number or len(listed(key, value)) not in (0, num_layers):
                 yield key

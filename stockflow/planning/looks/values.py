@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from stockflow.checkpoints.files.header import DTYPES
 from stockflow.methods.parameters import Parameters
 from stockflow.methods.protocol import Method
+from stockflow.methods.weights import cancel
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of
@@ -52,7 +53,10 @@ def _far_off(method: Method, given: Parameters) -> Iterator[tuple[str, str]]:
 def _odd_sums(method: Method, given: Parameters, divided_by: str | None) -> Iterator[tuple[str, str]]:
     weights = given.per_model.get("weight", ())
     total, sizes = sum(weights), sum(map(abs, weights))
-    if divided_by == "sum" and 0 < abs(total) < SMALL_SUM * sizes:
+    if divided_by == "sum" and sizes and cancel(weights):
+        instead = "they count as they are" if method.base == "required" else "they count alike"
+        yield "sum", f"the weights sum to zero, so nothing is divided by that: {instead}; change them"
+    elif divided_by == "sum" and 0 < abs(total) < SMALL_SUM * sizes:
         most = max(map(abs, weights)) / abs(total)
         text = f"the weights sum to {total:g}, by which all are divided: single ones count up to {most:.3g} times"
         yield "sum", f"{text}; change them{_or_divide_not(method)}"
