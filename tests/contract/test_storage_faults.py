@@ -19,7 +19,7 @@ import pytest
 from stockflow.errors import LostUploadError, StorageError
 from stockflow.storage import StoreOptions, parts
 from stockflow.storage.base import Stamp
-from stockflow.storage.checksums import checksums_confirm, etag_confirms
+from stockflow.storage.checksums import checksums_confirm, crc32c, crc64nvme, etag_confirms
 from stockflow.storage.etags import PartDigests, md5_etag, names_same
 from stockflow.storage.fs import FsspecStore
 from stockflow.storage.objects import ObjectStore
@@ -442,6 +442,14 @@ def test_an_etag_that_only_looks_like_a_digest_is_noticed_once(
     assert store.num_retries == 1
     assert store.read_head("a.bin", 99_999)[0] == SMALL
     assert store.num_retries == 1
+
+
+@pytest.mark.parametrize(("crc", "num_bytes"), [(crc32c, 4), (crc64nvme, 8)])
+def test_checksums_are_taken_of_files_of_any_size(crc: Callable[[bytes], int], num_bytes: int) -> None:
+    """What follows bytes with their own checksum is the same for all bytes, and they are not taken alike."""
+    few, many = b"123456789", random.Random(6).randbytes((1 << 20) + 1)
+
+    assert crc(many + crc(many).to_bytes(num_bytes, "little")) == crc(few + crc(few).to_bytes(num_bytes, "little"))
 
 
 def test_checksums_are_those_of_their_catalogue() -> None:
