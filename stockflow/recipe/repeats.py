@@ -6,8 +6,8 @@ from stockflow.recipe.document import Document, Notice, Path, Problem
 from stockflow.recipe.locations import ignored_revision, parts_of, written
 from stockflow.recipe.model import Recipe
 from stockflow.recipe.settings import parameters_of
-from stockflow.recipe.wording import shown
 from stockflow.storage import redact
+from stockflow.text.escaping import in_a_line
 
 _NAME_MODELS = ("model", "base_model")
 
@@ -41,7 +41,8 @@ def local_revisions(value: object, path: Path = ()) -> Iterator[Notice]:
         text = written(child) if key in _NAME_MODELS else child if path[-1:] == ("models",) else None
         folder = next(filter(None, map(ignored_revision, parts_of(text) if isinstance(text, str) else ())), None)
         if folder:
-            said = f"the folder {shown(folder)} is taken as it is, as folders have no revisions; leave the revision out"
+            asked = f"the folder '{in_a_line(folder)}' is taken as it is"
+            said = f"{asked}, as folders have no revisions; leave the revision out"
             yield Notice((*path, key), "local-revision", said)
         else:
             yield from local_revisions(child, (*path, key))
