@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests import runs
 OLDEST_PIP = "22.3"
 """what Python 3.11.0 came with; no supported Python comes with an older one"""
 RESOLVE_S = 180.0
+_LEAST = re.compile(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)")
 _FILE = re.compile(r"([A-Za-z0-9_.]+)-(\d[A-Za-z0-9_.+!]*?)(?:-\S*?\.whl|\.tar\.gz)")
 
 
@@ -93,6 +95,13 @@ def build_wheel(folder: Path) -> Path:
     subprocess.run(command, check=True, env=_environment())
     (wheel,) = folder.glob("stockflow-*.whl")
     return wheel
+
+
+def oldest_libraries() -> list[str]:
+    """Return the oldest version of each library that pyproject.toml allows, as constraints for pip."""
+    asked = tomllib.loads((runs.REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest = [_LEAST.match(each) for each in asked]
+    return [f"{least[1]}=={least[2]}" for least in oldest if least]
 
 
 def find_python(version: str) -> str | None:

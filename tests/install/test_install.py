@@ -11,9 +11,9 @@ import boto3
 import pytest
 
 from stockflow import __version__
-from tests import runs
+from tests import ray_nodes, runs
 from tests.checkpoints import Family, make_family, write_recipe
-from tests.install.environments import OLDEST_PIP, Environment, build_wheel
+from tests.install.environments import OLDEST_PIP, Environment, build_wheel, oldest_libraries
 
 MOST_VERSIONS = 5
 """of one package whose metadata pip reads before it has an answer: a resolver that walks back reads dozens"""
@@ -112,6 +112,30 @@ def test_it_merges_from_s3_to_s3(
     told = installed.run("stockflow", "verify", f"{bucket}out", "--recipe", recipe, "--inputs", "--json").stdout
 
     assert json.loads(told)["findings"] == []
+
+
+def test_the_oldest_libraries_that_are_allowed_do(wheel: Path, family: Family, tmp_path: Path) -> None:
+    """Records are written and read, Ray merges, and its job API is spoken to: what only newer versions have shows."""
+    constraints = tmp_path / "oldest.txt"
+    constraints.write_text("\n".join(oldest_libraries()))
+    oldest = Environment.make(tmp_path / "venv")
+    oldest.install("--constraint", constraints, wheel)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family)
+    there, submitted = tmp_path / "there", tmp_path / "submitted"
+
+    oldest.run("stockflow", "merge", recipe, there, "--executor", "ray", "--workers", "1", "--quiet")
+    oldest.run("stockflow", "verify", there, "--inputs", "--sample", "100%")
+    oldest.run("stockflow", "report", there, "--html", tmp_path / "report.html")
+    oldest.run("stockflow", "audit", recipe, there, "--json")
+    with ray_nodes.cluster(os.environ) as cluster, pytest.MonkeyPatch.context() as patch:
+        cluster.start_head()
+        cluster.add_node()
+        for name, value in cluster.client_environment.items():
+            patch.setenv(name, value)
+        oldest.run("stockflow", "submit", recipe, submitted, "--address", cluster.url)
+
+    here = runs.merge_here(recipe, tmp_path / "here")
+    assert runs.expected_digests([here]) == [runs.shard_digests(there)] == [runs.shard_digests(submitted)]
 
 
 def test_what_needs_torch_says_how_to_install_it(installed: Environment, family: Family, tmp_path: Path) -> None:
