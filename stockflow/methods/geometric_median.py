@@ -21,12 +21,12 @@ def _no_weight(parameters: Parameters) -> str | None:
     return None if any(parameters.each("weight")) else "every `weight` of `geometric_median` is 0; change one"
 
 
-def _outweighing(parameters: Parameters) -> int | None:
-    """Return the model whose pull the others cannot match together; two of equal weight match each other."""
+def _outweighs(parameters: Parameters) -> bool:
+    """Return whether the pull of all others is no match for one model; two of equal weight match each other."""
     weights = parameters.each("weight")
     most = max(weights)
     matched = math.fsum(weights) - most
-    return weights.index(most) if most > matched or (most == matched and sum(map(bool, weights)) > 2) else None
+    return most > matched or (most == matched and sum(map(bool, weights)) > 2)
 
 
 @linear_method(
@@ -43,7 +43,7 @@ def _outweighing(parameters: Parameters) -> int | None:
     facts=("mean_cosine", "min_cosine", "max_cosine", "angle", "share", "iterations"),
     tolerance=Tolerance(fact=_fact_tolerance),
     refuses=_no_weight,
-    outweighs=_outweighing,
+    outweighs=_outweighs,
 )
 def geometric_median(gram: Gram, parameters: Parameters) -> Coefficients:
     """Return the y that makes ``sum_i a_i |w_i - y|`` least, ``y = sum_i p_i w_i`` with shares that sum to 1.

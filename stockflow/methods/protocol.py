@@ -264,8 +264,8 @@ class Method:
     """what stands against values that are right one by one"""
     copies: Callable[[Parameters], bool] | None = None
     """whether the result is the only source, bit for bit, if it has the same dtype"""
-    outweighs: Callable[[Parameters], int | None] = lambda _: None
-    """which model, by its number among those that count, the weights alone make the result"""
+    outweighs: Callable[[Parameters], bool] = lambda _: False
+    """whether the weights alone make one of the models the result"""
 
     @property
     def required_per_model(self) -> tuple[str, ...]:
@@ -316,7 +316,7 @@ def linear_method(
     columns_if: str | None = None,
     refuses: Callable[[Parameters], str | None] = lambda _: None,
     copies: Callable[[Parameters], bool] | None = None,
-    outweighs: Callable[[Parameters], int | None] = lambda _: None,
+    outweighs: Callable[[Parameters], bool] = lambda _: False,
 ) -> Callable[[Coefficient], Coefficient]:
     """Register a function from a Gram matrix to coefficients as a merge method."""
     if base == "optional":

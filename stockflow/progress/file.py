@@ -183,7 +183,7 @@ class Tracker:
 
 
 @contextmanager
-def progress_file(store: Store, tracker: Tracker) -> Iterator[Callable[[], None]]:
+def progress_file(store: Store, tracker: Tracker, last_report_s: float = LAST_REPORT_S) -> Iterator[Callable[[], None]]:
     """Provide what writes progress.json, and see that its last state is how the block ended.
 
     A run that ended before it reported anything leaves no progress.json if it was successful: the manifest says it.
@@ -192,7 +192,7 @@ def progress_file(store: Store, tracker: Tracker) -> Iterator[Callable[[], None]
     try:
         yield file.write
     except (OutputConflictError, StorageError) as error:
-        file.end_if_taken(error)
+        file.end_if_taken(error, last_report_s)
         raise
     except BaseException as error:
         cause = cause_of(error)
@@ -222,13 +222,13 @@ class _File:
         with finishing(), suppress(StockflowError):  # status then finds that no run is at work
             self.write()
 
-    def end_if_taken(self, error: StockflowError) -> None:
+    def end_if_taken(self, error: StockflowError, last_report_s: float) -> None:
         """Try it once, where storage may be gone or the prefix another one's; nothing waits for it for long."""
         self._tracker.end("failed", error)
         if self._tracker.has_begun:
             thread = threading.Thread(target=self._write_if_ours, args=(error,), name="last report", daemon=True)
             thread.start()
-            thread.join(LAST_REPORT_S)
+            thread.join(last_report_s)
 
     def _write_if_ours(self, error: StockflowError) -> None:
         with suppress(StockflowError):

@@ -135,7 +135,16 @@ def submit(jobs: "Jobs", request: Submission) -> Submitted:
         # Somebody else took this id just now: it is in the list by now.
 
 
-def follow(jobs: "Jobs", job_id: str, on_text: OnText, on_note: OnText, *, entrypoint: str = "") -> "Job":
+def follow(
+    jobs: "Jobs",
+    job_id: str,
+    on_text: OnText,
+    on_note: OnText,
+    *,
+    entrypoint: str = "",
+    look_s: float = LOOK_S,
+    lost_s: float = LOST_S,
+) -> "Job":
     """Pass on what a job says until it is over; return how it ended.
 
     Args:
@@ -144,6 +153,8 @@ def follow(jobs: "Jobs", job_id: str, on_text: OnText, on_note: OnText, *, entry
         on_text: told what the job says.
         on_note: told what the follower has to say.
         entrypoint: if given, the job's log up to where Ray repeats it is left out.
+        look_s: seconds between looks.
+        lost_s: how long the head may not answer.
 
     Raises:
         AccessDeniedError: the token is no longer accepted.
@@ -152,13 +163,13 @@ def follow(jobs: "Jobs", job_id: str, on_text: OnText, on_note: OnText, *, entry
     with closing(_Log(jobs, job_id, on_text, entrypoint)) as log:
         heard, told = time.monotonic(), ""
         while True:
-            log.read(LOOK_S)
-            job = _asked(jobs, job_id, heard)
+            log.read(look_s)
+            job = _asked(jobs, job_id, heard, lost_s)
             if job is None:
                 if told != "lost":
                     told = "lost"
-                    on_note(f"the head does not answer; trying for up to {LOST_S:.0f} s")
-                time.sleep(LOOK_S)
+                    on_note(f"the head does not answer; trying for up to {lost_s:.0f} s")
+                time.sleep(look_s)
                 continue
             heard = time.monotonic()
             if job.is_over:
@@ -172,16 +183,16 @@ def follow(jobs: "Jobs", job_id: str, on_text: OnText, on_note: OnText, *, entry
                 on_note(f"the job waits to be started: {job.message}")
 
 
-def _asked(jobs: "Jobs", job_id: str, heard: float) -> "Job | None":
+def _asked(jobs: "Jobs", job_id: str, heard: float, lost_s: float) -> "Job | None":
     """How a job is; None if the cluster does not answer, and was heard of not long ago."""
     try:
         return jobs.job(job_id)
     except NotFoundError as error:
         raise ComputeLostError(f"{error}. Submit the same again to resume") from None
     except ComputeLostError as error:
-        if time.monotonic() - heard > LOST_S:
+        if time.monotonic() - heard > lost_s:
             raise ComputeLostError(
-                f"{error}. It was tried for {LOST_S:.0f} s; the job may go on: submit the same again to follow it"
+                f"{error}. It was tried for {lost_s:.0f} s; the job may go on: submit the same again to follow it"
             ) from None
         return None
 

@@ -20,7 +20,7 @@ from tests.selection import by_name, diagonal
 RANDOM = torch.Generator().manual_seed(7)
 X, Y, Z = (torch.randn(1000, generator=RANDOM) for _ in range(3))
 NOTHING = torch.zeros(1000)
-WEIGHTS = {"nuslerp": [0.4, 0.7], "multislerp": [0.4, 0.7, 0.3], "geometric_median": [0.6, 0.6, 0.7], "karcher": None}
+WEIGHTS = {"nuslerp": [0.4, 0.7], "multislerp": [0.4, 0.7, 0.3], "geometric_median": [0.4, 0.7, 0.6], "karcher": None}
 METHODS = pytest.mark.parametrize("method", WEIGHTS)
 SHAPES: dict[str, Shape] = {"model.layers.0.experts": (3, 8, 40), "model.layers.0.mlp.weight": (17, 23), "norm": (33,)}
 

@@ -220,20 +220,17 @@ def test_weights_that_no_index_names_are_said_with_tensors_and_bytes(folder: Pat
     assert "4 files of weights of " in remark.text
 
 
-def test_many_subfolders_are_bounded_and_those_that_were_not_listed_are_said(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tree, "MAX_FOLDERS", 2)
-    monkeypatch.setattr(tree, "MAX_FILES", 3)
-    write(folder, {f"{name}/{number}": "1" for name in ("aaa", "bbb", "ccc") for number in range(5)})
+def test_many_subfolders_are_bounded_and_those_that_were_not_listed_are_said(folder: Path) -> None:
+    write(folder, {f"aaa/{number}": "1" for number in range(tree.MAX_FILES + 1)})
+    write(folder, {f"b{number:02}/x": "1" for number in range(tree.MAX_FOLDERS)})
     write(folder, {"additional_chat_templates/x.jinja": "1"})
 
     checkpoint = opened(folder)
 
     assert "additional_chat_templates/x.jinja" in checkpoint.side_files, "what loaders ask for is listed first"
     (remark,) = checkpoint.remarks
-    assert remark.values["not listed to the end"] == "aaa, bbb, ccc"
-    assert "3 files of no known kind (3 B), 3 folders not listed to the end" in remark.text
+    assert remark.values["not listed to the end"] == "aaa, b30, b31"
+    assert "1,030 files of no known kind (1.03 kB), 3 folders not listed to the end" in remark.text
 
 
 DAMAGE: dict[str, tuple[str, str | bytes, str]] = {

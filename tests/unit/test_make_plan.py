@@ -240,7 +240,7 @@ ELECTING = ["ties", "dare_ties", "della", "breadcrumbs_ties"]
 """Methods that divide each number by the weights that agree on its sign."""
 
 
-def said_of_cancelling(merge: Merge, method: str, flag: str | None, asked: bool, second: float = -0.9999) -> list[str]:
+def said_of_weights(merge: Merge, method: str, flag: str | None, asked: bool, second: float = -0.9999) -> list[str]:
     models = [
         {"model": str(folder), "parameters": {"weight": weight}}
         for folder, weight in zip(merge.folders[1:], (1.0, second), strict=True)
@@ -250,16 +250,23 @@ def said_of_cancelling(merge: Merge, method: str, flag: str | None, asked: bool,
     return [each.text for each in plan.remarks if each.code == "far-values"]
 
 
+@pytest.mark.parametrize(("second", "num_said"), [(0.4, 1), (1.0, 0)])
+def test_a_median_that_one_weight_decides_is_said(merge: Merge, second: float, num_said: int) -> None:
+    said = said_of_weights(merge, "geometric_median", None, True, second)
+
+    assert said == ["with `weight: 1, 0.4` one model outweighs the others: it is the result itself"] * num_said
+
+
 @pytest.mark.parametrize("method", DIVIDED)
 def test_weights_that_cancel_magnify_what_models_have_apart(merge: Merge, method: str) -> None:
     flag = DIVIDED[method]
 
-    (said,) = said_of_cancelling(merge, method, flag, True)
+    (said,) = said_of_weights(merge, method, flag, True)
 
     assert said.startswith("the weights sum to 0.0001, by which all are divided: single ones count up to 1e+04 times")
     assert said.endswith(f"; change them, or `{flag}: false`" if flag else "; change them")
     if flag:
-        assert not any("by which all are divided" in text for text in said_of_cancelling(merge, method, flag, False))
+        assert not any("by which all are divided" in text for text in said_of_weights(merge, method, flag, False))
 
 
 @pytest.mark.parametrize("method", sorted(DIVIDED.keys() - {"linear", "multislerp"}))
@@ -267,16 +274,16 @@ def test_weights_that_cancel_magnify_what_models_have_apart(merge: Merge, method
 def test_weights_that_sum_to_zero_are_said_by_methods_that_do_not_refuse_them(
     merge: Merge, method: str, second: float
 ) -> None:
-    (said,) = said_of_cancelling(merge, method, DIVIDED[method], True, second)
+    (said,) = said_of_weights(merge, method, DIVIDED[method], True, second)
 
     assert said.startswith("the weights sum to zero, so nothing is divided by that: they count ")
     assert ("alike" if method == "nuslerp" else "as they are") in said
-    assert DIVIDED[method] is None or not said_of_cancelling(merge, method, DIVIDED[method], False, second)
+    assert DIVIDED[method] is None or not said_of_weights(merge, method, DIVIDED[method], False, second)
 
 
 @pytest.mark.parametrize("method", ELECTING)
 def test_weights_of_methods_that_elect_signs_do_not_cancel(merge: Merge, method: str) -> None:
-    assert said_of_cancelling(merge, method, "normalize", True) == []
+    assert said_of_weights(merge, method, "normalize", True) == []
 
 
 def test_what_all_tunes_have_is_not_advised_to_be_left_out(merge: Merge) -> None:

@@ -319,8 +319,6 @@ ALONE = [
     ("nuslerp", (1, 0), {}, 0),
     ("nuslerp", (0, 0), {}, None),
     ("multislerp", (0, 1), {}, 1),
-    ("geometric_median", (0.6, 0.4), {}, 0),
-    ("geometric_median", (0.5, 0.5), {}, None),
 ]
 """Methods, weights of two models, further parameters, and which of the two is the result, if one is."""
 

@@ -369,52 +369,50 @@ RUNNING = Job("j", "RUNNING", None, "")
 DONE = Job("j", "SUCCEEDED", 0, "")
 
 
-def followed(monkeypatch: pytest.MonkeyPatch, jobs: Any, entrypoint: str = "") -> tuple[str, list[str]]:
-    monkeypatch.setattr(submission, "LOOK_S", 0.01)
+def followed(jobs: Any, entrypoint: str = "", lost_s: float = submission.LOST_S) -> tuple[str, list[str]]:
     said: list[str] = []
     notes: list[str] = []
     try:
-        assert follow(jobs, "j", said.append, notes.append, entrypoint=entrypoint) == DONE
+        assert follow(jobs, "j", said.append, notes.append, entrypoint=entrypoint, look_s=0.01, lost_s=lost_s) == DONE
     finally:
         assert jobs.num_open == 0
     return "".join(said), notes
 
 
-def test_each_line_is_shown_once_though_the_stream_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_line_is_shown_once_though_the_stream_breaks() -> None:
     log = "setting up\nrun: stockflow\nmerge\none\ntwo\nthree\n"
     streams = [[log[:17], None], [log[:5], log[5:38], None], [], *[[]] * 9]
 
-    plain, _ = followed(monkeypatch, Scripted(log, streams, [RUNNING, RUNNING, RUNNING, DONE]))
-    without, _ = followed(monkeypatch, Scripted(log, streams, [RUNNING, RUNNING, DONE]), "stockflow\nmerge")
-    not_begun, _ = followed(monkeypatch, Scripted("no space left\n", [[]] * 9, [DONE]), "stockflow\nmerge")
+    plain, _ = followed(Scripted(log, streams, [RUNNING, RUNNING, RUNNING, DONE]))
+    without, _ = followed(Scripted(log, streams, [RUNNING, RUNNING, DONE]), "stockflow\nmerge")
+    not_begun, _ = followed(Scripted("no space left\n", [[]] * 9, [DONE]), "stockflow\nmerge")
 
     assert plain == log
     assert without == "one\ntwo\nthree\n"
     assert not_begun == "no space left\n"
 
 
-def test_a_head_that_is_silent_for_a_while_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_is_silent_for_a_while_is_waited_for() -> None:
     gone: list[Job | Exception] = [ComputeLostError("no head")] * 3
-    said, notes = followed(monkeypatch, Scripted("x\n", [[]] * 9, [RUNNING, *gone, RUNNING, DONE]))
+    said, notes = followed(Scripted("x\n", [[]] * 9, [RUNNING, *gone, RUNNING, DONE]))
 
     assert said == "x\n"
     assert notes == ["the head does not answer; trying for up to 300 s"]
-    monkeypatch.setattr(submission, "LOST_S", 0.0)
     with pytest.raises(ComputeLostError, match="the job may go on: submit the same again to follow it"):
-        followed(monkeypatch, Scripted("", [[]] * 9, [RUNNING, *gone]))
+        followed(Scripted("", [[]] * 9, [RUNNING, *gone]), lost_s=0.0)
     with pytest.raises(ComputeLostError, match="Submit the same again to resume"):
-        followed(monkeypatch, Scripted("", [[]] * 9, [RUNNING, NotFoundError("not known")]))
+        followed(Scripted("", [[]] * 9, [RUNNING, NotFoundError("not known")]))
 
 
 @pytest.mark.parametrize("error", [ComputeLostError("no head"), NotFoundError("no job"), AccessDeniedError("no token")])
-def test_a_log_that_cannot_be_read_leaves_the_result(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, notes = followed(monkeypatch, Scripted(error, [["one\n"], *[[]] * 9], [RUNNING, DONE]), "never said")
+def test_a_log_that_cannot_be_read_leaves_the_result(error: Exception) -> None:
+    said, notes = followed(Scripted(error, [["one\n"], *[[]] * 9], [RUNNING, DONE]), "never said")
 
     assert said == "one\n"
     assert notes == [f"the job is over, and the last of what it said is missing here: {error}"]
 
 
-def test_what_is_held_for_an_entrypoint_that_never_comes_is_shown_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_held_for_an_entrypoint_that_never_comes_is_shown_meanwhile() -> None:
     log = "".join(f"line {number}\n" for number in range(2000))
     shown_while: list[int] = []
     said: list[str] = []
@@ -424,9 +422,8 @@ def test_what_is_held_for_an_entrypoint_that_never_comes_is_shown_meanwhile(monk
             shown_while.append(len("".join(said)))
             return super().job(job_id)
 
-    monkeypatch.setattr(submission, "LOOK_S", 0.01)
     jobs: Any = Looked(log, [[log, None], *[[]] * 9], [RUNNING, DONE])
-    follow(jobs, "j", said.append, lambda note: None, entrypoint="stockflow\nmerge")
+    follow(jobs, "j", said.append, lambda note: None, entrypoint="stockflow\nmerge", look_s=0.01)
 
     assert shown_while[0] == len(log)
     assert "".join(said) == log

@@ -249,9 +249,7 @@ def test_a_conflict_is_reported_only_where_the_prefix_is_still_ours(
 
 
 @pytest.mark.parametrize("answer", ["refuses", "hangs"])
-def test_storage_that_is_gone_does_not_keep_a_run_from_ending(
-    plan: MergePlan, answer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_storage_that_is_gone_does_not_keep_a_run_from_ending(plan: MergePlan, answer: str) -> None:
     tried, ended, waited = threading.Event(), threading.Event(), threading.Event()
 
     class Gone:
@@ -261,9 +259,8 @@ def test_storage_that_is_gone_does_not_keep_a_run_from_ending(
                 waited.set()
             raise StorageError("still gone")
 
-    monkeypatch.setattr("stockflow.progress.file.LAST_REPORT_S", 0.1)
     store: Any = Gone()
-    with pytest.raises(StorageError, match=r"^gone$"), progress_file(store, merging(plan, Clock())):
+    with pytest.raises(StorageError, match=r"^gone$"), progress_file(store, merging(plan, Clock()), 0.1):
         raise StorageError("gone")
     ended.set()
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from stockflow.checkpoints.tokens import vocabularies
-from tests.token_files import added, ids_of, sentencepiece_model, tekken_json, tiktoken_lines, tokenizer_json
+from tests.token_files import added, ids_of, sentencepiece_model, tekken_json, tiktoken_lines
 
 CORPUS = ["the stock of two models is merged", "eine Brücke über den Fluß", "naïve café — 日本語 🙂 <|x|>"]
 
@@ -104,11 +104,9 @@ def test_what_is_no_vocabulary_is_refused_in_a_line(
     assert "\n" not in str(caught.value)
 
 
-def test_how_many_values_a_file_may_hold_is_bounded_before_any_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabularies, "MAX_VALUES", 50)
-
-    with pytest.raises(ValueError, match="at most 50 are read"):
-        vocabularies.tokenizer_json(tokenizer_json([str(number) for number in range(60)]).encode())
+def test_how_many_values_a_file_may_hold_is_bounded_before_any_exists() -> None:
+    with pytest.raises(ValueError, match="at most 20,000,000 are read"):
+        vocabularies.tokenizer_json(b"[" + b"0," * vocabularies.MAX_VALUES + b"0]")
 
 
 def test_added_tokens_and_those_of_a_decoder_are_read_alike() -> None:

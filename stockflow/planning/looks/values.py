@@ -51,6 +51,8 @@ def _far_off(method: Method, given: Parameters) -> Iterator[tuple[str, str]]:
 
 
 def _odd_sums(method: Method, given: Parameters, divided_by: str | None) -> Iterator[tuple[str, str]]:
+    if method.outweighs(given):
+        yield "outweighed", f"with `{_weights_in_words(given)}` one model outweighs the others: it is the result itself"
     weights = given.per_model.get("weight", ())
     total, sizes = sum(weights), sum(map(abs, weights))
     if divided_by == "sum" and sizes and cancel(weights):
@@ -111,10 +113,10 @@ def only_source(method: Method, given: Parameters) -> tuple[int, str] | None:
                 return 0, f"{each.name}: 0"
             if each.role == "place" and given.values(each) == (1.0,):
                 return 1, f"{each.name}: 1"
-    number = method.outweighs(given)
-    if number is None and _is_alone(method, given):
-        number = next(number for number, weight in enumerate(given.each("weight")) if weight)
-    return None if number is None else (number + is_anchored, _weights_in_words(given))
+    if not _is_alone(method, given):
+        return None
+    number = next(number for number, weight in enumerate(given.each("weight")) if weight)
+    return number + is_anchored, _weights_in_words(given)
 
 
 def _is_alone(method: Method, given: Parameters) -> bool:
