@@ -335,6 +335,7 @@ _COMPUTES = re.compile(
     r"|feat_extract_norm|(.*_)?pool(ing|er)?_(type|mode|method)|summary_type|.*(attention|attn|pos_att|embeddings?)_type"
     r"|(attention|logits?|scores?|residual|embed(ding)?|depth|route(r)?|moe_routed)_(value_)?scal(e|ing)(_factor)?"
     r"|scale_\w+|(.*_)?(alpha|beta)_factor|gelu_activation|label_names|(image_|norm_)?(mean|std)|interpolation|crop_\w+"
+    r"|tokenizer_kwargs"
 )
 """Keys by whose names a model computes with them, whatever its class."""
 

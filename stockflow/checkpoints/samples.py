@@ -3,10 +3,11 @@
 Of codes the scales are sampled: they are as large as the numbers they stand for.
 """
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled, plain
 from stockflow.checkpoints.files.header import TensorSpec
@@ -17,9 +18,17 @@ from stockflow.kernels.arrays import Floats
 from stockflow.storage import Store
 
 T = TypeVar("T")
-NUM_SAMPLES = 8
+Kind = Literal["matrix", "norm", "statistics", "scales"]
+"""Of a tensor: ``norm`` for the weights of norms, ``statistics`` for running ones, ``scales`` for those of codes."""
+NUM_SAMPLES, NUM_VECTORS = 8, 4
 SAMPLE_ELEMS = 2048
 NUM_READERS = 16
+RUNNING_STATISTICS = (
+    *(".running_mean", ".running_var", ".moving_mean", ".moving_variance", ".cluster_size", ".embed_avg"),
+    *(".weight_u", ".parametrizations.weight.0._u"),
+)
+"""Ends of the names; the last two are of spectral norms."""
+_NORM = re.compile(r"(norm|(^|\.)ln)\w*(\.\w+)*\.(weight|scale|gamma)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -31,7 +40,7 @@ class Sample:
     """as they are stored"""
     values: Floats
     """the same as float64"""
-    is_of_scales: bool = False
+    kind: Kind = "matrix"
 
 
 Samples = Sequence[Sequence[Sample]]
@@ -39,7 +48,7 @@ Samples = Sequence[Sequence[Sample]]
 
 
 def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> Samples:
-    """Return samples of matrices, and of scales of codes, that all checkpoints have, over all their depth.
+    """Return samples of matrices, norms, running statistics and scales of codes that all have, over all their depth.
 
     Each is one small read.
 
@@ -56,16 +65,34 @@ def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> 
 
 
 def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
-    """Return matrices of floats and scales of equal codes that all have, from the first to the last in equal steps."""
+    """Return floats and scales of equal codes that all have, of each kind from the first to the last in equal steps."""
     coded = {name for each in checkpoints for name in each.stored}
-    matrices = [
-        spec
-        for spec in checkpoints[0].specs.values()
-        if spec.kind == "float" and len(spec.shape) > 1 and spec.name not in coded
-    ]
-    looked_at = _spread(matrices, 4 * NUM_SAMPLES)
+    plain_ones = [spec for name, spec in checkpoints[0].specs.items() if spec.kind == "float" and name not in coded]
+    matrices = [spec for spec in plain_ones if len(spec.shape) > 1]
+    vectors = [spec for spec in plain_ones if len(spec.shape) == 1]
+    norms = [spec for spec in vectors if is_of_a_norm(spec.name)]
+    statistics = [spec for spec in vectors if spec.name.endswith(RUNNING_STATISTICS)]
+    kinds = (matrices, NUM_SAMPLES), (norms, NUM_VECTORS), (statistics, NUM_VECTORS)
+    return [*(spec for specs, count in kinds for spec in _alike(checkpoints, specs, count)), *_scales(checkpoints)]
+
+
+def is_of_a_norm(name: str) -> bool:
+    """Return whether a vector is what a norm multiplies by."""
+    return bool(_NORM.search(name))
+
+
+def _alike(checkpoints: Sequence[Checkpoint], specs: list[TensorSpec], count: int) -> list[TensorSpec]:
+    looked_at = _spread(specs, 4 * count)
     alike = [spec for spec in looked_at if all(_has_alike(each, spec) for each in checkpoints)]
-    return [*_spread([spec for spec in alike if spec.num_elems], NUM_SAMPLES), *_scales(checkpoints)]
+    return _spread([spec for spec in alike if spec.num_elems], count)
+
+
+def _kind_of(checkpoint: Checkpoint, spec: TensorSpec) -> Kind:
+    if spec.name not in checkpoint.specs:
+        return "scales"
+    if len(spec.shape) > 1:
+        return "matrix"
+    return "statistics" if spec.name.endswith(RUNNING_STATISTICS) else "norm"
 
 
 def _scales(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
@@ -112,4 +139,4 @@ def _sample(store: Store, checkpoint: Checkpoint, spec: TensorSpec) -> Sample:
             payload += buffer
     numbers = as_numbers(payload, own.dtype)
     assert numbers is not None
-    return Sample(spec.name, payload, numbers, spec.name not in checkpoint.specs)
+    return Sample(spec.name, payload, numbers, _kind_of(checkpoint, spec))

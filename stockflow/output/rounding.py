@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from stockflow.checkpoints.samples import is_of_a_norm
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.plan import MergePlan
 from stockflow.storage import redact
@@ -56,9 +57,9 @@ def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]
     """Yield which tensors of a model differ from the base as if they were others: swapped, or made anew."""
     urls = [redact(each.url) for each in plan.models]
     known = {url for remark in plan.remarks if remark.code == "stranger" for url in remark.models}
-    matrices = [row for row in rows if len(row.delta_norms) == len(urls) - 1 and _is_large_matrix(row)]
+    measured = [row for row in rows if len(row.delta_norms) == len(urls) - 1 and _is_told(row)]
     for number, url in enumerate(urls[1:]):
-        if url not in known and (names := tuple(row.name for row in matrices if _is_strange(row, number))):
+        if url not in known and (names := tuple(row.name for row in measured if _is_strange(row, number))):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             text = (
                 f"{url} differs from {urls[0]} by at least the weights' own size in {shown(names[0])}{more}: made "
@@ -67,8 +68,10 @@ def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]
             yield Remark("stranger", text, models=(url,), tensors=names)
 
 
-def _is_large_matrix(row: TensorFacts) -> bool:
-    return len(row.shape) > 1 and row.num_elems >= MIN_STRANGER_ELEMS
+def _is_told(row: TensorFacts) -> bool:
+    """Return whether a change as large as the tensor itself is no tune's: of large matrices and weights of norms."""
+    is_matrix = len(row.shape) > 1 and row.num_elems >= MIN_STRANGER_ELEMS
+    return is_matrix or (len(row.shape) == 1 and is_of_a_norm(row.name))
 
 
 def _is_strange(row: TensorFacts, number: int) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
-from stockflow.checkpoints.samples import take_samples
+from stockflow.checkpoints.samples import Samples, take_samples
 from stockflow.events import Event, Note, OnEvent, Stage, Workers, all_of, ignore
 from stockflow.output.keys import plan_key
 from stockflow.output.manifest import Manifest
@@ -21,6 +21,7 @@ from stockflow.planning import file as plan_file
 from stockflow.planning.budget import BASELINE_BYTES, Workspace, client_bytes, divide, least_memory, planned_bytes
 from stockflow.planning.make import LEAST_GOOD_SHARD_BYTES, few_shards_note
 from stockflow.planning.plan import MergePlan, ShardPlan
+from stockflow.planning.views import under_names_of
 from stockflow.run import shard_events
 from stockflow.run.inputs import Inputs, collector_paused
 from stockflow.run.presence import at_work
@@ -91,7 +92,7 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
         shard_size=options.shard_size,
         strict=options.strict,
         accepted=options.accepted,
-        samples=take_samples(inputs.stores[: len(inputs.merged)], inputs.merged),
+        samples=_samples(inputs),
     )
     workspace = divide(
         plan.jobs,
@@ -101,6 +102,13 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
         direct=_is_direct(inputs, options),
     )
     return plan, workspace
+
+
+def _samples(inputs: Inputs) -> Samples:
+    """Return samples of the models that are merged, found under the names that they are read by."""
+    donor = inputs.merged[inputs.recipe.donor]
+    seen = [under_names_of(donor, each) for each in inputs.merged]
+    return take_samples(inputs.stores[: len(seen)], seen)
 
 
 def output_url(inputs: Inputs, output: str) -> str:

@@ -285,6 +285,24 @@ def test_matrices_the_other_way_round_are_named_though_the_rest_is_a_tune(tmp_pa
     assert set(remark.tensors) <= set(names)
 
 
+def test_norms_that_another_library_stores_one_higher_are_named_though_the_rest_is_a_tune(tmp_path: Path) -> None:
+    """As llama.cpp and others hold those of Gemma; all base norms are near zero there."""
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1)]
+    raised, family = llamas(tmp_path, dict.fromkeys(names, lambda tensor: tensor + 3))
+
+    plan = planned(recipe_at(tmp_path, family.base, family.tuned[1], raised))
+
+    (remark,) = (each for each in plan.remarks if each.code == "stranger")
+    assert (remark.models, remark.tensors) == ((str(raised),), tuple(names))
+
+
+def test_a_copy_whose_names_are_wrapped_is_suspected(tmp_path: Path, family: Family) -> None:
+    own = load_file(family.base / "model.safetensors")
+    copy = write_checkpoint(tmp_path / "copy", {f"module.{name}": tensor for name, tensor in own.items()}, config=TIED)
+
+    assert codes(planned(recipe_at(tmp_path, family.base, family.tuned[0], copy))) == ["other-names", "same-samples"]
+
+
 def test_zeros_of_a_download_that_broke_off_are_named(tmp_path: Path) -> None:
     broken, family = llamas(tmp_path, {"lm_head.weight": torch.zeros_like})
 
@@ -309,8 +327,8 @@ def test_models_without_a_base_that_have_nothing_to_do_with_each_other_are_named
     assert (remark.code, remark.models) == ("stranger", (str(stranger),))
 
 
-def test_samples_are_one_small_read_of_each_of_eight_matrices(tmp_path: Path, family: Family) -> None:
-    from stockflow.checkpoints.samples import NUM_SAMPLES, SAMPLE_ELEMS, take_samples
+def test_samples_are_one_small_read_of_each_of_eight_matrices_and_four_norms(tmp_path: Path, family: Family) -> None:
+    from stockflow.checkpoints.samples import NUM_SAMPLES, NUM_VECTORS, SAMPLE_ELEMS, take_samples
 
     folders = (family.base, *family.tuned)
     stores = [open_store(str(folder), StorageConfig()) for folder in folders]
@@ -318,5 +336,5 @@ def test_samples_are_one_small_read_of_each_of_eight_matrices(tmp_path: Path, fa
 
     assert len(samples) == len(folders)
     assert len({tuple(each.name for each in own) for own in samples}) == 1
-    assert all(0 < len(own) <= NUM_SAMPLES for own in samples)
+    assert all(0 < len(own) <= NUM_SAMPLES + NUM_VECTORS for own in samples)
     assert max(len(each.values) for own in samples for each in own) <= SAMPLE_ELEMS

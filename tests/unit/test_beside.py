@@ -115,6 +115,16 @@ def test_code_and_modules_that_are_named_in_vain_are_said(
     assert remarks["missing-files"].values == {"names": names}
 
 
+def test_a_vocabulary_that_code_opens_is_copied_with_it(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {
+        "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}),
+        "tokenization_x.py": 'FILES = {"file": "words_2023.txt"}; OTHER = "config.json"', "words_2023.txt": "a",
+    }  # fmt: skip
+    folder = write(write_checkpoint(tmp_path / "m", TENSORS, side_files={}), {**files, "notes.txt": "mine"})
+
+    assert opened(folder).side_files.keys() == files.keys()
+
+
 def test_side_files_that_only_others_have_are_said(family: Family, tmp_path: Path) -> None:
     for model in family.tuned:
         write(model, {"chat_template.jinja": "{{ x }}", "LICENSE": "mine", "trainer_state.json": "{}"})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import stockflow
 from stockflow.planning.job import COPY, COPY_EQUAL
 from stockflow.planning.plan import MergePlan
 from tests import runs
@@ -241,6 +242,16 @@ def test_many_counters_that_differ_are_one_line_with_the_rule_to_paste(merge: Me
     assert merge.plan(stockflow=rule(filter=".bn.num_batches_tracked", action="copy"))
 
 
+def test_running_statistics_that_no_training_changed_are_quiet(merge: Merge, tmp_path: Path) -> None:
+    for name in ("bn.running_mean", "bn.running_var"):
+        add(merge, name, *drawn((4,))[:1] * 3)
+    merge.write(config={})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(merge.recipe))
+
+    said = stockflow.plan(tmp_path / "recipe.yaml", tmp_path / "out").plan.remarks
+    assert {remark.code for remark in said} == {"stranger"}, "the models are drawn apart"
+
+
 def test_means_of_running_statistics_are_said(merge: Merge) -> None:
     for name in ("bn.running_mean", "bn.running_var", "codebook.embed_avg", "conv.weight_u"):
         add(merge, name, *(tensor.abs() for tensor in drawn((4,))))
@@ -372,10 +383,11 @@ def test_matrices_that_changed_places_are_said_when_all_of_them_were_read(merge:
         order = [0, 1, 2, 4, 3, *range(5, 20)] if number == 2 else range(20)
         own.clear()
         own.update({name: (drawn[at] * (1 + 0.01 * number)).to(BF16) for name, at in zip(names, order, strict=True)})
+        own.update({f"{at}.norm.weight": torch.full((9,), 0.1 + (number == 2 and at == 2)) for at in range(6)})
     merge.write(config={})
     (tmp_path / "recipe.yaml").write_text(json.dumps(merge.recipe))
     result = runs.merge_here(tmp_path / "recipe.yaml", tmp_path / "out")
 
     assert "stranger" not in codes(result.plan)
     (said,) = (remark for remark in result.manifest.remarks if remark.code == "stranger")
-    assert (said.models, said.tensors) == ((str(merge.folders[2]),), ("03.weight", "04.weight"))
+    assert (said.models, said.tensors) == ((str(merge.folders[2]),), ("2.norm.weight", "03.weight", "04.weight"))

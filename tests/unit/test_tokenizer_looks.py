@@ -370,6 +370,10 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         (FORCED, FORCED | {"generation_config.json": '{"forced_bos_token_id": 0, "temperature": 0.6}'}),
         {"not-taken": "note", "side-files-differ": "warning"},
     ),
+    "code that only a tokenizer names, where no code is there": (
+        (config(auto_map={"AutoTokenizer": ["tokenization_x.X", None]}),) * 2,
+        {"missing-files": "warning"},
+    ),
     "a template that breaks off": (
         (FAST | {"chat_template.jinja": CHATML[:-6]}, FAST | {"chat_template.jinja": CHATML[:-6]}),
         {"template-unread": "warning"},

@@ -57,6 +57,7 @@ _REFERENCE = re.compile(r"([\w./]+)\.\w+")
 _OF_ONE_FILE = re.compile(r"[a-z_]\w*\.[A-Z]\w*")
 """``custom_st.Transformer``: a class in a file beside the model; classes of libraries lie deeper"""
 _FROM = re.compile(r"^[ \t]*from[ \t]+(\.+)([\w.]*)[ \t]+import[ \t]+(?:\(([^()]*)\)|([^\n(]*))", re.MULTILINE)
+_OPENED = re.compile(r"""["']([\w-][\w.-]*\.(?:txt|model|tiktoken|vocab|bpe))["']""")
 _IMPORT = re.compile(r"^[ \t]*import[ \t]+\.(\w+)\b", re.MULTILINE)
 
 ReadJson = Callable[[str], object]
@@ -100,7 +101,7 @@ def code_files(
     read_json: ReadJson,
     read_text: ReadText,
 ) -> tuple[set[str], list[str]]:
-    """Return the Python files that the configs name for loaders with those that these import, and which are missing.
+    """Return the Python files that configs name for loaders, what these import and open, and which are missing.
 
     Args:
         keys: the files of the folder and its subfolders; without a Python file among them nothing is read.
@@ -120,9 +121,16 @@ def code_files(
     found: set[str] = set()
     while waiting:
         key = waiting.pop()
-        found.add(key)
-        waiting |= (set(_imported(key, read_text(key))) & present) - found
+        source = read_text(key)
+        found |= {key, *(_opened(key, source) & set(keys))}
+        waiting |= (set(_imported(key, source)) & present) - found
     return found, list(dict.fromkeys(missing))
+
+
+def _opened(key: str, source: str) -> set[str]:
+    """Return the vocabularies that code may open beside itself, of which it has the whole names."""
+    folder, dot, _ = key.rpartition("/")
+    return {f"{folder}{dot}{name}" for name in _OPENED.findall(source)}
 
 
 def _files_of(reference: str) -> Iterator[str]:

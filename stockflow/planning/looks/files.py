@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.beside.side_files import is_of_tokenizer
+from stockflow.checkpoints.beside.side_files import code_files, is_of_tokenizer
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
@@ -23,7 +23,7 @@ def omitted_files(proposal: Proposal) -> Iterator[Remark]:
 def missing_files(proposal: Proposal) -> Iterator[Remark]:
     """Yield which code and which modules the configs that go out name although they are not there."""
     for donor in {id(each): each for each in (proposal.donor, proposal.side_files_donor)}.values():
-        names = donor.missing_files
+        names = (*donor.missing_files, *(_missing_code(proposal) if donor is proposal.side_files_donor else ()))
         if names:
             url = redact(donor.url)
             text = (
@@ -31,6 +31,14 @@ def missing_files(proposal: Proposal) -> Iterator[Remark]:
                 "links to folders; put them there, or name a whole model in `stockflow: {side_files_from: ...}`"
             )
             yield Remark("missing-files", text, models=(url,), values={"names": _named(names)})
+
+
+def _missing_code(proposal: Proposal) -> Iterator[str]:
+    """Yield the code that the tokenizer's config names, where no code is copied at all: else it is missed by now."""
+    donor, index = proposal.side_files_donor, proposal.recipe.side_files_donor
+    if index < len(proposal.tokenizers) and not any(key.endswith(".py") for key in donor.side_files):
+        said = {"auto_map": proposal.tokenizers[index].settings.get("auto_map")}
+        yield from code_files((), said, (), lambda _: None, lambda _: "")[1]
 
 
 def untaken_files(proposal: Proposal) -> Iterator[Remark]:

@@ -22,7 +22,7 @@ STRANGER = 1.0
 def copies(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are the same wherever they were looked at."""
     whole = [each for each in _sampled(proposal) if len(halves_of(each[0])) == 1]  # adapters leave most of a base alone
-    for (left, ours), (right, theirs) in combinations([(url, _of_weights(own)) for url, own in whole], 2):
+    for (left, ours), (right, theirs) in combinations([(url, _matrices(own)) for url, own in whole], 2):
         if ours and all(_are_equal(one, other) for one, other in zip(ours, theirs, strict=True)):
             text = (
                 f"{left} and {right} hold the same numbers in all {len(ours)} places that were looked at: "
@@ -54,7 +54,8 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
         pairs = [(one, other) for one, other in zip(own, samples, strict=True) if other.values.any()]
         far = {one.name: distance for one, other in pairs if (distance := _relative_distance([one], [other]))}
         names = tuple(name for name, distance in far.items() if distance >= STRANGER)
-        whole = _relative_distance(*zip(*pairs, strict=True)) if pairs else None
+        of_layers = [(one, other) for one, other in pairs if one.kind != "norm"]  # those are large, and alike
+        whole = _relative_distance(*zip(*of_layers, strict=True)) if of_layers else None
         if (whole or 0.0) >= STRANGER:
             said, names = f"by {whole:.2f} of the weights' own size, where it was looked at: another model, or", ()
         elif names:
@@ -103,9 +104,9 @@ def zeros(proposal: Proposal) -> Iterator[Remark]:
             yield Remark("zeros", text, models=(url,), tensors=names)
 
 
-def _of_weights(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Return samples but for those of scales, which small changes of a model leave as they are."""
-    return [each for each in samples if not each.is_of_scales]
+def _matrices(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Return samples but for those of scales and norms, which small changes of a model leave as they are."""
+    return [each for each in samples if each.kind == "matrix"]
 
 
 def _in_tensors(names: Sequence[str]) -> str:
@@ -114,7 +115,8 @@ def _in_tensors(names: Sequence[str]) -> str:
 
 
 def _sampled(proposal: Proposal) -> list[tuple[str, Sequence[Sample]]]:
-    return [(redact(each.url), own) for each, own in zip(proposal.checkpoints, proposal.samples, strict=False)]
+    pairs = zip(proposal.checkpoints, proposal.samples, strict=False)
+    return [(redact(each.url), [one for one in own if one.kind != "statistics"]) for each, own in pairs]
 
 
 def _are_equal(one: Sample, other: Sample) -> bool:

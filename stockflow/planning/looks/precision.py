@@ -2,17 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+from stockflow.checkpoints.samples import RUNNING_STATISTICS
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.precision import has_smaller_range
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
-RUNNING_STATISTICS = (
-    *(".running_mean", ".running_var", ".moving_mean", ".moving_variance", ".cluster_size", ".embed_avg"),
-    *(".weight_u", ".parametrizations.weight.0._u"),
-)
-"""Ends of the names; the last two are of spectral norms."""
 _ENDS = {
     "F16": ("65,504", "6.1e-5", "3e-8"),
     "BF16": ("3.39e38", "1.2e-38", "4.6e-41"),
@@ -58,7 +54,9 @@ def running_statistics(proposal: Proposal) -> Iterator[Remark]:
     """Yield that running statistics are averaged, which are not those of the merged model."""
     found = {name for name in proposal.donor.specs if name.endswith(RUNNING_STATISTICS)}
     names = [job.output.name for job in proposal.jobs if job.output.name in found and not job.is_copy] if found else []
-    if names:
+    sampled = [[each.payload for each in own if each.kind == "statistics"] for own in proposal.samples]
+    are_frozen = any(sampled) and all(each == sampled[0] for each in sampled)
+    if names and not are_frozen:
         text = (
             f"{_such(names)} {are(len(names))} running statistics: their averages are not those of the merged model; "
             "run it over training data in training mode before it is used"
