@@ -160,7 +160,7 @@ def labels(section: Config) -> object:
     return dict(sorted((str(key), value) for key, value in given.items()))
 
 
-_NUM_HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
+_NUM_HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "heads")
 _ROPE = (
     "rope_parameters",
     "rope_scaling",
@@ -182,13 +182,15 @@ def architectures(section: Config) -> object:
 ARCHITECTURE = (trait("model_type"), trait("architectures", read=architectures), trait("_class_name"))
 HEADS = (
     trait("number of attention heads", *_NUM_HEADS_KEYS),
-    trait("number of key-value heads", "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
+    trait("number of key-value heads", "num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads",
+          "multi_query_group_num"),
     trait("size of an attention head", "head_dim", "kv_channels", "d_kv", "attention_head_dim", read=head_size),
     *map(trait, (
         "decoder_attention_heads", "num_decoder_attention_heads", "num_global_key_value_heads", "global_head_dim",
         "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim", "linear_num_key_heads",
         "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "mamba_num_heads", "mamba_head_dim",
         "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "n_groups", "ssm_state_size", "state_size", "mamba_d_state",
+        "head_size",
     )),
 )  # fmt: skip
 """Decide into which parts tensors of equal shapes are cut."""
@@ -206,6 +208,7 @@ MEANING = (
     trait("id2label", read=labels),
     trait("quantization_config", read=rounding),
     trait("is_causal", default=True),
+    trait("is_decoder", default=False),
     trait("use_bidirectional_attention", default=False),
     trait("experts per token", "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
     *map(trait, (
@@ -224,7 +227,7 @@ MEANING = (
         "fullatt_block_indexes", "vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio",
         "mm_tokens_per_image", "classifier_pooling", "problem_type", "feed_forward_proj", "layer_norm_type",
         "is_encoder_decoder", "is_gated_act", "scale_embedding", "scale_decoder_outputs", "classifier_activation",
-        "is_decoder", "apply_residual_connection_post_layernorm", "normalize_before", "do_layer_norm_before",
+        "apply_residual_connection_post_layernorm", "normalize_before", "do_layer_norm_before",
     )),
 )  # fmt: skip
 """What gives equal tensors another meaning; the published config decides it for all."""
@@ -234,7 +237,7 @@ FOUND_LATER = frozenset({
     "scale_attn_weights", "use_parallel_residual",
 })  # fmt: skip
 """What newer versions of a class write, some in the place of others, and older ones left to it."""
-NEVER_ALONE = frozenset({"max_window_layers", "problem_type", "is_decoder"})
+NEVER_ALONE = frozenset({"max_window_layers", "problem_type"})
 """What says nothing without other keys, or of no weight that is merged."""
 CONTEXT = (
     trait("context length", "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length",
@@ -247,7 +250,7 @@ _QUIET = re.compile(
     r"|.*_size|n_(embd|inner|vocab|layers?|head)|d_(model|ff|inner)|num_.*layers|num_labels|label2id|use_(cache|return_dict)"
     r"|torch_dtype|dtype|auto_map|pretraining_tp|ep_size|return_dict.*|gradient_checkpointing|unsloth.*|tie_.*|expert_dtype"
     r"|quantization|task_specific_params|finetuning_task|.*attn_implementation|use_flash_attn.*|seq_aux|freeze.*|tune_.*"
-    r"|.*name_or_path|model_name|license|num_nextn_predict_layers|num_key_value_groups|id2label"
+    r"|(en|de)coder|.*name_or_path|model_name|license|num_nextn_predict_layers|num_key_value_groups|id2label"
 )
 """Keys that say nothing of how a model computes, or what shapes and other looks show."""
 
@@ -335,7 +338,8 @@ _COMPUTES = re.compile(
     r"|feat_extract_norm|(.*_)?pool(ing|er)?_(type|mode|method)|summary_type|.*(attention|attn|pos_att|embeddings?)_type"
     r"|(attention|logits?|scores?|residual|embed(ding)?|depth|route(r)?|moe_routed)_(value_)?scal(e|ing)(_factor)?"
     r"|scale_\w+|(.*_)?(alpha|beta)_factor|gelu_activation|label_names|(image_|norm_)?(mean|std)|interpolation|crop_\w+"
-    r"|tokenizer_kwargs"
+    r"|tokenizer_kwargs|(.*_)?rope(_\w+)?|guidance_embeds|causal|local_attention|global_attn_every_n_layers"
+    r"|rotary\w*|head_size_divisor|position_biased_input"
 )
 """Keys by whose names a model computes with them, whatever its class."""
 

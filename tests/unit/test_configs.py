@@ -163,6 +163,11 @@ QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
         }},
     ),
+    "what a class takes by default": (
+        {"model_type": "gpt_neox"}, {"model_type": "gpt_neox", "use_parallel_residual": True},
+    ),
+    "Mixtral without a base": ({"model_type": "mixtral"}, {"model_type": "mixtral", "rope_theta": 1e6}),
+    "no decoder": (BERT, {**BERT, "is_decoder": False}),
     "layer types by a newer version": (QWEN2, {**QWEN2, "layer_types": ["full_attention"]}),
 }  # fmt: skip
 ARCHITECTURE, HEADS, CONFIG, LENGTH, KEYS = (
@@ -256,6 +261,27 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         CONFIG, {**GEMMA3, "projector_hidden_act": "gelu"}, {**GEMMA3, "projector_hidden_act": "relu"},
         "projector_hidden_act",
     ),
+    "what a class takes by default and tunes do not": (
+        CONFIG, {"model_type": "opt"}, {"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before",
+    ),
+    "Mixtral and a smaller base": (
+        CONFIG, {"model_type": "mixtral"}, {"model_type": "mixtral", "rope_theta": 1e4}, "rope_theta",
+    ),
+    "a window that Mistral has by default": (
+        CONFIG, {"model_type": "mistral"}, {"model_type": "mistral", "sliding_window": None}, "sliding_window",
+    ),
+    "a mask of tunes alone": (CONFIG, BERT, {**BERT, "is_decoder": True}, "is_decoder"),
+    "RWKV's heads": (HEADS, {"head_size": 4}, {"head_size": 8}, "head_size"),
+    "DBRX's heads": (
+        HEADS, {"attn_config": {"kv_n_heads": 4}}, {"attn_config": {"kv_n_heads": 8}},
+        "attn_config.number of key-value heads",
+    ),
+    "heads of one of two models": (
+        HEADS, {"decoder": {"decoder_attention_heads": 4}}, {"decoder": {"decoder_attention_heads": 8}},
+        "decoder.decoder_attention_heads",
+    ),
+    "axes of Flux": (CONFIG, {"axes_dims_rope": [16, 56]}, {"axes_dims_rope": [32, 40]}, "axes_dims_rope"),
+    "ModernBERT's window": (CONFIG, {"local_attention": 128}, {"local_attention": 64}, "local_attention"),
     "soft caps": (CONFIG, GEMMA2, {**GEMMA2, "attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
     "scale of queries": (CONFIG, GEMMA2, {**GEMMA2, "query_pre_attn_scalar": 256}, "query_pre_attn_scalar"),
     "experts per token": (CONFIG, QWEN3_MOE, {**QWEN3_MOE, "num_experts_per_tok": 4}, "experts per token"),

@@ -22,6 +22,7 @@ from stockflow.checkpoints.configs import (
     token_keys,
     trait,
 )
+from stockflow.checkpoints.defaults import default_of
 from stockflow.checkpoints.heads import is_of_language, said_of_language
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
@@ -90,7 +91,7 @@ class Configs(NamedTuple):
         """Yield what some models say in one voice and others do not say, and which are these."""
         for path, own in self.by_path():
             for each in traits:
-                values = {url: each.read(section) for url, section in own.items()} if each.default is None else {}
+                values = {url: _value(each, section) for url, section in own.items()} if each.default is None else {}
                 said = {url: value for url, value in values.items() if each.is_said(value)}
                 others = FOUND_LATER.difference(each.keys) if FOUND_LATER.intersection(each.keys) else frozenset[str]()
                 silent = [
@@ -228,9 +229,17 @@ def _of_models(proposal: Proposal) -> Configs:
             own = {path: _as_one(section, nums) for path, section in sections(each.config)}
             found[redact(each.url)] = {
                 **_language_at(published, own, _language_path(each.config)),
+                **{path: _as_one(section, nums) for path, section in _halves(each.config)},
                 **generation[number],
             }
     return Configs(redact(proposal.donor.url), found)
+
+
+def _halves(config: Config) -> Iterator[tuple[str, Config]]:
+    """Yield the configs of encoder and decoder, of models that are put together of two."""
+    for key in ("encoder", "decoder"):
+        if isinstance(own := config.get(key), dict):
+            yield f"{key}.", own
 
 
 def _of_generation(proposal: Proposal) -> Sequence[dict[str, Config]]:
@@ -277,9 +286,15 @@ def _as_one(section: Config, nums: Collection[int | None]) -> Config:
     return reworded({key: comparable(value) for key, value in section.items() if key not in per_layer})
 
 
+def _value(each: Trait, section: Config) -> object:
+    """Return what a section says, or what its class takes where it says nothing."""
+    said = each.read(section)
+    return default_of(each.name, section, each.default) if said is None else said
+
+
 def _values(each: Trait, own: Mapping[str, Config]) -> dict[str, object]:
     given = {url: each.read(section) for url, section in own.items()}
     if all(value is None for value in given.values()):
         return {}
-    filled = {url: each.default if value is None else value for url, value in given.items()}
+    filled = {url: _value(each, section) for url, section in own.items()}
     return {url: value for url, value in filled.items() if value is not None}
