@@ -20,6 +20,7 @@ _HEADS = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "lm_head.decoder.weight",
     "vocab_projector.weight", "output_projection.weight", "output_layer.weight", "generator_lm_head.weight",
     "pred_layer.proj.weight", "output.weight", "lm_loss.weight", "decoder.weight", "lm_head.out_proj.weight",
+    "transformer.ff_out.weight",
 )  # fmt: skip
 _EMBEDDINGS = (
     "shared.weight", "embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight",

@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 
 from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled, plain
 from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.heads import may_be_tied
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.quantised import Stored
 from stockflow.checkpoints.values import WIDENED, as_numbers
@@ -20,7 +21,8 @@ from stockflow.storage import Store
 T = TypeVar("T")
 Kind = Literal["matrix", "norm", "statistics", "scales"]
 """Of a tensor: ``norm`` for the weights of norms, ``statistics`` for running ones, ``scales`` for those of codes."""
-NUM_SAMPLES, NUM_VECTORS = 8, 4
+NUM_SAMPLES, NUM_ENDS, NUM_VECTORS = 8, 2, 4
+"""Of matrices, embeddings and heads among them, and of vectors of a kind."""
 SAMPLE_ELEMS = 2048
 NUM_READERS = 16
 RUNNING_STATISTICS = (
@@ -72,8 +74,10 @@ def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
     vectors = [spec for spec in plain_ones if len(spec.shape) == 1]
     norms = [spec for spec in vectors if is_of_a_norm(spec.name)]
     statistics = [spec for spec in vectors if spec.name.endswith(RUNNING_STATISTICS)]
-    kinds = (matrices, NUM_SAMPLES), (norms, NUM_VECTORS), (statistics, NUM_VECTORS)
-    return [*(spec for specs, count in kinds for spec in _alike(checkpoints, specs, count)), *_scales(checkpoints)]
+    ends = [spec for spec in matrices if may_be_tied(spec.name)]
+    kinds = (matrices, NUM_SAMPLES), (ends, NUM_ENDS), (norms, NUM_VECTORS), (statistics, NUM_VECTORS)
+    found = dict.fromkeys(spec for specs, count in kinds for spec in _alike(checkpoints, specs, count))
+    return [*found, *_scales(checkpoints)]
 
 
 def is_of_a_norm(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Weights of a checkpoint: its tensors, read from those of its files that are the truth."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,7 @@ from stockflow.text.sizes import are, counted, gb
 from stockflow.text.strictjson import shown
 
 NUM_HEADER_READERS = 16
+_KERNELS = {"flax": "Flax", "tf": "TensorFlow"}
 NUM_NAMED = 3
 MAX_COMPARED, COMPARED_BYTES = 64, 4096
 """Tensors, over all the depth, and bytes of each that are compared where two sets of weights have equal headers."""
@@ -109,7 +110,12 @@ def _read(folder: Folder, files: Sequence[str], homes: Homes | None = None) -> W
     headers = {file: contents.tensors for file, (contents, _) in found.items()}
     others = [name for contents, _ in found.values() for name in contents.others]
     layout = folder.cache.collect(folder.where, headers, homes or {})
-    remarks = [*_on_doubled(folder, layout.doubled), *others_remark(folder, others)]
+    formats = {contents.format for contents, _ in found.values()}
+    remarks = [
+        *_on_doubled(folder, layout.doubled),
+        *others_remark(folder, others),
+        *_on_formats(folder, formats, layout.specs),
+    ]
     return Weights(layout.specs, layout.extents, {file: stamp for file, (_, stamp) in found.items()}, tuple(remarks))
 
 
@@ -226,6 +232,26 @@ def _on_doubled(folder: Folder, doubled: Sequence[str]) -> Iterator[Remark]:
         f"{shown(doubled[0])}; read from the one that the index names"
     )
     yield Remark("doubled-tensors", text, models=(folder.where,), tensors=tuple(doubled))
+
+
+def _on_formats(folder: Folder, formats: Collection[str], specs: Mapping[str, TensorSpec]) -> Iterator[Remark]:
+    """Yield that files say that their tensors lie as another framework has them, which an output does not say."""
+    of_others = _KERNELS.keys() & set(formats)
+    if of_others:
+        format_ = min(of_others)
+        text = (
+            f"{folder.where} says that its tensors are {_KERNELS[format_]}'s (`format: {format_}`), whose names and "
+            "kernels are not PyTorch's, and a merge is written as PyTorch's, so that loaders find nothing of it; "
+            f"load it with transformers 4 (`from_{format_}=True`) and save it before"
+        )
+        yield Remark("other-framework", text, "warning", (folder.where,))
+    deep = [name for name, spec in specs.items() if len(spec.shape) > 2] if "mlx" in formats else []
+    if deep:
+        text = (
+            f"{folder.where} says that its tensors lie as MLX has them (`format: mlx`), and a merge is written without "
+            f"that: loaders that go by it turn convolutions such as {shown(deep[0])}, and PyTorch does not"
+        )
+        yield Remark("other-framework", text, "warning", (folder.where,), tuple(deep[:MAX_TENSORS]))
 
 
 def others_remark(folder: Folder, others: Sequence[str]) -> Iterator[Remark]:

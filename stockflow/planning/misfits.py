@@ -88,6 +88,9 @@ def of_a_head(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misfi
 
 def of_missing(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misfit:
     """Return the same, with what can be done if it is a head, or is there within what PEFT wrapped."""
+    if any(marker in misfit.name for marker in OF_TRAINERS):
+        remedy = f"that is what the trainer of one model keeps: a rule with `action: skip` leaves {THEM} out"
+        return replace(misfit, remedy=remedy, action="skip")
     module, _, own = misfit.name.rpartition(".")
     wrapped = [f"{prefix}{module}.original_module.{own}" for prefix in ("", "base_model.model.")]
     if any(name in stretch.checkpoints[index].specs for index in lacking for name in wrapped):

@@ -84,6 +84,12 @@ def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
         return factors_said(redact(other.url), factors)
     if not lacking or not besides:
         return None
+    for whole, part, names in ((donor, other, besides), (other, donor, lacking)):
+        if folder := _folder_of(whole, names):
+            return (
+                f"{redact(part.url)} is what {redact(whole.url)} has in its folder {shown(folder)}: name "
+                f"{redact(whole.url)}/{folder} in the place of the latter if that part is what is merged"
+            )
     held, expected = (
         sum(each.specs[name].num_elems for name in names) for each, names in ((other, besides), (donor, lacking))
     )
@@ -95,6 +101,12 @@ def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
         f"{redact(donor.url)} has {len(lacking):,} such as {shown(lacking[0])}, with as many elements: the same "
         "weights in another layout; save both with one version of one library"
     )
+
+
+def _folder_of(whole: Checkpoint, names: Sequence[str]) -> str:
+    """Return the folder of a model of several parts in which all tensors are that another model has besides."""
+    folders = {name.partition("/")[0] for name in whole.specs if "/" in name}
+    return next((each for each in sorted(folders) if all(f"{each}/{name}" in whole.specs for name in names)), "")
 
 
 def factors_said(url: str, factors: Sequence[str]) -> str:

@@ -52,6 +52,7 @@ CODES: Mapping[str, str] = {
     "not-taken": "side files that only models have which do not give them",
     "not-weights": "what a trainer or an adapter keeps beside weights, in the place of weights",
     "other-master": "models that seem to be tuned from what a quantised base was before",
+    "other-framework": "weights that lie as another framework than PyTorch has them",
     "other-names": "a model whose tensors are the base's under other names",
     "part-kept": "layers that predict further tokens, or a tower, that some models lack and the output has of the base",
     "over-http": "models that are read without TLS",

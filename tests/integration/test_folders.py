@@ -13,10 +13,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
+from stockflow.checkpoints.opening import open_checkpoints
 from stockflow.errors import RecipeError
 from stockflow.recipe import resolve_location
+from stockflow.storage import StorageConfig, open_store
 from tests import runs
-from tests.checkpoints import LLAMA_CONFIG
+from tests.checkpoints import LLAMA_CONFIG, write_checkpoint
 from tests.hub_server import hub_server
 from tests.s3_server import free_port
 
@@ -968,3 +970,13 @@ def test_the_output_of_a_merge_that_has_not_finished_is_no_model(tmp_path: Path)
     assert "is the output of a merge that has not finished" in said
     assert "run that merge again to its end" in said
     assert "accept: [unfinished-output]" in said
+
+
+@pytest.mark.parametrize("said", ["tf", "flax", "mlx", "pt"])
+def test_weights_that_lie_as_another_framework_has_them_are_said(said: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", {"conv.weight": torch.ones(3, 3, 2)})
+    save_file({"conv.weight": torch.ones(3, 3, 2)}, tmp_path / "m" / "model.safetensors", metadata={"format": said})
+    (opened,) = open_checkpoints([open_store(str(tmp_path / "m"), StorageConfig())])
+
+    found = [remark.severity for remark in opened.remarks if remark.code == "other-framework"]
+    assert found == ["warning"] * (said != "pt")

@@ -328,7 +328,7 @@ def test_models_without_a_base_that_have_nothing_to_do_with_each_other_are_named
 
 
 def test_samples_are_one_small_read_of_each_of_eight_matrices_and_four_norms(tmp_path: Path, family: Family) -> None:
-    from stockflow.checkpoints.samples import NUM_SAMPLES, NUM_VECTORS, SAMPLE_ELEMS, take_samples
+    from stockflow.checkpoints.samples import NUM_ENDS, NUM_SAMPLES, NUM_VECTORS, SAMPLE_ELEMS, take_samples
 
     folders = (family.base, *family.tuned)
     stores = [open_store(str(folder), StorageConfig()) for folder in folders]
@@ -336,5 +336,5 @@ def test_samples_are_one_small_read_of_each_of_eight_matrices_and_four_norms(tmp
 
     assert len(samples) == len(folders)
     assert len({tuple(each.name for each in own) for own in samples}) == 1
-    assert all(0 < len(own) <= NUM_SAMPLES + NUM_VECTORS for own in samples)
+    assert all(0 < len(own) <= NUM_SAMPLES + NUM_ENDS + NUM_VECTORS for own in samples)
     assert max(len(each.values) for own in samples for each in own) <= SAMPLE_ELEMS

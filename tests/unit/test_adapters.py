@@ -695,6 +695,14 @@ def test_modules_that_were_trained_are_there_or_missed(tmp_path: Path) -> None:
     assert "adapter-part" not in remarks(tmp_path)
 
 
+def test_weights_beside_an_adapter_that_were_trained_with_it_are_refused_until_accepted(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    write_adapter(tmp_path / "lora", adapters.linear(SHAPES, ["q_proj"]), target_modules=["q_proj"])
+    (tmp_path / "lora" / "non_lora_trainables.bin").write_bytes(b"PK")
+
+    assert "has weights that were trained with it (LLaVA's projector)" in remarks(tmp_path)["adapter-part"]
+
+
 def test_experts_are_not_missed_among_the_modules_that_were_trained(tmp_path: Path) -> None:
     own = {f"{EXPERTS}.{e}.{name}.weight": (17, 21) for e in range(3) for name in ("gate_proj", "up_proj")}
     own |= {f"{EXPERTS}.{e}.down_proj.weight": (21, 17) for e in range(3)}

@@ -54,6 +54,8 @@ COPIED: dict[str, dict[str, str | bytes]] = {
         "0_WordEmbeddings/whitespacetokenizer_config.json": "{}",
     },
     "the config of another library": {"open_clip_config.json": "{}", "gliner_config.json": "{}"},
+    "speakers": {"spk_dict.pt": b"PK\x03\x04", "voices/a.pt": "1"},
+    "the world's vocabulary": {"rwkv_vocab_v20230424.txt": "1 'a' 1"},
     "voices": {"speaker_embeddings_path.json": "{}", "speaker_embeddings/v2/en_speaker_0.npy": "1"},
     "a module within a module": {
         "modules.json": json.dumps([{"path": "0_Asym/", "type": "x.Asym"}]),

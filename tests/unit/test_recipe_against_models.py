@@ -1,5 +1,6 @@
 """What a plan says of a recipe once it sees the models: filters that match nothing, buffers of some models, seeds."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,30 @@ def test_what_an_adapter_wrapped_in_all_tunes_is_not_looked_for_in_a_base(tmp_pa
         tensors["head.modules_to_save.default.weight"] = torch.ones(2, 2)
 
     assert "PEFT wrapped the model: save it after `model.merge_and_unload()`" in merge.write().refusal()
+
+
+def test_averages_that_a_base_keeps_beside_its_weights_are_not_advised_to_be_copied(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    merge.models[0]["model_ema.layers"] = torch.ones(4)
+
+    refused = merge.write().refusal()
+    assert "that is what the trainer of one model keeps: a rule with `action: skip` leaves it out" in refused
+    assert "action: copy" not in refused
+
+
+def test_a_part_beside_the_model_that_it_is_of_is_told_by_its_folder(tmp_path: Path) -> None:
+    merge = Merge(tmp_path).write()
+    merge.folders[0].rename(tmp_path / "transformer")
+    merge.folders[0].mkdir()
+    (tmp_path / "transformer").rename(merge.folders[0] / "transformer")
+    (merge.folders[0] / "transformer/model.safetensors").rename(
+        merge.folders[0] / "transformer/diffusion_pytorch_model.safetensors"
+    )
+    parts = {"_class_name": "X", "transformer": ["diffusers", "T"]}
+    (merge.folders[0] / "model_index.json").write_text(json.dumps(parts))
+
+    found = merge.refusal()
+    assert f"name {merge.folders[0]}/transformer in the place of the latter" in found
 
 
 def test_a_head_that_peft_wrapped_is_not_missing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Adapters: a checkpoint with what a LoRA adapter adds to its tensors, as one checkpoint that nobody has written."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ MAX_CONFIG_BYTES = 4_000_000
 NUM_NAMED = 5
 MAX_SAMPLE_BYTES = 65_536
 """Of the first, the middle and the last factor B."""
+
+_TRAINED_WHOLE = re.compile(r"non_lora_trainables\.(bin|safetensors)|(mm_projector|trainable_params)\.bin")
 
 
 class FactorSample(NamedTuple):
@@ -104,7 +107,7 @@ def read_adapter(store: Store, cache: HeaderCache, on_file: OnFile) -> Adapter:
         files={file: stamp, key_of_adapter(CONFIG_KEY): files[CONFIG_KEY]},
         tokenizer=_tokenizer(files),
         samples=samples,
-        remarks=(*_on_scale(store, config), *_on_zeros(store, samples, placed)),
+        remarks=(*_on_scale(store, config), *_on_zeros(store, samples, placed), *_on_others(store, files)),
     )
 
 
@@ -113,6 +116,17 @@ def _on_scale(store: Store, config: AdapterConfig) -> Iterator[Remark]:
     if config.alpha == 0 and not any(config.alpha_pattern.values()):
         text = f"{store.where()} says `lora_alpha: 0`, by which its factors add nothing, and the base stays as it is"
         yield Remark("zeros", text, models=(store.url,))
+
+
+def _on_others(store: Store, files: Mapping[str, Stamp]) -> Iterator[Remark]:
+    """Yield that weights lie beside an adapter which were trained with it, and which no adapter holds."""
+    if names := [key for key in files if _TRAINED_WHOLE.fullmatch(key)]:
+        text = (
+            f"{shown(names[0])} beside the adapter {store.where()} has weights that were trained with it (LLaVA's "
+            "projector), which are not read, so that the base's stay; put both into the base with the library that "
+            "wrote them, and merge the models that it gives"
+        )
+        yield Remark("adapter-part", text, "refusal", (store.url,))
 
 
 def _on_zeros(store: Store, samples: Mapping[str, FactorSample], placed: Mapping[str, Placed]) -> Iterator[Remark]:

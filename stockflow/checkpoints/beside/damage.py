@@ -16,6 +16,8 @@ MAX_PARSED_BYTES = 2**20
 """Of a longer JSON file, begin and end are looked at."""
 NUM_READERS = 8
 _NEVER_EMPTY = (".json", ".model", ".spm", ".tiktoken")
+_ARCHIVES = (".pt", ".npz")
+"""Ends of what is a pickle or a zip archive by itself: the voices of a model that speaks."""
 _BRACKETS = {b"{": b"}", b"[": b"]"}
 
 
@@ -58,7 +60,8 @@ def _damage_of(store: Store, key: str) -> str | None:
     head, stamp = store.read_head(key, MAX_PARSED_BYTES if key.endswith(".json") else 512)
     if not stamp.size and not key.endswith(_NEVER_EMPTY):
         return None
-    if found := disguise_of(head, stamp.size):
+    is_archive = key.endswith(_ARCHIVES) and head.startswith((b"PK", b"\x80"))
+    if not is_archive and (found := disguise_of(head, stamp.size)):
         return found
     return _json_damage(store, key, head, stamp) if key.endswith(".json") else None
 

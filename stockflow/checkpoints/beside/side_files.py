@@ -25,7 +25,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "quantisation": (r"hf_quant_config\.json",),
     "framework": (
         r"configuration\.json", r"config_setfit\.json", r"gliner_config\.json", r"open_clip_config\.json",
-        r"artifact\.metadata", r"speaker_embeddings_path\.json",
+        r"artifact\.metadata", r"speaker_embeddings_path\.json", r"spk_dict\.pt",
     ),
     "licence": (
         r"(?i:(model[-_]|third[-_]party[-_])?(licen[cs]e|copying|notices?)"
@@ -46,7 +46,7 @@ _PLACES = (
     (re.compile(""), _KNOWN),
     (re.compile("additional_chat_templates"), re.compile(r".+\.jinja")),
     (re.compile(r"(\w+_)?tokenizer"), _OF_TOKENIZER),
-    (re.compile(r"speaker_embeddings(/\w+)?"), re.compile(r".+\.np[yz]")),
+    (re.compile(r"(speaker_embeddings|voices)(/\w+)?"), re.compile(r".+\.(np[yz]|pt)")),
 )
 """folders, and what is known in them: templates beside the first one, tokenizers of a processor, voices of Bark"""
 _IN_MODULE = re.compile(r".*config\.json|" + _KNOWN.pattern)

@@ -5,6 +5,7 @@ Source: https://github.com/huggingface/safetensors, format description and its v
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
 MAX_INTEGER = 2**63 - 1
 METADATA_KEY = "__metadata__"
+_FORMAT = re.compile(rb'"__metadata__"\s*:\s*\{[^{}]*"format"\s*:\s*"(\w+)"')
 _FIELDS = {"dtype", "shape", "data_offsets"}
 """Of an entry; others are passed over, as the reference reader does."""
 
@@ -101,6 +103,8 @@ class FileContents(NamedTuple):
     """in the order of their bytes"""
     others: tuple[str, ...] = ()
     """names of what is no tensor"""
+    format: str = "pt"
+    """whose tensors these are, by what the metadata of safetensors says: PyTorch's, ``tf``, ``flax`` or ``mlx``"""
 
 
 def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> bytes:
@@ -171,6 +175,12 @@ def parse_header(head: bytes, file_size: int, where: str) -> list[PlacedTensor]:
             f"{where} {problem}: its header describes {data_start + expected:,} bytes, the file has {file_size:,}"
         )
     return [PlacedTensor(spec, data_start + start) for spec, start, _ in placed]
+
+
+def format_of(head: bytes) -> str:
+    """Return whose the tensors of a file are by what its metadata says; PyTorch's if it says nothing."""
+    found = _FORMAT.search(head)
+    return found[1].decode() if found else "pt"
 
 
 def _parse_json(body: bytes, where: str) -> dict[str, object]:

@@ -16,6 +16,7 @@ from stockflow.checkpoints.files.header import (
     FileContents,
     PlacedTensor,
     TensorSpec,
+    format_of,
     header_bytes,
     parse_header,
 )
@@ -186,7 +187,11 @@ def _read_safetensors(store: Store, file: str, head: bytes, stamp: Stamp, cache:
         store.read_into(file, len(head), memoryview(rest), stamp)
         head += bytes(rest)
     own = head[:needed]
-    return cache.parse((own, stamp.size), folder_of(file), lambda: FileContents(parse_header(own, stamp.size, where)))
+    return cache.parse(
+        (own, stamp.size),
+        folder_of(file),
+        lambda: FileContents(parse_header(own, stamp.size, where), format=format_of(own)),
+    )
 
 
 def _refuse_disguise(head: bytes, size: int, where: str) -> None:
