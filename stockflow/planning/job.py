@@ -3,7 +3,6 @@
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from stockflow.methods import METHODS
 from stockflow.methods.gram import Gram
 from stockflow.methods.parameters import Parameters
 from stockflow.methods.protocol import FLOAT_BYTES, Coefficients, Copy, Elementwise, Linear, Method, Scope
+from stockflow.planning.once import once
 from stockflow.planning.operands import ExtentRanges, Operand
 from stockflow.planning.spans import BLOCK_ELEMS, SPAN_ELEMS
 from stockflow.planning.working_precision import FloatBits, float_bits_of, working_bits_of
@@ -63,12 +63,12 @@ class Reading:
     band: int = 1
     """elements of which no load parts any: those whose codes have scales together"""
 
-    @cached_property
+    @once
     def num_elems(self) -> int:
         """Elements to go through; bytes where they are carried over."""
         return math.prod(self.shape)
 
-    @cached_property
+    @once
     def group_elems(self) -> int:
         """Elements that share one decision."""
         if self.scope == "row" and len(self.shape) > 1:
@@ -77,7 +77,7 @@ class Reading:
             return math.prod(self.shape[1:])
         return self.num_elems
 
-    @cached_property
+    @once
     def together(self) -> int:
         """Elements that no span parts: a row of the last dimension where these are wanted whole, and short enough."""
         are_whole = self.whole_rows or (not self.is_plain and any(each.decode.whole_rows for each in self.operands))
@@ -88,17 +88,17 @@ class Reading:
         """How many decisions it takes; 0 if it is empty."""
         return self.num_elems // self.group_elems if self.num_elems else 0
 
-    @cached_property
+    @once
     def row_elems(self) -> int:
         """Elements of a row of the first dimension."""
         return row_elems(self.shape)
 
-    @cached_property
+    @once
     def is_plain(self) -> bool:
         """Whether kernels can take all operands as they are stored."""
         return all(operand.rows is None and operand.decode.is_plain for operand in self.operands)
 
-    @cached_property
+    @once
     def num_beside(self) -> int:
         """How many readings share bytes so closely that they are read at once; 0 where any run can be read alone."""
         return 0 if self.is_plain else placed_beside(operand.decode for operand in self.operands)[1]
@@ -108,29 +108,29 @@ class Reading:
         """Whether bytes are looked at or carried over, instead of numbers."""
         return is_verbatim(self.operands[0].decode)
 
-    @cached_property
+    @once
     def dtypes(self) -> tuple[str, ...]:
         """Element type of each operand, as its header says."""
         return tuple([operand.decode.dtype for operand in self.operands])
 
-    @cached_property
+    @once
     def widths(self) -> tuple[int, ...]:
         """Bytes per element of each operand of a plain reading."""
         return tuple([operand.decode.width for operand in self.operands])
 
-    @cached_property
+    @once
     def num_slots(self) -> int:
         """Extents of all operands."""
         return len(self.operands) if self.is_plain else sum(len(operand.extents) for operand in self.operands)
 
-    @cached_property
+    @once
     def bytes_per_elem(self) -> float:
         """Stored bytes per element, all operands together."""
         if self.is_plain:
             return sum(self.widths)
         return sum(operand.decode.bytes_per_elem for operand in self.operands)
 
-    @cached_property
+    @once
     def num_bytes(self) -> int:
         """Stored bytes of all operands, each read once."""
         if self.is_plain:
@@ -139,7 +139,7 @@ class Reading:
             return math.ceil(self.num_elems * self.bytes_per_elem)
         return sum(slot.num_bytes for slot in self.slots(0, self.num_elems))
 
-    @cached_property
+    @once
     def run_bytes(self) -> int:
         """Stored bytes that every run takes beside ``bytes_per_elem`` for each element."""
         return 0 if self.is_plain else sum(each.decode.run_bytes(self._own_shape(each)) for each in self.operands)
@@ -253,7 +253,7 @@ class TensorJob:
         """Name of the method of its first result."""
         return self.results[0].method
 
-    @cached_property
+    @once
     def decided_in(self) -> str:
         """Name of the experts of its layer that it is decided with; none where it is decided by itself."""
         if self.reading.scope != "layer":
@@ -261,24 +261,24 @@ class TensorJob:
         part = projection_of(self.reading.name)
         return f"{part.stem}.{'down_proj' if part.role == 'down' else 'gate_up_proj'}" if part else self.reading.name
 
-    @cached_property
+    @once
     def is_copy(self) -> bool:
         """Whether bytes are carried over instead of computed."""
         return self.method in COPIES
 
-    @cached_property
+    @once
     def output_width(self) -> int:
         """Bytes that become of an element, rounded up, scales included."""
         return sum([math.ceil(result.encode.bytes_per_elem) for result in self.results])
 
-    @cached_property
+    @once
     def place_beside(self) -> tuple[int, int]:
         """Its place among jobs that are read and written at once, and their number; (0, 0) if it stands alone."""
         if self.reading.is_plain and self.results[0].encode.is_plain:  # as nearly all are
             return 0, 0
         return placed_beside([*(each.decode for each in self.reading.operands), self.results[0].encode])
 
-    @cached_property
+    @once
     def adds_known_changes(self) -> bool:
         """Whether it adds up, by weights, what factors of low rank make of its first operand."""
         (result, *others), reading = self.results, self.reading
@@ -288,7 +288,7 @@ class TensorJob:
             return False
         return all(is_known_change(each.decode) for each in reading.operands[1:])
 
-    @cached_property
+    @once
     def has_known_changes(self) -> bool:
         """Whether it asks for products of changes, and they follow from factors without a look at the elements."""
         rule, given = self.result.declared.rule, self.result.parameters
