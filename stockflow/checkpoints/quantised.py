@@ -7,7 +7,7 @@ Mistral, Kimi and gpt-oss are published in; compressed-tensors; modelopt; OCP Mi
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from stockflow.checkpoints.decodes.stored import BlockScaled, Codes, Decode, GroupScaled, Whole
@@ -242,6 +242,7 @@ def _grid_of(shape: Shape) -> Shape:
     return (shape[0], shape[2]) if len(shape) == 4 and shape[1] == shape[3] == 1 else shape
 
 
+@lru_cache
 def _block(shape: Shape, grid: Shape, hints: Hints, *, is_exponent: bool) -> tuple[int, int] | str:
     """Return rows and columns of the blocks that a grid of scales is for, or what is wrong."""
     rows, columns = (shape[-2] if len(shape) > 1 else 1), shape[-1]

@@ -56,9 +56,9 @@ class KnownValues:
 NOTHING_READ = KnownValues()
 
 
-def small_tensors(specs: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Return the tensors of a checkpoint whose values are all to be known."""
-    return tuple(spec for spec in specs.values() if _is_wanted(spec))
+def small_tensors(specs: Mapping[str, TensorSpec], extents: Mapping[str, Extent]) -> dict[Extent, TensorSpec]:
+    """Return the tensors of a checkpoint whose values are all to be known, in the order of where they lie."""
+    return dict(sorted((extents[name], spec) for name, spec in specs.items() if _is_wanted(spec)))
 
 
 def read_values(store: Store, weights: Weights, config: Config | None, cache: HeaderCache) -> KnownValues:
@@ -69,8 +69,8 @@ def read_values(store: Store, weights: Weights, config: Config | None, cache: He
         InputChangedError: a file is no longer the one whose header was read.
     """
     specs, extents, reader = weights.specs, weights.extents, _Ranges(store, weights.files)
-    wanted = {extents[spec.name]: spec for spec in cache.found(small_tensors, specs)}
-    data = dict(reader.together(sorted((extent, spec.num_bytes) for extent, spec in wanted.items())))
+    wanted = cache.found(small_tensors, specs, extents)
+    data = dict(reader.together(cache.found(neighbours, wanted)))
     fixed = frozenset(extent for extent, spec in wanted.items() if _are_no_weights(spec, data.get(extent)))
     names = cache.found(tied_names, specs)
     candidates = names.copies if tie_flag(config) is False else names.ties
@@ -137,26 +137,27 @@ class _Ranges:
         self._store.read_into(file, start, memoryview(buffer), self._stamps[file])
         return bytes(buffer)
 
-    def together(self, wanted: Iterable[tuple[Extent, int]]) -> Iterator[tuple[Extent, bytes]]:
+    def together(self, groups: Iterable[list[tuple[Extent, int]]]) -> Iterator[tuple[Extent, bytes]]:
         """Yield each extent with its bytes, neighbours by one request."""
-        for number, group in enumerate(_neighbours(wanted)):
-            if number == MAX_RANGES:
-                return
+        for group in groups:
             (file, start), (last, num_bytes) = group[0][0], group[-1]
             payload = self.read(file, start, last.start + num_bytes - start)
             for extent, size in group:
                 yield extent, payload[extent.start - start : extent.start - start + size]
 
 
-def _neighbours(wanted: Iterable[tuple[Extent, int]]) -> Iterator[list[tuple[Extent, int]]]:
-    group: list[tuple[Extent, int]] = []
-    for extent, num_bytes in wanted:
-        if group:
-            first, (last, size) = group[0][0], group[-1]
+def neighbours(wanted: Mapping[Extent, TensorSpec]) -> list[list[tuple[Extent, int]]]:
+    """Return the first extents in order, with their sizes: as many as ``MAX_RANGES`` requests read."""
+    groups: list[list[tuple[Extent, int]]] = []
+    for extent, spec in wanted.items():
+        num_bytes = spec.num_bytes
+        if groups:
+            first, (last, size) = groups[-1][0][0], groups[-1][-1]
             is_near = extent.file == last.file and extent.start - (last.start + size) <= MAX_GAP_BYTES
-            if not is_near or extent.start + num_bytes - first.start > MAX_RANGE_BYTES:
-                yield group
-                group = []
-        group.append((extent, num_bytes))
-    if group:
-        yield group
+            if is_near and extent.start + num_bytes - first.start <= MAX_RANGE_BYTES:
+                groups[-1].append((extent, num_bytes))
+                continue
+        if len(groups) == MAX_RANGES:
+            break
+        groups.append([(extent, num_bytes)])
+    return groups

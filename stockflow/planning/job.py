@@ -317,7 +317,7 @@ class TensorJob:
         made = tuple((result.method, id(result.parameters), result.encode, result.rule) for result in self.results)
         return made, decodes, tuple(result.working_bits for result in self.results)
 
-    @property
+    @once
     def costs(self) -> Hashable:
         """Equal for jobs that take the same memory."""
         reading = self.reading

@@ -306,8 +306,8 @@ def _canonical_job(job: TensorJob, settings: _Settings, maps: _Maps, place: Plac
 
 def _ranks_as_decoded(job: TensorJob) -> bool:
     """Whether magnitudes are ranked finer than what is stored is wide, as codes or factors are decoded so."""
-    stored = float_bits_of((job.output.dtype, *job.reading.dtypes))
-    return any(isinstance(each.declared.rule, Elementwise) and each.float_bits > stored for each in job.results)
+    finer = [each for each in job.results if each.float_bits > 32 and isinstance(each.declared.rule, Elementwise)]
+    return bool(finer) and float_bits_of((job.output.dtype, *job.reading.dtypes)) == 32
 
 
 def with_beside(jobs: Iterable[TensorJob], names: Collection[str]) -> Iterator[TensorJob]:

@@ -27,7 +27,7 @@ def stated_quantization(config: Config, recipe: Recipe, donor: Checkpoint, jobs:
     if not has_codes(jobs):
         return _without(config)
     coded = {job.output.name for job in jobs if in_codes(job)}
-    kinds = {*map(kind_of, coded), *map(kind_of, donor.stored)}
+    kinds = set(map(kind_of, {*coded, *donor.stored}))
     modules = set(map(_module, coded))
     others = [job.output.name for job in jobs if _module(job.output.name) not in modules]
     plain = [_module(name) for name in others if kind_of(name) in kinds]
