@@ -13,6 +13,7 @@ from stockflow.errors import PlanError
 from stockflow.kernels.floats import FORMATS
 from stockflow.planning.spans import SPAN_ELEMS
 from stockflow.storage import redact
+from stockflow.text.examples import some
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
@@ -139,8 +140,9 @@ def _check_names(pair: Pair) -> None:
     for one, other in ((pair.base, pair.tuned), (pair.tuned, pair.base)):
         if only := [name for name in one.specs if name not in other.specs]:
             raise PlanError(
-                f"{counted(len(only), 'tensor')} of {_where(one)} {_are(only)} not in {_where(other)}: {_some(only)}. "
-                "An adapter neither adds nor removes tensors; name the base that the other was tuned from"
+                f"{counted(len(only), 'tensor')} of {_where(one)} {_are(only)} not in {_where(other)}: "
+                f"{some(only, NUM_NAMED)}. An adapter neither adds nor removes tensors; name the base that the other "
+                "was tuned from"
             )
 
 
@@ -150,11 +152,6 @@ def _are(names: Sequence[str]) -> str:
 
 def _where(checkpoint: Checkpoint) -> str:
     return redact(checkpoint.url)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return f"{', '.join(map(shown, names[:NUM_NAMED]))}{more}"
 
 
 @dataclass(frozen=True)
@@ -176,13 +173,13 @@ def kept_whole(pair: Pair, changed: Sequence[str], *, keep: bool) -> KeptWhole:
     impossible = [name for name in changed if not _is_possible(pair, name)]
     if impossible:
         raise PlanError(
-            f"{_changed(impossible)}, which PEFT neither adapts nor saves whole: {_some(impossible)}. "
+            f"{_changed(impossible)}, which PEFT neither adapts nor saves whole: {some(impossible, NUM_NAMED)}. "
             f"{_reason(pair, impossible[0])}; merge checkpoints instead of adapters"
         )
     if changed and not keep:
         raise PlanError(
-            f"{_changed(changed)} that no factors hold: {_some(changed)}. --keep-whole writes them whole beside the "
-            "factors (`modules_to_save` and `bias` of PEFT)" + _on_embeddings(pair, changed)
+            f"{_changed(changed)} that no factors hold: {some(changed, NUM_NAMED)}. --keep-whole writes them "
+            "whole beside the factors (`modules_to_save` and `bias` of PEFT)" + _on_embeddings(pair, changed)
         )
     biases = tuple(name for name in changed if _is_bias(pair, name))
     saved = dict.fromkeys(module_of(name) for name in changed if name not in biases)

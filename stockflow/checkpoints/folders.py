@@ -21,6 +21,7 @@ from stockflow.checkpoints.files.documents import read_json
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store, redact, scheme_of
 from stockflow.text.escaping import in_a_line
+from stockflow.text.examples import some
 from stockflow.text.redaction import command_line
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
@@ -222,7 +223,7 @@ def _other_format(place: _Place) -> Iterator[str]:
     for pattern, said in _FORMATS:
         names = [name for name in (*place.files, *place.folders) if re.fullmatch(pattern, name, re.IGNORECASE)]
         if names:
-            which = in_a_line(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            which = some(names, 1, in_a_line)
             yield f"{which} {are(len(names))} {said}"
 
 
@@ -248,7 +249,7 @@ _LOOKS: tuple[Callable[[_Place], Iterator[str]], ...] = (
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(in_a_line, names[:NUM_NAMED])) + (" ..." if len(names) > NUM_NAMED else "")
+    return some(names, NUM_NAMED, in_a_line)
 
 
 def _said(place: _Place, key: str) -> Mapping[str, object]:

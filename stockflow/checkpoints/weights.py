@@ -14,6 +14,7 @@ from stockflow.checkpoints.heads import aliases_of
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store
 from stockflow.text.escaping import in_a_line
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import are, counted, gb
 from stockflow.text.strictjson import shown
@@ -195,7 +196,7 @@ def _refuse_missing(folder: Folder, homes: Homes, missing: Sequence[str]) -> Non
     if lost:
         with suppress(NotFoundError):
             folder.store.read_head(missing[0], 1)  # says what it is if it is no plain file
-        files = f"{', '.join(map(in_a_line, missing[:NUM_NAMED]))}{' ...' if len(missing) > NUM_NAMED else ''}"
+        files = some(missing, NUM_NAMED, in_a_line)
         raise CheckpointError(
             f"{folder.where}: the index names {files}, which {are(len(missing))} not there; with "
             f"{counted(len(lost), 'tensor')}, such as {shown(lost[0])}. The download or copy did not finish: fetch "

@@ -22,6 +22,7 @@ from stockflow.planning.job import TensorJob
 from stockflow.planning.plan import CheckpointRef
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
+from stockflow.text.examples import some
 from stockflow.text.sizes import counted, gb, share
 from stockflow.text.tables import grid
 
@@ -368,9 +369,8 @@ def _notable(inspection: Inspection) -> Iterator[str]:
             unchanged = set(inspection.flagged.get("unchanged", []))
             numbers = [number for number in numbers if number not in unchanged]
         if numbers:
-            names = ", ".join(in_a_line(inspection.subjects[number].name) for number in numbers[:MAX_NAMED])
-            more = f" and {len(numbers) - MAX_NAMED} more" if len(numbers) > MAX_NAMED else ""
-            yield f"{counted(len(numbers), 'tensor')} {words} ({names}{more})"
+            names = some([inspection.subjects[number].name for number in numbers], MAX_NAMED, in_a_line)
+            yield f"{counted(len(numbers), 'tensor')} {words} ({names})"
     if inspection.num_tuned > 2:
         yield (
             "t is N cos / (1 + (N - 1) cos), cos the mean over all pairs; the last three columns are what other tools "

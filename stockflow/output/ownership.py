@@ -31,13 +31,12 @@ from stockflow.planning import file as plan_file
 from stockflow.planning.file import RecordedPlan
 from stockflow.planning.plan import NUMERICS, CheckpointRef, MergePlan
 from stockflow.storage import Stamp, Store, redact
-from stockflow.text.strictjson import shown
+from stockflow.text.examples import some
 
 SETTLE_S = 5.0
 """where creation is not exclusive: how long a claim must stand before it counts"""
 MAX_CHANGES = 3
 """Files that a message names of those that changed."""
-MAX_NAMED = 20
 """files that a message names of those that go or stay"""
 UNPUBLISHED_FIRST = (MANIFEST_FILE, *(index_of(f"{stem}.safetensors") for stem in WRITTEN_STEMS), CONFIG_FILE)
 """Without these, a loader finds no model."""
@@ -290,17 +289,12 @@ def overwriting_notes(store: Store, plan: MergePlan, *, is_done: bool) -> Iterat
     gone = [key for key in others if _goes(key, published)]
     left = [key for key in others if not _goes(key, published)]
     if gone:
-        yield f"--overwrite {'removes' if is_done else 'would remove'} {_some(gone)}"
+        yield f"--overwrite {'removes' if is_done else 'would remove'} {some(gone)}"
     if left:
         read = [key for key in left if loaders_read(key)]
-        warned = f"; loaders of the output may read {_some(read)}: remove what is not wanted" if read else ""
+        warned = f"; loaders of the output may read {some(read)}: remove what is not wanted" if read else ""
         leaves = "leaves" if is_done else "would leave"
-        yield f"--overwrite {leaves} what stockflow did not write: {_some(left)}{warned}"
-
-
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-    return f"{', '.join(map(shown, keys[:MAX_NAMED]))}{more}"
+        yield f"--overwrite {leaves} what stockflow did not write: {some(left)}{warned}"
 
 
 def check_owner(store: Store, plan_id: str, numerics_class: str) -> None:

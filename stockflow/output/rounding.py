@@ -7,9 +7,9 @@ from stockflow.checkpoints.samples import is_of_a_norm
 from stockflow.output.receipts import TensorFacts
 from stockflow.planning.plan import MergePlan
 from stockflow.storage import redact
+from stockflow.text.examples import some, such
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
-from stockflow.text.strictjson import shown
 
 MOST_COLLAPSED = 0.5
 """Share of its elements from which on a small tensor is said to have lost its distinct values."""
@@ -31,26 +31,29 @@ def _losses(rows: Sequence[TensorFacts]) -> Iterator[Remark]:
     lossy = [row for row in rows if row.facts.get("zeroed") or row.facts.get("subnormal")]
     if lossy:
         zeroed, subnormal = (sum(int(row.facts.get(key, 0)) for row in lossy) for key in ("zeroed", "subnormal"))
+        names = tuple(row.name for row in lossy)
         text = (
-            f"in {_such(lossy)} {counted(zeroed, 'element')} {are(zeroed)} written as 0 where a source is not, and "
+            f"in {such(names)} {counted(zeroed, 'element')} {are(zeroed)} written as 0 where a source is not, and "
             f"{subnormal:,} with fewer digits: the range of {lossy[0].dtype} is smaller than that of the sources"
         )
-        yield Remark("narrower-range", text, tensors=tuple(row.name for row in lossy))
+        yield Remark("narrower-range", text, tensors=names)
     coarse = [row for row in rows if row.facts.get("collapsed", 0) >= MOST_COLLAPSED * row.num_elems > 0]
     if coarse:
+        names = tuple(row.name for row in coarse)
         text = (
-            f"{_such(coarse)} {'has' if len(coarse) == 1 else 'have'} lost at least half of the distinct values by "
+            f"{such(names)} {'has' if len(coarse) == 1 else 'have'} lost at least half of the distinct values by "
             f"rounding to {coarse[0].dtype}; where small differences decide (a router's bias), ask for a finer dtype"
         )
-        yield Remark("values-collapsed", text, "note", tensors=tuple(row.name for row in coarse))
+        yield Remark("values-collapsed", text, "note", tensors=names)
     negative = [row for row in rows if row.facts.get("below_zero")]
     if negative:
+        names = tuple(row.name for row in negative)
         text = (
-            f"{_such(negative)} {are(len(negative))} variances, and some of them came out below zero, of which loaders "
+            f"{such(names)} {are(len(negative))} variances, and some of them came out below zero, of which loaders "
             "take the root: the model gives NaN. Take averages with weights that are not negative, or a rule with "
             "`action: copy`"
         )
-        yield Remark("running-statistics", text, tensors=tuple(row.name for row in negative))
+        yield Remark("running-statistics", text, tensors=names)
 
 
 def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:
@@ -60,9 +63,8 @@ def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]
     measured = [row for row in rows if len(row.delta_norms) == len(urls) - 1 and _is_told(row)]
     for number, url in enumerate(urls[1:]):
         if url not in known and (names := tuple(row.name for row in measured if _is_strange(row, number))):
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             text = (
-                f"{url} differs from {urls[0]} by at least the weights' own size in {shown(names[0])}{more}: made "
+                f"{url} differs from {urls[0]} by at least the weights' own size in {some(names, 1)}: made "
                 "anew, or stored under another name or another way round, though of equal shape"
             )
             yield Remark("stranger", text, models=(url,), tensors=names)
@@ -76,10 +78,6 @@ def _is_told(row: TensorFacts) -> bool:
 
 def _is_strange(row: TensorFacts, number: int) -> bool:
     return row.delta_norms[number] >= STRANGER * (row.base_norm or float("inf"))
-
-
-def _such(rows: Sequence[TensorFacts]) -> str:
-    return f"{counted(len(rows), 'tensor')} such as {shown(rows[0].name)}"
 
 
 def _proved_of_codes(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:

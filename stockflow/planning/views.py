@@ -11,6 +11,7 @@ from stockflow.checkpoints.naming import WRAPPERS
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.token_rows import has_tokens
 from stockflow.storage import redact
+from stockflow.text.examples import such
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
@@ -97,7 +98,7 @@ def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
     if min(len(lacking), len(besides)) < 2 or not is_large or abs(held - expected) > SAME_SIZE * expected:
         return None
     return (
-        f"{redact(other.url)} has {counted(len(besides), 'tensor')} such as {shown(besides[0])} where "
+        f"{redact(other.url)} has {such(besides)} where "
         f"{redact(donor.url)} has {len(lacking):,} such as {shown(lacking[0])}, with as many elements: the same "
         "weights in another layout; save both with one version of one library"
     )

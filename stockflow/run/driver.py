@@ -31,7 +31,7 @@ from stockflow.storage import (
     open_store,
     redact,
 )
-from stockflow.text.strictjson import shown
+from stockflow.text.examples import some
 
 if TYPE_CHECKING:
     from stockflow.engine.devices import Device
@@ -170,9 +170,8 @@ def side_file_notes(inputs: Inputs) -> Iterator[str]:
     donor = inputs.checkpoints[inputs.recipe.side_files_donor]
     others = donor.other_files
     if others:
-        more = f" and {len(others) - NUM_OTHERS_SHOWN} more" if len(others) > NUM_OTHERS_SHOWN else ""
-        names = ", ".join(map(shown, others[:NUM_OTHERS_SHOWN]))
-        yield f"not copied from {redact(donor.url)}, as no loader needs it: {names}{more}"
+        names = some(others, NUM_OTHERS_SHOWN)
+        yield f"not copied from {redact(donor.url)}, as no loader needs it: {names}"
 
 
 def merge(

@@ -4,6 +4,7 @@ import os
 import re
 
 from stockflow.errors import NotFoundError, RecipeError
+from stockflow.text.examples import some
 
 MODELS = "models--"
 """how the name of a model's folder begins; it holds ``snapshots/<commit>``, ``blobs`` and ``refs/<revision>``"""
@@ -39,8 +40,8 @@ def snapshot_of(folder: str) -> str:
         return os.path.join(snapshots, commit if commit in there else there[0])
     if not there:
         raise NotFoundError(f"{folder} holds no snapshot; download it: `hf download {name.replace('--', '/')}`")
-    some = ", ".join(there[:NUM_NAMED]) + (" ..." if len(there) > NUM_NAMED else "")
-    raise RecipeError(f"{folder} has {len(there)} snapshots and no refs/main among them; name one: {snapshots}/{some}")
+    names = some(there, NUM_NAMED, str)
+    raise RecipeError(f"{folder} has {len(there)} snapshots and no refs/main among them; name one: {snapshots}/{names}")
 
 
 def _main(model: str) -> str:

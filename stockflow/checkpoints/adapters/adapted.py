@@ -25,6 +25,7 @@ from stockflow.checkpoints.heads import is_head, may_be_tied, tied_names
 from stockflow.checkpoints.quantised import Stored
 from stockflow.errors import CheckpointError
 from stockflow.storage import key_of_adapter
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
@@ -62,10 +63,9 @@ def adapted(ground: Ground, adapter: Adapter) -> Adapted:
         binder.bind(module, parts)
     if binder.left:
         count = counted(len(binder.left), "tensor")
-        some = ", ".join(map(shown, binder.left[:NUM_NAMED])) + (" ..." if len(binder.left) > NUM_NAMED else "")
         raise CheckpointError(
-            f"{adapter.where}: {count} of {len(adapter.specs)} have no place in {ground.where}: {some}. Name the base "
-            "that the adapter was trained on"
+            f"{adapter.where}: {count} of {len(adapter.specs)} have no place in {ground.where}: "
+            f"{some(binder.left, NUM_NAMED)}. Name the base that the adapter was trained on"
         )
     check_promises(ground, adapter, modules)
     binder.untie()

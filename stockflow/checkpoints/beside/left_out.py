@@ -9,6 +9,7 @@ from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.files.tree import Tree, is_hidden
 from stockflow.storage import Stamp
 from stockflow.text.escaping import in_a_line
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted, gb
 
@@ -19,7 +20,6 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 REPLACED = ("config.json", "README.md", "manifest.json", "mergekit_config.yml")
 """Files that an output has of its own."""
-MAX_NAMED = 20
 MAX_TENSORS = 10_000
 """names of tensors that one remark holds"""
 
@@ -73,19 +73,23 @@ def files_remark(where: str, files: Mapping[str, Stamp], cut: Iterable[str]) -> 
         by_kind.setdefault(kind_of(key), []).append(key)
     cut = list(cut)
     if heads:
+        said = some(heads, quote=in_a_line)
         text = (
-            f"{_named(heads)} of {where} stays behind: the classifier that SetFit trained on its embeddings, a "
+            f"{said} of {where} stays behind: the classifier that SetFit trained on its embeddings, a "
             "pickle of scikit-learn that no merge reads. Loaded without, the output has an untrained one: train it anew"
         )
-        yield Remark("left-out", text, "warning", (where,), values={"heads": _named(heads)})
+        yield Remark("left-out", text, "warning", (where,), values={"heads": said})
     if not by_kind and not cut:
         return
     parts = [f"{counted(len(keys), 'file')} of {kind} ({gb(_size(files, keys))})" for kind, keys in by_kind.items()]
     if cut:
-        parts.append(f"{counted(len(cut), 'folder')} not listed to the end ({_named(cut)})")
-    values = {kind: _named(keys) if kind != OTHERS else counted(len(keys), "file") for kind, keys in by_kind.items()}
+        parts.append(f"{counted(len(cut), 'folder')} not listed to the end ({some(cut, quote=in_a_line)})")
+    values = {
+        kind: some(keys, quote=in_a_line) if kind != OTHERS else counted(len(keys), "file")
+        for kind, keys in by_kind.items()
+    }
     values |= {"bytes": f"{_size(files, chain(*by_kind.values())):,}"} | (
-        {"not listed to the end": _named(cut)} if cut else {}
+        {"not listed to the end": some(cut, quote=in_a_line)} if cut else {}
     )
     text = f"left out of {where}, as no loader of the output needs it: {', '.join(parts)}"
     yield Remark("left-out", text, "note", (where,), values=values)
@@ -105,11 +109,10 @@ def weights_remark(
         return
     values = {key: _words(key, stamp, placed, merged) for key, (stamp, placed) in files.items()}
     names = [each.spec.name for _, placed in files.values() for each in placed or ()]
-    listed = [f"{in_a_line(key)} ({words})" for key, words in list(values.items())[:MAX_NAMED]]
-    more = [f"and {len(values) - MAX_NAMED} more"] if len(values) > MAX_NAMED else []
+    listed = some([f"{in_a_line(key)} ({words})" for key, words in values.items()], quote=str)
     text = (
         f"{counted(len(files), 'file')} of weights of {where} {are(len(files))} left out, as neither its index nor "
-        f"modules.json names {'it' if len(files) == 1 else 'them'}: {', '.join(listed + more)}"
+        f"modules.json names {'it' if len(files) == 1 else 'them'}: {listed}"
     )
     yield Remark("unlisted-weights", text, "warning", (where,), tuple(names[:MAX_TENSORS]), values)
 
@@ -125,8 +128,3 @@ def _words(key: str, stamp: Stamp, placed: list[PlacedTensor] | None, merged: Co
 
 def _size(files: Mapping[str, Stamp], keys: Iterable[str]) -> int:
     return sum(files[key].size for key in keys)
-
-
-def _named(keys: list[str]) -> str:
-    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-    return ", ".join(map(in_a_line, keys[:MAX_NAMED])) + more

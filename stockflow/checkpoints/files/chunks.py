@@ -24,6 +24,7 @@ from stockflow.checkpoints.weights import NUM_NAMED, Folder, Weights, chosen, ot
 from stockflow.errors import CheckpointError
 from stockflow.storage import Stamp
 from stockflow.text.escaping import in_a_line
+from stockflow.text.examples import some
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
@@ -81,7 +82,7 @@ def _refuse_missing(folder: Folder, contents: Contents) -> None:
     files = {piece.file: each.spec.name for each in contents.tensors for piece in each.pieces}
     missing = sorted(files.keys() - folder.listing.keys())
     if missing:
-        names = ", ".join(map(in_a_line, missing[:NUM_NAMED])) + (" ..." if len(missing) > NUM_NAMED else "")
+        names = some(missing, NUM_NAMED, in_a_line)
         raise CheckpointError(
             f"{folder.where}: the metadata names {names}, which {are(len(missing))} not there; with parts of tensors "
             f"such as {shown(files[missing[0]])}. The download did not finish: fetch {counted(len(missing), 'file')}"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from stockflow.checkpoints.tokens.cutting import ADDED, SIDES, Cutting
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark, Severity
 
 MAX_SHOWN = 4
@@ -25,11 +26,10 @@ def other_cutting(proposal: Proposal) -> Iterator[Remark]:
             by_parts.setdefault((parts, said), []).append(redact(checkpoint.url))
     for (parts, said), urls in by_parts.items():
         if parts:
-            more = f" and {len(parts) - MAX_SHOWN:,} more" if len(parts) > MAX_SHOWN else ""
             where = redact(proposal.checkpoints[donor].url)
             text = (
                 f"{', '.join(urls)}: the same tokens as in {where}, whose tokenizer goes out, but texts were cut in "
-                f"another way, or other tokens put around them; what differs: {', '.join(said[:MAX_SHOWN])}{more}"
+                f"another way, or other tokens put around them; what differs: {some(said, MAX_SHOWN, str)}"
             )
             severity: Severity = "note" if all(map(_says_little, parts)) else "warning"
             yield Remark("tokenizers-differ", text, severity, tuple(urls), values=dict.fromkeys(parts, "differs"))

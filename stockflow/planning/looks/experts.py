@@ -8,6 +8,7 @@ from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import PREDICTION, OptionalParts
 from stockflow.storage import redact
+from stockflow.text.examples import such
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
@@ -19,7 +20,7 @@ def merged_routers(proposal: Proposal) -> Iterator[Remark]:
     if names:
         choose = "chooses" if len(names) == 1 else "choose"
         text = (
-            f"{counted(len(names), 'tensor')} such as {shown(names[0])} {are(len(names))} merged, which {choose} among "
+            f"{such(names)} {are(len(names))} merged, which {choose} among "
             "experts: sums of routers are known to send tokens to the wrong ones; "
             "`stockflow: {routers: copy}` takes them from the base"
         )

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from stockflow.checkpoints.beside.side_files import code_files, is_of_tokenizer
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
-
-MAX_NAMED = 20
 
 
 def omitted_files(proposal: Proposal) -> Iterator[Remark]:
@@ -27,10 +26,10 @@ def missing_files(proposal: Proposal) -> Iterator[Remark]:
         if names:
             url = redact(donor.url)
             text = (
-                f"configs of {url} name {_named(names)}, which loaders will look for and which are not there, or are "
+                f"configs of {url} name {some(names)}, which loaders will look for and which are not there, or are "
                 "links to folders; put them there, or name a whole model in `stockflow: {side_files_from: ...}`"
             )
-            yield Remark("missing-files", text, models=(url,), values={"names": _named(names)})
+            yield Remark("missing-files", text, models=(url,), values={"names": some(names)})
 
 
 def _missing_code(proposal: Proposal) -> Iterator[str]:
@@ -51,12 +50,7 @@ def untaken_files(proposal: Proposal) -> Iterator[Remark]:
             holders.setdefault(keys, []).append(redact(each.url))
     for keys, urls in holders.items():
         text = (
-            f"{_named(keys)} of {', '.join(urls)} will not be copied: side files come from {redact(donor.url)}, which "
+            f"{some(keys)} of {', '.join(urls)} will not be copied: side files come from {redact(donor.url)}, which "
             "has none of that name; `stockflow: {side_files_from: ...}` names another model"
         )
-        yield Remark("not-taken", text, "note", tuple(urls), values={"files": _named(keys)})
-
-
-def _named(keys: tuple[str, ...]) -> str:
-    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-    return ", ".join(map(shown, keys[:MAX_NAMED])) + more
+        yield Remark("not-taken", text, "note", tuple(urls), values={"files": some(keys)})

@@ -8,8 +8,9 @@ from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.targets import Stacking
 from stockflow.planning.towers import NUM_LAYERS_KEYS
 from stockflow.storage import redact
+from stockflow.text.examples import such
 from stockflow.text.remarks import Remark
-from stockflow.text.sizes import are, counted
+from stockflow.text.sizes import are
 from stockflow.text.strictjson import shown
 
 _OF_LAYERS = re.compile(
@@ -35,7 +36,7 @@ def modules_left_out(proposal: Proposal) -> Iterator[Remark]:
     if names:
         modules = ", ".join(map(shown, proposal.recipe.modules))
         text = (
-            f"{counted(len(names), 'tensor')} such as {shown(names[0])} {are(len(names))} in no module of the recipe "
+            f"{such(names)} {are(len(names))} in no module of the recipe "
             f"({modules}) and left out, as by mergekit; name the others, too, to keep them: "
             "`modules: {NAME: {models: [...]}}`"
         )

@@ -1,13 +1,13 @@
 """Precision: what stays finer than asked, what is carried over instead of averaged, what an average makes worthless."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from stockflow.checkpoints.samples import RUNNING_STATISTICS
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.precision import has_smaller_range
+from stockflow.text.examples import such
 from stockflow.text.remarks import Remark
-from stockflow.text.sizes import are, counted
-from stockflow.text.strictjson import shown
+from stockflow.text.sizes import are
 
 _ENDS = {
     "F16": ("65,504", "6.1e-5", "3e-8"),
@@ -26,7 +26,7 @@ def kept_precision(proposal: Proposal) -> Iterator[Remark]:
     kept = {job.output.name: job.output.dtype for job in merged if job.output.dtype != asked}
     if kept:
         text = (
-            f"{_such(list(kept))} {are(len(kept))} written as {' and '.join(sorted(set(kept.values())))} instead of "
+            f"{such(list(kept))} {are(len(kept))} written as {' and '.join(sorted(set(kept.values())))} instead of "
             f"{asked}: every model stores them finer than the rest of its weights; "
             "`stockflow: {keep_precision: false}` casts them"
         )
@@ -44,7 +44,7 @@ def carried_indices(proposal: Proposal) -> Iterator[Remark]:
         ]
         if names:
             text = (
-                f"{_such(names)} {are(len(names))} no weights but indices, masks or frequencies, stored as floats: "
+                f"{such(names)} {are(len(names))} no weights but indices, masks or frequencies, stored as floats: "
                 "carried over as stored, not averaged"
             )
             yield Remark("index-data", text, "note", tensors=tuple(names))
@@ -58,7 +58,7 @@ def running_statistics(proposal: Proposal) -> Iterator[Remark]:
     are_frozen = any(sampled) and all(each == sampled[0] for each in sampled)
     if names and not are_frozen:
         text = (
-            f"{_such(names)} {are(len(names))} running statistics: their averages are not those of the merged model; "
+            f"{such(names)} {are(len(names))} running statistics: their averages are not those of the merged model; "
             "run it over training data in training mode before it is used"
         )
         yield Remark("running-statistics", text, "warning", tensors=tuple(names))
@@ -77,12 +77,8 @@ def narrower_range(proposal: Proposal) -> Iterator[Remark]:
     if names:
         beyond, digits, everything = _ENDS[asked]
         text = (
-            f"{_such(names)} {are(len(names))} written as {asked}, whose range is smaller than that of their sources: "
+            f"{such(names)} {are(len(names))} written as {asked}, whose range is smaller than that of their sources: "
             f"beyond {beyond} the merge stops, below {digits} digits are lost, below {everything} everything. Both are "
             "counted: `subnormal` and `zeroed` in the facts of tensors.parquet, and in the manifest's summary"
         )
         yield Remark("narrower-range", text, "note", tensors=tuple(names))
-
-
-def _such(names: Sequence[str]) -> str:
-    return f"{counted(len(names), 'tensor')} such as {shown(names[0])}"

@@ -9,6 +9,7 @@ from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS, TRAINING_WRAP
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
+from stockflow.text.examples import such
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
@@ -103,7 +104,7 @@ def wrapped_by_adapters(proposal: Proposal) -> Iterator[Remark]:
     if names := _with_markers(proposal, OF_ADAPTERS):
         url = redact(proposal.donor.url)
         text = (
-            f"{_so_many(names)} {are(len(names))} named as within an adapter, in {url} and all others: loaders know no "
+            f"{such(names)} {are(len(names))} named as within an adapter, in {url} and all others: loaders know no "
             "such tensors and make up the real ones; save the models after `model.merge_and_unload()`"
         )
         yield Remark("not-weights", text, "refusal", (url,), names)
@@ -116,7 +117,7 @@ def training_state(proposal: Proposal) -> Iterator[Remark]:
         markers = dict.fromkeys(next(filter(name.__contains__, OF_TRAINERS)) for name in names)
         rules = ", ".join(f"{{filter: {marker}, action: skip}}" for marker in markers)
         text = (
-            f"{_so_many(names)} {are(len(names))} what a trainer keeps (the state of an optimizer, or averages of "
+            f"{such(names)} {are(len(names))} what a trainer keeps (the state of an optimizer, or averages of "
             f"weights), no weights of the model; `stockflow: {{rules: [{rules}]}}` leaves "
             f"{'it' if len(names) == 1 else 'them'} out"
         )
@@ -127,10 +128,6 @@ def _with_markers(proposal: Proposal, markers: Sequence[str]) -> tuple[str, ...]
     joined = "\n".join(proposal.written)
     found = [marker for marker in markers if marker in joined]
     return tuple(name for name in proposal.written if any(map(name.__contains__, found))) if found else ()
-
-
-def _so_many(names: Sequence[str]) -> str:
-    return f"{counted(len(names), 'tensor')} such as {shown(names[0])}"
 
 
 def nonfinite_values(proposal: Proposal) -> Iterator[Remark]:

@@ -11,6 +11,7 @@ from stockflow.planning.formats import QUANTIZATION_FILE, has_codes, outputs_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
+from stockflow.text.examples import such
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 
@@ -64,7 +65,7 @@ def quantised_tunes(proposal: Proposal) -> Iterator[Remark]:
     for number, found in names.items():
         url, base = redact(proposal.checkpoints[number].url), redact(proposal.donor.url)
         text = (
-            f"{url} has {counted(len(found), 'tensor')} such as {in_a_line(found[0])} as codes, {base} as plain "
+            f"{url} has {such(found, quote=in_a_line)} as codes, {base} as plain "
             "numbers: the error of rounding to codes is then in every task vector, and looks like agreement (a "
             "cosine of 0 reads as 0.45 where changes are a hundredth of the weights, as 0.93 where they are a "
             "thousandth, in FP8). Give the 16-bit models that were quantised, or the base in the same codes"
@@ -93,7 +94,7 @@ def averaged_scales(proposal: Proposal) -> Iterator[Remark]:
     if names:
         then = "they are measured anew" if any(name.endswith(_MEASURED[1:]) for name in names) else "loaders take 1"
         text = (
-            f"{counted(len(names), 'fixed scale')} such as {in_a_line(names[0])}, of activations or of the cache of "
+            f"{such(names, 'fixed scale', in_a_line)}, of activations or of the cache of "
             f"keys and values, {are(len(names))} merged like weights: measured on other models, what comes out may be "
             f"too small for this one; a rule with `action: skip` leaves such scales out, and {then}"
         )
@@ -109,14 +110,14 @@ def leftover_scales(proposal: Proposal) -> Iterator[Remark]:
         beside, alone = ([name for name in names if not proposal.is_skipped(name)] for names in found)
         if beside:
             text = (
-                f"{url} has {counted(len(beside), 'scale')} such as {in_a_line(beside[0])} beside weights of plain "
+                f"{url} has {such(beside, 'scale', in_a_line)} beside weights of plain "
                 "numbers: if these are codes that were cast without their scales, this is no model; give the 16-bit "
                 "original. If the scales were applied and left behind, a rule with `action: skip` leaves them out"
             )
             yield Remark("leftover-scales", text, "refusal", (url,), tuple(beside))
         if alone:
             text = (
-                f"{url} has {counted(len(alone), 'scale')} such as {in_a_line(alone[0])} and not the weights that they "
+                f"{url} has {such(alone, 'scale', in_a_line)} and not the weights that they "
                 "belong to: fetch or copy the model again. If it has none, a rule with `action: skip` leaves them out"
             )
             yield Remark("leftover-scales", text, "refusal", (url,), tuple(alone))

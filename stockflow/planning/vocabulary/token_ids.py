@@ -10,8 +10,8 @@ from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG, Tokenizer
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.vocabulary.rows import OutputVocabulary
 from stockflow.recipe import Recipe
+from stockflow.text.examples import such
 from stockflow.text.remarks import Remark
-from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
 NUM_SHOWN, MAX_NAMED = 3, 20
@@ -88,7 +88,7 @@ def _changed_tokens(vocabulary: OutputVocabulary) -> Iterator[Remark]:
 
 
 def _such(tokens: Sequence[str]) -> str:
-    return f"{counted(len(tokens), 'token')} such as {', '.join(map(shown, tokens[:NUM_SHOWN]))}"
+    return such(tokens, "token", most=NUM_SHOWN)
 
 
 @dataclass(frozen=True, slots=True)
