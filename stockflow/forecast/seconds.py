@@ -15,6 +15,7 @@ from stockflow.forecast.amounts import InputAmounts, StoreRequests, Workload, re
 from stockflow.forecast.constants import Calibration, MachineCosts, PlaceCosts
 from stockflow.planning.plan import MergePlan
 from stockflow.storage import redact
+from stockflow.text.redaction import command_line
 
 RANGES_IN_FLIGHT = 16
 """of one process, from object stores"""
@@ -218,8 +219,5 @@ def _unmeasured(calibration: Calibration, urls: Sequence[str]) -> Iterator[str]:
         if is_measured or root in seen or (place.is_local and place.name):  # then the machine is another one anyway
             continue
         seen.add(root)
-        option = "--folder" if place.is_local else "--url"
-        yield (
-            f"{root} was not measured: taken to be like {place.name or redact(place.url)}; "
-            f"`stockflow calibrate {option} {root}` measures it"
-        )
+        measure = command_line("stockflow", "calibrate", "--folder" if place.is_local else "--url", root)
+        yield f"{root} was not measured: taken to be like {place.name or redact(place.url)}; `{measure}` measures it"

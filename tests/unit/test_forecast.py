@@ -171,6 +171,16 @@ def test_a_store_that_was_not_measured_is_taken_for_a_store_and_not_for_a_disk(t
     assert found.place("/other") == (disk, False)
 
 
+def test_a_folder_that_was_not_measured_is_named_in_a_command_that_may_be_typed(recipe: Path, tmp_path: Path) -> None:
+    built_in, _ = load_calibration(None)
+    disk = replace(next(place for place in built_in.places if place.is_local), url="/data", name="")
+    (tmp_path / "own.json").write_text(replace(built_in, places=(disk,)).to_json())
+
+    planned = stockflow.plan(recipe, tmp_path / "a folder" / "out", calibration=tmp_path / "own.json")
+
+    assert f"`stockflow calibrate --folder '{tmp_path / 'a folder'}'`" in str(planned)
+
+
 def _without(field: str, value: float | int) -> str:
     built_in, _ = load_calibration(None)
     return re.sub(f'"{field}": [^,]*', f'"{field}": {value}', built_in.to_json())
