@@ -6,21 +6,18 @@ from typing import Literal, NoReturn
 
 from stockflow.checkpoints.adapters.config import WEIGHTS_KEY
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.errors import CheckpointError, DamagedOutputError, NotFoundError, PlanError, UserError
+from stockflow.errors import CheckpointError, NotFoundError, PlanError
 from stockflow.output import manifest as manifest_file
-from stockflow.output.keys import tensors_key
-from stockflow.output.manifest import Manifest, PublishedFile
+from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import TensorFacts
 from stockflow.storage import Store, redact
 from stockflow.text import notebook
 from stockflow.text.escaping import in_a_line
-from stockflow.text.records import parse_record
 from stockflow.text.redaction import without_secrets
 from stockflow.text.sizes import counted, gb
 from stockflow.text.tables import grid
-from stockflow.verification.contents import MAX_TABLE_BYTES, MAX_UNPLANNED_ROWS
 from stockflow.verification.files import Output
-from stockflow.verification.table import decode_apart
+from stockflow.verification.records import read_rows
 
 NUM_SHOWN = 20
 """Tensors a summary lists."""
@@ -156,17 +153,7 @@ def read_record(store: Store, manifest: Manifest) -> AdapterRecord:
     Raises:
         DamagedOutputError: its table is not what was published.
     """
-    key, output = tensors_key(manifest.plan_id), Output(store)
-    try:
-        payload = output.read(key, MAX_TABLE_BYTES)
-        if PublishedFile.of(payload) != manifest.files.get(key):
-            raise CheckpointError("is not as the manifest says: its size or sha256 differs")
-        rows = [parse_record(TensorFacts, row) for row in decode_apart(payload, MAX_UNPLANNED_ROWS)]
-    except (UserError, ValueError) as error:
-        raise DamagedOutputError(
-            f"{redact(store.url)}/{key} {error}; `stockflow verify` lists all that is damaged, and the same command "
-            "with --overwrite makes the adapter anew"
-        ) from None
+    rows = read_rows(Output(store), manifest)
     return AdapterRecord(store.url, manifest, tuple(map(ExtractedTensor.of, rows)))
 
 

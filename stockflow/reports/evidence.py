@@ -13,19 +13,16 @@ from stockflow.methods import METHODS
 from stockflow.methods.parameters import FROM_BASE
 from stockflow.output import manifest as manifest_file
 from stockflow.output import receipts
-from stockflow.output.keys import MANIFEST_FILE, receipt_key, tensors_key
-from stockflow.output.manifest import Manifest, PublishedFile
+from stockflow.output.keys import MANIFEST_FILE, receipt_key
+from stockflow.output.manifest import Manifest
 from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning.plan import CheckpointRef, MergePlan, merged_among
 from stockflow.run.inputs import collector_paused
 from stockflow.storage import StorageConfig, open_store, redact
-from stockflow.text.records import parse_record
 from stockflow.text.redaction import without_secrets
 from stockflow.text.remarks import Remark
-from stockflow.verification.contents import MAX_TABLE_BYTES, MAX_UNPLANNED_ROWS
 from stockflow.verification.files import Output
-from stockflow.verification.records import read_plan
-from stockflow.verification.table import decode_apart
+from stockflow.verification.records import read_plan, read_rows
 from stockflow.verification.unfinished import what_is_there
 from stockflow.verification.verify import Finding
 
@@ -139,7 +136,7 @@ def gather(location: str, config: StorageConfig, on_bytes: Callable[[int], None]
     shards = [key for key in manifest.files if key.endswith(".safetensors")]
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="report") as pool, collector_paused():
         reading = pool.map(lambda file: _read_receipt(output, manifest, file), shards[:MAX_RECEIPTS])
-        rows = _read_rows(output, manifest)
+        rows = read_rows(output, manifest)
         recorded = read_plan(output, manifest)
         found = list(reading)
     plan = None if isinstance(recorded, Finding) else recorded.plan
@@ -178,26 +175,6 @@ def _read_manifest(output: Output) -> Manifest:
         raise NotFoundError(f"{where} has no {MANIFEST_FILE}: {what_is_there(output, 'ask for the report')}") from None
     except CheckpointError as error:
         raise DamagedOutputError(f"{error}") from None
-
-
-def _read_rows(output: Output, manifest: Manifest) -> tuple[TensorFacts, ...]:
-    """Return the table, if it is the published one.
-
-    Raises:
-        DamagedOutputError: it is not, or cannot be read.
-    """
-    key = tensors_key(manifest.plan_id)
-    try:
-        payload = output.read(key, MAX_TABLE_BYTES)
-        if PublishedFile.of(payload) != manifest.files.get(key):
-            raise CheckpointError("is not as the manifest says: its size or sha256 differs")
-        plain = decode_apart(payload, MAX_UNPLANNED_ROWS)
-        return tuple(parse_record(TensorFacts, row) for row in plain)
-    except (UserError, ValueError) as error:
-        raise DamagedOutputError(
-            f"{Finding(key, str(error))}. Without this table there is nothing to report; `stockflow verify` lists "
-            "everything that is damaged, and the same merge with --overwrite repairs it"
-        ) from None
 
 
 def _read_receipt(output: Output, manifest: Manifest, file: str) -> Receipt | Finding | None:

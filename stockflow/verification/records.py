@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
 
-from stockflow.errors import CheckpointError, UserError
+from stockflow.errors import CheckpointError, DamagedOutputError, UserError
 from stockflow.output import numerics, receipts
 from stockflow.output.files import loaders_read, planned_files, strangers
 from stockflow.output.keys import (
@@ -15,16 +15,19 @@ from stockflow.output.keys import (
     plan_key,
     receipt_folder,
     receipted_file,
+    tensors_key,
 )
-from stockflow.output.manifest import Manifest
+from stockflow.output.manifest import Manifest, PublishedFile
 from stockflow.output.receipts import Receipt, TensorFacts
 from stockflow.planning import file as plan_file
 from stockflow.planning.file import RecordedPlan
 from stockflow.planning.plan import CheckpointRef
 from stockflow.storage import Stamp, StorageConfig, open_model, redact
-from stockflow.verification.contents import Table
+from stockflow.text.records import parse_record
+from stockflow.verification.contents import MAX_TABLE_BYTES, MAX_UNPLANNED_ROWS, Table
 from stockflow.verification.files import Output
 from stockflow.verification.findings import Finding, quoted
+from stockflow.verification.table import decode_apart
 
 RecordedCoefficients = Mapping[str, tuple[tuple[float, ...], ...]]
 """Coefficients per group, by the tensor's name."""
@@ -44,6 +47,25 @@ def read_plan(output: Output, manifest: Manifest) -> RecordedPlan | Finding:
             f"expected {manifest.plan_id[:16]}...",
         )
     return recorded
+
+
+def read_rows(output: Output, manifest: Manifest) -> tuple[TensorFacts, ...]:
+    """Return the table of tensors, if it is the published one.
+
+    Raises:
+        DamagedOutputError: it is not, or cannot be read.
+    """
+    key = tensors_key(manifest.plan_id)
+    try:
+        payload = output.read(key, MAX_TABLE_BYTES)
+        if PublishedFile.of(payload) != manifest.files.get(key):
+            raise CheckpointError("is not as the manifest says: its size or sha256 differs")
+        return tuple(parse_record(TensorFacts, row) for row in decode_apart(payload, MAX_UNPLANNED_ROWS))
+    except (UserError, ValueError) as error:
+        raise DamagedOutputError(
+            f"{Finding(key, str(error))}. Without this table there is nothing to report; `stockflow verify` lists "
+            "everything that is damaged, and the same command with --overwrite makes it anew"
+        ) from None
 
 
 def check_manifest(manifest: Manifest, recorded: RecordedPlan) -> Iterator[Finding]:

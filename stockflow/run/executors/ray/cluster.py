@@ -315,11 +315,16 @@ def _check_token(address: str) -> None:
     try:
         GcsClient(address=address).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=PROBE_S)
     except AuthenticationError:
-        mode = os.environ.get("RAY_AUTH_MODE", "not set")
-        raise ComputeLostError(
-            f"the cluster at {address} does not accept this token (RAY_AUTH_MODE is {mode}): set RAY_AUTH_MODE=token, "
-            "and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the token of the cluster"
-        ) from None
+        raise ComputeLostError(token_refused(address)) from None
+
+
+def token_refused(address: str) -> str:
+    """Return in words that a cluster does not accept the token of this process, and what to set."""
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    return (
+        f"the cluster at {address} does not accept this token (RAY_AUTH_MODE is {mode}): set RAY_AUTH_MODE=token, "
+        "and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the token of the cluster"
+    )
 
 
 def _start_here(options: RayOptions, num_items: int) -> None:

@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from stockflow.errors import AccessDeniedError, ComputeLostError, NotFoundError, PlanError, StockflowError
-from stockflow.run.executors.ray.cluster import brief
+from stockflow.run.executors.ray.cluster import brief, token_refused
 from stockflow.text.redaction import redact, without_secrets
 
 TIMEOUT_S = (10.0, 60.0)
@@ -144,16 +144,9 @@ class Jobs:
         except StockflowError:
             raise
         except AuthenticationError:
-            raise AccessDeniedError(
-                f"the cluster at {self.address} does not accept this token (RAY_AUTH_MODE is "
-                f"{os.environ.get('RAY_AUTH_MODE', 'not set')}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or "
-                "RAY_AUTH_TOKEN to the token of the cluster"
-            ) from None
+            raise AccessDeniedError(token_refused(self.address)) from None
         except (ValueError, KeyError, TypeError):
-            raise ComputeLostError(
-                f"what answers at {self.address} is not the job API of Ray; expected the address of the dashboard of "
-                "a head, http://HOST:8265"
-            ) from None
+            raise self._no_job_api() from None
         except OSError as error:
             raise ComputeLostError(
                 f"no Ray head answers at {self.address}: {_reason(error)}. Expected the address of its dashboard, "
@@ -168,11 +161,14 @@ class Jobs:
                     "job was deleted"
                 ) from None
             if "404" in text[:60]:
-                raise ComputeLostError(
-                    f"what answers at {self.address} is not the job API of Ray; expected the address of the dashboard "
-                    "of a head, http://HOST:8265"
-                ) from None
+                raise self._no_job_api() from None
             raise _RefusedError(f"the cluster at {self.address} refused: {brief(RuntimeError(text))}", text) from None
+
+    def _no_job_api(self) -> ComputeLostError:
+        return ComputeLostError(
+            f"what answers at {self.address} is not the job API of Ray; expected the address of the dashboard of a "
+            "head, http://HOST:8265"
+        )
 
 
 class _RefusedError(ComputeLostError):
