@@ -11,7 +11,7 @@ import boto3
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import stockflow
 from stockflow.checkpoints.identity import same_models
@@ -325,6 +325,36 @@ def test_models_without_a_base_that_have_nothing_to_do_with_each_other_are_named
     assert isinstance(told, PlanResult)
     (remark,) = told.plan.remarks
     assert (remark.code, remark.models) == ("stranger", (str(stranger),))
+
+
+@pytest.mark.parametrize("change", [lambda norm: norm + 1, lambda norm: norm - 1, torch.ones_like])
+def test_norms_made_anew_are_named_whatever_their_own_size(
+    change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    """Three is what Gemma's norms come to in training: one more is a third of that."""
+    family = make_family(tmp_path, 2, llama_shapes(TIED), buffers=False, delta_scale=0.01)
+    for number, folder in enumerate((family.base, *family.tuned)):
+        tensors = load_file(folder / "model.safetensors")
+        for name in (each for each in tensors if "norm" in each):
+            tensors[name] = 3 + 0.1 * tensors[name] / tensors[name].abs().max()
+            tensors[name] = change(tensors[name]) if number == 2 else tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+
+    (remark,) = planned(recipe_at(tmp_path, family.base, *family.tuned)).remarks
+
+    assert (remark.code, remark.models) == ("stranger", (str(family.tuned[1]),))
+    assert "made anew, or norms counted from another number" in remark.text
+    assert all("norm" in name for name in remark.tensors)
+
+
+def test_a_norm_that_was_not_looked_at_is_named_when_all_is_read(tmp_path: Path) -> None:
+    name = "model.layers.0.post_attention_layernorm.weight"
+    changed, family = llamas(tmp_path, {name: lambda norm: norm + 2})
+
+    result = runs.merge_here(recipe_at(tmp_path, family.base, family.tuned[1], changed), tmp_path / "out")
+
+    (proof,) = [remark for remark in result.manifest.remarks if remark.code == "stranger"]
+    assert (proof.models, proof.tensors) == ((str(changed),), (name,))
 
 
 def test_samples_are_one_small_read_of_each_of_eight_matrices_and_four_norms(tmp_path: Path, family: Family) -> None:

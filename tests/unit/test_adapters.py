@@ -695,12 +695,18 @@ def test_modules_that_were_trained_are_there_or_missed(tmp_path: Path) -> None:
     assert "adapter-part" not in remarks(tmp_path)
 
 
-def test_weights_beside_an_adapter_that_were_trained_with_it_are_refused_until_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["non_lora_trainables.bin", "new_embeddings.safetensors"])
+def test_weights_beside_an_adapter_that_were_trained_with_it_are_refused_until_accepted(
+    file: str, tmp_path: Path
+) -> None:
     write_base(tmp_path / "base", SHAPES)
     write_adapter(tmp_path / "lora", adapters.linear(SHAPES, ["q_proj"]), target_modules=["q_proj"])
-    (tmp_path / "lora" / "non_lora_trainables.bin").write_bytes(b"PK")
+    (tmp_path / "lora" / file).write_bytes(b"PK")
 
-    assert "has weights that were trained with it (LLaVA's projector)" in remarks(tmp_path)["adapter-part"]
+    assert (
+        "has weights that were trained with it (LLaVA's projector, rows of new tokens)"
+        in remarks(tmp_path)["adapter-part"]
+    )
 
 
 def test_experts_are_not_missed_among_the_modules_that_were_trained(tmp_path: Path) -> None:

@@ -105,6 +105,16 @@ def test_what_held_the_vocabulary_in_an_older_form_is_not_published(tmp_path: Pa
     assert found["eos_token"] == "a"
 
 
+def test_letters_of_a_ctc_tokenizer_are_written_in_its_one_file(tmp_path: Path) -> None:
+    settings = {"tokenizer_config.json": '{"tokenizer_class": "Wav2Vec2CTCTokenizer", "pad_token": "a"}'}
+    base, other = (settings | {"vocab.json": json.dumps(ids_of(letters))} for letters in (LETTERS, [*LETTERS, "ß"]))
+
+    plan = plan_of(tmp_path, base, other)
+
+    assert json.loads(written(plan, "vocab.json")) == ids_of([*LETTERS, "ß"])
+    assert {side.key for side in plan.side_files} == {"tokenizer_config.json"}
+
+
 @pytest.mark.parametrize(
     ("base", "other", "problem"),
     [

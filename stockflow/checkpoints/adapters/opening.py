@@ -28,7 +28,9 @@ NUM_NAMED = 5
 MAX_SAMPLE_BYTES = 65_536
 """Of the first, the middle and the last factor B."""
 
-_TRAINED_WHOLE = re.compile(r"non_lora_trainables\.(bin|safetensors)|(mm_projector|trainable_params)\.bin")
+_TRAINED_WHOLE = re.compile(
+    r"(non_lora_trainables|new_embeddings)\.(bin|safetensors)|(mm_projector|trainable_params)\.bin"
+)
 
 
 class FactorSample(NamedTuple):
@@ -123,8 +125,8 @@ def _on_others(store: Store, files: Mapping[str, Stamp]) -> Iterator[Remark]:
     if names := [key for key in files if _TRAINED_WHOLE.fullmatch(key)]:
         text = (
             f"{shown(names[0])} beside the adapter {store.where()} has weights that were trained with it (LLaVA's "
-            "projector), which are not read, so that the base's stay; put both into the base with the library that "
-            "wrote them, and merge the models that it gives"
+            "projector, rows of new tokens), which are not read, so that the base's stay; put both into the base with "
+            "the library that wrote them, and merge the models that it gives"
         )
         yield Remark("adapter-part", text, "refusal", (store.url,))
 

@@ -15,6 +15,8 @@ from stockflow.text.strictjson import shown
 
 LIMITS: tuple[Role, Role] = ("least change", "step")
 """Roles of parameters below which changes leave the output the base, and the other model."""
+LEAST_SHIFT = 0.1
+"""Of what norms multiply by: a shift that is no tune's, and how far one may be from 1."""
 STRANGER = 1.0
 """Of the weights' own size: a difference that large is no tune's. Of two unrelated models it is sqrt(2)."""
 
@@ -53,18 +55,30 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
     for url, samples in others:
         pairs = [(one, other) for one, other in zip(own, samples, strict=True) if other.values.any()]
         far = {one.name: distance for one, other in pairs if (distance := _relative_distance([one], [other]))}
-        names = tuple(name for name, distance in far.items() if distance >= STRANGER)
+        anew = {two.name for one, two in pairs if _is_made_anew(one, two)}
+        names = tuple(two.name for _, two in pairs if far.get(two.name, 0.0) >= STRANGER or two.name in anew)
         of_layers = [(one, other) for one, other in pairs if one.kind != "norm"]  # those are large, and alike
         whole = _relative_distance(*zip(*of_layers, strict=True)) if of_layers else None
         if (whole or 0.0) >= STRANGER:
             said, names = f"by {whole:.2f} of the weights' own size, where it was looked at: another model, or", ()
         elif names:
-            most = max(far.values())
-            said = f"by up to {most:.2f} of the weights' own size in {_in_tensors(names)}: made anew, or"
+            most, counted = (
+                max(far.values(), default=math.inf),
+                " norms counted from another number, or" if anew else "",
+            )
+            said = f"by up to {most:.2f} of the weights' own size in {_in_tensors(names)}: made anew, or{counted}"
         else:
             continue
         text = f"{url} differs from {base} {said} tensors stored another way round, though of equal shapes"
-        yield Remark("stranger", text, models=(url,), tensors=names, values={url: f"{whole:.3g}"})
+        yield Remark("stranger", text, models=(url,), tensors=names, values={url: f"{whole or 0.0:.3g}"})
+
+
+def _is_made_anew(base: Sample, other: Sample) -> bool:
+    """Return whether what a norm multiplies by is one number, or the base's and 1 more or less (GGUF's of Gemma)."""
+    shift = other.values - base.values
+    is_one_number = np.ptp(other.values) == 0.0 < np.ptp(base.values) and bool(np.abs(shift).max() >= LEAST_SHIFT)
+    is_shifted = abs(abs(float(shift.mean())) - 1.0) + float(shift.std()) < LEAST_SHIFT
+    return other.kind == "norm" and (is_one_number or is_shifted)
 
 
 def small_changes(proposal: Proposal) -> Iterator[Remark]:

@@ -88,8 +88,10 @@ def _copied(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> dict[str, Side
 
 
 def _with_tokens(where: str, tokenizers: Sequence[Tokenizer], vocabulary: OutputVocabulary) -> dict[str, bytes]:
-    """Return tokenizer.json, and the config beside it, with the tokens that are added."""
+    """Return tokenizer.json and the config beside it, or the letters of a CTC tokenizer, with what is added."""
     own = tokenizers[vocabulary.source]
+    if own.document is None and str(own.settings.get("tokenizer_class")).endswith("CTCTokenizer"):
+        return {"vocab.json": _text(vocabulary.ids)}  # all there is of it, in which each letter is a token
     if own.document is None:
         raise PlanError(
             f"{where} has no tokenizer.json, and {counted(len(vocabulary.added), 'token')} would be added to it; "
