@@ -250,7 +250,7 @@ _QUIET = re.compile(
     r"|.*_size|n_(embd|inner|vocab|layers?|head)|d_(model|ff|inner)|num_.*layers|num_labels|label2id|use_(cache|return_dict)"
     r"|torch_dtype|dtype|auto_map|pretraining_tp|ep_size|return_dict.*|gradient_checkpointing|unsloth.*|tie_.*|expert_dtype"
     r"|quantization|task_specific_params|finetuning_task|.*attn_implementation|use_flash_attn.*|seq_aux|freeze.*|tune_.*"
-    r"|(en|de)coder|.*name_or_path|model_name|license|num_nextn_predict_layers|num_key_value_groups|id2label"
+    r"|cache_implementation|(en|de)coder|.*name_or_path|model_name|license|num_nextn_predict_layers|num_key_value_groups|id2label"
 )
 """Keys that say nothing of how a model computes, or what shapes and other looks show."""
 

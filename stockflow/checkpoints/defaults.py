@@ -7,11 +7,42 @@ from collections.abc import Mapping
 
 _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
     "rope_theta": {
-        1e6: ("mixtral", "phimoe", "minimax", "qwen2_vl_text", "qwen2_5_vl_text", "lfm2", "lfm2_moe", "cwm"),
+        1e6: (
+            "mixtral", "phimoe", "minimax", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "lfm2",
+            "lfm2_moe", "cwm", "gemma3_text", "gemma3n_text", "qwen2_5_omni_text", "qwen3_omni_moe_text",
+        ),
         5e5: ("llama4_text", "mllama_text_model", "olmo3", "flex_olmo", "ernie4_5", "ernie4_5_moe", "bitnet", "csm"),
         1.5e5: ("gpt_oss",), 2e6: ("smollm3",), 1.2e7: ("apertus",), 1e5: ("helium",), 2.5e4: ("fuyu",),
-        1e7: ("longcat_flash",),
+        1e7: ("longcat_flash",), 5e6: ("minimax_m2",), 1.6e5: ("modernbert", "modernbert-decoder"),
     },
+    "rope_local_base_freq": {1e4: ("gemma3_text", "gemma3n_text", "modernbert", "modernbert-decoder")},
+    "partial_rotary_factor": {
+        0.5: ("phi", "glm", "glm4", "glm4_moe", "glm4v_moe_text", "nemotron", "persimmon", "bamba"),
+        0.25: ("gpt_neox", "stablelm", "qwen3_next"),
+    },
+    "activation": {
+        "silu": (
+            "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_vl", "qwen2_vl_text",
+            "qwen2_5_vl", "qwen2_5_vl_text", "phi3", "cohere", "cohere2", "deepseek_v3",
+        ),
+        "gelu_pytorch_tanh": ("gemma2", "gemma3_text", "gemma3n_text", "siglip_vision_model", "siglip_text_model"),
+        "quick_gelu": ("clip_text_model", "clip_vision_model"),
+    },
+    "norm epsilon": {
+        1e-6: (
+            "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text",
+            "gemma3n_text", "siglip_vision_model", "siglip_text_model",
+        ),
+        1e-5: ("mixtral", "phi3", "qwen2_vl", "qwen2_vl_text", "clip_vision_model", "clip_text_model"),
+    },
+    "sliding_window_pattern": {6: ("gemma3_text",)},
+    "local_attention": {128: ("modernbert", "modernbert-decoder")},
+    "logit_scale": {0.0625: ("cohere", "cohere2")},
+    "query_pre_attn_scalar": {256: ("gemma2", "gemma3_text")},
+    "attn_logit_softcapping": {50.0: ("gemma2",)},
+    "final_logit_softcapping": {30.0: ("gemma2", "gemma3n_text")},
+    "routed_scaling_factor": {2.5: ("deepseek_v3",)},
+    "residual_in_fp32": {True: ("mamba", "mamba2", "falcon_mamba")},
     "sliding_window": {
         4096: ("mistral", "ministral", "gemma2", "gemma3_text", "cohere2", "exaone4", "vaultgemma"), 128: ("gpt_oss",),
     },
@@ -38,8 +69,15 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
 _DEFAULTS = {
     (name, each): value for name, values in _BY_TYPE.items() for value, types in values.items() for each in types
 }
+_KNOWN_TYPES = {each for _, each in _DEFAULTS}
 
 
 def default_of(name: str, section: Mapping[str, object], usual: object) -> object:
     """Return what the class of a config's section takes for a fact of which it says nothing; ``usual`` for most."""
     return _DEFAULTS.get((name, str(section.get("model_type"))), usual)
+
+
+def is_of_own_code(config: Mapping[str, object]) -> bool:
+    """Return whether code beside a model says what it takes where its config says nothing, which nobody knows here."""
+    code = config.get("auto_map")
+    return isinstance(code, dict) and "AutoConfig" in code and config.get("model_type") not in _KNOWN_TYPES

@@ -53,6 +53,34 @@ GEMMA3_5 = {
     },
     "vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16, "hidden_size": 1152},
 }  # fmt: skip
+GEMMA3_PUBLISHED = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "mm_tokens_per_image": 256,
+    "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    },
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model", "num_attention_heads": 16},
+}  # fmt: skip
+GEMMA3_WHOLE = {
+    **GEMMA3_PUBLISHED,
+    "text_config": {
+        **GEMMA3_PUBLISHED["text_config"], "attention_bias": False, "attn_logit_softcapping": None, "head_dim": 256,
+        "cache_implementation": "hybrid", "final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+        "sliding_window_pattern": 6, "use_cache": True, "vocab_size": 262208,
+    },
+    "vision_config": {
+        **GEMMA3_PUBLISHED["vision_config"], "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "projector_hidden_act": "gelu",
+    "text_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "vocab_size": 32064},
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14,
+    },
+}  # fmt: skip
 MISTRAL = {
     "model_type": "mistral",
     "architectures": ["MistralForCausalLM"],
@@ -168,6 +196,15 @@ QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "Mixtral without a base": ({"model_type": "mixtral"}, {"model_type": "mixtral", "rope_theta": 1e6}),
     "no decoder": (BERT, {**BERT, "is_decoder": False}),
+    "Gemma 3 as it is published, and saved whole": (GEMMA3_PUBLISHED, GEMMA3_WHOLE),
+    "LLaVA as it is published, and saved whole": (LLAVA, {
+        **LLAVA, "text_config": {
+            **LLAVA["text_config"], "hidden_act": "silu", "rope_theta": 10000.0, "rope_scaling": None, "head_dim": 128,
+            "attention_bias": False, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32,
+        },
+        "vision_config": {**LLAVA["vision_config"], "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    }),
+    "Phi's share": ({"model_type": "phi"}, {"model_type": "phi", "partial_rotary_factor": 0.5}),
     "layer types by a newer version": (QWEN2, {**QWEN2, "layer_types": ["full_attention"]}),
 }  # fmt: skip
 ARCHITECTURE, HEADS, CONFIG, LENGTH, KEYS = (
@@ -210,7 +247,7 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         CONFIG, GEMMA3, within(GEMMA3, "text_config", rope_scaling=None), "text_config.rope_scaling",
     ),
     "share": (
-        CONFIG, {"model_type": "phi"}, {"model_type": "phi", "partial_rotary_factor": 0.5}, "partial_rotary_factor",
+        CONFIG, {"model_type": "phi"}, {"model_type": "phi", "partial_rotary_factor": 0.4}, "partial_rotary_factor",
     ),
     "epsilon": (CONFIG, LLAMA, {**LLAMA, "rms_norm_eps": 1e-6}, "norm epsilon"),
     "epsilon by two words": (
@@ -292,6 +329,9 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "Jamba's period": (CONFIG, JAMBA, {**JAMBA, "attn_layer_period": 4}, "attn_layer_period"),
     "buckets": (CONFIG, T5, {**T5, "relative_attention_num_buckets": 64}, "relative_attention_num_buckets"),
     "patches": (CONFIG, CLIP, within(CLIP, "vision_config", patch_size=16), "vision_config.patch_size"),
+    "a scale of one where the class has another": (
+        CONFIG, {"model_type": "cohere"}, {"model_type": "cohere", "logit_scale": 1.0}, "logit_scale",
+    ),
     "BART's scale": (CONFIG, {**T5, "scale_embedding": False}, {**T5, "scale_embedding": True}, "scale_embedding"),
     "labels": (CONFIG, BERT, {**BERT, "id2label": {"0": "positive", "1": "negative"}}, "id2label"),
     "Cohere's scale": (CONFIG, COHERE, {**COHERE, "logit_scale": 0.25}, "logit_scale"),
@@ -361,6 +401,13 @@ ALONE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
     "a token that is forced": (CONFIG, "warning", T5, {**T5, "forced_bos_token_id": 1}, "forced_bos_token_id"),
     "tokens that are not chosen": (KEYS, "note", LLAMA, {**LLAMA, "suppress_tokens": [1]}, "suppress_tokens"),
     "that weights are rounded": (CONFIG, "warning", {"model_type": "bitnet"}, BITNET, "quantization_config"),
+    "what code beside the model takes": (
+        CONFIG,
+        "note",
+        {"auto_map": {"AutoConfig": "c.X"}},
+        {"auto_map": {"AutoConfig": "c.X"}, "use_qk_norm": False},
+        "use_qk_norm",
+    ),
     "labels": (CONFIG, "warning", LLAMA, {**LLAMA, "id2label": {"0": "safe", "1": "unsafe"}}, "id2label"),
 }
 

@@ -17,12 +17,13 @@ from stockflow.checkpoints.configs import (
     further_keys,
     is_of_tokens,
     reworded,
+    says_nothing,
     sections,
     size_keys,
     token_keys,
     trait,
 )
-from stockflow.checkpoints.defaults import default_of
+from stockflow.checkpoints.defaults import default_of, is_of_own_code
 from stockflow.checkpoints.heads import is_of_language, said_of_language
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
@@ -89,10 +90,16 @@ class Configs(NamedTuple):
 
     def said_by_some(self, traits: Sequence[Trait]) -> Iterator[tuple[Disagreement, list[str]]]:
         """Yield what some models say in one voice and others do not say, and which are these."""
+        own_code = {url for url, each in self.sections.items() if is_of_own_code(each.get("", {}))}
         for path, own in self.by_path():
             for each in traits:
                 values = {url: _value(each, section) for url, section in own.items()} if each.default is None else {}
-                said = {url: value for url, value in values.items() if each.is_said(value)}
+                is_open = each in MEANING and any(url in own_code and value is None for url, value in values.items())
+                said = {
+                    url: value
+                    for url, value in values.items()
+                    if each.is_said(value) or (is_open and value is not None)
+                }
                 others = FOUND_LATER.difference(each.keys) if FOUND_LATER.intersection(each.keys) else frozenset[str]()
                 silent = [
                     url
@@ -162,7 +169,9 @@ def _said_by_some(configs: Configs, found: Disagreement, silent: Sequence[str]) 
         f"{', '.join(map(configs.named, silent))}: loaders take what the class of a model has by default, which need "
         "not be that"
     )
-    is_lost = configs.published in silent and found.name.rpartition(".")[2] not in FOUND_LATER
+    key = found.name.rpartition(".")[2]
+    tells = is_of_tokens(key) or not all(map(says_nothing, found.values.values()))
+    is_lost = configs.published in silent and key not in FOUND_LATER and tells
     values = {url: shown(value) for url, value in found.values.items()}
     return Remark("config-differs", text, "warning" if is_lost else "note", (*values, *silent), values=values)
 
