@@ -29,7 +29,7 @@ def plan(recipe: RecipeArgument, output: OutputArgument, told: Told, **settings:
     return Answer(lambda: f"{result}\nnext: {command_line(*words)}", facts_of(result))
 
 
-@command(delays=False)
+@command(delays=False, resumes=True)
 def calibrate(
     told: Told,
     out: Annotated[

@@ -27,6 +27,7 @@ from stockflow.checkpoints.files.header import TensorSpec, encode_header, width_
 from stockflow.errors import ComputeLostError, StockflowError, StorageError
 from stockflow.forecast.constants import Calibration, KernelCost, MachineCosts, PlaceCosts
 from stockflow.forecast.transfers import machine_cpu_s, our_cpu_s, place_costs
+from stockflow.interruption import finishing
 from stockflow.planning.budget import default_memory
 from stockflow.recipe import load_recipe
 from stockflow.run.driver import MergeOptions, merge
@@ -252,5 +253,5 @@ def _store_costs(url: str, work: Path) -> PlaceCosts:
     try:
         return place_costs(url, store, *_start_and_shard_s(_Bench(work, store, prefix)))
     finally:
-        with suppress(StockflowError):
+        with suppress(StockflowError), finishing():
             store.delete(list(store.list()))

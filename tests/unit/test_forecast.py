@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from stockflow.run.inputs import Inputs
 from tests import runs
 from tests.checkpoints import make_family, write_recipe
 from tests.runs import MIB, merge_here
+from tests.waiting import HANG_S, wait_until
 
 SHAPES = {"large": (700, 1024), "small.a": (33, 7), "small.b": (5,), "small.c": (1000,)}
 
@@ -142,6 +144,20 @@ def test_a_users_calibration_goes_before_the_built_in_one(tmp_path: Path, monkey
     assert found.measured == "yesterday"
     assert str(own) in where
     assert parse_calibration(own.read_bytes(), "own") == found
+
+
+def test_calibrating_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
+    place, out = tmp_path / "place", tmp_path / "out.json"
+    measuring = runs.start("calibrate", "--folder", place, "--out", out)
+    wait_until(lambda: place.exists() and any(place.glob("*/*")), measuring)
+
+    measuring.terminate()
+
+    _, said = measuring.communicate(timeout=HANG_S)
+    assert measuring.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in said
+    assert list(place.iterdir()) == []
+    assert not out.exists()
 
 
 def test_the_built_in_calibration_names_no_folder_of_ours(
