@@ -58,7 +58,7 @@ from stockflow.planning.vocabulary.token_ids import following
 from stockflow.recipe import Recipe, Rule
 from stockflow.storage import redact
 from stockflow.text.remarks import objections
-from stockflow.text.sizes import counted
+from stockflow.text.sizes import counted, gb
 
 NUM_PROBLEMS_SHOWN = 20
 SHARDS_PER_WORKER = 4
@@ -219,7 +219,7 @@ def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:
         if size and _num_shards(jobs, size) >= enough:
             return [f"{said}; --shard-size {_two_digits(size)} gives enough"]
     largest = max(sum(each.num_bytes for each in job.wholes or job.result.outputs) for job in jobs)
-    return [f"{said}, and the largest tensor has {_two_digits(largest)}; ask for fewer workers"]
+    return [f"{said}, and the largest tensor has {gb(largest)}; ask for fewer workers"]
 
 
 def _two_digits(num_bytes: int) -> str:

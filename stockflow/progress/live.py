@@ -10,7 +10,7 @@ from rich.text import Text
 from stockflow.events import Event, Note
 from stockflow.progress.lines import Ticking
 from stockflow.progress.state import Contribution, Snapshot, State
-from stockflow.progress.wording import in_words
+from stockflow.progress.wording import in_words, items
 from stockflow.text.escaping import in_a_line, printable
 from stockflow.text.sizes import duration, gb
 
@@ -100,15 +100,14 @@ def _lanes(now: Snapshot) -> Table:
 def _cells(worker: Contribution, now: Snapshot) -> list[Text]:
     rate = (worker.num_read + worker.num_written) / max(worker.elapsed_s, 1e-9)
     moved = f"{gb(worker.num_read)} read" + (f", {gb(worker.num_written)} written" if worker.num_written else "")
-    unit = now.stage.unit.removesuffix("s") if worker.num_done == 1 else now.stage.unit
-    done = f"{worker.num_done:,} {unit}" if worker.num_done else ""
+    done = items(now.stage, worker.num_done) if worker.num_done else ""
     return [Text(moved), Text(f"{gb(rate)}/s"), Text(done), Text(in_a_line(worker.last_item), style="dim")]
 
 
 def _ended(state: Snapshot) -> str:
     parts = [f"{state.stage.name}: {duration(state.elapsed_s)}"]
     if state.num_done > state.stage.num_done:
-        parts.append(f"{state.num_done - state.stage.num_done:,} {state.stage.unit}")
+        parts.append(items(state.stage, state.num_done - state.stage.num_done))
     moved = state.num_read + state.num_written
     if moved:
         parts.append(f"{gb(moved)}, {gb(moved / max(state.elapsed_s, 1e-9))}/s")

@@ -45,10 +45,15 @@ def in_a_line(event: Event) -> str:
 
 def heading(stage: Stage) -> str:
     """Name a stage and what it will go through."""
-    size = "" if stage.num_items is None else f" {counted(stage.num_items, stage.unit.removesuffix('s'))}"
+    size = "" if stage.num_items is None else f" {items(stage, stage.num_items)}"
     size += "" if stage.total_bytes is None else f", {gb(stage.total_bytes)}"
     resumed = f"; {stage.num_done:,} are there already" if stage.num_done else ""
     return f"{stage.name}{size}{resumed}"
+
+
+def items(stage: Stage, number: int) -> str:
+    """Return so many of what a stage goes through."""
+    return counted(number, stage.unit.removesuffix("s"))
 
 
 def in_words(state: Snapshot) -> str:
@@ -64,7 +69,7 @@ def in_words(state: Snapshot) -> str:
     if stage.num_items is not None:
         parts.append(f"{state.num_done:,}/{stage.num_items:,} {stage.unit}")
     elif state.num_done:
-        parts.append(f"{state.num_done:,} {stage.unit}")
+        parts.append(items(stage, state.num_done))
     if state.left_s is not None and state.done_bytes != stage.total_bytes:
         parts.append(f"about {duration(state.left_s)} left")
     elif state.elapsed_s >= 1.0:

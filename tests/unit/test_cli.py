@@ -164,7 +164,9 @@ def test_plan_says_when_workers_would_idle(world: World) -> None:
     one = cli("plan", world.recipe, world.output, *on_ray, "--workers", 1).stdout
     enough = cli("plan", world.recipe, world.output, *on_ray, "--workers", 1, "--shard-size", "10").stdout
 
-    assert "1 shard for 1 worker: with fewer than 4 each, some idle at the end, and the largest tensor has 1.2KB" in one
+    assert (
+        "1 shard for 1 worker: with fewer than 4 each, some idle at the end, and the largest tensor has 1.28 kB" in one
+    )
     assert "3 shards for 1 worker" in enough
     assert "some idle at the end" not in cli("plan", world.recipe, world.output, "--workers", 1).stdout
 

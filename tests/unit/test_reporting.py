@@ -353,7 +353,7 @@ def test_words_for_what_has_no_size(clock: Clock) -> None:
     clock.now += 65.0
     state.take(Done("x"))
 
-    assert in_words(state.snapshot()) == "1 files  for 65 s"
+    assert in_words(state.snapshot()) == "1 file  for 65 s"
 
 
 # ----------------------------------------------------------------------------------------------------- on the commands
