@@ -17,6 +17,7 @@ than a few microseconds; who is told must not take long, and ends what goes on b
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,10 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something the reader should know, and need not act on."""
+    """Something the reader should know, or as a warning what was probably not meant."""
 
     text: str
+    kind: Literal["note", "warning"] = "note"
 
 
 Event = Run | Workers | Stage | Begun | Moved | Done | Retry | Dropped | Note

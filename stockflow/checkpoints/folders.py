@@ -116,6 +116,8 @@ def _nothing(place: _Place) -> Iterator[str]:
     url = place.store.url
     if scheme_of(url) != "file" and url.endswith((".gguf", ".json")):
         yield "it names a file; give the folder it is in"
+    if "*" in url:
+        yield "no wildcards are read; name each model by itself"
     expected = f"expected {SINGLE_FILE} or {INDEX_FILE}"
     here = os.getcwd()
     relative = f" (a relative path counts from {here})" if url.startswith(f"{here}/") else ""

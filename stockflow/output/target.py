@@ -25,7 +25,7 @@ def check_target(store: Store, plan: MergePlan) -> None:
 
 
 def check_apart(output_url: str, inputs: Iterable[Store]) -> None:
-    """Refuse an output that is, or lies in, one of the inputs.
+    """Refuse an output that is, or lies in, one of the inputs, or in which one lies.
 
     Raises:
         PlanError: it does.
@@ -35,6 +35,11 @@ def check_apart(output_url: str, inputs: Iterable[Store]) -> None:
             raise PlanError(
                 f"the output {redact(output_url)} is, or lies in, the input {redact(store.url)}; "
                 "name a folder beside it"
+            )
+        if any(is_within(half, output_url) for half in halves_of(store.url)):
+            raise PlanError(
+                f"the input {redact(store.url)} lies in the output {redact(output_url)}, of which loaders and `verify` "
+                "would take it for a part; name a folder beside it"
             )
 
 

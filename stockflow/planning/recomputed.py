@@ -13,7 +13,7 @@ from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
 
 _RECOMPUTED = re.compile(
-    r"\.rotary_emb\.(inv_freq|(cos|sin)_cached)$|(^|\.)embeddings\.position_ids$|\.(attn|attention)\.(masked_bias|bias)$|\.attn\.embed_positions$"
+    r"(^|\.)inv_freq$|(^|\.)rope\.freqs$|\.rotary_emb\.(cos|sin)_cached$|(^|\.)embeddings\.position_ids$|\.(attn|attention)\.(masked_bias|bias)$|\.attn\.embed_positions$"
     r"|\._extra_state$"
 )
 """Rotary frequencies, the numbers of positions, causal masks: of a bias there is one row per head, not a mask; and

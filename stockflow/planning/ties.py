@@ -77,16 +77,14 @@ def with_tied_heads(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[C
 
 
 def missing_head_remedy(name: str, where: str, config: Config | None) -> str:
-    """Return what to do where a model of this config lacks a head and does not tie it; nothing for other tensors."""
-    if not is_head(name):
+    """Return what to do where a model of this config lacks the head of its class and does not tie it; else nothing."""
+    if not is_head(name) or not has_head(config):
         return ""
     if tie_flag(config) is not False:
         return f"no embedding there has rows as long, so it is tied to none: give {where} the head"
-    found = f"its config says that it has a head of its own: give {where} the head"
     return (
-        f"{found}, or say `tie_word_embeddings: true` there if head and embedding are one"
-        if has_head(config)
-        else found
+        f"its config says that it has a head of its own: give {where} the head, or say `tie_word_embeddings: true` "
+        "there if head and embedding are one"
     )
 
 

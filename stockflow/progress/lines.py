@@ -84,7 +84,7 @@ class PlainLines(Ticking):
         self._state.take(event)
         if isinstance(event, Note):
             if is_told("warning", self._level):
-                self._say(f"note: {event.text}")
+                self._say(f"{event.kind}: {event.text}")
         elif isinstance(event, Stage):
             if is_told("info", self._level) and time.monotonic() - self._began >= self._delay_s:
                 self._say(heading(event))

@@ -63,7 +63,7 @@ class LiveDisplay(Ticking):
         if ended is not None and ended.elapsed_s >= LONG_S:
             self._console.print(_ended(ended), markup=False, highlight=False)
         if isinstance(event, Note):
-            self._console.print(f"note: {printable(event.text)}", markup=False, highlight=False)
+            self._console.print(f"{event.kind}: {printable(event.text)}", markup=False, highlight=False)
 
     def tick(self) -> None:
         """Draw."""

@@ -12,6 +12,7 @@ from stockflow.results.plans import copied_lines
 from stockflow.run.driver import Merged, Outcome
 from stockflow.storage import StorageConfig, open_store, read_small, redact
 from stockflow.text import notebook
+from stockflow.text.records import as_plain
 from stockflow.text.redaction import command_line
 from stockflow.text.sizes import counted, gb, mib
 
@@ -104,6 +105,7 @@ def result_facts(result: Merged) -> dict[str, object]:
         "resumed_shards": result.num_resumed,
         "shards": {shard.file: files[shard.file].sha256 for shard in result.plan.shards},
         "summary": dict(result.manifest.summary),
+        "remarks": [as_plain(remark) for remark in result.manifest.remarks],
     }
 
 

@@ -204,7 +204,9 @@ def merge(
     with ready(len(files)), at_work(store, plan, files, on_event) as (run, tell, is_exclusive):
         taken = take(store, plan, run, found, is_exclusive=is_exclusive)
         weak = store_warnings(store, inputs.stores, plan, is_exclusive=is_exclusive)
-        for note in chain(plan.notes, taken, side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
+        for remark in plan.remarks:
+            tell(Note(f"{remark} [{remark.code}]", "note" if remark.severity == "note" else "warning"))
+        for note in chain(taken, side_file_notes(inputs), few_shards_note(plan, options.num_workers), weak):
             tell(Note(note))
         inputs.forget_tensors()
         store.put(plan_key(plan.plan_id), plan_file.encode(plan))

@@ -24,9 +24,11 @@ _REMOTE_WEIGHTS = re.compile(rf"((?!hf://)\w+://[^/]+|hf://[^/]+/[^/]+)/.+{_WEIG
 """In a bucket, on a host, or in a model of the hub: not one of these itself."""
 _READ_SCHEMES = ("hf", "http", "https")
 _BROKEN = re.compile(
-    r"(?:(s3a?|gcs|gs|az|hf|https?|file|memory)(?::/?(?!/)|//)|([a-z][a-z0-9+.-]+):/(?!/))", re.IGNORECASE
+    r"(?:s3://)?arn:aws[\w-]*:(s3):::"
+    r"|(?:(s3a?|gcs|gs|az|hf|https?|file|memory)(?::/?(?!/)|//)|([a-z][a-z0-9+.-]+):/(?!/))",
+    re.IGNORECASE,
 )
-"""The begin of a URL that lost slashes or its colon"""
+"""The begin of a URL that lost slashes or its colon, or of a bucket's ARN"""
 _ALIASES = {"s3a": "s3", "gcs": "gs", "local": "file", "asynclocal": "file"}
 """``local`` is fsspec's own disk, which follows every link"""
 
@@ -41,6 +43,8 @@ def normalize_url(location: str) -> str:
     if not location:
         raise RecipeError("expected a folder or a URL, found an empty text")
     check_slashes(location)
+    if location.lower().startswith("arn:"):
+        location = f"s3://{location}"
     scheme = urlsplit(location).scheme if "://" in location else "file"
     scheme = _ALIASES.get(scheme, scheme)
     if scheme not in (*WRITABLE_SCHEMES, *_READ_SCHEMES):
@@ -63,14 +67,14 @@ def normalize_url(location: str) -> str:
 
 
 def check_slashes(location: str) -> None:
-    """Refuse what was meant to be a URL and would be a folder, as ``s3:/bucket/x`` and ``s3//bucket/x``.
+    """Refuse what was meant to be a URL and would be a folder, as ``s3:/bucket/x``, or the ARN of a bucket.
 
     Raises:
         RecipeError: with what was meant.
     """
     if not (broken := _BROKEN.match(location)):
         return
-    scheme, rest = (broken[1] or broken[2]).lower(), location[broken.end() :].lstrip("/")
+    scheme, rest = next(filter(None, broken.groups())).lower(), location[broken.end() :].lstrip("/")
     meant = f"{scheme}://{'/' * (scheme == 'file')}{rest or 'bucket/folder'}"
     _refuse_secrets(meant)
     raise RecipeError(

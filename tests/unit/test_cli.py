@@ -187,6 +187,7 @@ def test_plan_as_json(world: World) -> None:
 
 
 def test_merge_as_json_agrees_with_plan_and_verify(world: World) -> None:
+    world.recipe.write_text(world.recipe.read_text() + "\nstockflow: {copy_tokenizer: false}\n")
     plan = json.loads(cli("plan", world.recipe, world.output, "--json").stdout)
 
     first = cli("merge", world.recipe, world.output, "--json")
@@ -200,6 +201,8 @@ def test_merge_as_json_agrees_with_plan_and_verify(world: World) -> None:
     assert result["resumed_shards"] == 0
     assert list(result["shards"]) == ["model.safetensors"]
     assert result["summary"]["tensors"] == 3
+    assert result["remarks"] == plan["remarks"]
+    assert [remark["code"] for remark in result["remarks"]] == ["not-copied"]
     assert json.loads(again.stdout) | {"seconds": 0, "resumed_shards": 0} == result | {
         "seconds": 0, "outcome": "already_finished",
     }  # fmt: skip
@@ -380,6 +383,7 @@ def test_overwrite_replaces_what_was_refused(world: World, mistake: str) -> None
         ("{base}/merged", "is, or lies in, the input"),
         ("{one}/../tuned-1/x", "is, or lies in, the input"),
         ("{root}/link/x", "is, or lies in, the input"),
+        ("{root}", "lies in the output {root}, of which loaders and `verify` would take it for a part"),
         ("http://example.com/x", "http://, which stockflow only reads"),
         ("hf://org/name", "hf://, which stockflow only reads"),
         ("s3:/bucket/x", "'s3:/bucket/x' is no URL; did you mean 's3://bucket/x'"),
@@ -390,8 +394,8 @@ def test_outputs_that_cannot_be(world: World, output: str, message: str) -> None
     (world.root / "link").symlink_to(world.two)
     place = output.format(root=world.root, base=world.base, one=world.one)
 
-    assert_refused(cli("plan", world.recipe, place), message)
-    assert_refused(cli("merge", world.recipe, place), message)
+    assert_refused(cli("plan", world.recipe, place), message.format(root=world.root))
+    assert_refused(cli("merge", world.recipe, place), message.format(root=world.root))
 
 
 def test_a_url_that_lost_a_slash_is_no_folder(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,13 @@ def test_it_takes_all_models_to_keep_a_tensor(
 ) -> None:
     add(merge, "bias", *(tensor.to(dtype) for tensor, dtype in zip(drawn((4,)), dtypes, strict=True)))
 
-    assert jobs_of(merge.write(config={}).plan(dtype=asked))["bias"].output.dtype == kept
+    plan = merge.write(config={}).plan(dtype=asked)
+
+    assert jobs_of(plan)["bias"].output.dtype == kept
+    said = [remark for remark in plan.remarks if remark.code == "dtypes-differ"]
+    assert [(each.severity, each.tensors) for each in said] == [
+        ("note" if dtypes[0] == BF16 else "warning", ("bias",))
+    ] * (BF16 in dtypes)
 
 
 def test_without_finer_tensors_the_plan_is_the_same_either_way(merge: Merge) -> None:

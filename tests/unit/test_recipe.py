@@ -461,6 +461,7 @@ def test_a_bare_name_that_is_no_folder_is_on_the_hub() -> None:
     for place, meant in (
         ("s3:/bucket/x", "s3://bucket/x"), ("S3:bucket/x", "s3://bucket/x"), ("s3//bucket/x", "s3://bucket/x"),
         ("https:/host/x", "https://host/x"), ("file:/tmp/x", "file:///tmp/x"), ("ftp:/host/x", "ftp://host/x"),
+        ("arn:aws:s3:::bucket/x", "s3://bucket/x"), ("s3://arn:aws-cn:s3:::bucket/x", "s3://bucket/x"),
     ):  # fmt: skip
         with pytest.raises(RecipeError, match=re.escape(f"'{place}' is no URL; did you mean '{meant}'?")):
             resolve_location(place)

@@ -151,6 +151,9 @@ MASK = torch.ones(1, 1, 4, 4).tril()
         ("h.0.attn.bias", MASK),
         ("h.0.attn.masked_bias", torch.tensor(-1e4)),
         ("embeddings.position_ids", torch.arange(4)[None]),
+        ("layer.0.attention.self.rotary_embeddings.inv_freq", torch.arange(4.0)),
+        ("transformer.rotary_pos_emb.inv_freq", torch.arange(4.0)),
+        ("rope.freqs", torch.arange(4.0)),
     ],
 )
 def test_masks_and_positions_of_some_models_are_left_out_and_said(

@@ -270,9 +270,10 @@ def test_what_ends_before_the_delay_says_only_notes() -> None:
     with PlainLines(stream, delay_s=NEVER_S) as lines:
         lines(Stage("verifying", total_bytes=10))
         lines(Note("look here"))
+        lines(Note("not meant", "warning"))
         lines(Moved(10))
 
-    assert stream.getvalue() == "note: look here\n"
+    assert stream.getvalue() == "note: look here\nwarning: not meant\n"
 
 
 def parsed(text: str) -> list[dict[str, object]]:

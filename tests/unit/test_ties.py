@@ -254,6 +254,20 @@ def test_a_missing_head_is_never_advised_to_be_copied_or_left_out(tmp_path: Path
     assert f"say `{KEY}: true` there if head and embedding are one" in found
 
 
+def test_a_head_that_a_class_has_none_of_may_be_copied(tmp_path: Path) -> None:
+    """As AutoModel saves a tune: its config says of the head what that of the base does."""
+    merge = written(tmp_path, "untied", "lacking", "untied")
+    bare = config_of("lacking") | {"architectures": ["LlamaModel"]}
+    (merge.folders[1] / "config.json").write_text(json.dumps(bare))
+
+    accepted: dict[str, Any] = {"accept": ["architecture-differs"]}
+    found = merge.refusal(stockflow=accepted)
+
+    assert f"lm_head.weight' is missing in {merge.folders[1]}; a rule with `action: copy` takes it from" in found
+    rules = [{"filter": "lm_head", "action": "copy"}]
+    assert jobs_of(merge.plan(stockflow=accepted | {"rules": rules}))["lm_head.weight"].is_copy
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -51,6 +51,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     filters.seed,
     configs.missing_configs,
     precision.kept_precision,
+    precision.cast_unlike,
     precision.carried_indices,
     precision.running_statistics,
     precision.narrower_range,

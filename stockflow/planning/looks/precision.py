@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
+from stockflow.checkpoints.files.header import DTYPES
 from stockflow.checkpoints.samples import RUNNING_STATISTICS
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.precision import has_smaller_range
+from stockflow.planning.precision import has_smaller_range, kept_above
 from stockflow.text.examples import such
-from stockflow.text.remarks import Remark
+from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import are
 
 _ENDS = {
@@ -31,6 +32,28 @@ def kept_precision(proposal: Proposal) -> Iterator[Remark]:
             "`stockflow: {keep_precision: false}` casts them"
         )
         yield Remark("precision-kept", text, "note", tensors=tuple(kept), values={"output": asked})
+
+
+def cast_unlike(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which tensors are cast as asked though some of their models, not all, store them finer than the rest."""
+    asked = proposal.recipe.output_dtype
+    read = (job for job in proposal.jobs if job.output.dtype == asked and job.reading.is_plain)
+    mixed = [job for job in read if len(set(job.reading.dtypes)) > 1]
+    above = kept_above(proposal.recipe, proposal.checkpoints) if mixed else ()
+    finer, holders = dict[str, str](), set[int]()
+    for job in mixed if above else ():
+        for operand, dtype in zip(job.reading.operands, job.reading.dtypes, strict=True):
+            if DTYPES[dtype].bits > above[operand.checkpoint]:
+                finer[job.output.name] = dtype
+                holders.add(operand.checkpoint)
+    if finer:
+        text = (
+            f"{such(list(finer))} {are(len(finer))} written as {asked}: some models store them finer than the rest of "
+            "their weights, and not all; save all alike to keep that"
+        )
+        values = {"sources": " and ".join(sorted(set(finer.values()))), "output": str(asked)}
+        severity: Severity = "warning" if proposal.recipe.donor in holders else "note"
+        yield Remark("dtypes-differ", text, severity, tensors=tuple(finer), values=values)
 
 
 def carried_indices(proposal: Proposal) -> Iterator[Remark]:
