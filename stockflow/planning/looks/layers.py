@@ -18,6 +18,8 @@ _OF_LAYERS = re.compile(
     r"|(attention|block)_types"
 )
 _SIZES = re.compile(r".*(norm|scale|eps|drop|act).*")
+_SCALES = ("scale_depth", "scale_attn_by_inverse_layer_idx")
+"""By which layers are scaled more or less, the more there are or the later they come: of MiniCPM and of GPT-2."""
 _PERIOD = re.compile(r".*_(interval|pattern|every_n_layers)")
 _BY_NUMBER = {
     "layer_types": {
@@ -83,6 +85,8 @@ def _kept(config: Mapping[str, object], num_layers: int) -> Iterator[str]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _kept(value, num_layers)
+        elif key in _SCALES and value:
+            yield key
         elif key not in NUM_LAYERS_KEYS and _OF_LAYERS.fullmatch(key) and not _SIZES.fullmatch(key):
             is_number = type(value) is int and value > 0
             if is_number or len(listed(key, value)) not in (0, num_layers):
