@@ -128,7 +128,7 @@ _NO_SCALING = ("rope_type", "type", "original_max_position_embeddings")
 def _scaling(parts: Config) -> dict[str, object]:
     kind = parts.get("rope_type") or parts.get("type")
     rest = {key: value for key, value in parts.items() if key not in _NO_SCALING and value is not None}
-    return rest if kind in (None, "default", "mrope") else {"rope_type": kind, **rest}
+    return rest if kind in (None, "default", "mrope", "axial") else {"rope_type": kind, **rest}
 
 
 def original_length(section: Config) -> object:

@@ -10,15 +10,19 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
         1e6: (
             "mixtral", "phimoe", "minimax", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "lfm2",
             "lfm2_moe", "cwm", "gemma3_text", "gemma3n_text", "qwen2_5_omni_text", "qwen3_omni_moe_text",
+            "gemma4_text", "t5gemma2_text", "ministral3",
         ),
-        5e5: ("llama4_text", "mllama_text_model", "olmo3", "flex_olmo", "ernie4_5", "ernie4_5_moe", "bitnet", "csm"),
+        5e5: (
+            "llama4_text", "mllama_text_model", "olmo3", "flex_olmo", "ernie4_5", "ernie4_5_moe", "bitnet", "csm",
+            "evolla",
+        ),
         1.5e5: ("gpt_oss",), 2e6: ("smollm3",), 1.2e7: ("apertus",), 1e5: ("helium",), 2.5e4: ("fuyu",),
         1e7: ("longcat_flash",), 5e6: ("minimax_m2",), 1.6e5: ("modernbert", "modernbert-decoder"),
     },
     "rope_local_base_freq": {1e4: ("gemma3_text", "gemma3n_text", "modernbert", "modernbert-decoder")},
     "partial_rotary_factor": {
         0.5: ("phi", "glm", "glm4", "glm4_moe", "glm4v_moe_text", "nemotron", "persimmon", "bamba"),
-        0.25: ("gpt_neox", "stablelm", "qwen3_next"),
+        0.25: ("gpt_neox", "stablelm", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma4_text"),
     },
     "activation": {
         "silu": (
@@ -73,8 +77,12 @@ _KNOWN_TYPES = {each for _, each in _DEFAULTS}
 
 
 def default_of(name: str, section: Mapping[str, object], usual: object) -> object:
-    """Return what the class of a config's section takes for a fact of which it says nothing; ``usual`` for most."""
-    return _DEFAULTS.get((name, str(section.get("model_type"))), usual)
+    """Return what the class of a config's section takes for a fact of which it says nothing; ``usual`` for most.
+
+    A null in the place of what it takes otherwise switches that off.
+    """
+    own = _DEFAULTS.get((name, str(section.get("model_type"))), usual)
+    return "null" if name in section and own is not usual else own
 
 
 def is_of_own_code(config: Mapping[str, object]) -> bool:

@@ -171,7 +171,7 @@ def side_file_notes(inputs: Inputs) -> Iterator[str]:
     others = donor.other_files
     if others:
         names = some(others, NUM_OTHERS_SHOWN)
-        yield f"not copied from {redact(donor.url)}, as no loader needs it: {names}"
+        yield f"not copied from {redact(donor.url)}, as nobody here knows whether a loader needs it: {names}"
 
 
 def merge(

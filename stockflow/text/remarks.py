@@ -36,7 +36,7 @@ CODES: Mapping[str, str] = {
     "head-untied": "a head of its own where other models, or the published config, tie it to the embedding",
     "index-data": "indices, masks and frequencies that are stored as floats",
     "index-disagrees": "tensors that an index lists and no file holds, or that files hold and the index does not list",
-    "left-out": "files of a model that no loader of the output needs",
+    "left-out": "files of a model that stay behind, by kind",
     "leftover-scales": "scales beside weights of plain numbers, or without the weights they belong to",
     "local-revision": "the revision of a model that is a folder, which has none",
     "matches-nothing": "a rule, or a filter of a parameter, that no tensor's name contains",

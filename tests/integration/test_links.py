@@ -165,7 +165,10 @@ def test_links_that_no_loader_needs_do_not_matter(family: Family, recipe: Path, 
     finished = runs.invoke("merge", recipe, tmp_path / "out", "--memory", "4GiB")
 
     assert finished.exit_code == 0, finished.output
-    assert f"not copied from {family.base}, as no loader needs it: 'circle', 'id_rsa', 'log.txt'" in finished.stderr
+    assert (
+        f"not copied from {family.base}, as nobody here knows whether a loader needs it: 'circle', 'id_rsa', 'log.txt'"
+        in finished.stderr
+    )
     assert SECRET.encode() not in published(tmp_path / "out")
     assert not (tmp_path / "out" / "id_rsa").exists()
 

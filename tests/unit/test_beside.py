@@ -141,7 +141,9 @@ def test_side_files_that_only_others_have_are_said(family: Family, tmp_path: Pat
 LEFT_OUT: dict[str, tuple[dict[str, str | bytes], str]] = {
     "pickle": ({"pytorch_model.bin": "12345", "m.bin.index.json": "{}"}, "2 files of weights in other formats (7 B)"),
     "other formats": (
-        dict.fromkeys(("m.pth", "m.gguf", "m.msgpack", "m.h5", "m.onnx", "m.ckpt", "m.tflite", "m.npz", "m.pb"), "1"),
+        dict.fromkeys(
+            ("model.pth", "m.gguf", "m.msgpack", "m.h5", "m.onnx", "m.ckpt", "m.tflite", "weights.npz", "model.pb"), "1"
+        ),
         "9 files of weights in other formats (9 B)",
     ),
     "exports in folders": (
@@ -166,6 +168,9 @@ LEFT_OUT: dict[str, tuple[dict[str, str | bytes], str]] = {
     "no module": ({"1_Pooling/config.json": "{}"}, "1 file of no known kind (2 B)"),
     "no template": (
         {"additional_chat_templates/a/x.jinja": "1", "templates/x.jinja": "1"}, "2 files of no known kind (2 B)"
+    ),
+    "what nobody knows": (
+        {"mel_stats.pth": "1", "voice.npy": "1"}, "m: 2 files of no known kind (2 B), which a loader may need or not",
     ),
     "licences of others": ({"vendored/LICENSE": "1"}, "1 file of no known kind (1 B)"),
 }  # fmt: skip
@@ -242,7 +247,10 @@ def test_many_subfolders_are_bounded_and_those_that_were_not_listed_are_said(fol
     assert "additional_chat_templates/x.jinja" in checkpoint.side_files, "what loaders ask for is listed first"
     (remark,) = checkpoint.remarks
     assert remark.values["not listed to the end"] == "aaa, b30, b31"
-    assert "1,030 files of no known kind (1.03 kB), 3 folders not listed to the end" in remark.text
+    assert (
+        "1,030 files of no known kind (1.03 kB), which a loader may need or not; 3 folders not listed to the end"
+        in remark.text
+    )
 
 
 DAMAGE: dict[str, tuple[str, str | bytes, str]] = {

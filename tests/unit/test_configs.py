@@ -171,6 +171,12 @@ QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "model_type": "qwen2_vl",
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [16, 24, 24]},
     }),
+    "positions of images, by 5": (
+        {"vision_config": {"model_type": "qwen2_5_vl_vision"}},
+        {"vision_config": {"model_type": "qwen2_5_vl_vision", "rope_parameters": {
+            "rope_theta": 10000.0, "rope_type": "axial",
+        }}},
+    ),
     "names nobody gave": (GPT2, {**GPT2, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}),
     "one function": (GPT2, {**GPT2, "activation_function": "gelu_pytorch_tanh"}),
     "leftover of a format": (LLAMA, {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}),
@@ -329,6 +335,10 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "Jamba's period": (CONFIG, JAMBA, {**JAMBA, "attn_layer_period": 4}, "attn_layer_period"),
     "buckets": (CONFIG, T5, {**T5, "relative_attention_num_buckets": 64}, "relative_attention_num_buckets"),
     "patches": (CONFIG, CLIP, within(CLIP, "vision_config", patch_size=16), "vision_config.patch_size"),
+    "a cap that is switched off": (
+        CONFIG, {"model_type": "gemma2"}, {"model_type": "gemma2", "attn_logit_softcapping": None},
+        "attn_logit_softcapping",
+    ),
     "a scale of one where the class has another": (
         CONFIG, {"model_type": "cohere"}, {"model_type": "cohere", "logit_scale": 1.0}, "logit_scale",
     ),

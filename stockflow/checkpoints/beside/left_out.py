@@ -18,6 +18,8 @@ WEIGHT_SUFFIXES = (
     ".onnx.data", ".pb", ".npz", ".npy", ".pkl", ".tar", ".tflite", ".mlmodel", ".nemo", ".distcp", ".pdparams",
     ".index.json",
 )  # fmt: skip
+_OF_ANYTHING = (".bin", ".pt", ".pth", ".pb", ".npz", ".npy", ".pkl", ".tar")
+"""Those of files that hold whatever a library puts there: weights only by their names."""
 REPLACED = ("config.json", "README.md", "manifest.json", "mergekit_config.yml")
 """Files that an output has of its own."""
 MAX_TENSORS = 10_000
@@ -32,13 +34,15 @@ _KINDS: Mapping[str, re.Pattern[str]] = {
         r"|[^/]*_(optim|model)_states\.pt)|(.+/)?(checkpoint-\d+|global_step\d+|runs|wandb|logs)/.+"
     ),
     "weights in other formats": re.compile(
-        r"(.+/)?(onnx|openvino|coreml|tflite|saved_model)/.+|.+(" + "|".join(map(re.escape, WEIGHT_SUFFIXES[1:])) + ")"
+        r"(.+/)?(onnx|openvino|coreml|tflite|saved_model)/.+"
+        rf"|(.+/)?[^/]*(model|consolidated|weights)[^/]*({'|'.join(map(re.escape, _OF_ANYTHING))})"
+        rf"|.+({'|'.join(re.escape(each) for each in WEIGHT_SUFFIXES[1:] if each not in _OF_ANYTHING)})"
     ),
 }
 
 
 def kind_of(key: str) -> str:
-    """Return what a file that no loader needs is of, in words."""
+    """Return what a file that stays behind is of, in words."""
     return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(key)), OTHERS)
 
 
@@ -49,7 +53,7 @@ def strays(tree: Tree, used: Collection[str]) -> list[str]:
 
 
 def left_out(tree: Tree, used: Collection[str]) -> dict[str, Stamp]:
-    """Return what no loader of an output needs, hidden files and what an output has of its own not counted.
+    """Return what stays behind, hidden files and what an output has of its own not counted.
 
     Args:
         tree: the model's folder.
@@ -81,7 +85,12 @@ def files_remark(where: str, files: Mapping[str, Stamp], cut: Iterable[str]) -> 
         yield Remark("left-out", text, "warning", (where,), values={"heads": said})
     if not by_kind and not cut:
         return
-    parts = [f"{counted(len(keys), 'file')} of {kind} ({gb(_size(files, keys))})" for kind, keys in by_kind.items()]
+    counts = {
+        kind: f"{counted(len(keys), 'file')} of {kind} ({gb(_size(files, keys))})" for kind, keys in by_kind.items()
+    }
+    parts = [f"{counts.pop(OTHERS)}, which a loader may need or not"] if OTHERS in counts else []
+    if counts:
+        parts.append(f"as no loader of the output needs it, {', '.join(counts.values())}")
     if cut:
         parts.append(f"{counted(len(cut), 'folder')} not listed to the end ({some(cut, quote=in_a_line)})")
     values = {
@@ -91,7 +100,7 @@ def files_remark(where: str, files: Mapping[str, Stamp], cut: Iterable[str]) -> 
     values |= {"bytes": f"{_size(files, chain(*by_kind.values())):,}"} | (
         {"not listed to the end": some(cut, quote=in_a_line)} if cut else {}
     )
-    text = f"left out of {where}, as no loader of the output needs it: {', '.join(parts)}"
+    text = f"left out of {where}: {'; '.join(parts)}"
     yield Remark("left-out", text, "note", (where,), values=values)
 
 

@@ -302,8 +302,5 @@ def _value(each: Trait, section: Config) -> object:
 
 
 def _values(each: Trait, own: Mapping[str, Config]) -> dict[str, object]:
-    given = {url: each.read(section) for url, section in own.items()}
-    if all(value is None for value in given.values()):
-        return {}
     filled = {url: _value(each, section) for url, section in own.items()}
     return {url: value for url, value in filled.items() if value is not None}
