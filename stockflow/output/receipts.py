@@ -16,6 +16,10 @@ MAX_COEFFICIENTS = 2_000_000
 """of all tensors of a shard together, 50 MB; by row, a shard of experts would have several times as many"""
 
 
+ENDS_OF_ZEROS = "ends_of_zeros"
+"""Fact of tensors that end in zeros in some models and not in others: a bit for each of the former."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
     """One row of tensors.parquet. None stands for what the method does not know."""

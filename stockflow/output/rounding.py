@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from stockflow.checkpoints.samples import is_of_a_norm
-from stockflow.output.receipts import TensorFacts
+from stockflow.output.receipts import ENDS_OF_ZEROS, TensorFacts
 from stockflow.planning.plan import MergePlan
 from stockflow.storage import redact
 from stockflow.text.examples import some, such
@@ -25,6 +25,7 @@ def proved_of_tensors(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[
     yield from _proved_of_codes(plan, rows)
     yield from _losses(rows)
     yield from _strangers(plan, rows)
+    yield from _ends_of_zeros(plan, rows)
 
 
 def _losses(rows: Sequence[TensorFacts]) -> Iterator[Remark]:
@@ -68,6 +69,18 @@ def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]
                 "anew, or stored under another name or another way round, though of equal shape"
             )
             yield Remark("stranger", text, models=(url,), tensors=names)
+
+
+def _ends_of_zeros(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:
+    """Yield which tensors of a model end in zeros where others have numbers, as in a file that was cut."""
+    found = {row.name: int(row.facts[ENDS_OF_ZEROS]) for row in rows if ENDS_OF_ZEROS in row.facts}
+    for number, model in enumerate(plan.models):
+        if names := tuple(name for name, bits in found.items() if bits >> number & 1):
+            text = (
+                f"{redact(model.url)} has zeros at the end of {some(names, 1)}, where another model has numbers: a "
+                "download or copy that did not finish, or rows of padding; compare its files with their source"
+            )
+            yield Remark("zeros", text, models=(redact(model.url),), tensors=names)
 
 
 def _is_told(row: TensorFacts) -> bool:

@@ -41,8 +41,14 @@ def _is_kept(recipe: Recipe, checkpoint: Checkpoint, weights: PackedWeights) -> 
 def _sentence(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> str:
     formats = " and ".join(each.format for each in packed)
     num_codes = sum(len(each.codes) for each in packed)
+    held = f"{redact(checkpoint.url)} holds {formats} weights ({counted(num_codes, 'tensor')}, such as "
+    if {each.format for each in packed} == {"FP8"} and not any("scale" in name for name in checkpoint.specs):
+        return (
+            f"{held}{in_a_line(packed[0].codes[0])}), and no scale of them. If they were cast to eight bits as they "
+            "were (`torch_dtype=torch.float8_e4m3fn`), cast them back, which changes no number: load the model with "
+            f"`torch_dtype=torch.bfloat16` and save it; else their scales are lost. {UNPACKED}"
+        )
     return (
-        f"{redact(checkpoint.url)} holds {formats} weights ({counted(num_codes, 'tensor')}, such as "
-        f"{in_a_line(packed[0].codes[0])}), whose codes are numbers only with their scales; they are not read. "
+        f"{held}{in_a_line(packed[0].codes[0])}), whose codes are numbers only with their scales; they are not read. "
         f"{UNPACKED}"
     )

@@ -118,6 +118,15 @@ def test_a_format_is_refused_by_its_name_though_all_models_are_equal(merge: Merg
         assert f"{folder} holds {FORMATS[form][0]} weights (1 tensor, such as layers.0.up_proj." in found
 
 
+def test_eight_bits_without_any_scale_are_cast_back_and_not_looked_for_elsewhere(merge: Merge) -> None:
+    for tensors in merge.models:
+        tensors |= packed("layers.0.up_proj", "FP8 alone")
+
+    found = merge.write().refusal()
+    assert "and no scale of them. If they were cast to eight bits as they were" in found
+    assert "numbers only with their scales" not in found
+
+
 def test_each_packed_model_has_its_own_sentence_and_the_names_they_lack_none(merge: Merge) -> None:
     merge.models[1] |= packed("layers.0.up_proj", "GPTQ")
     merge.models[2] |= packed("layers.1.up_proj", "NF4") | packed("layers.2.up_proj", "NF4")

@@ -381,6 +381,24 @@ def test_small_tensors_that_lose_their_distinct_values_are_counted_and_said(merg
     assert (said.severity, said.tensors) == ("note", ("gate.e_score_correction_bias",))
 
 
+@pytest.mark.parametrize("shape", [(80, 80), (700, 800)])
+def test_a_file_that_was_cut_is_told_by_the_zeros_at_its_end(
+    merge: Merge, tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    """Half a tensor of zeros is no matter of samples, and of 560,000 elements the last span alone has the end."""
+    values = [tensor + 1 for tensor in drawn(shape)]
+    values[2].view(-1)[-600:] = 0
+    for number, own in enumerate(merge.models):
+        own.clear()
+        own["a.weight"], own["c.weight"] = (values[0] * (1 + 0.1 * number + at) for at in range(2))
+        own["b.weight"] = values[number]
+    merge.write(config={})
+    result = merged_with(merge, tmp_path, (0.5, 0.5))
+
+    (said,) = (remark for remark in result.manifest.remarks if remark.code == "zeros")
+    assert (said.models, said.tensors) == ((str(merge.folders[2]),), ("b.weight",))
+
+
 def test_matrices_that_changed_places_are_said_when_all_of_them_were_read(merge: Merge, tmp_path: Path) -> None:
     """A header that swaps two names of equal shape is as valid as any, and few tensors are looked at beforehand."""
     names = [f"{number:02}.weight" for number in range(20)]
