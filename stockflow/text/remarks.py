@@ -13,7 +13,7 @@ CODES: Mapping[str, str] = {
     "adapter-base": "an adapter that is named alone, and the base that it names",
     "adapters": "adapters of one base, and what need not be read for their geometry",
     "adapter-biases": "biases that an adapter says were trained, where no model has any",
-    "adapter-part": "modules that an adapter says were trained, and of which it has nothing",
+    "adapter-part": "modules that were trained with an adapter, and of which it has nothing",
     "adapter-task": "an adapter for a class of models with another head than the class that its base names",
     "adapter-tokenizer": "a tokenizer or template beside an adapter, which goes before its base's",
     "adapter-elsewhere": "an adapter on a model of another name than the one that it says it belongs to",

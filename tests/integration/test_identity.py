@@ -296,6 +296,13 @@ def test_norms_that_another_library_stores_one_higher_are_named_though_the_rest_
     assert (remark.models, remark.tensors) == ((str(raised),), tuple(names))
 
 
+def test_an_embedding_that_was_scaled_is_named_and_not_the_model(tmp_path: Path) -> None:
+    scaled, family = llamas(tmp_path, {"model.embed_tokens.weight": lambda tensor: tensor * 40})
+
+    (remark,) = planned(recipe_at(tmp_path, family.base, family.tuned[1], scaled)).remarks
+    assert (remark.code, remark.tensors) == ("stranger", ("model.embed_tokens.weight",))
+
+
 def test_a_copy_whose_names_are_wrapped_is_suspected(tmp_path: Path, family: Family) -> None:
     own = load_file(family.base / "model.safetensors")
     copy = write_checkpoint(tmp_path / "copy", {f"module.{name}": tensor for name, tensor in own.items()}, config=TIED)

@@ -59,7 +59,7 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
         names = tuple(two.name for _, two in pairs if far.get(two.name, 0.0) >= STRANGER or two.name in anew)
         of_layers = [(one, other) for one, other in pairs if one.kind != "norm"]  # those are large, and alike
         whole = _relative_distance(*zip(*of_layers, strict=True)) if of_layers else None
-        if (whole or 0.0) >= STRANGER:
+        if (whole or 0.0) >= STRANGER and 2 * len(names) > len(of_layers):
             said, names = f"by {whole:.2f} of the weights' own size, where it was looked at: another model, or", ()
         elif names:
             most, counted = (
