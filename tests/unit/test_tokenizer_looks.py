@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from stockflow.errors import PlanError
 from stockflow.planning.plan import MergePlan
@@ -32,6 +34,7 @@ def fast(tokens: Sequence[str] | Mapping[str, int], kind: str = "BPE", more: Seq
 FAST = fast(LETTERS)
 BYTES = [bytes([letter]) for letter in b"abcdefgh"] + [b" a", b" b"]
 PIECES = ["<unk>", "<s>", "</s>", "▁stock", "▁merge", "s"]
+BYTE_LETTERS = [f"<{byte}>" for byte in range(256)]
 XLM = {
     "sentencepiece.bpe.model": sentencepiece_model(PIECES),
     "tokenizer_config.json": '{"tokenizer_class": "XLMRobertaTokenizer"}',
@@ -225,6 +228,19 @@ def test_what_is_as_long_as_the_vocabulary_has_a_row_per_token(name: str, tmp_pa
         Models.of(folders).plan()
 
 
+def test_an_embedding_and_a_head_of_other_lengths_are_not_gathered_by_token(tmp_path: Path) -> None:
+    """Llama 3.2's vision models have eight rows more in the embedding."""
+    folders = [tmp_path / each for each in ("base", "one", "two")]
+    for number, folder in enumerate(folders):
+        model_with(folder, fast(BYTE_LETTERS[:: -1 if number == 1 else 1]), rows=256, seed=number)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.embed_tokens.weight"] = torch.randn(264, 4).bfloat16()
+        save_file(tensors, folder / "model.safetensors")
+
+    with pytest.raises(PlanError, match=r"'lm_head\.weight' has 256 rows in \S+/base where .* of 264 in 'model\.embed"):
+        Models.of(folders).plan(tokenizer_source="base")
+
+
 def test_a_size_that_layers_have_too_tells_no_rows(tmp_path: Path) -> None:
     folders = [tmp_path / each for each in ("base", "one", "two")]
     for number, folder in enumerate(folders):
@@ -245,6 +261,11 @@ UNREAD: dict[str, tuple[Files, Files, str]] = {
         {"rwkv_vocab_v20230424.txt": "1 'a' 1\n2 'b' 1\n"},
         {"rwkv_vocab_v20230424.txt": "1 'b' 1\n2 'a' 1\n"},
         "rwkv_vocab_v20230424.txt is of no form that is read here",
+    ),
+    "a dictionary per language": (
+        {"dict.en.txt": "a 9\nb 5\n"},
+        {"dict.en.txt": "b 9\na 5\n"},
+        "dict.en.txt is of no form that is read here",
     ),
     "two vocabularies in one model": (
         {"vocab-src.json": "{}", "vocab-tgt.json": "{}"},

@@ -7,12 +7,12 @@ trainer that lies in the folder stays there. Code is copied where the model's ow
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-SOME_VOCABULARY = r"(.+[_-])?vocab([_-].+)?\.(json|txt|bpe)"
+SOME_VOCABULARY = r"(.+[_-])?vocab(ulary)?([_-].+)?\.(json|txt|bpe)|dict(\.\w+)?\.txt"
 """Names of files of a vocabulary, of which code beside the model reads some: ``rwkv_vocab_v20230424.txt``."""
 KINDS: Mapping[str, tuple[str, ...]] = {
     "tokenizer": (
         r"tokenizer\.json", r"tokenizer_config\.json", r"special_tokens_map\.json", r"added_tokens\.json",
-        SOME_VOCABULARY, r"merges\.txt", r"bpe\.codes", r"dict\.txt", r"encoder\.json", r"normalizer\.json",
+        SOME_VOCABULARY, r"merges\.txt", r"bpe\.codes", r"encoder\.json", r"normalizer\.json",
         r"emoji\.json", r"alphabet\.json", r"tekken\.json",
         r".+\.model", r"tokenizer\.model\.v\d+", r".+\.spm", r".+\.tiktoken", r"prophetnet\.tokenizer",
     ),

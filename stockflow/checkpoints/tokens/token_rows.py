@@ -35,12 +35,13 @@ def has_input_rows(specs: Mapping[str, TensorSpec]) -> bool:
     return any(_is_input(name, spec) for name, spec in specs.items())
 
 
-def vocabulary_tensors(specs: Mapping[str, TensorSpec], num_rows: int) -> tuple[str, ...]:
-    """Return the tensors that have a row per token: as long as the input embedding.
+def vocabulary_tensors(specs: Mapping[str, TensorSpec], num_rows: int, spare: int = 0) -> tuple[str, ...]:
+    """Return the tensors that have a row per token: as long as the input embedding, or ``spare`` rows more or less.
 
     Where layers have tensors of that length, too, it is also another size of the model, and only names tell.
     """
-    alike = [name for name, spec in specs.items() if num_rows and spec.shape[:1] == (num_rows,)]
+    lengths = range(max(num_rows - spare, 1), num_rows + spare + 1)
+    alike = [name for name, spec in specs.items() if spec.shape and spec.shape[0] in lengths]
     is_told = has_tokens if any(map(is_in_a_layer, alike)) else may_have_tokens
     return tuple(filter(is_told, alike))
 

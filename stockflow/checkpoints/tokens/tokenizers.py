@@ -50,7 +50,7 @@ _WRITTEN_BY = (
 )
 """keys of configs that say who wrote them"""
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_OTHER_FORMS = re.compile(rf"dict\.txt|{SOME_VOCABULARY}|.+\.(model|spm)|prophetnet\.tokenizer")
+_OTHER_FORMS = re.compile(rf"{SOME_VOCABULARY}|.+\.(model|spm)|prophetnet\.tokenizer")
 _RENUMBERED = re.compile(
     r"(XLMRoberta|Camembert|Barthez|XGLM|XLMProphetNet|MBart(50)?|Nllb|Pegasus|ChatGLM|FNet|PLBart)Tokenizer(Fast)?"
 )

@@ -26,6 +26,8 @@ from stockflow.text.strictjson import shown
 
 NUM_VALUES = 20
 """tokens in what programs read"""
+ROWS_PER_SPARE = 16
+"""Of a vocabulary: padding and what only an embedding or a head has are fewer rows than one in so many."""
 _COLUMN_PER_TOKEN = "final_logits_bias"
 ALONE = Parameters({"normalize": True}, {"weight": (1.0,)})
 """of `linear`: the rows of one model as they are"""
@@ -300,5 +302,13 @@ def _check_rows(made: OutputVocabulary, checkpoints: Sequence[Checkpoint]) -> No
                     f"{shown(name)} has {shape[0]:,} rows in {redact(checkpoint.url)}, and the embedding there has "
                     f"{num_rows:,}; expected a row per token in both"
                 )
+        about_as_long = vocabulary_tensors(checkpoint.specs, num_rows, num_rows // ROWS_PER_SPARE)
+        if others := [name for name in about_as_long if checkpoint.specs[name].shape[0] != num_rows]:
+            found = checkpoint.specs[others[0]].shape[0]
+            raise PlanError(
+                f"{shown(others[0])} has {found:,} rows in {redact(checkpoint.url)} where a token has one of "
+                f"{num_rows:,} in {shown(min(made.tensors))}: rows of both cannot be gathered by token; leave out "
+                "`tokenizer_source`, and merge models of one tokenizer"
+            )
         if strays := [name for name in checkpoint.specs if name.endswith(_COLUMN_PER_TOKEN)]:
             raise PlanError(f"{shown(strays[0])} has a column per token; only rows are gathered by token")
