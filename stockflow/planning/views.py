@@ -112,10 +112,15 @@ def _folder_of(whole: Checkpoint, names: Sequence[str]) -> str:
 
 def factors_said(url: str, factors: Sequence[str]) -> str:
     """Return that a model holds factors of an adapter, and what to do about it."""
-    read = ", or give base and adapter, `model: BASE+ADAPTER`" if ".lora_" in factors[0] else ""
+    read = (
+        ", or give base and adapter, `model: BASE+ADAPTER`"
+        if ".lora_A" in factors[0] or ".lora_B" in factors[0]
+        else ""
+    )
     return (
         f"{url} holds {counted(len(factors), 'factor')} of adapters such as {shown(factors[0])}, and sums of factors "
-        f"are not factors of sums: put them into the weights (`model.merge_and_unload()`){read}"
+        f"are not factors of sums: put them into the weights with what made them (PEFT: `model.merge_and_unload()`, "
+        f"mlx-lm: `mlx_lm.fuse`){read}"
     )
 
 

@@ -621,7 +621,8 @@ def refusal(root: Path, model: str, error: type[UserError] = CheckpointError) ->
     ("said", "expected"),
     [
         ({"peft_type": "LOKR"}, "an adapter of the type 'LOKR'"),
-        ({"peft_type": None}, "an adapter of the type None"),
+        ({"peft_type": None}, "it has no `peft_type`: no adapter of PEFT"),
+        ({"peft_type": None, "fine_tune_type": "lora"}, "Merge it with mlx_lm.fuse first"),
         ({"init_lora_weights": "pissa"}, "it began as 'pissa', which changes the base"),
         ({"init_lora_weights": "pissa_niter_16"}, "it began as 'pissa_niter_16', which changes the base"),
         ({"init_lora_weights": "olora"}, "it began as 'olora', which changes the base"),

@@ -286,8 +286,13 @@ def test_factors_in_a_whole_model_are_no_weights_whose_rules_could_skip_them(tmp
 
 
 @pytest.mark.parametrize(
-    "part", ["hada_w1_a.default", "lokr_w2", "oft_R.default", "boft_s.x", "vera_lambda_b.x", "ia3_l"]
-)
+    "part",
+    [
+        "hada_w1_a.default", "lokr_w2", "oft_R.default", "boft_s.x", "vera_lambda_b.x", "ia3_l", "lora_a",
+        "lora_b.weight", "adapter.linear_in.weight", "lora_kqv_adapter.linear_out.weight", "delora_A.default",
+        "adapter.adapter_q.linear_in.weight", "processor.qkv_lora1.down.weight",
+    ],
+)  # fmt: skip
 def test_factors_of_other_kinds_of_adapters_are_no_weights(tmp_path: Path, part: str) -> None:
     merge = Merge(tmp_path)
     for tensors in merge.models:

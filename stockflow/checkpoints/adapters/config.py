@@ -182,6 +182,11 @@ def _refuse_others(given: Mapping[str, object]) -> None:
     if given.get("lora_alpha") is None and given.get("peft_type") == "LORA":
         raise ValueError("it has no `lora_alpha`, which PEFT writes and no tensor shows: the scale of its factors")
     kind = given.get("peft_type")
+    if kind is None:
+        of_mlx = "mlx_lm.fuse" if "fine_tune_type" in given or "lora_parameters" in given else "what made it"
+        raise ValueError(
+            f"it has no `peft_type`: no adapter of PEFT, which alone are read. Merge it with {of_mlx} first"
+        )
     if kind != "LORA":
         raise ValueError(f"it holds an adapter of the type {shown(kind)}; only LORA is read. Merge it with PEFT first")
     for key, name in _VARIANTS.items():

@@ -7,10 +7,11 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import EXPERT_WORDS, WRAPPERS
 
 _FACTOR = re.compile(
-    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector|down|up)|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_\w+|vera_\w+|ia3_l)"
-    r"(\.|$)|lora(_linear_layer)?\.(down|up)\."
+    r"\.((poly_|rand|gra|de)?lora_(a|b|A|B|embedding_A|embedding_B|magnitude_vector|down|up|mid)|hada_[wt]\d\w*|lokr_[wt]\d\w*"
+    r"|b?oft_\w+|vera_\w+|hra_u|ia3_l)(\.|$)|lora(_linear_layer|\d)?\.(down|up)\.|adapter(_\w+)?\.linear_(in|out)\."
 )
-_MARKERS = (".lora_", "lora.", "lora_linear", ".hada_", ".lokr_", "oft_", ".vera_", ".ia3_l")
+"""What PEFT, kohya's scripts, LyCORIS, diffusers, XLabs, mlx-lm, torchtune and llama.cpp, and NeMo call factors."""
+_MARKERS = ("lora", ".hada_", ".lokr_", "oft_", ".vera_", ".hra_u", ".ia3_l", ".linear_in.")
 _OTHERWISE = (
     (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".attn.", ".self_attn."),
     ("unembed_tokens.", "lm_head."), ("lm_head.", "embed_out."), (".mlp.", ".block_sparse_moe."),
