@@ -149,7 +149,15 @@ _SAME_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_pyt
 def activation(section: Config) -> object:
     """Return the activation, by one name where functions are equal."""
     found = first("hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn")(section)
+    if found is None and isinstance(of_t5 := section.get("feed_forward_proj"), str):
+        found = of_t5.removeprefix("gated-") if of_t5 != "gated-gelu" else "gelu_new"
     return _SAME_ACTIVATIONS.get(found, found) if isinstance(found, str) else found
+
+
+def is_gated(section: Config) -> object:
+    """Return whether the inner layers of T5 are gated, said by itself or by the name of what they are."""
+    said, name = section.get("is_gated_act"), section.get("feed_forward_proj")
+    return name.startswith("gated-") if said is None and isinstance(name, str) else said
 
 
 def labels(section: Config) -> object:
@@ -205,6 +213,7 @@ MEANING = (
     trait("sliding_window", "sliding_window", "use_sliding_window", read=sliding_window),
     trait("activation", "hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn",
          "mlp_hidden_act", read=activation),
+    trait("is_gated_act", read=is_gated),
     trait("id2label", read=labels),
     trait("quantization_config", read=rounding),
     trait("is_causal", default=True),
@@ -226,7 +235,7 @@ MEANING = (
         "chunk_size", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size", "window_size",
         "fullatt_block_indexes", "vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio",
         "mm_tokens_per_image", "classifier_pooling", "problem_type", "feed_forward_proj", "layer_norm_type",
-        "is_encoder_decoder", "is_gated_act", "scale_embedding", "scale_decoder_outputs", "classifier_activation",
+        "is_encoder_decoder", "scale_embedding", "scale_decoder_outputs", "classifier_activation",
         "apply_residual_connection_post_layernorm", "normalize_before", "do_layer_norm_before",
     )),
 )  # fmt: skip

@@ -29,7 +29,10 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
             "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_vl", "qwen2_vl_text",
             "qwen2_5_vl", "qwen2_5_vl_text", "phi3", "cohere", "cohere2", "deepseek_v3",
         ),
-        "gelu_pytorch_tanh": ("gemma2", "gemma3_text", "gemma3n_text", "siglip_vision_model", "siglip_text_model"),
+        "gelu_pytorch_tanh": (
+            "mt5", "umt5", "gemma2", "gemma3_text", "gemma3n_text", "siglip_vision_model", "siglip_text_model",
+        ),
+        "relu": ("t5", "longt5", "switch_transformers"),
         "quick_gelu": ("clip_text_model", "clip_vision_model"),
     },
     "norm epsilon": {
@@ -40,6 +43,10 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
         1e-5: ("mixtral", "phi3", "qwen2_vl", "qwen2_vl_text", "clip_vision_model", "clip_text_model"),
     },
     "sliding_window_pattern": {6: ("gemma3_text",)},
+    "feed_forward_proj": {"relu": ("t5", "longt5", "switch_transformers"), "gated-gelu": ("mt5", "umt5")},
+    "is_gated_act": {True: ("mt5", "umt5")},
+    "relative_attention_num_buckets": {32: ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
+    "relative_attention_max_distance": {128: ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
     "local_attention": {128: ("modernbert", "modernbert-decoder")},
     "logit_scale": {0.0625: ("cohere", "cohere2")},
     "query_pre_attn_scalar": {256: ("gemma2", "gemma3_text")},

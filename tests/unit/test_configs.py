@@ -211,6 +211,16 @@ QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "vision_config": {**LLAVA["vision_config"], "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     }),
     "Phi's share": ({"model_type": "phi"}, {"model_type": "phi", "partial_rotary_factor": 0.5}),
+    "T5 1.1 as it is published, and saved whole": (
+        {**T5, "feed_forward_proj": "gated-gelu"},
+        {**T5, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True,
+         "relative_attention_max_distance": 128},
+    ),
+    "T5 as it is published, and saved whole": (
+        {"model_type": "t5"},
+        {"model_type": "t5", "feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False,
+         "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32},
+    ),
     "layer types by a newer version": (QWEN2, {**QWEN2, "layer_types": ["full_attention"]}),
 }  # fmt: skip
 ARCHITECTURE, HEADS, CONFIG, LENGTH, KEYS = (
