@@ -15,7 +15,7 @@ MOST_COLLAPSED = 0.5
 """Share of its elements from which on a small tensor is said to have lost its distinct values."""
 STRANGER = 1.0
 """Norm of a difference by that of the base; of two unrelated tensors it is sqrt(2)."""
-MIN_STRANGER_ELEMS = 4096
+MIN_STRANGER_ELEMS = 64
 QUARTER_OF_A_STEP = (0.2, 0.3)
 """Where the median change lies, in steps between codes, if models come from what the base was before it was rounded."""
 
