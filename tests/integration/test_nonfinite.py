@@ -40,6 +40,7 @@ def recipe_of(folder: Path, name: str, family: Family, weights: list[float] | No
             parameter.name: weights or [0.3, 0.7][: len(family.tuned)] for parameter in required if parameter.per_model
         },
         parameters={parameter.name: 0.3 for parameter in required if not parameter.per_model},
+        stockflow={"accept": ["unmerged"]},
     )
 
 
