@@ -132,7 +132,9 @@ def _adapter(place: _Place) -> Iterator[str]:
         return
     base = _said(place, "adapter_config.json").get("base_model_name_or_path")
     of = f" of {shown(base)}" if isinstance(base, str) and base else ""
-    yield f"it holds an adapter{of}, no model; name its base with it: `model: BASE+{in_a_line(place.where)}`"
+    named = f"name its base with it: `model: BASE+{in_a_line(place.where)}`"
+    fused = "it is not PEFT's, whose alone are read: put it into the weights with what made it (`fuse_lora`)"
+    yield f"it holds an adapter{of}, no model; {named if 'adapter_config.json' in place.files else fused}"
 
 
 def _pipeline(place: _Place) -> Iterator[str]:

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from stockflow.checkpoints.configs import first
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS
+from stockflow.checkpoints.heads import said_of_language
+from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS, layer_of
 from stockflow.checkpoints.tokens.token_rows import has_tokens, stated_sizes, vocabulary_rows
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.targets import OutputTensor, Stretch, Unplanned
@@ -40,6 +42,13 @@ _PACKED_REMEDY = (
     f"{THEM} in a rule with `action: copy`"
 )
 _UNWRAP = "PEFT wrapped the model: save it after `model.merge_and_unload()`"
+_MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+"""Tensors by whose presence loaders of one file know what a diffusion model predicts. Source: ComfyUI."""
+_MARKED = (
+    f"by {THEM} loaders know that a model predicts otherwise (v for noise): weights trained for the one are not to be "
+    "mixed with weights for the other; leave one sort of models out"
+)
+_NUM_LAYERS = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _STACK = re.compile(r"(?:.*?\.)??(?=\d+\.)")
 _NEEDLESS = ("scale", "inv_freq")
 """Ends of the names of what a layer computes without."""
@@ -60,6 +69,8 @@ def extra_tensors(unplanned: Iterable[Unplanned], explained: Collection[int]) ->
             remedy = f"that is what a trainer keeps; {remedy}"
         elif any(marker in name for marker in OF_ADAPTERS):
             remedy, action = _UNWRAP, ""
+        elif name in _MARKS:
+            remedy, action = _MARKED, ""
         elif len(holders) == len(stretch.checkpoints) - 1:
             remedy = f"take a base that has {THEM}, or average the others without it"
             remedy, action = f"all others were trained with {THEM}: {remedy}", ""
@@ -91,11 +102,29 @@ def of_missing(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misf
     if any(marker in misfit.name for marker in OF_TRAINERS):
         remedy = f"that is what the trainer of one model keeps: a rule with `action: skip` leaves {THEM} out"
         return replace(misfit, remedy=remedy, action="skip")
+    if misfit.name in _MARKS:
+        return replace(misfit, remedy=_MARKED, action="")
+    for index in lacking:
+        if fewer := _of_fewer_layers(misfit.name, stretch, index):
+            return replace(misfit, remedy=fewer, action="")
     module, _, own = misfit.name.rpartition(".")
     wrapped = [f"{prefix}{module}.original_module.{own}" for prefix in ("", "base_model.model.")]
     if any(name in stretch.checkpoints[index].specs for index in lacking for name in wrapped):
         return replace(misfit, remedy=_UNWRAP, action="")
     return of_a_head(misfit, stretch, lacking)
+
+
+def _of_fewer_layers(name: str, stretch: Stretch, index: int) -> str:
+    """Return that a model has fewer layers than the donor by its own config, and so need not have its first ones."""
+    num_layers, most = (_NUM_LAYERS(said_of_language(stretch.checkpoints[each].config)) for each in (index, 0))
+    layer = layer_of(name)
+    if layer is None or not isinstance(num_layers, int) or not isinstance(most, int) or not num_layers <= layer < most:
+        return ""
+    return (
+        f"its config says {counted(num_layers, 'layer')}, that of {stretch.urls([0])} {most:,}: which ones were taken "
+        "out, and so which layers of the two are the same, nothing says; leave that model out, or name its layers by "
+        "`slices`"
+    )
 
 
 def mismatches(target: OutputTensor, indices: Sequence[int], by_row: str) -> list[Misfit]:

@@ -708,7 +708,7 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     zeros: ("begins with zeros", "fetch it again"),
     an_empty_file: ("is empty", "fetch it again"),
     an_adapter: ("an adapter of the type 'OFT'", "only LORA is read"),
-    an_adapter_of_diffusers: ("it holds an adapter, no model", "name its base with it: `model: BASE+"),
+    an_adapter_of_diffusers: ("it holds an adapter, no model", "what made it (`fuse_lora`)"),
     consolidated: ("in the layout of Mistral or Meta", "consolidated.safetensors"),
     consolidated_pickles: ("in the layout of Mistral or Meta", "convert it"),
     a_pipeline: ("it is a diffusers pipeline whose parts (unet, vae) have no weights", "did not finish"),

@@ -443,6 +443,17 @@ def test_what_only_some_configs_say_is_said(merge: Merge, case: str) -> None:
     assert code == KEYS or "is said by some models only" in found.text
 
 
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 4096}], ids=["by default", "said"])
+def test_a_text_model_says_what_the_section_of_its_multimodal_base_says(merge: Merge, window: dict[str, Any]) -> None:
+    text = {"model_type": "gemma3_text", "eos_token_id": 2, "hidden_size": 8}
+    tune = {**text, "architectures": ["Gemma3ForCausalLM"]}
+    give(merge, {**GEMMA3, "text_config": {**text, **window}}, tune, tune)
+
+    said = merge.plan(stockflow={"accept": ["architecture-differs"]}).remarks
+
+    assert [each.text for each in said if each.code != "architecture-differs"] == []
+
+
 @pytest.mark.parametrize("value", [None, False, 0, 1, 1.0, "", [], {}, "default", ["full_attention"] * 3])
 def test_what_is_as_if_nothing_were_said_is_quiet(merge: Merge, value: object) -> None:
     give(merge, LLAMA, {**LLAMA, "logit_scale": value, "flux": value}, LLAMA)

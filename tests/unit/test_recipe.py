@@ -608,6 +608,10 @@ def test_side_files_may_come_from_any_model_of_the_recipe() -> None:
             "`model_stock` needs at least 2 models besides the base, found 1",
         ),
         (
+            STOCK.replace("  - model: org/b\n", "  - model: org/base\n"),
+            "found 1, as one of those listed is the base, hf://org/base, by this name or through a link; change",
+        ),
+        (
             STOCK.replace("model_stock", "slerp") + "parameters: {t: 0.5}",
             "`slerp` needs 1 model besides the base, found 2",
         ),

@@ -323,6 +323,41 @@ def test_factors_of_all_models_are_refused_until_accepted(tmp_path: Path) -> Non
     assert not remarks(merge.plan(stockflow={"rules": copied}), "factors-inside")
 
 
+@pytest.mark.parametrize("holder", [0, 1])
+def test_a_mark_of_what_a_model_predicts_is_not_copied_into_a_mix(tmp_path: Path, holder: int) -> None:
+    merge = Merge(tmp_path)
+    merge.models[holder]["v_pred"] = torch.empty(0)
+
+    refused = merge.write().refusal()
+
+    assert "by it loaders know that a model predicts otherwise" in refused
+    assert "action:" not in refused
+
+
+def test_a_model_of_fewer_layers_by_its_own_config_need_not_have_the_first_ones(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    del merge.models[1]["layers.1.norm.weight"]
+    merge.write(config={"num_hidden_layers": 2})
+    (merge.folders[1] / "config.json").write_text('{"num_hidden_layers": 1}')
+
+    refused = merge.refusal()
+
+    assert "its config says 1 layer, that of " in refused
+    assert "action" not in refused
+
+
+def test_a_tower_that_rules_leave_out_is_a_promise_of_the_config(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models:
+        tensors["visual.patch.weight"] = torch.ones(3)
+    merge.write(config={"vision_config": {"depth": 3}})
+
+    (told,) = remarks(merge.plan(stockflow={"rules": [{"filter": "visual", "action": "skip"}]}), "promise-unkept")
+
+    assert told.text.startswith("the published config says vision_config: a tower, ")
+    assert not remarks(merge.plan(), "promise-unkept")
+
+
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
 def test_names_that_no_loader_knows_are_said_where_the_base_has_them(tmp_path: Path, wrapper: str) -> None:
     merge = Merge(tmp_path)

@@ -619,6 +619,18 @@ CUT: dict[str, tuple[Files, Files, str, str]] = {
         "note",
         "tokenizer_class",
     ),
+    "length": (
+        step(truncation={"max_length": 8}),
+        step(truncation=None),
+        "warning",
+        "truncation of every text (none",
+    ),
+    "filling": (
+        step(padding={"strategy": {"Fixed": 8}}),
+        FAST,
+        "warning",
+        "padding of every text (none there, 8",
+    ),
     "begin": (FAST | config(add_bos_token=True), FAST | config(add_bos_token=False), "warning", "add_bos_token"),
 }
 
@@ -641,6 +653,7 @@ SAME_CUT: dict[str, tuple[Files, Files]] = {
         step(pre_tokenizer=BYTE_LEVEL),
         step(pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, padding={"strategy": "BatchLongest"}),
     ),
+    "a length that does not go out": (FAST, step(truncation={"max_length": 8}, padding={"strategy": {"Fixed": 8}})),
     "options that are off": (FAST, of_model(ignore_merges=False, dropout=None, byte_fallback=False)),
     "a prefix in two spellings": (
         step(decoder={"type": "Metaspace", "replacement": "_", "add_prefix_space": True}),

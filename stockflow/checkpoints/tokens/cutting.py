@@ -13,6 +13,8 @@ Cutting = Mapping[str, str]
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 """of ``tokenizer_config.json``"""
+LENGTHS = ("truncation", "padding")
+"""of every text, which transformers sets anew at each call and other loaders obey"""
 SIDES = ("padding_side", "truncation_side")
 _ANY_CLASS = ("", "PreTrainedTokenizer", "TokenizersBackend")
 """What goes by its files alone."""
@@ -22,12 +24,13 @@ _SAYS_NOTHING = {"use_regex": True, "split": True, "trim_offsets": True}
 
 
 def cutting_of(document: Mapping[str, object]) -> Cutting:
-    """Return how a ``tokenizer.json`` cuts texts; padding, truncation and what is off or absent say nothing."""
+    """Return how a ``tokenizer.json`` cuts texts, and to which length; what is off or absent says nothing."""
     model = document.get("model")
     options = dict(model) if isinstance(model, dict) else {}
     vocab, merges = options.pop("vocab", None), options.pop("merges", None)
     return {
         **{step: _digest(document.get(step)) for step in STEPS},
+        **{key: _length(document.get(key)) for key in LENGTHS},
         "model": _digest(options),
         "merges": _of_lines(each if isinstance(each, str) else " ".join(map(str, each)) for each in _list(merges)),
         "scores": _of_lines(str(each[1:]) for each in _list(vocab) if isinstance(each, list)),
@@ -53,6 +56,14 @@ def flags_of(settings: Mapping[str, object]) -> Cutting:
     sides = {key: str(settings[key]) for key in SIDES if isinstance(settings.get(key), str)}
     kind = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
     return {**said, **sides, **({} if kind in _ANY_CLASS else {"tokenizer_class": kind})}
+
+
+def _length(said: object) -> str:
+    """Return to how many tokens texts are cut, or filled."""
+    own = said if isinstance(said, dict) else {}
+    strategy = own.get("strategy")
+    found = own.get("max_length", strategy.get("Fixed") if isinstance(strategy, dict) else None)
+    return "none" if found is None else shown(found)
 
 
 def _list(value: object) -> list[Any]:

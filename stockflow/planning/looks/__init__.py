@@ -59,6 +59,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     experts.single_units,
     experts.kept_parts,
     promises.missing_layers,
+    promises.missing_towers,
     promises.layers_of_experts,
     promises.missing_predictions,
     promises.wrapped_names,

@@ -45,6 +45,8 @@ _KINDS: Sequence[tuple[str, Severity, Sequence[Trait], str]] = (
     ),
     ("context-length-differs", "note", CONTEXT, "no tensor depends on it"),
 )  # fmt: skip
+_ELSEWHERE = "_language_elsewhere"
+"""Key of a section whose language model is held against one within others."""
 _OF_GENERATION = f"{GENERATION_CONFIG}: "
 """A path beside those of config.json."""
 _OTHER_TOKEN = "models that were trained with another token there meet the published one"
@@ -93,7 +95,8 @@ class Configs(NamedTuple):
         own_code = {url for url, each in self.sections.items() if is_of_own_code(each.get("", {}))}
         for path, own in self.by_path():
             for each in traits:
-                values = {url: _value(each, section) for url, section in own.items()} if each.default is None else {}
+                is_asked = each.default is None and any(each.read(section) is not None for section in own.values())
+                values = {url: _value(each, section) for url, section in own.items()} if is_asked else {}
                 is_open = each in MEANING and any(url in own_code and value is None for url, value in values.items())
                 said = {
                     url: value
@@ -231,13 +234,13 @@ def _pairs(value: object) -> Mapping[str, object]:
 def _of_models(proposal: Proposal) -> Configs:
     """Return config.json of all models, with what generation_config.json says of tokens."""
     found, published = dict[str, Sections](), _language_path(proposal.donor.config)
-    generation = _of_generation(proposal)
+    generation, whole = _of_generation(proposal), (proposal.donor.config or {}).get("model_type")
     for number, each in enumerate(proposal.checkpoints):
         if each.config is not None:
             nums = {stacking.num_layers.get(number) for stacking in proposal.stackings}
             own = {path: _as_one(section, nums) for path, section in sections(each.config)}
             found[redact(each.url)] = {
-                **_language_at(published, own, _language_path(each.config)),
+                **_language_at(published, own, _language_path(each.config), whole),
                 **{path: _as_one(section, nums) for path, section in _halves(each.config)},
                 **generation[number],
             }
@@ -278,15 +281,21 @@ def _language_path(config: Config | None) -> str:
     return max((path for path, _ in sections(config or {}) if is_of_language(path)), key=len)
 
 
-def _language_at(path: str, own: dict[str, Config], here: str) -> dict[str, Config]:
-    """Return sections with that of the language model at another path; what class it is stays where it was said."""
+def _language_at(path: str, own: dict[str, Config], here: str, whole: object) -> dict[str, Config]:
+    """Return sections with that of the language model at another path; what class it is stays where it was said.
+
+    The type of a language model that is alone goes with it, as what its class takes by default does, unless it is that
+    of the ``whole``.
+    """
     if path == here:
         return own
     of_class = {key for each in ARCHITECTURE for key in each.keys}
     at_top = {key: value for key, value in own.get("", {}).items() if key in of_class}
-    language = {key: value for key, value in own[here].items() if key not in of_class}
+    kept = {"model_type"} if own.keys() == {""} and own[""].get("model_type") != whole else set[str]()
+    language = {key: value for key, value in own[here].items() if key in kept or key not in of_class}
     moved = {**{key: each for key, each in own.items() if key not in ("", here)}, path: language}
-    return {**moved, "": {**moved.get("", {}), **at_top}}
+    mark = {_ELSEWHERE: path} if here == "" else {}
+    return {**moved, "": {**moved.get("", {}), **at_top, **mark}}
 
 
 def _as_one(section: Config, nums: Collection[int | None]) -> Config:
@@ -298,6 +307,8 @@ def _as_one(section: Config, nums: Collection[int | None]) -> Config:
 def _value(each: Trait, section: Config) -> object:
     """Return what a section says, or what its class takes where it says nothing."""
     said = each.read(section)
+    if said is None and _ELSEWHERE in section:
+        return None
     return default_of(each.name, section, each.default) if said is None else said
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.tokens.cutting import ADDED, SIDES, Cutting
+from stockflow.checkpoints.tokens.cutting import ADDED, LENGTHS, SIDES, Cutting
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.examples import some
@@ -21,7 +21,7 @@ def other_cutting(proposal: Proposal) -> Iterator[Remark]:
     for checkpoint, own in zip(proposal.checkpoints, proposal.tokenizers, strict=True):
         if own.vocabulary == published.vocabulary:
             both = (part for part in own.cutting if part in published.cutting)
-            parts = tuple(part for part in both if own.cutting[part] != published.cutting[part])
+            parts = tuple(part for part in both if _is_other(part, own.cutting, published.cutting))
             said = tuple(_said(part, own.cutting, published.cutting) for part in parts)
             by_parts.setdefault((parts, said), []).append(redact(checkpoint.url))
     for (parts, said), urls in by_parts.items():
@@ -35,8 +35,15 @@ def other_cutting(proposal: Proposal) -> Iterator[Remark]:
             yield Remark("tokenizers-differ", text, severity, tuple(urls), values=dict.fromkeys(parts, "differs"))
 
 
+def _is_other(part: str, own: Cutting, published: Cutting) -> bool:
+    """Return whether a part differs; that the published tokenizer lets texts be as long as they are is no harm."""
+    return own[part] != published[part] and not (part in LENGTHS and published[part] == "none")
+
+
 def _said(part: str, own: Cutting, published: Cutting) -> str:
-    """Return what a part is called, with the flags of an added token in both."""
+    """Return what a part is called, with the lengths, or the flags of an added token, in both."""
+    if part in LENGTHS:
+        return f"{part} of every text ({own[part]} there, {published[part]} here)"
     if not part.startswith(ADDED):
         return part
     there, here = (each[part] or "no flag" for each in (own, published))

@@ -18,6 +18,8 @@ _WRAPPERS = tuple(f"{part}." for part in TRAINING_WRAPPERS)
 _FEED_FORWARD = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.(?:mlp|feed_forward)\.(experts|gate_proj|gate_up_proj)\b")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _LAYERS = LayerNames()
+_TOWERS = {"vision_config.": ("vision", "visual"), "audio_config.": ("audio", "speech")}
+"""Parts of names of tensors, by where a config speaks of their tower."""
 _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
 """Say that layers share tensors, or are counted otherwise."""
 
@@ -49,6 +51,15 @@ def missing_layers(proposal: Proposal) -> Iterator[Remark]:
                 yield _broken(proposal, path + key, number, f"the written tensors have {_described(found)}")
             if isinstance(kinds, list) and len(kinds) not in promised:
                 yield _broken(proposal, f"{path}layer_types", f"{len(kinds)} of them", f"{number} layers are promised")
+
+
+def missing_towers(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which towers the published config promises of which rules leave all tensors out."""
+    skipped, written = "\n".join(proposal.skipped).lower(), "\n".join(proposal.written).lower()
+    for path, _ in sections(proposal.config or {}) if skipped else ():
+        words = next((words for key, words in _TOWERS.items() if path.startswith(key)), ())
+        if any(word in skipped for word in words) and not any(word in written for word in words):
+            yield _broken(proposal, path.rstrip("."), "a tower", "rules leave all tensors of it out")
 
 
 def _num_predicted(section: Config) -> int:

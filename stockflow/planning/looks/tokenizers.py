@@ -296,7 +296,8 @@ def _generation(proposal: Proposal, index: int) -> Config | None:
 
 
 def _eos_id(proposal: Proposal, index: int) -> object:
-    generation, config = proposal.tokenizers[index].generation or {}, proposal.checkpoints[index].config or {}
+    generation = proposal.tokenizers[index].generation or {}
+    config = said_of_language(proposal.checkpoints[index].config)
     return generation.get("eos_token_id", config.get("eos_token_id"))
 
 
