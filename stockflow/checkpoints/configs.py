@@ -348,7 +348,8 @@ _COMPUTES = re.compile(
     r"|(attention|logits?|scores?|residual|embed(ding)?|depth|route(r)?|moe_routed)_(value_)?scal(e|ing)(_factor)?"
     r"|scale_\w+|(.*_)?(alpha|beta)_factor|gelu_activation|label_names|(image_|norm_)?(mean|std)|interpolation|crop_\w+"
     r"|tokenizer_kwargs|(.*_)?rope(_\w+)?|guidance_embeds|causal|local_attention|global_attn_every_n_layers"
-    r"|rotary\w*|head_size_divisor|position_biased_input"
+    r"|rotary\w*|head_size_divisor|position_biased_input|(scaling|shift)_factor|norm_num_groups|latents_(mean|std)"
+    r"|flip_sin_to_cos|freq_shift"
 )
 """Keys by whose names a model computes with them, whatever its class."""
 

@@ -98,6 +98,18 @@ def test_code_in_packages_is_copied_with_what_it_imports(tmp_path: Path) -> None
     assert checkpoint.missing_files == ()
 
 
+def test_code_that_imports_what_is_not_there_is_no_whole_model(tmp_path: Path) -> None:
+    code: dict[str, str | bytes] = {
+        "modeling_x.py": "from .rope_x import rope\nfrom . import __version__\nfrom .configuration_x import C",
+        "configuration_x.py": "from transformers import PretrainedConfig\nimport .flags",
+    }
+    config = {"auto_map": {"AutoModel": "modeling_x.X"}}
+
+    checkpoint = opened(write(write_checkpoint(tmp_path / "m", TENSORS, config=config), code))
+
+    assert checkpoint.missing_files == ("rope_x.py", "flags.py")
+
+
 @pytest.mark.parametrize("files", [{}, {"other.py": ""}], ids=["no code", "other code"])
 def test_code_and_modules_that_are_named_in_vain_are_said(
     family: Family, tmp_path: Path, files: dict[str, str]

@@ -333,6 +333,8 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         HEADS, {"decoder": {"decoder_attention_heads": 4}}, {"decoder": {"decoder_attention_heads": 8}},
         "decoder.decoder_attention_heads",
     ),
+    "a VAE's scale": (CONFIG, {"scaling_factor": 0.13025}, {"scaling_factor": 0.18215}, "scaling_factor"),
+    "a VAE's groups": (CONFIG, {"norm_num_groups": 4}, {"norm_num_groups": 8}, "norm_num_groups"),
     "axes of Flux": (CONFIG, {"axes_dims_rope": [16, 56]}, {"axes_dims_rope": [32, 40]}, "axes_dims_rope"),
     "ModernBERT's window": (CONFIG, {"local_attention": 128}, {"local_attention": 64}, "local_attention"),
     "soft caps": (CONFIG, GEMMA2, {**GEMMA2, "attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),

@@ -395,6 +395,10 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         (config(auto_map={"AutoTokenizer": ["tokenization_x.X", None]}),) * 2,
         {"missing-files": "warning"},
     ),
+    "code that only a processor names": (
+        (FAST | {"processor_config.json": '{"auto_map": {"AutoProcessor": "processing_x.XP"}}'},) * 2,
+        {"missing-files": "warning"},
+    ),
     "a template that breaks off": (
         (FAST | {"chat_template.jinja": CHATML[:-6]}, FAST | {"chat_template.jinja": CHATML[:-6]}),
         {"template-unread": "warning"},

@@ -124,6 +124,7 @@ def code_files(
         source = read_text(key)
         found |= {key, *(_opened(key, source) & set(keys))}
         waiting |= (set(_imported(key, source)) & present) - found
+        missing += [files[0] for files in _needed(key, source) if not present & set(files)]
     return found, list(dict.fromkeys(missing))
 
 
@@ -153,6 +154,13 @@ def _texts(value: object) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for child in value.values() if isinstance(value, dict) else value:
             yield from _texts(child)
+
+
+def _needed(key: str, source: str) -> Iterator[Sequence[str]]:
+    """Yield where each module may be that code imports from its own folder, without which transformers stops."""
+    modules = [*_IMPORT.findall(source), *(name for dots, name, *_ in _FROM.findall(source) if dots == "." and name)]
+    for module in modules:
+        yield list(_module_files([*key.split("/")[:-1], *module.split(".")]))
 
 
 def _imported(key: str, source: str) -> Iterator[str]:

@@ -26,17 +26,19 @@ def missing_files(proposal: Proposal) -> Iterator[Remark]:
         if names:
             url = redact(donor.url)
             text = (
-                f"configs of {url} name {some(names)}, which loaders will look for and which are not there, or are "
-                "links to folders; put them there, or name a whole model in `stockflow: {side_files_from: ...}`"
+                f"configs or code of {url} name {some(names)}, which loaders will look for and which are not there, or "
+                "are links to folders; put them there, or name a whole model in `stockflow: {side_files_from: ...}`"
             )
             yield Remark("missing-files", text, models=(url,), values={"names": some(names)})
 
 
 def _missing_code(proposal: Proposal) -> Iterator[str]:
-    """Yield the code that the tokenizer's config names, where no code is copied at all: else it is missed by now."""
+    """Yield the code that tokenizers and processors name, where no code is copied at all: else it is missed by now."""
     donor, index = proposal.side_files_donor, proposal.recipe.side_files_donor
     if index < len(proposal.tokenizers) and not any(key.endswith(".py") for key in donor.side_files):
-        said = {"auto_map": proposal.tokenizers[index].settings.get("auto_map")}
+        own = proposal.tokenizers[index]
+        of_processors = [said.get("auto_map") for key, said in own.uses.items() if "/" not in key]
+        said = {"auto_map": [own.settings.get("auto_map"), of_processors]}
         yield from code_files((), said, (), lambda _: None, lambda _: "")[1]
 
 
