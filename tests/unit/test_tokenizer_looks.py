@@ -423,6 +423,10 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         (TOKEN, TOKEN | {"tokenizer_config.json": json.dumps(decoder({"id": 3, "content": "<|im_end|>"}))}),
         {"tokens-disagree": "note"},
     ),
+    "a token in the place of another": (
+        (TOKEN | {"tokenizer_config.json": json.dumps(decoder({"id": 10, "content": "<tool>"}))}, TOKEN),
+        {"tokens-disagree": "warning", "tokens-missing": "warning"},
+    ),
     "an end token that is none": (
         (config(eos_token="<|end|>"), FAST),
         {"tokens-disagree": "warning"},

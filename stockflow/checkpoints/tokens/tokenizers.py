@@ -29,6 +29,7 @@ from stockflow.checkpoints.tokens.vocabularies import (
     token_map,
 )
 from stockflow.storage import Stamp, Store
+from stockflow.text.strictjson import shown
 
 T = TypeVar("T")
 
@@ -249,6 +250,7 @@ def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabular
     ids, found = vocabulary.ids, dict[str, str]()
     if vocabulary.problem:
         return found
+    own = files.parsed(FAST, fast_tokenizer).ids
     added = files.parsed(ADDED_TOKENS, token_map) if ADDED_TOKENS in files.stamps else {}
     beside = {TOKENIZER_CONFIG: decoder_tokens(settings.get("added_tokens_decoder") or {}), ADDED_TOKENS: added}
     for key, named in beside.items():
@@ -256,6 +258,13 @@ def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabular
             token: f"is {number} in {key} and {ids[token]} in {FAST}"
             for token, number in named.items()
             if ids[token] != number
+        }
+        lacking = {token: number for token, number in named.items() if token not in own}
+        holders = {number: token for token, number in own.items()} if lacking else {}
+        found |= {
+            token: f"is {number} in {key}, where {FAST} has {shown(holders[number])}"
+            for token, number in lacking.items()
+            if number in holders
         }
     for key, said in ((SPECIAL_TOKENS, files.json(SPECIAL_TOKENS)), (TOKENIZER_CONFIG, settings)):
         tokens = {role: _content(token) for role, token in said.items() if role in _ROLES}
