@@ -180,7 +180,7 @@ def _count_problems(each: Slice, use: _Use) -> Iterator[Problem]:
 
 
 def _with_the_base(recipe: Recipe, method: Method) -> str:
-    if recipe.anchors(method) and recipe.lists_base:
+    if recipe.anchors(method) and recipe.lists_base and len(recipe.counted(method)) < method.min_tuned:
         return f", as one of those listed is the base, {redact(str(recipe.base_model))}, by this name or through a link"
     return ", as a base that is not listed counts like them" if recipe.base_counts(method) else ""
 
