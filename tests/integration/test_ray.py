@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,6 @@ from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
 from stockflow.run import places
 from stockflow.run.driver import Merged, MergeOptions, merge
-from stockflow.run.executors import scheduling
 from stockflow.run.executors.ray import RayOptions, actor, connected, loop
 from stockflow.run.executors.ray import cluster as cluster_module
 from stockflow.run.executors.ray import run as run_on_ray
@@ -216,12 +216,13 @@ def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(
 ) -> None:
     listener = Listener()
     start = places.StartWorker
-    monkeypatch.setattr(scheduling, "LEAST_SLOW_S", math.inf)
     monkeypatch.setattr(places, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path))
 
     with ThreadPoolExecutor(1) as beside:
         beside.submit(_kill_when_noted, tmp_path, "hanging")
-        merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=num_workers), listener)
+        merge_on_ray(
+            recipe, str(tmp_path / "out"), RayOptions(num_workers=num_workers, least_slow_s=math.inf), listener
+        )
 
     assert expected == runs.shard_digests(tmp_path / "out")
     assert len(list(tmp_path.glob("begun-*"))) == len(expected) + 1
@@ -242,11 +243,10 @@ def test_a_shard_whose_worker_is_slow_is_merged_by_an_idle_one_and_nothing_is_le
     """The slow one has begun to write; it is ended when the other one is done, or with the run if it hears nothing."""
     listener = Listener()
     start = places.StartWorker
-    monkeypatch.setattr(scheduling, "LEAST_SLOW_S", 0.5)
     monkeypatch.setattr(places, "StartWorker", lambda spec: ray_items.HangingOnce(start(spec), tmp_path, is_stopped))
     Clock(monkeypatch).sleep = lambda _: wait_until(lambda: not _is_there(tmp_path / "hanging-1"))
 
-    merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=2), listener)
+    merge_on_ray(recipe, str(tmp_path / "out"), RayOptions(num_workers=2, least_slow_s=0.5), listener)
 
     assert expected == runs.shard_digests(tmp_path / "out")
     assert len(list(tmp_path.glob("begun-*"))) == len(expected) + 1
@@ -433,25 +433,19 @@ def test_an_item_that_hangs_is_run_again_elsewhere(
     assert sorted(results) == ["quick", "slow"]
 
 
-def test_an_item_that_takes_far_longer_than_others_is_given_to_an_idle_worker_too(
-    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_item_that_takes_far_longer_than_others_is_given_to_an_idle_worker_too(cluster: str, tmp_path: Path) -> None:
     """Its worker is not known to hang: nothing is timed out, and nothing counts as a failure."""
-    monkeypatch.setattr(scheduling, "LEAST_SLOW_S", 0.5)
     listener = Listener()
     start = ray_items.Doing(ray_items.hang_first_time, tmp_path)
 
     items = ["slow", "a", "b", "c"]
-    results = run_items(start, items, RayOptions(num_workers=2), listener)
+    results = run_items(start, items, RayOptions(num_workers=2, least_slow_s=0.5), listener)
 
     assert sorted(results) == sorted(items)
     assert listener.of(Retry) == []
 
 
-def test_idle_workers_that_die_are_not_given_the_last_item_one_after_the_other(
-    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scheduling, "LEAST_SLOW_S", math.inf)
+def test_idle_workers_that_die_are_not_given_the_last_item_one_after_the_other(cluster: str, tmp_path: Path) -> None:
     listener = Listener()
 
     def kill_the_busy_one(event: Event) -> None:
@@ -462,7 +456,7 @@ def test_idle_workers_that_die_are_not_given_the_last_item_one_after_the_other(
         ray_items.Doing(ray_items.wait_first_time, tmp_path),
         ["last", "a", "b"],
         size=lambda item: 1,
-        options=RayOptions(num_workers=3),
+        options=RayOptions(num_workers=3, least_slow_s=math.inf),
         on_event=all_of(listener, kill_the_busy_one),
     )
     for _, pid in (next(results), next(results)):
@@ -504,18 +498,16 @@ def test_whoever_takes_results_slowly_makes_no_item_late(
     assert (sorted(taken), listener.of(Retry)) == ([1, 2, 3, 4], [])
 
 
-def test_items_in_work_clean_up_when_the_run_is_interrupted(
-    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_items_in_work_clean_up_when_the_run_is_interrupted(cluster: str, tmp_path: Path) -> None:
     """A shard that is being uploaded must abort its upload; a killed process could not."""
-    monkeypatch.setattr(loop, "STOP_GRACE_S", HANG_S)
+    options = replace(QUICKLY, stop_grace_s=HANG_S)
 
     def interrupt(event: Event) -> None:
         if isinstance(event, Moved):
             raise InterruptedRunError("stopped by SIGTERM")
 
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
-        run_items(ray_items.Doing(ray_items.count_until_stopped, tmp_path), ["slow"], on_event=interrupt)
+        run_items(ray_items.Doing(ray_items.count_until_stopped, tmp_path), ["slow"], options, interrupt)
 
     assert (tmp_path / "cleaned-1").exists()
 
@@ -562,7 +554,6 @@ def test_cpus_taken_by_others_are_said_while_waiting_and_in_the_end(
     """By a clock that moves on by two seconds whenever it is looked at."""
     clock, looks = Clock(monkeypatch), itertools.count()
     monkeypatch.setattr(clock, "monotonic", lambda: 2.0 * next(looks))
-    monkeypatch.setattr(scheduling, "SAY_WAITING_S", 5.0)
     neighbour: Any = ray.remote(actor.Actor)
     taken = neighbour.options(num_cpus=NUM_CPUS).remote()
     ray.get(taken.counters.remote())
@@ -570,7 +561,7 @@ def test_cpus_taken_by_others_are_said_while_waiting_and_in_the_end(
     run_one = partial(run_on_ray, ray_items.Doing(ray_items.echo, tmp_path), [1], size=int)
 
     with pytest.raises(ComputeLostError, match=r"the cluster has 4 CPU \(0 free\)"):
-        list(run_one(options=RayOptions(no_worker_timeout_s=30.0), on_event=listener))
+        list(run_one(options=RayOptions(no_worker_timeout_s=30.0, say_waiting_s=5.0), on_event=listener))
 
     assert listener.of(Note)
     assert all(note.text.startswith("no worker has come for") for note in listener.of(Note))

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from stockflow.errors import ComputeLostError, PlanError, StorageError
-from stockflow.run.executors.scheduling import LEAST_SLOW_S, NUM_TYPICAL, End, Give, Scheduler, Start
+from stockflow.run.executors.scheduling import NUM_TYPICAL, End, Give, Scheduler, Start
 from stockflow.run.executors.tries import MOST_PAUSE_S, Cause, Limits
 
 LIMITS = Limits(no_worker_timeout_s=100.0, stall_timeout_s=10.0)
@@ -400,7 +400,7 @@ def test_items_are_not_given_out_twice_while_they_are_no_slower_than_others_or_a
     assert run.decide(89.9) == []
     assert run.decide(90.0) == [Give(0, "h")]
 
-    short, now = with_a_slow_one(LEAST_SLOW_S / 10)
+    short, now = with_a_slow_one(LIMITS.least_slow_s / 10)
     assert not any(isinstance(action, Give) for action in short.decide(now))
 
 

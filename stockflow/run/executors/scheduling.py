@@ -16,14 +16,10 @@ from stockflow.run.executors.tries import Cause, Limits, Starts, Task, WorkerSta
 
 T = TypeVar("T")
 
-SAY_WAITING_S = 30.0
-"""How often to say that no worker has come yet."""
 NUM_TYPICAL = 3
 """After so many items it is known how long one takes."""
 LEAST_GAIN = 1.1
 """How many times as long a slow worker needs for the rest of an item as another one for all of it, if it is copied."""
-LEAST_SLOW_S = 10.0
-"""Items that take less are not given out twice: another worker would hardly be faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,10 +334,10 @@ class Scheduler(Generic[T]):
         passed_s = now - worker.given
         if passed_s >= self._slow_s(typical_s):
             return True
-        return worker.expected_s - passed_s > max(LEAST_GAIN * typical_s, LEAST_SLOW_S)
+        return worker.expected_s - passed_s > max(LEAST_GAIN * typical_s, self._limits.least_slow_s)
 
     def _slow_s(self, typical_s: float) -> float:
-        return max(self._limits.slow_factor * typical_s, LEAST_SLOW_S)
+        return max(self._limits.slow_factor * typical_s, self._limits.least_slow_s)
 
     def _uncopied(self) -> list[tuple[WorkerState[T], Task[T]]]:
         at_work = [(worker, worker.task) for worker in self._workers.values() if worker.task is not None]
@@ -395,6 +391,6 @@ class Scheduler(Generic[T]):
                 f"no worker came within {self._limits.no_worker_timeout_s:.0f} s: {self._need()}; "
                 "free or add resources, or ask for less, then run again"
             )
-        if now - self._said_waiting > SAY_WAITING_S:
+        if now - self._said_waiting > self._limits.say_waiting_s:
             self._said_waiting = now
             self._on_note(f"no worker has come for {waited_s:.0f} s: {self._need()}")

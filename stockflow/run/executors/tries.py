@@ -60,6 +60,13 @@ class Limits:
     """how long, doubled each time"""
     slow_factor: float = 1.5
     """once none waits, an item that takes so many times as long as most did is given to an idle worker as well"""
+    least_slow_s: float = 10.0
+    """items that take less are not given out twice: another worker would hardly be faster"""
+    say_waiting_s: float = 30.0
+    """how often to say that no worker has come yet"""
+    stop_grace_s: float = 2.0
+    """for items to clean up after themselves when the run ends: a signal leaves it three seconds (`interruption`),
+    though ``ray job stop`` gives a job that was submitted with ``stockflow submit`` thirty"""
 
     def storage_pause_after(self, num_failures: int) -> float:
         """Return how long to wait before something is tried again that storage has failed so often."""

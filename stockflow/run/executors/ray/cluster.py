@@ -19,6 +19,7 @@ from ray.exceptions import AuthenticationError
 
 from stockflow.errors import ComputeLostError, InterruptedRunError, PlanError, StockflowError
 from stockflow.interruption import interruption, stop_requested
+from stockflow.run.executors.tries import Limits
 
 OBJECT_STORE_BYTES = 100_000_000
 """Only keys and counters pass through Ray."""
@@ -34,8 +35,8 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
-class RayOptions:
-    """What the executor asks of Ray."""
+class RayOptions(Limits):
+    """What the executor asks of Ray, and how long it waits and how often it tries."""
 
     num_workers: int | None = None
     """None: as many as the cluster has room for, also once it has grown; where an autoscaler adds nodes, one to
@@ -43,14 +44,6 @@ class RayOptions:
     gpus_per_worker: float = 0.0
     address: str | None = None
     """None: RAY_ADDRESS, else a cluster on this machine"""
-    no_worker_timeout_s: float = 900.0
-    """how long to wait for the first worker, and for a next one once all are lost; a GPU node takes minutes"""
-    stall_timeout_s: float = 900.0
-    """an item that counts nothing for so long is taken for hung; its worker is replaced"""
-    item_timeout_s: float | None = None
-    """an item that is not done after so long is given to another worker"""
-    storage_pause_s: float = 30.0
-    """before an item that storage failed is tried again; four times as long before the last time"""
     labels: Mapping[str, str] = field(default_factory=dict)
     """what the nodes of workers are labelled with; values may be Ray's selectors: ``!spot``, ``in(a,b)``"""
 

@@ -27,16 +27,13 @@ from stockflow.run.executors.ray.cluster import (
     worker_count,
 )
 from stockflow.run.executors.scheduling import Action, Give, Scheduler, Start
-from stockflow.run.executors.tries import Cause, Limits
+from stockflow.run.executors.tries import Cause
 from stockflow.version import __version__
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 POLL_S = 1.0
-STOP_GRACE_S = 2.0
-"""For items to clean up after themselves: a signal leaves a run three seconds to end in order (`interruption`), though
-``ray job stop`` gives a job that was submitted with ``stockflow submit`` thirty."""
 DEATH_S = 1.0
 """for killed processes to be gone: until then their half-written files are locked, and nobody removes them"""
 
@@ -121,12 +118,7 @@ class _Loop(Generic[T, R]):
         self._scheduler = Scheduler(
             items,
             worker_count(options, len(items)),
-            Limits(
-                no_worker_timeout_s=options.no_worker_timeout_s,
-                stall_timeout_s=options.stall_timeout_s,
-                item_timeout_s=options.item_timeout_s,
-                storage_pause_s=options.storage_pause_s,
-            ),
+            options,
             now=self._polled,
             name=name,
             need=self._need,
@@ -169,7 +161,7 @@ class _Loop(Generic[T, R]):
         try:
             for handle in busy:
                 handle.actor.stop.remote()
-            ended = self._await_end(calls, STOP_GRACE_S)
+            ended = self._await_end(calls, self._options.stop_grace_s)
         finally:
             self._handles.clear()
             self._ending.clear()
