@@ -82,10 +82,12 @@ class Inputs:
         inputs = cls(recipe, [], trusted=trusted, reads_twice=reads_twice)
         found = list(_stores_or_why_not(recipe.checkpoints, inputs.storage))
         with collector_paused():
-            complete = partial(with_base, storage=inputs.storage)
+            made = dict[str, Store]()
+            complete = partial(_completing, made, inputs.storage)
             inputs.checkpoints = open_checkpoints(found, on_file, recipe.spares, complete)
         inputs.stores = [
-            _store_of(store, each, inputs.storage) for store, each in zip(found, inputs.merged, strict=True)
+            made.get(each.url) or _store_of(store, each, inputs.storage)
+            for store, each in zip(found, inputs.merged, strict=True)
         ]
         for location in recipe.locations[len(recipe.checkpoints) :]:
             inputs.stores.append(open_model(pin_revision(location), inputs.storage))
@@ -147,6 +149,12 @@ class Inputs:
                 accepted=accepted,
                 samples=samples,
             )
+
+
+def _completing(made: dict[str, Store], storage: StorageConfig, adapter: Store, base: str) -> Store:
+    """Return the store of an adapter that was named alone with its base: it knows whose tokenizer is read."""
+    store = with_base(adapter, base, storage=storage)
+    return made.setdefault(store.url, store)
 
 
 def _store_of(store: Store | StockflowError, opened: Checkpoint, storage: StorageConfig) -> Store:

@@ -152,7 +152,7 @@ def test_a_side_file_that_becomes_a_link_after_planning_is_not_published(
             replaced(family.base / "tokenizer.json", secret)
 
     with pytest.raises(LinkError, match=r"tokenizer\.json is, or lies behind, a link to"):
-        stockflow.merge(str(recipe), tmp_path / "out", memory="2GiB", on_event=swap)
+        stockflow.merge(str(recipe), tmp_path / "out", memory="8GiB", on_event=swap)
 
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert SECRET.encode() not in published(tmp_path / "out")
@@ -296,7 +296,7 @@ def test_python_follows_them_and_tells_where_they_lead(family: Family, recipe: P
 
     with pytest.raises(LinkError, match="--follow-links"):
         stockflow.plan(str(recipe), tmp_path / "out")
-    stockflow.merge(str(recipe), tmp_path / "out", memory="2GiB", follow_links=[tmp_path / "store"], on_event=hear)
+    stockflow.merge(str(recipe), tmp_path / "out", memory="8GiB", follow_links=[tmp_path / "store"], on_event=hear)
 
     assert any(str(target) in note for note in notes)
 

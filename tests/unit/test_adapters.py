@@ -434,12 +434,15 @@ def resized(root: Path, name: str, token: str) -> tuple[Path, oracle.Floats]:
     return root / name, made.changes["model.embed_tokens.weight"](np.zeros(()))
 
 
-def test_the_tokenizer_beside_an_adapter_is_that_of_its_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_the_tokenizer_beside_an_adapter_is_that_of_its_model(is_alone: bool, tmp_path: Path) -> None:
     write_base(tmp_path / "base", SHAPES)
     (tmp_path / "base" / "added_tokens.json").write_text('{"<old>": 96}')
     lora, rows = resized(tmp_path, "lora", "<new>")
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": f"{tmp_path}/base"}))
 
-    found = merged(tmp_path, f"{tmp_path}/base+{lora}")
+    found = merged(tmp_path, str(lora) if is_alone else f"{tmp_path}/base+{lora}")
 
     assert share_correct(found["model.embed_tokens.weight"], rows) == 1
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 98
