@@ -143,6 +143,11 @@ def sliding_window(section: Config) -> object:
     return 0 if is_off else first("sliding_window", "window_size")(section)
 
 
+def layers_with_window(section: Config) -> object:
+    """Return how many layers come before the first with a window, where one is used."""
+    return section.get("max_window_layers") if sliding_window(section) else None
+
+
 _SAME_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu"}
 
 
@@ -211,6 +216,7 @@ MEANING = (
     trait("norm epsilon", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps",
          "norm_epsilon", "rms_norm_epsilon"),
     trait("sliding_window", "sliding_window", "use_sliding_window", read=sliding_window),
+    trait("max_window_layers", read=layers_with_window),
     trait("activation", "hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn",
          "mlp_hidden_act", read=activation),
     trait("is_gated_act", read=is_gated),
@@ -221,7 +227,7 @@ MEANING = (
     trait("use_bidirectional_attention", default=False),
     trait("experts per token", "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
     *map(trait, (
-        "layer_types", "layers_block_type", "full_attention_interval", "sliding_window_pattern", "max_window_layers",
+        "layer_types", "layers_block_type", "full_attention_interval", "sliding_window_pattern",
         "no_rope_layers", "no_rope_layer_interval", "attention_chunk_size", "attn_layer_period", "attn_layer_offset",
         "expert_layer_period", "expert_layer_offset", "first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step",
         "mlp_only_layers", "interleave_moe_layer_step", "hybrid_override_pattern", "norm_topk_prob", "n_group",

@@ -161,6 +161,7 @@ QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "transformers 5": (LLAMA, {**LLAMA, **V5}),
     "head_dim that follows": (LLAMA, {**LLAMA, "head_dim": 128}),
     "attention bias that is off": (LLAMA, {**LLAMA, "attention_bias": False, "mlp_bias": False}),
+    "layers with a window that is not used": (QWEN2, {**QWEN2, "max_window_layers": 21}),
     "a window that is not used": (QWEN2, {**QWEN2, "sliding_window": None, "max_window_layers": 28}),
     "Gemma 3 of both": (GEMMA3, within(GEMMA3_5, "text_config", rope_local_base_freq=None)),
     "Llama 2 without a base": ({"model_type": "llama"}, {"model_type": "llama", "rope_theta": 10000}),

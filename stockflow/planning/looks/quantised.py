@@ -33,8 +33,9 @@ def removed_quantization(proposal: Proposal) -> Iterator[Remark]:
     if (keys or files) and not has_codes(proposal.jobs):
         url = redact(donor.url)
         removed = [*(f"`{in_a_line(key)}` of its config" for key in keys), *files]
+        which = "and they are written as plain numbers" if donor.stored else "but they are plain numbers"
         text = (
-            f"{url} says that its weights are quantised, but they are plain numbers: "
+            f"{url} says that its weights are quantised, {which}: "
             f"{' and '.join(removed)} {are(len(removed))} not published"
         )
         yield Remark("quantization-removed", text, "note", (url,), values={"removed": ", ".join([*keys, *files])})

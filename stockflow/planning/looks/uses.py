@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from stockflow.checkpoints.configs import Config, further_keys, says_nothing
+from stockflow.checkpoints.configs import Config, computing_keys, further_keys, says_nothing
 from stockflow.checkpoints.files.layout import folder_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.looks.tokenizers import CHOOSES
@@ -38,8 +38,10 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
         return
     url = redact(proposal.checkpoints[donor].url)
     for key, whole in proposal.tokenizers[donor].uses.items():
-        telling = further_keys if key in proposal.merged_configs else dict  # what else it says is compared
+        is_compared = key in proposal.merged_configs  # by what it says of weights; the rest is looked at here
+        telling = further_keys if is_compared else dict
         own = telling(whole)
+        told = {*computing_keys(whole)} if is_compared else set[str]()
         tunes = {
             redact(each.url): telling(tokenizer.uses.get(key, whole))
             for each, tokenizer, location in zip(
@@ -47,9 +49,10 @@ def uses_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
             )
             if location != recipe.base_model and each.url != proposal.checkpoints[donor].url
         }
-        others = {model: theirs for model, theirs in tunes.items() if _unlike(own, theirs)}
+        unlike = {model: _unlike(own, theirs) - (told & theirs.keys()) for model, theirs in tunes.items()}
+        others = {model: tunes[model] for model, names in unlike.items() if names}
         if others:
-            names = {name for theirs in others.values() for name in _unlike(own, theirs)}
+            names = {name for each in unlike.values() for name in each}
             values = {model: _brief(theirs, names) for model, theirs in {url: own, **others}.items()}
             said = ", ".join(f"{value} in {model}" for model, value in values.items() if model != url)
             text = f"{in_a_line(key)} of {url} goes out, with {values[url]}; {said}; {CHOOSES}"
