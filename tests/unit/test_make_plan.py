@@ -250,6 +250,28 @@ def said_of_weights(merge: Merge, method: str, flag: str | None, asked: bool, se
     return [each.text for each in plan.remarks if each.code == "far-values"]
 
 
+@pytest.mark.parametrize(
+    ("method", "weight", "num_said"),
+    [
+        ("linear", [0.7, 0.3], 1),
+        ("nuslerp", [0.7, 0.3], 1),
+        ("task_arithmetic", [0.7, 0.3], 0),
+        ("linear", 0.7, 0),
+        ("linear", [{"filter": "embed", "value": 0.7}, {"value": 0.3}], 0),
+    ],
+    ids=str,
+)
+def test_a_gradient_of_weights_that_are_normalized_is_said_where_all_models_have_the_same(
+    merge: Merge, method: str, weight: object, num_said: int
+) -> None:
+    plan = merge.write().plan(merge_method=method, parameters={"weight": weight})
+
+    said = [each.text for each in plan.remarks if each.code == "no-effect"]
+
+    assert len(said) == num_said
+    assert all("the same for every model" in text for text in said)
+
+
 @pytest.mark.parametrize(("second", "num_said"), [(0.4, 1), (1.0, 0)])
 def test_a_median_that_one_weight_decides_is_said(merge: Merge, second: float, num_said: int) -> None:
     said = said_of_weights(merge, "geometric_median", None, True, second)

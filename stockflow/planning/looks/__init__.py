@@ -36,6 +36,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     placeholders.placeholders,
     asked.skipped_tensors,
     values.far_values,
+    values.shared_gradients,
     layers.modules_left_out,
     layers.layers_in_config,
     asked.missing_tokenizer,

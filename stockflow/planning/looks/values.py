@@ -12,6 +12,7 @@ from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
 
 SMALL_SUM = 0.01
 """Of the weights' sizes."""
@@ -29,6 +30,20 @@ def far_values(proposal: Proposal) -> Iterator[Remark]:
         said["scale"] = "`scale: 0` of every tensor makes an output of zeros; give it a filter"
     for text in said.values():
         yield Remark("far-values", text)
+
+
+def shared_gradients(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that a gradient of weights which is the same for all models changes nothing where these are normalized."""
+    given = [each.value for each in proposal.recipe.parameters.get("weight", ())]
+    shared = [values for values in given if isinstance(values, tuple) and len(set(values)) > 1]
+    has_own = any("weight" in each.parameters for each in proposal.recipe.listed)
+    weighing = [each for each in proposal.methods if "weight" in each[1].per_model]
+    if shared and weighing and not has_own and all(method.weights_divided_by(values) for method, values in weighing):
+        text = (
+            f"`weight: {shown(list(shared[0]))}` of the recipe is a gradient over the layers, the same for every "
+            "model, and weights are divided by their sum: it changes nothing; for a weight per model give each its own"
+        )
+        yield Remark("no-effect", text)
 
 
 def _is_all_zeros(proposal: Proposal) -> bool:
