@@ -257,7 +257,7 @@ def said_of_weights(merge: Merge, method: str, flag: str | None, asked: bool, se
         ("nuslerp", [0.7, 0.3], 1),
         ("task_arithmetic", [0.7, 0.3], 0),
         ("linear", 0.7, 0),
-        ("linear", [{"filter": "embed", "value": 0.7}, {"value": 0.3}], 0),
+        ("linear", [{"filter": "embed", "value": 0.7}, {"value": 0.3}], 1),
     ],
     ids=str,
 )

@@ -12,7 +12,6 @@ from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
-from stockflow.text.strictjson import shown
 
 SMALL_SUM = 0.01
 """Of the weights' sizes."""
@@ -33,15 +32,14 @@ def far_values(proposal: Proposal) -> Iterator[Remark]:
 
 
 def shared_gradients(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that a gradient of weights which is the same for all models changes nothing where these are normalized."""
-    given = [each.value for each in proposal.recipe.parameters.get("weight", ())]
-    shared = [values for values in given if isinstance(values, tuple) and len(set(values)) > 1]
-    has_own = any("weight" in each.parameters for each in proposal.recipe.listed)
+    """Yield that weights which vary over tensors, the same for all models, change nothing where they are normalized."""
     weighing = [each for each in proposal.methods if "weight" in each[1].per_model]
-    if shared and weighing and not has_own and all(method.weights_divided_by(values) for method, values in weighing):
+    given = {values.each("weight") for _, values in weighing}
+    are_shared = all(len(weights) > 1 and len(set(weights)) == 1 for weights in given)
+    if len(given) > 1 and are_shared and all(method.weights_divided_by(values) for method, values in weighing):
         text = (
-            f"`weight: {shown(list(shared[0]))}` of the recipe is a gradient over the layers, the same for every "
-            "model, and weights are divided by their sum: it changes nothing; for a weight per model give each its own"
+            "`weight` varies over the tensors (a list is a gradient over the layers) and is the same for every model, "
+            "and weights are divided by their sum: it changes nothing; for a weight per model give each its own"
         )
         yield Remark("no-effect", text)
 
