@@ -104,9 +104,7 @@ _della = partial(
 )
 
 
-@_della(
-    "della", parameters=sparse.parameters(EPSILON, SEED, elect=True, normalize=True, rescale=True, rescales=RESCALES)
-)
+@_della("della", parameters=_parameters(elect=True, normalize=True))
 def della(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return ``w_0 + lambda * sum_i(m_i a_i f_i S_i(d_i)) / sum_i(m_i a_i)``; ``S_i`` keeps larger elements rather.
 
@@ -120,10 +118,7 @@ def della(context: UnitContext, parameters: Parameters) -> Rounds:
     return sparse.merged(context, parameters, ranked, elect=True)
 
 
-@_della(
-    "della_linear",
-    parameters=sparse.parameters(EPSILON, SEED, elect=False, normalize=False, rescale=True, rescales=RESCALES),
-)
+@_della("della_linear", parameters=_parameters(elect=False, normalize=False))
 def della_linear(context: UnitContext, parameters: Parameters) -> Rounds:
     """Return what ``della`` keeps and rescales, added up without an election.
 

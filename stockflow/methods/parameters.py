@@ -14,8 +14,6 @@ all is divided by the sum of the weights; ``agreeing sum``: a flag by which each
 weights that agree on its sign."""
 FACTORS = (-10.0, 10.0)
 """What is usual of numbers that changes or models are multiplied by."""
-
-
 FROM_BASE = "from_base"
 """A flag that every method with an optional base has, and that says whether the recipe names one."""
 

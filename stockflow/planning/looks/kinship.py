@@ -62,10 +62,8 @@ def strangers(proposal: Proposal) -> Iterator[Remark]:
         if (whole or 0.0) >= STRANGER and 2 * len(names) > len(of_layers):
             said, names = f"by {whole:.2f} of the weights' own size, where it was looked at: another model, or", ()
         elif names:
-            most, counted = (
-                max(far.values(), default=math.inf),
-                " norms counted from another number, or" if anew else "",
-            )
+            most = max(far.values(), default=math.inf)
+            counted = " norms counted from another number, or" if anew else ""
             said = f"by up to {most:.2f} of the weights' own size in {_in_tensors(names)}: made anew, or{counted}"
         else:
             continue

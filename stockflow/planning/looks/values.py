@@ -68,21 +68,17 @@ def _odd_sums(method: Method, given: Parameters, divided_by: str | None) -> Iter
         yield "outweighed", f"with `{_weights_in_words(given)}` one model outweighs the others: it is the result itself"
     weights = given.per_model.get("weight", ())
     total, sizes = sum(weights), sum(map(abs, weights))
+    flag = next((each.name for each in method.parameters if each.role == "sum"), "")
     if divided_by == "sum" and sizes and cancel(weights):
         instead = "they count as they are" if method.base == "required" else "they count alike"
         yield "sum", f"the weights sum to zero, so nothing is divided by that: {instead}; change them"
-    elif divided_by == "sum" and 0 < abs(total) < SMALL_SUM * sizes:
+    elif divided_by == "sum" and abs(total) < SMALL_SUM * sizes:
         most = max(map(abs, weights)) / abs(total)
         text = f"the weights sum to {total:g}, by which all are divided: single ones count up to {most:.3g} times"
-        yield "sum", f"{text}; change them{_or_divide_not(method)}"
-    flags = [each.name for each in method.parameters if each.role == "sum"]
-    if method.base == "ignored" and flags and not divided_by and not 0.8 <= total <= 1.25:
-        text = f"the weights sum to {total:g} and are not normalized (`{flags[0]}: false`): so much is the result"
+        yield "sum", f"{text}; change them{f', or `{flag}: false`' if flag else ''}"
+    if method.base == "ignored" and flag and not divided_by and not 0.8 <= total <= 1.25:
+        text = f"the weights sum to {total:g} and are not normalized (`{flag}: false`): so much is the result"
         yield "sum", f"{text} of an average"
-
-
-def _or_divide_not(method: Method) -> str:
-    return next((f", or `{each.name}: false`" for each in method.parameters if each.role == "sum"), "")
 
 
 def unmerged(proposal: Proposal) -> Iterator[Remark]:
