@@ -35,6 +35,12 @@ _OF_RANKS = (
     "made from"
 )
 _TO_SAFETENSORS = "convert it: load it with transformers and `save_pretrained(folder, safe_serialization=True)`"
+_OF_OTHERS = (
+    "which are not read; convert them: load them with transformers 4 as the class that config.json names, "
+    "`from_pretrained(folder, from_{}=True)`, and save that with `save_pretrained(other_folder)`"
+)
+"""Transformers 5 reads none of them; another class than the model's own would leave out its head."""
+_MADE_FROM = "take the model it was made from"
 _PICKLES = re.compile(
     r"(?!optimizer|scheduler|scaler|training_args|r(ng|andom)_state|openvino_|ggml|params_shard_).+\.(bin|pt|pth|ckpt|pkl)",
     re.IGNORECASE,
@@ -47,27 +53,28 @@ _FORMATS: tuple[tuple[str, str], ...] = (
         r".+\.distcp",
         "of a distributed checkpoint of PyTorch (DCP), and its .metadata is not there; fetch it",
     ),
-    (r"openvino(_.*\.(bin|xml))?", "compiled by OpenVINO; take the model it was made from"),
-    (r"ggml.*\.bin", "of whisper.cpp or llama.cpp, which is for inference; take the model it was made from"),
-    (r"params_shard_\d+\.bin", "compiled for MLC; take the model it was made from"),
+    (r"openvino(_.*\.(bin|xml))?", f"compiled by OpenVINO; {_MADE_FROM}"),
+    (r"ggml.*\.bin", f"of whisper.cpp or llama.cpp, which is for inference; {_MADE_FROM}"),
+    (r"params_shard_\d+\.bin", f"compiled for MLC; {_MADE_FROM}"),
     (
         r"_CHECKPOINT_METADATA|manifest\.ocdbt",
         "a checkpoint of Orbax (JAX), which is not read; export it to Hugging Face's layout",
     ),
-    (r".+\.ot", f"the Rust port's weights, which are not read; {_TO_SAFETENSORS}"),
-    (r".+\.gguf", "GGUF, which is for inference and lost precision; take the model it was made from"),
+    (r".+\.ot", f"the Rust port's weights, which are not read; {_MADE_FROM}"),
+    (r".+\.gguf", f"GGUF, which is for inference and lost precision; {_MADE_FROM}"),
     (
         _PICKLES.pattern,
         "PyTorch's pickles, which are read if they are called pytorch_model.bin, or as shards of it are, or named: "
         f"name the file if it holds the weights of a model, else {_TO_SAFETENSORS}",
     ),
-    (r".+\.(h5|keras)", f"Keras' weights, which are not read; {_TO_SAFETENSORS}"),
-    (r".+\.msgpack", f"Flax' weights, which are not read; {_TO_SAFETENSORS}"),
-    (r"(.+\.)?onnx(_data)?", "ONNX, which is for inference; take the model it was made from"),
+    (r"tf_model.*\.h5", f"TensorFlow's weights, {_OF_OTHERS.format('tf')}"),
+    (r".+\.(h5|keras)", "Keras' weights, which are not read; export the model to Hugging Face's layout with KerasHub"),
+    (r".+\.msgpack", f"Flax' weights, {_OF_OTHERS.format('flax')}"),
+    (r"(.+\.)?onnx(_data)?", f"ONNX, which is for inference; {_MADE_FROM}"),
     (r".+\.nemo", "a NeMo archive, which is not read; export it to Hugging Face's layout with NeMo"),
     (r".+\.npz", "NumPy's arrays, which are not read; write them as safetensors"),
-    (r"saved_model\.pb", f"TensorFlow's, which is not read; {_TO_SAFETENSORS}"),
-    (r".+\.(engine|plan)", "compiled for one GPU by TensorRT; take the model it was made from"),
+    (r"saved_model\.pb", f"TensorFlow's, which is not read; {_MADE_FROM}"),
+    (r".+\.(engine|plan)", f"compiled for one GPU by TensorRT; {_MADE_FROM}"),
     (r".+\.(parquet|arrow|jsonl)|dataset_infos?\.json", "of a data set, no model"),
     (r".+\.(tar|tgz|zip|zst|gz)", "an archive; unpack it first"),
 )

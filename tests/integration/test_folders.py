@@ -678,6 +678,14 @@ def another_library(folder: Path) -> None:
     (folder / "model.bin").write_bytes(bytes(range(1, 200)))
 
 
+def tensorflow(folder: Path) -> None:
+    touch(folder, "config.json", "tf_model-00001-of-00002.h5", "tf_model-00002-of-00002.h5", "tf_model.h5.index.json")
+
+
+def flax(folder: Path) -> None:
+    touch(folder, "config.json", "flax_model.msgpack")
+
+
 def exported(folder: Path) -> None:
     touch(folder, "config.json", "tokenizer.json", "onnx/model.onnx", "onnx/model_quantized.onnx")
 
@@ -698,7 +706,7 @@ def a_download_that_did_not_finish(folder: Path) -> None:
     touch(folder, "config.json", "tokenizer.json")
 
 
-REFUSED: Mapping[Build, tuple[str, str]] = {
+REFUSED: Mapping[Build, tuple[str, ...]] = {
     pointers: ("is a git-lfs pointer", "run `git lfs pull`"),
     a_pointer_to_the_index: (f"{INDEX} is a git-lfs pointer", "run `git lfs pull`"),
     a_page: ("is a web page", "`hf download ORG/NAME`"),
@@ -726,6 +734,8 @@ REFUSED: Mapping[Build, tuple[str, str]] = {
     ranks: ("model-rank-1-part-0.safetensors: each file has what one process held of every matrix", "was made from"),
     ranks_of_tensorrt: ("rank0.safetensors, rank1.safetensors: each file has", "take the model it was made from"),
     openvino: ("compiled by OpenVINO", "take the model it was made from"),
+    tensorflow: ("tf_model-00001-of-00002.h5 and 1 more are TensorFlow's", "transformers 4 as the class", "from_tf=True"),
+    flax: ("flax_model.msgpack is Flax' weights", "transformers 4 as the class", "from_flax=True"),
     exported: ("onnx is ONNX", "take the model it was made from"),
     ctranslate2: ("model.bin is of CTranslate2 (faster-whisper)", "take the model it was made from"),
     another_library: ("model.bin is of another library by its first bytes", "take the model it was made from"),
@@ -976,7 +986,8 @@ def test_the_output_of_a_merge_that_has_not_finished_is_no_model(tmp_path: Path)
 def test_weights_that_lie_as_another_framework_has_them_are_said(said: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", {"conv.weight": torch.ones(3, 3, 2)})
     save_file({"conv.weight": torch.ones(3, 3, 2)}, tmp_path / "m" / "model.safetensors", metadata={"format": said})
-    (opened,) = open_checkpoints([open_store(str(tmp_path / "m"), StorageConfig())])
+    store = open_store(str(tmp_path / "m"), StorageConfig())
+    (opened,) = open_checkpoints([store], settles=lambda position, name: False)
 
     found = [remark.severity for remark in opened.remarks if remark.code == "other-framework"]
-    assert found == ["warning"] * (said != "pt")
+    assert found == {"pt": [], "mlx": ["warning"]}.get(said, ["refusal"])
