@@ -446,6 +446,52 @@ def test_what_only_some_configs_say_is_said(merge: Merge, case: str) -> None:
     assert code == KEYS or "is said by some models only" in found.text
 
 
+SILENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a default of most classes": (
+        {"model_type": "llama"}, {"model_type": "llama", "rope_theta": 1e6}, "rope_theta differs: 10000.0",
+    ),
+    "one of this class": (
+        {"model_type": "mixtral"}, {"model_type": "mixtral", "rope_theta": 1e4}, "rope_theta differs: 1000000.0",
+    ),
+    "an epsilon": (
+        {"model_type": "llama"}, {"model_type": "llama", "rms_norm_eps": 1e-5}, "norm epsilon differs: 1e-06",
+    ),
+    "a null that leaves it to the class": (
+        {"model_type": "llama", "rope_theta": None}, {"model_type": "llama", "rope_theta": 1e6},
+        "rope_theta differs: 10000.0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_of_what_a_class_takes_it_is_said_that_no_file_says_it(merge: Merge, case: str) -> None:
+    first, second, begin = SILENT[case]
+    give(merge, first, second, second)
+    (found,) = merge.plan().remarks
+
+    base, one, two = map(str, merge.folders)
+    silent = " (which its config does not say: its class takes that)"
+    assert found.text.startswith(f"{begin}{silent} in {base} (published), ")
+    assert found.text.count(silent) == 1
+    assert found.values[base].endswith(silent)
+    assert silent not in found.values[one] + found.values[two]
+
+
+def test_a_null_that_switches_off_is_no_silence(merge: Merge) -> None:
+    give(merge, {"model_type": "mistral"}, *[{"model_type": "mistral", "sliding_window": None}] * 2)
+
+    (found,) = merge.plan().remarks
+    assert "4096 (which its config does not say" in found.text
+    assert f", 0 in {merge.folders[1]}, " in found.text
+
+
+def test_names_of_labels_are_shown_where_only_some_models_have_them(merge: Merge) -> None:
+    give(merge, LLAMA, *[{**LLAMA, "id2label": {"0": "safe", "1": "unsafe"}}] * 2)
+
+    (found,) = merge.plan().remarks
+    assert "{'0': 'safe', '1': 'unsafe'} in " in found.text
+
+
 @pytest.mark.parametrize("window", [{}, {"sliding_window": 4096}], ids=["by default", "said"])
 def test_a_text_model_says_what_the_section_of_its_multimodal_base_says(merge: Merge, window: dict[str, Any]) -> None:
     text = {"model_type": "gemma3_text", "eos_token_id": 2, "hidden_size": 8}

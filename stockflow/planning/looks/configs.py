@@ -47,6 +47,7 @@ _KINDS: Sequence[tuple[str, Severity, Sequence[Trait], str]] = (
 )  # fmt: skip
 _ELSEWHERE = "_language_elsewhere"
 """Key of a section whose language model is held against one within others."""
+_NOT_SAID = " (which its config does not say: its class takes that)"
 _OF_GENERATION = f"{GENERATION_CONFIG}: "
 """A path beside those of config.json."""
 _OTHER_TOKEN = "models that were trained with another token there meet the published one"
@@ -58,7 +59,15 @@ class Disagreement(NamedTuple):
 
     name: str
     values: Mapping[str, object]
-    """by location, of those that say something"""
+    """by location, of those that say something, or whose class does"""
+    assumed: Collection[str] = ()
+    """those that do not say it, and take what their class does"""
+
+    def shown(self) -> dict[str, str]:
+        """Return each value as messages have it, and whether no file says it."""
+        differ = any(value != next(iter(self.values.values())) for value in self.values.values())
+        given = _telling(self.values) if differ else self.values
+        return {url: f"{shown(value)}{_NOT_SAID if url in self.assumed else ''}" for url, value in given.items()}
 
 
 class Configs(NamedTuple):
@@ -87,7 +96,7 @@ class Configs(NamedTuple):
                 for asked in (each, *map(trait, each.aliases)):
                     found = _values(asked, own)
                     if any(value != next(iter(found.values())) for value in found.values()):
-                        yield Disagreement(path + asked.name, found)
+                        yield Disagreement(path + asked.name, found, _silent(asked, own))
                         break
 
     def said_by_some(self, traits: Sequence[Trait]) -> Iterator[tuple[Disagreement, list[str]]]:
@@ -113,13 +122,13 @@ class Configs(NamedTuple):
                 ]
                 is_one_voice = all(value == next(iter(said.values())) for value in said.values())
                 if said and silent and is_one_voice and not NEVER_ALONE.intersection(each.keys):
-                    yield Disagreement(path + each.name, said), silent
+                    yield Disagreement(path + each.name, said, _silent(each, own)), silent
 
     def told(self, found: Disagreement) -> str:
         """Return every value with the models that have it, the published one first."""
         owners: dict[str, list[str]] = {}
-        for url, value in sorted(_telling(found.values).items(), key=lambda item: item[0] != self.published):
-            owners.setdefault(shown(value), []).append(self.named(url))
+        for url, value in sorted(found.shown().items(), key=lambda item: item[0] != self.published):
+            owners.setdefault(value, []).append(self.named(url))
         return ", ".join(f"{value} in {', '.join(urls)}" for value, urls in owners.items())
 
     def named(self, url: str) -> str:
@@ -160,9 +169,8 @@ def differing_configs(proposal: Proposal, said: Collection[str]) -> Iterator[Rem
 
 
 def _differing(configs: Configs, code: str, severity: Severity, found: Disagreement, means: str) -> Remark:
-    values = {url: shown(value) for url, value in _telling(found.values).items()}
     text = f"{found.name} differs: {configs.told(found)}; {means}"
-    return Remark(code, text, severity, tuple(found.values), values=values)
+    return Remark(code, text, severity, tuple(found.values), values=found.shown())
 
 
 def _said_by_some(configs: Configs, found: Disagreement, silent: Sequence[str]) -> Remark:
@@ -175,7 +183,7 @@ def _said_by_some(configs: Configs, found: Disagreement, silent: Sequence[str]) 
     key = found.name.rpartition(".")[2]
     tells = is_of_tokens(key) or not all(map(says_nothing, found.values.values()))
     is_lost = configs.published in silent and key not in FOUND_LATER and tells
-    values = {url: shown(value) for url, value in found.values.items()}
+    values = found.shown()
     return Remark("config-differs", text, "warning" if is_lost else "note", (*values, *silent), values=values)
 
 
@@ -310,6 +318,11 @@ def _value(each: Trait, section: Config) -> object:
     if said is None and _ELSEWHERE in section:
         return None
     return default_of(each.name, section, each.default) if said is None else said
+
+
+def _silent(each: Trait, own: Mapping[str, Config]) -> list[str]:
+    """Return which models leave a fact to their class; a null may say that it is switched off."""
+    return [url for url, section in own.items() if each.read(section) is None and _value(each, section) != "null"]
 
 
 def _values(each: Trait, own: Mapping[str, Config]) -> dict[str, object]:
