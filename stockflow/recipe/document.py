@@ -73,6 +73,8 @@ class Notice:
     path: Path
     code: str
     text: str
+    models: tuple[str, ...] = ()
+    """locations, without secrets"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +102,14 @@ class Document:
 
     def remarks(self, notices: Iterable[Notice]) -> tuple[Remark, ...]:
         """Return notices as plans tell them, in file order, with those of keys that are there twice with one value."""
-        found = {(*self._locate(each.path), each.code, each.text) for each in notices}
+        found = {(*self._locate(each.path), each.code, each.text, each.models) for each in notices}
         for key in self.repetitions:
             if key.is_equal:
                 text = f"`{named(key.name)}` is here again, with the value it has on line {key.first[0]}; keep one"
-                found.add((key.again, named(key.name), "repeated-key", text))
+                found.add((key.again, named(key.name), "repeated-key", text, ()))
         return tuple(
-            Remark(code, text, values={"key": name}, place=self._place(mark))
-            for mark, name, code, text in sorted(found)
+            Remark(code, text, models=models, values={"key": name}, place=self._place(mark))
+            for mark, name, code, text, models in sorted(found)
         )
 
     def problems(self, found: Iterable[Problem]) -> list[tuple[str, str]]:

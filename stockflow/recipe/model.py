@@ -81,6 +81,7 @@ class Recipe(Part):
     _text: str = PrivateAttr("")
     _remarks: tuple[Remark, ...] = PrivateAttr(())
     _filters: dict[str, str] = PrivateAttr({})
+    _names: dict[str, str] = PrivateAttr({})
 
     def model_post_init(self, context: object, /) -> None:
         """Keep the text the recipe was made from, which comes as the context of the validation.
@@ -109,6 +110,15 @@ class Recipe(Part):
         """Return the recipe with the places of its filters."""
         self._filters = dict(places)
         return self
+
+    def with_names(self, names: Mapping[str, str]) -> "Recipe":
+        """Return the recipe with the names that it has for its models, by location."""
+        self._names = dict(names)
+        return self
+
+    def name_of(self, location: str) -> str:
+        """Return the first name that the recipe has for a model."""
+        return self._names.get(location, location)
 
     @property
     def filters(self) -> Mapping[str, str]:

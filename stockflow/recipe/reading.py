@@ -11,9 +11,9 @@ from stockflow.methods import METHODS
 from stockflow.recipe.checks import find_problems
 from stockflow.recipe.dead_keys import dead_parameters, unknown_keys
 from stockflow.recipe.document import MAX_REPORTED, Notice, read_yaml
-from stockflow.recipe.locations import normalized
+from stockflow.recipe.locations import normalized, resolve_location
 from stockflow.recipe.model import Recipe
-from stockflow.recipe.repeats import local_revisions, repeated_models
+from stockflow.recipe.repeats import local_revisions, models_under_other_names, names_in, repeated_models
 from stockflow.recipe.slices import slices_of
 from stockflow.recipe.structure import parse_structure
 from stockflow.storage import StorageConfig, open_store, read_small, redact
@@ -69,10 +69,12 @@ def examine(text: str, source: str) -> Examination:
     notices = list(unknown_keys(found.unknown, methods, recipe.parameters if recipe else {}))
     if recipe is not None:
         problems += find_problems(recipe, found.unread)
-        notices += local_revisions(plain)
+        names = names_in(plain)
+        recipe = recipe.with_names({resolve_location(text): text for text in reversed(tuple(names.values()))})
+        notices += [*local_revisions(plain), *models_under_other_names(recipe, names)]
         for each in slices_of(recipe):
             notices += [replace(dead, path=each.within(dead.path)) for dead in dead_parameters(each.recipe)]
-        for repeat in repeated_models(recipe, document):
+        for repeat in repeated_models(recipe, document, names):
             (notices if isinstance(repeat, Notice) else problems).append(repeat)  # type: ignore[arg-type]
     remarks = document.remarks(notices)
     return Examination(

@@ -6,6 +6,7 @@ from stockflow.errors import RecipeError
 from stockflow.recipe.checks import find_problems
 from stockflow.recipe.model import ModelEntry, Recipe
 from stockflow.recipe.relocated import relocated
+from stockflow.recipe.repeats import same_model
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 
@@ -49,11 +50,6 @@ def _per_model(recipe: Recipe) -> bool:
 
 
 def _said(recipe: Recipe, location: str, known: str) -> Remark:
-    one, other = redact(location), redact(known)
-    if not recipe.models:
-        becomes = "the layers of both are those of one model"
-    elif known == recipe.base_model:
-        becomes = "it is not counted as a model that was tuned from it"
-    else:
-        becomes = "it is merged once"
-    return Remark("same-model", f"{one} is {other} under another name: {becomes}", models=(one, other))
+    names = recipe.name_of(location), recipe.name_of(known)
+    text = same_model(recipe, names, known, of_slices=not recipe.models)
+    return Remark("same-model", text, models=(redact(location), redact(known)))

@@ -108,7 +108,7 @@ class Inputs:
 
     def _unified(self) -> "Inputs":
         """Return them with each model once, however many names the recipe has for it."""
-        same = same_models(self.recipe.checkpoints, self.merged)
+        same = same_models(self.recipe.checkpoints, self.merged, self.sightings)
         if not same:
             return self
         recipe = unified(self.recipe, same)

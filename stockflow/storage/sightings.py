@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from stockflow.errors import InputChangedError
 
+_VERSION = "mtime_ns="
+"""How the version of a stamp of a local file begins."""
+
 
 class Identity(NamedTuple):
     """What no copy of a file has, and no rewriting keeps."""
@@ -27,6 +30,11 @@ class Sightings:
         """Begin with none."""
         self._lock = threading.Lock()
         self._seen: dict[tuple[str, int, int], Identity] = {}
+
+    def place_of(self, path: str, size: int, version: str) -> tuple[int, int] | None:
+        """Return device and inode of a file that was seen in this state: of two links to one file they are the same."""
+        found = self._seen.get((path, size, int(version.removeprefix(_VERSION))))
+        return (found.device, found.inode) if found else None
 
     def __reduce__(self) -> tuple[type["Sightings"], tuple[()]]:
         return Sightings, ()

@@ -1,5 +1,6 @@
 """Who is who: a model under several names is one model, a copy is named, and so is what is no tune of the base."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -82,6 +83,59 @@ def test_a_folder_and_the_file_in_it_are_one_model(tmp_path: Path, family: Famil
 
     assert codes(plan) == ["same-model"]
     assert plan.plan_id == planned(recipe_at(tmp_path, family.base, *family.tuned)).plan_id
+
+
+@pytest.mark.parametrize("name", ["link", "{base}/", "{base}/../{base.name}", "file://{base}"])
+def test_the_base_behind_a_link_or_another_path_is_said_as_it_is_written(
+    name: str, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(family.base)
+    written = name.format(base=family.base)
+
+    result = runs.merge_here(recipe_at(tmp_path, family.base, written, *family.tuned[:2]), tmp_path / "out")
+
+    (remark,) = result.manifest.remarks
+    assert (remark.code, remark.models) == ("same-model", (str(family.base),))
+    becomes = "it is not counted as a model that was tuned from it"
+    assert remark.text == f"{written} is {family.base} under another name: {becomes}"
+    assert remark.place == f"{tmp_path / 'recipe.yaml'}:4:3"
+
+
+def test_the_base_that_is_listed_by_its_own_name_is_not_spoken_of(tmp_path: Path, family: Family) -> None:
+    assert codes(planned(recipe_at(tmp_path, family.base, family.base, *family.tuned))) == []
+
+
+def test_a_tune_listed_again_behind_a_link_is_said_as_it_is_written(tmp_path: Path, family: Family) -> None:
+    (tmp_path / "link").symlink_to(family.tuned[0])
+
+    (remark,) = planned(recipe_at(tmp_path, family.base, *family.tuned[:2], tmp_path / "link")).remarks
+
+    assert (remark.code, remark.models) == ("repeated-model", (str(family.tuned[0]),))
+    assert remark.text.endswith(f"{family.tuned[0]}, here as {tmp_path / 'link'}; it counts once")
+
+
+def test_the_folder_of_the_hubs_cache_and_a_link_to_its_snapshot_are_one_model(tmp_path: Path, family: Family) -> None:
+    place = snapshot(tmp_path, family.base)
+    (tmp_path / "link").symlink_to(place)
+
+    plan = planned(recipe_at(tmp_path, place.parent.parent, tmp_path / "link", *family.tuned))
+
+    assert codes(plan) == ["same-model", "snapshot"]
+    assert plan.notes[0].startswith(f"{tmp_path / 'link'} is {place.parent.parent} under another name")
+
+
+@pytest.mark.parametrize(("changed", "expected"), [({}, ["same-model"]), ({"pad_token_id": 3}, ["same-samples"])])
+def test_hard_links_to_the_files_of_the_base_are_the_base_if_their_config_is(
+    changed: dict[str, int], expected: list[str], tmp_path: Path, family: Family
+) -> None:
+    shutil.copytree(family.base, tmp_path / "linked", copy_function=os.link)
+    (tmp_path / "linked/config.json").unlink()
+    (tmp_path / "linked/config.json").write_text(json.dumps(TIED | changed))
+
+    plan = planned(recipe_at(tmp_path, family.base, tmp_path / "linked", *family.tuned))
+
+    assert [code for code in codes(plan) if code.startswith("same")] == expected
 
 
 @pytest.mark.parametrize("name", ["Org/Base", "org/base@main", "hf://ORG/base", f"org/base@{COMMIT}"])

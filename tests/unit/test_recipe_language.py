@@ -177,7 +177,7 @@ def test_a_model_under_another_key_is_found(key: str) -> None:
         ),
         (
             STOCK + "  - model: hf://org/a/",
-            "r.yaml:6:5: the same model as models[0] on line 4: hf://org/a; it counts once",
+            "r.yaml:6:5: the same model as models[0] on line 4: hf://org/a, here as hf://org/a/; it counts once",
         ),
     ],
 )  # fmt: skip
@@ -289,7 +289,7 @@ def test_the_revision_of_a_folder_is_passed_over_and_said(tmp_path: Path) -> Non
 
     assert parse(text).checkpoints == (str(tmp_path / "m0"), str(tmp_path / "m1@v2"), "hf://org/b")
     assert said(text)[0].startswith(f"r.yaml:2:1: the folder '{tmp_path}/m0' is taken as it is")
-    assert [remark.code for remark in parse(text).remarks] == ["local-revision", "local-revision"]
+    assert [remark.code for remark in parse(text).remarks] == ["local-revision", "local-revision", "same-model"]
 
 
 @pytest.mark.parametrize(
