@@ -38,7 +38,7 @@ def files_of_a_checkpoint() -> dict[str, bytes]:
     for number in range(NUM_FILES):
         file = f"model-{number + 1:05d}-of-{NUM_FILES:05d}.safetensors"
         part = names[number * per_file : (number + 1) * per_file]
-        content = save({name: np.zeros(1, np.float16) for name in part}, {"format": "pt"})
+        content = save({name: np.zeros((1, 1), np.float16) for name in part}, {"format": "pt"})
         files[file] = content.replace(b'"dtype":"F16"', b'"dtype":"BF16"')
         if len(files[file]) != len(content):  # the longer name moved the data: mend the length of the header
             header = len(files[file]) - 8 - 2 * len(part)
