@@ -203,7 +203,10 @@ HEADS = (
         "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim", "linear_num_key_heads",
         "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "mamba_num_heads", "mamba_head_dim",
         "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "n_groups", "ssm_state_size", "state_size", "mamba_d_state",
-        "head_size",
+        "head_size", "attention_heads", "attention_head_size", "dim_head", "d_head", "n_mamba_heads",
+        "linear_num_heads", "linear_head_dim", "encoder_num_attention_heads", "decoder_num_attention_heads",
+        "num_encoder_attention_heads", "encoder_num_key_value_heads", "decoder_num_key_value_heads",
+        "cross_num_attention_heads", "cross_head_dim", "swa_num_attention_heads", "swa_num_key_value_heads",
     )),
 )  # fmt: skip
 """Decide into which parts tensors of equal shapes are cut."""
@@ -273,6 +276,13 @@ _QUIET = re.compile(
 TOKEN_IDS = r".*_token_(ids?|index)|(begin_)?suppress_tokens|bad_words_ids"
 """keys of ids of tokens"""
 _OF_TOKENS = re.compile(rf"{TOKEN_IDS}|forced_decoder_ids")
+_COUNT_FROM_PADDING = frozenset({
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod", "ibert",
+    "longformer", "luke", "mpnet", "esm", "layoutlmv3", "lilt", "markuplm", "bridgetower_text_model", "clap_text_model",
+    "altclip_text_model", "kosmos_2_text_model", "kosmos_2_5_text_model", "fsmt", "m2m_100", "nllb-moe", "trocr",
+    "speech_to_text", "seamless_m4t", "seamless_m4t_v2", "prophetnet", "xlm-prophetnet",
+})  # fmt: skip
+"""Types of models whose positions are counted from the id of the filling: each takes another row for another id."""
 _OF_TEXTS = re.compile(r"(bos|eos|pad|unk|sep|cls)_.*")
 _FORBIDDEN = re.compile(r"(begin_)?suppress_tokens|bad_words_ids")
 """keys of tokens that decoding does not choose, whatever a model was trained with"""
@@ -286,12 +296,15 @@ def is_of_tokens(key: str) -> bool:
 def token_keys(section: Config) -> list[str]:
     """Return which keys name a token that stands for something: an image, the begin of a decoder's text.
 
-    What begins, ends and fills texts is left to tokenizers, but for classifiers, which look before the filling.
+    What begins, ends and fills texts is left to tokenizers, but for classifiers, which look before the filling or, with
+    an encoder and a decoder, at the end, and for models whose positions are counted from the filling.
     """
     classes = section.get("architectures")
     classifies = "SequenceClassification" in str(classes[0]) if isinstance(classes, list) and classes else False
+    fills = classifies or section.get("model_type") in _COUNT_FROM_PADDING
+    kept = {"pad_token_id": fills, "eos_token_id": classifies and section.get("is_encoder_decoder") is True}
     own = [key for key in section if is_of_tokens(key) and not _FORBIDDEN.fullmatch(key)]
-    return [key for key in own if not _OF_TEXTS.fullmatch(key) or (classifies and key == "pad_token_id")]
+    return [key for key in own if kept.get(key) or not _OF_TEXTS.fullmatch(key)]
 
 
 _SIZE = re.compile(
@@ -355,17 +368,33 @@ _COMPUTES = re.compile(
     r"|scale_\w+|(.*_)?(alpha|beta)_factor|gelu_activation|label_names|(image_|norm_)?(mean|std)|interpolation|crop_\w+"
     r"|tokenizer_kwargs|(.*_)?rope(_\w+)?|guidance_embeds|causal|local_attention|global_attn_every_n_layers"
     r"|rotary\w*|head_size_divisor|position_biased_input|(scaling|shift)_factor|norm_num_groups|latents_(mean|std)"
-    r"|flip_sin_to_cos|freq_shift"
+    r"|flip_sin_to_cos|freq_shift|residual_in_fp32|(\w+_)?residual_weights?|\w+logit_cap|attn_(scale|temperature_tuning)"
+    r"|softmax_scale|alibi_bias_max|floor_scale|qk_scale_factor|log_scaling_\w+|attention_(window|types|layers)|local_radius"
+    r"|(\w+_)?attention_context_(left|right)|(local|lsh)_\w*attn_chunk_length|num_hashes|relative_attention|position_buckets"
+    r"|max_relative_positions|(relative_)?max_(bucket_)?distance|new_decoder_architecture|mup_enabled|rescale_embeddings"
+    r"|activation_sparsity_pattern|altup_\w+|\w+norm_(before|after)_\w+|\w+_normalize_before|linear_allow_neg_eigval"
+    r"|moe_(normalize_\w+|norm_min|top_k|layers|layer_\w+|apply_\w+|router_scaling_factor)|mlp_layer_types|swiglu_limits\w*"
+    r"|expert_(selection_fn|capacity)|shared_expert_combination_strategy|second_expert_policy|normalize_router_prob\w*"
+    r"|(zero_expert|hc)_(num|type|sinkhorn_iters)|[HL]_cycles|leaky_relu_slope|(\w+_)?(strides?|dilations?)"
+    r"|(up|down)sampl\w+_(rates?|ratios)|tokens_per_second|position_id_per_seconds|seconds_per_chunk|n_window(_infer)?"
+    r"|deepstack_\w+|(out_indices|feature_layer)|\w+_block_ind\w+|global_attn_indexes|vision_aspect_ratio|pixel_shuffle_\w+"
+    r"|image_grid_pinpoints|use_mean_pooling"
 )
 """Keys by whose names a model computes with them, whatever its class."""
+_COMPUTES_THOUGH = re.compile(
+    r"token_dropout|num_kv_shared_layers|(global_|index_)?block_size|context_size|keep_window_size"
+    r"|(\w+_)?(attention|encoder)_chunk_size|output_(multiplier|logit_soft_cap|gate_type|stride)"
+)
+"""Those that are named as what says nothing; what they decide, no shape shows."""
 
 
 def computing_keys(section: Config) -> list[str]:
     """Return which keys of no known meaning are of what a model computes."""
-    return [key for key in further_keys(section) if _COMPUTES.fullmatch(key)]
+    return [key for key in further_keys(section) if _COMPUTES.fullmatch(key) or _COMPUTES_THOUGH.fullmatch(key)]
 
 
 def further_keys(section: Config) -> Config:
     """Return what nobody knows the meaning of: no fact, not known to mean nothing; and how texts begin and end."""
     known = (*_KNOWN, *size_keys(section), *token_keys(section))
-    return {key: value for key, value in section.items() if key not in known and not _QUIET.fullmatch(key)}
+    quiet = {key for key in section if _QUIET.fullmatch(key) and not _COMPUTES_THOUGH.fullmatch(key)}
+    return {key: value for key, value in section.items() if key not in known and key not in quiet}

@@ -74,6 +74,21 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
     "scale_attn_weights": {True: ("gpt2", "gpt_bigcode", "imagegpt", "decision_transformer")},
     "rope_interleave": {True: ("deepseek_v3", "glm4_moe_lite", "mistral4")},
     "position_biased_input": {True: ("deberta", "deberta-v2")},
+    "token_dropout": {False: ("esm",)},
+    "block_size": {64: ("big_bird", "bigbird_pegasus"), 512: ("pegasus_x",)},
+    "attention_window": {512: ("longformer", "led")},
+    "relative_attention": {False: ("deberta", "deberta-v2")},
+    "num_kv_shared_layers": {15: ("gemma3n_text",), 0: ("gemma4_text",)},
+    "attn_scale": {0.1: ("llama4_text",)},
+    "floor_scale": {8192: ("llama4_text",)},
+    "pad_token_id": {
+        1: (
+            "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod",
+            "ibert", "longformer", "luke", "mpnet", "layoutlmv3", "bridgetower_text_model", "clap_text_model",
+            "altclip_text_model", "kosmos_2_text_model", "fsmt", "m2m_100", "nllb-moe", "trocr", "speech_to_text",
+        ),
+        0: ("lilt", "markuplm", "seamless_m4t", "seamless_m4t_v2", "prophetnet", "xlm-prophetnet"),
+    },
     "is_decoder": {True: ("blip_text_model", "pix2struct_text_model")},
 }  # fmt: skip
 """By what a fact is called."""

@@ -242,8 +242,8 @@ def _on_formats(folder: Folder, formats: Collection[str], specs: Mapping[str, Te
         format_ = min(of_others)
         text = (
             f"{folder.where} says that its tensors are {_KERNELS[format_]}'s (`format: {format_}`), whose names and "
-            "kernels are not PyTorch's, and a merge is written as PyTorch's, so that loaders find nothing of it; "
-            f"load it with transformers 4 (`from_{format_}=True`) as the class that its config names, and save it before"
+            "kernels are not PyTorch's, and a merge is written as PyTorch's, so that loaders find nothing of it; load "
+            f"it with transformers 4 (`from_{format_}=True`) as the class that its config names, and save it before"
         )
         yield Remark("other-framework", text, "refusal", (folder.where,))
     deep = [name for name, spec in specs.items() if len(spec.shape) > 2] if "mlx" in formats else []

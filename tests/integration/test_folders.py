@@ -734,7 +734,11 @@ REFUSED: Mapping[Build, tuple[str, ...]] = {
     ranks: ("model-rank-1-part-0.safetensors: each file has what one process held of every matrix", "was made from"),
     ranks_of_tensorrt: ("rank0.safetensors, rank1.safetensors: each file has", "take the model it was made from"),
     openvino: ("compiled by OpenVINO", "take the model it was made from"),
-    tensorflow: ("tf_model-00001-of-00002.h5 and 1 more are TensorFlow's", "transformers 4 as the class", "from_tf=True"),
+    tensorflow: (
+        "tf_model-00001-of-00002.h5 and 1 more are TensorFlow's",
+        "transformers 4 as the class",
+        "from_tf=True",
+    ),
     flax: ("flax_model.msgpack is Flax' weights", "transformers 4 as the class", "from_flax=True"),
     exported: ("onnx is ONNX", "take the model it was made from"),
     ctranslate2: ("model.bin is of CTranslate2 (faster-whisper)", "take the model it was made from"),

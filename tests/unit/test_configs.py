@@ -211,6 +211,15 @@ QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         "vision_config": {**LLAVA["vision_config"], "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     }),
+    "RoBERTa as it is published, and saved whole": (
+        {"model_type": "xlm-roberta", "bos_token_id": 0}, {"model_type": "xlm-roberta", "pad_token_id": 1,
+                                                          "bos_token_id": 0},
+    ),
+    "Mamba as it is published, and saved whole": (
+        {"model_type": "mamba2"}, {"model_type": "mamba2", "residual_in_fp32": True},
+    ),
+    "outputs that are asked for": (LLAMA, {**LLAMA, "output_router_logits": True, "output_hidden_states": True}),
+    "dropout of tokens": (LLAMA, {**LLAMA, "moe_token_dropout": 0.2, "hidden_dropout": 0.1, "num_mtp_layers": 1}),
     "Phi's share": ({"model_type": "phi"}, {"model_type": "phi", "partial_rotary_factor": 0.5}),
     "T5 1.1 as it is published, and saved whole": (
         {**T5, "feed_forward_proj": "gated-gelu"},
@@ -362,6 +371,56 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "sections of mrope": (
         CONFIG, QWEN2_VL, {**QWEN2_VL, "rope_scaling": {"type": "mrope", "mrope_section": [8, 28, 28]}},
         "rope_scaling",
+    ),
+    "residuals of Mamba": (
+        CONFIG, {"model_type": "mamba"}, {"model_type": "mamba", "residual_in_fp32": False}, "residual_in_fp32",
+    ),
+    "positions of RoBERTa": (
+        CONFIG, {"model_type": "roberta"}, {"model_type": "roberta", "pad_token_id": 0},
+        "positions are counted from it",
+    ),
+    "positions within CLAP": (
+        CONFIG, {"text_config": {"model_type": "clap_text_model", "pad_token_id": 1}},
+        {"text_config": {"model_type": "clap_text_model", "pad_token_id": 2}}, "text_config.pad_token_id",
+    ),
+    "where a classifier of BART looks": (
+        CONFIG, {**T5, **SEQUENCE, "is_encoder_decoder": True, "eos_token_id": 2},
+        {**T5, **SEQUENCE, "is_encoder_decoder": True, "eos_token_id": 3},
+        "eos_token_id",
+    ),
+    "ESM's tokens that are dropped": (
+        CONFIG, {"model_type": "esm", "token_dropout": True}, {"model_type": "esm"}, "token_dropout",
+    ),
+    "layers that share keys": (
+        CONFIG, {"model_type": "gemma3n_text"}, {"model_type": "gemma3n_text", "num_kv_shared_layers": 10},
+        "num_kv_shared_layers",
+    ),
+    "blocks of BigBird": (
+        CONFIG, {"model_type": "big_bird"}, {"model_type": "big_bird", "block_size": 32}, "block_size",
+    ),
+    "windows of Longformer": (
+        CONFIG, {"attention_window": [512, 512]}, {"attention_window": [256, 512]}, "attention_window",
+    ),
+    "a tuned temperature": (
+        CONFIG, {"model_type": "llama4_text"}, {"model_type": "llama4_text", "attn_scale": 0.2}, "attn_scale",
+    ),
+    "a multiplier of outputs": (CONFIG, {"output_multiplier": 2.0}, {"output_multiplier": 3.0}, "output_multiplier"),
+    "kinds of GPT-Neo's layers": (
+        CONFIG, {"attention_layers": ["global", "local"]}, {"attention_layers": ["local", "global"]},
+        "attention_layers",
+    ),
+    "Falcon's order of heads": (
+        CONFIG, {"new_decoder_architecture": True}, {"new_decoder_architecture": False}, "new_decoder_architecture",
+    ),
+    "DBRX's routers": (
+        CONFIG, {"ffn_config": {"moe_normalize_expert_weights": 1}},
+        {"ffn_config": {"moe_normalize_expert_weights": 2}},
+        "ffn_config.moe_normalize_expert_weights",
+    ),
+    "strides": (CONFIG, {"conv_stride": [5, 2]}, {"conv_stride": [5, 4]}, "conv_stride"),
+    "heads of Kosmos": (HEADS, {"attention_heads": 16}, {"attention_heads": 32}, "attention_heads"),
+    "the filling of a language model": (
+        KEYS, {**LLAMA, "pad_token_id": 0}, {**LLAMA, "pad_token_id": 2}, "pad_token_id",
     ),
     "length": (LENGTH, LLAMA, {**LLAMA, "max_position_embeddings": 131072}, "context length"),
     "GPT-2's length": (LENGTH, {**GPT2, "n_positions": 1024}, {**GPT2, "n_positions": 2048}, "context length"),

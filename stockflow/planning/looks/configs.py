@@ -51,6 +51,7 @@ _NOT_SAID = " (which its config does not say: its class takes that)"
 _OF_GENERATION = f"{GENERATION_CONFIG}: "
 """A path beside those of config.json."""
 _OTHER_TOKEN = "models that were trained with another token there meet the published one"
+_OTHER_FILLING = "classifiers look before it, and in kin of RoBERTa positions are counted from it"
 _OTHER_SIZE = "their tensors have equal shapes, so that one of them is wrong, and loaders go by the published one"
 
 
@@ -169,7 +170,8 @@ def differing_configs(proposal: Proposal, said: Collection[str]) -> Iterator[Rem
 
 
 def _differing(configs: Configs, code: str, severity: Severity, found: Disagreement, means: str) -> Remark:
-    text = f"{found.name} differs: {configs.told(found)}; {means}"
+    filling = f"; {_OTHER_FILLING}" if means == _OTHER_TOKEN and found.name.endswith("pad_token_id") else ""
+    text = f"{found.name} differs: {configs.told(found)}; {means}{filling}"
     return Remark(code, text, severity, tuple(found.values), values=found.shown())
 
 
