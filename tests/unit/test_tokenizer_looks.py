@@ -39,6 +39,12 @@ XLM = {
     "sentencepiece.bpe.model": sentencepiece_model(PIECES),
     "tokenizer_config.json": '{"tokenizer_class": "XLMRobertaTokenizer"}',
 }
+
+
+def bartpho(dictionary: str) -> Files:
+    return {"spiece.model": sentencepiece_model(PIECES), "dict.txt": dictionary}
+
+
 WORDS = ["[PAD]", "[UNK]", "stock", "##s"]
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 17\n"
 CHATML, LLAMA = (
@@ -120,6 +126,14 @@ AGREEING: dict[str, tuple[Files, Files]] = {
         config(**decoder(*added("<|x|>", start=10))),
     ),
     "XLM-R's numbering in all of them": (XLM, XLM),
+    "PhoBERT's lines from fairseq beside a fast form": (
+        {"vocab.txt": "a 90\nb 5\n"},
+        fast(["<s>", "<pad>", "</s>", "<unk>", "a", "b"]),
+    ),
+    "PhoBERT's lines with other counts": ({"vocab.txt": "a 90\nb 5\n"}, {"vocab.txt": "a 7\nb 3\n"}),
+    "BARTpho's dictionary": (bartpho("a 1\n"), bartpho("a 1\n")),
+    "a dictionary that is left beside a fast form": (FAST | {"dict.txt": "a 1\n"}, FAST),
+    "a dictionary that no code of this class reads": (XLM | {"dict.txt": "a 1\n"}, XLM),
     "a form that nobody reads, the same bytes": ({"dict.txt": "a 9\nb 5\n"}, {"dict.txt": "a 9\nb 5\n"}),
     "none at all": ({}, {}),
     "byte models without files": ({"tokenizer_config.json": '{"tokenizer_class": "ByT5Tokenizer"}'}, {}),
@@ -182,6 +196,16 @@ DIFFERING: dict[str, tuple[Files, Files, str]] = {
         FAST | {"added_tokens.json": '{"<pad>": 10}'},
         FAST | {"added_tokens.json": '{"<|im_end|>": 10}'},
         r"10 is '<\|im_end\|>' here and '<pad>' there",
+    ),
+    "an added token in the place of one of a slow form": (
+        {"vocab.json": json.dumps(ids_of(LETTERS))},
+        {"vocab.json": json.dumps(ids_of(LETTERS)), "added_tokens.json": '{"a": 11}'},
+        "2 ids of .*: 0 is nothing here and 'a' there, 11 is 'a' here",
+    ),
+    "PhoBERT's lines in another order": (
+        {"vocab.txt": "a 90\nb 5\n"},
+        {"vocab.txt": "b 90\na 5\n"},
+        "4 is 'b' here and 'a' there",
     ),
     "a token that would command a terminal": (
         FAST,
@@ -251,7 +275,28 @@ def test_a_size_that_layers_have_too_tells_no_rows(tmp_path: Path) -> None:
 
 
 UNREAD: dict[str, tuple[Files, Files, str]] = {
-    "XLM-R's numbering beside another": (XLM, fast(PIECES), "numbers its tokens anew"),
+    "XLM-R's numbering beside another": (XLM, fast(PIECES), "XLMRobertaTokenizer numbers tokens anew"),
+    "BARTpho's dictionary": (bartpho("a 1\nb 1\n"), bartpho("b 1\na 1\n"), "dict.txt numbers tokens anew, not"),
+    "BARTpho's dictionary in one": (
+        bartpho("a 1\n"),
+        {"spiece.model": bartpho("")["spiece.model"]},
+        "dict.txt numbers",
+    ),
+    "BARTpho's dictionary beside XLM-R's numbering": (
+        {"sentencepiece.bpe.model": XLM["sentencepiece.bpe.model"], "dict.txt": "a 1\n"},
+        XLM,
+        "XLMRobertaTokenizer and dict.txt number",
+    ),
+    "the other vocabulary of Marian": (
+        {"vocab.json": json.dumps(ids_of(LETTERS)), "target_vocab.json": '{"a": 0, "b": 1}'},
+        {"vocab.json": json.dumps(ids_of(LETTERS)), "target_vocab.json": '{"b": 0, "a": 1}'},
+        "target_vocab.json numbers",
+    ),
+    "entities of LUKE": (
+        FAST | {"entity_vocab.json": '{"[PAD]": 0, "x": 1}'},
+        FAST | {"entity_vocab.json": '{"[PAD]": 0, "y": 1}'},
+        "entity_vocab.json numbers",
+    ),
     "a form that nobody reads": (
         {"dict.txt": "a 9\n"},
         {"dict.txt": "b 9\n"},
@@ -318,13 +363,6 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
     "a token without a row": ((FAST, BEYOND), {"tokens-missing": "warning", "tokens-beyond-rows": "warning"}),
     "a token without a row in all of them": ((BEYOND, BEYOND), {"tokens-beyond-rows": "warning"}),
     "a tune without a tokenizer": ((FAST, {}, FAST), {"no-tokenizer": "note"}),
-    "a file of ids that is not read beside one that is": (
-        (
-            {"spiece.model": sentencepiece_model(PIECES), "dict.txt": "a 1\nb 1\n"},
-            {"spiece.model": sentencepiece_model(PIECES), "dict.txt": "b 1\na 1\n"},
-        ),
-        {"tokenizers-differ": "warning"},
-    ),
     "a base without a tokenizer": (({}, FAST), {"no-tokenizer": "warning"}),
     "a template of the tunes": ((FAST, config(chat_template=CHATML)), {"side-files-differ": "warning"}),
     "a template of one tune": (

@@ -131,7 +131,7 @@ def test_letters_of_a_ctc_tokenizer_are_written_in_its_one_file(tmp_path: Path) 
                 "sentencepiece.bpe.model": sentencepiece_model(LETTERS),
                 "tokenizer_config.json": '{"tokenizer_class": "XLMRobertaTokenizer"}',
             },
-            "XLMRobertaTokenizer numbers the pieces of its model in code",
+            "XLMRobertaTokenizer numbers the pieces of its model anew",
         ),
         (
             {"tokenizer.json": tokenizer_json(LETTERS[:4], "Unigram", more=added("<|x|>", start=9))},

@@ -51,9 +51,13 @@ _WRITTEN_BY = (
 )
 """keys of configs that say who wrote them"""
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_OTHER_FORMS = re.compile(rf"{SOME_VOCABULARY}|.+\.(model|spm)|prophetnet\.tokenizer")
+_OTHER_FORMS = re.compile(rf"{SOME_VOCABULARY}|.+\.(model|spm|vocab)|prophetnet\.tokenizer")
+_OF_FURTHER_IDS = re.compile(rf"(?!.*/)(?!.*\.bpe)({SOME_VOCABULARY})")
+_BESIDE_ANY = re.compile(r"(entity|target)_vocab\.json")
+"""a second vocabulary, of which the first one has nothing"""
 _RENUMBERED = re.compile(
-    r"(XLMRoberta|Camembert|Barthez|XGLM|XLMProphetNet|MBart(50)?|Nllb|Pegasus|ChatGLM|FNet|PLBart)Tokenizer(Fast)?"
+    r"(XLMRoberta|Camembert|Barthez|XGLM|XLMProphetNet|MBart(50)?|Nllb|Pegasus|ChatGLM|FNet|PLBart|SeamlessM4T|LayoutXLM"
+    r"|MLuke)Tokenizer(Fast)?"
 )
 """classes whose code numbers the pieces of a SentencePiece model anew"""
 _TELLS_BYTES = re.compile(r"(?!(mtime|mtime_ns|LastModified|Last-Modified|created)=).")
@@ -154,11 +158,13 @@ class _Reader:
             except ValueError as error:
                 self._made[key] = error
 
-    def vocabulary(self, ids: Ids, added: Ids, numbering: str) -> Vocabulary:
-        """Return ids with the tokens beside them that they lack; the same object for the same ones."""
+    def vocabulary(self, ids: Ids, added: Ids, numbering: str, *, added_first: bool) -> Vocabulary:
+        """Return ids with the tokens beside them, which loaders of older forms ask first; equal ones are one object."""
         key = (id(ids), tuple(sorted(added.items())), numbering)
+        is_plain = added.items() <= ids.items() if added_first else added.keys() <= ids.keys()
+        first, then = (added, ids) if added_first else (ids, added)
         with self._lock:
-            self.once(key, lambda: Vocabulary({**added, **ids} if added.keys() - ids.keys() else ids, numbering))
+            self.once(key, lambda: Vocabulary(ids if is_plain else {**then, **first}, numbering))
         return cast(Vocabulary, self._found(key))
 
     def _found(self, key: object) -> object:
@@ -306,20 +312,27 @@ def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | N
         added = decoder_tokens(settings.get("added_tokens_decoder") or {}) | added
     except ValueError as error:
         return _unread(files, [key], f"{key}: {error}")
-    return files.reader.vocabulary(ids, added, _numbering(key, settings))
+    numbering = _numbering(files, key, settings)
+    return files.reader.vocabulary(ids, added, numbering, added_first=key != FAST and not numbering)
 
 
 def _unread(files: _Files, keys: Sequence[str], problem: str) -> Vocabulary:
-    known = [
-        files.parsed(key, _digest) if _is_small(files.stamps[key]) else f"{key} {files.stamps[key]}" for key in keys
-    ]
-    return Vocabulary({}, " ".join(known), problem)
+    return Vocabulary({}, " ".join(_known_bytes(files, key) for key in keys), problem)
 
 
-def _numbering(key: str, settings: Mapping[str, object]) -> str:
+def _known_bytes(files: _Files, key: str) -> str:
+    stamp = files.stamps[key]
+    return files.parsed(key, _digest) if _is_small(stamp) else f"{key} {stamp}"
+
+
+def _numbering(files: _Files, key: str, settings: Mapping[str, object]) -> str:
+    """Return what else decides ids: a class whose code numbers pieces anew, or files such as BARTpho's dict.txt."""
     name = settings.get("tokenizer_class")
     renumbers = key.endswith(".model") and isinstance(name, str) and _RENUMBERED.fullmatch(name)
-    return name.removesuffix("Fast") if renumbers and isinstance(name, str) else ""
+    of_ids = _BESIDE_ANY if renumbers or key == FAST else _OF_FURTHER_IDS
+    further = [each for each in sorted(files.stamps) if of_ids.fullmatch(each) and _is_of_no_form(each)]
+    code = [name.removesuffix("Fast")] if renumbers and isinstance(name, str) else []
+    return " ".join([*code, *(f"{each}={_known_bytes(files, each)}" for each in further)])
 
 
 def _template(files: _Files, settings: Mapping[str, object]) -> str | None:

@@ -21,6 +21,8 @@ MAX_VALUES = 20_000_000
 """of a JSON file; a tokenizer of 260,000 tokens and 500,000 merges has 2.5 million"""
 MAX_ID = 2**31 - 1
 
+_COUNTED = re.compile(r"(\S+) \d+")
+_OF_FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
 _RANK = re.compile(rb"(\S+) (\d{1,10})\r?")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 """wire types of protobuf"""
@@ -103,9 +105,14 @@ def token_map(payload: bytes) -> Ids:
 
 
 def token_lines(payload: bytes) -> Ids:
-    """Return the lines of a ``vocab.txt``; the number of a line is its id, of equal lines the last counts."""
+    """Return the lines of a ``vocab.txt``; the number of a line is its id, of equal lines the last counts.
+
+    Where each has a count behind it, as PhoBERT's from fairseq, four tokens come before them.
+    """
     lines = payload.decode("utf-8-sig", errors="strict").split("\n")
-    return _numbered(line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines))
+    tokens = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    counted = [_COUNTED.fullmatch(token) for token in tokens]
+    return _numbered([*_OF_FAIRSEQ, *(each[1] for each in counted if each)] if all(counted) else tokens)
 
 
 def tiktoken(payload: bytes) -> Ids:

@@ -152,7 +152,11 @@ def _groups(proposal: Proposal, indices: Sequence[int], merged: Collection[int] 
 
 
 def _incomparable(mine: _Group, other: _Group) -> Remark:
-    reason = mine.vocabulary.problem or other.vocabulary.problem or "the code of one numbers its tokens anew"
+    parts = {part.partition("=")[0] for each in (mine, other) for part in each.vocabulary.numbering.split()}
+    numbers = (
+        f"{' and '.join(sorted(parts))} {'numbers' if len(parts) == 1 else 'number'} tokens anew, not alike in both"
+    )
+    reason = mine.vocabulary.problem or other.vocabulary.problem or numbers
     text = f"the tokens of {mine.named} and {other.named} cannot be compared: {reason}; make sure that their ids agree"
     return Remark("vocabularies-unread", text, _severity(mine, other), models=(*mine.models, *other.models))
 

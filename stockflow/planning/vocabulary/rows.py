@@ -263,7 +263,7 @@ def _ids(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> Ids:
     if vocabulary is None:
         raise PlanError(f"{redact(checkpoint.url)} has no tokenizer, and neither has the base: rows have no tokens")
     if vocabulary.problem or vocabulary.numbering:
-        reason = vocabulary.problem or f"{vocabulary.numbering} numbers the pieces of its model in code"
+        reason = vocabulary.problem or f"{vocabulary.numbering.partition('=')[0]} numbers the pieces of its model anew"
         raise PlanError(
             f"the tokens of {redact(checkpoint.url)} are not known: {reason}. Save it with a tokenizer.json: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
