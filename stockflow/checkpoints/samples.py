@@ -4,9 +4,10 @@ Of codes the scales are sampled: they are as large as the numbers they stand for
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, TypeVar
 
 from stockflow.checkpoints.decodes.stored import BlockScaled, GroupScaled, plain
@@ -21,8 +22,12 @@ from stockflow.storage import Store
 T = TypeVar("T")
 Kind = Literal["matrix", "norm", "statistics", "scales"]
 """Of a tensor: ``norm`` for the weights of norms, ``statistics`` for running ones, ``scales`` for those of codes."""
-NUM_SAMPLES, NUM_ENDS, NUM_VECTORS = 8, 2, 4
-"""Of matrices, embeddings and heads among them, and of vectors of a kind."""
+NUM_SAMPLES, MAX_SAMPLES, NUM_ENDS, NUM_VECTORS = 8, 16, 2, 4
+"""Of matrices, and where they are of more kinds; embeddings and heads among them; vectors of a kind."""
+NUM_TRIED = 4
+"""Of matrices of a kind, before it is taken for one that not all models have alike."""
+NUM_RUNS, RUN = 4, 2048
+"""Of matrices, among which kinds are looked for where there are more."""
 SAMPLE_ELEMS = 2048
 NUM_READERS = 16
 RUNNING_STATISTICS = (
@@ -30,6 +35,7 @@ RUNNING_STATISTICS = (
     *(".weight_u", ".parametrizations.weight.0._u"),
 )
 """Ends of the names; the last two are of spectral norms."""
+_DIGITS = b"0123456789"
 _NORM = re.compile(r"(norm|(^|\.)ln)\w*(\.\w+)*\.(weight|scale|gamma)$", re.IGNORECASE)
 
 
@@ -43,6 +49,7 @@ class Sample:
     values: Floats
     """the same as float64"""
     kind: Kind = "matrix"
+    dtype: str = "F32"
 
 
 Samples = Sequence[Sequence[Sample]]
@@ -67,7 +74,7 @@ def take_samples(stores: Sequence[Store], checkpoints: Sequence[Checkpoint]) -> 
 
 
 def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
-    """Return floats and scales of equal codes that all have, of each kind from the first to the last in equal steps."""
+    """Return floats and scales of equal codes that all have, over all their depth; of matrices all kinds."""
     coded = {name for each in checkpoints for name in each.stored}
     plain_ones = [spec for name, spec in checkpoints[0].specs.items() if spec.kind == "float" and name not in coded]
     matrices = [spec for spec in plain_ones if len(spec.shape) > 1]
@@ -75,9 +82,39 @@ def sampled_specs(checkpoints: Sequence[Checkpoint]) -> list[TensorSpec]:
     norms = [spec for spec in vectors if is_of_a_norm(spec.name)]
     statistics = [spec for spec in vectors if spec.name.endswith(RUNNING_STATISTICS)]
     ends = [spec for spec in matrices if may_be_tied(spec.name)]
-    kinds = (matrices, NUM_SAMPLES), (ends, NUM_ENDS), (norms, NUM_VECTORS), (statistics, NUM_VECTORS)
-    found = dict.fromkeys(spec for specs, count in kinds for spec in _alike(checkpoints, specs, count))
-    return [*found, *_scales(checkpoints)]
+    kinds = (ends, NUM_ENDS), (norms, NUM_VECTORS), (statistics, NUM_VECTORS)
+    others = [spec for specs, count in kinds for spec in _alike(checkpoints, specs, count)]
+    return [*dict.fromkeys([*_of_all_kinds(checkpoints, matrices), *others]), *_scales(checkpoints)]
+
+
+def _of_all_kinds(checkpoints: Sequence[Checkpoint], matrices: list[TensorSpec]) -> Iterator[TensorSpec]:
+    """Yield matrices that all have, of each kind as many, each kind at other depths: tunes may differ in one alone."""
+    by_kind: dict[tuple[bytes, str], list[TensorSpec]] = {}
+    for spec in _runs_of(matrices):
+        by_kind.setdefault(_place_in_a_layer(spec.name), []).append(spec)
+    kinds = _spread(list(by_kind.values()), MAX_SAMPLES)
+    most = next(
+        (n for n in range(1, NUM_SAMPLES) if sum(min(n, len(kind)) for kind in kinds) >= NUM_SAMPLES), NUM_SAMPLES
+    )
+    for number, kind in enumerate(kinds):
+        count = min(most, len(kind))
+        for turn in range(count):
+            place = int((turn + (number + 0.5) / len(kinds)) / count * len(kind))
+            tried = (kind[place], *_spread(kind, NUM_TRIED))
+            alike = (spec for spec in tried if spec.num_elems and all(_has_alike(each, spec) for each in checkpoints))
+            yield from islice(alike, 1)
+
+
+def _runs_of(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """Return runs over all the depth, each longer than a layer of hundreds of experts; all where they are few."""
+    starts = [number * (len(specs) - RUN) // (NUM_RUNS - 1) for number in range(NUM_RUNS)]
+    return specs if len(specs) <= NUM_RUNS * RUN else [spec for start in starts for spec in specs[start : start + RUN]]
+
+
+def _place_in_a_layer(name: str) -> tuple[bytes, str]:
+    """Return a name without numbers of layers and experts, but for that of its own module, such as `w1`."""
+    module = name.rsplit(".", 2)[-2:][0]
+    return name.encode().translate(None, _DIGITS), "" if module.isdigit() else module
 
 
 def is_of_a_norm(name: str) -> bool:
@@ -143,4 +180,4 @@ def _sample(store: Store, checkpoint: Checkpoint, spec: TensorSpec) -> Sample:
             payload += buffer
     numbers = as_numbers(payload, own.dtype)
     assert numbers is not None
-    return Sample(spec.name, payload, numbers, _kind_of(checkpoint, spec))
+    return Sample(spec.name, payload, numbers, _kind_of(checkpoint, spec), own.dtype)

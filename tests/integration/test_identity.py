@@ -266,6 +266,54 @@ def test_a_copy_in_another_dtype_is_suspected(tmp_path: Path, family: Family) ->
     assert "same-samples" in codes(planned(recipe_at(tmp_path, family.base, family.tuned[0], copy)))
 
 
+def finer(root: Path) -> tuple[Path, Path, Family]:
+    """Write a tune in F32 and its cast to BF16."""
+    family = make_family(root, 2, llama_shapes(TIED), buffers=False, delta_scale=0.01)
+    generator = torch.Generator().manual_seed(0)
+    own = load_file(family.tuned[0] / "model.safetensors")
+    fine = {
+        name: each.float() * (1 + 0.01 * torch.randn(each.shape, generator=generator)) for name, each in own.items()
+    }
+    cast = {name: each.bfloat16() for name, each in fine.items()}
+    return (
+        write_checkpoint(root / "fine", fine, config=TIED),
+        write_checkpoint(root / "cast", cast, config=TIED),
+        family,
+    )
+
+
+def same_samples(recipe: Path) -> list[tuple[str, ...]]:
+    found = Inputs.open(load_recipe(str(recipe)))
+    plan, _ = plan_merge(found, "/none", MergeOptions(2**31, 1, accepted=("head-untied",)))
+    return [(*each.models, each.text.rpartition(", ")[2]) for each in plan.remarks if each.code == "same-samples"]
+
+
+def test_one_model_in_two_precisions_is_suspected_as_tunes_and_as_base(tmp_path: Path) -> None:
+    fine, cast, family = finer(tmp_path)
+    said = "once they are rounded to BF16: one may be the other in another precision"
+
+    assert same_samples(recipe_at(tmp_path, family.base, cast, fine, family.tuned[1])) == [(str(cast), str(fine), said)]
+    assert same_samples(recipe_at(tmp_path, fine, cast, *family.tuned)) == [(str(fine), str(cast), said)]
+
+
+@pytest.mark.parametrize("noise", [1e-5, 2e-4])
+def test_a_tune_of_changes_that_rounding_undoes_is_no_precision_of_its_base(tmp_path: Path, noise: float) -> None:
+    family = make_family(tmp_path, 1, llama_shapes(TIED), buffers=False)
+    own = load_file(family.base / "model.safetensors")
+    near = {name: each.float() * (1 + noise * (-1) ** torch.arange(each.shape[-1])) for name, each in own.items()}
+    tune = write_checkpoint(tmp_path / "near", near, config=TIED)
+
+    assert same_samples(recipe_at(tmp_path, family.base, tune, *family.tuned)) == []
+
+
+@pytest.mark.parametrize("part", ["q_proj", "v_proj", "down_proj"])
+def test_tunes_that_differ_in_one_kind_of_matrix_alone_are_no_copies(tmp_path: Path, part: str) -> None:
+    names = [name for name in llama_shapes(TIED) if part in name]
+    changed, family = llamas(tmp_path, dict.fromkeys(names, lambda tensor: tensor * 1.25))
+
+    assert same_samples(recipe_at(tmp_path, family.base, family.tuned[0], changed)) == []
+
+
 def test_a_copy_among_the_models_of_a_module_is_proved(tmp_path: Path, family: Family) -> None:
     shutil.copytree(family.base, tmp_path / "copy")
     tunes = [{"model": str(place)} for place in (family.tuned[0], tmp_path / "copy", family.tuned[1])]
@@ -418,8 +466,8 @@ def test_a_norm_that_was_not_looked_at_is_named_when_all_is_read(tmp_path: Path)
     assert (proof.models, proof.tensors) == ((str(changed),), (name,))
 
 
-def test_samples_are_one_small_read_of_each_of_eight_matrices_and_four_norms(tmp_path: Path, family: Family) -> None:
-    from stockflow.checkpoints.samples import NUM_ENDS, NUM_SAMPLES, NUM_VECTORS, SAMPLE_ELEMS, take_samples
+def test_samples_are_a_few_small_reads_of_all_kinds_of_matrices_and_four_norms(tmp_path: Path, family: Family) -> None:
+    from stockflow.checkpoints.samples import MAX_SAMPLES, NUM_ENDS, NUM_VECTORS, SAMPLE_ELEMS, take_samples
 
     folders = (family.base, *family.tuned)
     stores = [open_store(str(folder), StorageConfig()) for folder in folders]
@@ -427,5 +475,5 @@ def test_samples_are_one_small_read_of_each_of_eight_matrices_and_four_norms(tmp
 
     assert len(samples) == len(folders)
     assert len({tuple(each.name for each in own) for own in samples}) == 1
-    assert all(0 < len(own) <= NUM_SAMPLES + NUM_ENDS + NUM_VECTORS for own in samples)
+    assert all(0 < len(own) <= MAX_SAMPLES + NUM_ENDS + NUM_VECTORS for own in samples)
     assert max(len(each.values) for own in samples for each in own) <= SAMPLE_ELEMS

@@ -8,6 +8,7 @@ import numpy as np
 
 from stockflow.checkpoints.samples import Sample
 from stockflow.methods.parameters import Role
+from stockflow.planning.looks.precisions import cast_to
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import halves_of, redact
 from stockflow.text.remarks import Remark
@@ -25,12 +26,17 @@ def copies(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are the same wherever they were looked at."""
     whole = [each for each in _sampled(proposal) if len(halves_of(each[0])) == 1]  # adapters leave most of a base alone
     for (left, ours), (right, theirs) in combinations([(url, _matrices(own)) for url, own in whole], 2):
-        if ours and all(_are_equal(one, other) for one, other in zip(ours, theirs, strict=True)):
-            text = (
-                f"{left} and {right} hold the same numbers in all {len(ours)} places that were looked at: "
-                "one may be a copy of the other"
-            )
-            yield Remark("same-samples", text, "note", (left, right), tuple(each.name for each in ours))
+        pairs = list(zip(ours, theirs, strict=True))
+        if not pairs:
+            continue
+        said = f"{left} and {right} hold the same numbers in all {len(pairs)} places that were looked at"
+        if all(_are_equal(one, other) for one, other in pairs):
+            said += ": one may be a copy of the other"
+        elif dtype := cast_to(pairs):
+            said += f", once they are rounded to {dtype}: one may be the other in another precision"
+        else:
+            continue
+        yield Remark("same-samples", said, "note", (left, right), tuple(each.name for each in ours))
     yield from _copied_adapters(proposal)
 
 
