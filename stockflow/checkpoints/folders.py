@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from stockflow.checkpoints.adapters.factors import OF_DIFFUSERS
 from stockflow.checkpoints.files.candidates import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -140,7 +141,7 @@ def _adapter(place: _Place) -> Iterator[str]:
     base = _said(place, "adapter_config.json").get("base_model_name_or_path")
     of = f" of {shown(base)}" if isinstance(base, str) and base else ""
     named = f"name its base with it: `model: BASE+{in_a_line(place.where)}`"
-    fused = "it is not PEFT's, whose alone are read: put it into the weights with what made it (`fuse_lora`)"
+    fused = f"it is not PEFT's, whose alone are read: put it into the weights with what made it ({OF_DIFFUSERS})"
     yield f"it holds an adapter{of}, no model; {named if 'adapter_config.json' in place.files else fused}"
 
 

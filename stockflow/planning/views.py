@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from stockflow.checkpoints.adapters.names import factors_within
+from stockflow.checkpoints.adapters.factors import factors_said, factors_within
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import WRAPPERS
 from stockflow.checkpoints.opening import Checkpoint
@@ -108,20 +108,6 @@ def _folder_of(whole: Checkpoint, names: Sequence[str]) -> str:
     """Return the folder of a model of several parts in which all tensors are that another model has besides."""
     folders = {name.partition("/")[0] for name in whole.specs if "/" in name}
     return next((each for each in sorted(folders) if all(f"{each}/{name}" in whole.specs for name in names)), "")
-
-
-def factors_said(url: str, factors: Sequence[str]) -> str:
-    """Return that a model holds factors of an adapter, and what to do about it."""
-    read = (
-        ", or give base and adapter, `model: BASE+ADAPTER`"
-        if ".lora_A" in factors[0] or ".lora_B" in factors[0]
-        else ""
-    )
-    return (
-        f"{url} holds {counted(len(factors), 'factor')} of adapters such as {shown(factors[0])}, and sums of factors "
-        f"are not factors of sums: put them into the weights with what made them (PEFT: `model.merge_and_unload()`, "
-        f"mlx-lm: `mlx_lm.fuse`){read}"
-    )
 
 
 def _apart(donor: Checkpoint, other: Checkpoint) -> tuple[list[str], list[str]]:

@@ -716,7 +716,10 @@ REFUSED: Mapping[Build, tuple[str, ...]] = {
     zeros: ("begins with zeros", "fetch it again"),
     an_empty_file: ("is empty", "fetch it again"),
     an_adapter: ("an adapter of the type 'OFT'", "only LORA is read"),
-    an_adapter_of_diffusers: ("it holds an adapter, no model", "what made it (`fuse_lora`)"),
+    an_adapter_of_diffusers: (
+        "it holds an adapter, no model",
+        "what made it (diffusers: `load_lora_weights(FILE)`, `fuse_lora()`",
+    ),
     consolidated: ("in the layout of Mistral or Meta", "consolidated.safetensors"),
     consolidated_pickles: ("in the layout of Mistral or Meta", "convert it"),
     a_pipeline: ("it is a diffusers pipeline whose parts (unet, vae) have no weights", "did not finish"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import stockflow
 from stockflow.errors import CheckpointError, NotFoundError, UserError
@@ -890,6 +891,29 @@ def test_factors_of_experts_in_a_layout_that_is_not_said_are_refused(
     assert expected in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
     write_adapter(tmp_path / "lora", adapter, **said, moe_lora_layout="peft")
     assert merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"), "kohya's sd-scripts such as 'lora_unet_x."),
+        (("unet.x.lora.down.weight", "unet.x.lora.up.weight"), "(diffusers: `load_lora_weights(FILE)`, `fuse_lora()`"),
+        (("lora_unet_x.lokr_w1", "lora_unet_x.lokr_w2"), "(LyCORIS: `tools/merge.py BASE FILE OUTPUT`), and name the"),
+        (("q.lora_A.weight", "q.lora_B.weight"), "adapter_config.json, which says their scale, is not there: fetch it"),
+    ],
+)
+@pytest.mark.parametrize("named", ["", "/x.safetensors"])
+def test_an_adapter_of_another_format_is_named_with_what_merges_it(
+    tmp_path: Path, names: tuple[str, str], expected: str, named: str
+) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    (tmp_path / "lora").mkdir()
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "lora" / "x.safetensors")
+
+    said = refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora{named}")
+
+    assert f"{tmp_path}/lora/x.safetensors holds 2 factors of adapters of " in said
+    assert expected in said
 
 
 def test_places_without_an_adapter_say_what_is_there(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stockflow.checkpoints.adapters.factors import factors_within
+from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.methods import METHODS
 from stockflow.planning.plan import MergePlan
 from stockflow.text.remarks import Remark
@@ -270,7 +272,9 @@ def test_a_bias_of_attention_is_no_mask(tmp_path: Path) -> None:
 FACTORS = {f"layers.0.q_proj.lora_{part}.default.weight": torch.ones(2, 2) for part in "AB"}
 KOHYA = {f"lora_unet_down_0_to_q.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
 DIFFUSERS = {f"unet.attn.processor.to_q_lora.{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
-INSIDE = "holds 2 factors of adapters such as 'layers.0.q_proj.lora_A.default.weight', and sums of factors are not"
+INSIDE = (
+    "holds 2 factors of adapters of PEFT such as 'layers.0.q_proj.lora_A.default.weight', and sums of factors are not"
+)
 
 
 def test_factors_in_a_whole_model_are_no_weights_whose_rules_could_skip_them(tmp_path: Path) -> None:
@@ -300,16 +304,68 @@ def test_factors_of_other_kinds_of_adapters_are_no_weights(tmp_path: Path, part:
 
     said = merge.write().refusal()
 
-    assert "holds 1 factor of adapters such as" in said
+    assert "holds 1 factor of adapters" in said
     assert "BASE+ADAPTER" not in said
 
 
-@pytest.mark.parametrize("factors", [KOHYA, DIFFUSERS], ids=["kohya", "diffusers"])
-def test_adapters_in_the_place_of_models_are_refused(tmp_path: Path, factors: dict[str, torch.Tensor]) -> None:
+def bare(first: str, second: str, more: tuple[int, ...] = (), rank: int = 2) -> dict[str, torch.Tensor]:
+    """Return factors of two matrices whose names are no library's."""
+    return {
+        name.format(number): torch.ones(shape)
+        for number in range(2)
+        for name, shape in ((first, (rank, 24, *more)), (second, (32, rank, *(1 for _ in more))))
+    }
+
+
+FORMS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "kohya": (KOHYA, "of kohya's sd-scripts such as 'lora_unet_down_0_to_q.lora_down.weight', and sums of factors are"),
+    "diffusers": (DIFFUSERS, "put them into the weights with what made them (diffusers: `load_lora_weights(FILE)`"),
+    "diffusers of PEFT": (
+        {f"transformer.x.lora_{part}.weight": torch.ones(2, 2) for part in "AB"},
+        "2 factors of adapters of diffusers such as",
+    ),
+    "LyCORIS": ({f"lora_unet_x.hada_w{part}": torch.ones(2, 2) for part in ("1_a", "1_b")}, "LyCORIS: `tools/merge.py"),
+    "GLoRA": ({f"lora_unet_x.{part}.weight": torch.ones(2, 2) for part in ("a1", "b2")}, "LyCORIS: `tools/merge.py"),
+    "ControlLoRA": (
+        bare("input_blocks.{}.0.in_layers.2.down", "input_blocks.{}.0.in_layers.2.up", (3, 3))
+        | {"zero_convs.0.0.weight": torch.ones(4, 4, 1, 1), "input_blocks.0.0.in_layers.2.bias": torch.ones(32)},
+        "4 factors of adapters such as 'input_blocks.0.0.in_layers.2.down', and sums of factors are not factors",
+    ),
+    "single letters": (bare("l.{}.q.A", "l.{}.q.B"), "each second times its first is what is added to the weight"),
+    "colons": (bare("unet:{}:down", "unet:{}:up"), "4 factors of adapters such as 'unet:0:down'"),
+    "words": (bare("w_a_{}.weight", "w_b_{}.weight"), "4 factors of adapters such as 'w_a_0.weight'"),
+}
+"""Adapters in the place of models, and what is said of them."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_in_the_place_of_models_are_refused(tmp_path: Path, form: str) -> None:
     merge = Merge(tmp_path, (1, 1, 1))
+    factors, told = FORMS[form]
     merge.models = [dict(factors)] * 3
 
-    assert "holds 2 factors of adapters such as" in merge.write().refusal()
+    refused = merge.write().refusal()
+
+    assert told in refused
+    assert "accept: [factors-inside]" in refused
+
+
+LAYERS = {
+    "a feed-forward network": bare("l.{}.mlp.down_proj.weight", "l.{}.mlp.up_proj.weight", rank=8),
+    "one beside others of its width": bare("l.{}.down.weight", "l.{}.up.weight") | {"embed.weight": torch.ones(64, 2)},
+    "bottlenecks with biases": bare("l.{}.down.weight", "l.{}.up.weight")
+    | {f"l.{number}.down.bias": torch.ones(2) for number in range(2)},
+    "few among others": bare("q_a.{}.weight", "q_b.{}.weight") | {"experts.weight": torch.ones(30, 30)},
+    "convolutions": bare("down_blocks.{}.weight", "up_blocks.{}.weight", (3, 3), rank=16),
+}
+"""Whole models with modules that go down and up."""
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_modules_that_go_down_and_up_are_no_factors(kind: str) -> None:
+    specs = {name: TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in LAYERS[kind].items()}
+
+    assert factors_within(specs) == []
 
 
 def test_factors_of_all_models_are_refused_until_accepted(tmp_path: Path) -> None:

@@ -1,17 +1,10 @@
 """Names of modules in an adapter and of tensors in its base, which differ in what wraps the model."""
 
-import re
 from collections.abc import Iterator, Mapping
 
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import EXPERT_WORDS, WRAPPERS
 
-_FACTOR = re.compile(
-    r"\.((poly_|rand|gra|de)?lora_(a|b|A|B|embedding_A|embedding_B|magnitude_vector|down|up|mid)|hada_[wt]\d\w*|lokr_[wt]\d\w*"
-    r"|b?oft_\w+|vera_\w+|hra_u|ia3_l)(\.|$)|lora(_linear_layer|\d)?\.(down|up)\.|adapter(_\w+)?\.linear_(in|out)\."
-)
-"""What PEFT, kohya's scripts, LyCORIS, diffusers, XLabs, mlx-lm, torchtune and llama.cpp, and NeMo call factors."""
-_MARKERS = ("lora", ".hada_", ".lokr_", "oft_", ".vera_", ".hra_u", ".ia3_l", ".linear_in.")
 _OTHERWISE = (
     (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."), (".attn.", ".self_attn."),
     ("unembed_tokens.", "lm_head."), ("lm_head.", "embed_out."), (".mlp.", ".block_sparse_moe."),
@@ -19,12 +12,6 @@ _OTHERWISE = (
 """What Tinker, and for GPT-NeoX and Mixtral transformers 5, calls modules, and what files of most bases do."""
 _OF_FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """Which of an expert's matrices are fused, in this order."""
-
-
-def factors_within(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Return the names of factors of adapters, and of what they wrap, in a whole model."""
-    joined = "\n".join(specs)
-    return [*filter(_FACTOR.search, specs)] if any(marker in joined for marker in _MARKERS) else []
 
 
 def unwrapped(name: str) -> str:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from stockflow.checkpoints.adapters.config import CONFIG_KEY, WEIGHTS_KEY, AdapterConfig, parse_adapter_config
+from stockflow.checkpoints.adapters.factors import factors_within, of_another_format
 from stockflow.checkpoints.adapters.keys import place_of
 from stockflow.checkpoints.adapters.stacks import Placed, one_by_one
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.files.documents import read_json
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.files.layout import Extent, HeaderCache, OnFile, read_header
+from stockflow.checkpoints.files.layout import Extent, HeaderCache, OnFile, read_header, unheard
 from stockflow.checkpoints.files.tree import is_hidden
 from stockflow.checkpoints.tokens.vocabularies import FORMS
 from stockflow.checkpoints.values import as_numbers
@@ -93,7 +94,7 @@ def read_adapter(store: Store, cache: HeaderCache, on_file: OnFile) -> Adapter:
     files = store.listing().files
     key = next((each for each in _WEIGHTS if each in files), None)
     if CONFIG_KEY not in files or key is None:
-        raise NotFoundError(_lack(store, store.listing()))
+        raise _lack(store, store.listing(), cache)
     config = parse_adapter_config(read_json(store, CONFIG_KEY, MAX_CONFIG_BYTES), store.where(CONFIG_KEY))
     contents, stamp = read_header(store, key, cache, on_file)
     if not contents.tensors:
@@ -163,10 +164,17 @@ def _tokenizer(files: Mapping[str, Stamp]) -> dict[str, Stamp]:
     return {key: stamp for key, stamp in files.items() if has_vocabulary and is_tokenizer_or_template(key)}
 
 
-def _lack(store: Store, listing: Listing) -> str:
+def _lack(store: Store, listing: Listing, cache: HeaderCache) -> NotFoundError | CheckpointError:
+    """Return why a folder holds no adapter that is read, and what to do."""
     where = store.where()
     if CONFIG_KEY in listing.files:
-        return f"there is no adapter at {where}: it has {CONFIG_KEY} and no {WEIGHTS_KEY}; fetch it"
+        return NotFoundError(f"there is no adapter at {where}: it has {CONFIG_KEY} and no {WEIGHTS_KEY}; fetch it")
+    weights = [key for key in listing.files if key.endswith(".safetensors") and store.only in ("", key)]
+    for key in weights[:NUM_NAMED]:
+        with suppress(CheckpointError):
+            contents, _ = read_header(store, key, cache, unheard)
+            if factors := factors_within({each.spec.name: each.spec for each in contents.tensors}):
+                return CheckpointError(of_another_format(store.where(key), factors))
     others = [folder for folder in listing.folders if not is_hidden(folder)][:NUM_NAMED]
     within = f", or the folder below it that has one ({', '.join(map(shown, others))})" if others else ""
-    return f"there is no adapter at {where}: expected {CONFIG_KEY}, as PEFT writes it{within}"
+    return NotFoundError(f"there is no adapter at {where}: expected {CONFIG_KEY}, as PEFT writes it{within}")

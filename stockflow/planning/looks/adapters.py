@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.adapters.names import factors_within
+from stockflow.checkpoints.adapters.factors import factors_said, factors_within
 from stockflow.checkpoints.decodes.low_rank import reads_anchor
 from stockflow.methods.protocol import Linear
 from stockflow.planning.factors import factors_of
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.views import factors_said
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import counted, gb
