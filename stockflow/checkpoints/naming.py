@@ -22,6 +22,8 @@ OF_ADAPTERS = (".modules_to_save.", ".original_module.", ".base_layer.weight", "
 """Parts of the names that PEFT gives what it wraps."""
 OF_TRAINERS = ("exp_avg", "momentum_buffer", "optimizer.", "ema_model.", "model_ema.")
 """Parts of the names of what a trainer keeps beside weights."""
+MARKS_OF_PREDICTION = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+"""Tensors by whose presence loaders of one file know what a diffusion model predicts. Source: ComfyUI."""
 TRAINING_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that say what held a model in training, which loaders do not take off."""
 WRAPPERS = frozenset({"model", "language_model", "base_model", "transformer", "backbone", *TRAINING_WRAPPERS})

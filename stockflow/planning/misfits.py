@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from stockflow.checkpoints.configs import first
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.heads import said_of_language
-from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS, layer_of
+from stockflow.checkpoints.naming import MARKS_OF_PREDICTION, OF_ADAPTERS, OF_TRAINERS, layer_of
 from stockflow.checkpoints.tokens.token_rows import has_tokens, stated_sizes, vocabulary_rows
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.targets import OutputTensor, Stretch, Unplanned
@@ -42,8 +42,6 @@ _PACKED_REMEDY = (
     f"{THEM} in a rule with `action: copy`"
 )
 _UNWRAP = "PEFT wrapped the model: save it after `model.merge_and_unload()`"
-_MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
-"""Tensors by whose presence loaders of one file know what a diffusion model predicts. Source: ComfyUI."""
 _MARKED = (
     f"by {THEM} loaders know that a model predicts otherwise (v for noise): weights trained for the one are not to be "
     "mixed with weights for the other; leave one sort of models out"
@@ -69,7 +67,7 @@ def extra_tensors(unplanned: Iterable[Unplanned], explained: Collection[int]) ->
             remedy = f"that is what a trainer keeps; {remedy}"
         elif any(marker in name for marker in OF_ADAPTERS):
             remedy, action = _UNWRAP, ""
-        elif name in _MARKS:
+        elif name in MARKS_OF_PREDICTION:
             remedy, action = _MARKED, ""
         elif len(holders) == len(stretch.checkpoints) - 1:
             remedy = f"take a base that has {THEM}, or average the others without it"
@@ -102,7 +100,7 @@ def of_missing(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misf
     if any(marker in misfit.name for marker in OF_TRAINERS):
         remedy = f"that is what the trainer of one model keeps: a rule with `action: skip` leaves {THEM} out"
         return replace(misfit, remedy=remedy, action="skip")
-    if misfit.name in _MARKS:
+    if misfit.name in MARKS_OF_PREDICTION:
         return replace(misfit, remedy=_MARKED, action="")
     for index in lacking:
         if fewer := _of_fewer_layers(misfit.name, stretch, index):

@@ -58,6 +58,7 @@ CODES: Mapping[str, str] = {
     "over-http": "models that are read without TLS",
     "placeholders": "tensors of no elements where names or other models say that there are some",
     "pair-parted": "head and embedding that are one tensor and are treated in two ways",
+    "predictions-differ": "diffusion models that predict noise among such that say they predict otherwise",
     "precision-kept": "tensors that stay finer than the recipe's dtype",
     "promise-unkept": "what the published config promises and no tensor keeps",
     "quantization-removed": "what speaks of quantised weights where the output's are plain numbers",

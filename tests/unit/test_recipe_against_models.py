@@ -390,6 +390,34 @@ def test_a_mark_of_what_a_model_predicts_is_not_copied_into_a_mix(tmp_path: Path
     assert "action:" not in refused
 
 
+@pytest.mark.parametrize(
+    ("action", "holders"),
+    [("copy", (0,)), ("copy", (0, 1)), ("skip", (0,)), ("skip", (1,)), ("skip", (0, 1)), ("skip", (1, 2))],
+)
+def test_models_that_predict_otherwise_are_said_whatever_rule_settles_their_mark(
+    tmp_path: Path, holders: tuple[int, ...], action: str
+) -> None:
+    merge = Merge(tmp_path)
+    for holder in holders:
+        merge.models[holder]["v_pred"] = torch.empty(0)
+    rule = {"filter": "v_pred", "action": action}
+
+    (told,) = remarks(merge.write().plan(stockflow={"rules": [rule]}), "predictions-differ")
+
+    others = [str(folder) for number, folder in enumerate(merge.folders) if number not in holders]
+    having = [str(merge.folders[holder]) for holder in holders]
+    assert (told.severity, told.models) == ("warning", (*having, *others))
+    assert f"by a rule it is {'' if action == 'copy' else 'not '}written" in told.text
+
+
+def test_models_that_all_predict_alike_are_no_mix(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models:
+        tensors["v_pred"] = torch.empty(0)
+
+    assert not remarks(merge.write().plan(), "predictions-differ")
+
+
 def test_a_model_of_fewer_layers_by_its_own_config_need_not_have_the_first_ones(tmp_path: Path) -> None:
     merge = Merge(tmp_path)
     del merge.models[1]["layers.1.norm.weight"]

@@ -66,6 +66,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     promises.wrapped_names,
     promises.wrapped_by_adapters,
     promises.training_state,
+    promises.mixed_predictions,
     promises.nonfinite_values,
     sizes.broken_sizes,
     sizes.broken_biases,

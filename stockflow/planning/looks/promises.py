@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stockflow.checkpoints.configs import Config, first, nonfinite, sections
 from stockflow.checkpoints.heads import is_of_language
-from stockflow.checkpoints.naming import OF_ADAPTERS, OF_TRAINERS, TRAINING_WRAPPERS, LayerNames
+from stockflow.checkpoints.naming import MARKS_OF_PREDICTION, OF_ADAPTERS, OF_TRAINERS, TRAINING_WRAPPERS, LayerNames
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
-from stockflow.text.examples import such
+from stockflow.text.examples import some, such
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are, counted
 from stockflow.text.strictjson import shown
@@ -139,6 +139,25 @@ def _with_markers(proposal: Proposal, markers: Sequence[str]) -> tuple[str, ...]
     joined = "\n".join(proposal.written)
     found = [marker for marker in markers if marker in joined]
     return tuple(name for name in proposal.written if any(map(name.__contains__, found))) if found else ()
+
+
+def mixed_predictions(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which of the models that are merged say what they predict by a tensor, where others have none of it."""
+    marks = {mark for each in proposal.checkpoints for mark in MARKS_OF_PREDICTION if mark in each.specs}
+    merged = (job for job in proposal.jobs if not job.is_copy) if marks else ()
+    numbers = sorted({operand.checkpoint for job in merged for operand in job.reading.operands})
+    for mark in sorted(marks):
+        holders, others = list[str](), list[str]()
+        for each in (proposal.checkpoints[number] for number in numbers):
+            (holders if mark in each.specs else others).append(redact(each.url))
+        if holders and others:
+            goes = "" if mark in proposal.written else "not "
+            text = (
+                f"by the tensor {shown(mark)} loaders know that a model predicts otherwise (v for noise): in "
+                f"{some(holders, quote=str)}, not in {some(others, quote=str)}; by a rule it is {goes}written, and "
+                "weights trained for the one are mixed with weights for the other. Leave one sort of models out"
+            )
+            yield Remark("predictions-differ", text, "warning", (*holders, *others), (mark,))
 
 
 def nonfinite_values(proposal: Proposal) -> Iterator[Remark]:
