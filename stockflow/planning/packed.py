@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from stockflow.checkpoints.configs import quantization_keys
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import UNPACKED, PackedWeights, packed_weights
 from stockflow.recipe import Recipe
@@ -9,6 +10,12 @@ from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import counted
+
+_CAST = (
+    "if they were cast as they were (`model.to(torch.float8_e4m3fn)`, ComfyUI's fp8 files), cast each file back, which "
+    "changes no number: `save_file({k: v.bfloat16() if 'float8' in str(v.dtype) else v for k, v in "
+    "load_file(FILE).items()}, OUTPUT)` (safetensors.torch); else their scales are lost"
+)
 
 
 def unread_models(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -43,11 +50,9 @@ def _sentence(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> str:
     num_codes = sum(len(each.codes) for each in packed)
     held = f"{redact(checkpoint.url)} holds {formats} weights ({counted(num_codes, 'tensor')}, such as "
     if {each.format for each in packed} == {"FP8"} and not any("scale" in name for name in checkpoint.specs):
-        return (
-            f"{held}{in_a_line(packed[0].codes[0])}), and no scale of them. If they were cast to eight bits as they "
-            "were (`torch_dtype=torch.float8_e4m3fn`), cast them back, which changes no number: load the model with "
-            f"`torch_dtype=torch.bfloat16` and save it; else their scales are lost. {UNPACKED}"
-        )
+        says_so = next(quantization_keys(checkpoint.config or {}), "")
+        why = f"its config has `{in_a_line(says_so)}`, so there were some, and they are lost" if says_so else _CAST
+        return f"{held}{in_a_line(packed[0].codes[0])}), and no scale of them: {why}. {UNPACKED}"
     return (
         f"{held}{in_a_line(packed[0].codes[0])}), whose codes are numbers only with their scales; they are not read. "
         f"{UNPACKED}"

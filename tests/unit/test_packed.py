@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.plans import Merge, jobs_of, rule
 
@@ -123,8 +124,32 @@ def test_eight_bits_without_any_scale_are_cast_back_and_not_looked_for_elsewhere
         tensors |= packed("layers.0.up_proj", "FP8 alone")
 
     found = merge.write().refusal()
-    assert "and no scale of them. If they were cast to eight bits as they were" in found
+    assert "and no scale of them: if they were cast as they were" in found
+    assert "v.bfloat16() if 'float8' in str(v.dtype) else v" in found
     assert "numbers only with their scales" not in found
+
+
+def test_eight_bits_that_lost_their_scales_are_not_cast_back(merge: Merge) -> None:
+    for tensors in merge.models:
+        tensors |= packed("layers.0.up_proj", "FP8 alone")
+    merge.write(config={"quantization_config": {"quant_method": "fp8"}})
+
+    found = merge.refusal()
+
+    assert "its config has `quantization_config`, so there were some, and they are lost. Give the 16-bit model" in found
+    assert "bfloat16()" not in found
+
+
+def test_what_casts_eight_bits_back_changes_no_number(tmp_path: Path) -> None:
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    kept = {"a": codes.clone().view(torch.float8_e4m3fn), "b": codes.clone().view(torch.float8_e5m2), "c": codes}
+    save_file(kept, tmp_path / "FILE")
+
+    advised = {k: v.bfloat16() if "float8" in str(v.dtype) else v for k, v in load_file(tmp_path / "FILE").items()}
+
+    for name in "ab":
+        assert torch.equal(advised[name].float().nan_to_num(1e9), kept[name].float().nan_to_num(1e9))
+    assert advised["c"].dtype == torch.uint8
 
 
 def test_each_packed_model_has_its_own_sentence_and_the_names_they_lack_none(merge: Merge) -> None:
