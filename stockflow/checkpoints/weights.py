@@ -6,7 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from stockflow.checkpoints.files.candidates import DIFFUSION_STEM, SINGLE_FILE, SUFFIXES, Group
+from stockflow.checkpoints.files.candidates import (
+    DIFFUSION_STEM,
+    SINGLE_FILE,
+    SUFFIXES,
+    WRITTEN_STEMS,
+    Group,
+    written_stem,
+)
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.index import lines_of, mismatch_of, missing_files, read_index
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, Homes, OnFile, Pieces, read_header
@@ -216,9 +223,11 @@ def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
     if group.suffix != SUFFIXES[0]:
         text = f"{folder.where} has its weights in pickles: {group} is read, and nothing that is in it is run"
         yield chosen(folder, f"{text}. A merge is written in safetensors", "note")
-    if group.stem == DIFFUSION_STEM:
-        text = f"{folder.where} is a part of a diffusers pipeline: {group} is read, and a merge that it gives names to"
-        yield chosen(folder, f"{text} is written as {DIFFUSION_STEM}.*", "note")
+    stem, of = written_stem([str(group)]), "a part of a diffusers pipeline"
+    if stem != WRITTEN_STEMS[0]:
+        of = of if stem == DIFFUSION_STEM else "a model of open_clip"
+        text = f"{folder.where} is {of}: {group} is read, and a merge that it gives names to is written as {stem}.*"
+        yield chosen(folder, text, "note")
     if not group.single and not group.index:
         count = counted(len(group.complete), "numbered file")
         text = f"{folder.where} has {count} of weights and no index: all of them are read, and no tensor is in two"

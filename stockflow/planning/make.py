@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import chain, groupby
 from typing import NamedTuple
 
-from stockflow.checkpoints.files.candidates import written_stem
+from stockflow.checkpoints.files.candidates import OPEN_CLIP_STEM, written_stem
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.modules import published_as
@@ -61,6 +61,7 @@ from stockflow.text.remarks import objections
 from stockflow.text.sizes import counted, gb
 
 NUM_PROBLEMS_SHOWN = 20
+LEAST_SHARD_BYTES = 256_000_000
 SHARDS_PER_WORKER = 4
 """So that the last shards leave few workers idle: at most a quarter of the time of one each."""
 GOOD_SHARDS_PER_WORKER, LEAST_GOOD_SHARD_BYTES = 16, 250_000_000
@@ -119,7 +120,7 @@ def make_plan(
     if not jobs:
         reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"
         raise PlanError(f"nothing is left to write: {reason}")
-    size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs)
+    size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs, in_one=_is_read_from_one_file(donor))
     side_files, written = published_tokenizer(
         recipe, [*checkpoints, *beside], tokenizers, vocabulary, followed.generation
     )
@@ -199,10 +200,16 @@ def _planned(
     return jobs, list(skipped), problems
 
 
-def default_shard_size(jobs: Iterable[TensorJob]) -> int:
-    """Return a shard size in bytes that depends on the output alone: a 256th of it, from 256 MB to 5 GB."""
+def _is_read_from_one_file(donor: Checkpoint) -> bool:
+    """Return whether the loader of a model reads no shards: open_clip's and timm's do not."""
+    is_of_timm = "pretrained_cfg" in (donor.config or {}) and "model_type" not in (donor.config or {})
+    return is_of_timm or written_stem(donor.files) == OPEN_CLIP_STEM
+
+
+def default_shard_size(jobs: Iterable[TensorJob], *, in_one: bool = False) -> int:
+    """Return a shard size in bytes that depends on the output alone: a 256th of it, from 256 MB to 5 GB, or all."""
     total = sum(job.result.num_bytes for job in jobs)
-    return min(max(total // 256, 256_000_000), 5_000_000_000)
+    return max(total, 1) if in_one else min(max(total // 256, LEAST_SHARD_BYTES), 5_000_000_000)
 
 
 def few_shards_note(plan: MergePlan, num_workers: int | None) -> list[str]:

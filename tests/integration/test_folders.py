@@ -191,6 +191,26 @@ def a_file_of_another_name(folder: Path) -> None:
     write(folder, {"my-merge.v2.safetensors": full(1.0)})
 
 
+def of_open_clip(folder: Path) -> None:
+    write(folder, {"open_clip_model.safetensors": full(1.0)})
+
+
+def pickles_of_open_clip(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    touch(folder, "open_clip_config.json", content=b"{}")
+    torch.save(full(1.0), folder / "open_clip_pytorch_model.bin")
+
+
+def both_of_open_clip(folder: Path) -> None:
+    pickles_of_open_clip(folder)
+    save_file(full(1.0), folder / "open_clip_model.safetensors")
+
+
+def another_library_beside_open_clip(folder: Path) -> None:
+    write(folder, {"open_clip_model.safetensors": full(9.0)})
+    torch.save(full(1.0), folder / "pytorch_model.bin")
+
+
 def a_part_of_a_pipeline(folder: Path) -> None:
     write(folder, {"diffusion_pytorch_model.safetensors": full(1.0)})
 
@@ -223,6 +243,10 @@ READ: Mapping[Build, str] = {
     a_variant_in_older_shards_without_an_index: "as the variant 'bf16' only",
     a_variant_beside_the_plain_file: "",
     a_file_of_another_name: "has no other weights than my-merge.v2.safetensors: they are read",
+    of_open_clip: "a merge that it gives names to is written as open_clip_model.*",
+    pickles_of_open_clip: "is a model of open_clip: open_clip_pytorch_model.bin is read",
+    both_of_open_clip: "is a model of open_clip: open_clip_model.safetensors is read",
+    another_library_beside_open_clip: "pytorch_model.bin is read",
     a_part_of_a_pipeline: "a part of a diffusers pipeline: diffusion_pytorch_model.safetensors is read",
     a_part_of_a_pipeline_in_shards: "diffusion_pytorch_model.safetensors.index.json is read",
     an_adapter_beside_a_whole_model: "",
@@ -285,6 +309,18 @@ def test_an_accepted_ambiguity_is_read_as_loaders_do(tmp_path: Path) -> None:
 
     assert is_mean(tensors, 5.5)
     assert "holds two sets of weights" in said
+
+
+@pytest.mark.parametrize("build", [of_open_clip, pickles_of_open_clip, both_of_open_clip])
+def test_a_model_of_open_clip_is_written_as_the_file_that_it_asks_for(build: Build, tmp_path: Path) -> None:
+    build(tmp_path / "subject")
+    recipe = {"merge_method": "passthrough", "models": [str(tmp_path / "subject")]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+
+    for _ in range(2):
+        assert cli("merge", tmp_path / "r.yaml", tmp_path / "out").exit_code == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["open_clip_model.safetensors"]
+    assert cli("verify", tmp_path / "out").exit_code == 0
 
 
 @pytest.mark.parametrize("size", ["100", "1MB"])

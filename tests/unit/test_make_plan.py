@@ -429,6 +429,15 @@ def test_the_default_shard_size_follows_from_the_output_alone(num_elems: int, ex
     assert expected == default_shard_size([job("a", (num_elems,), output="BF16")])
 
 
+@pytest.mark.parametrize(("config", "num_files"), [({"pretrained_cfg": {}}, 1), ({"model_type": "x"}, 3)])
+def test_what_timm_reads_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], num_files: int
+) -> None:
+    monkeypatch.setattr("stockflow.planning.make.LEAST_SHARD_BYTES", 200)
+
+    assert len(Merge(tmp_path).write(config=config).plan().shards) == num_files
+
+
 def test_one_shard_is_a_plain_file_and_several_are_numbered(merge: Merge) -> None:
     merge.write()
 

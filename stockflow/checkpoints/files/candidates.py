@@ -1,9 +1,9 @@
 """Weights of a folder: which of its files hold the model, told from their names.
 
 Loaders ask for ``model.safetensors`` and then for the index of shards, diffusers for ``diffusion_pytorch_model`` in the
-place of ``model``; where there is none of these, for ``pytorch_model.bin`` and its index. What loaders would not find
-without help is read where only one thing can be meant: numbered shards without an index, a variant
-(``model.fp16.safetensors``), or the only weights there are.
+place of ``model``, open_clip for ``open_clip_model.safetensors`` alone; where there is none of these, for
+``pytorch_model.bin`` and its index. What loaders would not find without help is read where only one thing can be meant:
+numbered shards without an index, a variant (``model.fp16.safetensors``), or the only weights there are.
 """
 
 import re
@@ -16,12 +16,16 @@ from stockflow.text.escaping import in_a_line
 from stockflow.text.sizes import are
 
 DIFFUSION_STEM = "diffusion_pytorch_model"
+OPEN_CLIP_STEM = "open_clip_model"
 SUFFIXES = (".safetensors", ".bin")
 """Of files of weights, in the order in which they are preferred."""
-STEMS = {".safetensors": ("model", DIFFUSION_STEM), ".bin": ("pytorch_model", DIFFUSION_STEM)}
+STEMS = {
+    ".safetensors": ("model", DIFFUSION_STEM, OPEN_CLIP_STEM),
+    ".bin": ("pytorch_model", DIFFUSION_STEM, "open_clip_pytorch_model"),
+}
 """What the names of weights begin with, by how they end, in the order in which they are preferred."""
 WRITTEN_STEMS = STEMS[SUFFIXES[0]]
-"""What names of an output's weights may begin with: the latter where it is a part of a diffusers pipeline."""
+"""What names of an output's weights may begin with: the first, or what the donor's library asks for."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = f"{SINGLE_FILE}.index.json"
 
@@ -102,9 +106,9 @@ def naming_of(file: str) -> Naming | None:
 
 def written_stem(files: Collection[str]) -> str:
     """Return what the names of a merge's weights begin with, where its donor is read from these files."""
-    named = (naming_of(file) for file in files)
-    is_part = any(each is not None and each.stem == DIFFUSION_STEM for each in named)
-    return DIFFUSION_STEM if is_part else WRITTEN_STEMS[0]
+    stems = {(said.suffix, said.stem) for file in files if (said := naming_of(file))}
+    asked = (STEMS[suffix].index(stem) for suffix, stem in stems if stem in STEMS[suffix])
+    return WRITTEN_STEMS[max(asked, default=0)]
 
 
 def index_of(shard: str) -> str:
@@ -187,7 +191,8 @@ def _split(stem: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (stem, "")
 
 
-def _preference(group: Group) -> tuple[bool, int, int, str, str]:
+def _preference(group: Group) -> tuple[bool, bool, int, int, str, str]:
     stems = STEMS[group.suffix]
     place = stems.index(group.stem) if group.has_usual_stem else len(stems)
-    return bool(group.variant), SUFFIXES.index(group.suffix), place, group.stem, group.variant
+    is_second = group.stem == stems[-1]  # open_clip's, beside which others are those that config.json is of
+    return bool(group.variant), is_second, SUFFIXES.index(group.suffix), place, group.stem, group.variant
