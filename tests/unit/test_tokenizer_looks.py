@@ -352,6 +352,8 @@ UNCHOSEN = {
     "prompts": {"query": "", "document": ""},
 }
 FORCED = FAST | {"config.json": '{"model_type": "llama", "vocab_size": 12, "forced_bos_token_id": 0}'}
+DEFAULT = {"name": "default", "template": CHATML}
+(FLAGGED,) = (each | {"special": not each.get("special")} for each in added("<|im_end|>", start=10))
 SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
     "tunes with a token in a padded row": ((FAST, TOKEN), {"tokens-missing": "warning"}),
     "one tune with a token": ((FAST, TOKEN, FAST), {"tokens-missing": "warning"}),
@@ -383,6 +385,65 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         {},
     ),
     "no template but the base's": ((config(chat_template=CHATML), FAST), {}),
+    "a template of one tune that the other has not": (
+        (config(chat_template=LLAMA), config(chat_template=CHATML), config(chat_template=LLAMA)),
+        {"side-files-differ": "note"},
+    ),
+    "a template with the line ends of another system": (
+        (config(chat_template="{{ a }}\r\n{{ b }}"), config(chat_template="{{ a }}\n{{ b }}\n")),
+        {},
+    ),
+    "a template in a file before that of the config": (
+        (config(chat_template=LLAMA) | {"chat_template.jinja": CHATML}, config(chat_template=CHATML)),
+        {},
+    ),
+    "several templates, and the same in files": (
+        (
+            config(chat_template=[DEFAULT, {"name": "rag", "template": LLAMA}]),
+            FAST | {"chat_template.jinja": CHATML, "additional_chat_templates/rag.jinja": LLAMA},
+        ),
+        {},
+    ),
+    "several templates, and another of them in a file": (
+        (
+            config(chat_template=[DEFAULT, {"name": "rag", "template": LLAMA}]),
+            FAST | {"chat_template.jinja": CHATML, "additional_chat_templates/rag.jinja": CHATML},
+        ),
+        {"side-files-differ": "warning", "not-taken": "note"},
+    ),
+    "another of several templates in the config": (
+        tuple(config(chat_template=[DEFAULT, {"name": "rag", "template": each}]) for each in (CHATML, LLAMA)),
+        {"side-files-differ": "warning"},
+    ),
+    "another first token": ((config(bos_token="a"), config(bos_token="b")), {"side-files-differ": "warning"}),
+    "a first token of the base alone": ((config(bos_token="a"), config(bos_token=None)), {}),
+    "an end token of one tune": (
+        (config(eos_token="a"), config(eos_token="b"), config(eos_token="a")),
+        {"side-files-differ": "note"},
+    ),
+    "a filling of the tunes": ((config(), config(pad_token="b")), {"side-files-differ": "note"}),
+    "a filling of one tune": ((config(pad_token="a"), config(pad_token="b"), config(pad_token="a")), {}),
+    "a filling of the special tokens": (
+        (config(pad_token={"content": "b"}), FAST | {"special_tokens_map.json": '{"pad_token": "b"}'}),
+        {},
+    ),
+    "a length that texts are cut to": (
+        (config(model_max_length=2048), config(model_max_length=8192)),
+        {"tokenizers-differ": "note"},
+    ),
+    "no length, in two spellings": (
+        (config(model_max_length=10**30), config(model_max_length=1000000000000000019884624838656)),
+        {},
+    ),
+    "a length that does not go out": ((config(model_max_length=1e30), config(model_max_length=8192)), {}),
+    "a length that one says": ((FAST, config(model_max_length=8192)), {}),
+    "an added token with other flags in the config": (
+        (
+            TOKEN | {"tokenizer_config.json": json.dumps(decoder(*added("<|im_end|>", start=10)))},
+            TOKEN | {"tokenizer_config.json": json.dumps(decoder(FLAGGED))},
+        ),
+        {"tokenizers-differ": "note"},
+    ),
     "another of several templates": (
         tuple(FAST | {"additional_chat_templates/rag.jinja": each} for each in (CHATML, LLAMA)),
         {"side-files-differ": "warning"},

@@ -15,6 +15,10 @@ FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 """of ``tokenizer_config.json``"""
 LENGTHS = ("truncation", "padding")
 """of every text, which transformers sets anew at each call and other loaders obey"""
+MOST = "model_max_length"
+"""of every text, where whoever asks for texts to be cut says no length"""
+_NO_LENGTH = 1e12
+"""what newer versions write where there is none is larger"""
 SIDES = ("padding_side", "truncation_side")
 _ANY_CLASS = ("", "PreTrainedTokenizer", "TokenizersBackend")
 """What goes by its files alone."""
@@ -34,13 +38,7 @@ def cutting_of(document: Mapping[str, object]) -> Cutting:
         "model": _digest(options),
         "merges": _of_lines(each if isinstance(each, str) else " ".join(map(str, each)) for each in _list(merges)),
         "scores": _of_lines(str(each[1:]) for each in _list(vocab) if isinstance(each, list)),
-        **{
-            f"{ADDED} {shown(entry.get('content'))}": " ".join(
-                sorted(key for key, value in entry.items() if value is True)
-            )
-            for entry in _list(document.get("added_tokens"))
-            if isinstance(entry, dict)
-        },
+        **dict(_flags(entry) for entry in _list(document.get("added_tokens")) if isinstance(entry, dict)),
     }
 
 
@@ -55,7 +53,17 @@ def flags_of(settings: Mapping[str, object]) -> Cutting:
     said = {flag: str(settings[flag]) for flag in FLAGS if isinstance(settings.get(flag), bool)}
     sides = {key: str(settings[key]) for key in SIDES if isinstance(settings.get(key), str)}
     kind = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
-    return {**said, **sides, **({} if kind in _ANY_CLASS else {"tokenizer_class": kind})}
+    most, decoder = settings.get(MOST), settings.get("added_tokens_decoder")
+    length = {MOST: str(most) if most < _NO_LENGTH else "none"} if isinstance(most, int | float) else {}
+    added = decoder.values() if isinstance(decoder, dict) else ()
+    flags = dict(_flags(entry) for entry in added if isinstance(entry, dict) and "special" in entry)
+    return {**said, **sides, **length, **flags, **({} if kind in _ANY_CLASS else {"tokenizer_class": kind})}
+
+
+def _flags(entry: Mapping[str, object]) -> tuple[str, str]:
+    """Return what an added token is called, and how it is found in texts, in words."""
+    words = " ".join(sorted(key for key, value in entry.items() if value is True))
+    return f"{ADDED} {shown(entry.get('content'))}", words
 
 
 def _length(said: object) -> str:

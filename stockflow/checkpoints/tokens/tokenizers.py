@@ -16,6 +16,15 @@ from typing import TypeVar, cast
 from stockflow.checkpoints.beside.side_files import SOME_VOCABULARY, is_of_tokenizer, is_of_use
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.cutting import Cutting, flags_of, merges_of
+from stockflow.checkpoints.tokens.said import (
+    DEFAULT,
+    ROLES,
+    TEMPLATE_JSON,
+    content_of,
+    is_template,
+    roles_of,
+    templates_of,
+)
 from stockflow.checkpoints.tokens.token_rows import stated_sizes, vocabulary_rows
 from stockflow.checkpoints.tokens.vocabularies import (
     FORMS,
@@ -39,7 +48,6 @@ FAST = "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 MERGES = "merges.txt"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 
 _WRITTEN_BY = (
     "transformers_version",
@@ -50,7 +58,6 @@ _WRITTEN_BY = (
     "processor_class",
 )
 """keys of configs that say who wrote them"""
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHER_FORMS = re.compile(rf"{SOME_VOCABULARY}|.+\.(model|spm|vocab)|prophetnet\.tokenizer")
 _OF_FURTHER_IDS = re.compile(rf"(?!.*/)(?!.*\.bpe)({SOME_VOCABULARY})")
 _BESIDE_ANY = re.compile(r"(entity|target)_vocab\.json")
@@ -84,10 +91,10 @@ class Tokenizer:
     """of the input embedding, else of what is as long as a vocabulary; one per id"""
     vocabulary: Vocabulary | None = None
     """None if no file holds one"""
-    template: str | None = None
-    """the chat template, without space around it"""
-    eos: str | None = None
-    """the token that ends a text"""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    """chat templates by name, without space around them"""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """tokens by what they are for"""
     generation: Mapping[str, object] | None = None
     """generation_config.json without what says who wrote it"""
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -102,6 +109,16 @@ class Tokenizer:
     """by token: in what the files contradict each other"""
     below: Mapping[str, Ids] = field(default_factory=dict)
     """vocabularies of parts and modules that have folders of their own, by file"""
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that is taken where none is asked for by name."""
+        return self.templates.get(DEFAULT)
+
+    @property
+    def eos(self) -> str | None:
+        """The token that ends a text."""
+        return self.roles.get("eos_token")
 
 
 def read_tokenizers(
@@ -209,19 +226,18 @@ class _Files:
 
 def _tokenizer(files: _Files) -> Tokenizer:
     settings = files.json(TOKENIZER_CONFIG)
-    eos = settings.get("eos_token") or files.json(SPECIAL_TOKENS).get("eos_token")
-    vocabulary, template = _vocabulary(files, settings), _template(files, settings)
+    vocabulary = _vocabulary(files, settings)
     document = files.json(FAST) if files.reader.with_documents and FAST in files.stamps else None
     return Tokenizer(
         files.rows_of(vocabulary),
         vocabulary,
-        template,
-        _content(eos),
+        _templates(files, settings),
+        roles_of(settings, files.json(SPECIAL_TOKENS)),
         _generation(files),
         settings,
         document,
         _cutting(files, settings),
-        {key: _use(files, key) for key in files.stamps if is_of_use(key)},
+        {key: _use(files, key) for key in files.stamps if is_of_use(key) and not is_template(key)},
         _doubts(files, settings, vocabulary) if vocabulary and FAST in files.stamps else {},
         dict(_below(files)),
     )
@@ -273,7 +289,7 @@ def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabular
             if number in holders
         }
     for key, said in ((SPECIAL_TOKENS, files.json(SPECIAL_TOKENS)), (TOKENIZER_CONFIG, settings)):
-        tokens = {role: _content(token) for role, token in said.items() if role in _ROLES}
+        tokens = {role: content_of(token) for role, token in said.items() if role in ROLES}
         found |= {
             token: f"is the {role} of {key} and no token"
             for role, token in tokens.items()
@@ -335,15 +351,9 @@ def _numbering(files: _Files, key: str, settings: Mapping[str, object]) -> str:
     return " ".join([*code, *(f"{each}={_known_bytes(files, each)}" for each in further)])
 
 
-def _template(files: _Files, settings: Mapping[str, object]) -> str | None:
-    """Return the chat template that loaders take: of a file of its own, else the tokenizer's, else a processor's."""
-    if TEMPLATE_FILE in files.stamps and _is_small(files.stamps[TEMPLATE_FILE]):
-        return files.parsed(TEMPLATE_FILE, _text).strip()
-    found = settings.get("chat_template") or files.json(TEMPLATE_JSON).get("chat_template")
-    if isinstance(found, list):
-        named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found.strip() if isinstance(found, str) else None
+def _templates(files: _Files, settings: Mapping[str, object]) -> dict[str, str]:
+    keys = [key for key in files.stamps if is_template(key) and _is_small(files.stamps[key])]
+    return templates_of({key: files.parsed(key, _text) for key in keys}, settings, files.json(TEMPLATE_JSON))
 
 
 def _generation(files: _Files) -> Mapping[str, object] | None:
@@ -354,12 +364,6 @@ def _generation(files: _Files) -> Mapping[str, object] | None:
 
 def _without_writer(document: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in document.items() if key not in _WRITTEN_BY}
-
-
-def _content(token: object) -> str | None:
-    """Return the text of a token as configs write it: itself, or a mapping with settings of its own."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def _digest(payload: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stockflow.checkpoints.tokens.cutting import ADDED, LENGTHS, SIDES, Cutting
+from stockflow.checkpoints.tokens.cutting import ADDED, LENGTHS, MOST, SIDES, Cutting
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.examples import some
@@ -37,11 +37,13 @@ def other_cutting(proposal: Proposal) -> Iterator[Remark]:
 
 def _is_other(part: str, own: Cutting, published: Cutting) -> bool:
     """Return whether a part differs; that the published tokenizer lets texts be as long as they are is no harm."""
-    return own[part] != published[part] and not (part in LENGTHS and published[part] == "none")
+    return own[part] != published[part] and not (part in (*LENGTHS, MOST) and published[part] == "none")
 
 
 def _said(part: str, own: Cutting, published: Cutting) -> str:
     """Return what a part is called, with the lengths, or the flags of an added token, in both."""
+    if part == MOST:
+        return f"{part} ({own[part]} there, {published[part]} here)"
     if part in LENGTHS:
         return f"{part} of every text ({own[part]} there, {published[part]} here)"
     if not part.startswith(ADDED):
@@ -52,4 +54,4 @@ def _said(part: str, own: Cutting, published: Cutting) -> str:
 
 def _says_little(part: str) -> bool:
     """Whether it decides how ids are shown, how a single token is found, or what batches look like."""
-    return part in ("decoder", "tokenizer_class", *SIDES) or part.startswith(ADDED)
+    return part in ("decoder", "tokenizer_class", MOST, *SIDES) or part.startswith(ADDED)

@@ -1,8 +1,8 @@
 """Side files: what does not come along, of the model that gives them and of the others, and what is named in vain."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from stockflow.checkpoints.beside.side_files import code_files, is_of_tokenizer
+from stockflow.checkpoints.beside.side_files import code_files, is_of_tokenizer, is_tokenizer_or_template
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.examples import some
@@ -47,8 +47,9 @@ def untaken_files(proposal: Proposal) -> Iterator[Remark]:
     donor = proposal.side_files_donor
     kept = {*donor.side_files, *donor.omitted_side_files}
     holders: dict[tuple[str, ...], list[str]] = {}
-    for each in proposal.checkpoints:
-        if keys := tuple(key for key in each.side_files if key not in kept and not is_of_tokenizer(key)):
+    for number, each in enumerate(proposal.checkpoints):
+        known = _is_compared(proposal, number)
+        if keys := tuple(key for key in each.side_files if key not in kept and not known(key)):
             holders.setdefault(keys, []).append(redact(each.url))
     for keys, urls in holders.items():
         text = (
@@ -56,3 +57,11 @@ def untaken_files(proposal: Proposal) -> Iterator[Remark]:
             "has none of that name; `stockflow: {side_files_from: ...}` names another model"
         )
         yield Remark("not-taken", text, "note", tuple(urls), values={"files": some(keys)})
+
+
+def _is_compared(proposal: Proposal, number: int) -> Callable[[str], bool]:
+    """Return what tells files whose contents are compared, or are in another file of the donor's."""
+    donor = proposal.recipe.side_files_donor
+    both = [proposal.tokenizers[index].templates for index in (number, donor) if index < len(proposal.tokenizers)]
+    is_known = len(both) == len(("own", "published")) and both[0] == both[1]
+    return is_tokenizer_or_template if is_known else is_of_tokenizer

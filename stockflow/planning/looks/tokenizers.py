@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.heads import said_of_language
+from stockflow.checkpoints.tokens.said import DEFAULT
 from stockflow.checkpoints.tokens.token_rows import has_input_rows, vocabulary_tensors
 from stockflow.checkpoints.tokens.tokenizers import Vocabulary
 from stockflow.checkpoints.tokens.vocabularies import Ids
@@ -24,6 +25,7 @@ NUM_VALUES = 20
 REMEDY = "Rows of different tokens would be mixed; `tokenizer_source: base` or `union` merges them by token"
 CHOOSES = "`stockflow: {side_files_from: MODEL}` takes another model's"
 CHOOSES_TEMPLATE = "`chat_template: auto` or MODEL takes theirs"
+CHOOSES_ANOTHER = "`chat_template: MODEL` takes another model's"
 UNITES = "`tokenizer_source: union` keeps them"
 
 
@@ -228,7 +230,7 @@ def missing_tokenizers(proposal: Proposal) -> Iterator[Remark]:
 
 
 def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
-    """Yield what goes out of template, end token and generation config although every tune has something else."""
+    """Yield what goes out of templates, tokens and generation config although tunes have something else."""
     recipe = proposal.recipe
     tunes = [
         index
@@ -236,33 +238,70 @@ def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
         if location != recipe.base_model and proposal.tokenizers
     ]
     found = False
-    for what, of in WORDS.items():
-        if (what == "chat template" and recipe.chat_template is not None) or (what == "end token's id" and found):
+    for what, word in WORDS.items():
+        if (what in TEMPLATES and recipe.chat_template is not None) or (what == _EOS_ID and found):
             continue
-        of_files = what in ("generation config", "end token's id")
+        of_files = what in ("generation config", _EOS_ID)
         donor = recipe.side_files_donor if of_files else recipe.vocabulary_donor
         if donor >= len(proposal.tokenizers):  # a model that is asked for its tokenizer alone
             continue
-        own = of(proposal, donor) if tunes else None
-        others = {index: of(proposal, index) for index in tunes if index != donor}
-        if any(others.values()) and own not in others.values():
-            found = True
-            url = redact(proposal.checkpoints[donor].url)
-            word = CHOOSES_TEMPLATE if what == "chat template" else CHOOSES
-            is_made = what == "generation config" and proposal.tokenizers[donor].generation is None
-            said = f"none, so that loaders take {_brief(own)} of its config.json" if is_made and own else _brief(own)
-            text = f"the {what} of {url} goes out ({said}), and every tune has another; {word}"
-            values = {redact(proposal.checkpoints[index].url): _brief(each) for index, each in others.items()}
-            yield Remark("side-files-differ", text, models=(url,), values={url: _brief(own), **values})
+        own = word.of(proposal, donor) if tunes else None
+        others = {index: word.of(proposal, index) for index in tunes if index != donor}
+        unlike = {index: each for index, each in others.items() if each and each != own}
+        is_of_none = any(others.values()) and own not in others.values()
+        if is_of_none or (unlike and word.is_said_of_one):
+            found = found or is_of_none
+            yield _other_word(proposal, donor, what, own, others if is_of_none else unlike, is_of_none)
 
 
-WORDS: Mapping[str, Callable[[Proposal, int], object]] = {
-    "chat template": lambda proposal, index: proposal.tokenizers[index].template,
-    "end token": lambda proposal, index: proposal.tokenizers[index].eos,
-    "generation config": lambda proposal, index: _generation(proposal, index),
-    "end token's id": lambda proposal, index: _eos_id(proposal, index),
+def _other_word(
+    proposal: Proposal, donor: int, what: str, own: object, others: Mapping[int, object], is_of_none: bool
+) -> Remark:
+    """Say what goes out and which tunes have another; a note of what some have, or of what matters little."""
+    url, models = redact(proposal.checkpoints[donor].url), _urls(proposal, list(others))
+    theirs = CHOOSES_TEMPLATE if is_of_none else CHOOSES_ANOTHER
+    advice = theirs if what == "chat template" else CHOOSES
+    is_made = what == "generation config" and proposal.tokenizers[donor].generation is None
+    said = f"none, so that loaders take {_brief(own)} of its config.json" if is_made and own else _brief(own)
+    having = "every tune has" if is_of_none else f"{_listed(models)} {'has' if len(models) == 1 else 'have'}"
+    text = f"the {what} of {url} goes out ({said}), and {having} another; {advice}"
+    values = {url: _brief(own), **dict(zip(models, map(_brief, others.values()), strict=True))}
+    severity: Severity = "warning" if is_of_none and not WORDS[what].is_minor else "note"
+    return Remark("side-files-differ", text, severity, models=(url,), values=values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """Something that a model says of how it is talked to."""
+
+    of: Callable[[Proposal, int], object]
+    is_said_of_one: bool = False
+    """where one tune has another, and not only where all have"""
+    is_minor: bool = False
+
+
+def _token(role: str, **flags: bool) -> _Word:
+    return _Word(lambda proposal, index: proposal.tokenizers[index].roles.get(role), **flags)
+
+
+_EOS_ID = "end token's id"
+TEMPLATES = ("chat template", "set of further chat templates")
+WORDS: Mapping[str, _Word] = {
+    TEMPLATES[0]: _Word(lambda proposal, index: proposal.tokenizers[index].template, is_said_of_one=True),
+    TEMPLATES[1]: _Word(lambda proposal, index: _further_templates(proposal, index)),
+    "end token": _token("eos_token", is_said_of_one=True),
+    "generation config": _Word(lambda proposal, index: _generation(proposal, index)),
+    _EOS_ID: _Word(lambda proposal, index: _eos_id(proposal, index)),
+    "first token": _token("bos_token", is_said_of_one=True),
+    "filling token": _token("pad_token", is_minor=True),
+    "mask token": _token("mask_token", is_minor=True),
 }
-"""The last only where the others are silent: it stands in one of two files."""
+"""The end token's id only where those before it are silent: it stands in one of two files."""
+
+
+def _further_templates(proposal: Proposal, index: int) -> Mapping[str, str] | None:
+    """Return the templates that are asked for by name."""
+    return {name: text for name, text in proposal.tokenizers[index].templates.items() if name != DEFAULT} or None
 
 
 def templates_going_out(proposal: Proposal) -> Iterator[Remark]:

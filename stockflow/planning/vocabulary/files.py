@@ -7,14 +7,8 @@ from typing import Any, cast
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.tokens.tokenizers import (
-    FAST,
-    GENERATION_CONFIG,
-    TEMPLATE_FILE,
-    TEMPLATE_JSON,
-    TOKENIZER_CONFIG,
-    Tokenizer,
-)
+from stockflow.checkpoints.tokens.said import TEMPLATE_FILE, TEMPLATE_JSON
+from stockflow.checkpoints.tokens.tokenizers import FAST, GENERATION_CONFIG, TOKENIZER_CONFIG, Tokenizer
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.errors import PlanError
 from stockflow.planning.plan import SideFile, WrittenFile
