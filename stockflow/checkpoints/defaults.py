@@ -85,7 +85,8 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
         1: (
             "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod",
             "ibert", "longformer", "luke", "mpnet", "layoutlmv3", "bridgetower_text_model", "clap_text_model",
-            "altclip_text_model", "kosmos_2_text_model", "fsmt", "m2m_100", "nllb-moe", "trocr", "speech_to_text",
+            "altclip_text_model", "kosmos_2_text_model", "kosmos_2_5_text_model", "fsmt", "m2m_100", "nllb-moe",
+            "trocr", "speech_to_text",
         ),
         0: ("lilt", "markuplm", "seamless_m4t", "seamless_m4t_v2", "prophetnet", "xlm-prophetnet"),
     },

@@ -73,7 +73,7 @@ CODES: Mapping[str, str] = {
     "same-model": "a model that the recipe names in several ways",
     "same-samples": "models that hold the same numbers wherever they were looked at",
     "seed": "what methods that draw, draw by",
-    "side-files-differ": "a chat template, end token, generation config, processor or pooling that tunes have otherwise",
+    "side-files-differ": "a chat template, special token, generation config, processor or pooling that tunes have not",
     "skipped": "tensors that rules leave out",
     "snapshot": "a folder of the hub's cache, of which a snapshot is read",
     "static-scales": "fixed scales of activations: the base's, or not published",

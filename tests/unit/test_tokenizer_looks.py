@@ -130,6 +130,11 @@ AGREEING: dict[str, tuple[Files, Files]] = {
         {"vocab.txt": "a 90\nb 5\n"},
         fast(["<s>", "<pad>", "</s>", "<unk>", "a", "b"]),
     ),
+    "PhoBERT's mask behind all others": (
+        {"vocab.txt": "a 90\nb 5\n", "special_tokens_map.json": '{"mask_token": "<mask>", "pad_token": "<pad>"}'},
+        fast(["<s>", "<pad>", "</s>", "<unk>", "a", "b"], more=added("<mask>", start=6))
+        | {"tokenizer_config.json": '{"mask_token": "<mask>", "pad_token": "<pad>"}'},
+    ),
     "PhoBERT's lines with other counts": ({"vocab.txt": "a 90\nb 5\n"}, {"vocab.txt": "a 7\nb 3\n"}),
     "BARTpho's dictionary": (bartpho("a 1\n"), bartpho("a 1\n")),
     "a dictionary that is left beside a fast form": (FAST | {"dict.txt": "a 1\n"}, FAST),
@@ -201,6 +206,14 @@ DIFFERING: dict[str, tuple[Files, Files, str]] = {
         {"vocab.json": json.dumps(ids_of(LETTERS))},
         {"vocab.json": json.dumps(ids_of(LETTERS)), "added_tokens.json": '{"a": 11}'},
         "2 ids of .*: 0 is nothing here and 'a' there, 11 is 'a' here",
+    ),
+    "tokens that only their names put behind the others": (
+        {"vocab.json": json.dumps(ids_of(LETTERS)), "special_tokens_map.json": '{"pad_token": "<p>"}'},
+        {
+            "vocab.json": json.dumps(ids_of(LETTERS)),
+            "special_tokens_map.json": '{"additional_special_tokens": [{"content": "<|im_end|>"}], "eos_token": "a"}',
+        },
+        r"10 is '<\|im_end\|>' here and '<p>' there",
     ),
     "PhoBERT's lines in another order": (
         {"vocab.txt": "a 90\nb 5\n"},
@@ -712,6 +725,12 @@ CUT: dict[str, tuple[Files, Files, str, str]] = {
     "merges": (FAST, of_model(merges=[["a", "b"]]), "warning", "merges"),
     "merges of slow forms": (slow("a b\nc d"), slow("c d\na b"), "warning", "merges"),
     "merges of both forms": (of_model(merges=[["a", "b"]]), slow("a c"), "warning", "merges"),
+    "merges of PhoBERT": (
+        {"vocab.txt": "a 9\n", "bpe.codes": "a b 9\n"},
+        {"vocab.txt": "a 9\n", "bpe.codes": "b a 9\n"},
+        "warning",
+        "bpe.codes",
+    ),
     "scores of pieces": (
         {"spiece.model": sentencepiece_model(PIECES)},
         {"spiece.model": sentencepiece_model(PIECES, -3.0)},

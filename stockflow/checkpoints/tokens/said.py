@@ -1,6 +1,6 @@
 """What files of a tokenizer say beside its ids: chat templates, and which tokens have a part to play."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 TEMPLATES = "additional_chat_templates/"
@@ -8,6 +8,9 @@ TEMPLATES = "additional_chat_templates/"
 DEFAULT = "default"
 """What the template is called that is taken where none is asked for."""
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+_FURTHER = ("additional_special_tokens", "extra_special_tokens")
 
 
 def templates_of(files: Mapping[str, str], *documents: Mapping[str, object]) -> dict[str, str]:
@@ -44,6 +47,17 @@ def roles_of(*documents: Mapping[str, object]) -> dict[str, str]:
     """Return which tokens begin texts, end them, fill them and so on, as the first document says that says it."""
     found = {role: next(filter(None, (content_of(each.get(role)) for each in documents)), None) for role in ROLES}
     return {role: token for role, token in found.items() if token is not None}
+
+
+def named_tokens(*documents: Mapping[str, object]) -> list[str]:
+    """Return the tokens that configs name as special, those with a part to play first."""
+    given = [each.get(key) for each in documents for key in _FURTHER]
+    named = [entry for said in given for entry in (said.values() if isinstance(said, dict) else _list(said))]
+    return [*roles_of(*documents).values(), *filter(None, map(content_of, named))]
+
+
+def _list(value: object) -> Sequence[object]:
+    return value if isinstance(value, list) else ()
 
 
 def content_of(token: object) -> str | None:

@@ -22,6 +22,7 @@ from stockflow.checkpoints.tokens.said import (
     TEMPLATE_JSON,
     content_of,
     is_template,
+    named_tokens,
     roles_of,
     templates_of,
 )
@@ -30,6 +31,7 @@ from stockflow.checkpoints.tokens.vocabularies import (
     FORMS,
     OF_PIECES,
     Ids,
+    appended,
     decoder_tokens,
     fast_tokenizer,
     items_of,
@@ -58,7 +60,9 @@ _WRITTEN_BY = (
     "processor_class",
 )
 """keys of configs that say who wrote them"""
-_OTHER_FORMS = re.compile(rf"{SOME_VOCABULARY}|.+\.(model|spm|vocab)|prophetnet\.tokenizer")
+_OTHER_FORMS = re.compile(rf"{SOME_VOCABULARY}|.+\.(model|spm|vocab)|prophetnet\.tokenizer|bpe\.codes")
+_OF_PLAIN_FORM = re.compile(r"vocab\.(json|txt)|encoder\.json")
+"""to which no class adds tokens of its own, but those that configs name"""
 _OF_FURTHER_IDS = re.compile(rf"(?!.*/)(?!.*\.bpe)({SOME_VOCABULARY})")
 _BESIDE_ANY = re.compile(r"(entity|target)_vocab\.json")
 """a second vocabulary, of which the first one has nothing"""
@@ -329,6 +333,8 @@ def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | N
     except ValueError as error:
         return _unread(files, [key], f"{key}: {error}")
     numbering = _numbering(files, key, settings)
+    if _OF_PLAIN_FORM.fullmatch(key) and not numbering:
+        added = appended(named_tokens(settings, files.json(SPECIAL_TOKENS)), ids, added)
     return files.reader.vocabulary(ids, added, numbering, added_first=key != FAST and not numbering)
 
 

@@ -99,6 +99,13 @@ def decoder_tokens(decoder: object) -> Ids:
     return checked({token: int(key) if key.isascii() and key.isdigit() else key for token, key in named})
 
 
+def appended(tokens: Iterable[str], ids: Ids, added: Ids) -> Ids:
+    """Return added tokens with those that have no id yet: loaders put them behind all others, one after the other."""
+    lacking = dict.fromkeys(token for token in tokens if token not in ids and token not in added)
+    begin = len(ids.keys() | added.keys()) if lacking else 0
+    return added | {token: begin + place for place, token in enumerate(lacking)}
+
+
 def token_map(payload: bytes) -> Ids:
     """Return a mapping from tokens to ids: ``vocab.json``, ``encoder.json``, ``added_tokens.json``."""
     return checked(json_of(payload))
