@@ -535,6 +535,24 @@ SAID: dict[str, tuple[tuple[Files, ...], dict[str, str]]] = {
         (TOKEN, TOKEN | {"tokenizer_config.json": json.dumps(decoder({"id": 3, "content": "<|im_end|>"}))}),
         {"tokens-disagree": "note"},
     ),
+    "what Mistral's own loader reads beside it": (
+        (fast(["<unk>", *LETTERS[:9]]) | {"tekken.json": tekken_json(BYTES[:9], ["<unk>"], room=10)},) * 2,
+        {},
+    ),
+    "another order in what Mistral's own loader reads": (
+        (
+            fast(["<unk>", *LETTERS[:9]]) | {"tekken.json": tekken_json(BYTES[8::-1], ["<unk>"], room=10)},
+            fast(["<unk>", *LETTERS[:9]]),
+        ),
+        {"tokens-disagree": "warning"},
+    ),
+    "a token that Mistral's own loader has in another's place": (
+        (
+            fast(["<|im_end|>", *LETTERS[:9]]) | {"tekken.json": tekken_json(BYTES[:9], ["<unk>"], room=10)},
+            fast(["<|im_end|>", *LETTERS[:9]]),
+        ),
+        {"tokens-disagree": "warning"},
+    ),
     "a token in the place of another": (
         (TOKEN | {"tokenizer_config.json": json.dumps(decoder({"id": 10, "content": "<tool>"}))}, TOKEN),
         {"tokens-disagree": "warning", "tokens-missing": "warning"},

@@ -37,6 +37,7 @@ from stockflow.checkpoints.tokens.vocabularies import (
     items_of,
     json_of,
     scores_of,
+    tekken,
     token_map,
 )
 from stockflow.storage import Stamp, Store
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 MAX_FILE_BYTES = 64_000_000
 """Of a file that is parsed; Gemma's tokenizer.json has 33 MB."""
-FAST = "tokenizer.json"
+FAST, TEKKEN = "tokenizer.json", "tekken.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 MERGES = "merges.txt"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -279,11 +280,13 @@ def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabular
     own = files.parsed(FAST, fast_tokenizer).ids
     added = files.parsed(ADDED_TOKENS, token_map) if ADDED_TOKENS in files.stamps else {}
     beside = {TOKENIZER_CONFIG: decoder_tokens(settings.get("added_tokens_decoder") or {}), ADDED_TOKENS: added}
+    with suppress(ValueError):
+        beside |= {TEKKEN: files.parsed(TEKKEN, tekken)} if TEKKEN in files.stamps else {}
     for key, named in beside.items():
         found |= {
             token: f"is {number} in {key} and {ids[token]} in {FAST}"
             for token, number in named.items()
-            if ids[token] != number
+            if ids.get(token, number) != number
         }
         lacking = {token: number for token, number in named.items() if token not in own}
         holders = {number: token for token, number in own.items()} if lacking else {}
