@@ -475,6 +475,13 @@ ALONE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
     "what is published": (CONFIG, "note", {**LLAMA, "scale_emb": 12}, LLAMA, "scale_emb"),
     "what newer versions write": (CONFIG, "note", LLAMA, {**LLAMA, "no_rope_layers": [0, 1]}, "no_rope_layers"),
     "what nobody knows": (KEYS, "note", LLAMA, {**LLAMA, "flux": 2}, "flux"),
+    "what is named as something that is computed with": (
+        CONFIG,
+        "note",
+        LLAMA,
+        {**LLAMA, "output_multiplier": 2.0},
+        "output_multiplier",
+    ),
     "a token of images": (CONFIG, "warning", LLAMA, {**LLAMA, "image_token_id": 60}, "image_token_id"),
     "the first token": (KEYS, "note", LLAMA, {**LLAMA, "bos_token_id": 1}, "bos_token_id"),
     "the last tokens": (KEYS, "note", LLAMA, {**LLAMA, "eos_token_id": [0, 2]}, "eos_token_id"),

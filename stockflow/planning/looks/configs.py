@@ -1,6 +1,7 @@
 """Configs of all models held against each other: facts that shapes do not show, which the published one decides."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from stockflow.checkpoints.configs import (
@@ -165,6 +166,8 @@ def differing_configs(proposal: Proposal, said: Collection[str]) -> Iterator[Rem
                 yield _differing(configs, code, severity, found, means)
         for found, silent in configs.said_by_some([*MEANING, *of_tokens]):
             yield _said_by_some(configs, found, silent)
+        for found, silent in configs.said_by_some(configs.traits(computing_keys)):
+            yield replace(_said_by_some(configs, found, silent), severity="note")
     yield from _other_sizes(proposal, models, said)
     yield from _other_keys(models, keeps_ids)
 
@@ -210,7 +213,7 @@ def _other_keys(configs: Configs, keeps_ids: bool) -> Iterator[Remark]:
     traits = [each for each in configs.traits(further_keys) if keeps_ids or not is_of_tokens(each.name)]
     told = {each.name for each in configs.traits(computing_keys)}
     open_ones = [each for each in traits if each.name not in told]
-    found = [*configs.disagreements(open_ones), *(each for each, _ in configs.said_by_some(traits))]
+    found = [*configs.disagreements(open_ones), *(each for each, _ in configs.said_by_some(open_ones))]
     if found:
         said = "; ".join(f"{shown(each.name)}: {configs.told(each)}" for each in found)
         text = f"configs differ in keys that are not known to give weights another meaning: {said}"
