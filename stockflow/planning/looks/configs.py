@@ -166,8 +166,8 @@ def differing_configs(proposal: Proposal, said: Collection[str]) -> Iterator[Rem
                 yield _differing(configs, code, severity, found, means)
         for found, silent in configs.said_by_some([*MEANING, *of_tokens]):
             yield _said_by_some(configs, found, silent)
-        for found, silent in configs.said_by_some(configs.traits(computing_keys)):
-            yield replace(_said_by_some(configs, found, silent), severity="note")
+    for found, silent in models.said_by_some(models.traits(computing_keys)):
+        yield replace(_said_by_some(models, found, silent), severity="note")
     yield from _other_sizes(proposal, models, said)
     yield from _other_keys(models, keeps_ids)
 
