@@ -1,9 +1,10 @@
 """Views: a checkpoint under the names of another, where both name the same tensors in two ways, or in two layouts."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from stockflow.checkpoints.adapters.factors import factors_said, factors_within
 from stockflow.checkpoints.files.header import TensorSpec
@@ -26,12 +27,13 @@ _SPELLINGS = {
     "backbone.embedding.weight": "backbone.embeddings.weight",
 }
 """Ends of names that loaders take for one another: those of TensorFlow's layers, of weight norms, of Mamba's."""
+_NUMBER = re.compile(r"\d+")
 NUM_VOTES = 100
 MAX_RENAMINGS = 8
 LEAST_SHARE = 0.9
-"""Of the tensors that a checkpoint has besides, so many are the donor's under other names, or none is."""
-LEAST_LAYOUT = 0.1
-"""Share of the donor's elements that another layout holds in other tensors, at least."""
+"""Of the tensors that a checkpoint has besides, so many are the donor's under other names, or these are much of it."""
+MUCH = 0.1
+"""Share of the donor's elements that other names, or another layout, explain whatever is left over."""
 SAME_SIZE = 0.01
 """How far apart two layouts of the same weights may be, in elements: buffers differ."""
 
@@ -57,9 +59,21 @@ class _Renaming:
         left, right = ([part for part in prefix.split(".") if part.isdigit()] for prefix in (self.donors, self.others))
         return len(left) == len(right) and left != right
 
+    @property
+    def is_numbered(self) -> bool:
+        """Whether one of the two tells a layer."""
+        return any(part.isdigit() for prefix in (self.donors, self.others) for part in prefix.split("."))
+
+    def is_of_stack(self, layer: "_Renaming") -> bool:
+        """Return whether a layer is another one of the same stack under another name, if this is what differs."""
+        return _NUMBER.sub("", self.of(layer.donors)) == _NUMBER.sub("", layer.others)
+
     def of(self, name: str) -> str:
         """Return the other's name of a tensor of the donor's, if that has what stands for it."""
         return self.others + name[len(self.donors) :] if name.startswith(self.donors) else ""
+
+
+_SAME = _Renaming("", "")
 
 
 def under_names_of(donor: Checkpoint, other: Checkpoint) -> Checkpoint:
@@ -94,8 +108,8 @@ def other_layout(donor: Checkpoint, other: Checkpoint) -> str | None:
     held, expected = (
         sum(each.specs[name].num_elems for name in names) for each, names in ((other, besides), (donor, lacking))
     )
-    is_large = expected >= LEAST_LAYOUT * sum(spec.num_elems for spec in donor.specs.values())
-    if min(len(lacking), len(besides)) < 2 or not is_large or abs(held - expected) > SAME_SIZE * expected:
+    is_as_much = _is_much(lacking, donor) and abs(held - expected) <= SAME_SIZE * expected
+    if min(len(lacking), len(besides)) < 2 or not is_as_much:
         return None
     return (
         f"{redact(other.url)} has {such(besides)} where "
@@ -117,7 +131,10 @@ def _apart(donor: Checkpoint, other: Checkpoint) -> tuple[list[str], list[str]]:
 
 
 def _pairs(donor: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[_Renaming]]:
-    """Return the other's names by the donor's, and in what they differ, if nearly all that are besides are so found."""
+    """Return the other's names by the donor's, and in what they differ, if these explain nearly all, or much of it.
+
+    Both may have parts that the other lacks, such as towers, and parts of other shapes under like names.
+    """
     lacking, besides = _apart(donor, other)
     bare = {_spelled(_unwrapped(name)): name for name in besides}
     found = {name: theirs for name in lacking if (theirs := bare.get(_spelled(_unwrapped(name))))}
@@ -125,17 +142,46 @@ def _pairs(donor: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[_
     spelled = {_Renaming(ours, theirs) for ours, theirs in zip(_ends(found), _ends(found.values()), strict=True)}
     renamings = [_Renaming("", f"{part}.") for part in sorted(inside)[:1]]
     renamings += sorted((each for each in spelled if each.donors != each.others), key=str)
-    left, held = [name for name in lacking if name not in found], set(besides) - set(found.values())
-    while held and (renaming := _likeliest(left, sorted(held))) and len(renamings) < MAX_RENAMINGS:
-        names = {name: theirs for name in left if (theirs := renaming.of(name)) in held}
-        alike = all(_are_alike(donor.specs[name], other.specs[theirs]) for name, theirs in names.items())
-        if renaming.is_other_layer or not alike:
-            return {}, []
-        found |= names
+    parts = _renamed_parts(donor, other, [name for name in lacking if name not in found], besides)
+    whole = _joined(found, parts)
+    if len(whole) < LEAST_SHARE * len(besides):
+        parts = {renaming: names for renaming, names in parts.items() if not renaming.is_numbered}
+        whole = _joined(found, parts)
+        whole = whole if _is_much(whole, donor) else {}
+    return whole, [*renamings, *parts]
+
+
+def _joined(found: Mapping[str, str], parts: Mapping[_Renaming, Mapping[str, str]]) -> dict[str, str]:
+    return dict(chain(found.items(), *(names.items() for names in parts.values())))
+
+
+def _renamed_parts(
+    donor: Checkpoint, other: Checkpoint, lacking: Sequence[str], besides: Sequence[str]
+) -> dict[_Renaming, dict[str, str]]:
+    """Return the other's names by the donor's for each renaming under which all shapes fit, the likeliest first.
+
+    There are none where layers have other numbers in what else would be one stack.
+    """
+    parts: dict[_Renaming, dict[str, str]] = {}
+    held = set(besides)
+    for _ in range(MAX_RENAMINGS):
+        renaming = _likeliest(lacking, sorted(held))
+        if renaming is None:
+            break
+        if renaming.is_other_layer and any(each.is_of_stack(renaming) for each in (_SAME, *parts)):
+            return {}
+        names = {name: theirs for name in lacking if (theirs := renaming.of(name)) in held}
         held -= set(names.values())
-        left = [name for name in left if name not in names]
-        renamings.append(renaming)
-    return (found, renamings) if len(found) >= LEAST_SHARE * len(besides) else ({}, [])
+        lacking = [name for name in lacking if name not in names]
+        are_alike = all(_are_alike(donor.specs[name], other.specs[theirs]) for name, theirs in names.items())
+        if are_alike and not renaming.is_other_layer:
+            parts[renaming] = names
+    return parts
+
+
+def _is_much(names: Iterable[str], donor: Checkpoint) -> bool:
+    whole = sum(spec.num_elems for spec in donor.specs.values())
+    return sum(donor.specs[name].num_elems for name in names) >= MUCH * max(whole, 1)
 
 
 def _are_alike(ours: TensorSpec, theirs: TensorSpec) -> bool:

@@ -239,6 +239,53 @@ def test_a_view_reads_the_tensor_that_bears_the_name(tmp_path: Path) -> None:
         assert value == load_file(merge.folders[0] / "model.safetensors")[job.output.name].flatten()[0]
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "odd", "blocks"),
+    [
+        ("model.", "model.language_model.", 2, 3),
+        ("model.language_model.", "model.", 1, 24),
+        ("", "model.", 1, 3),
+        ("model.", "", 0, 24),
+        ("model.", "text.model.", 1, 24),
+        ("text.", "words.", 2, 3),
+    ],
+)
+def test_what_is_left_over_beside_other_names_is_told_alone(
+    tmp_path: Path, ours: str, theirs: str, odd: int, blocks: int
+) -> None:
+    """Never are rules advised for layers that are there under other names; obeyed, all of these are merged."""
+    beside = {f"extra.blocks.{block}.fc.weight": torch.ones(1, 2).bfloat16() for block in range(2) if odd}
+    models = [llama(prefix=ours) | beside for _ in range(3)]
+    models[odd] = llama(prefix=theirs) | tower(prefix="memory.", blocks=blocks)
+    merge = merge_of(tmp_path, *models)
+    accept = {"accept": ["other-names"]}
+
+    rules = [rule for said in problems(merge, stockflow=accept) for rule in pasted(said)["stockflow"]["rules"]]
+
+    copied, skipped = ("extra.blocks.", "memory.blocks.") if odd else ("memory.blocks.", "")
+    assert rules == [
+        *([{"filter": skipped, "action": "skip"}] if skipped else []),
+        {"filter": copied, "action": "copy"},
+    ]
+    jobs = jobs_of(merge.plan(stockflow=accept | {"rules": rules}))
+    assert jobs.keys() == models[0].keys()
+    assert {name for name, job in jobs.items() if job.is_copy} == {name for name in models[0] if copied in name}
+
+
+def test_experts_are_no_other_names_of_a_dense_layer(tmp_path: Path) -> None:
+    """Layer by layer some expert has the shape of what the base has, and most are left over."""
+    dense = {name: value for name, value in llama(layers=2).items() if "up_proj" not in name}
+    ups = {f"model.layers.{layer}.mlp.up_proj.weight": torch.ones(64, HIDDEN).bfloat16() for layer in range(2)}
+    experts = {
+        name.replace("mlp.", f"mlp.experts.{expert}."): value.clone()
+        for name, value in ups.items()
+        for expert in range(4)
+    }
+    merge = merge_of(tmp_path, dense | ups, dense | experts, dense | ups)
+
+    assert all("accept" not in said for said in problems(merge))
+
+
 def test_more_than_a_wrapper_is_read_through_only_where_that_is_accepted(tmp_path: Path) -> None:
     encoder, decoder = llama(prefix="encoder.", head=False), llama(prefix="decoder.", head=False)
     merge = merge_of(tmp_path, encoder, decoder, encoder)
