@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from stockflow.checkpoints.opening import link_notes
-from stockflow.errors import RecipeError
+from stockflow.errors import PlanError, RecipeError
 from stockflow.events import Done, Note, OnEvent, Stage, ignore
 from stockflow.output.receipts import Receipt
 from stockflow.planning.budget import default_memory
@@ -24,6 +24,7 @@ from stockflow.settings import (
     Location,
 )
 from stockflow.storage import StorageConfig, open_store, trusted_folders
+from stockflow.text.remarks import objections
 
 if TYPE_CHECKING:
     from stockflow.adapters.combination import CombinationPlan, Sources
@@ -239,13 +240,18 @@ def plan_adapter(
 ) -> "tuple[CombinationPlan, Sources]":
     """Return what the adapters of a recipe make together, and the adapters; nothing is written."""
     from stockflow.adapters.binding import plan_combination
-    from stockflow.adapters.sources import open_sources
+    from stockflow.adapters.sources import open_sources, remarks_on
     from stockflow.output.target import check_apart
 
     storage = storage_of(recipe, chosen.follow_links)
     store = open_store(os.fspath(output), storage, writable=True)
     sources = open_sources(recipe, storage, on_event)
     check_apart(store.url, [source.store for source in sources if source])
+    remarks = tuple(remarks_on(recipe, sources))
+    if problems := objections(remarks, recipe.stockflow.accept, strict=chosen.strict):
+        raise PlanError("\n".join(problems), remarks)
+    for each in remarks:
+        on_event(Note(str(each), "note" if each.severity == "note" else "warning"))
     return plan_combination(recipe, sources, store.url), sources
 
 

@@ -1,24 +1,26 @@
 """Adapters that are merged with each other: opened where a recipe names them, on one base, which is not opened."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import ml_dtypes
 import numpy as np
 
+from stockflow.checkpoints.adapters.bases import likeness
 from stockflow.checkpoints.adapters.config import ModuleScales
 from stockflow.checkpoints.adapters.keys import by_module
 from stockflow.checkpoints.adapters.names import unwrapped
 from stockflow.checkpoints.adapters.opening import Adapter, read_adapter
 from stockflow.checkpoints.files.header import TensorSpec, width_of
 from stockflow.checkpoints.files.layout import HeaderCache
-from stockflow.checkpoints.opening import bare_name
-from stockflow.errors import CheckpointError, NotFoundError, NumericsError, PlanError
+from stockflow.errors import CheckpointError, NotFoundError, NumericsError
 from stockflow.events import Done, OnEvent
 from stockflow.kernels.arrays import Floats
 from stockflow.recipe import Recipe
 from stockflow.storage import StorageConfig, Store, halves_of, open_model, own_key, pin_revision, redact
+from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
 Parts = Mapping[str, str]
@@ -107,16 +109,14 @@ def open_sources(recipe: Recipe, storage: StorageConfig, on_event: OnEvent) -> l
     """Return the adapter at each of a recipe's locations, None where it is the base itself.
 
     Raises:
-        UserError: one is no adapter, or they belong to several bases.
+        UserError: one is no adapter.
         StorageError: reading failed after retries.
     """
     cache = HeaderCache()
-    sources = [
+    return [
         None if location == recipe.base_model else _opened(location, storage, cache, on_event)
         for location in recipe.checkpoints
     ]
-    _check_one_base(recipe, sources)
-    return sources
 
 
 def _opened(location: str, storage: StorageConfig, cache: HeaderCache, on_event: OnEvent) -> AdapterSource:
@@ -130,13 +130,20 @@ def _opened(location: str, storage: StorageConfig, cache: HeaderCache, on_event:
     return AdapterSource(store, adapter, base and redact(base))
 
 
-def _check_one_base(recipe: Recipe, sources: Sequence[AdapterSource | None]) -> None:
-    told = {source.base: source.where for source in sources if source and source.base}
+def remarks_on(recipe: Recipe, sources: Sequence[AdapterSource | None]) -> Iterator[Remark]:
+    """Yield what is to be known of a recipe of adapters, of each of them, and of the bases that they name."""
+    yield from recipe.remarks
+    found = [source for source in sources if source]
+    for source in found:
+        yield from source.adapter.remarks
+    told = {source.base: source.where for source in found if source.base}
     told |= {recipe.base_model: "the recipe"} if recipe.base_model else {}
-    names = {bare_name(base): f"{redact(base)} (of {where})" for base, where in told.items() if base}
-    if len(names) > 1:
-        one, other, *_ = names.values()
-        raise PlanError(
-            f"these adapters belong to several bases: {one} and {other}. If these are the same weights, name one for "
-            "all: `model: BASE+ADAPTER`"
-        )
+    said = {base: f"{redact(base)} (of {where})" for base, where in told.items()}
+    pairs = {likeness(one, other): f"{said[one]} and {said[other]}" for one, other in combinations(said, 2)}
+    way_on = "If these are the same weights, name one for all: `model: BASE+ADAPTER`"
+    if apart := pairs.get("apart"):
+        text = f"these adapters belong to several bases: {apart}. {way_on}"
+        yield Remark("adapter-elsewhere", text, "refusal", tuple(source.where for source in found))
+    elif alike := pairs.get("alike"):
+        text = f"these adapters name bases in several places: {alike}. {way_on}"
+        yield Remark("adapter-elsewhere", text, "note", tuple(source.where for source in found))

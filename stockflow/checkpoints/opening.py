@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 from stockflow.checkpoints.adapters.adapted import adapted
+from stockflow.checkpoints.adapters.bases import likeness
 from stockflow.checkpoints.adapters.files import remarks_on_files
 from stockflow.checkpoints.adapters.ground import Ground
 from stockflow.checkpoints.adapters.keys import place_of
@@ -218,19 +219,14 @@ def _without_tokenizer(files: Mapping[str, Stamp], instead: Mapping[str, Stamp])
 
 
 def _on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:
-    """Yield that an adapter says it belongs to a model of another name than the one it is put on."""
+    """Yield that an adapter says it belongs to another model, or another place, than the one it is put on."""
     base = store.model.where()
-    if named and bare_name(named) != bare_name(base):
+    if named and likeness(named, base) != "one":
         text = (
             f"{store.adapter.where()} says that its base is {shown(redact(named))}, and is put on {base}: if these are "
             "not the same weights, what it adds means nothing"
         )
         yield Remark("adapter-elsewhere", text, "note", (store.url,))
-
-
-def bare_name(location: str) -> str:
-    """Return the name of a model without where it lies and which revision it is."""
-    return redact(location).partition("@")[0].rstrip("/").rpartition("/")[2].lower()
 
 
 def open_tokenizer(store: Store) -> Checkpoint:

@@ -16,7 +16,7 @@ CODES: Mapping[str, str] = {
     "adapter-part": "modules that were trained with an adapter, and of which it has nothing",
     "adapter-task": "an adapter for a class of models with another head than the class that its base names",
     "adapter-tokenizer": "a tokenizer or template beside an adapter, which goes before its base's",
-    "adapter-elsewhere": "an adapter on a model of another name than the one that it says it belongs to",
+    "adapter-elsewhere": "an adapter on another model than it says it belongs to, or merged with one of another",
     "architecture-differs": "models of several architectures",
     "base-not-listed": "a base that no model of the recipe is, with a method that needs none",
     "config-differs": "other facts of configs that give equal tensors another meaning",

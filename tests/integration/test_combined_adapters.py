@@ -290,10 +290,42 @@ def test_recipes_that_make_no_adapter_are_refused(said: dict[str, Any], expected
     assert expected in refusal(three(tmp_path).recipe([1.0, 1.0, 1.0], **said))
 
 
+@pytest.mark.parametrize(
+    ("bases", "severity"),
+    [
+        (("/data/alice/llama-sft/checkpoint-500", "/data/bob/mistral-sft/checkpoint-500"), "refusal"),
+        (("/mnt/a/Llama-3-8B", "/mnt/b/Llama-3-8B"), "note"),
+        (("/mnt/a/Llama-3-8B", "meta-llama/Llama-3-8B"), None),
+    ],
+)
+def test_adapters_of_two_bases_are_told_by_more_than_the_last_name(
+    bases: tuple[str, str], severity: str | None, tmp_path: Path
+) -> None:
+    family = Family(tmp_path, [adapters.linear(SHAPES, ["q_proj"], seed=seed) for seed in (1, 2)])
+    for place, base, made in zip(family.places, bases, family.made, strict=True):
+        write_adapter(place, made, base_model_name_or_path=base)
+    recipe = family.recipe([0.5, 0.5])
+
+    found = runs.invoke("plan", recipe, tmp_path / "out")
+
+    assert found.exit_code == (2 if severity == "refusal" else 0)
+    assert all(base in found.output for base in bases) is (severity is not None)
+    assert runs.invoke("plan", recipe, tmp_path / "out", "--strict").exit_code == (2 if severity else 0)
+    accepting = family.recipe([0.5, 0.5], stockflow={"accept": ["adapter-elsewhere"]})
+    assert runs.invoke("plan", accepting, tmp_path / "out", "--strict").exit_code == 0
+
+
+def test_an_adapter_that_adds_nothing_is_said_among_adapters(tmp_path: Path) -> None:
+    family = Family(tmp_path, [adapters.linear(SHAPES, ["q_proj"], seed=seed) for seed in (1, 2)], lora_alpha=0)
+
+    assert "by which its factors add nothing" in runs.invoke("plan", family.recipe([0.5, 0.5]), tmp_path / "out").output
+
+
 def test_a_model_among_the_adapters_is_named(tmp_path: Path) -> None:
     family = three(tmp_path)
     write_checkpoint(family.places[1], {"w": torch.ones(2)})
-    (family.places[1] / "adapter_config.json").unlink()
+    for file in family.places[1].glob("adapter_*"):
+        file.unlink()
 
     assert "every model but `base_model` is one" in refusal(family.recipe([1.0, 1.0, 1.0]))
 

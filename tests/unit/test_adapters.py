@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 import stockflow
+from stockflow.checkpoints.adapters.bases import likeness
 from stockflow.errors import CheckpointError, NotFoundError, UserError
 from stockflow.recipe import load_recipe
 from stockflow.results import PlanResult
@@ -600,13 +601,46 @@ def test_keys_may_bear_the_name_of_one_adapter(name: str, tmp_path: Path) -> Non
         merged(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
 
 
-@pytest.mark.parametrize(("named", "is_said"), [("org/Base@main", False), ("org/another", True), (None, False)])
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("org/Llama-3-8B", "hf://org/Llama-3-8B@main", "one"),
+        ("org/Llama-3-8B", "/mnt/a/llama-3-8b", "one"),
+        ("/mnt/a/Llama-3-8B/", "/mnt/a/Llama-3-8B", "one"),
+        ("mirror/Llama-3-8B", "org/Llama-3-8B", "one"),
+        ("org/Qwen3", f"/hub/models--org--Qwen3/snapshots/{'a1' * 20}", "one"),
+        ("https://huggingface.co/org/Qwen3", "org/Qwen3", "one"),
+        (r"C:\models\Qwen3", "org/Qwen3", "one"),
+        ("org/final", "org/final", "one"),
+        ("/mnt/a/Llama-3-8B", "/home/b/Llama-3-8B", "alike"),
+        ("/mnt/a/Llama-3-8B", "s3://models/Llama-3-8B", "alike"),
+        ("/mnt/a/opt-125m", "/mnt/b/opt-125m", "alike"),
+        ("/data/alice/llama-sft/checkpoint-500", "/data/bob/mistral-sft/checkpoint-500", "apart"),
+        ("alice/final", "bob/final", "apart"),
+        *((f"/a/{name}", f"/b/{name}", "apart") for name in ("final", "merged", "output", "model", "base", "last")),
+        *((f"/a/{name}", f"/b/{name}", "apart") for name in ("best_model", "epoch3", "global_step1000", "v2", "1")),
+        ("org/base", "/a/base", "apart"),
+        ("org/one", "org/another", "apart"),
+    ],
+)
+def test_bases_are_one_by_their_place_or_by_a_name_that_tells(one: str, other: str, expected: str) -> None:
+    assert likeness(one, other) == likeness(other, one) == expected
+
+
+def test_a_base_behind_a_link_is_the_one_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "final")
+
+    assert likeness(f"{tmp_path}/linked", f"{tmp_path}/final") == "one"
+
+
+@pytest.mark.parametrize(("named", "is_said"), [("org/Qwen3@main", False), ("org/another", True), (None, False)])
 def test_an_adapter_that_names_another_model_than_the_one_it_is_put_on_is_said(
     named: str | None, is_said: bool, tmp_path: Path
 ) -> None:
-    write_base(tmp_path / "base", SHAPES)
+    write_base(tmp_path / "qwen3", SHAPES)
     write_adapter(tmp_path / "lora", adapters.linear(SHAPES), base_model_name_or_path=named)
-    recipe = {"merge_method": "passthrough", "models": [{"model": f"{tmp_path}/base+{tmp_path}/lora"}]}
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{tmp_path}/qwen3+{tmp_path}/lora"}]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
     (opened,) = Inputs.open(load_recipe(str(tmp_path / "recipe.yaml"))).checkpoints
