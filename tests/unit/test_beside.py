@@ -249,6 +249,29 @@ def test_weights_that_no_index_names_are_said_with_tensors_and_bytes(folder: Pat
     assert "4 files of weights of " in remark.text
 
 
+def test_the_weights_in_another_precision_are_a_note_and_others_that_are_called_so_a_warning(folder: Path) -> None:
+    halves = {name: tensor.half() for name, tensor in TENSORS.items()}
+    save_file({"a": halves["a"]}, folder / "model.fp16-00001-of-00002.safetensors")
+    save_file({"b": halves["b"]}, folder / "model.fp16-00002-of-00002.safetensors")
+    write(folder, {"model.safetensors.index.fp16.json": "{}"})
+
+    (remark,) = opened(folder).remarks
+
+    assert (remark.code, remark.severity) == ("left-out", "note")
+    assert "as no loader of the output needs it, 3 files of the weights in another precision (" in remark.text
+    save_file(halves | {"c": torch.ones(1)}, folder / "model.bf16.safetensors")
+    save_file(halves, folder / "model.ema.safetensors")
+    assert opened(folder).remarks[0].values.keys() == {"model.bf16.safetensors", "model.ema.safetensors"}
+    assert opened(folder).remarks[0].code == "unlisted-weights"
+
+
+def test_what_python_compiled_is_of_a_known_kind(folder: Path) -> None:
+    checkpoint = opened(write(folder, {"__pycache__/m.cpython-311.pyc": "1", "old.pyc": "1"}))
+
+    assert checkpoint.other_files == ()
+    assert "as no loader of the output needs it, 2 files of compiled Python (2 B)" in checkpoint.remarks[0].text
+
+
 def test_many_subfolders_are_bounded_and_those_that_were_not_listed_are_said(folder: Path) -> None:
     write(folder, {f"aaa/{number}": "1" for number in range(tree.MAX_FILES + 1)})
     write(folder, {f"b{number:02}/x": "1" for number in range(tree.MAX_FOLDERS)})

@@ -1,9 +1,10 @@
 """Files of a model that stay behind: what they are, how much they hold, and what is said of them."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
+from stockflow.checkpoints.files.candidates import PRECISIONS, SUFFIXES, naming_of
 from stockflow.checkpoints.files.header import PlacedTensor
 from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.files.tree import Tree, is_hidden
@@ -27,6 +28,7 @@ MAX_TENSORS = 10_000
 
 _HEAD = re.compile(r"model_head\.(pkl|joblib)")
 OTHERS = "no known kind"
+VARIANTS = "the weights in another precision"
 _KINDS: Mapping[str, re.Pattern[str]] = {
     "training": re.compile(
         r"(.+/)?((trainer_state|(all|train|eval|test|predict)_results)\.json|training_args\.(bin|json)|zero_to_fp32\.py"
@@ -38,18 +40,32 @@ _KINDS: Mapping[str, re.Pattern[str]] = {
         rf"|(.+/)?[^/]*(model|consolidated|weights)[^/]*({'|'.join(map(re.escape, _OF_ANYTHING))})"
         rf"|.+({'|'.join(re.escape(each) for each in WEIGHT_SUFFIXES[1:] if each not in _OF_ANYTHING)})"
     ),
+    "compiled Python": re.compile(r"(.+/)?__pycache__/.+|.+\.py[co]"),
 }
 
 
 def kind_of(key: str) -> str:
     """Return what a file that stays behind is of, in words."""
+    if is_variant(key):
+        return VARIANTS
     return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(key)), OTHERS)
+
+
+def is_variant(key: str) -> bool:
+    """Whether a file is called as weights in another precision are: ``model.fp16.safetensors``, or their index."""
+    said = naming_of(key.rpartition("/")[2])
+    return said is not None and said.suffix == SUFFIXES[0] and said.variant in PRECISIONS
 
 
 def strays(tree: Tree, used: Collection[str]) -> list[str]:
     """Return the keys of weights in safetensors that are not merged, those of training left out."""
     seen = (key for key in tree.files if key.endswith(".safetensors") and key not in used and not is_hidden(key))
-    return [key for key in seen if kind_of(key) == OTHERS]
+    return [key for key in seen if kind_of(key) in {OTHERS, VARIANTS}]
+
+
+def are_again(key: str, placed: Sequence[PlacedTensor] | None, merged: Collection[str]) -> bool:
+    """Whether a file is a variant of the weights, and all that it holds is merged under its names."""
+    return is_variant(key) and bool(placed) and all(each.spec.name in merged for each in placed or ())
 
 
 def left_out(tree: Tree, used: Collection[str]) -> dict[str, Stamp]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from stockflow.checkpoints.beside.left_out import (
     OTHERS,
     REPLACED,
+    are_again,
     files_remark,
     kind_of,
     left_out,
@@ -73,7 +74,8 @@ def look_beside(
     folders = {folder for key in needed for folder in _above(key)}
     copied = {key: tree.files[key] for key in needed if _can_be_copied(key, tree, folders)}
     used = {*used, *_indexes(tree, {folder_of(key) for key in modules.weights})}
-    unlisted = strays(tree, {*used, *needed})
+    found = _opened(store, tree, strays(tree, {*used, *needed}))
+    unlisted = {key: each for key, each in found.items() if not are_again(key, each[1], merged)}
     left = left_out(tree, {*used, *needed, *unlisted})
     return Beside(
         copied,
@@ -81,7 +83,7 @@ def look_beside(
         tuple(key for key in left if kind_of(key) == OTHERS),
         (*modules.missing, *missing),
         (
-            *weights_remark(where, _opened(store, tree, unlisted), merged),
+            *weights_remark(where, unlisted, merged),
             *files_remark(where, left, tree.cut),
         ),
     )

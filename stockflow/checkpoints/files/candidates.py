@@ -13,7 +13,6 @@ from itertools import islice
 from typing import NamedTuple
 
 from stockflow.text.escaping import in_a_line
-from stockflow.text.sizes import are
 
 DIFFUSION_STEM = "diffusion_pytorch_model"
 OPEN_CLIP_STEM = "open_clip_model"
@@ -34,6 +33,8 @@ _INDEX = re.compile(rf"(.+){_SUFFIX}\.index(?:\.([\w-]+))?\.json")
 _SHARD = re.compile(rf"(.+?)-(\d{{5,6}})-of-(\d{{5,6}})(?:\.([\w-]+))?{_SUFFIX}")
 _SINGLE = re.compile(rf"(.+){_SUFFIX}")
 _VARIANT = re.compile(rf"(model|pytorch_model|{DIFFUSION_STEM})\.([\w-]+)")
+PRECISIONS = frozenset({"fp16", "bf16", "fp32", "f16", "f32", "float16", "float32", "bfloat16"})
+"""Variants that are the plain weights in another dtype."""
 _OF_A_RANK = re.compile(r"(?:.+[-_.])?rank[-_]?(\d{1,6})(?:[-_.].+)?")
 NO_MODEL = re.compile(
     r"(adapter_model|adapters?|pytorch_lora_weights|consolidated(\.\d+)?|(\w+_)?(optimizer|scheduler|states?)([-_]\w+)?"
@@ -179,7 +180,8 @@ def lacking(groups: Collection[Group]) -> Iterator[str]:
                 continue
             absent = list(islice((number for number in range(1, total + 1) if number not in files), MOST_NAMED))
             numbers = ", ".join(map(str, absent)) + (" ..." if total - len(files) > len(absent) else "")
-            yield f"of {total} files like {in_a_line(min(files.values()))} {numbers} {are(total - len(files))} missing"
+            what = f"number {numbers} is" if len(absent) == total - len(files) == 1 else f"numbers {numbers} are"
+            yield f"of {total} files like {in_a_line(min(files.values()))}, {what} missing"
 
 
 def _is_whole(files: Mapping[int, str], total: int) -> bool:
