@@ -113,6 +113,10 @@ def test_added_tokens_and_those_of_a_decoder_are_read_alike() -> None:
     entries = added("<|a|>", "<|b|>", start=7)
     decoder = {str(entry["id"]): {"content": entry["content"], "special": True} for entry in entries}
 
-    assert vocabularies.added_tokens(entries) == vocabularies.decoder_tokens(decoder) == {"<|a|>": 7, "<|b|>": 8}
+    assert (
+        vocabularies.added_of({"added_tokens": entries})
+        == vocabularies.decoder_tokens(decoder)
+        == {"<|a|>": 7, "<|b|>": 8}
+    )
     with pytest.raises(ValueError, match="found '<x>': 'seven'"):
         vocabularies.decoder_tokens({"seven": {"content": "<x>"}})

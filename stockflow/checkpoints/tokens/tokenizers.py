@@ -16,11 +16,11 @@ from typing import TypeVar, cast
 from stockflow.checkpoints.beside.side_files import SOME_VOCABULARY, is_of_tokenizer, is_of_use
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.cutting import Cutting, flags_of, merges_of
+from stockflow.checkpoints.tokens.doubts import Doubts, doubts_of_named, doubts_of_roles, doubts_of_slow
+from stockflow.checkpoints.tokens.fast import fast_tokenizer
 from stockflow.checkpoints.tokens.said import (
     DEFAULT,
-    ROLES,
     TEMPLATE_JSON,
-    content_of,
     is_template,
     named_tokens,
     roles_of,
@@ -33,7 +33,6 @@ from stockflow.checkpoints.tokens.vocabularies import (
     Ids,
     appended,
     decoder_tokens,
-    fast_tokenizer,
     items_of,
     json_of,
     scores_of,
@@ -41,7 +40,6 @@ from stockflow.checkpoints.tokens.vocabularies import (
     token_map,
 )
 from stockflow.storage import Stamp, Store
-from stockflow.text.strictjson import shown
 
 T = TypeVar("T")
 
@@ -272,37 +270,32 @@ def _use(files: _Files, key: str) -> dict[str, object]:
         return {}
 
 
-def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabulary) -> dict[str, str]:
+def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabulary) -> Doubts:
     """Return which tokens have another id in the files beside a tokenizer.json, or none there at all."""
-    ids, found = vocabulary.ids, dict[str, str]()
     if vocabulary.problem:
-        return found
-    own = files.parsed(FAST, fast_tokenizer).ids
+        return {}
+    fast = files.parsed(FAST, fast_tokenizer)
+    decoded = decoder_tokens(settings.get("added_tokens_decoder") or {})
     added = files.parsed(ADDED_TOKENS, token_map) if ADDED_TOKENS in files.stamps else {}
-    beside = {TOKENIZER_CONFIG: decoder_tokens(settings.get("added_tokens_decoder") or {}), ADDED_TOKENS: added}
+    beside = {TOKENIZER_CONFIG: decoded, ADDED_TOKENS: added}
     with suppress(ValueError):
         beside |= {TEKKEN: files.parsed(TEKKEN, tekken)} if TEKKEN in files.stamps else {}
+    found = dict(fast.doubts)
     for key, named in beside.items():
-        found |= {
-            token: f"is {number} in {key} and {ids[token]} in {FAST}"
-            for token, number in named.items()
-            if ids.get(token, number) != number
-        }
-        lacking = {token: number for token, number in named.items() if token not in own}
-        holders = {number: token for token, number in own.items()} if lacking else {}
-        found |= {
-            token: f"is {number} in {key}, where {FAST} has {shown(holders[number])}"
-            for token, number in lacking.items()
-            if number in holders
-        }
-    for key, said in ((SPECIAL_TOKENS, files.json(SPECIAL_TOKENS)), (TOKENIZER_CONFIG, settings)):
-        tokens = {role: content_of(token) for role, token in said.items() if role in ROLES}
-        found |= {
-            token: f"is the {role} of {key} and no token"
-            for role, token in tokens.items()
-            if token and token not in ids
-        }
-    return found
+        found |= doubts_of_named(vocabulary.ids, fast.ids, named, key)
+    older = next(((key, read) for form, read in FORMS[1:] for key in files.stamps if form.fullmatch(key)), None)
+    if older and older[0] != TEKKEN and not _numbering(files, older[0], settings):
+        with suppress(ValueError):
+            slow, may_be_shifted = files.parsed(*older), _may_be_shifted(older[0], settings)
+            found |= doubts_of_slow(fast.ids, slow, decoded | added, older[0], may_be_shifted=may_be_shifted)
+    return found | doubts_of_roles(
+        vocabulary.ids, {SPECIAL_TOKENS: files.json(SPECIAL_TOKENS), TOKENIZER_CONFIG: settings}
+    )
+
+
+def _may_be_shifted(key: str, settings: Mapping[str, object]) -> bool:
+    """Return whether code of a class that is not known may number the pieces of a SentencePiece model anew."""
+    return key.endswith(".bpe.model") or (key.endswith(".model") and "tokenizer_class" not in flags_of(settings))
 
 
 def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:

@@ -9,9 +9,9 @@ import binascii
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-from stockflow.checkpoints.tokens.cutting import Cutting, cutting_of
+from stockflow.checkpoints.tokens.cutting import Cutting
 from stockflow.text.strictjson import check_num_values, parse_json, shown
 
 Ids = dict[str, int]
@@ -46,46 +46,30 @@ def as_letters(token: bytes) -> str:
     return "".join(map(_BYTE_LETTERS.__getitem__, token))
 
 
-class FastTokenizer(NamedTuple):
-    """What a ``tokenizer.json`` says."""
-
-    ids: Ids
-    cutting: Cutting
-
-
-def fast_tokenizer(payload: bytes) -> FastTokenizer:
-    """Return vocabulary and cutting of a ``tokenizer.json``.
-
-    Raises:
-        ValueError: as for ``tokenizer_json``.
-    """
-    document = json_of(payload)
-    return FastTokenizer(_ids_of(document), cutting_of(document))
-
-
 def tokenizer_json(payload: bytes) -> Ids:
     """Return the vocabulary of a ``tokenizer.json``: BPE, WordPiece, WordLevel or Unigram, and the added tokens.
 
     Raises:
         ValueError: it is none; in one short line, as for all forms.
     """
-    return _ids_of(json_of(payload))
+    document = json_of(payload)
+    return vocabulary_of(document) | added_of(document)
 
 
-def _ids_of(document: Mapping[str, object]) -> Ids:
+def vocabulary_of(document: Mapping[str, object]) -> Ids:
+    """Return the vocabulary of the model of a ``tokenizer.json``, without added tokens."""
     model = document.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):
-        ids = _numbered(_piece(item) for item in vocab)
-    elif isinstance(vocab, dict):
-        ids = checked(vocab)
-    else:
-        raise ValueError("expected a mapping or a list `model.vocab`")
-    return ids | added_tokens(document.get("added_tokens") or [])
+        return _numbered(_piece(item) for item in vocab)
+    if isinstance(vocab, dict):
+        return checked(vocab)
+    raise ValueError("expected a mapping or a list `model.vocab`")
 
 
-def added_tokens(entries: object) -> Ids:
+def added_of(document: Mapping[str, object]) -> Ids:
     """Return what ``added_tokens`` of a ``tokenizer.json`` name."""
+    entries = document.get("added_tokens") or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("expected a list of mappings `added_tokens`")
     return checked({entry.get("content"): entry.get("id") for entry in entries})
