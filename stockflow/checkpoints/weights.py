@@ -1,6 +1,6 @@
 """Weights of a checkpoint: its tensors, read from those of its files that are the truth."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,8 +12,11 @@ from stockflow.checkpoints.files.candidates import (
     SUFFIXES,
     WRITTEN_STEMS,
     Group,
+    chosen_of,
+    groups_of,
     written_stem,
 )
+from stockflow.checkpoints.files.frameworks import on_formats
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.index import lines_of, mismatch_of, missing_files, read_index
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, Homes, OnFile, Pieces, read_header
@@ -27,7 +30,6 @@ from stockflow.text.sizes import are, counted, gb
 from stockflow.text.strictjson import shown
 
 NUM_HEADER_READERS = 16
-_KERNELS = {"flax": "Flax", "tf": "TensorFlow"}
 NUM_NAMED = 3
 MAX_COMPARED, COMPARED_BYTES = 64, 4096
 """Tensors, over all the depth, and bytes of each that are compared where two sets of weights have equal headers."""
@@ -89,6 +91,8 @@ def read_weights(folder: Folder, group: Group | None, of_modules: Sequence[str])
     if group is None:
         return _read(folder, of_modules)
     weights = _read_group(folder, group)
+    if group.index not in weights.files and not group.single:
+        group = replace(group, index="")
     weights = replace(weights, remarks=(*_on_choice(folder, group), *weights.remarks))
     return _joined(weights, _read(folder, of_modules)) if of_modules else weights
 
@@ -122,7 +126,7 @@ def _read(folder: Folder, files: Sequence[str], homes: Homes | None = None) -> W
     remarks = [
         *_on_doubled(folder, layout.doubled),
         *others_remark(folder, others),
-        *_on_formats(folder, formats, layout.specs),
+        *on_formats(folder.where, formats, layout.specs),
     ]
     return Weights(layout.specs, layout.extents, {file: stamp for file, (_, stamp) in found.items()}, tuple(remarks))
 
@@ -131,7 +135,10 @@ def _sharded(folder: Folder, group: Group, homes: Homes) -> Weights:
     if not homes:
         return _read(folder, group.complete)
     missing = missing_files(homes, folder.listing)
-    _refuse_missing(folder, homes, missing)
+    if _lost(folder, homes, missing) and (numbered := _set_beside(group, homes)):
+        whole = _read(folder, numbered)
+        return _with(whole, _on_stale_index(folder, group, homes, whole, missing, numbered))
+    _refuse_missing(folder, group, homes, missing)
     weights = _read(folder, sorted({*homes.values()}.difference(missing)), homes)
     return replace(
         weights,
@@ -144,8 +151,10 @@ def _true_one(folder: Folder, group: Group, homes: Homes) -> Weights:
     """Return the weights of one of a single file and shards, both there; a refusal where nothing tells them apart."""
     single = _read(folder, [group.single])
     missing = missing_files(homes, folder.listing)
+    if missing and not _set_beside(group, homes):
+        return _with(single, _on_stale_index(folder, group, homes, single, missing, [group.single]))
     if missing:
-        return _with(single, _on_stale_index(folder, group, homes, single, missing))
+        group, homes = replace(group, index=""), {}
     sharded = _sharded(folder, group, homes)
     others = in_a_line(group.index) if group.index else f"the {len(group.complete)} numbered files"
     if _is_hollow(single, sharded):
@@ -196,19 +205,46 @@ def _is_hollow(one: Weights, other: Weights) -> bool:
     return one.specs.keys() <= other.specs.keys() and any(other.specs[name].num_elems for name in empty)
 
 
-def _refuse_missing(folder: Folder, homes: Homes, missing: Sequence[str]) -> None:
-    """Refuse files that an index names and the folder does not have, unless rules settle all that they would hold."""
+def _set_beside(group: Group, homes: Homes) -> Sequence[str]:
+    """Return the numbered files that are all there and of which an index names none."""
+    return () if {*group.complete} & {*homes.values()} else group.complete
+
+
+def _lost(folder: Folder, homes: Homes, missing: Sequence[str]) -> list[str]:
+    """Return the tensors of files that are missing which no rule settles."""
     gone = frozenset(missing)
-    lost = [name for name, file in homes.items() if file in gone and not folder.is_settled(name)] if gone else []
-    if lost:
+    return [name for name, file in homes.items() if file in gone and not folder.is_settled(name)] if gone else []
+
+
+def _refuse_missing(folder: Folder, group: Group, homes: Homes, missing: Sequence[str]) -> None:
+    """Refuse files that an index names and the folder does not have, unless rules settle all that they would hold."""
+    if lost := _lost(folder, homes, missing):
         with suppress(NotFoundError):
             folder.store.read_head(missing[0], 1)  # says what it is if it is no plain file
         files = some(missing, NUM_NAMED, in_a_line)
+        fetch = f"fetch {'it' if len(missing) == 1 else f'the {len(missing)} files'}"
+        beside = _others_there(folder, group, homes)
+        otherwise = f"{beside} remove the index; else {fetch}" if beside else ""
         raise CheckpointError(
             f"{folder.where}: the index names {files}, which {are(len(missing))} not there; with "
-            f"{counted(len(lost), 'tensor')}, such as {shown(lost[0])}. The download or copy did not finish: fetch "
-            f"{'it' if len(missing) == 1 else f'the {len(missing)} files'}"
+            f"{counted(len(lost), 'tensor')}, such as {shown(lost[0])}. "
+            f"{otherwise or f'The download or copy did not finish: {fetch}'}"
         )
+
+
+def _others_there(folder: Folder, group: Group, homes: Homes) -> str:
+    """Return which weights lie beside an index that does not name them, and how they are read if they are the model."""
+    named = {*homes.values()}
+    numbered = [file for files in group.shards.values() for file in files.values() if file not in named]
+    if numbered:
+        them, they = some(numbered, NUM_NAMED, in_a_line), "it is" if len(numbered) == 1 else "they are"
+        meant = f"if {they} the model, see that one whole set is there and"
+        return f"{them} {are(len(numbered))} there, which it does not name: {meant}"
+    groups = groups_of([key for key in folder.listing if "/" not in key])
+    others = [each for each in groups if each.single not in {"", group.single, *named}]
+    if other := chosen_of(others):
+        return f"{other} is there, which it does not name: if that is the model, name {folder.where}/{other} or"
+    return ""
 
 
 def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
@@ -230,8 +266,8 @@ def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
         yield chosen(folder, text, "note")
     if not group.single and not group.index:
         count = counted(len(group.complete), "numbered file")
-        text = f"{folder.where} has {count} of weights and no index: all of them are read, and no tensor is in two"
-        yield chosen(folder, text, "note")
+        text = f"{folder.where} has {count} of weights and no index that names them: all of them are read"
+        yield chosen(folder, f"{text}, and no tensor is in two", "note")
 
 
 def _on_doubled(folder: Folder, doubled: Sequence[str]) -> Iterator[Remark]:
@@ -242,26 +278,6 @@ def _on_doubled(folder: Folder, doubled: Sequence[str]) -> Iterator[Remark]:
         f"{shown(doubled[0])}; read from the one that the index names"
     )
     yield Remark("doubled-tensors", text, models=(folder.where,), tensors=tuple(doubled))
-
-
-def _on_formats(folder: Folder, formats: Collection[str], specs: Mapping[str, TensorSpec]) -> Iterator[Remark]:
-    """Yield that files say that their tensors lie as another framework has them, which an output does not say."""
-    of_others = _KERNELS.keys() & set(formats)
-    if of_others:
-        format_ = min(of_others)
-        text = (
-            f"{folder.where} says that its tensors are {_KERNELS[format_]}'s (`format: {format_}`), whose names and "
-            "kernels are not PyTorch's, and a merge is written as PyTorch's, so that loaders find nothing of it; load "
-            f"it with transformers 4 (`from_{format_}=True`) as the class that its config names, and save it before"
-        )
-        yield Remark("other-framework", text, "refusal", (folder.where,))
-    deep = [name for name, spec in specs.items() if len(spec.shape) > 2] if "mlx" in formats else []
-    if deep:
-        text = (
-            f"{folder.where} says that its tensors lie as MLX has them (`format: mlx`), and a merge is written without "
-            f"that: loaders that go by it turn convolutions such as {shown(deep[0])}, and PyTorch does not"
-        )
-        yield Remark("other-framework", text, "warning", (folder.where,), tuple(deep[:MAX_TENSORS]))
 
 
 def others_remark(folder: Folder, others: Sequence[str]) -> Iterator[Remark]:
@@ -299,25 +315,36 @@ def _on_index(folder: Folder, index: str, homes: Homes, weights: Weights) -> Ite
         yield Remark("index-disagrees", text, "refusal", (folder.where,), open_ones.names)
 
 
-def _on_stale_index(folder: Folder, group: Group, homes: Homes, single: Weights, missing: Sequence[str]) -> Remark:
-    """Return what to say of an index whose files are not all there, beside a single file.
+def _on_stale_index(
+    folder: Folder, group: Group, homes: Homes, found: Weights, missing: Sequence[str], files: Sequence[str]
+) -> Remark:
+    """Return what to say of an index whose files are not all there, beside others that are a whole set.
 
     Raises:
-        CheckpointError: the single file does not have all that the index lists.
+        CheckpointError: these do not have all that the index lists.
     """
-    named = counted(len(set(homes.values())), "file")
-    gone = f"{len(missing)} of {named} of {in_a_line(group.index)} {are(len(missing))} not there"
-    absent = [name for name in homes if name not in single.specs and not folder.is_settled(name)]
-    aliases = aliases_of(absent, single.specs, folder.config)
+    named = {*homes.values()}
+    gone = f"{len(missing)} of {counted(len(named), 'file')} of {in_a_line(group.index)} {are(len(missing))} not there"
+    absent = [name for name in homes if name not in found.specs and not folder.is_settled(name)]
+    aliases = aliases_of(absent, found.specs, folder.config)
     lost = [name for name in absent if name not in aliases]
+    one = len(files) == 1
+    others = in_a_line(files[0]) if one else f"the {len(files)} numbered files such as {in_a_line(files[0])}"
     if lost:
         raise CheckpointError(
-            f"{folder.where} holds no whole model: {gone}, such as {in_a_line(missing[0])}, and "
-            f"{in_a_line(group.single)} lacks {counted(len(lost), 'tensor')} that the index lists, such as "
-            f"{shown(lost[0])}. Fetch the files, or remove the index if {in_a_line(group.single)} is the model"
+            f"{folder.where} holds no whole model: {gone}, such as {in_a_line(missing[0])}, and {others} "
+            f"{'lacks' if one else 'lack'} {counted(len(lost), 'tensor')} that the index lists, such as "
+            f"{shown(lost[0])}. Fetch the files, or remove the index if {others} {are(len(files))} the model"
         )
-    text = f"{folder.where}: {gone}, and {in_a_line(group.single)} has every tensor it lists"
-    return chosen(folder, f"{text}: that file is read", "warning")
+    text = f"{folder.where}: {gone}, and {others} {'has' if one else 'have'} every tensor it lists"
+    left = some(sorted(named.difference(missing)), NUM_NAMED, in_a_line)
+    if left and not one:
+        text += (
+            f", beside {left}, which it names. Fetch the missing files, or remove the index and what is left of them"
+        )
+        text += "; accepted, the whole set is read"
+        return Remark("two-sets-of-weights", text, "refusal", (folder.where,))
+    return chosen(folder, f"{text}: {'that file is' if one else 'they are'} read", "warning")
 
 
 def _ambiguity(folder: Folder, group: Group, others: str, single: Weights, sharded: Weights, why: str) -> Remark:

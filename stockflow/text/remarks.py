@@ -89,7 +89,7 @@ CODES: Mapping[str, str] = {
     "padding-of-zeros": "rows beyond all vocabularies, which no model has",
     "tokens-missing": "tokens that some models have and others lack",
     "tied-head": "a head that is stored beside its embedding in some models only",
-    "two-sets-of-weights": "a single file and shards in one folder, either of which may be the model",
+    "two-sets-of-weights": "two sets of weights in one folder, either of which may be the model",
     "unknown-key": "a key that no part of a recipe has where it stands",
     "unlisted-weights": "weights in files that neither index nor modules name",
     "unmerged": "a merge in which every tensor comes from one model",

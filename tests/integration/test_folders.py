@@ -137,6 +137,37 @@ def a_stale_index_with_a_tied_head(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
+def listed_in(folder: Path, *files: str) -> None:
+    """Write an index that names these files, by turns."""
+    weight_map = {name: files[place % len(files)] for place, name in enumerate(NAMES)}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+THREE = tuple(f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3))
+
+
+def the_index_of_another_cut(folder: Path) -> None:
+    write(folder, shards(1.0))
+    listed_in(folder, *THREE)
+
+
+def the_index_of_pickles_that_were_converted(folder: Path) -> None:
+    write(folder, shards(1.0))
+    listed_in(folder, "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+
+
+def the_index_of_another_cut_of_a_tied_model(folder: Path) -> None:
+    the_index_of_another_cut(folder)
+    (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG | {"tie_word_embeddings": True}))
+    weight_map = dict.fromkeys((*NAMES, "lm_head.weight"), THREE[0])
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def the_index_of_another_cut_and_a_file_of_the_same(folder: Path) -> None:
+    the_index_of_another_cut(folder)
+    save_file(full(1.0), folder / "model.safetensors")
+
+
 def an_index_that_names_the_single_file(folder: Path) -> None:
     write(folder, {"model.safetensors": full(1.0)}, index="auto")
 
@@ -233,10 +264,15 @@ READ: Mapping[Build, str] = {
     a_stale_index: "2 of 2 files of model.safetensors.index.json are not there, and model.safetensors has every",
     a_stale_index_of_which_one_shard_is_left: "1 of 2 files of model.safetensors.index.json is not there",
     a_stale_index_with_a_tied_head: "model.safetensors has every tensor it lists: that file is read",
+    the_index_of_another_cut: "3 of 3 files of model.safetensors.index.json are not there, and the 2 numbered files "
+    "such as model-00001-of-00002.safetensors have every tensor it lists: they are read",
+    the_index_of_pickles_that_were_converted: "2 of 2 files of model.safetensors.index.json are not there",
+    the_index_of_another_cut_of_a_tied_model: "have every tensor it lists: they are read",
+    the_index_of_another_cut_and_a_file_of_the_same: "model.safetensors and the 2 numbered files hold the same",
     an_index_that_names_the_single_file: "",
     a_tensor_in_two_shards: "'model.norm.weight'; read from the one that the index names",
     metadata_that_is_null: "",
-    shards_without_an_index: "2 numbered files of weights and no index: all of them are read",
+    shards_without_an_index: "2 numbered files of weights and no index that names them: all of them are read",
     shards_beside_those_of_an_earlier_cut: "",
     a_variant_alone: "as the variant 'fp16' only: model.fp16.safetensors is read",
     a_variant_in_shards: "as the variant 'fp16' only: model.safetensors.index.fp16.json is read",
@@ -368,6 +404,66 @@ def test_a_stale_index_beside_a_file_that_has_less_is_no_model(tmp_path: Path) -
     said = refused(tmp_path, tmp_path / "subject")
 
     assert "model.safetensors lacks 2 tensors that the index lists, such as 'model.layers.0.mlp.up_proj.weight'" in said
+
+
+def test_an_index_of_which_a_part_is_there_beside_another_set_is_refused_until_accepted(tmp_path: Path) -> None:
+    the_index_of_another_cut(tmp_path / "subject")
+    save_file(full(9.0, NAMES[0]), tmp_path / "subject" / THREE[0])
+
+    said = refused(tmp_path, tmp_path / "subject")
+
+    assert "2 of 3 files of model.safetensors.index.json are not there, and the 2 numbered files such as" in said
+    assert f"beside {THREE[0]}, which it names. Fetch the missing files, or remove the index" in said
+    assert is_mean(merged(tmp_path, tmp_path / "subject", accept=["two-sets-of-weights"])[0], 1.0)
+
+
+def a_set_that_lacks_a_tensor(folder: Path) -> None:
+    write(folder, shards(1.0, *NAMES[:2]))
+    listed_in(folder, *THREE)
+
+
+def a_set_that_lacks_a_file(folder: Path) -> None:
+    the_index_of_another_cut(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def two_whole_sets(folder: Path) -> None:
+    write(folder, shards(1.0) | dict(zip(THREE, [full(9.0, name) for name in NAMES], strict=True)))
+    listed_in(folder, "model-00001-of-00001.safetensors")
+
+
+def pickles_beside(folder: Path) -> None:
+    write(folder, {})
+    listed_in(folder, *THREE)
+    torch.save(full(1.0), folder / "pytorch_model.bin")
+
+
+BESIDE_AN_INDEX: Mapping[Build, tuple[str, ...]] = {
+    a_set_that_lacks_a_tensor: (
+        "3 of 3 files of model.safetensors.index.json are not there, such as model-00001-of-00003.safetensors, and the "
+        "2 numbered files such as model-00001-of-00002.safetensors lack 1 tensor that the index lists, such as",
+        "or remove the index if the 2 numbered files such as model-00001-of-00002.safetensors are the model",
+    ),
+    a_set_that_lacks_a_file: (
+        "the index names model-00001-of-00003.safetensors, model-00002",
+        "model-00001-of-00002.safetensors is there, which it does not name: if it is the model, see that one whole "
+        "set is there and remove the index; else fetch the 3 files",
+    ),
+    two_whole_sets: ("are there, which it does not name: if they are the model, see that one whole set",),
+    pickles_beside: ("pytorch_model.bin is there, which it does not name: if that is the model, name /", "else fetch"),
+}
+"""What is said of what lies beside an index whose files are not there."""
+
+
+@pytest.mark.parametrize("build", BESIDE_AN_INDEX, ids=lambda build: build.__name__)
+def test_what_lies_beside_an_index_without_its_files_is_named(build: Build, tmp_path: Path) -> None:
+    build(tmp_path / "subject")
+
+    said = refused(tmp_path, tmp_path / "subject")
+
+    assert "did not finish" not in said
+    for words in BESIDE_AN_INDEX[build]:
+        assert words in said
 
 
 # ------------------------------------------------------------------- rules act before index and headers are compared
