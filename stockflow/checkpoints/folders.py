@@ -12,6 +12,7 @@ from stockflow.checkpoints.files.candidates import (
     SINGLE_FILE,
     SUFFIXES,
     Group,
+    alike_but_for_a_number,
     groups_of,
     lacking,
     naming_of,
@@ -19,6 +20,7 @@ from stockflow.checkpoints.files.candidates import (
 )
 from stockflow.checkpoints.files.disguises import disguise_of
 from stockflow.checkpoints.files.documents import read_json
+from stockflow.checkpoints.files.parts import OF_RANKS, hold_the_same
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store, redact, scheme_of
 from stockflow.text.escaping import in_a_line
@@ -31,10 +33,6 @@ MAX_DESCRIPTION_BYTES = 1_000_000
 NUM_NAMED = 4
 
 _STEP = re.compile(r"(?:checkpoint|global_?step|step|epoch|iter)[-_]?(\d{1,18})", re.IGNORECASE)
-_OF_RANKS = (
-    "each file has what one process held of every matrix (vLLM's sharded state, TensorRT-LLM); take the model it was "
-    "made from"
-)
 _TO_SAFETENSORS = "convert it: load it with transformers and `save_pretrained(folder, safe_serialization=True)`"
 _OF_OTHERS = (
     "which are not read; convert them: load them with transformers 4 as the class that config.json names, "
@@ -101,7 +99,7 @@ def nothing_here(store: Store, files: Mapping[str, Stamp], folders: Sequence[str
     if store.only and store.only not in files:
         return f"there is no checkpoint at {redact(store.url)}: there is no such file; check the name"
     if store.only and any(group.single == store.only for group in parts_of_ranks(groups_of(files))):
-        return f"there is no checkpoint at {redact(store.url)}: {_OF_RANKS}"
+        return f"there is no checkpoint at {redact(store.url)}: {OF_RANKS}"
     if store.only:
         naming = naming_of(store.only)
         number = f"it is one of {naming.total} files of a model" if naming and naming.number else "it is no model"
@@ -172,7 +170,7 @@ def _incomplete(place: _Place) -> Iterator[str]:
 
 def _ranks(place: _Place) -> Iterator[str]:
     if parts := parts_of_ranks(place.groups):
-        yield f"{_some([str(group) for group in parts])}: {_OF_RANKS}"
+        yield f"{_some([str(group) for group in parts])}: {OF_RANKS}"
 
 
 def _several(place: _Place) -> Iterator[str]:
@@ -184,7 +182,12 @@ def _several(place: _Place) -> Iterator[str]:
         them = _some([str(group) for group in place.groups])
         if len(place.groups) == 1:
             yield f"its only weights, {them}, are not those of a model by their name; name the file itself if they are"
-        yield f"it has several weights, {them}, and none is {SINGLE_FILE}; name the file that is meant"
+        files = [group.single for group in place.groups if group.single]
+        same = hold_the_same(place.store, files)
+        if same and any(alike_but_for_a_number(file, files) for file in files):
+            yield f"{them} hold tensors of the same names: {OF_RANKS}"
+        parts = ". They hold the same names: one that has a part of every matrix is no model" if same else ""
+        yield f"it has several weights, {them}, and none is {SINGLE_FILE}; name the file that is meant{parts}"
 
 
 def _megatron(place: _Place) -> Iterator[str]:
@@ -254,7 +257,7 @@ def _no_weights(place: _Place) -> Iterator[str]:
 
 
 _LOOKS: tuple[Callable[[_Place], Iterator[str]], ...] = (
-    _nothing, _adapter, _pipeline, _own_layout, _incomplete, _ranks, _several, _megatron, _steps, _cache,
+    _nothing, _adapter, _pipeline, _ranks, _own_layout, _incomplete, _several, _megatron, _steps, _cache,
     _sharded_training, _no_pickle, _other_format, _below, _no_weights,
 )  # fmt: skip
 """The first that has something to say decides."""

@@ -26,6 +26,7 @@ from stockflow.checkpoints.files.chunks import is_distributed, read_distributed
 from stockflow.checkpoints.files.documents import find_json, read_json
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, OnFile, Pieces, unheard
+from stockflow.checkpoints.files.parts import on_siblings
 from stockflow.checkpoints.files.tree import MANIFEST_FILE, RECORDS_FOLDER, Tree, list_tree
 from stockflow.checkpoints.folders import no_folder, nothing_here
 from stockflow.checkpoints.heads import with_tie_flag
@@ -133,7 +134,13 @@ def open_checkpoint(
         config=config,
         side_files=beside.copied,
         omitted_side_files=beside.omitted,
-        remarks=(*weights.remarks, *beside.remarks, *_on_pipeline(modules, store), *_on_unfinished(listing, store)),
+        remarks=(
+            *weights.remarks,
+            *beside.remarks,
+            *_on_pipeline(modules, store),
+            *_on_unfinished(listing, store),
+            *on_siblings(store, listing.files),
+        ),
         other_files=beside.others,
         missing_files=beside.missing,
         values=values,

@@ -116,7 +116,7 @@ def _read_group(folder: Folder, group: Group) -> Weights:
 
 
 def _read(folder: Folder, files: Sequence[str], homes: Homes | None = None) -> Weights:
-    read = partial(read_header, folder.store, cache=folder.cache, on_file=folder.on_file)
+    read = partial(read_header, folder.store, cache=folder.cache, on_file=folder.on_file, is_listed=homes is not None)
     with ThreadPoolExecutor(NUM_HEADER_READERS) as pool:
         found = dict(zip(files, pool.map(read, files), strict=True))
     headers = {file: contents.tensors for file, (contents, _) in found.items()}

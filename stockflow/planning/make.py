@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from stockflow.checkpoints.files.candidates import OPEN_CLIP_STEM, written_stem
 from stockflow.checkpoints.files.header import TensorSpec
-from stockflow.checkpoints.files.layout import Extent
+from stockflow.checkpoints.files.layout import Extent, folder_of
 from stockflow.checkpoints.modules import published_as
 from stockflow.checkpoints.naming import holds_fused_experts, is_router, projection_of
 from stockflow.checkpoints.opening import Checkpoint
@@ -362,7 +362,8 @@ def _cut_shards(
     place = lru_cache(maxsize=None)(published_as)
     for job in jobs:
         extent = extents.get(job.output.name)  # layers that are stacked may be more than the donor has
-        by_file.setdefault(place(extent.file) if extent else "", []).append(job)
+        is_own = not extent or "/" not in extent.file or not job.output.name.startswith(f"{folder_of(extent.file)}/")
+        by_file.setdefault("" if is_own or not extent else place(extent.file), []).append(job)
     contents = list(_filled(by_file.pop(""), shard_size))
     modules = (ShardPlan(file, tuple(each)) for file, each in by_file.items())
     names = (f"{stem}-{index:05d}-of-{len(contents):05d}.safetensors" for index in range(1, len(contents) + 1))

@@ -54,6 +54,7 @@ CODES: Mapping[str, str] = {
     "other-master": "models that seem to be tuned from what a quantised base was before",
     "other-framework": "weights that lie as another framework than PyTorch has them",
     "other-names": "a model whose tensors are the base's under other names",
+    "part-of-a-model": "a file that was named, beside numbered ones that hold the same names",
     "part-kept": "layers that predict further tokens, or a tower, that some models lack and the output has of the base",
     "over-http": "models that are read without TLS",
     "placeholders": "tensors of no elements where names or other models say that there are some",

@@ -797,6 +797,44 @@ def ranks_of_tensorrt(folder: Path) -> None:
     touch(folder, "rank0.safetensors", "rank1.safetensors")
 
 
+def slices(folder: Path, *files: str) -> Path:
+    """Write half of every matrix, and the whole norm, as two processes hold them."""
+    half = full(1.0, *NAMES[:2], shape=(2, 6)) | full(1.0, NAMES[2])
+    return write(folder, dict.fromkeys(files, half))
+
+
+def slices_of_deepseek(folder: Path) -> None:
+    slices(folder, "model0-mp2.safetensors", "model1-mp2.safetensors")
+
+
+def one_slice_of_deepseek(folder: Path) -> None:
+    slices(folder, "model0-mp2.safetensors")
+
+
+def slices_of_meta(folder: Path) -> None:
+    slices(folder, "consolidated.00.safetensors", "consolidated.01.safetensors")
+
+
+def slices_of_megatron(folder: Path) -> None:
+    slices(folder, "mp_rank_00.safetensors", "mp_rank_01.safetensors")
+
+
+def slices_of_tensor_parallelism(folder: Path) -> None:
+    slices(folder, "weights-tp0.safetensors", "weights-tp1.safetensors")
+
+
+def slices_of_any_name(folder: Path) -> None:
+    slices(folder, "piece_0.safetensors", "piece_1.safetensors")
+
+
+def slices_that_are_numbered_as_shards(folder: Path) -> None:
+    slices(folder, *shards(1.0))
+
+
+def models_of_the_same_names(folder: Path) -> None:
+    write(folder, {"a.safetensors": full(1.0), "b.safetensors": full(2.0)})
+
+
 def openvino(folder: Path) -> None:
     touch(folder, "openvino_model.bin", "openvino_model.xml")
 
@@ -871,6 +909,14 @@ REFUSED: Mapping[Build, tuple[str, ...]] = {
     a_message_of_a_server: ("is the message of a server", "download it again"),
     ranks: ("model-rank-1-part-0.safetensors: each file has what one process held of every matrix", "was made from"),
     ranks_of_tensorrt: ("rank0.safetensors, rank1.safetensors: each file has", "take the model it was made from"),
+    slices_of_deepseek: ("model1-mp2.safetensors: each file has what one process held of every matrix",),
+    one_slice_of_deepseek: ("model0-mp2.safetensors: each file has what one process held of every matrix",),
+    slices_of_meta: ("consolidated.01.safetensors: each file has what one process held", "take the model it was made"),
+    slices_of_megatron: ("mp_rank_01.safetensors: each file has what one process held of every matrix",),
+    slices_of_tensor_parallelism: ("weights-tp1.safetensors: each file has what one process held of every matrix",),
+    slices_of_any_name: ("piece_0.safetensors, piece_1.safetensors hold tensors of the same names: each file has",),
+    slices_that_are_numbered_as_shards: ("nor of 3 tensors in all: files that hold the same names have what each",),
+    models_of_the_same_names: ("name the file that is meant. They hold the same names: one that has a part of every",),
     openvino: ("compiled by OpenVINO", "take the model it was made from"),
     tensorflow: (
         "tf_model-00001-of-00002.h5 and 1 more are TensorFlow's",
@@ -899,6 +945,7 @@ def test_what_is_no_checkpoint_is_called_by_its_name_with_the_next_step(build: B
     assert str(tmp_path / "subject") in said
     for words in REFUSED[build]:
         assert words in said
+    assert "slices" not in build.__name__ or "name the file" not in said
 
 
 @pytest.mark.parametrize(
@@ -1133,3 +1180,80 @@ def test_weights_that_lie_as_another_framework_has_them_are_said(said: str, tmp_
 
     found = [remark.severity for remark in opened.remarks if remark.code == "other-framework"]
     assert found == {"pt": [], "mlx": ["warning"]}.get(said, ["refusal"])
+    slices(tmp_path / "half", "model0-mp2.safetensors")
+    assert "each file has what one process held" in refused(tmp_path, tmp_path / "half" / "model0-mp2.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("files", "is_said"),
+    [
+        (("piece_0", "piece_1"), True),
+        (("part-0-of-x", "part-1-of-x"), True),
+        (("epoch_0", "epoch_1"), False),
+        (("model_v0", "model_v1"), False),
+        (("model_7", "model_8"), False),
+        (("a", "b"), False),
+    ],
+)
+def test_a_named_file_among_numbered_ones_of_the_same_names_is_warned_of(
+    files: tuple[str, str], is_said: bool, tmp_path: Path
+) -> None:
+    subject = write(tmp_path / "subject", {f"{file}.safetensors": full(1.0) for file in files})
+
+    tensors, said = merged(tmp_path, subject / f"{files[1]}.safetensors")
+
+    assert is_mean(tensors, 1.0)
+    assert ("is one of 2 files that hold the same names" in said) == ("part-of-a-model" in said) == is_said
+
+
+def test_a_named_file_among_numbered_ones_of_other_names_is_quiet(tmp_path: Path) -> None:
+    files = {"piece_0.safetensors": full(1.0), "piece_1.safetensors": full(1.0, "vae.weight", "text.weight")}
+
+    assert "part-of-a-model" not in merged(tmp_path, write(tmp_path / "s", files) / "piece_0.safetensors")[1]
+
+
+# ---------------------------------------------------------------------------------------- an index above its files
+
+
+def in_a_subfolder(folder: Path, file: str = "mtp/model.safetensors") -> Path:
+    """Write a model whose index names a file in a folder below it."""
+    (folder / "mtp").mkdir(parents=True)
+    last = full(1.0, NAMES[2])
+    write(folder, {"model-00001-of-00001.safetensors": full(1.0, *NAMES[:2]), "mtp/model.safetensors": last})
+    weight_map = dict.fromkeys(NAMES[:2], "model-00001-of-00001.safetensors") | {NAMES[2]: file}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_files_in_subfolders_that_an_index_names_are_read_and_published_flat(tmp_path: Path) -> None:
+    subject = in_a_subfolder(tmp_path / "subject")
+
+    tensors, said = merged(tmp_path, subject)
+
+    assert is_mean(tensors, 1.0)
+    assert "left out" not in said
+    assert cli("verify", tmp_path / "out", "--inputs", "--sample", "100%").exit_code == 0
+
+
+def test_a_file_in_a_subfolder_that_is_not_there_is_missing(tmp_path: Path) -> None:
+    said = refused(tmp_path, in_a_subfolder(tmp_path / "subject", "mtp/other.safetensors"))
+
+    assert "the index names mtp/other.safetensors, which is not there; with 1 tensor" in said
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../model.safetensors", "/model.safetensors", "mtp/../model.safetensors", ".git/x.safetensors", "mtp//x", ""],
+)
+def test_an_index_names_nothing_outside_of_its_folder_or_hidden(file: str, tmp_path: Path) -> None:
+    said = refused(tmp_path, in_a_subfolder(tmp_path / "subject", file))
+
+    assert "expected the name of a file beside the index, or in a folder there that is not hidden" in said
+
+
+def test_an_index_leads_through_no_link_out_of_the_folder(tmp_path: Path) -> None:
+    subject = in_a_subfolder(tmp_path / "subject")
+    (subject / "mtp").rename(tmp_path / "elsewhere")
+    (subject / "mtp").symlink_to(tmp_path / "elsewhere")
+
+    refused(tmp_path, subject)

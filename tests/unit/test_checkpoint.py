@@ -253,7 +253,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     [
         "../model.safetensors",
         "/etc/passwd",
-        "sub/model.safetensors",
+        ".sub/model.safetensors",
         "",
         ".",
         "..",

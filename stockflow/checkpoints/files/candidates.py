@@ -35,7 +35,14 @@ _SINGLE = re.compile(rf"(.+){_SUFFIX}")
 _VARIANT = re.compile(rf"(model|pytorch_model|{DIFFUSION_STEM})\.([\w-]+)")
 PRECISIONS = frozenset({"fp16", "bf16", "fp32", "f16", "f32", "float16", "float32", "bfloat16"})
 """Variants that are the plain weights in another dtype."""
-_OF_A_RANK = re.compile(r"(?:.+[-_.])?rank[-_]?(\d{1,6})(?:[-_.].+)?")
+_OF_A_RANK = re.compile(
+    r"model(?P<of_many>\d{1,6})-mp(?P<total>\d{1,6})|consolidated\.(?P<of_meta>\d{2})"
+    r"|(?:.+[-_.])?(?:rank|[mt]p(?:[-_]?rank)?)[-_]?(?P<rank>\d{1,6})(?:[-_.].+)?"
+)
+"""DeepSeek's ``model0-mp8``, Meta's ``consolidated.00``, Megatron's ``mp_rank_00``, vLLM's ``model-rank-0-part-0``."""
+_NUMBER = re.compile(r"\d+")
+_OF_A_RUN = re.compile(r"(?i:.*(epoch|step|iter|checkpoint|ckpt|run|seed|fold|trial|v|version|rev)[-_.]?)")
+"""What stands before a number that counts models, not parts of one."""
 NO_MODEL = re.compile(
     r"(adapter_model|adapters?|pytorch_lora_weights|consolidated(\.\d+)?|(\w+_)?(optimizer|scheduler|states?)([-_]\w+)?"
     r"|optim|trainer|ema|random_states(_\d+)?|embeddings|learned_embeds|tokenizer|mm_projector|value_head|v_head)"
@@ -159,8 +166,24 @@ def chosen_of(groups: Collection[Group], only: str = "") -> Group | None:
 def parts_of_ranks(groups: Collection[Group]) -> list[Group]:
     """Return what each of several processes held of one model: parts of every matrix, numbered from 0."""
     found = {group.stem: match for group in groups if (match := _OF_A_RANK.fullmatch(group.stem))}
-    ranks = {int(match[1]) for match in found.values()}
-    return [group for group in groups if group.stem in found] if len(ranks) > 1 and 0 in ranks else []
+    ranks = {int(match["of_many"] or match["of_meta"] or match["rank"]) for match in found.values()}
+    if len(ranks) > 1 and 0 in ranks:
+        return [group for group in groups if group.stem in found]
+    return [group for group in groups if group.stem in found and int(found[group.stem]["total"] or 1) > 1]
+
+
+def alike_but_for_a_number(file: str, files: Collection[str]) -> list[str]:
+    """Return files of weights that are called as one of them is but for one number, from 0: itself among them.
+
+    Empty where it is alone, or its number is that of a run's epoch, of a version and the like.
+    """
+    for match in _NUMBER.finditer(file):
+        before, after = file[: match.start()], file[match.end() :]
+        pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+        found = {int(each[1]): each[0] for name in files if (each := pattern.fullmatch(name))}
+        if len(found) > 1 and sorted(found) == list(range(len(found))) and not _OF_A_RUN.fullmatch(before):
+            return [found[number] for number in sorted(found)]
+    return []
 
 
 def _named(groups: Collection[Group], only: str) -> Group | None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 
-from stockflow.checkpoints.files.documents import is_file_name, json_object, read_whole
+from stockflow.checkpoints.files.documents import is_key, json_object, read_whole
 from stockflow.checkpoints.files.layout import Extent, HeaderCache, Homes
+from stockflow.checkpoints.files.tree import RECORDS_FOLDER, is_hidden
 from stockflow.errors import CheckpointError
 from stockflow.storage import Store
 from stockflow.text.escaping import in_a_line
@@ -61,15 +62,15 @@ def _homes(payload: bytes, where: str) -> Homes:
     if strange is not None:
         raise CheckpointError(
             f"{where}: tensor {shown(strange)} is said to be in {shown(weight_map[strange])}; "
-            "expected the name of a file in the same folder"
+            "expected the name of a file beside the index, or in a folder there that is not hidden"
         )
     return homes
 
 
 def _named(file: str) -> str:
-    """Return the file of the same folder that a path names, ``./x`` as ``x``; empty where it leads elsewhere."""
+    """Return the file in the folder or below it that a path names, ``./x`` as ``x``; empty where it leads elsewhere."""
     name = file.removeprefix("./")
-    return name if is_file_name(name) else ""
+    return name if is_key(name) and not is_hidden(name) and not name.startswith(f"{RECORDS_FOLDER}/") else ""
 
 
 def mismatch_of(homes: Homes, extents: Mapping[str, Extent]) -> IndexMismatch:

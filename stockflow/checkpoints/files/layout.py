@@ -156,8 +156,17 @@ def unheard(file: str) -> None:
     """Do nothing."""
 
 
-def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) -> tuple[FileContents, Stamp]:
+def read_header(
+    store: Store, file: str, cache: HeaderCache, on_file: OnFile, *, is_listed: bool = False
+) -> tuple[FileContents, Stamp]:
     """Return what is in one file of weights, and its stamp.
+
+    Args:
+        store: the model's.
+        file: its key.
+        cache: what was parsed before.
+        on_file: told of it.
+        is_listed: an index above it names its tensors as they are called in it, whatever folder it lies in.
 
     Raises:
         CheckpointError: the file is not there, or its header is malformed.
@@ -168,28 +177,36 @@ def read_header(store: Store, file: str, cache: HeaderCache, on_file: OnFile) ->
     except NotFoundError:
         raise CheckpointError(f"{where} was listed and is not there; fetch it again") from None
     read = _read_torch_file if torch_files.is_torch_file(file) else _read_safetensors
-    contents = read(store, file, head, stamp, cache)
+    contents = read(_FileOfWeights(store, file, "" if is_listed else folder_of(file)), head, stamp, cache)
     on_file(where)
     return contents, stamp
 
 
-def _read_torch_file(store: Store, file: str, head: bytes, stamp: Stamp, cache: HeaderCache) -> FileContents:
-    said = torch_files.describe(file_archive(store, file, stamp), head)
-    return cache.parse(said, folder_of(file), lambda: torch_files.contents_of(said, store.where(file)))
+class _FileOfWeights(NamedTuple):
+    """A file of weights, and the folder that the names of its tensors begin with."""
+
+    store: Store
+    key: str
+    folder: str
 
 
-def _read_safetensors(store: Store, file: str, head: bytes, stamp: Stamp, cache: HeaderCache) -> FileContents:
-    where = store.where(file)
+def _read_torch_file(file: _FileOfWeights, head: bytes, stamp: Stamp, cache: HeaderCache) -> FileContents:
+    said = torch_files.describe(file_archive(file.store, file.key, stamp), head)
+    return cache.parse(said, file.folder, lambda: torch_files.contents_of(said, file.store.where(file.key)))
+
+
+def _read_safetensors(file: _FileOfWeights, head: bytes, stamp: Stamp, cache: HeaderCache) -> FileContents:
+    where = file.store.where(file.key)
     _refuse_disguise(head, stamp.size, where)
     needed = header_bytes(head, stamp.size, where)
     if needed > len(head):
         rest = bytearray(needed - len(head))
-        store.read_into(file, len(head), memoryview(rest), stamp)
+        file.store.read_into(file.key, len(head), memoryview(rest), stamp)
         head += bytes(rest)
     own = head[:needed]
     return cache.parse(
         (own, stamp.size),
-        folder_of(file),
+        file.folder,
         lambda: FileContents(parse_header(own, stamp.size, where), format=format_of(own)),
     )
 
@@ -228,8 +245,13 @@ def _settled(where: str, headers: Mapping[str, list[PlacedTensor]], doubled: Seq
     for name in doubled:
         if name not in layout.specs:
             holders = [file for file, placed in headers.items() if any(each.spec.name == name for each in placed)]
-            raise CheckpointError(
-                f"{where}: tensor {shown(name)} is in both {holders[0]} and {holders[1]}, and no index says which is "
-                "meant; remove one of the files, or write an index that names one"
-            )
+            both = f"{holders[0]} and {holders[1]}"
+            text = f"{where}: tensor {shown(name)} is in both {both}, and no index says which is meant"
+            if 2 * len(doubled) > len({each.spec.name for placed in headers.values() for each in placed}):
+                raise CheckpointError(
+                    f"{text}; nor of {len(doubled):,} tensors in all: files that hold the same names have what each "
+                    "of several processes held of every matrix (tensor parallelism), and are no model; take the model "
+                    "they were made from, or move the file away that is a copy"
+                )
+            raise CheckpointError(f"{text}; remove one of the files, or write an index that names one")
     return replace(layout, doubled=tuple(doubled))
