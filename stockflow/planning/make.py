@@ -108,10 +108,10 @@ def make_plan(
     jobs, skipped, problems = _planned(recipe, checkpoints, outline, experts, by_token, by_row)
     jobs = _as_read(jobs, vocabulary, checkpoints, recipe.donor)
     config = output_config(recipe, checkpoints, jobs, outline.stackings, vocabulary.num_rows if vocabulary else None)
-    followed = following(recipe, config, tokenizers, vocabulary)
+    followed = following(recipe, config, checkpoints, tokenizers, vocabulary)
     stacked = outline.left_out, outline.stackings
     of_merged = tokenizers[:num_merged]
-    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, of_merged, samples, *stacked))
+    remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, of_merged, samples, *stacked, followed))
     remarks += (*followed.remarks, *rows_of_zeros(vocabulary, jobs), *chain(*(each.remarks for each in beside)))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:

@@ -221,6 +221,12 @@ class Recipe(Part):
         chosen = self.stockflow.side_files_from
         return self.checkpoints.index(chosen) if chosen else self.donor
 
+    @property
+    def roles_donor(self) -> int:
+        """Which of the locations says what tokens begin texts, end them and so on, as far as it says it."""
+        is_union = self.vocabulary is not None and self.vocabulary.source == "union"
+        return self.side_files_donor if is_union else self.vocabulary_donor
+
     def sources(self, method: Method) -> tuple[int, ...]:
         """Return the checkpoints a method reads, its anchor first."""
         counted = [self.checkpoints.index(entry.model) for entry in self.counted(method)]

@@ -102,6 +102,8 @@ class Tokenizer:
     """generation_config.json without what says who wrote it"""
     settings: Mapping[str, object] = field(default_factory=dict)
     """tokenizer_config.json"""
+    special: Mapping[str, object] = field(default_factory=dict)
+    """special_tokens_map.json"""
     document: Mapping[str, object] | None = None
     """tokenizer.json, where it was asked for and is there"""
     cutting: Cutting = field(default_factory=dict)
@@ -238,6 +240,7 @@ def _tokenizer(files: _Files) -> Tokenizer:
         roles_of(settings, files.json(SPECIAL_TOKENS)),
         _generation(files),
         settings,
+        files.json(SPECIAL_TOKENS),
         document,
         _cutting(files, settings),
         {key: _use(files, key) for key in files.stamps if is_of_use(key) and not is_template(key)},

@@ -13,6 +13,7 @@ from stockflow.methods.protocol import Method
 from stockflow.planning.job import TensorJob
 from stockflow.planning.targets import Stacking
 from stockflow.planning.ties import WrittenHead, written_heads
+from stockflow.planning.vocabulary.token_ids import Followed
 from stockflow.recipe import Recipe
 
 NUM_PARTS = 5
@@ -40,6 +41,9 @@ class Proposal:
     """names of the tensors that belong to no module of the recipe"""
     stackings: Sequence[Stacking] = ()
     """of the towers whose layers are stacked"""
+
+    followed: Followed | None = None
+    """configs that follow the output's vocabulary"""
 
     @property
     def donor(self) -> Checkpoint:

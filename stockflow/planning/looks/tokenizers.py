@@ -24,6 +24,7 @@ NUM_VALUES = 20
 """tokens in what programs read"""
 REMEDY = "Rows of different tokens would be mixed; `tokenizer_source: base` or `union` merges them by token"
 CHOOSES = "`stockflow: {side_files_from: MODEL}` takes another model's"
+CHOOSES_TOKENIZER = "`tokenizer_source: MODEL` takes another model's"
 CHOOSES_TEMPLATE = "`chat_template: auto` or MODEL takes theirs"
 CHOOSES_ANOTHER = "`chat_template: MODEL` takes another model's"
 UNITES = "`tokenizer_source: union` keeps them"
@@ -241,8 +242,7 @@ def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
     for what, word in WORDS.items():
         if (what in TEMPLATES and recipe.chat_template is not None) or (what == _EOS_ID and found):
             continue
-        of_files = what in ("generation config", _EOS_ID)
-        donor = recipe.side_files_donor if of_files else recipe.vocabulary_donor
+        donor = _giver(proposal, what, word)
         if donor >= len(proposal.tokenizers):  # a model that is asked for its tokenizer alone
             continue
         own = word.of(proposal, donor) if tunes else None
@@ -260,7 +260,9 @@ def _other_word(
     """Say what goes out and which tunes have another; a note of what some have, or of what matters little."""
     url, models = redact(proposal.checkpoints[donor].url), _urls(proposal, list(others))
     theirs = CHOOSES_TEMPLATE if is_of_none else CHOOSES_ANOTHER
-    advice = theirs if what == "chat template" else CHOOSES
+    asked = proposal.recipe.vocabulary
+    is_fixed = WORDS[what].is_role and asked is not None and asked.source != "union"
+    advice = theirs if what == TEMPLATES[0] else CHOOSES_TOKENIZER if is_fixed else CHOOSES
     is_made = what == "generation config" and proposal.tokenizers[donor].generation is None
     said = f"none, so that loaders take {_brief(own)} of its config.json" if is_made and own else _brief(own)
     having = "every tune has" if is_of_none else f"{_listed(models)} {'has' if len(models) == 1 else 'have'}"
@@ -278,10 +280,21 @@ class _Word:
     is_said_of_one: bool = False
     """where one tune has another, and not only where all have"""
     is_minor: bool = False
+    is_role: bool = False
+    """of a token"""
+
+
+def _giver(proposal: Proposal, what: str, word: _Word) -> int:
+    """Return which model's word goes out."""
+    recipe = proposal.recipe
+    if what in ("generation config", _EOS_ID):
+        return recipe.side_files_donor
+    says_it = word.is_role and recipe.roles_donor < len(proposal.tokenizers) and word.of(proposal, recipe.roles_donor)
+    return recipe.roles_donor if says_it else recipe.vocabulary_donor
 
 
 def _token(role: str, **flags: bool) -> _Word:
-    return _Word(lambda proposal, index: proposal.tokenizers[index].roles.get(role), **flags)
+    return _Word(lambda proposal, index: proposal.tokenizers[index].roles.get(role), is_role=True, **flags)
 
 
 _EOS_ID = "end token's id"

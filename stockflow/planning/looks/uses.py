@@ -4,6 +4,9 @@ from collections.abc import Iterator, Mapping
 
 from stockflow.checkpoints.configs import Config, computing_keys, further_keys, says_nothing
 from stockflow.checkpoints.files.layout import folder_of
+from stockflow.checkpoints.heads import said_of_language
+from stockflow.checkpoints.opening import CONFIG_FILE
+from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.looks.tokenizers import CHOOSES
 from stockflow.planning.vocabulary.templates import chosen_template
@@ -13,6 +16,7 @@ from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
+_END = "eos_token_id"
 NUM_SHOWN = 3
 """of tokens"""
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|end_of_turn|>")
@@ -98,24 +102,55 @@ def vocabularies_of_parts(proposal: Proposal) -> Iterator[Remark]:
 
 
 def ends_of_texts(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that generation would end at a token without a row, or at another one than the tokenizer's."""
+    """Yield that generation would end at a token without a row, or that files name different ends of texts."""
     recipe, donor = proposal.recipe, proposal.recipe.side_files_donor
-    if recipe.vocabulary is not None or donor >= len(proposal.tokenizers):
+    if donor >= len(proposal.tokenizers):
         return
-    tokenizer, url = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url)
-    stated = (tokenizer.generation or {}).get("eos_token_id", (proposal.config or {}).get("eos_token_id"))
-    ends = [each for each in (stated if isinstance(stated, list) else [stated]) if type(each) is int and each >= 0]
-    own = tokenizer.vocabulary.ids.get(tokenizer.eos or "") if tokenizer.vocabulary else None
-    if beyond := [each for each in ends if each >= tokenizer.num_rows > 0]:
+    tokenizer, url, followed = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url), proposal.followed
+    generation = (followed.generation if followed else None) or tokenizer.generation or {}
+    config = said_of_language((followed.config if followed else None) or proposal.config)
+    stated = generation.get(_END, config.get(_END))
+    if recipe.vocabulary is None and (beyond := [each for each in _ids(stated) if each >= tokenizer.num_rows > 0]):
         rows = f"the embedding has {tokenizer.num_rows:,} rows"
         text = f"generation ends at token {beyond[0]:,} by the files of {url}, and {rows}: it would not end"
-        yield Remark("promise-unkept", text, "warning", (url,), values={"eos_token_id": str(stated)})
-    elif ends and own is not None and own not in ends:
+        yield Remark("promise-unkept", text, "warning", (url,), values={_END: str(stated)})
+        return
+    named = {
+        f"{GENERATION_CONFIG} of {url}": _ids(generation.get(_END)),
+        f"{CONFIG_FILE} of {redact(proposal.donor.url)}": _ids(config.get(_END)),
+        **_ends_of_tokenizer(proposal),
+    }
+    told = {where: ids for where, ids in named.items() if ids}
+    obeyed = next(iter(told.values()), [])  # the config for generating goes first
+    if any(not {*obeyed} & {*other} for other in told.values()):
+        said = ", ".join(f"{' and '.join(map(str, ids))} by {where}" for where, ids in told.items())
+        is_made = len({recipe.donor, donor, recipe.vocabulary_donor, recipe.roles_donor}) > 1
+        advice = f"; {CHOOSES}, for all of these" if is_made and recipe.vocabulary_donor != donor else ""
         text = (
-            f"generation ends at token {', '.join(map(str, ends))} by the files of {url}, and texts end with "
-            f"{shown(tokenizer.eos)} by its tokenizer, which is {own}"
+            f"the files that go out name different ends of texts: {said}. Loaders differ in which they believe{advice}"
         )
-        yield Remark("tokens-disagree", text, "note", (url,), values={"eos_token_id": str(stated)})
+        yield Remark("tokens-disagree", text, "warning" if is_made else "note", (url,), values=_shown(told))
+
+
+def _ends_of_tokenizer(proposal: Proposal) -> dict[str, list[int]]:
+    """Return the id of the token that ends texts by the tokenizer that goes out."""
+    recipe, tokenizers = proposal.recipe, proposal.tokenizers
+    givers = [index for index in (recipe.roles_donor, recipe.vocabulary_donor) if index < len(tokenizers)]
+    giver = next((index for index in givers if tokenizers[index].eos), None)
+    if giver is None:
+        return {}
+    token, vocabulary = tokenizers[giver].eos or "", tokenizers[giver].vocabulary
+    ids = (proposal.followed.ids if proposal.followed else None) or (vocabulary.ids if vocabulary else {})
+    where = f"the tokenizer of {redact(proposal.checkpoints[giver].url)} ({shown(token)})"
+    return {where: [ids[token]]} if token in ids else {}
+
+
+def _ids(stated: object) -> list[int]:
+    return [each for each in (stated if isinstance(stated, list) else [stated]) if type(each) is int and each >= 0]
+
+
+def _shown(told: Mapping[str, list[int]]) -> dict[str, str]:
+    return {where: ", ".join(map(str, ids)) for where, ids in told.items()}
 
 
 def ends_of_turns(proposal: Proposal) -> Iterator[Remark]:

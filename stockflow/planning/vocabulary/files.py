@@ -7,8 +7,8 @@ from typing import Any, cast
 from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.opening import Checkpoint
-from stockflow.checkpoints.tokens.said import TEMPLATE_FILE, TEMPLATE_JSON
-from stockflow.checkpoints.tokens.tokenizers import FAST, GENERATION_CONFIG, TOKENIZER_CONFIG, Tokenizer
+from stockflow.checkpoints.tokens.said import TEMPLATE_FILE, TEMPLATE_JSON, content_of
+from stockflow.checkpoints.tokens.tokenizers import FAST, GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG, Tokenizer
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.errors import PlanError
 from stockflow.planning.plan import SideFile, WrittenFile
@@ -18,7 +18,7 @@ from stockflow.recipe import Recipe
 from stockflow.storage import redact
 from stockflow.text.sizes import counted
 
-KEPT = (TOKENIZER_CONFIG, "special_tokens_map.json", "normalizer.json")
+KEPT = (TOKENIZER_CONFIG, SPECIAL_TOKENS, "normalizer.json")
 """files of a tokenizer that hold no vocabulary"""
 
 Document = dict[str, Any]
@@ -52,6 +52,9 @@ def published_tokenizer(
         copied = {
             key: side for key, side in copied.items() if not is_tokenizer_or_template(key) or "/" in key or key in KEPT
         }
+    vocabularies = [each.vocabulary for each in tokenizers[source : source + 1]]
+    ids = vocabulary.ids if vocabulary else vocabularies[0].ids if vocabularies and vocabularies[0] else {}
+    written |= _with_roles(recipe, tokenizers, ids, {**copied, **written})
     if generation is not None and GENERATION_CONFIG in copied:
         written[GENERATION_CONFIG] = _text(generation)
     template = chosen_template(recipe, tokenizers) if tokenizers else None
@@ -98,6 +101,23 @@ def _with_tokens(where: str, tokenizers: Sequence[Tokenizer], vocabulary: Output
         new = {str(each["id"]): {key: value for key, value in each.items() if key != "id"} for each in entries}
         files[TOKENIZER_CONFIG] = _text({**own.settings, "added_tokens_decoder": {**decoder, **new}})
     return files
+
+
+def _with_roles(
+    recipe: Recipe, tokenizers: Sequence[Tokenizer], ids: Ids, files: Mapping[str, bytes | SideFile]
+) -> dict[str, bytes]:
+    """Return the configs that say which tokens begin texts, end them and so on, where another model says that."""
+    source, donor = recipe.vocabulary_donor, recipe.roles_donor
+    if source == donor or donor >= len(tokenizers):
+        return {}
+    roles = {role: token for role, token in tokenizers[donor].roles.items() if token in ids}
+    made: dict[str, bytes] = {}
+    for key, own in ((TOKENIZER_CONFIG, tokenizers[source].settings), (SPECIAL_TOKENS, tokenizers[source].special)):
+        found = files.get(key)
+        document = json.loads(found) if isinstance(found, bytes) else own
+        if found is not None and any(content_of(document.get(role)) != token for role, token in roles.items()):
+            made[key] = _text({**document, **roles})
+    return made
 
 
 def _entries(tokenizers: Sequence[Tokenizer], added: Ids) -> list[Document]:

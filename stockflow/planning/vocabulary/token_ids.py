@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stockflow.checkpoints.configs import TOKEN_IDS, Config
-from stockflow.checkpoints.opening import CONFIG_FILE
+from stockflow.checkpoints.heads import LANGUAGE_PARTS, said_of_language
+from stockflow.checkpoints.opening import CONFIG_FILE, Checkpoint
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG, Tokenizer
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.vocabulary.rows import OutputVocabulary
@@ -16,6 +17,7 @@ from stockflow.text.strictjson import shown
 
 NUM_SHOWN, MAX_NAMED = 3, 20
 """tokens in a sentence, and in what programs read"""
+_END = "eos_token_id"
 _KEY = re.compile(TOKEN_IDS)
 
 
@@ -99,14 +101,25 @@ class Followed:
     generation: Config | None = None
     """generation_config.json where it says something else then"""
     remarks: tuple[Remark, ...] = ()
+    ids: Ids | None = None
+    """the output's, where rows move"""
 
 
 def following(
-    recipe: Recipe, config: Config | None, tokenizers: Sequence[Tokenizer], vocabulary: OutputVocabulary | None
+    recipe: Recipe,
+    config: Config | None,
+    checkpoints: Sequence[Checkpoint],
+    tokenizers: Sequence[Tokenizer],
+    vocabulary: OutputVocabulary | None,
 ) -> Followed:
-    """Return the config that is published, and the one for generating, with the ids that tokens have in the output."""
+    """Return the config that is published, and the one for generating, with the ids that tokens have in the output.
+
+    Which id ends texts the model says whose side files are taken.
+    """
+    end = said_of_language(checkpoints[recipe.side_files_donor].config).get(_END)
+    ends: Config | None = None if end is None or recipe.side_files_donor == recipe.donor else {_END: end}
     if vocabulary is None:
-        return Followed(config)
+        return Followed(_with_ends(config, ends))
     base = tokenizers[recipe.donor].vocabulary
     remarks = list(_changed_tokens(vocabulary))
 
@@ -115,11 +128,22 @@ def following(
         if given is None or known is None:
             return given
         renumbering = Renumbering.between(known.ids, vocabulary.ids)
-        made = renumbering.of(given)
+        made: Config = renumbering.of(given)
         remarks.extend(renumbering.remarks(file))
         return made
 
     followed = renumbered(config, recipe.donor, CONFIG_FILE)
+    ends = renumbered(ends, recipe.side_files_donor, CONFIG_FILE)
     own = tokenizers[recipe.side_files_donor].generation
     generation = renumbered(own, recipe.side_files_donor, GENERATION_CONFIG)
-    return Followed(followed, None if generation == own else generation, tuple(remarks))
+    generation = None if generation == own else generation
+    return Followed(_with_ends(followed, ends), generation, tuple(remarks), vocabulary.ids)
+
+
+def _with_ends(config: Config | None, ends: Config | None) -> Config | None:
+    """Return a config with the id that ends texts, in the sections of its language model that say one."""
+    if config is None or not ends:
+        return config
+    parts = ((key, config.get(key)) for key in LANGUAGE_PARTS)
+    made: dict[str, object] = {key: _with_ends(part, ends) for key, part in parts if isinstance(part, dict)}
+    return {**config, **made, **{key: ends[key] for key in ends if key in config}}
