@@ -6,27 +6,29 @@ and what is the same of several models is then one object.
 
 import hashlib
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
 
 from stockflow.checkpoints.beside.side_files import SOME_VOCABULARY, is_of_tokenizer, is_of_use
+from stockflow.checkpoints.heads import said_of_language
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.tokens.classes import RENUMBERED, kin_of, roles_of_ids, roles_of_kin, tokens_for_gaps
 from stockflow.checkpoints.tokens.cutting import Cutting, flags_of, merges_of
 from stockflow.checkpoints.tokens.doubts import Doubts, doubts_of_named, doubts_of_roles, doubts_of_slow
 from stockflow.checkpoints.tokens.fast import fast_tokenizer
+from stockflow.checkpoints.tokens.reading import Reader, TokenFiles, Vocabulary, is_small
 from stockflow.checkpoints.tokens.said import (
     DEFAULT,
+    ROLES,
     TEMPLATE_JSON,
     is_template,
     named_tokens,
     roles_of,
     templates_of,
 )
-from stockflow.checkpoints.tokens.token_rows import stated_sizes, vocabulary_rows
+from stockflow.checkpoints.tokens.token_rows import vocabulary_rows
 from stockflow.checkpoints.tokens.vocabularies import (
     FORMS,
     OF_PIECES,
@@ -34,17 +36,12 @@ from stockflow.checkpoints.tokens.vocabularies import (
     appended,
     decoder_tokens,
     items_of,
-    json_of,
     scores_of,
     tekken,
     token_map,
 )
-from stockflow.storage import Stamp, Store
+from stockflow.storage import Store
 
-T = TypeVar("T")
-
-MAX_FILE_BYTES = 64_000_000
-"""Of a file that is parsed; Gemma's tokenizer.json has 33 MB."""
 FAST, TEKKEN = "tokenizer.json", "tekken.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 MERGES = "merges.txt"
@@ -65,25 +62,6 @@ _OF_PLAIN_FORM = re.compile(r"vocab\.(json|txt)|encoder\.json")
 _OF_FURTHER_IDS = re.compile(rf"(?!.*/)(?!.*\.bpe)({SOME_VOCABULARY})")
 _BESIDE_ANY = re.compile(r"(entity|target)_vocab\.json")
 """a second vocabulary, of which the first one has nothing"""
-_RENUMBERED = re.compile(
-    r"(XLMRoberta|Camembert|Barthez|XGLM|XLMProphetNet|MBart(50)?|Nllb|Pegasus|ChatGLM|FNet|PLBart|SeamlessM4T|LayoutXLM"
-    r"|MLuke)Tokenizer(Fast)?"
-)
-"""classes whose code numbers the pieces of a SentencePiece model anew"""
-_TELLS_BYTES = re.compile(r"(?!(mtime|mtime_ns|LastModified|Last-Modified|created)=).")
-"""versions of objects that are the same for equal bytes only: ETags, and not times"""
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """Which id stands for which token."""
-
-    ids: Ids
-    """by token; empty if they cannot be read"""
-    numbering: str = ""
-    """what else decides them, code or bytes that are not read: no more is known of it than whether it is the same"""
-    problem: str = ""
-    """why they cannot be read"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +75,9 @@ class Tokenizer:
     templates: Mapping[str, str] = field(default_factory=dict)
     """chat templates by name, without space around them"""
     roles: Mapping[str, str] = field(default_factory=dict)
-    """tokens by what they are for"""
+    """tokens by what they are for, as files say"""
+    assumed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """and those that its class takes, or ids in config.json mean, where they say none"""
     generation: Mapping[str, object] | None = None
     """generation_config.json without what says who wrote it"""
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -119,6 +99,11 @@ class Tokenizer:
     def template(self) -> str | None:
         """The chat template that is taken where none is asked for by name."""
         return self.templates.get(DEFAULT)
+
+    @property
+    def has_none(self) -> bool:
+        """Whether no file is of a tokenizer."""
+        return self.vocabulary is None and not self.settings
 
     @property
     def eos(self) -> str | None:
@@ -145,91 +130,16 @@ def read_tokenizers(
     speaks = any(is_of_use(key) or is_of_tokenizer(key) for each in checkpoints for key in each.side_files)
     if not any(rows.values()) and not with_documents and not speaks:
         return []
-    reader = _Reader(with_documents)
-    files = [_Files(reader, store, each, rows[id(each.specs)]) for store, each in zip(stores, checkpoints, strict=True)]
+    reader = Reader(with_documents)
+    files = [
+        TokenFiles(reader, store, each, rows[id(each.specs)]) for store, each in zip(stores, checkpoints, strict=True)
+    ]
     first = [_tokenizer(each) for each in files[:1]]  # equal objects of the others are then not read at all
     with ThreadPoolExecutor(max(len(files), 1)) as pool:
         return first + list(pool.map(_tokenizer, files[1:]))
 
 
-class _Reader:
-    """Files of several models, each read and parsed once as far as stores can tell them apart."""
-
-    def __init__(self, with_documents: bool) -> None:
-        self.with_documents = with_documents
-        self._lock = threading.Lock()
-        self._made: dict[object, object] = {}
-
-    def parsed(self, store: Store, key: str, stamp: Stamp, parse: Callable[[bytes], T]) -> T:
-        """Return what a file holds; what ``parse`` raises is raised again for equal files."""
-        known = (parse, stamp)
-        if _TELLS_BYTES.match(stamp.version) and known in self._made:
-            return cast(T, self._found(known))
-        payload = _payload(store, key, stamp)
-        made = (parse, hashlib.sha256(payload).digest())
-        with self._lock:  # Python would not parse two at once anyway
-            self.once(made, lambda: parse(payload))
-        self._made[known] = self._made[made]
-        return cast(T, self._found(made))
-
-    def once(self, key: object, make: Callable[[], T]) -> None:
-        """Make what has not been made for a key before."""
-        if key not in self._made:
-            try:
-                self._made[key] = make()
-            except ValueError as error:
-                self._made[key] = error
-
-    def vocabulary(self, ids: Ids, added: Ids, numbering: str, *, added_first: bool) -> Vocabulary:
-        """Return ids with the tokens beside them, which loaders of older forms ask first; equal ones are one object."""
-        key = (id(ids), tuple(sorted(added.items())), numbering)
-        is_plain = added.items() <= ids.items() if added_first else added.keys() <= ids.keys()
-        first, then = (added, ids) if added_first else (ids, added)
-        with self._lock:
-            self.once(key, lambda: Vocabulary(ids if is_plain else {**then, **first}, numbering))
-        return cast(Vocabulary, self._found(key))
-
-    def _found(self, key: object) -> object:
-        found = self._made[key]
-        if isinstance(found, ValueError):
-            raise found
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """The small files of one model."""
-
-    reader: _Reader
-    store: Store
-    model: Checkpoint
-    num_rows: int
-    """of its input embedding"""
-
-    @property
-    def stamps(self) -> Mapping[str, Stamp]:
-        """By name, what tells one version of a file from another."""
-        return self.model.side_files
-
-    def rows_of(self, vocabulary: Vocabulary | None) -> int:
-        """Return how many rows are tokens' in the tensors that have one per token."""
-        ids = vocabulary.ids if vocabulary else {}
-        sizes = {*stated_sizes(self.model.config), len(ids), max(ids.values(), default=-1) + 1} - {0}
-        return self.num_rows or (vocabulary_rows(self.model.specs, sizes) if vocabulary else 0)
-
-    def json(self, key: str) -> dict[str, object]:
-        """Return a JSON object, empty if it is not there or none: whether that is a fault is not said here."""
-        try:
-            return self.parsed(key, json_of) if key in self.stamps else {}
-        except ValueError:
-            return {}
-
-    def parsed(self, key: str, parse: Callable[[bytes], T]) -> T:
-        """Return what a file holds."""
-        return self.reader.parsed(self.store, key, self.stamps[key], parse)
-
-
-def _tokenizer(files: _Files) -> Tokenizer:
+def _tokenizer(files: TokenFiles) -> Tokenizer:
     settings = files.json(TOKENIZER_CONFIG)
     vocabulary = _vocabulary(files, settings)
     document = files.json(FAST) if files.reader.with_documents and FAST in files.stamps else None
@@ -238,6 +148,7 @@ def _tokenizer(files: _Files) -> Tokenizer:
         vocabulary,
         _templates(files, settings),
         roles_of(settings, files.json(SPECIAL_TOKENS)),
+        _assumed(files, settings, vocabulary),
         _generation(files),
         settings,
         files.json(SPECIAL_TOKENS),
@@ -249,7 +160,7 @@ def _tokenizer(files: _Files) -> Tokenizer:
     )
 
 
-def _below(files: _Files) -> Iterator[tuple[str, Ids]]:
+def _below(files: TokenFiles) -> Iterator[tuple[str, Ids]]:
     """Yield the vocabularies in subfolders, of each folder the first file that loaders take; what is unread is not."""
     of_folders: dict[str, list[str]] = {}
     for key in files.stamps:
@@ -263,7 +174,7 @@ def _below(files: _Files) -> Iterator[tuple[str, Ids]]:
                 yield key, files.parsed(key, read)
 
 
-def _use(files: _Files, key: str) -> dict[str, object]:
+def _use(files: TokenFiles, key: str) -> dict[str, object]:
     """Return what a file says of how the model is used; of code and templates, which it is."""
     if key.endswith((".py", ".jinja")):
         return {"sha256": files.parsed(key, _digest)}
@@ -273,7 +184,7 @@ def _use(files: _Files, key: str) -> dict[str, object]:
         return {}
 
 
-def _doubts(files: _Files, settings: Mapping[str, object], vocabulary: Vocabulary) -> Doubts:
+def _doubts(files: TokenFiles, settings: Mapping[str, object], vocabulary: Vocabulary) -> Doubts:
     """Return which tokens have another id in the files beside a tokenizer.json, or none there at all."""
     if vocabulary.problem:
         return {}
@@ -301,7 +212,7 @@ def _may_be_shifted(key: str, settings: Mapping[str, object]) -> bool:
     return key.endswith(".bpe.model") or (key.endswith(".model") and "tokenizer_class" not in flags_of(settings))
 
 
-def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:
+def _cutting(files: TokenFiles, settings: Mapping[str, object]) -> Cutting:
     own: Cutting = {}
     with suppress(ValueError):  # said of its vocabulary
         if FAST in files.stamps:
@@ -311,7 +222,7 @@ def _cutting(files: _Files, settings: Mapping[str, object]) -> Cutting:
         elif model := next((key for key in files.stamps if re.fullmatch(OF_PIECES, key)), None):
             own = files.parsed(model, scores_of)
     unread = [] if FAST in files.stamps else filter(_is_of_no_form, files.stamps)
-    beside = {key: files.parsed(key, _digest) for key in unread if _is_small(files.stamps[key])}
+    beside = {key: files.parsed(key, _digest) for key in unread if is_small(files.stamps[key])}
     return {**own, **beside, **flags_of(settings)}
 
 
@@ -320,7 +231,7 @@ def _is_of_no_form(key: str) -> bool:
     return bool(_OTHER_FORMS.fullmatch(key)) and not any(form.fullmatch(key) for form, _ in FORMS)
 
 
-def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | None:
+def _vocabulary(files: TokenFiles, settings: Mapping[str, object]) -> Vocabulary | None:
     key, read = next(((key, read) for form, read in FORMS for key in files.stamps if form.fullmatch(key)), ("", None))
     if read is None:
         others = sorted(filter(_is_of_no_form, files.stamps))
@@ -332,36 +243,56 @@ def _vocabulary(files: _Files, settings: Mapping[str, object]) -> Vocabulary | N
     except ValueError as error:
         return _unread(files, [key], f"{key}: {error}")
     numbering = _numbering(files, key, settings)
-    if _OF_PLAIN_FORM.fullmatch(key) and not numbering:
-        added = appended(named_tokens(settings, files.json(SPECIAL_TOKENS)), ids, added)
-    return files.reader.vocabulary(ids, added, numbering, added_first=key != FAST and not numbering)
+    kin = kin_of(settings, files.model.config)
+    is_of_pieces = bool(re.fullmatch(OF_PIECES, key)) and not numbering
+    roles = roles_of_kin(kin) if is_of_pieces else {}
+    is_known = roles.get("unk_token") in ids
+    if is_known or (_OF_PLAIN_FORM.fullmatch(key) and not numbering):
+        added = (tokens_for_gaps(kin, settings, ids) if is_of_pieces else {}) | added
+        named = roles_of(settings, files.json(SPECIAL_TOKENS), roles)
+        added = appended([*named.values(), *named_tokens(settings, files.json(SPECIAL_TOKENS))], ids, added)
+    by_code = is_of_pieces and not is_known
+    return files.reader.vocabulary(ids, added, numbering, added_first=key != FAST and not numbering, is_open=by_code)
 
 
-def _unread(files: _Files, keys: Sequence[str], problem: str) -> Vocabulary:
+def _assumed(
+    files: TokenFiles, settings: Mapping[str, object], vocabulary: Vocabulary | None
+) -> dict[str, tuple[str, ...]]:
+    """Return the tokens that may have a part to play where files name none: its class's, and those of config.json."""
+    ids = vocabulary.ids if vocabulary else {}
+    of_class, of_ids = (
+        roles_of_kin(kin_of(settings, files.model.config)),
+        roles_of_ids(said_of_language(files.model.config), ids),
+    )
+    both = {role: (of_class.get(role), of_ids.get(role)) for role in ROLES}
+    return {role: tuple(token for token in each if token in ids) for role, each in both.items()}
+
+
+def _unread(files: TokenFiles, keys: Sequence[str], problem: str) -> Vocabulary:
     return Vocabulary({}, " ".join(_known_bytes(files, key) for key in keys), problem)
 
 
-def _known_bytes(files: _Files, key: str) -> str:
+def _known_bytes(files: TokenFiles, key: str) -> str:
     stamp = files.stamps[key]
-    return files.parsed(key, _digest) if _is_small(stamp) else f"{key} {stamp}"
+    return files.parsed(key, _digest) if is_small(stamp) else f"{key} {stamp}"
 
 
-def _numbering(files: _Files, key: str, settings: Mapping[str, object]) -> str:
+def _numbering(files: TokenFiles, key: str, settings: Mapping[str, object]) -> str:
     """Return what else decides ids: a class whose code numbers pieces anew, or files such as BARTpho's dict.txt."""
     name = settings.get("tokenizer_class")
-    renumbers = key.endswith(".model") and isinstance(name, str) and _RENUMBERED.fullmatch(name)
+    renumbers = key.endswith(".model") and isinstance(name, str) and RENUMBERED.fullmatch(name)
     of_ids = _BESIDE_ANY if renumbers or key == FAST else _OF_FURTHER_IDS
     further = [each for each in sorted(files.stamps) if of_ids.fullmatch(each) and _is_of_no_form(each)]
     code = [name.removesuffix("Fast")] if renumbers and isinstance(name, str) else []
     return " ".join([*code, *(f"{each}={_known_bytes(files, each)}" for each in further)])
 
 
-def _templates(files: _Files, settings: Mapping[str, object]) -> dict[str, str]:
-    keys = [key for key in files.stamps if is_template(key) and _is_small(files.stamps[key])]
+def _templates(files: TokenFiles, settings: Mapping[str, object]) -> dict[str, str]:
+    keys = [key for key in files.stamps if is_template(key) and is_small(files.stamps[key])]
     return templates_of({key: files.parsed(key, _text) for key in keys}, settings, files.json(TEMPLATE_JSON))
 
 
-def _generation(files: _Files) -> Mapping[str, object] | None:
+def _generation(files: TokenFiles) -> Mapping[str, object] | None:
     if GENERATION_CONFIG not in files.stamps:
         return None
     return _without_writer(files.json(GENERATION_CONFIG))
@@ -377,15 +308,3 @@ def _digest(payload: bytes) -> str:
 
 def _text(payload: bytes) -> str:
     return payload.decode(errors="replace")
-
-
-def _is_small(stamp: Stamp) -> bool:
-    return stamp.size <= MAX_FILE_BYTES
-
-
-def _payload(store: Store, key: str, stamp: Stamp) -> bytes:
-    if not _is_small(stamp):
-        raise ValueError(f"it has {stamp.size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-    payload = bytearray(stamp.size)
-    store.read_into(key, 0, memoryview(payload), stamp)
-    return bytes(payload)

@@ -24,6 +24,7 @@ from stockflow.planning.looks import (
     tokenizers,
     uses,
     values,
+    words,
 )
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.remarks import Remark
@@ -91,8 +92,8 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     cutting.other_cutting,
     tokenizers.tokens_beyond_rows,
     tokenizers.missing_tokenizers,
-    tokenizers.words_of_no_tune,
-    tokenizers.templates_going_out,
+    words.words_of_no_tune,
+    words.templates_going_out,
     uses.uses_of_no_tune,
     uses.vocabularies_of_parts,
     uses.contradicting_files,

@@ -1,19 +1,15 @@
 """Tokenizers beside each other: ids that mean different tokens, tokens without a row, words that are no tune's."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
-from stockflow.checkpoints.configs import Config
-from stockflow.checkpoints.heads import said_of_language
-from stockflow.checkpoints.tokens.said import DEFAULT
+from stockflow.checkpoints.tokens.reading import Vocabulary
 from stockflow.checkpoints.tokens.token_rows import has_input_rows, vocabulary_tensors
-from stockflow.checkpoints.tokens.tokenizers import Vocabulary
+from stockflow.checkpoints.tokens.tokenizers import FAST
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.vocabulary.templates import chosen_template
+from stockflow.planning.looks.words import CHOOSES
 from stockflow.storage import redact
-from stockflow.text.chat_templates import fault_in, markers_in
-from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
@@ -23,10 +19,7 @@ NUM_SHOWN = 3
 NUM_VALUES = 20
 """tokens in what programs read"""
 REMEDY = "Rows of different tokens would be mixed; `tokenizer_source: base` or `union` merges them by token"
-CHOOSES = "`stockflow: {side_files_from: MODEL}` takes another model's"
-CHOOSES_TOKENIZER = "`tokenizer_source: MODEL` takes another model's"
-CHOOSES_TEMPLATE = "`chat_template: auto` or MODEL takes theirs"
-CHOOSES_ANOTHER = "`chat_template: MODEL` takes another model's"
+WRITES_FAST = "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes a tokenizer.json, which says it"
 UNITES = "`tokenizer_source: union` keeps them"
 
 
@@ -116,7 +109,7 @@ def differing_vocabularies(proposal: Proposal) -> Iterator[Remark]:
             found = _token_differences(changes[number], changes[place])
             yield from _contested(mine, other, found)
             if other is groups[0] and mine.is_merged:
-                yield from _missing(mine, other, found)
+                yield from _missing(mine, other, found, _unites(proposal))
 
 
 def _merged(proposal: Proposal) -> list[int]:
@@ -185,20 +178,31 @@ def _contested(mine: _Group, other: _Group, found: TokenDifferences) -> Iterator
         yield Remark("vocabularies-differ", text, severity, models=(*mine.models, *other.models), values=values)
 
 
-def _missing(mine: _Group, published: _Group, found: TokenDifferences) -> Iterator[Remark]:
-    """Yield which tokens are in one of the vocabularies only."""
+def _unites(proposal: Proposal) -> str:
+    """Return what keeps tokens that the tokenizer which goes out lacks."""
+    is_fast = FAST in proposal.side_files_donor.side_files
+    return UNITES if is_fast else f"{WRITES_FAST}, and {UNITES}"
+
+
+def _missing(mine: _Group, published: _Group, found: TokenDifferences, unites: str) -> Iterator[Remark]:
+    """Yield which tokens are in one of the vocabularies only, or may be, where code adds some to the other."""
     for having, lacking, tokens, hint in (
-        (mine, published, found.added, f", and the tokenizer that goes out does not know them; {UNITES}"),
+        (mine, published, found.added, f", and the tokenizer that goes out does not know them; {unites}"),
         (published, mine, found.lacking, ""),
     ):
-        if tokens:
+        if tokens and lacking.vocabulary.is_open and min(tokens) >= len(lacking.vocabulary.ids):
+            text = (
+                f"whether {lacking.named} has {_tokens(tokens)} of {having.named} cannot be told: code of its "
+                f"tokenizer's class may add tokens to what its files say; {WRITES_FAST}"
+            )
+            yield Remark("tokens-missing", text, "note", (*mine.models, *published.models), values=_values(tokens))
+        elif tokens:
             lack = "lacks" if len(lacking.models) == 1 else "lack"
             text = (
                 f"{lacking.named} {lack} {_tokens(tokens)} of {having.named}: what is merged in their rows was never "
                 f"trained there{hint}"
             )
-            values = {str(number): shown(token) for number, token in list(tokens.items())[:NUM_VALUES]}
-            yield Remark("tokens-missing", text, models=(*mine.models, *published.models), values=values)
+            yield Remark("tokens-missing", text, models=(*mine.models, *published.models), values=_values(tokens))
 
 
 def tokens_beyond_rows(proposal: Proposal) -> Iterator[Remark]:
@@ -211,8 +215,7 @@ def tokens_beyond_rows(proposal: Proposal) -> Iterator[Remark]:
                 f"the {group.num_rows:,} rows of the embedding of {group.named} end before {_tokens(tokens)}: a text "
                 "with them cannot be read by the model"
             )
-            values = {str(number): shown(token) for number, token in list(tokens.items())[:NUM_VALUES]}
-            yield Remark("tokens-beyond-rows", text, models=group.models, values=values)
+            yield Remark("tokens-beyond-rows", text, models=group.models, values=_values(tokens))
 
 
 def missing_tokenizers(proposal: Proposal) -> Iterator[Remark]:
@@ -230,133 +233,6 @@ def missing_tokenizers(proposal: Proposal) -> Iterator[Remark]:
         yield Remark("no-tokenizer", text, "note", models=others)
 
 
-def words_of_no_tune(proposal: Proposal) -> Iterator[Remark]:
-    """Yield what goes out of templates, tokens and generation config although tunes have something else."""
-    recipe = proposal.recipe
-    tunes = [
-        index
-        for index, location in enumerate(recipe.checkpoints)
-        if location != recipe.base_model and proposal.tokenizers
-    ]
-    found = False
-    for what, word in WORDS.items():
-        if (what in TEMPLATES and recipe.chat_template is not None) or (what == _EOS_ID and found):
-            continue
-        donor = _giver(proposal, what, word)
-        if donor >= len(proposal.tokenizers):  # a model that is asked for its tokenizer alone
-            continue
-        own = word.of(proposal, donor) if tunes else None
-        others = {index: word.of(proposal, index) for index in tunes if index != donor}
-        unlike = {index: each for index, each in others.items() if each and each != own}
-        is_of_none = any(others.values()) and own not in others.values()
-        if is_of_none or (unlike and word.is_said_of_one):
-            found = found or is_of_none
-            yield _other_word(proposal, donor, what, own, others if is_of_none else unlike, is_of_none)
-
-
-def _other_word(
-    proposal: Proposal, donor: int, what: str, own: object, others: Mapping[int, object], is_of_none: bool
-) -> Remark:
-    """Say what goes out and which tunes have another; a note of what some have, or of what matters little."""
-    url, models = redact(proposal.checkpoints[donor].url), _urls(proposal, list(others))
-    theirs = CHOOSES_TEMPLATE if is_of_none else CHOOSES_ANOTHER
-    asked = proposal.recipe.vocabulary
-    is_fixed = WORDS[what].is_role and asked is not None and asked.source != "union"
-    advice = theirs if what == TEMPLATES[0] else CHOOSES_TOKENIZER if is_fixed else CHOOSES
-    is_made = what == "generation config" and proposal.tokenizers[donor].generation is None
-    said = f"none, so that loaders take {_brief(own)} of its config.json" if is_made and own else _brief(own)
-    having = "every tune has" if is_of_none else f"{_listed(models)} {'has' if len(models) == 1 else 'have'}"
-    text = f"the {what} of {url} goes out ({said}), and {having} another; {advice}"
-    values = {url: _brief(own), **dict(zip(models, map(_brief, others.values()), strict=True))}
-    severity: Severity = "warning" if is_of_none and not WORDS[what].is_minor else "note"
-    return Remark("side-files-differ", text, severity, models=(url,), values=values)
-
-
-@dataclass(frozen=True, slots=True)
-class _Word:
-    """Something that a model says of how it is talked to."""
-
-    of: Callable[[Proposal, int], object]
-    is_said_of_one: bool = False
-    """where one tune has another, and not only where all have"""
-    is_minor: bool = False
-    is_role: bool = False
-    """of a token"""
-
-
-def _giver(proposal: Proposal, what: str, word: _Word) -> int:
-    """Return which model's word goes out."""
-    recipe = proposal.recipe
-    if what in ("generation config", _EOS_ID):
-        return recipe.side_files_donor
-    says_it = word.is_role and recipe.roles_donor < len(proposal.tokenizers) and word.of(proposal, recipe.roles_donor)
-    return recipe.roles_donor if says_it else recipe.vocabulary_donor
-
-
-def _token(role: str, **flags: bool) -> _Word:
-    return _Word(lambda proposal, index: proposal.tokenizers[index].roles.get(role), is_role=True, **flags)
-
-
-_EOS_ID = "end token's id"
-TEMPLATES = ("chat template", "set of further chat templates")
-WORDS: Mapping[str, _Word] = {
-    TEMPLATES[0]: _Word(lambda proposal, index: proposal.tokenizers[index].template, is_said_of_one=True),
-    TEMPLATES[1]: _Word(lambda proposal, index: _further_templates(proposal, index)),
-    "end token": _token("eos_token", is_said_of_one=True),
-    "generation config": _Word(lambda proposal, index: _generation(proposal, index)),
-    _EOS_ID: _Word(lambda proposal, index: _eos_id(proposal, index)),
-    "first token": _token("bos_token", is_said_of_one=True),
-    "filling token": _token("pad_token", is_minor=True),
-    "mask token": _token("mask_token", is_minor=True),
-}
-"""The end token's id only where those before it are silent: it stands in one of two files."""
-
-
-def _further_templates(proposal: Proposal, index: int) -> Mapping[str, str] | None:
-    """Return the templates that are asked for by name."""
-    return {name: text for name, text in proposal.tokenizers[index].templates.items() if name != DEFAULT} or None
-
-
-def templates_going_out(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that the chat template which goes out cannot be read, or writes markers that are no tokens."""
-    recipe, donor = proposal.recipe, proposal.recipe.vocabulary_donor
-    if donor >= len(proposal.tokenizers) or not recipe.stockflow.copy_tokenizer:
-        return
-    tokenizer, url = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url)
-    template = chosen_template(recipe, proposal.tokenizers) or tokenizer.template
-    if template and (fault := fault_in(template)):
-        text = f"the chat template that goes out cannot be read: {in_a_line(fault)}; {CHOOSES_TEMPLATE}"
-        yield Remark("template-unread", text, models=(url,), values={"fault": fault})
-    vocabulary = tokenizer.vocabulary
-    known = vocabulary.ids if vocabulary and not vocabulary.problem and not recipe.vocabulary else None
-    if template and known and (strange := [each for each in markers_in(template) if each not in known]):
-        some, are_none = (
-            ", ".join(map(shown, strange[:NUM_SHOWN])),
-            "is no token" if len(strange) == 1 else "are no tokens",
-        )
-        text = (
-            f"the chat template that goes out writes {some}{_more(strange)}, which {are_none} of {url}, whose "
-            "tokenizer goes out: a model reads several tokens there"
-        )
-        yield Remark("template-unread", text, "note", (url,), values=dict.fromkeys(strange, "no token"))
-
-
-def _generation(proposal: Proposal, index: int) -> Config | None:
-    """Return generation_config.json, or what loaders make of config.json if only others have that file."""
-    files = [each.generation for each in proposal.tokenizers]
-    own = files[index]
-    if own is None and files[proposal.recipe.side_files_donor] is None and any(files):
-        own = said_of_language(proposal.checkpoints[index].config)
-    asked = {key for each in files for key in each or ()}
-    return None if own is None else {key: own[key] for key in sorted(asked & own.keys()) if own[key] is not None}
-
-
-def _eos_id(proposal: Proposal, index: int) -> object:
-    generation = proposal.tokenizers[index].generation or {}
-    config = said_of_language(proposal.checkpoints[index].config)
-    return generation.get("eos_token_id", config.get("eos_token_id"))
-
-
 def _urls(proposal: Proposal, indices: Sequence[int]) -> tuple[str, ...]:
     return tuple(redact(proposal.checkpoints[index].url) for index in indices)
 
@@ -370,13 +246,13 @@ def _tokens(tokens: Mapping[int, str]) -> str:
     return f"{counted(len(tokens), 'token')}: {examples}{_more(tokens)}"
 
 
+def _values(tokens: Mapping[int, str]) -> dict[str, str]:
+    return {str(number): shown(token) for number, token in list(tokens.items())[:NUM_VALUES]}
+
+
 def _more(found: Sized) -> str:
     return f" and {len(found) - NUM_SHOWN:,} more" if len(found) > NUM_SHOWN else ""
 
 
 def _quoted(token: str | None) -> str:
     return "nothing" if token is None else shown(token)
-
-
-def _brief(found: object) -> str:
-    return "none" if found is None else shown(found)

@@ -8,7 +8,7 @@ from stockflow.checkpoints.heads import said_of_language
 from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.looks.tokenizers import CHOOSES
+from stockflow.planning.looks.words import CHOOSES
 from stockflow.planning.vocabulary.templates import chosen_template
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line

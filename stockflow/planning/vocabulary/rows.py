@@ -11,8 +11,9 @@ from itertools import islice
 from stockflow.checkpoints.decodes.stored import RowFill, RowRun, RowRuns, plain
 from stockflow.checkpoints.heads import tied_names
 from stockflow.checkpoints.opening import Checkpoint
+from stockflow.checkpoints.tokens.reading import Vocabulary
 from stockflow.checkpoints.tokens.token_rows import vocabulary_tensors
-from stockflow.checkpoints.tokens.tokenizers import Tokenizer, Vocabulary
+from stockflow.checkpoints.tokens.tokenizers import FAST, Tokenizer
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.errors import PlanError
 from stockflow.methods.parameters import Parameters
@@ -201,7 +202,8 @@ def rows_remedy(checkpoints: Sequence[Checkpoint], tokenizers: Sequence[Tokenize
     first = next((each.vocabulary for each in tokenizers[:1]), None)
     own = [each.vocabulary or first for each in tokenizers]
     if own and all(each and not each.problem and not each.numbering for each in own):
-        return "`tokenizer_source: base` or `union` merges rows by token"
+        has_fast = FAST in checkpoints[0].side_files
+        return f"`tokenizer_source: base`{' or `union`' if has_fast else ''} merges rows by token"
     return "with the tokenizer.json of each model beside it, `tokenizer_source: base` merges rows by token"
 
 
