@@ -86,7 +86,7 @@ CODES: Mapping[str, str] = {
     "tokenizers-differ": "tokenizers of equal tokens that cut texts in different ways",
     "token-ids": "ids of tokens in configs, which follow the vocabulary that is written",
     "tokens-beyond-rows": "tokens for which an embedding has no row",
-    "tokens-disagree": "tokens of which the files of one tokenizer say different things",
+    "tokens-disagree": "tokens and templates of which the files of one model say different things",
     "padding-of-zeros": "rows beyond all vocabularies, which no model has",
     "tokens-missing": "tokens that some models have and others lack",
     "tied-head": "a head that is stored beside its embedding in some models only",

@@ -96,3 +96,12 @@ def test_ends_that_the_files_of_one_model_name_are_held_against_each_other(
     tmp_path: Path, files: Files, severity: str | None
 ) -> None:
     assert Models(tmp_path, files, files).said().get("tokens-disagree") == severity
+
+
+def test_ids_that_end_texts_have_no_order(tmp_path: Path) -> None:
+    one, two = ending(FAST, "a", 0, [0, 1]), ending(FAST, "a", 0, [1, 0])
+    single = ending(FAST, "a", 0, [0])
+
+    assert Models(tmp_path / "several", one, two).said() == {}
+    assert Models(tmp_path / "one", single, ending(FAST, "a", 0, 0)).said() == {}
+    assert Models(tmp_path / "another", one, single).said() != {}

@@ -151,3 +151,38 @@ def test_ids_within_a_tokenizer_json_are_held_against_its_vocabulary(case: str) 
 
     assert fast_tokenizer(json.dumps(document).encode()).doubts == expected
     assert vocabulary_of(document).keys() | added_of(document).keys() >= {*PIECES}
+
+
+TEMPLATE = {"chat_template.jinja": "{{ messages }}"}
+IN_BOTH: dict[str, tuple[Files, Mapping[str, str], list[str]]] = {
+    "the same": (FAST | TEMPLATE | {"tokenizer_config.json": '{"chat_template": "{{ messages }}\\n"}'}, {}, []),
+    "another": (FAST | TEMPLATE | {"tokenizer_config.json": '{"chat_template": "{{ a }}"}'}, {}, ["warning", *"nn"]),
+    "another of a processor": (
+        FAST | TEMPLATE | {"chat_template.json": '{"chat_template": "{{ a }}"}'},
+        {},
+        ["warning", *"nn"],
+    ),
+    "one that the recipe chooses": (
+        FAST | TEMPLATE | {"tokenizer_config.json": '{"chat_template": "{{ a }}"}'},
+        {"chat_template": "chatml"},
+        [*"nn"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_BOTH)
+def test_a_template_that_a_file_and_a_config_have_differently_is_said(case: str, tmp_path: Any) -> None:
+    files, asked, severities = IN_BOTH[case]
+
+    said = [each for each in Models(tmp_path, files, files).plan(**asked).remarks if each.code == "tokens-disagree"]
+
+    assert [each.severity for each in said] == [{"n": "note"}.get(each, each) for each in severities]
+
+
+def test_a_pointer_in_place_of_a_tokenizer_is_called_so(tmp_path: Any) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 17209961\n"
+    models = Models(tmp_path, FAST, FAST, {"tokenizer.json": pointer})
+
+    (said,) = models.plan(accept=("vocabularies-unread",)).remarks
+
+    assert "tokenizer.json is a git-lfs pointer, not the file it stands for; run `git lfs pull`" in said.text

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
+from stockflow.checkpoints.files.disguises import disguise_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.token_rows import stated_sizes, vocabulary_rows
 from stockflow.checkpoints.tokens.vocabularies import Ids, json_of
@@ -50,7 +51,7 @@ class Reader:
         payload = _payload(store, key, stamp)
         made = (parse, hashlib.sha256(payload).digest())
         with self._lock:  # Python would not parse two at once anyway
-            self.once(made, lambda: parse(payload))
+            self.once(made, lambda: _parsed(parse, payload))
         self._made[known] = self._made[made]
         return cast(T, self._found(made))
 
@@ -122,3 +123,11 @@ def _payload(store: Store, key: str, stamp: Stamp) -> bytes:
     payload = bytearray(stamp.size)
     store.read_into(key, 0, memoryview(payload), stamp)
     return bytes(payload)
+
+
+def _parsed(parse: Callable[[bytes], T], payload: bytes) -> T:
+    """Return what a file holds; where it stands for another one, or is a web page, the fault says so."""
+    try:
+        return parse(payload)
+    except ValueError as error:
+        raise ValueError(disguise_of(payload[:512], len(payload)) or str(error)) from error

@@ -8,8 +8,10 @@ TEMPLATES = "additional_chat_templates/"
 DEFAULT = "default"
 """What the template is called that is taken where none is asked for."""
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
+END = "eos_token_id"
+"""the id, or ids, at which texts end"""
+_SETS = (END, "suppress_tokens", "begin_suppress_tokens")
+"""keys of ids, at any of which something happens"""
 _FURTHER = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -64,3 +66,11 @@ def content_of(token: object) -> str | None:
     """Return the text of a token as configs write it: itself, or a mapping with settings of its own."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def ids_as_sets(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a config with ids of which the order says nothing in order, and one alone as itself."""
+    sets = {key: config[key] for key in _SETS if isinstance(config.get(key), list)}
+    plain = {key: ids for key, ids in sets.items() if isinstance(ids, list) and all(type(each) is int for each in ids)}
+    in_order = {key: sorted({*ids}) for key, ids in plain.items()}
+    return {**config, **{key: ids[0] if len(ids) == 1 else ids for key, ids in in_order.items()}}

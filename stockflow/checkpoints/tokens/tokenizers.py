@@ -94,6 +94,8 @@ class Tokenizer:
     """by token: in what the files contradict each other"""
     below: Mapping[str, Ids] = field(default_factory=dict)
     """vocabularies of parts and modules that have folders of their own, by file"""
+    contested: tuple[str, ...] = ()
+    """names of templates that files of their own and configs have differently"""
 
     @property
     def template(self) -> str | None:
@@ -141,12 +143,12 @@ def read_tokenizers(
 
 def _tokenizer(files: TokenFiles) -> Tokenizer:
     settings = files.json(TOKENIZER_CONFIG)
-    vocabulary = _vocabulary(files, settings)
+    vocabulary, (templates, contested) = _vocabulary(files, settings), _templates(files, settings)
     document = files.json(FAST) if files.reader.with_documents and FAST in files.stamps else None
     return Tokenizer(
         files.rows_of(vocabulary),
         vocabulary,
-        _templates(files, settings),
+        templates,
         roles_of(settings, files.json(SPECIAL_TOKENS)),
         _assumed(files, settings, vocabulary),
         _generation(files),
@@ -157,6 +159,7 @@ def _tokenizer(files: TokenFiles) -> Tokenizer:
         {key: _use(files, key) for key in files.stamps if is_of_use(key) and not is_template(key)},
         _doubts(files, settings, vocabulary) if vocabulary and FAST in files.stamps else {},
         dict(_below(files)),
+        contested,
     )
 
 
@@ -241,7 +244,8 @@ def _vocabulary(files: TokenFiles, settings: Mapping[str, object]) -> Vocabulary
         added = files.parsed(ADDED_TOKENS, token_map) if ADDED_TOKENS in files.stamps else {}
         added = decoder_tokens(settings.get("added_tokens_decoder") or {}) | added
     except ValueError as error:
-        return _unread(files, [key], f"{key}: {error}")
+        said = str(error)
+        return _unread(files, [key], f"{key}{'' if said.startswith('is ') else ':'} {said}")
     numbering = _numbering(files, key, settings)
     kin = kin_of(settings, files.model.config)
     is_of_pieces = bool(re.fullmatch(OF_PIECES, key)) and not numbering
@@ -287,9 +291,14 @@ def _numbering(files: TokenFiles, key: str, settings: Mapping[str, object]) -> s
     return " ".join([*code, *(f"{each}={_known_bytes(files, each)}" for each in further)])
 
 
-def _templates(files: TokenFiles, settings: Mapping[str, object]) -> dict[str, str]:
+def _templates(files: TokenFiles, settings: Mapping[str, object]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the templates that loaders take, and the names of those that other files have otherwise."""
     keys = [key for key in files.stamps if is_template(key) and is_small(files.stamps[key])]
-    return templates_of({key: files.parsed(key, _text) for key in keys}, settings, files.json(TEMPLATE_JSON))
+    own, beside = {key: files.parsed(key, _text) for key in keys}, files.json(TEMPLATE_JSON)
+    taken = templates_of(own, settings, beside)
+    others = (templates_of({}, each) for each in (settings, beside)) if own else ()
+    unlike = {name for each in others for name in each if name in taken and each[name] != taken[name]}
+    return taken, tuple(sorted(unlike))
 
 
 def _generation(files: TokenFiles) -> Mapping[str, object] | None:

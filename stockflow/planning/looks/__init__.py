@@ -97,6 +97,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     uses.uses_of_no_tune,
     uses.vocabularies_of_parts,
     uses.contradicting_files,
+    uses.contradicting_templates,
     uses.ends_of_texts,
     uses.ends_of_turns,
 )

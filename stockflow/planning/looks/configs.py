@@ -26,6 +26,7 @@ from stockflow.checkpoints.configs import (
 )
 from stockflow.checkpoints.defaults import default_of, is_of_own_code
 from stockflow.checkpoints.heads import is_of_language, said_of_language
+from stockflow.checkpoints.tokens.said import END, ids_as_sets
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
@@ -169,7 +170,7 @@ def differing_configs(proposal: Proposal, said: Collection[str]) -> Iterator[Rem
     for found, silent in models.said_by_some(models.traits(computing_keys)):
         yield replace(_said_by_some(models, found, silent), severity="note")
     yield from _other_sizes(proposal, models, said)
-    yield from _other_keys(models, keeps_ids)
+    yield from _other_keys(models, keeps_ids, proposal.recipe.side_files_donor == proposal.recipe.donor)
 
 
 def _differing(configs: Configs, code: str, severity: Severity, found: Disagreement, means: str) -> Remark:
@@ -208,9 +209,10 @@ def _copies_differ(proposal: Proposal) -> bool:
     return any(len({each[name].shape for each in specs if name in each}) > 1 for name in names)
 
 
-def _other_keys(configs: Configs, keeps_ids: bool) -> Iterator[Remark]:
+def _other_keys(configs: Configs, keeps_ids: bool, keeps_end: bool) -> Iterator[Remark]:
     """Yield which keys differ that stockflow does not know, or that are of tokens which need not begin or end texts."""
     traits = [each for each in configs.traits(further_keys) if keeps_ids or not is_of_tokens(each.name)]
+    traits = [each for each in traits if keeps_end or each.name != END]
     told = {each.name for each in configs.traits(computing_keys)}
     open_ones = [each for each in traits if each.name not in told]
     found = [*configs.disagreements(open_ones), *(each for each, _ in configs.said_by_some(open_ones))]
@@ -274,7 +276,7 @@ def _of_generation(proposal: Proposal) -> Sequence[dict[str, Config]]:
         return [{}] * len(proposal.checkpoints)
     models = zip(proposal.checkpoints, given, strict=False)
     said = [said_of_language(each.config) if own is None else own for each, own in models]
-    return [{_OF_GENERATION: {key: own[key] for key in own if is_of_tokens(key)}} for own in said]
+    return [{_OF_GENERATION: ids_as_sets({key: own[key] for key in own if is_of_tokens(key)})} for own in said]
 
 
 def _of_components(proposal: Proposal) -> Iterator[Configs]:
@@ -314,7 +316,8 @@ def _language_at(path: str, own: dict[str, Config], here: str, whole: object) ->
 def _as_one(section: Config, nums: Collection[int | None]) -> Config:
     """A section without what it lists per layer, of models whose layers are stacked: that follows the layers."""
     per_layer = [key for key, value in section.items() if isinstance(value, list) and len(value) in nums]
-    return reworded({key: comparable(value) for key, value in section.items() if key not in per_layer})
+    own = {key: comparable(value) for key, value in section.items() if key not in per_layer}
+    return reworded(ids_as_sets(own))
 
 
 def _value(each: Trait, section: Config) -> object:

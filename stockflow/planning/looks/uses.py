@@ -6,6 +6,7 @@ from stockflow.checkpoints.configs import Config, computing_keys, further_keys, 
 from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.heads import said_of_language
 from stockflow.checkpoints.opening import CONFIG_FILE
+from stockflow.checkpoints.tokens.said import END
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.looks.words import CHOOSES
@@ -16,7 +17,6 @@ from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
 
-_END = "eos_token_id"
 NUM_SHOWN = 3
 """of tokens"""
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|end_of_turn|>")
@@ -109,15 +109,15 @@ def ends_of_texts(proposal: Proposal) -> Iterator[Remark]:
     tokenizer, url, followed = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url), proposal.followed
     generation = (followed.generation if followed else None) or tokenizer.generation or {}
     config = said_of_language((followed.config if followed else None) or proposal.config)
-    stated = generation.get(_END, config.get(_END))
+    stated = generation.get(END, config.get(END))
     if recipe.vocabulary is None and (beyond := [each for each in _ids(stated) if each >= tokenizer.num_rows > 0]):
         rows = f"the embedding has {tokenizer.num_rows:,} rows"
         text = f"generation ends at token {beyond[0]:,} by the files of {url}, and {rows}: it would not end"
-        yield Remark("promise-unkept", text, "warning", (url,), values={_END: str(stated)})
+        yield Remark("promise-unkept", text, "warning", (url,), values={END: str(stated)})
         return
     named = {
-        f"{GENERATION_CONFIG} of {url}": _ids(generation.get(_END)),
-        f"{CONFIG_FILE} of {redact(proposal.donor.url)}": _ids(config.get(_END)),
+        f"{GENERATION_CONFIG} of {url}": _ids(generation.get(END)),
+        f"{CONFIG_FILE} of {redact(proposal.donor.url)}": _ids(config.get(END)),
         **_ends_of_tokenizer(proposal),
     }
     told = {where: ids for where, ids in named.items() if ids}
@@ -187,6 +187,21 @@ def contradicting_files(proposal: Proposal) -> Iterator[Remark]:
                 f"{said}{more}. Loaders differ in which they believe{'; mend it there' if goes_out else ''}"
             )
             yield Remark("tokens-disagree", text, "warning" if goes_out else "note", (url,), values=doubts)
+
+
+def contradicting_templates(proposal: Proposal) -> Iterator[Remark]:
+    """Yield the models whose templates are others in files of their own than in a config beside these."""
+    for number, (each, tokenizer) in enumerate(zip(proposal.checkpoints, proposal.tokenizers, strict=False)):
+        goes_out = number == proposal.recipe.vocabulary_donor
+        if tokenizer.contested and not (goes_out and proposal.recipe.chat_template):
+            url, names = redact(each.url), ", ".join(map(shown, tokenizer.contested))
+            text = (
+                f"the chat template {names} of {url} is another in a file of its own than in its config: newer loaders "
+                f"take the file, those before transformers 4.43 the config"
+                f"{'; `chat_template: MODEL` publishes one alone' if goes_out else ''}"
+            )
+            values = dict.fromkeys(tokenizer.contested, "differs")
+            yield Remark("tokens-disagree", text, "warning" if goes_out else "note", (url,), values=values)
 
 
 def _brief(document: Mapping[str, object], keys: set[str]) -> str:

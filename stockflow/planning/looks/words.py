@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.heads import said_of_language
-from stockflow.checkpoints.tokens.said import DEFAULT
+from stockflow.checkpoints.tokens.said import DEFAULT, END, ids_as_sets
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.vocabulary.templates import chosen_template
 from stockflow.storage import redact
@@ -156,13 +156,17 @@ def _generation(proposal: Proposal, index: int) -> Config | None:
     if own is None and files[proposal.recipe.side_files_donor] is None and any(files):
         own = said_of_language(proposal.checkpoints[index].config)
     asked = {key for each in files for key in each or ()}
-    return None if own is None else {key: own[key] for key in sorted(asked & own.keys()) if own[key] is not None}
+    return (
+        None
+        if own is None
+        else ids_as_sets({key: own[key] for key in sorted(asked & own.keys()) if own[key] is not None})
+    )
 
 
 def _eos_id(proposal: Proposal, index: int) -> object:
     generation = proposal.tokenizers[index].generation or {}
     config = said_of_language(proposal.checkpoints[index].config)
-    return generation.get("eos_token_id", config.get("eos_token_id"))
+    return ids_as_sets({END: generation.get(END, config.get(END))})[END]
 
 
 def _urls(proposal: Proposal, indices: Collection[int]) -> tuple[str, ...]:

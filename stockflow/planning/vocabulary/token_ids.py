@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from stockflow.checkpoints.configs import TOKEN_IDS, Config
 from stockflow.checkpoints.heads import LANGUAGE_PARTS, said_of_language
 from stockflow.checkpoints.opening import CONFIG_FILE, Checkpoint
+from stockflow.checkpoints.tokens.said import END
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG, Tokenizer
 from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.vocabulary.rows import OutputVocabulary
@@ -17,7 +18,6 @@ from stockflow.text.strictjson import shown
 
 NUM_SHOWN, MAX_NAMED = 3, 20
 """tokens in a sentence, and in what programs read"""
-_END = "eos_token_id"
 _KEY = re.compile(TOKEN_IDS)
 
 
@@ -116,8 +116,8 @@ def following(
 
     Which id ends texts the model says whose side files are taken.
     """
-    end = said_of_language(checkpoints[recipe.side_files_donor].config).get(_END)
-    ends: Config | None = None if end is None or recipe.side_files_donor == recipe.donor else {_END: end}
+    end = said_of_language(checkpoints[recipe.side_files_donor].config).get(END)
+    ends: Config | None = None if end is None or recipe.side_files_donor == recipe.donor else {END: end}
     if vocabulary is None:
         return Followed(_with_ends(config, ends))
     base = tokenizers[recipe.donor].vocabulary
