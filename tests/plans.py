@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from stockflow.checkpoints.copies import compared
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent
 from stockflow.checkpoints.opening import open_checkpoints
@@ -57,7 +58,7 @@ class Merge:
     def plan(self, shard_size: int | None = None, **top_level: Any) -> MergePlan:
         recipe = parse_recipe(yaml.safe_dump(self.recipe | top_level), "recipe.yaml")
         stores = [open_store(location, recipe.storage) for location in recipe.checkpoints]
-        return make_plan(recipe, open_checkpoints(stores), shard_size=shard_size)
+        return make_plan(recipe, compared(stores, open_checkpoints(stores), None), shard_size=shard_size)
 
     def refusal(self, **top_level: Any) -> str:
         with pytest.raises(PlanError) as caught:

@@ -5,12 +5,13 @@ A few ranges per checkpoint, of bounded number and size; what is not read here i
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from stockflow.checkpoints.configs import Config
-from stockflow.checkpoints.files.header import DTYPES, TensorSpec
+from stockflow.checkpoints.files.header import DTYPES, TensorSpec, width_of
 from stockflow.checkpoints.files.layout import Extent, HeaderCache
 from stockflow.checkpoints.heads import original_of, tie_flag, tied_names
 from stockflow.checkpoints.weights import Weights
@@ -22,7 +23,7 @@ MAX_GAP_BYTES = 4_096
 """Between small tensors that one request reads."""
 MAX_RANGES, MAX_RANGE_BYTES = 32, 2**18
 NUM_PROBES, PROBE_ELEMS = 8, 8_192
-"""Ranges in which a head is held against its embedding, and their length."""
+"""Ranges in which a head is held against its embedding when a checkpoint is opened, and their length."""
 
 Floats = npt.NDArray[np.float64]
 INDEX_DATA = ("position_ids", "position_index", "token_type_ids", "cache_position")
@@ -41,6 +42,23 @@ _NUMPY = {"BOOL": "u1", "C64": "<f4", "F16": "<f2", "F32": "<f4", "F64": "<f8"} 
 }
 
 
+class Located(NamedTuple):
+    """A tensor of a checkpoint, and where it lies."""
+
+    spec: TensorSpec
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCopy:
+    """A head or copy whose values are those of its embedding."""
+
+    copy: Located
+    original: Located
+    is_whole: bool
+    """whether all of it was compared; else eight ranges"""
+
+
 @dataclass(frozen=True, slots=True)
 class KnownValues:
     """What was read of a checkpoint's tensors, by where they lie: views give them other names."""
@@ -49,8 +67,10 @@ class KnownValues:
     """all bytes of some small tensors"""
     fixed: frozenset[Extent] = frozenset()
     """floats that are named like indices, masks or frequencies, and are"""
-    copies: frozenset[Extent] = frozenset()
-    """heads and copies whose values are those of their embedding, in every range that was looked at"""
+    copies: Mapping[Extent, KnownCopy] = field(default_factory=dict)
+    """heads and copies whose values are those of their embedding wherever they were compared"""
+    partly: Mapping[Extent, int] = field(default_factory=dict)
+    """those that were taken for copies until all was compared, each with the last row that differs"""
 
 
 NOTHING_READ = KnownValues()
@@ -75,15 +95,16 @@ def read_values(store: Store, weights: Weights, config: Config | None, cache: He
     names = cache.found(tied_names, specs)
     candidates = names.copies if tie_flag(config) is False else names.ties
     pairs = [(name, original_of(name, specs[name].shape, names, specs)) for name in candidates]
-    copies = frozenset(
-        extents[name]
+    copies = {
+        extents[name]: copy
         for name, original in pairs
-        if original and _are_equal(reader, (specs[name], extents[name]), (specs[original], extents[original]))
-    )
+        if original
+        and (copy := reader.copy(Located(specs[name], extents[name]), Located(specs[original], extents[original])))
+    }
     return KnownValues(data, fixed, copies)
 
 
-def as_numbers(payload: bytes, dtype: str) -> Floats | None:
+def as_numbers(payload: bytes | memoryview, dtype: str) -> Floats | None:
     """Return stored numbers as float64, of complex ones both parts; None for dtypes that are no plain numbers."""
     if dtype == "BF16":
         return (np.frombuffer(payload, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
@@ -109,28 +130,59 @@ def _are_no_weights(spec: TensorSpec, payload: bytes | None) -> bool:
     return is_whole or spec.name.endswith(FREQUENCIES)
 
 
-def _are_equal(reader: "_Ranges", a: tuple[TensorSpec, Extent], b: tuple[TensorSpec, Extent]) -> bool:
-    num_elems = a[0].num_elems
+def probes(num_elems: int) -> list[range]:
+    """Return in which elements two tensors are compared first, the last of them before the others."""
     length = min(PROBE_ELEMS, num_elems)
     starts = {(num_elems - length) * number // (NUM_PROBES - 1) for number in range(NUM_PROBES)}
-    return all(_same_range(reader, a, b, start, length) for start in sorted(starts, reverse=True))
+    return [range(start, start + length) for start in sorted(starts, reverse=True)]
 
 
-def _same_range(
-    reader: "_Ranges", a: tuple[TensorSpec, Extent], b: tuple[TensorSpec, Extent], start: int, length: int
-) -> bool:
-    found = []
-    for spec, extent in (a, b):
-        width = spec.num_bytes // spec.num_elems if spec.num_elems else 0
-        payload = reader.read(extent.file, extent.start + start * width, length * width)
-        found.append(as_numbers(payload, spec.dtype))
-    return found[0] is not None and found[1] is not None and np.array_equal(found[0], found[1], equal_nan=True)
+def read_run(store: Store, stamps: Mapping[str, Stamp], place: Located, run: range) -> bytearray:
+    """Return the bytes of some elements of a tensor."""
+    width = width_of(place.spec.dtype)
+    payload = bytearray(len(run) * width)
+    store.read_into(
+        place.extent.file, place.extent.start + run.start * width, memoryview(payload), stamps[place.extent.file]
+    )
+    return payload
+
+
+def last_difference(one: bytes | bytearray, other: bytes | bytearray, dtypes: tuple[str, str]) -> int | None:
+    """Return the last element in which equally many numbers differ, if any; what is no plain number always does."""
+    if not all(dtype == "BF16" or dtype in _NUMPY for dtype in dtypes):
+        return 0
+    if dtypes[0] == dtypes[1] and one == other:
+        return None
+    widths = [width_of(dtype) for dtype in dtypes]
+    for start in reversed(range(0, len(one) // widths[0], PROBE_ELEMS)):
+        parts = (
+            memoryview(payload)[start * width : (start + PROBE_ELEMS) * width]
+            for payload, width in zip((one, other), widths, strict=True)
+        )
+        a, b = (as_numbers(part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
+        assert a is not None
+        assert b is not None
+        if (differing := np.flatnonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))).size:
+            return start + int(differing[-1])
+    return None
 
 
 class _Ranges:
     def __init__(self, store: Store, stamps: Mapping[str, Stamp]) -> None:
         self._store = store
         self._stamps = stamps
+
+    def copy(self, copy: Located, original: Located) -> KnownCopy | None:
+        """Return a copy if it is one in every range that is looked at."""
+        if copy.extent == original.extent:  # two names of the same bytes
+            return KnownCopy(copy, original, is_whole=True)
+        if any(self._differ(copy, original, run) for run in probes(copy.spec.num_elems)):
+            return None
+        return KnownCopy(copy, original, is_whole=copy.spec.num_elems <= NUM_PROBES * PROBE_ELEMS)
+
+    def _differ(self, one: Located, other: Located, run: range) -> bool:
+        a, b = (read_run(self._store, self._stamps, place, run) for place in (one, other))
+        return last_difference(a, b, (one.spec.dtype, other.spec.dtype)) is not None
 
     def read(self, file: str, start: int, num_bytes: int) -> bytes:
         buffer = bytearray(num_bytes)

@@ -182,8 +182,11 @@ def _said(checkpoints: Sequence[Checkpoint], name: str, held: Sequence[HeldTie],
     urls = [redact(each.url) for each, tie in zip(checkpoints, held, strict=True) if tie.state == "redundant"]
     original = next(tie.original for tie in held if tie.original)
     becomes = "it is merged and written beside it" if is_stored else "it is not written, as the other models do not"
+    copies = (each.values.copies.get(each.extents[name]) for each in checkpoints if name in each.extents)
+    is_whole = all(copy.is_whole for copy in copies if copy)
+    compared = "" if is_whole else " (in every range that was looked at; a merge compares all of it)"
     text = (
-        f"{shown(name)} in {', '.join(urls)} is {shown(original)} again (in every range that was looked at), which "
-        f"the other models store once: {becomes}"
+        f"{shown(name)} in {', '.join(urls)} is {shown(original)} again{compared}, which the other models store "
+        f"once: {becomes}"
     )
     return Remark("tied-head", text, "note", tuple(urls), (name,))

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
+from stockflow.checkpoints.copies import MAX_COMPARED_BYTES
 from stockflow.checkpoints.samples import Samples, take_samples
 from stockflow.events import Event, Note, OnEvent, Stage, Workers, all_of, ignore
 from stockflow.output.keys import plan_key
@@ -88,6 +89,7 @@ def plan_merge(inputs: Inputs, output: str, options: MergeOptions) -> tuple[Merg
     """
     where = output_url(inputs, output)
     check_apart(where, inputs.stores)
+    inputs.compare_heads(MAX_COMPARED_BYTES)
     plan = inputs.plan(
         shard_size=options.shard_size,
         strict=options.strict,
@@ -190,6 +192,7 @@ def merge(
         StorageError: storage failed; running again resumes.
     """
     started = time.perf_counter()
+    inputs.compare_heads(None, on_event)
     on_event(Stage("planning"))
     plan, _ = plan_merge(inputs, output, options)
     store = open_store(output, inputs.storage, writable=True)

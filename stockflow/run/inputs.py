@@ -8,12 +8,14 @@ from functools import partial
 from typing import cast
 
 from stockflow.checkpoints.beside.damage import without_damaged
+from stockflow.checkpoints.copies import compared
 from stockflow.checkpoints.files.layout import OnFile, unheard
 from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints, open_tokenizer
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer, read_tokenizers
 from stockflow.errors import AccessDeniedError, NotFoundError, StockflowError, StorageError, UserError
+from stockflow.events import OnEvent, Stage, ignore
 from stockflow.planning.make import make_plan
 from stockflow.planning.plan import MergePlan
 from stockflow.planning.vocabulary.files import is_taken
@@ -105,6 +107,18 @@ class Inputs:
     def forget_tensors(self) -> None:
         """Drop the checkpoints, of which the plan has all that a merge reads: of 92,000 tensors of three 100 MiB."""
         self.checkpoints.clear()
+
+    def compare_heads(self, most_bytes: int | None, on_event: OnEvent = ignore) -> None:
+        """Hold heads that seem to be their embeddings against them in whole, of each model as far as so many bytes go.
+
+        Raises:
+            StorageError: reading failed after retries.
+            InputChangedError: an input is no longer the one that was opened.
+        """
+        num_merged = len(self.merged)
+        if not all(copy.is_whole for each in self.merged for copy in each.values.copies.values()):
+            on_event(Stage("comparing heads with their embeddings"))
+            self.checkpoints[:num_merged] = compared(self.stores[:num_merged], self.merged, most_bytes)
 
     def _unified(self) -> "Inputs":
         """Return them with each model once, however many names the recipe has for it."""

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stockflow.errors import PlanError
 from stockflow.planning.job import COPY
 from stockflow.planning.plan import MergePlan
+from stockflow.run import driver
 from tests import runs
 from tests.checkpoints import write_checkpoint
 from tests.plans import Merge, jobs_of, rule
@@ -147,11 +149,93 @@ def test_one_row_that_differs_makes_a_head_of_its_own(tmp_path: Path) -> None:
         assert f"is a tensor of its own in {merge.folders[2]}, and one with" in merge.refusal()
 
 
+ROW = 700
+"""Between the ranges that are looked at first."""
+
+
+def with_rows_of_its_own(seed: int, names: tuple[str, str] = (EMBEDDING, HEAD)) -> dict[str, torch.Tensor]:
+    """A head that is the embedding but for two rows, as when new tokens alone are trained."""
+    found = tensors("twice", seed, names)
+    found[names[1]][ROW - 1 : ROW + 1] += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [("tied", "tied", "rows"), ("rows", "tied", "tied"), ("twice", "rows", "rows"), ("rows", "rows", "rows")],
+    ids="-".join,
+)  # fmt: skip
+def test_a_head_with_a_few_rows_of_its_own_is_no_copy(tmp_path: Path, forms: tuple[str, ...]) -> None:
+    merge = written(tmp_path, *forms)
+    own = {number: with_rows_of_its_own(number) for number, form in enumerate(forms) if form == "rows"}
+    for number, found in own.items():
+        write_checkpoint(merge.folders[number], found, config=config_of("twice"))
+    with pytest.raises(PlanError) as refused:
+        mean(tmp_path, merge)
+    for number in own:
+        said = f"{merge.folders[number]} (where it is the embedding but for some rows, the last of them {ROW})"
+        assert said in str(refused.value)
+
+    merged, config = mean(tmp_path, merge, stockflow={"accept": ["head-untied"]})
+
+    assert config[KEY] is False
+    heads = [
+        own[number][HEAD].double() if number in own else tensors("tied", number)[EMBEDDING].double()
+        for number in range(3)
+    ]
+    right = heads[0] + 0.5 * (heads[1] - heads[0]) + 0.5 * (heads[2] - heads[0])
+    assert torch.equal(merged[HEAD], right.to(torch.bfloat16))
+    assert torch.equal(merged[EMBEDDING], expected(("tied",) * 3, EMBEDDING).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("shared.weight", "lm_head.weight"), ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")],
+    ids=lambda names: names[1],
+)
+def test_heads_of_other_families_are_compared_in_whole(tmp_path: Path, names: tuple[str, str]) -> None:
+    merge = written(tmp_path, "tied", "tied", "tied", names=names)
+    write_checkpoint(merge.folders[2], with_rows_of_its_own(2, names), config=config_of("twice"))
+
+    assert f"the last of them {ROW}" in merge.refusal()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("shared.weight", "encoder.embed_tokens.weight"), (EMBEDDING, "model.layers.1.embed_tokens.weight")],
+    ids=lambda names: names[1],
+)
+def test_copies_with_a_few_rows_of_their_own_are_another_tensor(tmp_path: Path, names: tuple[str, str]) -> None:
+    merge = written(tmp_path, "twice", "twice", "twice", names=names)
+    write_checkpoint(merge.folders[2], with_rows_of_its_own(2, names), config=config_of("twice"))
+
+    said = [remark.text for remark in merge.plan().remarks if remark.code == "tied-head"]
+    assert len(said) == 1
+    assert f"and another tensor in {merge.folders[2]}" in said[0]
+
+
+def test_a_plan_says_what_it_did_not_compare_and_the_merge_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "MAX_COMPARED_BYTES", 4 * SHAPE[0] * SHAPE[1] - 1)
+    merge = written(tmp_path, "tied", "twice", "tied")
+    recipe = tmp_path / "recipe.yaml"
+    mean(tmp_path, merge)
+    before = runs.invoke("plan", recipe, tmp_path / "next")
+    assert "(in every range that was looked at; a merge compares all of it)" in " ".join(before.stdout.split())
+
+    write_checkpoint(merge.folders[1], with_rows_of_its_own(1), config=config_of("twice"))
+    assert runs.invoke("plan", recipe, tmp_path / "next").exit_code == 0
+    with pytest.raises(PlanError, match=f"the last of them {ROW}"):
+        mean(tmp_path, merge)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_equal_values_of_another_dtype_are_equal(tmp_path: Path, dtype: torch.dtype) -> None:
     merge = written(tmp_path, "tied", "tied", "tied")
     again = tensors("tied", 1)
-    again[EMBEDDING] = again[EMBEDDING].clamp(-2, 2)
+    large = again[EMBEDDING].abs().clamp(2**-14, 2)  # all of them numbers of F16, too
+    again[EMBEDDING] = large.copysign(again[EMBEDDING])
     again[HEAD] = again[EMBEDDING].to(dtype)
     write_checkpoint(merge.folders[1], again, config=config_of("tied"))
 

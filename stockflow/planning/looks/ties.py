@@ -15,6 +15,7 @@ from stockflow.checkpoints.heads import (
 )
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
+from stockflow.planning.ties import WrittenHead
 from stockflow.storage import redact
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
@@ -28,7 +29,7 @@ def own_heads(proposal: Proposal) -> Iterator[Remark]:
             ones = dict.fromkeys(redact(one.url) for one in (proposal.donor, *each.own) if tie_flag(one.config))
             says = tied or ", ".join(f"the config of {url}" for url in ones)
             found = (
-                f"{shown(each.head.output.name)} is a tensor of its own in {own}, and one with "
+                f"{shown(each.head.output.name)} is a tensor of its own in {_as_found(each)}, and one with "
                 f"{shown(each.embedding.output.name)} in {says}: "
             )
             written = f"the head is written untied, from what each model has for one, and `{TIE_KEY}: false`"
@@ -38,6 +39,14 @@ def own_heads(proposal: Proposal) -> Iterator[Remark]:
             text = f"{found}{'' if each.is_adapted_apart else doubt}{written}"
             severity: Severity = "note" if each.is_adapted_apart else "refusal"
             yield Remark("head-untied", text, severity, models, (each.head.output.name,), values)
+
+
+def _as_found(each: WrittenHead) -> str:
+    """Return in which models a head is one of its own, and of which it is so in some rows only."""
+    name = each.head.output.name
+    rows = {redact(one.url): one.values.partly.get(one.extents[name]) for one in each.own}
+    few = " (where it is the embedding but for some rows, the last of them {})"
+    return ", ".join(f"{url}{'' if row is None else few.format(row)}" for url, row in rows.items())
 
 
 def parted_pairs(proposal: Proposal) -> Iterator[Remark]:
