@@ -13,7 +13,7 @@ import numpy.typing as npt
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.files.header import DTYPES, TensorSpec, width_of
 from stockflow.checkpoints.files.layout import Extent, HeaderCache
-from stockflow.checkpoints.heads import original_of, tie_flag, tied_names
+from stockflow.checkpoints.heads import TiedNames, original_of, tie_flag, tied_names
 from stockflow.checkpoints.weights import Weights
 from stockflow.storage import Stamp, Store
 
@@ -40,6 +40,9 @@ WIDENED = frozenset({"BF16", "F16", "F32", "F64"})
 _NUMPY = {"BOOL": "u1", "C64": "<f4", "F16": "<f2", "F32": "<f4", "F64": "<f8"} | {
     f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
 }
+
+
+NO_NAMES = TiedNames((), (), ())
 
 
 class Located(NamedTuple):
@@ -71,6 +74,12 @@ class KnownValues:
     """heads and copies whose values are those of their embedding wherever they were compared"""
     partly: Mapping[Extent, int] = field(default_factory=dict)
     """those that were taken for copies until all was compared, each with the last row that differs"""
+    names: TiedNames = NO_NAMES
+    """which of its tensors may stand for one"""
+    left_behind: frozenset[Extent] = frozenset()
+    """heads that a config ties, and that are the donor's embedding instead of their own"""
+    untied_alike: frozenset[Extent] = frozenset()
+    """heads that a config unties, and that are their embedding all the same"""
 
 
 NOTHING_READ = KnownValues()
@@ -101,7 +110,7 @@ def read_values(store: Store, weights: Weights, config: Config | None, cache: He
         if original
         and (copy := reader.copy(Located(specs[name], extents[name]), Located(specs[original], extents[original])))
     }
-    return KnownValues(data, fixed, copies)
+    return KnownValues(data, fixed, copies, names=names)
 
 
 def as_numbers(payload: bytes | memoryview, dtype: str) -> Floats | None:

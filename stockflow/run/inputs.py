@@ -57,6 +57,8 @@ class Inputs:
     """whether what is read of remote models is read again and compared"""
     sightings: Sightings = field(default_factory=Sightings)
     """of local files, from planning on"""
+    are_compared: bool = False
+    """whether heads were held against their embeddings"""
 
     @property
     def storage(self) -> StorageConfig:
@@ -115,10 +117,12 @@ class Inputs:
             StorageError: reading failed after retries.
             InputChangedError: an input is no longer the one that was opened.
         """
-        num_merged = len(self.merged)
+        if self.are_compared:
+            return
+        num_merged, self.are_compared = len(self.merged), True
         if not all(copy.is_whole for each in self.merged for copy in each.values.copies.values()):
             on_event(Stage("comparing heads with their embeddings"))
-            self.checkpoints[:num_merged] = compared(self.stores[:num_merged], self.merged, most_bytes)
+        self.checkpoints[:num_merged] = compared(self.stores[:num_merged], self.merged, most_bytes)
 
     def _unified(self) -> "Inputs":
         """Return them with each model once, however many names the recipe has for it."""

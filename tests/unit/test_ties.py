@@ -230,6 +230,52 @@ def test_a_plan_says_what_it_did_not_compare_and_the_merge_does(
         mean(tmp_path, merge)
 
 
+@pytest.mark.parametrize("forms", [("tied", "tied"), ("twice", "tied")], ids="-".join)
+def test_a_head_that_was_left_behind_is_named_and_may_be_left_out(tmp_path: Path, forms: tuple[str, ...]) -> None:
+    merge = written(tmp_path, *forms, "twice")
+    stale = tensors("twice", 2) | {HEAD: tensors("tied", 0)[EMBEDDING]}
+    write_checkpoint(merge.folders[2], stale, config=config_of("twice"))
+    refused = merge.refusal()
+
+    base, _, tune = merge.folders
+    assert f"{tune} (where it is the embedding of {base}, as if it had been left behind in training)" in refused
+    rules = rule(filter=HEAD, action="skip")
+    assert "`stockflow: {rules: [{filter: lm_head.weight, action: skip}]}` leaves it out" in refused
+
+    found, config = mean(tmp_path, merge, stockflow=rules)
+
+    assert (config[KEY], HEAD in found) == (True, False)
+    assert torch.equal(found[EMBEDDING], expected(("tied",) * 3, EMBEDDING).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("row", [0, ROW])
+def test_a_head_that_was_trained_in_part_is_none_that_was_left_behind(tmp_path: Path, row: int) -> None:
+    merge = written(tmp_path, "tied", "tied", "twice")
+    trained = tensors("twice", 2) | {HEAD: tensors("tied", 0)[EMBEDDING]}
+    trained[HEAD][row] += 1
+    write_checkpoint(merge.folders[2], trained, config=config_of("twice"))
+
+    assert f"is a tensor of its own in {merge.folders[2]}, and one with" in merge.refusal()
+
+
+@pytest.mark.parametrize("head", [EMBEDDING, HEAD])
+def test_a_head_that_a_config_alone_unties_is_called_that(tmp_path: Path, head: str) -> None:
+    merge = written(tmp_path, "tied", "tied", "untied")
+    own = tensors("untied", 2)
+    write_checkpoint(merge.folders[2], own | {HEAD: own[head].clone()}, config=config_of("untied"))
+
+    alone = " (by its config alone: it is the embedding again)" if head == EMBEDDING else ""
+    assert f"is a tensor of its own in {merge.folders[2]}{alone}, and one with" in merge.refusal()
+
+
+def test_an_untied_model_whose_head_is_the_bases_embedding_is_not_advised_to_lose_it(tmp_path: Path) -> None:
+    merge = written(tmp_path, "tied", "tied", "untied")
+    own = tensors("untied", 2) | {HEAD: tensors("tied", 0)[EMBEDDING]}
+    write_checkpoint(merge.folders[2], own, config=config_of("untied"))
+
+    assert "skip" not in merge.refusal()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_equal_values_of_another_dtype_are_equal(tmp_path: Path, dtype: torch.dtype) -> None:
     merge = written(tmp_path, "tied", "tied", "tied")

@@ -13,6 +13,7 @@ from stockflow.checkpoints.heads import (
     tied_names,
     unties,
 )
+from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.ties import WrittenHead
@@ -29,11 +30,13 @@ def own_heads(proposal: Proposal) -> Iterator[Remark]:
             ones = dict.fromkeys(redact(one.url) for one in (proposal.donor, *each.own) if tie_flag(one.config))
             says = tied or ", ".join(f"the config of {url}" for url in ones)
             found = (
-                f"{shown(each.head.output.name)} is a tensor of its own in {_as_found(each)}, and one with "
-                f"{shown(each.embedding.output.name)} in {says}: "
+                f"{shown(each.head.output.name)} is a tensor of its own in {_as_found(each, proposal.donor)}, and "
+                f"one with {shown(each.embedding.output.name)} in {says}: "
             )
             written = f"the head is written untied, from what each model has for one, and `{TIE_KEY}: false`"
-            doubt = "a loader that ties them would take one of the two for both. If accepted, "
+            doubt = (
+                f"a loader that ties them would take one of the two for both. {_way_out(each, proposal)}If accepted, "
+            )
             models = tuple(redact(one.url) for one in each.own)
             values = {"own": own, "tied": tied}
             text = f"{found}{'' if each.is_adapted_apart else doubt}{written}"
@@ -41,12 +44,30 @@ def own_heads(proposal: Proposal) -> Iterator[Remark]:
             yield Remark("head-untied", text, severity, models, (each.head.output.name,), values)
 
 
-def _as_found(each: WrittenHead) -> str:
-    """Return in which models a head is one of its own, and of which it is so in some rows only."""
+def _as_found(each: WrittenHead, donor: Checkpoint) -> str:
+    """Return in which models a head is one of its own, and what it is there if that is known."""
+    name, found = each.head.output.name, []
+    for one in each.own:
+        extent, known, kind = one.extents[name], one.values, ""
+        if extent in known.partly:
+            kind = f" (where it is the embedding but for some rows, the last of them {known.partly[extent]})"
+        elif extent in known.untied_alike:
+            kind = " (by its config alone: it is the embedding again)"
+        elif extent in known.left_behind:
+            kind = f" (where it is the embedding of {redact(donor.url)}, as if it had been left behind in training)"
+        found.append(f"{redact(one.url)}{kind}")
+    return ", ".join(found)
+
+
+def _way_out(each: WrittenHead, proposal: Proposal) -> str:
+    """Return how a head is left out that is of no use to a loader of its model, and that the output need not have."""
     name = each.head.output.name
-    rows = {redact(one.url): one.values.partly.get(one.extents[name]) for one in each.own}
-    few = " (where it is the embedding but for some rows, the last of them {})"
-    return ", ".join(f"{url}{'' if row is None else few.format(row)}" for url, row in rows.items())
+    if unties(proposal.donor.config) or not all(one.extents[name] in one.values.left_behind for one in each.own):
+        return ""
+    return (
+        f"`stockflow: {{rules: [{{filter: {name}, action: skip}}]}}` leaves it out, and the merged embedding is the "
+        "head. "
+    )
 
 
 def parted_pairs(proposal: Proposal) -> Iterator[Remark]:
