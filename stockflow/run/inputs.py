@@ -148,11 +148,14 @@ class Inputs:
     ) -> MergePlan:
         """Return the plan; tokenizers are read for it where several models have a row per token, or an adapter may.
 
+        Heads that were not compared are compared in whole.
+
         Raises:
             PlanError: the inputs do not fit together.
             InputChangedError: a tokenizer is no longer the one that was listed.
             StorageError: reading failed after retries.
         """
+        self.compare_heads(None)
         with collector_paused():
             asked = self.recipe.vocabulary is not None or self.recipe.chat_template is not None
             tokenizers: Sequence[Tokenizer] = ()

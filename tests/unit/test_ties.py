@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from stockflow.errors import PlanError
 from stockflow.planning.job import COPY
 from stockflow.planning.plan import MergePlan
+from stockflow.recipe import load_recipe
 from stockflow.run import driver
+from stockflow.run.inputs import Inputs
 from tests import runs
 from tests.checkpoints import write_checkpoint
 from tests.plans import Merge, jobs_of, rule
@@ -228,6 +230,8 @@ def test_a_plan_says_what_it_did_not_compare_and_the_merge_does(
     assert runs.invoke("plan", recipe, tmp_path / "next").exit_code == 0
     with pytest.raises(PlanError, match=f"the last of them {ROW}"):
         mean(tmp_path, merge)
+    with pytest.raises(PlanError, match=f"the last of them {ROW}"):  # as inspect and audit plan
+        Inputs.open(load_recipe(str(recipe))).plan()
 
 
 @pytest.mark.parametrize("forms", [("tied", "tied"), ("twice", "tied")], ids="-".join)
