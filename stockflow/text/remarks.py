@@ -93,7 +93,7 @@ CODES: Mapping[str, str] = {
     "two-sets-of-weights": "two sets of weights in one folder, either of which may be the model",
     "unknown-key": "a key that no part of a recipe has where it stands",
     "unlisted-weights": "weights in files that neither index nor modules name",
-    "unmerged": "a merge in which every tensor comes from one model",
+    "unmerged": "a merge in which every tensor, or all that are in layers, come from one model",
     "values-collapsed": "small tensors of which rounding leaves few distinct values",
     "unfinished-output": "a model that is the output of a merge which has not finished",
     "vocabularies-differ": "token ids that stand for different tokens in models whose rows are merged",

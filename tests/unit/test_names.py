@@ -411,3 +411,35 @@ def test_a_merge_in_which_nothing_is_merged_is_refused(tmp_path: Path, action: s
     plan = merge.plan(stockflow=rules | {"accept": ["unmerged"]})
     assert all(job.is_copy for job in plan.jobs)
     merge.plan(stockflow=rule(filter="lm_head", action=action))
+
+
+@pytest.mark.parametrize(
+    ("copied", "is_said"),
+    [
+        (("model.",), True),
+        (("layers",), True),
+        (("embed", "norm", "lm_head"), False),
+        (("mlp", "embed", "norm", "lm_head"), False),
+        ((), False),
+    ],
+)
+def test_rules_that_copy_all_layers_are_warned_of(tmp_path: Path, copied: tuple[str, ...], is_said: bool) -> None:
+    merge = merge_of(tmp_path, llama(), llama(), llama())
+
+    plan = merge.plan(stockflow={"rules": [{"filter": each, "action": "copy"} for each in copied]})
+
+    said = [remark for remark in plan.remarks if remark.code == "unmerged"]
+    assert [remark.severity for remark in said] == ["warning"] * is_said
+    if copied == ("model.",):
+        assert str(said[0]).startswith(
+            "1 tensor of 15 is merged, 15 % of the bytes, and none in a layer: rules copy 12 tensors of layers, so the "
+            f"output is {merge.folders[0]} but for 'lm_head.weight'; "
+        )
+
+
+def test_what_has_no_layers_is_merged_quietly(tmp_path: Path) -> None:
+    dense = {f"{name}.weight": torch.ones(2, 2).bfloat16() for name in ("linear", "score", "extra")}
+
+    plan = merge_of(tmp_path, dense, dense, dense).plan(stockflow=rule(filter="extra", action="copy"))
+
+    assert all(remark.code != "unmerged" for remark in plan.remarks)

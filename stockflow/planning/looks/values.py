@@ -1,9 +1,10 @@
 """Values of parameters that no merge is likely to mean: far off, cancelling, or such that nothing is merged."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from stockflow.checkpoints.files.header import DTYPES
+from stockflow.checkpoints.naming import layer_of
 from stockflow.methods.parameters import Parameters
 from stockflow.methods.protocol import Method
 from stockflow.methods.weights import cancel
@@ -11,7 +12,9 @@ from stockflow.planning.job import TensorJob
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark
+from stockflow.text.sizes import are, counted, share
 
 SMALL_SUM = 0.01
 """Of the weights' sizes."""
@@ -82,14 +85,43 @@ def _odd_sums(method: Method, given: Parameters, divided_by: str | None) -> Iter
 
 
 def unmerged(proposal: Proposal) -> Iterator[Remark]:
-    """Yield that a merge of several models would take every tensor from one, by rules or for want of others."""
+    """Yield that a merge of several models would take every tensor from one, by rules or for want of others.
+
+    Or every tensor of every layer, by rules.
+    """
     recipe = proposal.recipe
     method = recipe.method_for(None)
     num_sources = max(len(set(each.recipe.sources(method))) for each in slices_of(recipe))
-    if num_sources < 2 or not proposal.jobs or any(_reads_several(job) for job in proposal.jobs):
+    if num_sources < 2 or not proposal.jobs:
+        return
+    merged = [job for job in proposal.jobs if _reads_several(job)]
+    if merged:
+        yield from _unmerged_layers(proposal, merged)
         return
     text = f"nothing is merged: every tensor comes from one model, though `{method.name}` is to merge {num_sources}"
     yield Remark("unmerged", f"{text}; change the rules or the models (--allow-unmerged obeys them)", "refusal")
+
+
+def _unmerged_layers(proposal: Proposal, merged: Sequence[TensorJob]) -> Iterator[Remark]:
+    """Yield that rules copy what is in layers, and nothing of any layer is merged."""
+    if any(layer_of(job.output.name) is not None for job in merged):
+        return
+    rules = [(job, proposal.recipe.rule_for(job.stored_name)) for job in proposal.jobs if job.is_copy]
+    copied = [job for job, rule in rules if rule and rule.action == "copy" and layer_of(job.output.name) is not None]
+    if copied:
+        whole = sum(job.result.num_bytes for job in proposal.jobs)
+        part = share(sum(job.result.num_bytes for job in merged) / whole)
+        url, of = redact(proposal.donor.url), f"of {len(proposal.jobs):,} {are(len(merged))} merged"
+        text = (
+            f"{counted(len(merged), 'tensor')} {of}, {part} of the bytes, and none in a layer: rules copy "
+            f"{counted(len(copied), 'tensor')} of layers, so the output is {url} but for {some([*_names(merged)], 3)}; "
+            "take these rules out, and models that do not fit without them"
+        )
+        yield Remark("unmerged", text, models=(url,), tensors=tuple(_names(copied)))
+
+
+def _names(jobs: Iterable[TensorJob]) -> Iterator[str]:
+    return (job.output.name for job in jobs)
 
 
 def without_effect(proposal: Proposal) -> Iterator[Remark]:
