@@ -8,6 +8,7 @@ from functools import partial
 
 from stockflow.checkpoints.files.candidates import (
     DIFFUSION_STEM,
+    OPEN_CLIP_STEM,
     SINGLE_FILE,
     SUFFIXES,
     WRITTEN_STEMS,
@@ -247,21 +248,28 @@ def _others_there(folder: Folder, group: Group, homes: Homes) -> str:
     return ""
 
 
+_LIBRARIES = {DIFFUSION_STEM: "a part of a diffusers pipeline", OPEN_CLIP_STEM: "a model of open_clip"}
+
+
 def _on_choice(folder: Folder, group: Group) -> Iterator[Remark]:
     """Yield why files are read that no loader would find, or under another name than an output has."""
     is_named = folder.store.only
+    stem = written_stem([str(group)])
+    as_usual = f"a merge is written as {SINGLE_FILE}, whatever else its loader asks for"
+    is_renamed = not group.has_usual_stem and not folder.config and stem == WRITTEN_STEMS[0]
     if not group.has_usual_stem and not is_named:
-        renamed = "" if folder.config else f"; a merge is written as {SINGLE_FILE}, whatever else its loader asks for"
+        renamed = f"; {as_usual}" if is_renamed else ""
         yield chosen(folder, f"{folder.where} has no other weights than {group}: they are read{renamed}", "note")
+    elif is_renamed:
+        yield chosen(folder, f"{group} of {folder.where} is read, and {as_usual}", "note")
     if group.variant and not is_named:
         text = f"{folder.where} has its weights as the variant {shown(group.variant)} only: {group} is read"
         yield chosen(folder, text, "note")
     if group.suffix != SUFFIXES[0]:
         text = f"{folder.where} has its weights in pickles: {group} is read, and nothing that is in it is run"
         yield chosen(folder, f"{text}. A merge is written in safetensors", "note")
-    stem, of = written_stem([str(group)]), "a part of a diffusers pipeline"
     if stem != WRITTEN_STEMS[0]:
-        of = of if stem == DIFFUSION_STEM else "a model of open_clip"
+        of = _LIBRARIES.get(stem, "in the layout of Mistral's own library")
         text = f"{folder.where} is {of}: {group} is read, and a merge that it gives names to is written as {stem}.*"
         yield chosen(folder, text, "note")
     if not group.single and not group.index:

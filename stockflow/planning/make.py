@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import chain, groupby
 from typing import NamedTuple
 
-from stockflow.checkpoints.files.candidates import OPEN_CLIP_STEM, written_stem
+from stockflow.checkpoints.files.candidates import written_stem
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import Extent, folder_of
 from stockflow.checkpoints.modules import published_as
@@ -34,7 +34,7 @@ from stockflow.planning.formats import (
     written,
 )
 from stockflow.planning.job import COPY, TensorJob, copying, merging
-from stockflow.planning.looks import remarks_on
+from stockflow.planning.looks import one_file, remarks_on
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.misfits import THEM, Misfit, extra_tensors, mismatches, of_missing, told
 from stockflow.planning.operands import Operand, operand_of
@@ -112,15 +112,16 @@ def make_plan(
     stacked = outline.left_out, outline.stackings
     of_merged = tokenizers[:num_merged]
     remarks = remarks_on(Proposal(recipe, checkpoints, jobs, skipped, config, of_merged, samples, *stacked, followed))
+    in_one = one_file.is_read_from_one(donor := checkpoints[recipe.donor])
+    size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs, in_one=in_one)
+    remarks += tuple(one_file.cut(donor, _num_shards(jobs, size))) if in_one else ()
     remarks += (*followed.remarks, *rows_of_zeros(vocabulary, jobs), *chain(*(each.remarks for each in beside)))
     problems = objections(remarks, accepted, strict=strict) + problems
     if problems:
         raise PlanError(_all_problems(problems), remarks)
-    donor = checkpoints[recipe.donor]
     if not jobs:
         reason = "the rules skip every tensor" if skipped else f"{redact(donor.url)} holds no tensors"
         raise PlanError(f"nothing is left to write: {reason}")
-    size = shard_size or recipe.stockflow.shard_size or default_shard_size(jobs, in_one=_is_read_from_one_file(donor))
     side_files, written = published_tokenizer(
         recipe, [*checkpoints, *beside], tokenizers, vocabulary, followed.generation
     )
@@ -198,12 +199,6 @@ def _planned(
         specs = [each.spec for each in outline.unplanned] + [each.spec for each in outline.targets]
         problems += told(misfits, {spec.name: spec for spec in specs})
     return jobs, list(skipped), problems
-
-
-def _is_read_from_one_file(donor: Checkpoint) -> bool:
-    """Return whether the loader of a model reads no shards: open_clip's and timm's do not."""
-    is_of_timm = "pretrained_cfg" in (donor.config or {}) and "model_type" not in (donor.config or {})
-    return is_of_timm or written_stem(donor.files) == OPEN_CLIP_STEM
 
 
 def default_shard_size(jobs: Iterable[TensorJob], *, in_one: bool = False) -> int:

@@ -56,6 +56,7 @@ CODES: Mapping[str, str] = {
     "other-names": "a model whose tensors are the base's under other names",
     "part-of-a-model": "a file that was named, beside numbered ones that hold the same names",
     "part-kept": "layers that predict further tokens, or a tower, that some models lack and the output has of the base",
+    "one-file": "shards of a model whose loader reads one file",
     "over-http": "models that are read without TLS",
     "placeholders": "tensors of no elements where names or other models say that there are some",
     "pair-parted": "head and embedding that are one tensor and are treated in two ways",

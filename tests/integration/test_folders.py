@@ -359,6 +359,33 @@ def test_a_model_of_open_clip_is_written_as_the_file_that_it_asks_for(build: Bui
     assert cli("verify", tmp_path / "out").exit_code == 0
 
 
+@pytest.mark.parametrize("named", ["consolidated.safetensors", ""])
+def test_what_mistrals_library_reads_is_written_under_its_names(tmp_path: Path, named: str) -> None:
+    """Its config goes along where its weights are read, and stays behind where those for transformers are."""
+    folder = write(tmp_path / "subject", {"consolidated.safetensors": full(1.0), "model.safetensors": full(1.0)})
+    touch(folder, "params.json", content=b'{"dim": 4}')
+    recipe = {"merge_method": "passthrough", "models": [str(folder / named)]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+
+    for _ in range(2):
+        assert cli("merge", tmp_path / "r.yaml", tmp_path / "out").exit_code == 0
+    published = {path.name for path in (tmp_path / "out").iterdir()}
+    of_library = {"consolidated.safetensors", "params.json"}
+    assert published & {*of_library, "model.safetensors"} == (of_library if named else {"model.safetensors"})
+    assert cli("verify", tmp_path / "out").exit_code == 0
+
+
+def test_a_named_file_without_config_is_said_to_be_renamed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "subject", {"sd_xl_base.safetensors": full(1.0)})
+    (folder / "config.json").unlink()
+    recipe = {"merge_method": "passthrough", "models": [str(folder / "sd_xl_base.safetensors")]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+
+    said = cli("plan", tmp_path / "r.yaml", tmp_path / "out").output
+
+    assert "is read, and a merge is written as model.safetensors, whatever" in " ".join(said.split())
+
+
 @pytest.mark.parametrize("size", ["100", "1MB"])
 def test_a_part_of_a_pipeline_is_written_under_the_names_that_diffusers_asks_for(tmp_path: Path, size: str) -> None:
     a_part_of_a_pipeline_in_shards(tmp_path / "subject")

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from stockflow.checkpoints.files.header import header_bytes, parse_header
+from stockflow.checkpoints.opening import Checkpoint
 from stockflow.planning.job import COPY, COPY_EQUAL
+from stockflow.planning.looks.one_file import is_read_from_one
 from stockflow.planning.make import default_shard_size, few_shards_note
 from stockflow.recipe import parse_size
+from stockflow.storage import Stamp
 from stockflow.text.sizes import counted
 from tests.plans import NAMES, Merge, job, jobs_of, model, rule
 
@@ -435,7 +438,34 @@ def test_what_timm_reads_is_one_file(
 ) -> None:
     monkeypatch.setattr("stockflow.planning.make.LEAST_SHARD_BYTES", 200)
 
-    assert len(Merge(tmp_path).write(config=config).plan().shards) == num_files
+    merge = Merge(tmp_path).write(config=config)
+
+    assert len(merge.plan().shards) == num_files
+    for size, is_cut in ((200, "pretrained_cfg" in config), (10**6, False)):
+        remarks = merge.plan(stockflow={"shard_size": size}).remarks
+        said = [remark.text for remark in remarks if remark.code == "one-file"]
+        assert [text.startswith("the output is cut into 3 files, and ") for text in said] == [True] * is_cut
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "expected"),
+    [
+        (["open_clip_model.safetensors"], {"model_type": "x"}, True),
+        (["consolidated.safetensors"], None, True),
+        (["sd_xl_base_1.0.safetensors"], None, True),
+        (["sd_xl_base_1.0.safetensors"], {"model_type": "x"}, False),
+        (["model.safetensors"], None, False),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None, False),
+        (["a-00001-of-00001.safetensors"], None, False),
+        (["pytorch_model.bin"], None, False),
+    ],
+)
+def test_which_loaders_read_one_file_is_told_from_names_and_config(
+    names: list[str], config: dict[str, Any] | None, expected: bool
+) -> None:
+    files = {name: Stamp(1, "") for name in names}
+
+    assert is_read_from_one(Checkpoint("/m", {}, {}, files, config, {}, ())) == expected
 
 
 def test_one_shard_is_a_plain_file_and_several_are_numbered(merge: Merge) -> None:

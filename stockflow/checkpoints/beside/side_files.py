@@ -37,7 +37,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 _KNOWN = re.compile("|".join(pattern for patterns in KINDS.values() for pattern in patterns))
 _OF_TOKENIZER = re.compile("|".join(KINDS["tokenizer"]))
 _TEMPLATE = re.compile("|".join(KINDS["template"]))
-CONFIGS_OF_LIBRARIES = ("gliner_config.json", "open_clip_config.json")
+MISTRAL_CONFIG = "params.json"
+CONFIGS_OF_LIBRARIES = ("gliner_config.json", "open_clip_config.json", MISTRAL_CONFIG)
 """What these libraries read in the place of config.json."""
 _OF_LIBRARIES = (r"config_setfit\.json", *map(re.escape, CONFIGS_OF_LIBRARIES))
 _OF_PIPELINES = (r"model_index\.json", r"scheduler_config\.json", r".+\.py")

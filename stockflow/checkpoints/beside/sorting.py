@@ -15,8 +15,8 @@ from stockflow.checkpoints.beside.left_out import (
     strays,
     weights_remark,
 )
-from stockflow.checkpoints.beside.side_files import code_files, is_known, module_files
-from stockflow.checkpoints.files.candidates import WRITTEN_STEMS
+from stockflow.checkpoints.beside.side_files import MISTRAL_CONFIG, code_files, is_known, module_files
+from stockflow.checkpoints.files.candidates import MISTRAL_STEM, WRITTEN_STEMS, written_stem
 from stockflow.checkpoints.files.documents import find_json, is_key
 from stockflow.checkpoints.files.header import PlacedTensor
 from stockflow.checkpoints.files.layout import HeaderCache, folder_of, read_header, unheard
@@ -70,7 +70,8 @@ def look_beside(
         LinkError: a file that would be copied is a link which is not followed.
     """
     where = redact(store.url)
-    needed, missing = _needed(store, tree, modules, config)
+    of_library = {MISTRAL_CONFIG} if written_stem(used) == MISTRAL_STEM else set[str]()
+    needed, missing = _needed(store, tree, modules, config, of_library)
     folders = {folder for key in needed for folder in _above(key)}
     copied = {key: tree.files[key] for key in needed if _can_be_copied(key, tree, folders)}
     used = {*used, *_indexes(tree, {folder_of(key) for key in modules.weights})}
@@ -90,12 +91,12 @@ def look_beside(
 
 
 def _needed(
-    store: Store, tree: Tree, modules: Modules, config: Mapping[str, object] | None
+    store: Store, tree: Tree, modules: Modules, config: Mapping[str, object] | None, of_library: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """Return what a loader needs, and code that is missing; a link that is not followed is refused, not left out."""
     plain = [key for key in tree.files if is_key(key) and not is_hidden(key) and key not in REPLACED]
     of_modules = {*module_files(plain, modules.folders), modules.document}
-    known = [key for key in tree.files if is_known(key) or key in of_modules]
+    known = [key for key in tree.files if is_known(key) or key in of_modules or key in of_library]
     store.check_links(key for key in known if is_key(key))
     code, missing = code_files(
         plain,

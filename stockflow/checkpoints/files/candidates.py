@@ -16,6 +16,8 @@ from stockflow.text.escaping import in_a_line
 
 DIFFUSION_STEM = "diffusion_pytorch_model"
 OPEN_CLIP_STEM = "open_clip_model"
+MISTRAL_STEM = "consolidated"
+"""In the layout of Mistral's own library, which is read where the file is named."""
 SUFFIXES = (".safetensors", ".bin")
 """Of files of weights, in the order in which they are preferred."""
 STEMS = {
@@ -23,7 +25,7 @@ STEMS = {
     ".bin": ("pytorch_model", DIFFUSION_STEM, "open_clip_pytorch_model"),
 }
 """What the names of weights begin with, by how they end, in the order in which they are preferred."""
-WRITTEN_STEMS = STEMS[SUFFIXES[0]]
+WRITTEN_STEMS = (*STEMS[SUFFIXES[0]], MISTRAL_STEM)
 """What names of an output's weights may begin with: the first, or what the donor's library asks for."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = f"{SINGLE_FILE}.index.json"
@@ -115,6 +117,8 @@ def naming_of(file: str) -> Naming | None:
 def written_stem(files: Collection[str]) -> str:
     """Return what the names of a merge's weights begin with, where its donor is read from these files."""
     stems = {(said.suffix, said.stem) for file in files if (said := naming_of(file))}
+    if (SUFFIXES[0], MISTRAL_STEM) in stems:
+        return MISTRAL_STEM
     asked = (STEMS[suffix].index(stem) for suffix, stem in stems if stem in STEMS[suffix])
     return WRITTEN_STEMS[max(asked, default=0)]
 
