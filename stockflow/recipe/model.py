@@ -254,14 +254,18 @@ class Recipe(Part):
         """Answers of ``parameters_for`` so far, by method and position of the rule."""
         return {}
 
+    @property
+    def levels(self) -> tuple[Settings, ...]:
+        """The places where parameters are given."""
+        found = [self.parameters, *(each.parameters for each in self.entries)]
+        found += [each.parameters for each in self.all_slices]
+        found += [each.parameters for each in self.modules.values()]
+        return (*found, *(each.parameters for each in self.stockflow.rules))
+
     @cached_property
     def has_gradients(self) -> bool:
         """Whether a value depends on the layer."""
-        levels = [self.parameters, *(each.parameters for each in self.entries)]
-        levels += [each.parameters for each in self.all_slices]
-        levels += [each.parameters for each in self.modules.values()]
-        levels += [each.parameters for each in self.stockflow.rules]
-        return any(len(item.value) > 1 for level in levels for items in level.values() for item in items)
+        return any(len(item.value) > 1 for level in self.levels for items in level.values() for item in items)
 
     def parameters_for(self, method: Method, tensor_name: str, rule: Rule | None, stand: Stand = OUTSIDE) -> Parameters:
         """Return a method's parameters for a tensor: of the rule, else model, else recipe, else the defaults.

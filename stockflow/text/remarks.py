@@ -39,7 +39,7 @@ CODES: Mapping[str, str] = {
     "left-out": "files of a model that stay behind, by kind",
     "leftover-scales": "scales beside weights of plain numbers, or without the weights they belong to",
     "local-revision": "the revision of a model that is a folder, which has none",
-    "matches-nothing": "a rule, or a filter of a parameter, that no tensor's name contains",
+    "matches-nothing": "a rule, or a filter of a parameter, for no tensor, or for none that those before it leave",
     "missing-files": "code and modules that the configs which go out name, and that are not there",
     "missing-module": "modules of a model for sentence embeddings that are not there",
     "module-left-out": "tensors that belong to no module of the recipe",

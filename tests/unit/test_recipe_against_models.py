@@ -76,6 +76,105 @@ def test_rules_and_values_that_are_never_reached_are_said(tmp_path: Path) -> Non
     ]
 
 
+def attention(
+    names: tuple[str, ...] = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+) -> dict[str, torch.Tensor]:
+    return {f"layers.0.{name}.weight": torch.full((3, 3), float(number)) for number, name in enumerate(names)}
+
+
+DEAD = {
+    "within another": (
+        ["mlp", "up_proj"],
+        "'up_proj', the filter of {}, is never reached: 'mlp' before it takes all its",
+    ),
+    "within a module": (["self_attn", "q_proj"], "'q_proj', the filter of {}, is never reached: 'self_attn' before"),
+    "by a prefix": (["layers.", "mlp"], "'mlp', the filter of {}, is never reached: 'layers.' before it takes all"),
+    "by several": (
+        ["q_proj", "o_proj", "self_attn"],
+        "'self_attn', the filter of {}, is never reached: 'q_proj', 'o_proj' before it take all its tensors",
+    ),
+    "behind all": (["*", "mlp"], "'mlp', the filter of {}, is never reached: one without filter before it takes all"),
+}
+"""Filters in order, the last of which is left nothing, and what is said of it."""
+LIVE = [["up_proj", "mlp"], ["q_proj", "self_attn"], ["norm", "self_attn", "mlp", "*"], ["mlp", "*"], ["position", "o"]]
+"""Filters each of which is left something, or that say what is for the rest."""
+
+
+def filtered(merge: Merge, texts: list[str], last: float = 0.0) -> tuple[dict[str, object], list[object]]:
+    """Return rules and values by filters, of which only the last says something else, over a model with attention."""
+    for tensors in merge.models:
+        tensors |= attention()
+    weights = [0.5] * (len(texts) - 1) + [last]
+    rules: list[dict[str, object]] = [{"filter": text, "action": "copy"} for text in texts]
+    if last != weights[0]:
+        rules[-1] = {"filter": texts[-1], "merge_method": "linear", "parameters": {"weight": 1.0}}
+    values: list[object] = [{"filter": text, "value": value} for text, value in zip(texts, weights, strict=True)]
+    return {"rules": rules}, [*values, {"value": 1.0}]
+
+
+@pytest.mark.parametrize("case", DEAD)
+def test_filters_all_of_whose_tensors_go_to_ones_before_them_are_told_by_the_tensors(tmp_path: Path, case: str) -> None:
+    merge = Merge(tmp_path)
+    texts, told = DEAD[case]
+    rules, values = filtered(merge, texts)
+    merge.write()
+
+    refused = merge.refusal(merge_method="task_arithmetic", parameters={"weight": 1.0}, stockflow=rules)
+    plan = merge.plan(merge_method="task_arithmetic", parameters={"weight": values})
+
+    assert told.format("a rule") in refused
+    (warned,) = remarks(plan, "matches-nothing")
+    assert warned.severity == "warning"
+    assert told.format("a value") in warned.text
+
+
+@pytest.mark.parametrize("texts", LIVE)
+def test_filters_that_catch_what_is_left_are_no_mistake(tmp_path: Path, texts: list[str]) -> None:
+    merge = Merge(tmp_path)
+    rules, values = filtered(merge, texts)
+    merge.write()
+
+    plan = merge.plan(merge_method="task_arithmetic", parameters={"weight": values}, stockflow=rules)
+
+    assert remarks(plan, "matches-nothing") == []
+
+
+@pytest.mark.parametrize("case", DEAD)
+def test_filters_that_are_left_nothing_may_say_what_those_before_them_say(tmp_path: Path, case: str) -> None:
+    merge = Merge(tmp_path)
+    rules, values = filtered(merge, DEAD[case][0], last=0.5)
+    merge.write()
+
+    plan = merge.plan(
+        merge_method="task_arithmetic",
+        parameters={"weight": values},
+        stockflow=rules | {"accept": ["unmerged"]},
+    )
+
+    assert remarks(plan, "matches-nothing") == []
+
+
+def test_a_rule_that_only_acts_on_what_a_tune_has_besides_is_reached(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    merge.models[1]["layers.9.norm.weight"] = torch.ones(3)
+    rules = [{"filter": f"layers.{number}", "action": "copy"} for number in range(2)]
+
+    plan = merge.write().plan(stockflow={"rules": [*rules, {"filter": "norm", "action": "skip"}]})
+
+    assert remarks(plan, "matches-nothing") == []
+
+
+def test_values_of_models_and_of_slices_that_are_never_reached_are_said_once(tmp_path: Path) -> None:
+    merge = Merge(tmp_path).write()
+    weight = {"weight": [{"filter": "layers", "value": 1}, {"filter": "norm", "value": 0}, {"value": 0.5}]}
+    sources = [{"model": str(folder), "layer_range": [0, 2], "parameters": weight} for folder in merge.folders]
+    models = [{"model": str(folder), "parameters": weight} for folder in merge.folders[1:]]
+
+    for recipe in ({"slices": [{"sources": sources}]}, {"models": models}):
+        merge.recipe = {"merge_method": "linear"} | recipe
+        assert [remark.values["filter"] for remark in remarks(merge.plan(), "matches-nothing")] == ["norm"]
+
+
 def test_rules_and_values_that_say_what_one_before_them_says_are_no_mistake(tmp_path: Path) -> None:
     rules = [{"filter": "layers", "action": "copy"}, {"filter": "layers.1", "action": "copy"}]
     values = [{"filter": "layers", "value": 0.5}, {"filter": "layers.1", "value": 0.5}, {"value": 1.0}]

@@ -6,12 +6,16 @@ from difflib import get_close_matches
 
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.options import Rule
-from stockflow.recipe.settings import Conditional, matches
+from stockflow.recipe.settings import Conditional
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
 
 _CODE = "matches-nothing"
+_ALL = (None, "", "*")
+"""Filters that are for every tensor."""
 _MOST_PARTS = 3
+_MOST_NAMED = 3
 _NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -33,27 +37,67 @@ def unmatched_filters(proposal: Proposal) -> Iterator[Remark]:
 
 
 def shadowed_filters(proposal: Proposal) -> Iterator[Remark]:
-    """Yield rules and values that are never reached, as one before them is for the same tensors, and more."""
+    """Yield rules and values that are never reached, as ones before them take all their tensors."""
     recipe = proposal.recipe
-    values = [each.values() for each in (recipe.parameters, *(model.parameters for model in recipe.models))]
-    for text, before in _shadowed(recipe.stockflow.rules):
+    for text, before in _shadowed([recipe.stockflow.rules], proposal):
         yield _never_reached(proposal, "a rule", "refusal", text, before)
-    for setting in (setting for settings in values for setting in settings):
-        for text, before in _shadowed(setting):
-            yield _never_reached(proposal, "a value", "warning", text, before)
+    for text, before in _shadowed((setting for level in recipe.levels for setting in level.values()), proposal):
+        yield _never_reached(proposal, "a value", "warning", text, before)
 
 
-def _shadowed(items: Sequence[Rule | Conditional]) -> Iterator[tuple[str, str]]:
-    """Yield filters that one before them, empty where it is none, is for all tensors of, and says something else."""
-    for number, item in enumerate(items):
-        text = item.filter or "*"
-        found = next((each for each in items[:number] if matches(each.filter, text)), None)
-        if found and text != "*" and found != item.model_copy(update={"filter": found.filter}):
-            yield text, found.filter or ""
+def _shadowed(lists: Iterable[Sequence[Rule | Conditional]], proposal: Proposal) -> Iterator[tuple[str, list[str]]]:
+    """Yield filters that take no tensor, with those before them that take theirs, one of which says something else."""
+    known: dict[tuple[str, ...], dict[int, list[int]]] = {}
+    yielded = set[tuple[str, ...]]()
+    for items in lists:
+        texts = tuple("" if item.filter in _ALL else item.filter or "" for item in items)
+        if not any(texts[1:]):
+            continue
+        if texts not in known:
+            known[texts] = _without_tensors(texts, proposal)
+        for number, takers in known[texts].items():
+            alike = {"filter": items[number].filter}
+            are_alike = all(items[each].model_copy(update=alike) == items[number] for each in takers)
+            told = (texts[number], *(texts[each] for each in takers))
+            if not are_alike and told not in yielded:
+                yielded.add(told)
+                yield texts[number], list(told[1:])
 
 
-def _never_reached(proposal: Proposal, what: str, severity: Severity, text: str, before: str) -> Remark:
-    takes = f"{shown(before)} before it takes all its tensors" if before else "one without filter before it takes all"
+def _without_tensors(texts: Sequence[str], proposal: Proposal) -> dict[int, list[int]]:
+    """Return, by the place of each filter that is left no tensor, the places of those that take the ones it is for."""
+    found: dict[int, list[int]] = {}
+    for number, text in enumerate(texts):
+        takers: dict[int | None, None] = {}
+        for name in _names_with(text, proposal.filtered) if text else ():
+            takers[next((place for place, before in enumerate(texts[:number]) if before in name), None)] = None
+            if None in takers:
+                break
+        if not takers or None in takers:
+            continue
+        if not any(text in name and not _is_in(texts[:number], name) for name in proposal.held):
+            found[number] = sorted(place for place in takers if place is not None)
+    return found
+
+
+def _names_with(text: str, written: str) -> Iterator[str]:
+    """Yield the lines that contain a text, one after the other."""
+    at = written.find(text)
+    while at >= 0:
+        end = written.find("\n", at)
+        end = len(written) if end < 0 else end
+        yield written[written.rfind("\n", 0, at) + 1 : end]
+        at = written.find(text, end)
+
+
+def _is_in(texts: Sequence[str], name: str) -> bool:
+    return any(text in name for text in texts)
+
+
+def _never_reached(proposal: Proposal, what: str, severity: Severity, text: str, before: Sequence[str]) -> Remark:
+    takes = f"{some(before, _MOST_NAMED)} before it {'takes' if len(before) == 1 else 'take'} all its tensors"
+    if "" in before:
+        takes = "one without filter before it takes all"
     said = (
         f"{shown(text)}, the filter of {what}, is never reached: {takes}, and the first that matches counts; put it "
         "first, or remove it"
@@ -62,11 +106,8 @@ def _never_reached(proposal: Proposal, what: str, severity: Severity, text: str,
 
 
 def _unmatched(texts: Iterable[str], proposal: Proposal) -> list[str]:
-    asked = [text for text in dict.fromkeys(texts) if text not in ("", "*")]
-    written = "\n".join((*(job.stored_name for job in proposal.jobs), *proposal.skipped)) if asked else ""
-    parts = {job.output.name for job in proposal.jobs if job.whole}
-    held = {name for each in proposal.checkpoints for name in (*each.settled, *each.specs)} - parts if asked else ()
-    return [text for text in asked if text not in written and not any(text in name for name in held)]
+    asked = [text for text in dict.fromkeys(texts) if text not in _ALL]
+    return [text for text in asked if text not in proposal.filtered and not any(text in name for name in proposal.held)]
 
 
 def _nearest(text: str, proposal: Proposal) -> str:

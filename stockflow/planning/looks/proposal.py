@@ -1,6 +1,6 @@
 """A merge as it is proposed: a recipe, its opened checkpoints and the jobs that were planned from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,6 +59,17 @@ class Proposal:
     def written(self) -> Mapping[str, TensorJob]:
         """The jobs by the name of what they write, in order."""
         return {job.output.name: job for job in self.jobs}
+
+    @cached_property
+    def filtered(self) -> str:
+        """The names that rules and filters look at, of what is written or left out, a line each."""
+        return "\n".join(dict.fromkeys((*(job.stored_name for job in self.jobs), *self.skipped)))
+
+    @cached_property
+    def held(self) -> Collection[str]:
+        """The names in any checkpoint, but for parts of what is stored as one."""
+        parts = {job.output.name for job in self.jobs if job.whole}
+        return {name for each in self.checkpoints for name in (*each.settled, *each.specs)} - parts
 
     @cached_property
     def heads(self) -> Sequence[WrittenHead]:
