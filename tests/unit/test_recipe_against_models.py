@@ -56,7 +56,11 @@ def test_a_filter_of_a_parameter_that_matches_nothing_is_warned_of(tmp_path: Pat
     plan = merge.plan(parameters={"filter_wise": filtered})
 
     assert [(remark.severity, remark.text) for remark in remarks(plan, "matches-nothing")] == [
-        ("warning", "no tensor's name contains 'layersnorm', the filter of a value; did you mean 'layers'?"),
+        (
+            "warning",
+            "no tensor's name contains 'layersnorm', the filter of a value; names go along with it up to 'layers', as "
+            "'layers.0.norm.weight' does: correct it, or remove it",
+        ),
         ("warning", "no tensor's name contains 'zzz', the filter of a value; remove it"),
     ]
     assert [remark.place for remark in remarks(plan, "matches-nothing")] == ["recipe.yaml:8:5", "recipe.yaml:10:5"]

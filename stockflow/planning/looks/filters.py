@@ -1,9 +1,8 @@
-"""Rules and filters that no tensor's name contains, each with the part of a name that is nearest; and the seed."""
+"""Rules and filters that no tensor's name contains, or that those before them leave none; and the seed."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 
+from stockflow.planning.looks.nearest import lines_with, nearest
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.options import Rule
 from stockflow.recipe.settings import Conditional
@@ -14,16 +13,14 @@ from stockflow.text.strictjson import shown
 _CODE = "matches-nothing"
 _ALL = (None, "", "*")
 """Filters that are for every tensor."""
-_MOST_PARTS = 3
 _MOST_NAMED = 3
-_NUMBER = re.compile(r"\.\d+\.")
 
 
 def unmatched_rules(proposal: Proposal) -> Iterator[Remark]:
     """Yield rules that are for no tensor: what they were to keep would be merged."""
     rules = proposal.recipe.stockflow.rules
-    for text in _unmatched((rule.filter for rule in rules), proposal):
-        said = f"no tensor's name contains {shown(text)}, the filter of a rule{_nearest(text, proposal)}"
+    for text, instead in nearest(_unmatched((rule.filter for rule in rules), proposal), proposal).items():
+        said = f"no tensor's name contains {shown(text)}, the filter of a rule{instead}"
         yield Remark(_CODE, said, "refusal", values={"filter": text}, place=proposal.recipe.filters.get(text, ""))
 
 
@@ -31,8 +28,9 @@ def unmatched_filters(proposal: Proposal) -> Iterator[Remark]:
     """Yield filters of parameters that are for no tensor; other tools pass them over."""
     recipe = proposal.recipe
     of_rules = {rule.filter for rule in recipe.stockflow.rules}
-    for text in _unmatched((text for text in recipe.filters if text not in of_rules), proposal):
-        said = f"no tensor's name contains {shown(text)}, the filter of a value{_nearest(text, proposal)}"
+    of_values = _unmatched((text for text in recipe.filters if text not in of_rules), proposal)
+    for text, instead in nearest(of_values, proposal).items():
+        said = f"no tensor's name contains {shown(text)}, the filter of a value{instead}"
         yield Remark(_CODE, said, values={"filter": text}, place=recipe.filters[text])
 
 
@@ -69,7 +67,7 @@ def _without_tensors(texts: Sequence[str], proposal: Proposal) -> dict[int, list
     found: dict[int, list[int]] = {}
     for number, text in enumerate(texts):
         takers: dict[int | None, None] = {}
-        for name in _names_with(text, proposal.filtered) if text else ():
+        for name in lines_with(text, proposal.filtered) if text else ():
             takers[next((place for place, before in enumerate(texts[:number]) if before in name), None)] = None
             if None in takers:
                 break
@@ -78,16 +76,6 @@ def _without_tensors(texts: Sequence[str], proposal: Proposal) -> dict[int, list
         if not any(text in name and not _is_in(texts[:number], name) for name in proposal.held):
             found[number] = sorted(place for place in takers if place is not None)
     return found
-
-
-def _names_with(text: str, written: str) -> Iterator[str]:
-    """Yield the lines that contain a text, one after the other."""
-    at = written.find(text)
-    while at >= 0:
-        end = written.find("\n", at)
-        end = len(written) if end < 0 else end
-        yield written[written.rfind("\n", 0, at) + 1 : end]
-        at = written.find(text, end)
 
 
 def _is_in(texts: Sequence[str], name: str) -> bool:
@@ -108,18 +96,6 @@ def _never_reached(proposal: Proposal, what: str, severity: Severity, text: str,
 def _unmatched(texts: Iterable[str], proposal: Proposal) -> list[str]:
     asked = [text for text in dict.fromkeys(texts) if text not in _ALL]
     return [text for text in asked if text not in proposal.filtered and not any(text in name for name in proposal.held)]
-
-
-def _nearest(text: str, proposal: Proposal) -> str:
-    parts: dict[str, None] = {}
-    for run in dict.fromkeys(run for job in proposal.jobs for run in _NUMBER.split(job.stored_name)):
-        words = run.split(".")
-        for first in range(len(words)):
-            for last in range(first + 1, min(first + _MOST_PARTS, len(words)) + 1):
-                parts[".".join(words[first:last])] = None
-    close = get_close_matches(text, parts, n=1)
-    found = f"; did you mean {shown(close[0])}?" if close else "; remove it"
-    return f" (a filter is a part of a name, `*` alone is all){found}" if "*" in text else found
 
 
 def seed(proposal: Proposal) -> Iterator[Remark]:
