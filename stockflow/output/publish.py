@@ -24,6 +24,7 @@ from stockflow.planning import file as plan_file
 from stockflow.planning.plan import NUMERICS, MergePlan, SideFile
 from stockflow.recipe import Recipe
 from stockflow.storage import Store, check_stamp, redact
+from stockflow.text.remarks import Remark
 from stockflow.version import __version__
 
 NUM_PUBLISHERS = 8
@@ -59,7 +60,6 @@ def commit(
     rows = [row for receipt in receipts for row in receipt.tensors]
     shards = {receipt.file: PublishedFile(receipt.size, receipt.sha256) for receipt in receipts}
     published = shards | _publish(output, plan, _files_in_order(inputs, recipe, plan, rows))
-    gram = total_gram(receipts)
     manifest = Manifest(
         plan_id=plan.plan_id,
         merge_id=plan.merge_id,
@@ -71,11 +71,17 @@ def commit(
         numerics_classes=tuple(sorted({receipt.numerics_class for receipt in receipts})),
         versions=versions(),
         summary=summarize(receipts),
-        gram=gram,
-        remarks=(*plan.remarks, *proved(plan, gram), *proved_of_tensors(plan, rows)),
+        gram=total_gram(receipts),
+        remarks=(*plan.remarks, *proved_by(plan, receipts)),
     )
     check_still_ours(output, plan, receipts)
     return put_manifest(output, manifest)
+
+
+def proved_by(plan: MergePlan, receipts: Sequence[Receipt]) -> tuple[Remark, ...]:
+    """Return what is to be said of a merge that only shows when all of it has been read."""
+    rows = [row for receipt in receipts for row in receipt.tensors]
+    return (*proved(plan, total_gram(receipts)), *proved_of_tensors(plan, rows))
 
 
 def _publish(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from stockflow.checkpoints.copies import MAX_COMPARED_BYTES
 from stockflow.checkpoints.samples import Samples, take_samples
+from stockflow.errors import PlanError
 from stockflow.events import Event, Note, OnEvent, Stage, Workers, all_of, ignore
 from stockflow.output.keys import plan_key
 from stockflow.output.manifest import Manifest
@@ -33,6 +34,7 @@ from stockflow.storage import (
     redact,
 )
 from stockflow.text.examples import some
+from stockflow.text.remarks import Remark, objections
 
 if TYPE_CHECKING:
     from stockflow.engine.devices import Device
@@ -199,6 +201,9 @@ def merge(
     check_target(store, plan)
     found = admit(store, plan, overwrite=options.overwrite)
     if found.finished and not options.overwrite and _has_all_shards(store, plan, found.finished):
+        if options.strict:
+            late = [remark for remark in found.finished.remarks if remark not in plan.remarks]
+            _check_proved(late, plan, inputs, options, f"{redact(store.url)} is published, and --strict refuses what")
         return Merged("already_finished", plan, found.finished, store.url, len(plan.shards), 0.0)
     if found.conflict:
         check_unshared(store, inputs.stores)
@@ -217,10 +222,25 @@ def merge(
         spec = _worker_spec(inputs, plan, store.url, options, run)
         receipts, num_resumed = _merge_shards(store, plan, execute, spec, tell)
         tell(Stage("publishing"))
-        from stockflow.output.publish import commit
+        from stockflow.output.publish import commit, proved_by
 
+        if options.strict:
+            kept = "all shards are merged and kept, but not published, as --strict refuses what"
+            _check_proved(proved_by(plan, receipts), plan, inputs, options, kept)
         manifest = commit(store, inputs.stores, inputs.recipe, plan, receipts)
     return Merged("merged", plan, manifest, store.url, num_resumed, time.perf_counter() - started)
+
+
+def _check_proved(
+    remarks: Sequence[Remark], plan: MergePlan, inputs: Inputs, options: MergeOptions, refused: str
+) -> None:
+    """Refuse what only came up when all was read, if it is not accepted."""
+    accepted = {*inputs.recipe.stockflow.accept, *options.accepted}
+    if against := objections(remarks, accepted, strict=True):
+        then = "with these codes accepted, or without --strict, the same command goes on from here"
+        raise PlanError(
+            "\n  ".join((f"{refused} came up when all was read; {then}:", *against)), (*plan.remarks, *remarks)
+        )
 
 
 def _has_all_shards(store: Store, plan: MergePlan, manifest: Manifest) -> bool:

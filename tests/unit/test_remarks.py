@@ -1,6 +1,7 @@
 """Remarks: what a plan says of its inputs, what stands against a merge, and how one of them is accepted."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,31 @@ def test_the_command_line_refuses_warnings_and_accepts_what_is_unmerged(tmp_path
     assert merged.exit_code == 0, merged.stderr
     said = [each["code"] for each in json.loads((tmp_path / "out" / "manifest.json").read_text())["remarks"]]
     assert said == ["unmerged", "no-config"]
+
+
+def test_what_shows_only_when_all_was_read_stops_a_strict_merge_before_it_is_published(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "family", 2)
+    shutil.copytree(family.tuned[0], tmp_path / "copy")
+    models = [{"model": str(folder)} for folder in (*family.tuned, tmp_path / "copy")]
+    known = sorted(CODES.keys() - {"copy"})
+    recipe = write_recipe(tmp_path / "recipe.yaml", "model_stock", family, models=models, stockflow={"accept": known})
+    output, shards = tmp_path / "out", ("--shard-size", "5KB")
+
+    refused = runs.invoke("merge", recipe, output, "--strict", "--json", *shards)
+    kept = runs.shard_digests(output)
+    write_recipe(recipe, "model_stock", family, models=models, stockflow={"accept": [*known, "copy"]})
+    merged = runs.invoke("merge", recipe, output, "--strict", "--json", *shards)
+    write_recipe(recipe, "model_stock", family, models=models, stockflow={"accept": known})
+    published = runs.invoke("merge", recipe, output, "--strict", *shards)
+
+    assert (refused.exit_code, merged.exit_code, published.exit_code) == (2, 0, 2), merged.stderr
+    told = "all shards are merged and kept, but not published, as --strict refuses what came up when all was read"
+    assert told in refused.stderr
+    assert "[copy, refused by --strict]; or accept it: `stockflow: {accept: [copy]}`" in refused.stderr
+    assert "copy" in [remark["code"] for remark in json.loads(refused.stdout)["remarks"]]
+    found = json.loads(merged.stdout)
+    assert (found["resumed_shards"], found["shards"]) == (len(kept), kept)
+    assert "out is published, and --strict refuses what came up when all was read" in published.stderr
 
 
 def test_every_code_is_explained_in_the_documentation() -> None:
