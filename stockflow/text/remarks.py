@@ -39,6 +39,7 @@ CODES: Mapping[str, str] = {
     "left-out": "files of a model that stay behind, by kind",
     "leftover-scales": "scales beside weights of plain numbers, or without the weights they belong to",
     "local-revision": "the revision of a model that is a folder, which has none",
+    "longer-numbers": "filters that end or begin with a number, and are for longer ones, too",
     "matches-nothing": "a rule, or a filter of a parameter, for no tensor, or for none that those before it leave",
     "missing-files": "code and modules that the configs which go out name, and that are not there",
     "missing-module": "modules of a model for sentence embeddings that are not there",

@@ -179,6 +179,33 @@ def test_values_of_models_and_of_slices_that_are_never_reached_are_said_once(tmp
         assert [remark.values["filter"] for remark in remarks(merge.plan(), "matches-nothing")] == ["norm"]
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("layers.1", "is for 'layers.10', 'layers.11', too; 'layers.1.' is for that number alone"),
+        ("1.norm", "is for '11.norm', too; '.1.norm' is for that number alone"),
+        ("layers.1.", ""),
+        (".1.norm", ""),
+        ("layers.0", ""),
+        ("layers.11", ""),
+        ("layers", ""),
+        ("*", ""),
+    ],
+)
+def test_a_filter_that_is_for_longer_numbers_too_is_noted(tmp_path: Path, text: str, told: str) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models:
+        tensors |= {f"layers.{number}.norm.weight": tensors["layers.1.norm.weight"].clone() for number in (10, 11)}
+    merge.write()
+    rules = {"rules": [{"filter": text, "action": "copy"}], "accept": ["unmerged"]}
+    values = {"weight": [{"filter": text, "value": 0.5}, {"value": 1.0}]}
+
+    plans = merge.plan(stockflow=rules), merge.plan(merge_method="task_arithmetic", parameters=values)
+
+    found = [remark for plan in plans for remark in remarks(plan, "longer-numbers")]
+    assert [(each.severity, each.text) for each in found] == [("note", f"the filter {text!r} {told}")] * 2 * bool(told)
+
+
 def test_rules_and_values_that_say_what_one_before_them_says_are_no_mistake(tmp_path: Path) -> None:
     rules = [{"filter": "layers", "action": "copy"}, {"filter": "layers.1", "action": "copy"}]
     values = [{"filter": "layers", "value": 0.5}, {"filter": "layers.1", "value": 0.5}, {"value": 1.0}]

@@ -50,6 +50,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     filters.unmatched_rules,
     filters.unmatched_filters,
     filters.shadowed_filters,
+    filters.filters_within_numbers,
     filters.seed,
     configs.missing_configs,
     precision.kept_precision,

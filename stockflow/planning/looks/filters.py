@@ -1,5 +1,6 @@
 """Rules and filters that no tensor's name contains, or that those before them leave none; and the seed."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from stockflow.planning.looks.nearest import lines_with, nearest
@@ -76,6 +77,28 @@ def _without_tensors(texts: Sequence[str], proposal: Proposal) -> dict[int, list
         if not any(text in name and not _is_in(texts[:number], name) for name in proposal.held):
             found[number] = sorted(place for place in takers if place is not None)
     return found
+
+
+def filters_within_numbers(proposal: Proposal) -> Iterator[Remark]:
+    """Yield filters that end or begin with a number, and are for longer numbers, too: layer 1, and 10 and 11."""
+    for text, place in proposal.recipe.filters.items():
+        longer, alone = _longer(text, proposal.filtered)
+        if longer:
+            instead = f"; {shown(alone)} is for that number alone" if alone else ""
+            said = f"the filter {shown(text)} is for {some(longer, _MOST_NAMED)}, too{instead}"
+            yield Remark("longer-numbers", said, "note", values={"filter": text}, place=place)
+
+
+def _longer(text: str, written: str) -> tuple[list[str], str]:
+    """Return what a filter is for beside the number that it ends or begins with, and the filter for that alone."""
+    before, behind = text[:1].isdecimal(), text[-1:].isdecimal()
+    if not before and not behind:
+        return [], ""
+    number, other, own = r"\d*", r"[^\d\n]", re.escape(text)
+    found = re.findall(f"{number * before}{own}{number * behind}", written)
+    longer = [each for each in dict.fromkeys(found) if each != text]
+    alone = re.search(f"{other * before}{own}{other * behind}", written)
+    return longer if text in found else [], alone[0] if alone else ""
 
 
 def _is_in(texts: Sequence[str], name: str) -> bool:
