@@ -94,9 +94,10 @@ DEAD = {
     "within a module": (["self_attn", "q_proj"], "'q_proj', the filter of {}, is never reached: 'self_attn' before"),
     "by a prefix": (["layers.", "mlp"], "'mlp', the filter of {}, is never reached: 'layers.' before it takes all"),
     "by several": (
-        ["q_proj", "o_proj", "self_attn"],
-        "'self_attn', the filter of {}, is never reached: 'q_proj', 'o_proj' before it take all its tensors",
+        ["o_proj", "layers.0", "_proj"],
+        "'_proj', the filter of {}, is never reached: 'o_proj', 'layers.0' before it take all its tensors",
     ),
+    "of one text": (["mlp", "mlp."], "'mlp.', the filter of {}, is never reached: 'mlp' before it takes all"),
     "behind all": (["*", "mlp"], "'mlp', the filter of {}, is never reached: one without filter before it takes all"),
 }
 """Filters in order, the last of which is left nothing, and what is said of it."""
@@ -130,6 +131,19 @@ def test_filters_all_of_whose_tensors_go_to_ones_before_them_are_told_by_the_ten
     (warned,) = remarks(plan, "matches-nothing")
     assert warned.severity == "warning"
     assert told.format("a value") in warned.text
+
+
+def test_a_filter_for_the_rest_of_which_nothing_is_left_is_noted(tmp_path: Path) -> None:
+    merge = Merge(tmp_path)
+    rules, values = filtered(merge, ["q_proj", "o_proj", "self_attn"])
+    merge.write()
+
+    plan = merge.plan(merge_method="task_arithmetic", parameters={"weight": values}, stockflow=rules)
+
+    left = "is left no tensor, as 'q_proj', 'o_proj' before it take all its tensors; remove it, if these are meant"
+    assert [(each.severity, each.text) for each in remarks(plan, "matches-nothing")] == [
+        ("note", f"'self_attn', the filter of {what}, {left}") for what in ("a rule", "a value")
+    ]
 
 
 @pytest.mark.parametrize("texts", LIVE)

@@ -109,11 +109,16 @@ def _never_reached(proposal: Proposal, what: str, severity: Severity, text: str,
     takes = f"{some(before, _MOST_NAMED)} before it {'takes' if len(before) == 1 else 'take'} all its tensors"
     if "" in before:
         takes = "one without filter before it takes all"
-    said = (
-        f"{shown(text)}, the filter of {what}, is never reached: {takes}, and the first that matches counts; put it "
-        "first, or remove it"
-    )
-    return Remark(_CODE, said, severity, values={"filter": text}, place=proposal.recipe.filters.get(text, ""))
+    said = f"is never reached: {takes}, and the first that matches counts; put it first, or remove it"
+    if _is_for_the_rest(text, before, proposal.filtered):
+        said, severity = f"is left no tensor, as {takes}; remove it, if these are meant", "note"
+    values, place = {"filter": text}, proposal.recipe.filters.get(text, "")
+    return Remark(_CODE, f"{shown(text)}, the filter of {what}, {said}", severity, values=values, place=place)
+
+
+def _is_for_the_rest(text: str, before: Sequence[str], written: str) -> bool:
+    """Return whether several filters take its tensors that are each for some of these alone, as exceptions are."""
+    return len(before) > 1 and all(each and all(text in name for name in lines_with(each, written)) for each in before)
 
 
 def _unmatched(texts: Iterable[str], proposal: Proposal) -> list[str]:
