@@ -2,9 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
+from itertools import chain, product, takewhile
 
 from stockflow.checkpoints.adapters.factors import factors_said, factors_within
 from stockflow.checkpoints.files.header import TensorSpec
@@ -27,6 +27,8 @@ _SPELLINGS = {
     "backbone.embedding.weight": "backbone.embeddings.weight",
 }
 """Ends of names that loaders take for one another: those of TensorFlow's layers, of weight norms, of Mamba's."""
+_PARAMETERS = (("weight", "", "scale", "gamma"), ("bias", "beta"))
+"""What a parameter of a module is called; nothing where it has the module's name."""
 _NUMBER = re.compile(r"\d+")
 NUM_VOTES = 100
 MAX_RENAMINGS = 8
@@ -144,11 +146,48 @@ def _pairs(donor: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[_
     renamings += sorted((each for each in spelled if each.donors != each.others), key=str)
     parts = _renamed_parts(donor, other, [name for name in lacking if name not in found], besides)
     whole = _joined(found, parts)
-    if len(whole) < LEAST_SHARE * len(besides):
+    ends = _other_ends(donor, other, [name for name in lacking if name not in whole], (_SAME, *parts))
+    if len(whole) + len(ends) < LEAST_SHARE * len(besides):
         parts = {renaming: names for renaming, names in parts.items() if not renaming.is_numbered}
         whole = _joined(found, parts)
-        whole = whole if _is_much(whole, donor) else {}
-    return whole, [*renamings, *parts]
+        whole, renamings = (whole, [*renamings, *parts]) if _is_much(whole, donor) else ({}, [])
+        ends = _other_ends(
+            donor, other, [name for name in lacking if name not in whole], [_SAME, *parts] if whole else [_SAME]
+        )
+    else:
+        renamings += parts
+    return whole | ends, [*renamings, *_renamings_of_ends(ends)]
+
+
+def _other_ends(
+    donor: Checkpoint, other: Checkpoint, lacking: Iterable[str], renamings: Iterable[_Renaming]
+) -> dict[str, str]:
+    """Return the other's names of tensors of which it calls the module alike, and the parameter otherwise or not."""
+    found: dict[str, str] = {}
+    for name, renaming in product(lacking, renamings):
+        for theirs in _with_other_end(renaming.of(name)):
+            spec = other.specs.get(theirs)
+            if spec and theirs not in donor.specs and spec.shape == donor.specs[name].shape:
+                found.setdefault(theirs, name)
+    return {name: theirs for theirs, name in found.items()}
+
+
+def _with_other_end(name: str) -> Iterator[str]:
+    """Yield what else a parameter may be called."""
+    for ends in _PARAMETERS:
+        for end in ends:
+            if end and name.endswith(f".{end}"):
+                stem = name.removesuffix(f".{end}")
+                yield from (f"{stem}.{instead}" if instead else stem for instead in ends if instead != end)
+    yield f"{name}.weight"
+
+
+def _renamings_of_ends(names: Mapping[str, str]) -> list[_Renaming]:
+    """Return what stands for what at the ends of names; the names themselves where these are few."""
+    if len(names) <= MAX_RENAMINGS:
+        return [_Renaming(name, theirs) for name, theirs in names.items()]
+    ends = dict.fromkeys((_end(name), _end(theirs)) for name, theirs in names.items())
+    return [_Renaming(*pair) for pair in list(ends)[:MAX_RENAMINGS]]
 
 
 def _joined(found: Mapping[str, str], parts: Mapping[_Renaming, Mapping[str, str]]) -> dict[str, str]:
@@ -257,7 +296,8 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
 def _said(donor: Checkpoint, other: Checkpoint, renamings: Sequence[_Renaming], count: int) -> Remark:
     ours, theirs = redact(donor.url), redact(other.url)
     instead = ", ".join(f"{shown(each.others)} for {shown(each.donors)}" for each in renamings)
-    text = f"{counted(count, 'tensor')} of {theirs} {are(count)} those of {ours} with {instead}"
+    those = "that" if count == 1 else "those"
+    text = f"{counted(count, 'tensor')} of {theirs} {are(count)} {those} of {ours} with {instead}"
     values = {each.donors: each.others for each in renamings}
     if all(renaming.is_wrapper for renaming in renamings):
         return Remark("other-names", f"{text}, and read as such", "note", (theirs,), values=values)

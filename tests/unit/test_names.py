@@ -210,6 +210,53 @@ def test_layers_of_other_numbers_are_no_view(tmp_path: Path) -> None:
     assert "accept" not in said
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("final.norm.weight", "final.norm"),
+        ("final.norm", "final.norm.weight"),
+        ("final.norm.weight", "final.norm.scale"),
+        ("final.norm.weight", "inner.final.norm"),
+    ],
+)
+@pytest.mark.parametrize("beside", [{}, {"tower.weight": torch.ones(9, 9)}])
+def test_a_parameter_of_a_module_under_another_end_is_told_and_read(
+    tmp_path: Path, ours: str, theirs: str, beside: dict[str, torch.Tensor]
+) -> None:
+    merge = Merge(tmp_path)
+    for number, tensors in enumerate(merge.models):
+        tensors[ours] = torch.full((7,), float(number))
+    if theirs.startswith("inner."):
+        merge.models[2] = {f"inner.{name}": tensor for name, tensor in merge.models[2].items()}
+        ours_there = f"inner.{ours}"
+    else:
+        ours_there = ours
+    merge.models[2][theirs] = merge.models[2].pop(ours_there)
+    merge.models[2] |= beside
+    merge.write()
+    skipping = [{"filter": "tower", "action": "skip"}] * bool(beside)
+
+    refused = merge.refusal(stockflow={"rules": skipping})
+    plan = merge.plan(stockflow={"accept": ["other-names"], "rules": skipping})
+
+    assert f"{theirs!r} for {ours!r}" in refused
+    assert "action" not in refused
+    operands = jobs_of(plan)[ours].reading.operands
+    assert [operand.checkpoint for operand in operands] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("theirs", ["final.norm.bias", "last.norm", "final.norm.weights"])
+def test_a_parameter_of_another_kind_or_module_is_no_other_name(tmp_path: Path, theirs: str) -> None:
+    merge = Merge(tmp_path)
+    for tensors in merge.models:
+        tensors["final.norm.weight"] = torch.ones(7)
+    merge.models[2][theirs] = merge.models[2].pop("final.norm.weight")
+
+    assert "other-names" not in merge.write().refusal()
+    merge.models[2]["final.norm"] = torch.ones(8)
+    assert "other-names" not in merge.write().refusal()
+
+
 def test_several_towers_under_other_names_are_read_together(tmp_path: Path) -> None:
     old = llama(prefix="language_model.model.", head=False) | tower()
     new = llama(prefix="model.language_model.", head=False) | tower(prefix="model.vision_tower.")
