@@ -220,6 +220,34 @@ def test_a_filter_that_is_for_longer_numbers_too_is_noted(tmp_path: Path, text: 
     assert [(each.severity, each.text) for each in found] == [("note", f"the filter {text!r} {told}")] * 2 * bool(told)
 
 
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (1.0, 1),
+        ([{"filter": "layers", "value": 0.2}, {"value": 0.3}], 1),
+        ([{"filter": "embed", "value": 0.2}], 0),
+        ([{"filter": "norm", "value": 0.2}], 0),
+        (None, 0),
+    ],
+)
+def test_values_for_all_models_that_each_model_has_its_own_before_are_said(
+    tmp_path: Path, own: object, told: int
+) -> None:
+    merge = Merge(tmp_path).write()
+    given = {} if own is None else {"parameters": {"weight": own}}
+    models = [{"model": str(folder)} | given for folder in merge.folders[1:]]
+    values = {"weight": [{"filter": "norm", "value": 0.0}, {"value": 1.0}]}
+
+    plan = merge.plan(merge_method="task_arithmetic", models=models, parameters=values)
+    one = merge.plan(
+        merge_method="task_arithmetic", models=[models[0], {"model": models[1]["model"]}], parameters=values
+    )
+
+    found = [remark.text for remark in remarks(plan, "matches-nothing")]
+    assert ["each model has its own `weight` for these tensors" in text for text in found] == [True] * told
+    assert remarks(one, "matches-nothing") == []
+
+
 def test_rules_and_values_that_say_what_one_before_them_says_are_no_mistake(tmp_path: Path) -> None:
     rules = [{"filter": "layers", "action": "copy"}, {"filter": "layers.1", "action": "copy"}]
     values = [{"filter": "layers", "value": 0.5}, {"filter": "layers.1", "value": 0.5}, {"value": 1.0}]

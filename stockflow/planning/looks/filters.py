@@ -42,6 +42,24 @@ def shadowed_filters(proposal: Proposal) -> Iterator[Remark]:
         yield _never_reached(proposal, "a rule", "refusal", text, before)
     for text, before in _shadowed((setting for level in recipe.levels for setting in level.values()), proposal):
         yield _never_reached(proposal, "a value", "warning", text, before)
+    yield from _behind_models(proposal)
+
+
+def _behind_models(proposal: Proposal) -> Iterator[Remark]:
+    """Yield filters of the recipe's own values all of whose tensors have values of every model."""
+    recipe = proposal.recipe
+    models = [each.parameters for each in recipe.entries if each.model != recipe.base_model]
+    for name, setting in recipe.parameters.items():
+        texts = {item.filter: None for item in setting if item.filter not in _ALL}
+        if not texts or not all(name in given for given in models):
+            continue
+        found = [dict(_shadowed([(*given[name], *setting)], proposal)) for given in models]
+        for text in (each for each in texts if each and all(each not in of_one.get(each, [each]) for of_one in found)):
+            said = (
+                f"{shown(text)}, the filter of a value for all models, is never reached: each model has its own "
+                f"`{name}` for these tensors, which comes first; put it among those"
+            )
+            yield Remark(_CODE, said, values={"filter": text}, place=recipe.filters.get(text, ""))
 
 
 def _shadowed(lists: Iterable[Sequence[Rule | Conditional]], proposal: Proposal) -> Iterator[tuple[str, list[str]]]:
