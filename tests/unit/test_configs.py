@@ -690,6 +690,75 @@ def test_sizes_that_no_tensor_has_are_said(tmp_path: Path, case: str, nested: bo
     assert not said or said[0].severity == "warning"
 
 
+BIGGER = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 200, "head_dim": 24}
+STRANGE: dict[str, tuple[dict[str, Any], tuple[int, ...], str]] = {
+    "a bigger model's everywhere": (
+        BIGGER, (0, 1, 2),
+        "config.json of {0}, {1}, {2} is of another model than its tensors: vocab_size 200 for 97 of "
+        "'model.embed_tokens.weight', hidden_size 96 for 48 of 'model.layers.1.input_layernorm.weight', "
+        "intermediate_size 160 for 80 of 'model.layers.1.mlp.up_proj.weight', num_key_value_heads 2 (makes 48) for "
+        "24 of 'model.layers.1.self_attn.k_proj.weight'; no loader takes the two together: give that folder the "
+        "config.json that was saved with its tensors",
+    ),
+    "a bigger model's in a tune": (
+        {key: BIGGER[key] for key in ("hidden_size", "intermediate_size", "vocab_size")}, (1,),
+        "config.json of {1} is of another model than its tensors: ",
+    ),
+    "what one of two processes held": (
+        {"intermediate_size": 160, "vocab_size": 194, "num_key_value_heads": 4}, (0, 1, 2),
+        "they seem to be what one of 2 processes held of each tensor: save the model whole",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_config_of_which_most_is_of_other_weights_is_said_in_one_sentence(tmp_path: Path, case: str) -> None:
+    changed, where, text = STRANGE[case]
+    family = make_family(tmp_path, 2, llama_shapes(), buffers=False)
+    folders = (family.base, *family.tuned)
+    for number in where:
+        (folders[number] / "config.json").write_text(json.dumps({**LLAMA_CONFIG, **changed}))
+
+    plan = stockflow.plan(write_recipe(tmp_path / "r.yaml", "model_stock", family), tmp_path / "out").plan
+
+    (said,) = (remark for remark in plan.remarks if remark.code == "promise-unkept")
+    assert text.format(*folders) in said.text
+    assert (said.severity, said.models) == ("warning", tuple(str(folders[number]) for number in where))
+    assert said.values.items() >= {key: str(value) for key, value in changed.items() if key != "head_dim"}.items()
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes"),
+    {
+        "a tower's embeddings": (
+            {"hidden_size": 4, "vocab_size": 5, "num_attention_heads": 2},
+            {"qformer.embeddings.word_embeddings.weight": (9, 7),
+             "codec_model.layers.0.self_attn.k_proj.weight": (3, 3)},
+        ),
+        "an outer section that counts otherwise": (
+            {"hidden_size": 8, "vocab_size": 4, "text_config": {"hidden_size": 3, "vocab_size": 5}},
+            {"model.language_model.embed_tokens.weight": (5, 3)},
+        ),
+        "rows beside the vocabulary": (
+            {"hidden_size": 3, "vocab_size": 5, "additional_vocab_size": 2}, {"model.embed_tokens.weight": (7, 3)},
+        ),
+        "keys of a latent vector": (
+            {"kv_lora_rank": 2, "head_dim": 2, "num_key_value_heads": 2, "vocab_size": 5},
+            {"model.layers.0.self_attn.k_proj.weight": (8, 4), "model.embed_tokens.weight": (5, 4)},
+        ),
+        "one fact alone": ({"hidden_size": 8}, {"text.word_embeddings.weight": (5, 3)}),
+    }.values(),
+)  # fmt: skip
+def test_what_a_config_says_of_something_else_is_no_size_that_no_tensor_has(
+    tmp_path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    merge = Merge(tmp_path)
+    for folder in merge.folders:
+        write_checkpoint(folder, {name: torch.ones(shape) for name, shape in shapes.items()}, config=config)
+
+    assert not [remark.text for remark in merge.plan().remarks if remark.code == "promise-unkept"]
+
+
 LABELS = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
 ATTENTION, EXPERTS = "model.layers.0.self_attn", "model.layers.0.mlp.experts.0"
 FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {

@@ -1,16 +1,19 @@
-"""Sizes that the published config promises, held against the shapes that are written."""
+"""Sizes that configs promise, held against the shapes of tensors."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from stockflow.checkpoints.configs import Config, first, head_size, sections
 from stockflow.checkpoints.heads import is_in_a_layer, is_of_language
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
+Shapes = Mapping[str, Sequence[int]]
+"""by name of a tensor"""
 _BIASES = {
     "attention_bias": re.compile(
         r"\b(self_attn|attention|attn)\.(q|k|v|o|q_a|kv_a|qkv|query_key_value|dense|W\w+)(_proj\w*)?\.bias$"
@@ -20,9 +23,13 @@ _BIASES = {
 _BIASED_ANYWAY = "qwen2"
 """models of this family have biases of q, k and v whatever their config says"""
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
-_MORE_ROWS = "mllama"
-"""whose embedding has eight rows more than the vocabulary"""
-_OTHER_TOWER = re.compile(r"vision|visual|audio|image|projector|encoder|mtp|per_layer")
+_MORE_ROWS = ("mllama", "moshi", "kyutai")
+"""whose embeddings have more rows than the vocabulary"""
+FEWEST = 2
+"""facts that show that a config is of another model"""
+_OTHER_TOWER = re.compile(
+    r"vision|visual|audio|image|projector|encoder|mtp|per_layer|codec|speech|qformer|backbone|depth_decoder|detr"
+)
 
 
 class Size(NamedTuple):
@@ -56,7 +63,7 @@ class Size(NamedTuple):
 
 
 _WIDTH = ("hidden_size", "n_embd", "d_model")
-_EMBEDDED = ("embedding_size", "input_embedding_size", "word_embed_proj_dim")
+_EMBEDDED = ("embedding_size", "input_embedding_size", "word_embed_proj_dim", "embedding_rank")
 _EMBEDDINGS = (
     "embed_tokens.weight",
     "wte.weight",
@@ -66,7 +73,7 @@ _EMBEDDINGS = (
 )
 _ROUTERS = (".mlp.gate.weight", ".mlp.router.weight", ".block_sparse_moe.gate.weight")
 SIZES = (
-    Size(_EMBEDDINGS, 0, ("vocab_size",)),
+    Size(_EMBEDDINGS, 0, ("vocab_size",), beside="additional_vocab_size"),
     Size(_EMBEDDINGS, 1, (*_EMBEDDED, *_WIDTH)),
     Size((".mlp.up_proj.weight", ".mlp.gate_proj.weight"), 0, ("intermediate_size", "dense_intermediate_size")),
     Size((".input_layernorm.weight",), 0, _WIDTH),
@@ -88,22 +95,101 @@ _KEYS = Size((".self_attn.k_proj.weight",), 0, ("num_key_value_heads", "num_atte
 _ENDS = tuple(end for size in (*SIZES, _KEYS, _LABELS) for end in size.ends)
 
 
+class Promised(NamedTuple):
+    """What a section says of sizes."""
+
+    path: str
+    section: Config
+    said: Sequence[tuple[Size, str, list[int]]]
+    """where each shows, by which key it is said, and which it may be"""
+
+
+class Held(NamedTuple):
+    """What of a section could be held against shapes."""
+
+    path: str
+    section: Config
+    num_keys: int
+    broken: Mapping[str, tuple[int, Mapping[int, str]]]
+    """by key: what is promised, and the sizes that are there, each with a tensor that has it"""
+
+    @property
+    def is_slip(self) -> bool:
+        """Whether most of it is right."""
+        return 2 * len(self.broken) <= self.num_keys
+
+    @property
+    def is_of_another(self) -> bool:
+        """Whether so much of it is broken that it is no slip; one fact alone is no evidence of anything."""
+        return len(self.broken) >= FEWEST and not self.is_slip
+
+    def values(self) -> dict[str, str]:
+        """Return what is said, by the whole key."""
+        return {self.path + key: shown(self.section[key]) for key in self.broken}
+
+    def told(self) -> str:
+        """Return what is said for what is there, and what to do."""
+        facts = list[str]()
+        for key, (number, found) in self.broken.items():
+            means = f"{self.path}{key} {shown(self.section[key])}"
+            made = "" if self.section[key] == number else f" (makes {number:,})"
+            rows = " and ".join(f"{each:,}" for each in sorted(found)[:3])
+            facts.append(f"{means}{made} for {rows} of {shown(found[min(found)])}")
+        shares = {number / rows for number, found in self.broken.values() for rows in found}
+        is_slice = len(shares) == 1 and min(shares) in range(2, 1025) and self.broken.keys().isdisjoint(_WIDTH)
+        mend = "give that folder the config.json that was saved with its tensors"
+        if is_slice:
+            mend = f"they seem to be what one of {min(shares):.0f} processes held of each tensor: save the model whole"
+        return f"{', '.join(facts)}; no loader takes the two together: {mend}"
+
+
 def broken_sizes(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which sizes of the published config no written tensor has, if most that it names are right."""
-    config = proposal.config or {}
-    telling = [job.output for name, job in proposal.written.items() if name.endswith(_ENDS)]
-    shapes = {each.name: each.shape for each in telling if not _OTHER_TOWER.search(each.name)}
+    """Yield which sizes of the published config no written tensor has, and which configs are of other weights."""
+    written = {name: job.output.shape for name, job in proposal.written.items() if name.endswith(_ENDS)}
+    promised = _promised(proposal.config or {})
+    published = [*_held(promised, written)]
+    others = dict[str, tuple[Held, list[str]]]()
+    for one in proposal.checkpoints if proposal.config else ():
+        own = promised if one is proposal.donor else _promised(one.config or {})
+        shapes = (
+            {name: spec.shape for name, spec in one.specs.items() if name.endswith(_ENDS)} if own != promised else {}
+        )
+        for each in published if own == promised else _held(own, shapes):
+            if each.is_of_another:
+                others.setdefault(each.told(), (each, []))[1].append(redact(one.url))
+    for text, (each, urls) in others.items():
+        said = f"config.json of {some(urls, quote=str)} is of another model than its tensors: {text}"
+        yield Remark("promise-unkept", said, "warning", tuple(urls), values=each.values())
+    for each in published:
+        for key, found in each.broken.items() if each.is_slip else ():
+            yield _said(proposal, each.path + key, each.section[key], *found)
+
+
+def _promised(config: Config) -> list[Promised]:
+    """Return what each section of a language model says of sizes; none that an inner section says, too.
+
+    In the outer one that may be of something else.
+    """
     classes = _classes(config)
     sizes = (*SIZES, _LABELS) if any(each.endswith(_CLASSIFIERS) for each in classes) else SIZES
-    for path, section in sections(config):
-        if not is_of_language(path) or str(section.get("model_type")).startswith(_MORE_ROWS):
-            continue
-        known = [(size, size.promised(section)) for size in sizes] + [(_KEYS, _key_rows(section))]
-        held = [(size, numbers, found) for size, numbers in known if numbers and (found := _found(size, shapes))]
-        wrong = [each for each in held if not each[0].fits(*each[1:])]
-        broken = {size.key(section): (size, numbers[0], found) for size, numbers, found in wrong}
-        if 2 * len(broken) <= len({size.key(section) for size, *_ in held}):
-            yield from (_said(proposal, path, section, *each) for each in broken.values())
+    found, ours = list[Promised](), [each for each in sections(config) if is_of_language(each[0])]
+    for path, whole in ours:
+        inner = {key for at, own in ours if at.startswith(path) and at != path for key in own}
+        section = {key: value for key, value in whole.items() if key not in inner}
+        if not str(whole.get("model_type")).startswith(_MORE_ROWS):
+            known = [*((size, size.promised(section)) for size in sizes), (_KEYS, _key_rows(section))]
+            said = [(size, size.key(section), numbers) for size, numbers in known if numbers]
+            found.append(Promised(path, {key: section[key] for _, key, _ in said}, said))
+    return found
+
+
+def _held(promised: Iterable[Promised], telling: Shapes) -> Iterator[Held]:
+    """Yield what sections say otherwise than tensors that have elements."""
+    shapes = {name: shape for name, shape in telling.items() if 0 not in shape and not _OTHER_TOWER.search(name)}
+    for path, section, said in promised:
+        held = [(size, key, numbers, found) for size, key, numbers in said if (found := _found(size, shapes))]
+        broken = {key: (numbers[0], found) for size, key, numbers, found in held if not size.fits(numbers, found)}
+        yield Held(path, section, len({key for _, key, *_ in held}), broken)
 
 
 def _classes(config: Config) -> list[str]:
@@ -128,20 +214,22 @@ def broken_biases(proposal: Proposal) -> Iterator[Remark]:
 
 
 def _key_rows(section: Config) -> list[int]:
+    """Return how many rows the keys of attention have; nothing where they come of a latent vector."""
+    if section.get("kv_lora_rank"):
+        return []
     heads, size = _KEYS.promised(section)[:1], head_size(section)
     return [number * size for number in heads] if isinstance(size, int) else []
 
 
-def _found(size: Size, shapes: Mapping[str, Sequence[int]]) -> dict[int, str]:
+def _found(size: Size, shapes: Shapes) -> dict[int, str]:
     """Return the sizes that are written, each with a tensor that has it."""
     ours = [name for name in shapes if name.endswith(size.ends) and len(shapes[name]) > size.axis]
     return {shapes[name][size.axis]: name for name in ours if size is not _LABELS or not is_in_a_layer(name)}
 
 
-def _said(proposal: Proposal, path: str, section: Config, size: Size, number: int, found: Mapping[int, str]) -> Remark:
-    key = path + size.key(section)
+def _said(proposal: Proposal, key: str, value: object, number: int, found: Mapping[int, str]) -> Remark:
     url, rows = redact(proposal.donor.url), " and ".join(f"{each:,}" for each in sorted(found)[:3])
-    means = shown(section[key.removeprefix(path)])
+    means = shown(value)
     text = (
         f"the published config says {key}: {means}, which makes {number:,} where tensors such as "
         f"{shown(found[min(found)])} have {rows}: loaders will not take them; correct the config of {url}"
