@@ -55,7 +55,7 @@ def first(*keys: str) -> Read:
     return lambda section: next((section[key] for key in keys if section.get(key) is not None), None)
 
 
-_WORDS = {
+WORDS = {
     "num_local_experts": "num_experts", "n_routed_experts": "num_experts", "moe_num_experts": "num_experts",
     "num_shared_experts": "n_shared_experts", "num_expert_group": "n_group", "moe_renormalize": "norm_topk_prob",
     "route_scale": "routed_scaling_factor", "global_rope_theta": "rope_theta",
@@ -66,7 +66,7 @@ _WORDS = {
 
 def reworded(section: Config) -> Config:
     """Return what a section says, of keys that versions of a class call in several ways under one of them."""
-    words = {key: _WORDS.get(key) or re.sub("_token_index$", "_token_id", key) for key in section}
+    words = {key: WORDS.get(key) or re.sub("_token_index$", "_token_id", key) for key in section}
     return {words[key]: section[key] for key in sorted(section, key=lambda key: words[key] == key)}
 
 

@@ -19,6 +19,7 @@ CODES: Mapping[str, str] = {
     "adapter-elsewhere": "an adapter on another model than it says it belongs to, or merged with one of another",
     "architecture-differs": "models of several architectures",
     "base-not-listed": "a base that no model of the recipe is, with a method that needs none",
+    "config-contradicts": "a config that tells one fact twice and differently",
     "config-differs": "other facts of configs that give equal tensors another meaning",
     "config-keys-differ": "keys of configs that differ and are not known",
     "config-layers": "what config.json says of layers that slices stack, and cannot be made true",

@@ -258,7 +258,9 @@ LOUD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "Mamba-2's": (HEADS, MAMBA2, {**MAMBA2, "num_heads": 40, "head_dim": 128}, "number of attention heads"),
     "rope base": (CONFIG, LLAMA, {**LLAMA, "rope_theta": 1e6}, "rope_theta"),
     "Llama 2 and longer": (CONFIG, {"model_type": "llama"}, {"model_type": "llama", "rope_theta": 1e6}, "rope_theta"),
-    "rope base, by 5": (CONFIG, LLAMA, {**LLAMA, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta"),
+    "rope base, by 5": (
+        CONFIG, LLAMA, {**LLAMA, "rope_theta": None, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta",
+    ),
     "Llama 3.1": (CONFIG, LLAMA, {**LLAMA, "rope_scaling": LLAMA_31}, "rope_scaling"),
     "YaRN switched on": (CONFIG, QWEN2, {**QWEN2, "rope_scaling": YARN}, "rope_scaling"),
     "YaRN's factor": (CONFIG, DEEPSEEK, {**DEEPSEEK, "rope_scaling": {**YARN, "factor": 20}}, "rope_scaling"),
