@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from typing import NamedTuple
 
+from stockflow.checkpoints.problems import labels, problem, usual_problem
+
 Config = Mapping[str, object]
 Read = Callable[[Config], object]
 
@@ -78,9 +80,13 @@ class Trait(NamedTuple):
     read: Read
     """of a section; None where it says nothing"""
     default: object = None
-    """what it is if a config says nothing of it; None: that depends on the model's class"""
+    """what it is if a config says nothing of it, or what finds that; None: that depends on the model's class"""
     aliases: tuple[str, ...] = ()
     """the keys, if any of them tells it; a config may have several, for several parts of a model"""
+
+    def usual(self, section: Config) -> object:
+        """Return what it is where a section says nothing of it."""
+        return self.default(section) if callable(self.default) else self.default
 
     def is_said(self, value: object) -> bool:
         """Return whether a value says something; of a token every id does."""
@@ -165,14 +171,6 @@ def is_gated(section: Config) -> object:
     return name.startswith("gated-") if said is None and isinstance(name, str) else said
 
 
-def labels(section: Config) -> object:
-    """Return the names of a classifier's outputs; None for those that nobody named."""
-    given = section.get("id2label")
-    if not isinstance(given, dict) or all(str(value) == f"LABEL_{key}" for key, value in given.items()):
-        return None
-    return dict(sorted((str(key), value) for key, value in given.items()))
-
-
 _NUM_HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "heads")
 _ROPE = (
     "rope_parameters",
@@ -224,6 +222,7 @@ MEANING = (
          "mlp_hidden_act", read=activation),
     trait("is_gated_act", read=is_gated),
     trait("id2label", read=labels),
+    Trait("problem_type", ("problem_type",), problem, default=usual_problem),
     trait("quantization_config", read=rounding),
     trait("is_causal", default=True),
     trait("is_decoder", default=False),
@@ -243,7 +242,7 @@ MEANING = (
         "relative_attention_max_distance", "time_step_min", "time_step_max", "time_step_limit", "time_step_floor",
         "chunk_size", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size", "window_size",
         "fullatt_block_indexes", "vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio",
-        "mm_tokens_per_image", "classifier_pooling", "problem_type", "feed_forward_proj", "layer_norm_type",
+        "mm_tokens_per_image", "classifier_pooling", "feed_forward_proj", "layer_norm_type",
         "is_encoder_decoder", "scale_embedding", "scale_decoder_outputs", "classifier_activation",
         "apply_residual_connection_post_layernorm", "normalize_before", "do_layer_norm_before",
     )),
@@ -255,8 +254,8 @@ FOUND_LATER = frozenset({
     "scale_attn_weights", "use_parallel_residual",
 })  # fmt: skip
 """What newer versions of a class write, some in the place of others, and older ones left to it."""
-NEVER_ALONE = frozenset({"max_window_layers", "problem_type"})
-"""What says nothing without other keys, or of no weight that is merged."""
+NEVER_ALONE = frozenset({"max_window_layers"})
+"""What says nothing without other keys."""
 CONTEXT = (
     trait("context length", "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length",
          "max_seq_len", "model_max_length"),
@@ -378,7 +377,7 @@ _COMPUTES = re.compile(
     r"|(zero_expert|hc)_(num|type|sinkhorn_iters)|[HL]_cycles|leaky_relu_slope|(\w+_)?(strides?|dilations?)"
     r"|(up|down)sampl\w+_(rates?|ratios)|tokens_per_second|position_id_per_seconds|seconds_per_chunk|n_window(_infer)?"
     r"|deepstack_\w+|(out_indices|feature_layer)|\w+_block_ind\w+|global_attn_indexes|vision_aspect_ratio|pixel_shuffle_\w+"
-    r"|image_grid_pinpoints|use_mean_pooling"
+    r"|image_grid_pinpoints|use_mean_pooling|function_to_apply|(score|similarity)_f(unctio)?n\w*|normalize(_\w+)?"
 )
 """Keys by whose names a model computes with them, whatever its class."""
 _COMPUTES_THOUGH = re.compile(

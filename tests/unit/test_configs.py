@@ -603,6 +603,36 @@ def test_a_model_without_config_is_named(merge: Merge) -> None:
 
 
 SPARSE = ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"]
+CLASSIFIER = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+SOFTMAX, SIGMOID = {"problem_type": "single_label_classification"}, {"problem_type": "multi_label_classification"}
+ONE = {"id2label": {"0": "LABEL_0"}}
+SCORES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "sigmoid of tunes alone": (CLASSIFIER, CLASSIFIER | SIGMOID, True),
+    "nothing of the base alone": (CLASSIFIER | {"problem_type": "regression"}, CLASSIFIER, True),
+    "softmax and sigmoid": (CLASSIFIER | SOFTMAX, CLASSIFIER | SIGMOID, True),
+    "one output that is a number": (CLASSIFIER | ONE, CLASSIFIER | ONE | {"problem_type": "regression"}, True),
+    "softmax, said and meant": (CLASSIFIER, CLASSIFIER | SOFTMAX, False),
+    "one output through sigmoid, said and meant": (CLASSIFIER | ONE, CLASSIFIER | ONE | SIGMOID, False),
+    "null": (CLASSIFIER | {"problem_type": None}, CLASSIFIER, False),
+    "no classifier": (
+        {"architectures": ["LlamaForCausalLM"]}, {"architectures": ["LlamaForCausalLM"]} | SIGMOID, False,
+    ),
+    "what a head's function is": (
+        CLASSIFIER | {"function_to_apply": "none"}, CLASSIFIER | {"function_to_apply": "sigmoid"}, True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_what_makes_scores_of_a_classifiers_outputs_is_compared(merge: Merge, case: str) -> None:
+    base, tune, is_said = SCORES[case]
+    give(merge, base, tune, tune)
+
+    found = [each for each in merge.plan().remarks if each.code.startswith("config-")]
+    assert [(each.code, each.severity) for each in found] == [("config-differs", "warning")] * is_said
+    assert not is_said or "(published)" in found[0].text
+
+
 BROKEN: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
     "kept": ({"num_hidden_layers": 2}, ["model.layers.0.a", "model.layers.1.a"], None),
     "too few": ({"num_hidden_layers": 3}, ["model.layers.0.a", "model.layers.1.a"], "num_hidden_layers: 3"),

@@ -325,7 +325,7 @@ def _value(each: Trait, section: Config) -> object:
     said = each.read(section)
     if said is None and _ELSEWHERE in section:
         return None
-    return default_of(each.name, section, each.default) if said is None else said
+    return default_of(each.name, section, each.usual(section)) if said is None else said
 
 
 def _silent(each: Trait, own: Mapping[str, Config]) -> list[str]:
