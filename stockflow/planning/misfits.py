@@ -10,6 +10,7 @@ from stockflow.checkpoints.configs import first
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.heads import said_of_language
 from stockflow.checkpoints.naming import MARKS_OF_PREDICTION, OF_ADAPTERS, OF_TRAINERS, layer_of
+from stockflow.checkpoints.quantised import STATIC_SCALES
 from stockflow.checkpoints.tokens.token_rows import has_tokens, stated_sizes, vocabulary_rows
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.targets import OutputTensor, Stretch, Unplanned
@@ -46,6 +47,10 @@ _MARKED = (
     f"by {THEM} loaders know that a model predicts otherwise (v for noise): weights trained for the one are not to be "
     "mixed with weights for the other; leave one sort of models out"
 )
+_MEASURED = (
+    "fixed scales of activations or of the cache of keys and values are measured on one model, and what announces them "
+    f"is not published with plain numbers: a rule with `action: skip` leaves {THEM} out"
+)
 _NUM_LAYERS = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _STACK = re.compile(r"(?:.*?\.)??(?=\d+\.)")
 _NEEDLESS = ("scale", "inv_freq")
@@ -69,6 +74,8 @@ def extra_tensors(unplanned: Iterable[Unplanned], explained: Collection[int]) ->
             remedy, action = _UNWRAP, ""
         elif name in MARKS_OF_PREDICTION:
             remedy, action = _MARKED, ""
+        elif _is_measured(name, stretch):
+            remedy = _MEASURED
         elif len(holders) == len(stretch.checkpoints) - 1:
             remedy = f"take a base that has {THEM}, or average the others without it"
             remedy, action = f"all others were trained with {THEM}: {remedy}", ""
@@ -89,6 +96,11 @@ def _is_of_a_layer(name: str, stacks: Collection[str]) -> bool:
     return stack is not None and stack[0] in stacks and not name.endswith(_NEEDLESS)
 
 
+def _is_measured(name: str, stretch: Stretch) -> bool:
+    """Return whether a tensor is a fixed scale beside plain numbers."""
+    return name.rpartition(".")[2] in STATIC_SCALES and not stretch.checkpoints[0].stored
+
+
 def of_a_head(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misfit:
     """Return the same, with what can be done if it is a head over the vocabulary, for which no rule is right."""
     remedy = missing_head_remedy(misfit.name, stretch.urls(lacking), stretch.checkpoints[lacking[0]].config)
@@ -100,6 +112,8 @@ def of_missing(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misf
     if any(marker in misfit.name for marker in OF_TRAINERS):
         remedy = f"that is what the trainer of one model keeps: a rule with `action: skip` leaves {THEM} out"
         return replace(misfit, remedy=remedy, action="skip")
+    if _is_measured(misfit.name, stretch):
+        return replace(misfit, remedy=_MEASURED, action="skip")
     if misfit.name in MARKS_OF_PREDICTION:
         return replace(misfit, remedy=_MARKED, action="")
     for index in lacking:

@@ -143,6 +143,24 @@ def test_scales_of_a_cache_of_keys_and_values_beside_plain_weights_are_no_weight
     assert "static-scales" not in {remark.code for remark in skipped.remarks}
 
 
+@pytest.mark.parametrize("holders", [(0,), (0, 1), (1, 2), (2,)])
+def test_scales_of_a_cache_that_only_some_models_have_are_left_out_by_the_rule_that_is_printed(
+    merge: Merge, holders: tuple[int, ...]
+) -> None:
+    for number in holders:
+        for each in ("k_scale", "v_scale"):
+            merge.models[number][f"layers.0.self_attn.{each}"] = torch.tensor(0.5 + number)
+    scheme = {"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    merge.write(config={"quantization_config": scheme})
+
+    refusal = merge.refusal()
+    assert "are measured on one model, and what announces them is not published" in refusal
+    assert "copy" not in refusal
+    plan = merge.plan(stockflow=rule(filter="_scale", action="skip"))
+    assert not [name for name in written(plan) if name.endswith("_scale")]
+    assert "quantization_config" not in (plan.config or {})
+
+
 def test_a_file_of_modelopt_goes_with_codes_alone(merge: Merge) -> None:
     add_codes(merge, WEIGHT)
     merge.write(config={}, side_files={"hf_quant_config.json": "{}"})
