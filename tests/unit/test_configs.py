@@ -778,7 +778,7 @@ def test_a_config_of_which_most_is_of_other_weights_is_said_in_one_sentence(tmp_
             {"kv_lora_rank": 2, "head_dim": 2, "num_key_value_heads": 2, "vocab_size": 5},
             {"model.layers.0.self_attn.k_proj.weight": (8, 4), "model.embed_tokens.weight": (5, 4)},
         ),
-        "one fact alone": ({"hidden_size": 8}, {"text.word_embeddings.weight": (5, 3)}),
+        "two facts alone": ({"hidden_size": 8, "vocab_size": 9}, {"text.word_embeddings.weight": (5, 3)}),
     }.values(),
 )  # fmt: skip
 def test_what_a_config_says_of_something_else_is_no_size_that_no_tensor_has(

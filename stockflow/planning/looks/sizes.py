@@ -25,7 +25,7 @@ _BIASED_ANYWAY = "qwen2"
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 _MORE_ROWS = ("mllama", "moshi", "kyutai")
 """whose embeddings have more rows than the vocabulary"""
-FEWEST = 2
+FEWEST = 3
 """facts that show that a config is of another model"""
 _OTHER_TOWER = re.compile(
     r"vision|visual|audio|image|projector|encoder|mtp|per_layer|codec|speech|qformer|backbone|depth_decoder|detr"
@@ -120,7 +120,7 @@ class Held(NamedTuple):
 
     @property
     def is_of_another(self) -> bool:
-        """Whether so much of it is broken that it is no slip; one fact alone is no evidence of anything."""
+        """Whether so much of it is broken that it is no slip; one or two facts alone are no evidence."""
         return len(self.broken) >= FEWEST and not self.is_slip
 
     def values(self) -> dict[str, str]:
