@@ -1,7 +1,7 @@
 """Ownership of an output prefix: which plan has it, taking it and replacing what is there, losing it to another one."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -319,24 +319,28 @@ def check_owner(store: Store, plan_id: str, numerics_class: str) -> None:
 
 
 @contextmanager
-def given_up_unbegun(store: Store, plan_id: str, run: str) -> Iterator[None]:
-    """Leave no claim if a run ends for what the user must change before any shard is done: the plan will be another."""
+def given_up_unbegun(store: Store, plan_id: str, run: str, files: Collection[str]) -> Iterator[None]:
+    """Leave no claim if a run ends for what the user must change before any of ``files`` is there.
+
+    The plan will be another. A shard may be there without its receipt: unclaimed it would be a stranger's file.
+    """
     try:
         yield
     except OutputConflictError:
         raise
     except UserError:
         with suppress(StockflowError), finishing():
-            _give_up(store, plan_id, run)
+            _give_up(store, plan_id, run, files)
         raise
 
 
-def _give_up(store: Store, plan_id: str, run: str) -> None:
+def _give_up(store: Store, plan_id: str, run: str, files: Collection[str]) -> None:
     with suppress(NotFoundError, CheckpointError):
         if claims.read(store).run != run or are_others_alive(store, plan_id, run):
             return
         present = store.list(plan_folder(plan_id))
-        if not any(key.startswith(receipt_folder(plan_id)) for key in present):
+        is_begun = any(key.startswith(receipt_folder(plan_id)) for key in present)
+        if not is_begun and present_files(store, files).keys().isdisjoint(files):
             store.delete([*present, CLAIM_FILE])
 
 

@@ -39,7 +39,7 @@ def at_work(store: Store, plan: Tracked, files: Collection[str], on_event: OnEve
     tell(Run(run, plan.plan_id))
     with (
         resumable(),
-        given_up_unbegun(store, plan.plan_id, run),
+        given_up_unbegun(store, plan.plan_id, run, files),
         progress_file(store, tracker) as report,
         Heartbeat(store, plan.plan_id, run, report) as heartbeat,
         swept(store, plan.plan_id, run, files, tell),

@@ -15,6 +15,7 @@ import yaml
 from stockflow.engine.worker import WorkerSpec
 from stockflow.errors import InputChangedError, OutputConflictError
 from stockflow.events import Event, Moved, OnEvent, all_of
+from stockflow.output.keys import receipt_key
 from stockflow.output.receipts import Receipt
 from stockflow.planning.plan import ShardPlan
 from stockflow.recipe import load_recipe
@@ -211,6 +212,21 @@ def test_an_input_replaced_while_merging_is_named_with_both_stamps(
         # The fourth shard is read while the third becomes durable.
         assert moment is not between_shards or resumed.num_resumed in (3, 4)
         assert resumed.outcome == "merged"
+
+
+def test_a_shard_that_has_no_receipt_yet_stays_the_runs_own(tmp_path: Path) -> None:
+    place = OnDisk(tmp_path, make_family(tmp_path / "family", 2, SHAPES, torch.bfloat16, buffers=False))
+
+    def stop_before_the_receipt(spec: WorkerSpec, shards: Sequence[ShardPlan], on_event: OnEvent) -> Iterator[Receipt]:
+        for receipt in in_this_process(spec, shards[:1], on_event):
+            open_store(place.output, StorageConfig(), writable=True).delete([receipt_key(spec.plan_id, receipt.file)])
+        raise InputChangedError("stopped here")
+        yield receipt
+
+    with pytest.raises(InputChangedError, match="stopped here"):
+        merge_at(place, stop_before_the_receipt)
+
+    assert merge_at(place).outcome == "merged"
 
 
 def test_an_input_replaced_before_resuming_is_named_with_both_stamps(place: Place) -> None:
