@@ -18,6 +18,8 @@ _CODE_DTYPES = frozenset(
 _SCALE = re.compile(r"(^|[._])(scale|scales|scale_inv|scale_2|absmax|scb|qscale_weight|weight_scales?\w*)$", re.I)
 _TABLE = re.compile(r"(^|[._])(q?zeros?|zero_point|g_idx|shape|format|q_scale|q_groups?|q_group_map|q_invperm|q_perm)$")
 """Integers beside codes and scales."""
+_COUNT = re.compile(r"(^|_)(bias|ids?|idx|index|mask|steps?|count(er)?|tracked)$", re.I)
+"""Integers of a model of plain numbers."""
 _SCALES_OF_CODES = ("weight_scale_inv", ".weight_scale", "_proj_scale_inv")
 _SCALES_OF_WEIGHTS = (*_SCALES_OF_CODES, ".SCB", ".weight.absmax")
 """Ends of the names of scales; those after the first three are beside weights of several formats."""
@@ -152,11 +154,19 @@ def _format_of(spec: TensorSpec, own: str, siblings: Siblings) -> str | None:
             return tell(spec, siblings)
     if spec.kind == "packed":
         return _float_format(spec, siblings)
-    scales = [name for name, each in siblings.items() if each is not spec and _SCALE.search(name)]
+    scales = [name for name, each in siblings.items() if each is not spec and _is_scale_of(name, each, own, spec)]
     is_matrix = own == "weight" and len(spec.shape) > 1
     if not scales:
         return f"packed {spec.dtype}" if is_matrix else None
     return _integer_format(spec, siblings) if spec.shape else None
+
+
+def _is_scale_of(name: str, scale: TensorSpec, own: str, code: TensorSpec) -> bool:
+    """Return whether a tensor may be the scales of integers: their names share a stem, and there are fewer."""
+    if not _SCALE.search(name) or _COUNT.search(own) or scale.num_elems >= code.num_elems:
+        return False
+    stem, own = _SCALE.sub("", name).strip("._").lower(), own.lower()
+    return stem in own or own in stem
 
 
 def _float_format(spec: TensorSpec, siblings: Siblings) -> str:

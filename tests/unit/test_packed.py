@@ -88,6 +88,7 @@ FORMATS: dict[str, tuple[str, Tensors]] = {
     ),
     "Marlin": ("Marlin", {"B": ((4, 64), I32), "s": ((1, 32), F16), "workspace": ((16,), I32)}),
     "bytes": ("packed U8", {"weight": ((32, 68), U8)}),
+    "another layout": ("packed I32 with scales", {"packed_w1": ((8, 32), I32), "w1_scale": ((8, 1), F32)}),
     "a layout nobody has seen": ("packed I32 with scales", {"kernel": ((8, 32), I32), "kernel_scale": ((32,), F32)}),
 }  # fmt: skip
 """What lies in a module, by whose: name, shape and dtype, and what the format is called."""
@@ -190,14 +191,20 @@ def test_scales_that_would_be_merged_beside_codes_that_are_copied_are_refused(me
         {"attn.bias": ((1, 1, 4, 4), U8), "attn.masked_bias": ((), F32)},
         {"bn.num_batches_tracked": ((), torch.int64), "bn.running_mean": ((4,), F32)},
         {"attn.relative_position_index": ((4, 4), torch.int64), "attn.logit_scale": ((4, 1, 1), F32)},
+        {"attn.relative_position_index": ((4, 4), I32), "attn.logit_scale": ((4, 1, 1), F32)},
+        {"attn.relative_position_index": ((4, 4), I32), "attn.scale": ((4,), F32)},
         {"position_ids": ((1, 77), torch.int64), "logit_scale": ((), F32)},
+        {"position_ids": ((1, 77), I32), "scale": ((), F32)},
+        {"temperature_step": ((1,), I32), "temperature_scale": ((1,), F32), "logit_scale": ((1,), F32)},
+        {"attn.buckets": ((4, 4), I32), "attn.logit_scale": ((1,), F32)},
+        {"attn.bias": ((1, 1, 4, 4), U8), "attn.scale": ((4,), F32)},
         {"gate.tid2eid": ((10, 2), torch.int64), "gate.weight": ((4, 7), BF16)},
         {"codes": ((4, 4), I32)},
         {"norm.scale": ((7,), BF16), "norm.weight": ((7,), BF16)},
         {"attn.k_scale": ((), F32), "attn.q_proj.weight": ((7, 7), BF16), "attn.v_scale": ((), F32)},
         {"layer_scale1.gamma": ((7,), BF16), "gamma": ((7,), BF16)},
     ],
-    ids=lambda plain: next(iter(plain)),
+    ids=lambda plain: " ".join(plain),
 )  # fmt: skip
 def test_masks_counters_indices_and_scales_of_layers_are_not_packed(merge: Merge, plain: Tensors) -> None:
     for tensors in merge.models:
