@@ -3,6 +3,7 @@
 A few ranges per checkpoint, of bounded number and size; what is not read here is compared while merging.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -30,8 +31,10 @@ INDEX_DATA = ("position_ids", "position_index", "token_type_ids", "cache_positio
 """Ends of the names of what holds indices, not weights, in whatever dtype."""
 FREQUENCIES = ("inv_freq",)
 _SCALAR_MASKS = ("masked_bias",)
-MASKS = ("_mask", *_SCALAR_MASKS)
+MASKS = ("_mask", ".mask", *_SCALAR_MASKS)
 """Ends of the names of what holds zeros, ones and numbers that hide; of a single number, which may be trained, one."""
+MAX_LARGE_MASKS = 4
+"""Kinds of masks that are too large to be read, of which a part in the middle of one is looked at."""
 MASKED = -9_000
 """What hides a place before a softmax is less: -1e4, in BF16 -9,984, the least number of a dtype, or infinity."""
 _NO_WEIGHTS = (*INDEX_DATA, *FREQUENCIES, *MASKS)
@@ -101,6 +104,7 @@ def read_values(store: Store, weights: Weights, config: Config | None, cache: He
     wanted = cache.found(small_tensors, specs, extents)
     data = dict(reader.together(cache.found(neighbours, wanted)))
     fixed = frozenset(extent for extent, spec in wanted.items() if _are_no_weights(spec, data.get(extent)))
+    fixed |= _large_masks(reader, cache.found(large_masks, specs), extents)
     names = cache.found(tied_names, specs)
     candidates = names.copies if tie_flag(config) is False else names.ties
     pairs = [(name, original_of(name, specs[name].shape, names, specs)) for name in candidates]
@@ -111,6 +115,34 @@ def read_values(store: Store, weights: Weights, config: Config | None, cache: He
         and (copy := reader.copy(Located(specs[name], extents[name]), Located(specs[original], extents[original])))
     }
     return KnownValues(data, fixed, copies, names=names)
+
+
+def large_masks(specs: Mapping[str, TensorSpec]) -> list[list[TensorSpec]]:
+    """Return the first kinds of what is named like a mask and too large to be read: equal names but for numbers."""
+    found: dict[tuple[object, ...], list[TensorSpec]] = {}
+    for name, spec in specs.items():
+        if name.endswith(MASKS) and spec.dtype in WIDENED and spec.num_bytes > MAX_INDEX_BYTES:
+            found.setdefault((re.sub(r"\d+", "", name), spec.shape, spec.dtype), []).append(spec)
+    return list(found.values())[:MAX_LARGE_MASKS]
+
+
+def _large_masks(
+    reader: "_Ranges", kinds: Iterable[list[TensorSpec]], extents: Mapping[str, Extent]
+) -> frozenset[Extent]:
+    """Return where the masks lie of which some numbers hide, and none is another than masks hold."""
+    found = set[Extent]()
+    for kind in kinds:
+        spec, (file, start) = kind[0], extents[kind[0].name]
+        width = spec.num_bytes // spec.num_elems
+        middle = (spec.num_elems - PROBE_ELEMS) // 2
+        numbers = as_numbers(reader.read(file, start + middle * width, PROBE_ELEMS * width), spec.dtype)
+        if numbers is not None and _is_of_a_mask(numbers) and bool((numbers <= MASKED).any()):
+            found.update(extents[each.name] for each in kind)
+    return frozenset(found)
+
+
+def _is_of_a_mask(numbers: Floats) -> bool:
+    return bool(((numbers == 0) | (numbers == 1) | (numbers <= MASKED)).all())
 
 
 def as_numbers(payload: bytes | memoryview, dtype: str) -> Floats | None:
@@ -134,7 +166,7 @@ def _are_no_weights(spec: TensorSpec, payload: bytes | None) -> bool:
     assert numbers is not None
     if spec.name.endswith(MASKS):
         is_one = spec.num_elems == 1 and not spec.name.endswith(_SCALAR_MASKS)
-        return not is_one and bool(((numbers == 0) | (numbers == 1) | (numbers <= MASKED)).all())
+        return not is_one and _is_of_a_mask(numbers)
     is_whole = bool(np.isfinite(numbers).all()) and np.array_equal(numbers, np.trunc(numbers))
     return is_whole or spec.name.endswith(FREQUENCIES)
 

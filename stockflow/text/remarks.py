@@ -51,6 +51,7 @@ CODES: Mapping[str, str] = {
     "no-tensors": "values in files of weights that are no tensors of the model",
     "no-tokenizer": "a model without tokenizer beside others that have one",
     "not-copied": "files of the model that gives the side files which stay behind",
+    "not-finite": "models that hold NaN or infinity where the merge would need numbers",
     "not-taken": "side files that only models have which do not give them",
     "not-weights": "what a trainer or an adapter keeps beside weights, in the place of weights",
     "other-master": "models that seem to be tuned from what a quantised base was before",

@@ -412,6 +412,30 @@ def test_a_copy_whose_names_are_wrapped_is_suspected(tmp_path: Path, family: Fam
     assert codes(planned(recipe_at(tmp_path, family.base, family.tuned[0], copy))) == ["other-names", "same-samples"]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "is_said"), [("attn.mask", False), ("attn.unknown", True)])
+def test_infinity_in_all_models_is_a_mask_or_said_before(
+    name: str, is_said: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    models = []
+    for seed in range(3):
+        weights = {"w": torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))}
+        weights[name] = torch.full((4, 4), -torch.inf).triu(1).to(dtype if seed else torch.float32)
+        models.append(write_checkpoint(tmp_path / str(seed), weights, config={}))
+
+    plan = planned(recipe_at(tmp_path, *models))
+
+    assert ("not-finite" in codes(plan)) is is_said
+    assert ("index-data" in codes(plan)) is not is_said
+    if is_said:
+        found = [remark for remark in plan.remarks if remark.code == "not-finite"]
+        assert [(said.models, said.tensors) for said in found] == [((str(model),), (name,)) for model in models]
+        assert "and the merge will stop there" in found[0].text
+        rule = {"rules": [{"filter": name, "action": "copy"}]}
+        assert "not-finite" not in codes(planned(recipe_at(tmp_path, *models, stockflow=rule)))
+
+
 def test_zeros_of_a_download_that_broke_off_are_named(tmp_path: Path) -> None:
     broken, family = llamas(tmp_path, {"lm_head.weight": torch.zeros_like})
 

@@ -139,6 +139,7 @@ def test_index_data_in_floats_is_carried_over_in_its_own_dtype(merge: Merge, nam
 
 NO_WEIGHTS = {
     "visual.attn_mask": torch.full((7, 7), -torch.inf).triu(1),
+    "h.0.attn.mask": torch.full((7, 7), -torch.inf).triu(1),
     "h.0.attn.masked_bias": torch.tensor(-1e4),
     "layers.0.rotary_emb.inv_freq": 1e4 ** -torch.linspace(0, 1, 8),
     "fc.weight_mask": torch.tensor([1.0, 0.0, 1.0]),
@@ -195,6 +196,18 @@ def test_a_mask_of_16_bits_is_one(merge: Merge) -> None:
     assert (
         jobs_of(add(merge, "attn_mask", value, value, value).write(config={}).plan())["attn_mask"].method == COPY_EQUAL
     )
+
+
+def test_large_masks_are_told_by_a_part_of_the_first(merge: Merge) -> None:
+    hiding = torch.full((600, 600), -torch.inf).triu(1)
+    for tensors in merge.models:
+        tensors |= {f"h.{layer}.attn.mask": hiding.clone() for layer in range(2)}
+        tensors["h.0.soft_mask"] = drawn((600, 600))[0]
+
+    found = jobs_of(merge.write(config={}).plan())
+
+    assert [found[f"h.{layer}.attn.mask"].method for layer in range(2)] == [COPY_EQUAL] * 2
+    assert found["h.0.soft_mask"].method == "model_stock"
 
 
 def test_equal_indices_of_several_dtypes_are_the_donors(merge: Merge) -> None:

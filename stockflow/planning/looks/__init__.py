@@ -87,6 +87,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     quantised.leftover_scales,
     adapters.known_changes,
     adapters.factors_inside,
+    precision.not_finite,
     kinship.copies,
     kinship.strangers,
     kinship.small_changes,

@@ -24,7 +24,7 @@ STRANGER = 1.0
 
 def copies(proposal: Proposal) -> Iterator[Remark]:
     """Yield which models are the same wherever they were looked at."""
-    whole = [each for each in _sampled(proposal) if len(halves_of(each[0])) == 1]  # adapters leave most of a base alone
+    whole = [each for each in _read(proposal) if len(halves_of(each[0])) == 1]  # adapters leave most of a base alone
     for (left, ours), (right, theirs) in combinations([(url, _matrices(own)) for url, own in whole], 2):
         pairs = list(zip(ours, theirs, strict=True))
         if not pairs:
@@ -132,9 +132,17 @@ def _in_tensors(names: Sequence[str]) -> str:
     return f"{shown(names[0])}{more}"
 
 
-def _sampled(proposal: Proposal) -> list[tuple[str, Sequence[Sample]]]:
+def _read(proposal: Proposal) -> list[tuple[str, Sequence[Sample]]]:
     pairs = zip(proposal.checkpoints, proposal.samples, strict=False)
     return [(redact(each.url), [one for one in own if one.kind != "statistics"]) for each, own in pairs]
+
+
+def _sampled(proposal: Proposal) -> list[tuple[str, Sequence[Sample]]]:
+    """Return what was read in places where all have numbers, by model."""
+    read = _read(proposal)
+    places = list(zip(*(own for _, own in read), strict=True))
+    kept = [place for place in places if all(np.isfinite(each.values).all() for each in place)]
+    return [(url, [place[number] for place in kept]) for number, (url, _) in enumerate(read)]
 
 
 def _are_equal(one: Sample, other: Sample) -> bool:

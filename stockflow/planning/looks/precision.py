@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from stockflow.checkpoints.files.header import DTYPES
 from stockflow.checkpoints.samples import RUNNING_STATISTICS
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.precision import has_smaller_range, kept_above
+from stockflow.storage import redact
 from stockflow.text.examples import such
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import are
@@ -105,3 +108,19 @@ def narrower_range(proposal: Proposal) -> Iterator[Remark]:
             "counted: `subnormal` and `zeroed` in the facts of tensors.parquet, and in the manifest's summary"
         )
         yield Remark("narrower-range", text, "note", tensors=tuple(names))
+
+
+def not_finite(proposal: Proposal) -> Iterator[Remark]:
+    """Yield which models have NaN or infinity in what is merged, where they were looked at: the merge stops there."""
+    if proposal.recipe.stockflow.on_nonfinite == "propagate":
+        return
+    merged = {job.output.name for job in proposal.jobs if not job.is_copy}
+    for checkpoint, own in zip(proposal.checkpoints, proposal.samples, strict=False):
+        names = [each.name for each in own if each.name in merged and not np.isfinite(each.values).all()]
+        if names:
+            url = redact(checkpoint.url)
+            text = (
+                f"{url} has NaN or infinity in {such(names)}, where it was looked at, and the merge will stop there: "
+                "mend the checkpoint, or name what is no weight in a rule with `action: copy`"
+            )
+            yield Remark("not-finite", text, models=(url,), tensors=tuple(names))

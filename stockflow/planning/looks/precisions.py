@@ -30,10 +30,10 @@ def cast_to(pairs: Sequence[tuple[Sample, Sample]]) -> str:
                 return ""
             lost = np.abs(np.ldexp(finer.values - rounded, -steps))
         if finer.dtype != coarser.dtype:
-            losses.append(lost[rounded != 0])
+            losses.append(lost[(rounded != 0) & np.isfinite(lost)])
             dtype = coarser.dtype
     taken = np.concatenate(losses) if losses else np.zeros(0)
-    return dtype if taken.size and float(np.nanmean(taken)) >= LEAST_LOSS else ""
+    return dtype if taken.size and float(taken.mean()) >= LEAST_LOSS else ""
 
 
 def _steps(values: Floats, dtype: str) -> npt.NDArray[np.int32]:
