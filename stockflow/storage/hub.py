@@ -6,7 +6,7 @@ import re
 from stockflow.errors import AccessDeniedError, NotFoundError, RecipeError, StockflowError
 from stockflow.storage.faults import Failure, storage_error, user_error
 from stockflow.storage.fsspec_faults import failure_of
-from stockflow.storage.hub_cache import COMMIT
+from stockflow.storage.hub_cache import COMMIT, cached
 from stockflow.storage.retry import RetryLoop, RetryPolicy
 from stockflow.text.redaction import redact
 
@@ -18,17 +18,36 @@ _TIMEOUT_S = 10.0
 def pin_revision(url: str) -> str:
     """Return ``hf://org/name@commit`` for ``hf://org/name[@revision]``; any other URL, and a commit, as it is.
 
+    Where the hub may not be asked (HF_HUB_OFFLINE) it is the snapshot in its cache.
+
     Raises:
-        NotFoundError: there is no such model or revision, or the token may not see it.
+        NotFoundError: there is no such model or revision, or the token may not see it; or none in the cache.
         AccessDeniedError: the model's conditions were not accepted, or the token is wrong.
-        RecipeError: the hub may not be asked (HF_HUB_OFFLINE).
+        RecipeError: the hub cannot be reached, or the name is none.
         StorageError: the hub did not answer.
     """
+    from huggingface_hub import constants
+
     match = _MODEL.fullmatch(url)
-    if match is None or (match[2] and COMMIT.fullmatch(match[2])):
+    if match is None:
         return url
     repository, revision, rest = match[1], match[2], match[3] or ""
+    if constants.HF_HUB_OFFLINE:
+        return _snapshot(redact(url), repository, revision or "main") + rest
+    if revision and COMMIT.fullmatch(revision):
+        return url
     return f"hf://{repository}@{_commit(url, repository, revision)}{rest}"
+
+
+def _snapshot(where: str, repository: str, revision: str) -> str:
+    from huggingface_hub import constants
+
+    if folder := cached(constants.HF_HUB_CACHE, repository, revision):
+        return folder
+    raise NotFoundError(
+        f"cannot read {where}: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} has no snapshot of it; unset it, "
+        f"fetch it there (`hf download {repository}`), or name a local folder"
+    )
 
 
 def _commit(url: str, repository: str, revision: str | None) -> str:
@@ -69,8 +88,6 @@ def _refusal(error: Exception, where: str, repository: str) -> StockflowError | 
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repository}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return RecipeError(f"cannot read {where}: HF_HUB_OFFLINE is set; unset it, or name a local folder")
     if isinstance(error, errors.GatedRepoError):
         return AccessDeniedError(f"cannot read {where}: accept its conditions at {page}, then set HF_TOKEN")
     if isinstance(error, errors.RevisionNotFoundError):

@@ -35,7 +35,7 @@ def snapshot_of(folder: str) -> str:
         return folder
     entries = os.scandir(snapshots) if os.path.isdir(snapshots) else ()
     there = sorted(entry.name for entry in entries if entry.is_dir())
-    commit = _main(model)
+    commit = _commit(model, "main")
     if commit in there or len(there) == 1:
         return os.path.join(snapshots, commit if commit in there else there[0])
     if not there:
@@ -44,9 +44,17 @@ def snapshot_of(folder: str) -> str:
     raise RecipeError(f"{folder} has {len(there)} snapshots and no refs/main among them; name one: {snapshots}/{names}")
 
 
-def _main(model: str) -> str:
+def cached(cache: str, repository: str, revision: str) -> str | None:
+    """Return the snapshot in the hub's cache that a revision of a model stands for; None if it is not there."""
+    model = os.path.join(cache, f"{MODELS}{repository.replace('/', '--')}")
+    commit = revision if COMMIT.fullmatch(revision) else _commit(model, revision)
+    folder = os.path.join(model, "snapshots", commit)
+    return folder if commit and os.path.isdir(folder) else None
+
+
+def _commit(model: str, revision: str) -> str:
     try:
-        with open(os.path.join(model, "refs", "main"), "rb") as file:
+        with open(os.path.join(model, "refs", revision), "rb") as file:
             said = file.read(_MAX_REF_BYTES).decode("ascii", "replace").strip()
     except OSError:
         return ""

@@ -80,7 +80,7 @@ CODES: Mapping[str, str] = {
     "seed": "what methods that draw, draw by",
     "side-files-differ": "a chat template, special token, generation config, processor or pooling that tunes have not",
     "skipped": "tensors that rules leave out",
-    "snapshot": "a folder of the hub's cache, of which a snapshot is read",
+    "snapshot": "a model in the hub's cache, of which a snapshot is read",
     "static-scales": "fixed scales of activations: the base's, or not published",
     "square-experts": "tensors of all experts that do not tell rows from columns, where others have one each",
     "stranger": "a model as far from the base as if it had nothing to do with it",

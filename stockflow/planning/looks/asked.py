@@ -35,8 +35,9 @@ def snapshots(proposal: Proposal) -> Iterator[Remark]:
     for location, checkpoint in zip(proposal.recipe.checkpoints, proposal.checkpoints, strict=True):
         given, found = halves_of(location), halves_of(checkpoint.url)
         for one, read in zip(given, found, strict=True) if len(given) == len(found) else ():
-            if scheme_of(one) == "file" and read != one:
-                text = f"{one} is a folder of the hub's cache; read is its snapshot {read.rpartition('/')[2]}"
+            if scheme_of(one) in ("file", "hf") and scheme_of(read) == "file" and read != one:
+                where = "is a folder of the hub's cache" if scheme_of(one) == "file" else "is read offline"
+                text = f"{one} {where}; read is its snapshot {read}"
                 yield Remark("snapshot", text, "note", (checkpoint.url,))
 
 
