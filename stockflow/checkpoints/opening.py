@@ -108,7 +108,7 @@ def open_checkpoint(
         raise NotFoundError(said)
     listing = _with_named(store, store.listing())
     only = store.only
-    tree = _without_others(list_tree(store, listing), only)
+    tree = _tree(store, listing)
     modules = _modules(store, tree)
     group = None if modules.document else chosen_of(groups_of(listing.files, only), only)
     is_in_shards = group is None and not modules.weights and not only and is_distributed(listing.files)
@@ -316,11 +316,14 @@ def _with_named(store: Store, listing: Listing) -> Listing:
     return listing
 
 
-def _without_others(tree: Tree, only: str) -> Tree:
-    """Return the tree of the one file of weights that was named: the others in its folder are other models."""
+def _tree(store: Store, listing: Listing) -> Tree:
+    """Return what lies with a model; one file of weights that was named has neither other models nor their folders."""
+    only = store.only
     if not only:
-        return tree
-    singles = {group.single for group in groups_of([key for key in tree.files if "/" not in key])} - {only, ""}
+        return list_tree(store, listing)
+    is_in_a_folder_of_its_own = not {CONFIG_FILE, MODULES_FILE}.isdisjoint(listing.files)
+    tree = list_tree(store, listing) if is_in_a_folder_of_its_own else Tree(listing.files)
+    singles = {group.single for group in groups_of(list(listing.files), only="")} - {only, ""}
     return replace(tree, files={key: stamp for key, stamp in tree.files.items() if key not in singles})
 
 
