@@ -8,6 +8,7 @@ from pydantic import AfterValidator, PlainValidator, WithJsonSchema
 
 from stockflow.errors import RecipeError
 from stockflow.recipe.hub_pages import is_page, model_of_page
+from stockflow.recipe.store_pages import in_a_store
 from stockflow.recipe.wording import NOT_YET, shown
 from stockflow.storage import halves_of, is_weights, joined, normalize_url
 from stockflow.text.redaction import FROM_ENVIRONMENT, has_credentials
@@ -101,6 +102,9 @@ def _resolve_url(text: str) -> str:
     scheme = text.partition("://")[0]
     if has_credentials(text):
         raise RecipeError(f"this {scheme}:// URL carries a user and a password; {FROM_ENVIRONMENT}")
+    is_one_file = "?" not in text and text.endswith((".safetensors", ".bin", ".json"))
+    if not is_one_file and (place := in_a_store(text)):
+        raise RecipeError(f"this {scheme}:// URL is an address of an object store; write {shown(place)}")
     if "?" in text:
         raise RecipeError(f"expected a folder, found a {scheme}:// URL with a query; cut it off at the `?`")
     if is_page(text):

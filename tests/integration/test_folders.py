@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
@@ -695,6 +696,45 @@ def test_a_cache_that_does_not_say_which_snapshot(tmp_path: Path) -> None:
     assert "it is the hub's cache, of org/name; name one as org/name" in refused(tmp_path, tmp_path / "hub")
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("org/name", 9.0), (f"org/name@{COMMITS[0]}", 1.0), ("org/name@v1", 1.0), ("ORG/name", None)]
+)
+def test_a_name_of_the_hub_is_read_from_its_cache_where_it_may_not_be_asked(
+    name: str, expected: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hub_cache(tmp_path / "hub", 1.0, 9.0, main=1)
+    (model / "refs" / "v1").write_text(COMMITS[0])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    if expected is None:
+        assert "has no snapshot of it; unset it, fetch it there (`hf download ORG/name`)" in refused(tmp_path, name)
+        return
+    tensors, said = merged(tmp_path, name)
+
+    assert is_mean(tensors, expected)
+    assert f"hf://{name} is read offline; read is its snapshot {model}/snapshots/{COMMITS[expected == 9.0]}" in said
+
+
+def test_a_file_that_is_named_alone_has_no_folders_of_other_models(tmp_path: Path) -> None:
+    write(tmp_path / "models" / "SD1.5", {"v1-5.safetensors": full(9.0)})
+    one = tmp_path / "models" / "juggernaut.safetensors"
+    save_file(full(1.0), one)
+
+    tensors, said = merged(tmp_path, one)
+
+    assert is_mean(tensors, 1.0)
+    assert "left out" not in said
+    assert "SD1.5" not in said
+
+
+def test_a_file_that_is_named_in_a_models_folder_has_its_subfolders(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", {"model.safetensors": full(1.0)})
+    write(model / "2_Dense", {"model.safetensors": full(9.0)})
+
+    assert "2_Dense/model.safetensors" in merged(tmp_path, model / "model.safetensors")[1]
+
+
 def test_a_cache_of_nothing_and_one_of_a_data_set(tmp_path: Path) -> None:
     assert "download it: `hf download org/name`" in refused(tmp_path, hub_cache(tmp_path / "hub"))
     (tmp_path / "datasets--org--set" / "snapshots").mkdir(parents=True)
@@ -1042,6 +1082,46 @@ def test_all_wrong_paths_are_named_at_once(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_an_address_of_the_hub_is_read_as_the_model_it_shows(address: str, model: str) -> None:
     assert resolve_location(address) == model
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("https://s3.console.aws.amazon.com/s3/buckets/models?prefix=t2/&region=eu-west-1", "s3://models/t2"),
+        (
+            "https://us-east-1.console.aws.amazon.com/s3/buckets/models?region=us-east-1&prefix=a%20b/t2/",
+            "s3://models/a b/t2",
+        ),
+        (
+            "https://s3.console.aws.amazon.com/s3/object/models?prefix=t2/model.safetensors",
+            "s3://models/t2/model.safetensors",
+        ),
+        ("https://s3.console.aws.amazon.com/s3/buckets/models/t2/?tab=overview", "s3://models/t2"),
+        ("https://models.s3.eu-west-1.amazonaws.com/t2/", "s3://models/t2"),
+        ("https://my.models.s3.amazonaws.com/t2", "s3://my.models/t2"),
+        ("https://s3.eu-west-1.amazonaws.com/models/t2", "s3://models/t2"),
+        ("https://s3-eu-west-1.amazonaws.com/models/t2/", "s3://models/t2"),
+        ("https://models.s3.amazonaws.com/t2/x.safetensors?X-Amz-Signature=secret", "s3://models/t2/x.safetensors"),
+        ("https://console.cloud.google.com/storage/browser/models/t2;tab=objects?project=x", "gs://models/t2"),
+        ("https://storage.googleapis.com/models/t2", "gs://models/t2"),
+    ],
+)
+def test_addresses_of_stores_are_refused_with_what_they_mean(address: str, place: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"is an address of an object store; write '{place}'")) as caught:
+        resolve_location(address)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://models.s3.eu-west-1.amazonaws.com/t2/model.safetensors",
+        "https://models.s3-website.eu-west-1.amazonaws.com/t2",
+        "https://example.org/s3/buckets/models",
+    ],
+)
+def test_what_is_read_over_http_is_no_address_of_a_store(address: str) -> None:
+    assert resolve_location(address) == address
 
 
 @pytest.mark.parametrize(

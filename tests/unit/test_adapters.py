@@ -950,6 +950,15 @@ def test_an_adapter_of_another_format_is_named_with_what_merges_it(
     assert expected in said
 
 
+def test_an_adapter_of_mlx_is_named_with_what_merges_it(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", SHAPES)
+    (tmp_path / "lora").mkdir()
+    save_file({"q.lora_a": torch.ones(2, 2), "q.lora_b": torch.ones(2, 2)}, tmp_path / "lora" / "adapters.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}')
+
+    assert "Merge it with mlx_lm.fuse first" in refusal(tmp_path, f"{tmp_path}/base+{tmp_path}/lora")
+
+
 def test_places_without_an_adapter_say_what_is_there(tmp_path: Path) -> None:
     write_base(tmp_path / "base", SHAPES)
     write_adapter(tmp_path / "lora", adapters.linear(SHAPES))

@@ -165,9 +165,16 @@ def _tokenizer(files: Mapping[str, Stamp]) -> dict[str, Stamp]:
 
 
 def _lack(store: Store, listing: Listing, cache: HeaderCache) -> NotFoundError | CheckpointError:
-    """Return why a folder holds no adapter that is read, and what to do."""
+    """Return why a folder holds no adapter that is read, and what to do.
+
+    Raises:
+        CheckpointError: its config is of another library's.
+    """
     where = store.where()
     if CONFIG_KEY in listing.files:
+        given = read_json(store, CONFIG_KEY, MAX_CONFIG_BYTES)
+        if isinstance(given, dict) and not given.get("peft_type"):
+            parse_adapter_config(given, store.where(CONFIG_KEY))
         return NotFoundError(f"there is no adapter at {where}: it has {CONFIG_KEY} and no {WEIGHTS_KEY}; fetch it")
     weights = [key for key in listing.files if key.endswith(".safetensors") and store.only in ("", key)]
     for key in weights[:NUM_NAMED]:
