@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 from stockflow.checkpoints.adapters.adapted import adapted
-from stockflow.checkpoints.adapters.bases import likeness
+from stockflow.checkpoints.adapters.bases import on_base
 from stockflow.checkpoints.adapters.files import remarks_on_files
 from stockflow.checkpoints.adapters.ground import Ground
 from stockflow.checkpoints.adapters.keys import place_of
@@ -38,7 +38,7 @@ from stockflow.checkpoints.scale_rules import by_kind, find_rules
 from stockflow.checkpoints.values import NOTHING_READ, KnownValues, as_numbers, read_values
 from stockflow.checkpoints.weights import Folder, IsSettled, Weights, read_weights
 from stockflow.errors import CheckpointError, LinkError, NotFoundError, StockflowError, StorageError, UserError
-from stockflow.storage import JoinedStore, Listing, LocalStore, Stamp, Store, key_of_adapter, redact
+from stockflow.storage import JoinedStore, Listing, LocalStore, Stamp, Store, key_of_adapter
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
@@ -200,7 +200,7 @@ def _with_adapter(base: Checkpoint, store: JoinedStore, cache: HeaderCache, on_f
         factors={key: sample.payload for key, sample in adapter.samples.items()},
         remarks=(
             *base.remarks,
-            *_on_base(store, adapter.config.base),
+            *on_base(store, adapter.config.base),
             *made.remarks,
             *adapter.remarks,
             *remarks_on_files(store, adapter, base.side_files),
@@ -223,17 +223,6 @@ def _without_tokenizer(files: Mapping[str, Stamp], instead: Mapping[str, Stamp])
     """Return what lies beside a model without its own tokenizer, if there is another one in its place."""
     kept = (key for key in files if not instead or "/" in key or not is_tokenizer_or_template(key))
     return {key: files[key] for key in kept}
-
-
-def _on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:
-    """Yield that an adapter says it belongs to another model, or another place, than the one it is put on."""
-    base = store.model.where()
-    if named and likeness(named, base) != "one":
-        text = (
-            f"{store.adapter.where()} says that its base is {shown(redact(named))}, and is put on {base}: if these are "
-            "not the same weights, what it adds means nothing"
-        )
-        yield Remark("adapter-elsewhere", text, "note", (store.url,))
 
 
 def open_tokenizer(store: Store) -> Checkpoint:

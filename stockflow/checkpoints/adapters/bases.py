@@ -2,9 +2,12 @@
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Literal
 
-from stockflow.text.redaction import redact
+from stockflow.storage import JoinedStore, redact
+from stockflow.text.remarks import Remark
+from stockflow.text.strictjson import shown
 
 Likeness = Literal["one", "alike", "apart"]
 """``alike``: folders in different places whose last name tells a model."""
@@ -32,6 +35,17 @@ def likeness(one: str, other: str) -> Likeness:
     if name != _last(right) or _OF_ANY_MODEL.fullmatch(name):
         return "apart"
     return "alike" if _ABSOLUTE.match(left) and _ABSOLUTE.match(right) else "one"
+
+
+def on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:
+    """Yield that an adapter says it belongs to another model, or another place, than the one it is put on."""
+    base = store.model.where()
+    if named and likeness(named, base) != "one":
+        text = (
+            f"{store.adapter.where()} says that its base is {shown(redact(named))}, and is put on {base}: if these are "
+            "not the same weights, what it adds means nothing"
+        )
+        yield Remark("adapter-elsewhere", text, "note", (store.url,))
 
 
 def _plain(location: str) -> str:
