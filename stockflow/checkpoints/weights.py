@@ -34,6 +34,7 @@ NUM_HEADER_READERS = 16
 NUM_NAMED = 3
 MAX_COMPARED, COMPARED_BYTES = 64, 4096
 """Tensors, over all the depth, and bytes of each that are compared where two sets of weights have equal headers."""
+TWO_SETS = "two-sets-of-weights"
 MAX_TENSORS = 10_000
 """names that one remark holds"""
 
@@ -351,7 +352,7 @@ def _on_stale_index(
             f", beside {left}, which it names. Fetch the missing files, or remove the index and what is left of them"
         )
         text += "; accepted, the whole set is read"
-        return Remark("two-sets-of-weights", text, "refusal", (folder.where,))
+        return Remark(TWO_SETS, text, "refusal", (folder.where,))
     return chosen(folder, f"{text}: {'that file is' if one else 'they are'} read", "warning")
 
 
@@ -364,7 +365,7 @@ def _ambiguity(folder: Folder, group: Group, others: str, single: Weights, shard
         f"and nothing tells which is meant: {why}. Remove the one that is not{how}; "
         f"accepted, {first} is read, as loaders do"
     )
-    return Remark("two-sets-of-weights", text, "refusal", (folder.where,))
+    return Remark(TWO_SETS, text, "refusal", (folder.where,))
 
 
 def _amounts(weights: Weights) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from stockflow.checkpoints.configs import quantization_keys
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.packed import UNPACKED, PackedWeights, packed_weights
+from stockflow.checkpoints.weights import TWO_SETS
 from stockflow.recipe import Recipe
 from stockflow.recipe.slices import slices_of
 from stockflow.storage import redact
@@ -47,6 +48,9 @@ def _is_kept(recipe: Recipe, checkpoint: Checkpoint, weights: PackedWeights) -> 
 
 def _sentence(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> str:
     formats = " and ".join(each.format for each in packed)
+    if sets := next((each.text for each in checkpoint.remarks if each.code == TWO_SETS), ""):
+        read = in_a_line(checkpoint.extents[packed[0].codes[0]].file)
+        return f"{sets.partition('; accepted')[0]}. {read} holds {formats} weights, which are not read: take the other"
     num_codes = sum(len(each.codes) for each in packed)
     held = f"{redact(checkpoint.url)} holds {formats} weights ({counted(num_codes, 'tensor')}, such as "
     if {each.format for each in packed} == {"FP8"} and not any("scale" in name for name in checkpoint.specs):

@@ -339,6 +339,23 @@ def test_two_sets_of_weights_are_named_with_their_difference(build: Build, tmp_p
     assert "`stockflow: {accept: [two-sets-of-weights]}`" in said
 
 
+def test_packed_weights_beside_the_shards_they_were_made_from_are_told_as_two_sets(tmp_path: Path) -> None:
+    subject = write(tmp_path / "subject", shards(1.0), index="auto")
+    layer = NAMES[1].removesuffix("weight")
+    scales = {f"{layer}{kind}": torch.ones((4, 1), dtype=torch.bfloat16) for kind in ("scales", "biases")}
+    codes = {f"{layer}weight": torch.zeros((4, 8), dtype=torch.uint32)}
+    save_file(full(1.0, NAMES[0], NAMES[2]) | codes | scales, subject / "model.safetensors", {"format": "mlx"})
+
+    said = refused(tmp_path, subject)
+
+    assert "holds two sets of weights, model.safetensors (5 tensors" in said
+    assert f"naming {subject}/model.safetensors or {subject}/{INDEX}. model.safetensors holds MLX weights" in said
+    assert "which are not read: take the other" in said
+    assert "16-bit model" not in said
+    assert "accept" not in said
+    assert is_mean(merged(tmp_path, subject / INDEX)[0], 1.0)
+
+
 def test_an_accepted_ambiguity_is_read_as_loaders_do(tmp_path: Path) -> None:
     two_equal_sets(tmp_path / "subject")
 
