@@ -87,6 +87,8 @@ class Checkpoint:
     """some numbers of the factors of an adapter, by key"""
     rules: Mapping[str, str] = field(default_factory=dict)
     """how scales follow from weights, by kind of tensor, where the data says so"""
+    predicts: str = ""
+    """of a component of a pipeline: what the scheduler beside it takes for its output; empty: nobody says"""
 
 
 Settles = Callable[[int, str], bool]

@@ -4,19 +4,24 @@ Source: ``DiffusionPipeline.from_pretrained``, https://huggingface.co/docs/diffu
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from stockflow.checkpoints.files.candidates import chosen_of, groups_of, lacking
-from stockflow.checkpoints.files.documents import is_file_name
+from stockflow.checkpoints.files.candidates import DIFFUSION_STEM, chosen_of, groups_of, lacking
+from stockflow.checkpoints.files.documents import find_json, is_file_name
 from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.files.tree import Tree, is_hidden
 from stockflow.checkpoints.modules import Modules
 from stockflow.errors import CheckpointError
+from stockflow.storage import Store
 from stockflow.text.escaping import in_a_line
 from stockflow.text.remarks import Remark
 from stockflow.text.strictjson import shown
 
 PIPELINE_FILE = "model_index.json"
+_SCHEDULER_FILE = "scheduler/scheduler_config.json"
+_MAX_SCHEDULER_BYTES = 1_000_000
+_PREDICTS = re.compile(r".*(UNet|Transformer|DiT).*")
+"""Classes of components whose output a scheduler takes for a step."""
 _UNREAD = re.compile(r".+\.(pt|pth|ckpt|msgpack|h5|onnx|onnx_data|gguf|pb|tflite|pdparams)", re.IGNORECASE)
 """Weights in other formats."""
 
@@ -49,6 +54,29 @@ def pipeline_remark(components: Modules, where: str) -> Remark:
     rest = f"; {', '.join(copied)} copied" if copied else ""
     text = f"{where} is a diffusers pipeline: {', '.join(merged)} merged, each in its folder{rest}"
     return Remark("weights-chosen", text, "note", (where,))
+
+
+def pipeline_around(url: str, files: Mapping[str, object], config: Mapping[str, object] | None) -> str:
+    """Return where the pipeline may lie of a model that is its component which predicts; empty: it is none."""
+    folder, _, last = url.rpartition("/")
+    folder = folder.rpartition("/")[0] if last in files else folder
+    is_component = any(file.startswith(DIFFUSION_STEM) for file in files)
+    of_one_model = not url.startswith("hf://") or folder.count("/") > len("//")
+    is_asked = is_component and of_one_model and _PREDICTS.fullmatch(str((config or {}).get("_class_name", "")))
+    return folder if is_asked else ""
+
+
+def predicted_by(pipeline: Store) -> str:
+    """Return what the scheduler of a pipeline takes from its model; empty: that is not said.
+
+    Raises:
+        NotFoundError: there is no pipeline, or it has no scheduler.
+    """
+    said = find_json(pipeline, _SCHEDULER_FILE, _MAX_SCHEDULER_BYTES)
+    if not isinstance(said, dict) or not isinstance(name := said.get("_class_name"), str):
+        return ""
+    usual = "flow_prediction" if name.startswith("FlowMatch") or said.get("use_flow_sigmas") is True else "epsilon"
+    return str(said.get("prediction_type") or usual)
 
 
 def _components(document: object, where: str) -> Iterator[tuple[str, str]]:

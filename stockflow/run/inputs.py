@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -12,6 +12,7 @@ from stockflow.checkpoints.copies import compared
 from stockflow.checkpoints.files.layout import OnFile, unheard
 from stockflow.checkpoints.identity import same_models
 from stockflow.checkpoints.opening import Checkpoint, open_checkpoints, open_tokenizer
+from stockflow.checkpoints.pipelines import pipeline_around, predicted_by
 from stockflow.checkpoints.samples import Samples
 from stockflow.checkpoints.tokens.tokenizers import Tokenizer, read_tokenizers
 from stockflow.errors import AccessDeniedError, NotFoundError, StockflowError, StorageError, UserError
@@ -93,6 +94,7 @@ class Inputs:
             made.get(each.url) or _store_of(store, each, inputs.storage)
             for store, each in zip(found, inputs.merged, strict=True)
         ]
+        inputs.checkpoints = [_with_prediction(each, inputs.storage) for each in inputs.checkpoints]
         for location in recipe.locations[len(recipe.checkpoints) :]:
             inputs.stores.append(open_model(pin_revision(location), inputs.storage))
             inputs.checkpoints.append(open_tokenizer(inputs.stores[-1]))
@@ -176,6 +178,14 @@ def _completing(made: dict[str, Store], storage: StorageConfig, adapter: Store, 
     """Return the store of an adapter that was named alone with its base: it knows whose tokenizer is read."""
     store = with_base(adapter, base, storage=storage)
     return made.setdefault(store.url, store)
+
+
+def _with_prediction(opened: Checkpoint, storage: StorageConfig) -> Checkpoint:
+    """Return a checkpoint with what the scheduler beside it says that it predicts, if it is a part of a pipeline."""
+    if around := pipeline_around(opened.url, opened.files, opened.config):
+        with suppress(UserError, StorageError):
+            return replace(opened, predicts=predicted_by(open_model(around, storage)))
+    return opened
 
 
 def _store_of(store: Store | StockflowError, opened: Checkpoint, storage: StorageConfig) -> Store:

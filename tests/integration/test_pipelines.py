@@ -135,6 +135,40 @@ def test_parts_that_are_put_together_or_scheduled_in_another_way_are_said(pipeli
     assert "Other" in said
 
 
+SCHEDULERS: dict[str, tuple[dict[str, str], dict[str, str], list[str]]] = {
+    "velocity": ({"_class_name": "PNDMScheduler"}, {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+                 ["epsilon", "v_prediction"]),
+    "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"_class_name": "DDIMScheduler"},
+             ["flow_prediction", "epsilon"]),
+    "alike": ({"_class_name": "PNDMScheduler"}, {"_class_name": "DDIMScheduler", "prediction_type": "epsilon"}, []),
+    "unsaid": ({}, {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "AutoencoderKL"])
+def test_components_that_predict_otherwise_by_the_schedulers_beside_them_are_said(
+    pipelines: Family, tmp_path: Path, case: str, kind: str
+) -> None:
+    usual, other, expected = SCHEDULERS[case]
+    for number, folder in enumerate((pipelines.base, *pipelines.tuned)):
+        (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": kind}))
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(other if number == 2 else usual))
+    named_file = pipelines.tuned[1] / "unet" / f"{STEM}.safetensors"
+    units = Family(pipelines.base / "unet", (pipelines.tuned[0] / "unet", named_file))
+
+    remarks = stockflow.plan(recipe_of(units, tmp_path), tmp_path / "out").plan.remarks
+
+    found = [each for each in remarks if each.code == "predictions-differ"]
+    assert [[*dict.fromkeys(each.values.values())] for each in found] == [expected] * (
+        bool(expected) and kind != "AutoencoderKL"
+    )
+    for each in found:
+        first, last = expected
+        assert each.severity == "warning"
+        assert f"'{first}' for {units.base}, {units.tuned[0]}; '{last}' for {named_file}: " in each.text
+
+
 COMPONENT_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads": ("heads-differ", {"attention_head_dim": 4}, "unet/config.json: size of an attention head differs: 8 in "),
     "class": ("architecture-differs", {"_class_name": "Other"}, "unet/config.json: _class_name differs: 'UNet' in "),

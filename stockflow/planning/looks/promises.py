@@ -22,6 +22,7 @@ _TOWERS = {"vision_config.": ("vision", "visual"), "audio_config.": ("audio", "s
 """Parts of names of tensors, by where a config speaks of their tower."""
 _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
 """Say that layers share tensors, or are counted otherwise."""
+_MIXED = "weights trained for the one are mixed with weights for the other. Leave one sort of models out"
 
 
 def stacks(begins: Iterable[str]) -> dict[str, set[int]]:
@@ -142,22 +143,30 @@ def _with_markers(proposal: Proposal, markers: Sequence[str]) -> tuple[str, ...]
 
 
 def mixed_predictions(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which of the models that are merged say what they predict by a tensor, where others have none of it."""
+    """Yield which of the models that are merged predict otherwise: by a tensor that others lack, or by schedulers."""
     marks = {mark for each in proposal.checkpoints for mark in MARKS_OF_PREDICTION if mark in each.specs}
-    merged = (job for job in proposal.jobs if not job.is_copy) if marks else ()
+    if not marks and not any(each.predicts for each in proposal.checkpoints):
+        return
+    merged = (job for job in proposal.jobs if not job.is_copy)
     numbers = sorted({operand.checkpoint for job in merged for operand in job.reading.operands})
+    models = [proposal.checkpoints[number] for number in numbers]
     for mark in sorted(marks):
-        holders, others = list[str](), list[str]()
-        for each in (proposal.checkpoints[number] for number in numbers):
-            (holders if mark in each.specs else others).append(redact(each.url))
+        holders = [redact(each.url) for each in models if mark in each.specs]
+        others = [redact(each.url) for each in models if mark not in each.specs]
         if holders and others:
             goes = "" if mark in proposal.written else "not "
             text = (
                 f"by the tensor {shown(mark)} loaders know that a model predicts otherwise (v for noise): in "
                 f"{some(holders, quote=str)}, not in {some(others, quote=str)}; by a rule it is {goes}written, and "
-                "weights trained for the one are mixed with weights for the other. Leave one sort of models out"
+                f"{_MIXED}"
             )
             yield Remark("predictions-differ", text, "warning", (*holders, *others), (mark,))
+    said = {redact(each.url): each.predicts for each in models if each.predicts}
+    if len(kinds := dict.fromkeys(said.values())) > 1:
+        owners = {kind: [url for url, own in said.items() if own == kind] for kind in kinds}
+        told = "; ".join(f"{shown(kind)} for {some(urls, quote=str)}" for kind, urls in owners.items())
+        text = f"the schedulers beside these components say that they predict otherwise, {told}: {_MIXED}"
+        yield Remark("predictions-differ", text, "warning", tuple(said), values=said)
 
 
 def nonfinite_values(proposal: Proposal) -> Iterator[Remark]:
