@@ -1,8 +1,9 @@
 """Side files: what does not come along, of the model that gives them and of the others, and what is named in vain."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 from stockflow.checkpoints.beside.side_files import code_files, is_of_tokenizer, is_tokenizer_or_template
+from stockflow.checkpoints.tokens.said import TEMPLATE_FILE, TEMPLATE_JSON
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import redact
 from stockflow.text.examples import some
@@ -45,23 +46,50 @@ def _missing_code(proposal: Proposal) -> Iterator[str]:
 def untaken_files(proposal: Proposal) -> Iterator[Remark]:
     """Yield which side files only models have that do not give them; of tokenizers, what they hold is compared."""
     donor = proposal.side_files_donor
-    kept = {*donor.side_files, *donor.omitted_side_files}
+    kept = {*donor.side_files, *donor.omitted_side_files, *_given_with_tokens(proposal)}
     holders: dict[tuple[str, ...], list[str]] = {}
     for number, each in enumerate(proposal.checkpoints):
-        known = _is_compared(proposal, number)
-        if keys := tuple(key for key in each.side_files if key not in kept and not known(key)):
-            holders.setdefault(keys, []).append(redact(each.url))
-    for keys, urls in holders.items():
-        text = (
-            f"{some(keys)} of {', '.join(urls)} will not be copied: side files come from {redact(donor.url)}, which "
-            "has none of that name; `stockflow: {side_files_from: ...}` names another model"
-        )
-        yield Remark("not-taken", text, "note", tuple(urls), values={"files": some(keys)})
+        keys = [key for key in each.side_files if key not in kept and not _is_compared(proposal, number, key)]
+        for given_apart in (False, True):
+            if alike := tuple(key for key in keys if _is_given_apart(proposal, key) == given_apart):
+                holders.setdefault(alike, []).append(redact(each.url))
+    for files, urls in holders.items():
+        text = f"{some(files)} of {', '.join(urls)} will not be copied: {_why_not(proposal, files)}"
+        yield Remark("not-taken", text, "note", tuple(urls), values={"files": some(files)})
 
 
-def _is_compared(proposal: Proposal, number: int) -> Callable[[str], bool]:
-    """Return what tells files whose contents are compared, or are in another file of the donor's."""
-    donor = proposal.recipe.side_files_donor
-    both = [proposal.tokenizers[index].templates for index in (number, donor) if index < len(proposal.tokenizers)]
-    is_known = len(both) == len(("own", "published")) and both[0] == both[1]
-    return is_tokenizer_or_template if is_known else is_of_tokenizer
+def _is_given_apart(proposal: Proposal, key: str) -> bool:
+    """Return whether a file is a template where the recipe says whose tokenizer goes out, and templates with it."""
+    return proposal.recipe.vocabulary is not None and is_tokenizer_or_template(key)
+
+
+def _why_not(proposal: Proposal, keys: Sequence[str]) -> str:
+    recipe = proposal.recipe
+    if not _is_given_apart(proposal, keys[0]):
+        advice = "`stockflow: {side_files_from: ...}` names another model"
+        return f"side files come from {redact(proposal.side_files_donor.url)}, which has none of that name; {advice}"
+    can_be_chosen = any(key in (TEMPLATE_FILE, TEMPLATE_JSON) for key in keys)
+    advice = "`chat_template: auto` or MODEL takes theirs" if can_be_chosen else "put them into the output by hand"
+    return f"templates come with the tokenizer, from {redact(recipe.locations[recipe.vocabulary_donor])}; {advice}"
+
+
+def _given_with_tokens(proposal: Proposal) -> Iterator[str]:
+    """Yield the templates that come along with the tokenizer that is published, of whichever model."""
+    donor = proposal.recipe.vocabulary_donor
+    if donor < len(proposal.checkpoints):
+        yield from filter(is_tokenizer_or_template, proposal.checkpoints[donor].side_files)
+
+
+def _is_compared(proposal: Proposal, number: int, key: str) -> bool:
+    """Return whether a file's contents are compared, are in another file that goes out, or are chosen by the recipe."""
+    recipe, tokenizers = proposal.recipe, proposal.tokenizers
+    if is_of_tokenizer(key) or not is_tokenizer_or_template(key):
+        return is_of_tokenizer(key)
+    is_main = key in (TEMPLATE_FILE, TEMPLATE_JSON)
+    if is_main and recipe.chat_template is not None:
+        return True
+    if max(number, recipe.vocabulary_donor) >= len(tokenizers):
+        return False
+    own, published = tokenizers[number], tokenizers[recipe.vocabulary_donor]
+    is_said = is_main and own.template is not None and recipe.checkpoints[number] != recipe.base_model
+    return own.templates == published.templates or is_said

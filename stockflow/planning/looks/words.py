@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.heads import said_of_language
 from stockflow.checkpoints.tokens.said import DEFAULT, END, ids_as_sets
+from stockflow.checkpoints.tokens.vocabularies import Ids
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.vocabulary.templates import chosen_template
 from stockflow.storage import redact
@@ -126,27 +127,38 @@ def _further_templates(proposal: Proposal, index: int) -> Mapping[str, str] | No
 
 def templates_going_out(proposal: Proposal) -> Iterator[Remark]:
     """Yield that the chat template which goes out cannot be read, or writes markers that are no tokens."""
-    recipe, donor = proposal.recipe, proposal.recipe.vocabulary_donor
-    if donor >= len(proposal.tokenizers) or not recipe.stockflow.copy_tokenizer:
+    recipe, tokenizers, donor = proposal.recipe, proposal.tokenizers, proposal.recipe.vocabulary_donor
+    if not tokenizers or not recipe.stockflow.copy_tokenizer:
         return
-    tokenizer, url = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url)
-    template = chosen_template(recipe, proposal.tokenizers) or tokenizer.template
+    own = tokenizers[donor] if donor < len(tokenizers) else None
+    url = redact(proposal.checkpoints[donor].url if own else recipe.locations[donor])
+    template = chosen_template(recipe, tokenizers) or (own.template if own else None)
     if template and (fault := fault_in(template)):
         text = f"the chat template that goes out cannot be read: {in_a_line(fault)}; {CHOOSES_TEMPLATE}"
         yield Remark("template-unread", text, models=(url,), values={"fault": fault})
-    vocabulary = tokenizer.vocabulary
-    known = vocabulary.ids if vocabulary and not vocabulary.problem and not recipe.vocabulary else None
+    known = _ids_going_out(proposal)
     if template and known and (strange := [each for each in markers_in(template) if each not in known]):
         more = f" and {len(strange) - NUM_SHOWN:,} more" if len(strange) > NUM_SHOWN else ""
         some, are_none = (
             ", ".join(map(shown, strange[:NUM_SHOWN])),
             "is no token" if len(strange) == 1 else "are no tokens",
         )
+        is_union = recipe.vocabulary is not None and recipe.vocabulary.source == "union"
+        whose = "the vocabulary that is written" if is_union else f"{url}, whose tokenizer goes out"
         text = (
-            f"the chat template that goes out writes {some}{more}, which {are_none} of {url}, whose "
-            "tokenizer goes out: a model reads several tokens there"
+            f"the chat template that goes out writes {some}{more}, which {are_none} of {whose}: "
+            "a model reads several tokens there"
         )
         yield Remark("template-unread", text, "note", (url,), values=dict.fromkeys(strange, "no token"))
+
+
+def _ids_going_out(proposal: Proposal) -> Ids | None:
+    """Return the ids of the vocabulary that is written, where they are known; that of all models if no row moves."""
+    if proposal.followed and proposal.followed.ids:
+        return proposal.followed.ids
+    donor = proposal.recipe.vocabulary_donor
+    vocabulary = proposal.tokenizers[donor if donor < len(proposal.tokenizers) else proposal.recipe.donor].vocabulary
+    return vocabulary.ids if vocabulary and not vocabulary.problem else None
 
 
 def _generation(proposal: Proposal, index: int) -> Config | None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from stockflow.checkpoints.beside.side_files import is_tokenizer_or_template
+from stockflow.checkpoints.beside.side_files import is_of_tokenizer, is_tokenizer_or_template
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.said import TEMPLATE_FILE, TEMPLATE_JSON, content_of
@@ -49,9 +49,7 @@ def published_tokenizer(
     source = recipe.vocabulary_donor
     if vocabulary is not None and vocabulary.added:
         written |= _with_tokens(redact(checkpoints[source].url), tokenizers, vocabulary)
-        copied = {
-            key: side for key, side in copied.items() if not is_tokenizer_or_template(key) or "/" in key or key in KEPT
-        }
+        copied = {key: side for key, side in copied.items() if not is_of_tokenizer(key) or "/" in key or key in KEPT}
     vocabularies = [each.vocabulary for each in tokenizers[source : source + 1]]
     ids = vocabulary.ids if vocabulary else vocabularies[0].ids if vocabularies and vocabularies[0] else {}
     written |= _with_roles(recipe, tokenizers, ids, {**copied, **written})
