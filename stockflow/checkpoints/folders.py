@@ -17,10 +17,11 @@ from stockflow.checkpoints.files.candidates import (
     lacking,
     naming_of,
     parts_of_ranks,
+    parts_of_savers,
 )
 from stockflow.checkpoints.files.disguises import disguise_of
 from stockflow.checkpoints.files.documents import read_json
-from stockflow.checkpoints.files.parts import OF_RANKS, hold_the_same
+from stockflow.checkpoints.files.parts import OF_RANKS, OF_SAVERS, hold_the_same
 from stockflow.errors import CheckpointError, NotFoundError
 from stockflow.storage import Stamp, Store, redact, scheme_of
 from stockflow.text.escaping import in_a_line
@@ -102,6 +103,8 @@ def nothing_here(store: Store, files: Mapping[str, Stamp], folders: Sequence[str
         return f"there is no checkpoint at {redact(store.url)}: {OF_RANKS}"
     if store.only:
         naming = naming_of(store.only)
+        if naming and any(group.stem == naming.stem for group in parts_of_savers(groups_of(files))):
+            return f"there is no checkpoint at {redact(store.url)}: {OF_SAVERS}"
         number = f"it is one of {naming.total} files of a model" if naming and naming.number else "it is no model"
         return f"there is no checkpoint at {redact(store.url)}: {number}; name its folder, {store.where()}"
     place = _Place(store, files, folders, groups_of(files))
@@ -171,6 +174,11 @@ def _incomplete(place: _Place) -> Iterator[str]:
 def _ranks(place: _Place) -> Iterator[str]:
     if parts := parts_of_ranks(place.groups):
         yield f"{_some([str(group) for group in parts])}: {OF_RANKS}"
+
+
+def _savers(place: _Place) -> Iterator[str]:
+    if parts := parts_of_savers(place.groups):
+        yield f"{_some([str(group) for group in parts])}: {OF_SAVERS}"
 
 
 def _several(place: _Place) -> Iterator[str]:
@@ -257,7 +265,7 @@ def _no_weights(place: _Place) -> Iterator[str]:
 
 
 _LOOKS: tuple[Callable[[_Place], Iterator[str]], ...] = (
-    _nothing, _adapter, _pipeline, _ranks, _own_layout, _incomplete, _several, _megatron, _steps, _cache,
+    _nothing, _adapter, _pipeline, _ranks, _savers, _own_layout, _incomplete, _several, _megatron, _steps, _cache,
     _sharded_training, _no_pickle, _other_format, _below, _no_weights,
 )  # fmt: skip
 """The first that has something to say decides."""

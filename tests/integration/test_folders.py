@@ -887,6 +887,15 @@ def slices(folder: Path, *files: str) -> Path:
     return write(folder, dict.fromkeys(files, half))
 
 
+def slices_of_savers(folder: Path) -> None:
+    slices(folder, *(f"shard-{number:05d}-model-00001-of-00001.safetensors" for number in (1, 2)))
+
+
+def a_slice_of_savers(folder: Path) -> Path:
+    slices_of_savers(folder)
+    return folder / "shard-00002-model-00001-of-00001.safetensors"
+
+
 def slices_of_deepseek(folder: Path) -> None:
     slices(folder, "model0-mp2.safetensors", "model1-mp2.safetensors")
 
@@ -996,6 +1005,11 @@ REFUSED: Mapping[Build, tuple[str, ...]] = {
     slices_of_deepseek: ("model1-mp2.safetensors: each file has what one process held of every matrix",),
     one_slice_of_deepseek: ("model0-mp2.safetensors: each file has what one process held of every matrix",),
     slices_of_meta: ("consolidated.01.safetensors: each file has what one process held", "take the model it was made"),
+    slices_of_savers: (
+        "shard-00002-model-00001-of-00001.safetensors: each file has what one process wrote",
+        "join them with `consolidate_safetensors_files(",
+    ),
+    a_slice_of_savers: ("each file has what one process wrote", "join them with `consolidate_safetensors_files("),
     slices_of_megatron: ("mp_rank_01.safetensors: each file has what one process held of every matrix",),
     slices_of_tensor_parallelism: ("weights-tp1.safetensors: each file has what one process held of every matrix",),
     slices_of_any_name: ("piece_0.safetensors, piece_1.safetensors hold tensors of the same names: each file has",),

@@ -42,6 +42,7 @@ _OF_A_RANK = re.compile(
     r"|(?:.+[-_.])?(?:rank|[mt]p(?:[-_]?rank)?)[-_]?(?P<rank>\d{1,6})(?:[-_.].+)?"
 )
 """DeepSeek's ``model0-mp8``, Meta's ``consolidated.00``, Megatron's ``mp_rank_00``, vLLM's ``model-rank-0-part-0``."""
+_OF_A_SAVER = re.compile(r"shard-(\d+)-model")
 _NUMBER = re.compile(r"\d+")
 _OF_A_RUN = re.compile(r"(?i:.*(epoch|step|iter|checkpoint|ckpt|run|seed|fold|trial|v|version|rev)[-_.]?)")
 """What stands before a number that counts models, not parts of one."""
@@ -174,6 +175,12 @@ def parts_of_ranks(groups: Collection[Group]) -> list[Group]:
     if len(ranks) > 1 and 0 in ranks:
         return [group for group in groups if group.stem in found]
     return [group for group in groups if group.stem in found and int(found[group.stem]["total"] or 1) > 1]
+
+
+def parts_of_savers(groups: Collection[Group]) -> list[Group]:
+    """Return what each of several processes wrote of one model: parts of rows that PyTorch's DCP did not join."""
+    found = [group for group in groups if _OF_A_SAVER.fullmatch(group.stem)]
+    return found if len(found) > 1 else []
 
 
 def alike_but_for_a_number(file: str, files: Collection[str]) -> list[str]:

@@ -19,6 +19,12 @@ OF_RANKS = (
     "each file has what one process held of every matrix (tensor parallelism: vLLM's sharded state, TensorRT-LLM, "
     "DeepSeek's and Meta's own layout); take the model it was made from"
 )
+OF_SAVERS = (
+    "each file has what one process wrote of the matrices (PyTorch's DCP: `HuggingFaceStorageWriter` without "
+    "`enable_consolidation=True`); join them with `consolidate_safetensors_files(FOLDER, OUTPUT, {name: 1 for name in "
+    "NAMES})` of torch.distributed.checkpoint._consolidate_hf_safetensors, NAMES those of all tensors, and put config "
+    "and tokenizer beside"
+)
 
 
 def hold_the_same(store: Store, files: Sequence[str]) -> bool:
