@@ -634,13 +634,33 @@ def test_a_base_behind_a_link_is_the_one_it_leads_to(tmp_path: Path) -> None:
     assert likeness(f"{tmp_path}/linked", f"{tmp_path}/final") == "one"
 
 
-@pytest.mark.parametrize(("named", "is_said"), [("org/Qwen3@main", False), ("org/another", True), (None, False)])
+def test_a_relative_base_is_the_folder_that_it_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    assert likeness("./Base", f"{tmp_path}/here/Base") == "one"
+    assert likeness("../final", f"{tmp_path}/final") == "one"
+    assert likeness("./Base", f"{tmp_path}/Base") == "apart"
+
+
+@pytest.mark.parametrize(
+    ("named", "is_said"),
+    [
+        ("org/Qwen3@main", False),
+        ("org/another", True),
+        (None, False),
+        ("./base", False),
+        ("runs/base", False),
+        ("./other/base", True),
+    ],
+)
 def test_an_adapter_that_names_another_model_than_the_one_it_is_put_on_is_said(
     named: str | None, is_said: bool, tmp_path: Path
 ) -> None:
-    write_base(tmp_path / "qwen3", SHAPES)
-    write_adapter(tmp_path / "lora", adapters.linear(SHAPES), base_model_name_or_path=named)
-    recipe = {"merge_method": "passthrough", "models": [{"model": f"{tmp_path}/qwen3+{tmp_path}/lora"}]}
+    base, lora = tmp_path / "runs" / ("base" if named and "base" in named else "qwen3"), tmp_path / "runs/lora"
+    write_base(base, SHAPES)
+    write_adapter(lora, adapters.linear(SHAPES), base_model_name_or_path=named)
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{base}+{lora}"}]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
     (opened,) = Inputs.open(load_recipe(str(tmp_path / "recipe.yaml"))).checkpoints

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from stockflow.storage import JoinedStore, redact
@@ -14,7 +15,7 @@ Likeness = Literal["one", "alike", "apart"]
 
 _CACHED = re.compile(r".*(?:^|/)models--([^/]+)(?:/snapshots(?:/[^/]+)?)?")
 _HUB = r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
-_ON_HUB = re.compile(rf"{_HUB}([\w.-]+/[\w.-]+)(?:@.*|/tree/[^/]+)?", re.ASCII)
+_ON_HUB = re.compile(rf"{_HUB}(?!\.)([\w.-]+/[\w.-]+)(?:@.*|/tree/[^/]+)?", re.ASCII)
 _REVISION = re.compile(r"@[^/@]+$")
 _ABSOLUTE = re.compile(r"/|~|[A-Za-z]:/|[a-z][a-z0-9+.-]*://")
 _OF_ANY_MODEL = re.compile(
@@ -40,12 +41,20 @@ def likeness(one: str, other: str) -> Likeness:
 def on_base(store: JoinedStore, named: str | None) -> Iterator[Remark]:
     """Yield that an adapter says it belongs to another model, or another place, than the one it is put on."""
     base = store.model.where()
-    if named and likeness(named, base) != "one":
+    if named and likeness(named, base) != "one" and not _leads_to(named, base, store.adapter.where()):
         text = (
             f"{store.adapter.where()} says that its base is {shown(redact(named))}, and is put on {base}: if these are "
             "not the same weights, what it adds means nothing"
         )
         yield Remark("adapter-elsewhere", text, "note", (store.url,))
+
+
+def _leads_to(named: str, base: str, adapter: str) -> bool:
+    """Return whether a relative path is that of the base, from here or from a folder that the adapter lies in."""
+    if _ABSOLUTE.match(named) or not _is_on_disk(base):
+        return False
+    above = Path(adapter).parents if _is_on_disk(adapter) else ()
+    return any(_followed(os.path.join(folder, named)) == _followed(base) for folder in (Path(), *above))
 
 
 def _plain(location: str) -> str:
@@ -63,7 +72,7 @@ def _last(location: str) -> str:
 
 
 def _is_on_disk(location: str) -> bool:
-    return location.startswith(("/", "~"))
+    return location.startswith(("/", "~", "./", "../"))
 
 
 def _followed(path: str) -> str:
