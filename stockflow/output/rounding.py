@@ -13,6 +13,8 @@ from stockflow.text.sizes import are, counted
 
 MOST_COLLAPSED = 0.5
 """Share of its elements from which on a small tensor is said to have lost its distinct values."""
+MOST_ROUNDED_AWAY = 0.9
+"""Share of the elements looked at which a model changes, from which on the output is said to be the base."""
 STRANGER = 1.0
 """Norm of a difference by that of the base; of two unrelated tensors it is sqrt(2)."""
 MIN_STRANGER_ELEMS = 64
@@ -24,6 +26,7 @@ def proved_of_tensors(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[
     """Yield what the facts of all tensors prove."""
     yield from _proved_of_codes(plan, rows)
     yield from _losses(rows)
+    yield from _rounded_away(rows)
     yield from _strangers(plan, rows)
     yield from _ends_of_zeros(plan, rows)
 
@@ -55,6 +58,22 @@ def _losses(rows: Sequence[TensorFacts]) -> Iterator[Remark]:
             "`action: copy`"
         )
         yield Remark("running-statistics", text, tensors=names)
+
+
+def _rounded_away(rows: Sequence[TensorFacts]) -> Iterator[Remark]:
+    """Yield that nearly nothing of what models change is left by rounding to the output's dtype."""
+    held = [row for row in rows if row.facts.get("changed") and "clamped" not in row.flags]
+    changed, lost = (sum(int(row.facts[key]) for row in held) for key in ("changed", "rounded_away"))
+    if lost and lost >= MOST_ROUNDED_AWAY * changed:
+        names = tuple(row.name for row in held if row.facts["rounded_away"])
+        dtypes = sorted({row.dtype for row in held})
+        text = (
+            f"the output is {'' if lost == changed else 'nearly '}the base again: of {counted(changed, 'element')} "
+            f"looked at in {counted(len(held), 'tensor')} that models change, {lost:,} came out as the base's, as what "
+            f"is added is smaller than the steps of {' and '.join(dtypes)}; `dtype: "
+            f"{'float64' if 'F32' in dtypes else 'float32'}` keeps it"
+        )
+        yield Remark("rounded-away", text, tensors=names)
 
 
 def _strangers(plan: MergePlan, rows: Sequence[TensorFacts]) -> Iterator[Remark]:

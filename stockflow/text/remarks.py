@@ -73,6 +73,7 @@ CODES: Mapping[str, str] = {
     "repeated-key": "a key that is there twice with one value",
     "repeated-model": "a model that is listed twice",
     "routers-merged": "what chooses among experts, merged by a method that adds models up",
+    "rounded-away": "changes that rounding to the output's dtype loses, so that the output is the base",
     "rounding-noise": "changes that are within the error of the codes they are stored in",
     "running-statistics": "running statistics that are averaged",
     "same-model": "a model that the recipe names in several ways",

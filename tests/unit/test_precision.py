@@ -394,6 +394,44 @@ def test_small_tensors_that_lose_their_distinct_values_are_counted_and_said(merg
     assert (said.severity, said.tensors) == ("note", ("gate.e_score_correction_bias",))
 
 
+@pytest.mark.parametrize(
+    ("change", "method", "dtype", "num_lost"),
+    [
+        (2e-4, "task_arithmetic", "bfloat16", 1024),
+        (2e-4, "model_stock", "bfloat16", 1024),
+        (2e-4, "ties", "bfloat16", 1024),
+        (2e-4, "task_arithmetic", "float32", None),
+        (0.1, "task_arithmetic", "bfloat16", 0),
+        (0.1, "ties", "bfloat16", 0),
+        (0.0, "task_arithmetic", "bfloat16", 0),
+    ],
+)
+@pytest.mark.parametrize("stored", [BF16, F32])
+def test_changes_that_rounding_loses_are_said(
+    tmp_path: Path, stored: torch.dtype, change: float, method: str, dtype: str, num_lost: int | None
+) -> None:
+    """Between 1 and 2 BF16 has steps of 2**-7: of a change by 2e-4 it keeps nothing, F32 all, and of 0.1 most."""
+    base = 1 + torch.arange(9000).reshape(90, 100) % 128 / 128
+    merge = Merge(tmp_path, (1, 1, 1))
+    for own in merge.models:
+        own.clear()
+    tunes = [base + change * (1 + torch.rand(90, 100, generator=torch.manual_seed(seed))) for seed in range(2)]
+    add(merge, "w", base.to(stored), *tunes).write(config={})
+    parameters = {"density": 0.2} if method == "ties" else {}
+    result = merged_with(merge, tmp_path, (0.5, 0.5), dtype=dtype, merge_method=method, parameters=parameters)
+
+    facts = runs.tensor_facts(tmp_path / "out")["w"]["facts"]
+    assert facts.get("rounded_away") == num_lost
+    assert facts.get("changed") == (None if num_lost is None else 1024 * bool(change))
+    said = [remark.text for remark in result.manifest.remarks if remark.code == "rounded-away"]
+    assert [text.partition(", as")[0] for text in said] == [
+        "the output is the base again: of 1,024 elements looked at in 1 tensor that models change, 1,024 came out as "
+        "the base's"
+    ] * bool(num_lost)
+    out = load_file(tmp_path / "out" / "model.safetensors")["w"]
+    assert torch.equal(out, base.to(out.dtype)) == bool(num_lost or not change)
+
+
 @pytest.mark.parametrize("shape", [(80, 80), (700, 800)])
 def test_a_file_that_was_cut_is_told_by_the_zeros_at_its_end(
     merge: Merge, tmp_path: Path, shape: tuple[int, int]
