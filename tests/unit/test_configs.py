@@ -859,7 +859,8 @@ FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
     ),
     "labels beside a router": (
         {**LABELS, "vocab_size": 5},
-        {"model.layers.0.mlp.router.classifier.weight": (7, 4), "model.embed_tokens.weight": (5, 4)}, "",
+        {"model.layers.0.mlp.router.classifier.weight": (7, 4), "model.embed_tokens.weight": (5, 4),
+         "score.weight": (2, 4)}, "",
     ),
     "two positions more": (
         {"max_position_embeddings": 6, "vocab_size": 5},
@@ -888,6 +889,58 @@ def test_what_a_config_says_of_biases_experts_positions_and_labels_is_held_again
     said = [remark.text for remark in merge.plan().remarks if remark.code == "promise-unkept"]
     assert len(said) == bool(broken)
     assert not broken or re.search(broken, said[0])
+
+
+TEXT, BERT = "language_model.model.layers.0.a", "bert.encoder.layer.0.a"
+T5_HALVES = {"architectures": ["T5ForConditionalGeneration"], "num_decoder_layers": 1}
+PARTS: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "a tower by its depth": ({"vision_config": {"depth": 4}}, [TEXT, "lm_head.weight"], "vision_config.depth: 4"),
+    "an audio tower beside another": (
+        {"audio_config": {"encoder_layers": 2}}, [TEXT, "visual.patch.weight"], "audio_config.encoder_layers: 2",
+    ),
+    "a tower": ({"vision_config": {"depth": 4}}, [TEXT, "visual.blocks.0.a"], ""),
+    "a tower of other names": ({"vision_config": {"depth": 4}}, [TEXT, "eyes.a"], ""),
+    "a tower of no layers": ({"vision_config": {"num_hidden_layers": 0}}, [TEXT], ""),
+    "an encoder alone": (T5_HALVES, ["shared.weight", "encoder.block.0.a"], "num_decoder_layers: 1"),
+    "an encoder and a decoder": (T5_HALVES, ["shared.weight", "encoder.block.0.a", "decoder.block.0.a"], ""),
+    "shared experts": ({"n_shared_experts": 1}, [f"{EXPERTS}.a", "model.layers.0.mlp.shared_experts.a"], ""),
+    "no shared experts": ({"n_shared_experts": 0}, [f"{EXPERTS}.a"], ""),
+    "shared experts that are gone": ({"n_shared_experts": 1}, [f"{EXPERTS}.a"], "n_shared_experts: 1"),
+    "a classifier that is gone": ({"architectures": ["BertForSequenceClassification"]}, [BERT], "no head is written"),
+    "a classifier of which half is gone": (
+        {"architectures": ["RobertaForSequenceClassification"]}, [BERT, "classifier.dense.weight"],
+        "of its head only 'classifier.dense.weight' is written",
+    ),
+    "a whole classifier": (
+        {"architectures": ["RobertaForSequenceClassification"]},
+        [BERT, "classifier.dense.weight", "classifier.out_proj.weight"], "",
+    ),
+    "a head of another task": (
+        {"architectures": ["LlamaForSequenceClassification"]}, ["model.layers.0.a", "lm_head.weight"], "no head is",
+    ),
+    "a bare backbone": (
+        {"architectures": ["BertForTokenClassification"]}, ["embeddings.a", "encoder.layer.0.a"], "no head is written",
+    ),
+    "a head of an unknown name": ({"architectures": ["BertForTokenClassification"]}, [BERT, "crf.weight"], ""),
+    "a head within": ({"architectures": ["XForSequenceClassification"]}, ["x.layers.0.a", "x.score.weight"], ""),
+    "a head of speech that is gone": ({"architectures": ["Wav2Vec2ForCTC"]}, ["wav2vec2.a"], "no head is written"),
+    "a head of speech": ({"architectures": ["Wav2Vec2ForCTC"]}, ["wav2vec2.a", "lm_head.weight"], ""),
+    "a tied head": ({"architectures": ["LlamaForCausalLM"]}, ["model.layers.0.a"], ""),
+    "a class that has none": ({"architectures": ["BertModel"]}, [BERT], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_that_the_config_promises_and_no_tensor_is_of_are_said(tmp_path: Path, case: str) -> None:
+    config, names, missed = PARTS[case]
+    merge = Merge(tmp_path)
+    for folder in merge.folders:
+        write_checkpoint(folder, {name: torch.ones(3) for name in names}, config=config)
+
+    said = [remark.text for remark in merge.plan().remarks if remark.code == "promise-unkept"]
+
+    assert len(said) == bool(missed)
+    assert not missed or missed in said[0]
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "num_decoder_layers", "decoder_ffn_dim"])

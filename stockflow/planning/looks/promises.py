@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from stockflow.checkpoints.configs import Config, first, nonfinite, sections
 from stockflow.checkpoints.heads import is_of_language
 from stockflow.checkpoints.naming import MARKS_OF_PREDICTION, OF_ADAPTERS, OF_TRAINERS, TRAINING_WRAPPERS, LayerNames
+from stockflow.planning.looks.parts import broken, is_plain, tower_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
 from stockflow.storage import redact
@@ -18,8 +19,6 @@ _WRAPPERS = tuple(f"{part}." for part in TRAINING_WRAPPERS)
 _FEED_FORWARD = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.(?:mlp|feed_forward)\.(experts|gate_proj|gate_up_proj)\b")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _LAYERS = LayerNames()
-_TOWERS = {"vision_config.": ("vision", "visual"), "audio_config.": ("audio", "speech")}
-"""Parts of names of tensors, by where a config speaks of their tower."""
 _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
 """Say that layers share tensors, or are counted otherwise."""
 _MIXED = "weights trained for the one are mixed with weights for the other. Leave one sort of models out"
@@ -39,28 +38,27 @@ def missing_layers(proposal: Proposal) -> Iterator[Remark]:
     config = proposal.config or {}
     speaks = any(key in section for _, section in sections(config) for key in _NUM_LAYERS)
     found = stacks(proposal.begins) if speaks else {}
-    whole = {len(numbers) for numbers in found.values() if max(numbers) + 1 == len(numbers)}
     for path, section in sections(config) if found else ():
+        ours = _of_its_tower(path, found)
+        whole = {len(numbers) for numbers in ours.values() if max(numbers) + 1 == len(numbers)}
         counted_otherwise = any(each in section for each in _OTHERWISE_COUNTED)
         kinds = section.get("layer_types")
         for key in _NUM_LAYERS:
             number = section.get(key)
-            if counted_otherwise or not isinstance(number, int):
+            if counted_otherwise or not isinstance(number, int) or not ours:
                 continue
             promised = {number, number + _num_predicted(section)}
             if not whole & promised:
-                yield _broken(proposal, path + key, number, f"the written tensors have {_described(found)}")
+                yield broken(proposal, path + key, number, f"the written tensors have {_described(ours)}")
             if isinstance(kinds, list) and len(kinds) not in promised:
-                yield _broken(proposal, f"{path}layer_types", f"{len(kinds)} of them", f"{number} layers are promised")
+                yield broken(proposal, f"{path}layer_types", f"{len(kinds)} of them", f"{number} layers are promised")
 
 
-def missing_towers(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which towers the published config promises of which rules leave all tensors out."""
-    skipped, written = "\n".join(proposal.skipped).lower(), "\n".join(proposal.written).lower()
-    for path, _ in sections(proposal.config or {}) if skipped else ():
-        words = next((words for key, words in _TOWERS.items() if path.startswith(key)), ())
-        if any(word in skipped for word in words) and not any(word in written for word in words):
-            yield _broken(proposal, path.rstrip("."), "a tower", "rules leave all tensors of it out")
+def _of_its_tower(path: str, found: Mapping[str, set[int]]) -> Mapping[str, set[int]]:
+    """Return the layers that may be of what a section speaks of: those of its tower, none where only others are."""
+    words = tower_of(path)
+    ours = {before: each for before, each in found.items() if any(word in before for word in words)}
+    return ours if ours or (words and all(map(is_plain, found))) else found
 
 
 def _num_predicted(section: Config) -> int:
@@ -81,7 +79,7 @@ def layers_of_experts(proposal: Proposal) -> Iterator[Remark]:
         if wrong and any(held.values()):
             kept = "has experts" if held[wrong[0]] else "has none"
             many = f"{counted(len(wrong), 'layer')} it is otherwise: layer {wrong[0]} {kept}"
-            yield _broken(proposal, path + key, section[key], f"by that, which layers have experts, in {many}")
+            yield broken(proposal, path + key, section[key], f"by that, which layers have experts, in {many}")
 
 
 def _says_experts(section: Config) -> tuple[str, Callable[[int], bool]] | None:
@@ -108,7 +106,7 @@ def missing_predictions(proposal: Proposal) -> Iterator[Remark]:
         extra = re.compile(rf"(^|\.)(mtp\w*\.|layers\.{layers}\.)")
         if not any(map(extra.search, proposal.written)):
             key = next(key for key in section if section[key] == number and ("nextn" in key or "mtp" in key))
-            yield _broken(proposal, path + key, number, "no written tensor is of a layer that predicts further tokens")
+            yield broken(proposal, path + key, number, "no written tensor is of a layer that predicts further tokens")
 
 
 def wrapped_by_adapters(proposal: Proposal) -> Iterator[Remark]:
@@ -201,12 +199,3 @@ def _described(found: Mapping[str, set[int]]) -> str:
     return ", ".join(
         f"{counted(len(numbers), 'layer')} under {before}" for before, numbers in sorted(found.items())[:4]
     )
-
-
-def _broken(proposal: Proposal, key: str, promised: object, kept: str) -> Remark:
-    url = redact(proposal.donor.url)
-    text = (
-        f"the published config says {key}: {promised}, as that of {url} does, but {kept}; correct it there if the "
-        "model is whole as it is, else a loader misses something"
-    )
-    return Remark("promise-unkept", text, "warning", (url,), values={key: str(promised)})
