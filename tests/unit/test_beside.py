@@ -175,7 +175,18 @@ LEFT_OUT: dict[str, tuple[dict[str, str | bytes], str]] = {
         {"checkpoint-500/model.safetensors": "1", "checkpoint-500/tokenizer.json": "{}"},
         "2 files of training (3 B)",
     ),
-    "original": ({"original/params.json": "{}", "original/consolidated.00.pth": "1"}, "1 file of no known kind (2 B)"),
+    "original": (
+        {"original/params.json": "{}", "original/consolidated.00.pth": "1"},
+        "1 file of weights in other formats (1 B), 1 file of the own layout of Mistral or Meta (2 B)",
+    ),
+    "Mistral's": (
+        {"params.json": "{}", "consolidated.safetensors": "1", "figures/x.jpg": ""},
+        "2 files of the own layout of Mistral or Meta (3 B)",
+    ),
+    "another index": (
+        {"other.safetensors.index.json": "{}"},
+        "as no loader of the output needs it, 1 file of indexes of weights that are not read (2 B)",
+    ),
     "private": ({"id_rsa": "k", "notes/plan.txt": "secret", "tokenizer/id_rsa": "k"}, "3 files of no known kind (8 B)"),
     "no module": ({"1_Pooling/config.json": "{}"}, "1 file of no known kind (2 B)"),
     "no template": (
@@ -216,11 +227,12 @@ def test_a_folder_whose_name_no_store_takes_is_not_listed_and_said(folder: Path)
     assert "\n" not in remark.text
 
 
-def test_hidden_files_and_what_an_output_has_of_its_own_are_no_matter(folder: Path) -> None:
+def test_hidden_files_pictures_and_what_an_output_has_of_its_own_are_no_matter(folder: Path) -> None:
     files: dict[str, str | bytes] = {
         ".gitattributes": "1", ".git/config": "1", ".cache/huggingface/x.lock": "1", "README.md": "1",
         "._model.safetensors": "1", "._model-00001-of-00002.safetensors": "1", "manifest.json": "{}",
         "_stockflow/claim.json": "{}", "1_Pooling/.env": "1", "mergekit_config.yml": "1",
+        "figures/benchmark.jpg": "1", "assets/Report.PDF": "1", "logo.svg": "1", "README_zh.md": "1",
     }  # fmt: skip
 
     assert opened(write(folder, files)).remarks == ()
@@ -253,12 +265,16 @@ def test_the_weights_in_another_precision_are_a_note_and_others_that_are_called_
     halves = {name: tensor.half() for name, tensor in TENSORS.items()}
     save_file({"a": halves["a"]}, folder / "model.fp16-00001-of-00002.safetensors")
     save_file({"b": halves["b"]}, folder / "model.fp16-00002-of-00002.safetensors")
+    save_file(TENSORS, folder / "model.non_ema.safetensors")
     write(folder, {"model.safetensors.index.fp16.json": "{}"})
 
     (remark,) = opened(folder).remarks
 
     assert (remark.code, remark.severity) == ("left-out", "note")
-    assert "as no loader of the output needs it, 3 files of the weights in another precision (" in remark.text
+    assert (
+        "as no loader of the output needs it, 4 files of the weights in another precision or not averaged ("
+        in remark.text
+    )
     save_file(halves | {"c": torch.ones(1)}, folder / "model.bf16.safetensors")
     save_file(halves, folder / "model.ema.safetensors")
     assert opened(folder).remarks[0].values.keys() == {"model.bf16.safetensors", "model.ema.safetensors"}

@@ -109,13 +109,13 @@ def test_side_files_are_what_makes_the_folder_usable(tmp_path: Path) -> None:
     }  # fmt: skip
     folder = write_checkpoint(tmp_path / "m", TENSORS, side_files=SIDE_FILES | extra | left_out)
     (folder / "original").mkdir()
-    (folder / "original" / "params.json").write_text("{}")
+    (folder / "original" / "dtypes.json").write_text("{}")
 
     checkpoint = opened(folder)
 
     assert checkpoint.side_files.keys() == SIDE_FILES.keys() | extra.keys()
     assert checkpoint.omitted_side_files == ()
-    assert checkpoint.other_files == ("original/params.json",)
+    assert checkpoint.other_files == ("original/dtypes.json",)
 
 
 PRIVATE = (

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
+from stockflow.checkpoints.beside.side_files import MISTRAL_CONFIG
 from stockflow.checkpoints.files.candidates import PRECISIONS, SUFFIXES, naming_of
 from stockflow.checkpoints.files.header import PlacedTensor
 from stockflow.checkpoints.files.layout import folder_of
@@ -28,13 +29,19 @@ MAX_TENSORS = 10_000
 
 _HEAD = re.compile(r"model_head\.(pkl|joblib)")
 OTHERS = "no known kind"
-VARIANTS = "the weights in another precision"
+VARIANTS = "the weights in another precision or not averaged"
+LIBRARYS = "the own layout of Mistral or Meta"
+_VARIANTS = {*PRECISIONS, "non_ema"}
+_FOR_READERS = re.compile(r".+\.(jpe?g|png|gif|svg|webp|bmp|ico|pdf|mp4|webm|mov|md|bib|cff)", re.IGNORECASE)
+"""Pictures and texts, which no loader opens: what a loader does open, such as code's files, is told before."""
 _KINDS: Mapping[str, re.Pattern[str]] = {
     "training": re.compile(
         r"(.+/)?((trainer_state|(all|train|eval|test|predict)_results)\.json|training_args\.(bin|json)|zero_to_fp32\.py"
         r"|latest|events\.out\.tfevents\..+|(optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth|safetensors)"
         r"|[^/]*_(optim|model)_states\.pt)|(.+/)?(checkpoint-\d+|global_step\d+|runs|wandb|logs)/.+"
     ),
+    LIBRARYS: re.compile(r"(original/)?params\.json|consolidated([-.][^/]*)?\.safetensors(\.index\.json)?"),
+    "indexes of weights that are not read": re.compile(r"(.+/)?[^/]*\.safetensors\.index\.json"),
     "weights in other formats": re.compile(
         r"(.+/)?(onnx|openvino|coreml|tflite|saved_model)/.+"
         rf"|(.+/)?[^/]*(model|consolidated|weights)[^/]*({'|'.join(map(re.escape, _OF_ANYTHING))})"
@@ -54,13 +61,17 @@ def kind_of(key: str) -> str:
 def is_variant(key: str) -> bool:
     """Whether a file is called as weights in another precision are: ``model.fp16.safetensors``, or their index."""
     said = naming_of(key.rpartition("/")[2])
-    return said is not None and said.suffix == SUFFIXES[0] and said.variant in PRECISIONS
+    return said is not None and said.suffix == SUFFIXES[0] and said.variant in _VARIANTS
 
 
 def strays(tree: Tree, used: Collection[str]) -> list[str]:
-    """Return the keys of weights in safetensors that are not merged, those of training left out."""
+    """Return the keys of weights in safetensors that are not merged, those of training and Mistral's library left out.
+
+    What is called as that library calls its weights is its own where its config is there.
+    """
     seen = (key for key in tree.files if key.endswith(".safetensors") and key not in used and not is_hidden(key))
-    return [key for key in seen if kind_of(key) in {OTHERS, VARIANTS}]
+    asked = {OTHERS, VARIANTS} if MISTRAL_CONFIG in tree.files else {OTHERS, VARIANTS, LIBRARYS}
+    return [key for key in seen if kind_of(key) in asked]
 
 
 def are_again(key: str, placed: Sequence[PlacedTensor] | None, merged: Collection[str]) -> bool:
@@ -69,7 +80,7 @@ def are_again(key: str, placed: Sequence[PlacedTensor] | None, merged: Collectio
 
 
 def left_out(tree: Tree, used: Collection[str]) -> dict[str, Stamp]:
-    """Return what stays behind, hidden files and what an output has of its own not counted.
+    """Return what stays behind; hidden files, pictures and texts, and what an output has of its own are not counted.
 
     Args:
         tree: the model's folder.
@@ -78,7 +89,7 @@ def left_out(tree: Tree, used: Collection[str]) -> dict[str, Stamp]:
     return {
         key: stamp
         for key, stamp in tree.files.items()
-        if key not in used and key not in REPLACED and not is_hidden(key)
+        if key not in used and key not in REPLACED and not is_hidden(key) and not _FOR_READERS.fullmatch(key)
     }
 
 
