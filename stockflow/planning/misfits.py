@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 
 from stockflow.checkpoints.configs import first
 from stockflow.checkpoints.files.header import TensorSpec
+from stockflow.checkpoints.files.layout import folder_of
 from stockflow.checkpoints.heads import said_of_language
+from stockflow.checkpoints.modules import MODULES_FILE
 from stockflow.checkpoints.naming import MARKS_OF_PREDICTION, OF_ADAPTERS, OF_TRAINERS, layer_of
+from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.quantised import STATIC_SCALES
 from stockflow.checkpoints.tokens.token_rows import has_tokens, stated_sizes, vocabulary_rows
 from stockflow.planning.optional import OptionalParts
@@ -116,6 +119,8 @@ def of_missing(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misf
         return replace(misfit, remedy=_MEASURED, action="skip")
     if misfit.name in MARKS_OF_PREDICTION:
         return replace(misfit, remedy=_MARKED, action="")
+    if dropped := _of_a_dropped_module(misfit.name, stretch, lacking):
+        return replace(misfit, remedy=dropped, action="")
     for index in lacking:
         if fewer := _of_fewer_layers(misfit.name, stretch, index):
             return replace(misfit, remedy=fewer, action="")
@@ -124,6 +129,25 @@ def of_missing(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misf
     if any(name in stretch.checkpoints[index].specs for index in lacking for name in wrapped):
         return replace(misfit, remedy=_UNWRAP, action="")
     return of_a_head(misfit, stretch, lacking)
+
+
+def _of_a_dropped_module(name: str, stretch: Stretch, lacking: Sequence[int]) -> str:
+    """Return how a module of sentence-transformers is left out that no other model than the donor has."""
+    folder, others = folder_of(name), stretch.checkpoints[1:]
+    if not folder or len(lacking) < len(others) or not all(_dropped(each, folder) for each in others):
+        return ""
+    taken = f"side_files_from: {json.dumps(stretch.urls(lacking[:1]))}"
+    return (
+        f"none of them has the module {shown(folder)}, so none was trained with it: `stockflow: {{{taken}, rules: "
+        f"[{{filter: {json.dumps(folder + '/')}, action: skip}}]}}` leaves it out"
+    )
+
+
+def _dropped(checkpoint: Checkpoint, folder: str) -> bool:
+    """Return whether a model has modules, and nothing of it names the one in this folder."""
+    files = checkpoint.side_files
+    is_named = folder in checkpoint.missing_files or any(key.startswith(f"{folder}/") for key in files)
+    return MODULES_FILE in files and not is_named
 
 
 def _of_fewer_layers(name: str, stretch: Stretch, index: int) -> str:

@@ -179,6 +179,30 @@ def test_a_module_that_one_model_lacks_is_refused(family: Family, tmp_path: Path
     assert "which loaders will look for" not in str(caught.value), "the base has it"
 
 
+@pytest.mark.parametrize("is_listed", [False, True], ids=["dropped", "lost"])
+def test_a_module_that_all_tunes_dropped_is_left_out_and_one_they_lost_is_not(
+    family: Family, tmp_path: Path, is_listed: bool
+) -> None:
+    for model in family.tuned:
+        shutil.rmtree(model / "2_Dense")
+        modules = json.loads((model / "modules.json").read_text())
+        kept = [each for each in modules if is_listed or each["path"] != "2_Dense"]
+        (model / "modules.json").write_text(json.dumps(kept))
+
+    with pytest.raises(PlanError, match=r"2 tensors of '2_Dense/linear.' are missing in \S+/tuned-1") as caught:
+        planned(recipe_of(family, tmp_path), tmp_path / "out")
+
+    rule = {"filter": "2_Dense/", "action": "skip"}
+    taken = str(family.tuned[0])
+    advice = f'`stockflow: {{side_files_from: "{taken}", rules: [{{filter: "2_Dense/", action: skip}}]}}` leaves it out'
+    assert (advice in str(caught.value)) is not is_listed
+    if not is_listed:
+        obeyed = recipe_of(family, tmp_path, stockflow={"side_files_from": taken, "rules": [rule]})
+        plan = planned(obeyed, tmp_path / "out").plan
+        assert not any("2_Dense" in name for name in (*(job.output.name for job in plan.jobs), *plan.written_files))
+        assert not any("2_Dense" in side.key for side in plan.side_files)
+
+
 def test_weights_of_a_module_in_pickle_are_merged_too(family: Family, tmp_path: Path) -> None:
     expected = runs.merge_here(recipe_of(family, tmp_path), tmp_path / "expected")
     for model in (family.base, *family.tuned[:1]):
