@@ -53,7 +53,7 @@ def _sentence(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> str:
         return f"{sets.partition('; accepted')[0]}. {read} holds {formats} weights, which are not read: take the other"
     num_codes = sum(len(each.codes) for each in packed)
     held = f"{redact(checkpoint.url)} holds {formats} weights ({counted(num_codes, 'tensor')}, such as "
-    if {each.format for each in packed} == {"FP8"} and not any("scale" in name for name in checkpoint.specs):
+    if {each.format for each in packed} == {"FP8"} and not _has_scales(checkpoint, packed):
         says_so = next(quantization_keys(checkpoint.config or {}), "")
         why = f"its config has `{in_a_line(says_so)}`, so there were some, and they are lost" if says_so else _CAST
         return f"{held}{in_a_line(packed[0].codes[0])}), and no scale of them: {why}. {UNPACKED}"
@@ -61,3 +61,9 @@ def _sentence(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> str:
         f"{held}{in_a_line(packed[0].codes[0])}), whose codes are numbers only with their scales; they are not read. "
         f"{UNPACKED}"
     )
+
+
+def _has_scales(checkpoint: Checkpoint, packed: Sequence[PackedWeights]) -> bool:
+    """Return whether anything may be a scale of codes; the ``scale`` of a norm, as Flux calls its weight, is none."""
+    parts = {name for each in packed for name in each.parts}
+    return any("scale" in name and (not name.endswith(".scale") or name in parts) for name in checkpoint.specs)

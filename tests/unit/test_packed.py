@@ -123,6 +123,7 @@ def test_a_format_is_refused_by_its_name_though_all_models_are_equal(merge: Merg
 def test_eight_bits_without_any_scale_are_cast_back_and_not_looked_for_elsewhere(merge: Merge) -> None:
     for tensors in merge.models:
         tensors |= packed("layers.0.up_proj", "FP8 alone")
+        tensors["double_blocks.0.img_attn.norm.query_norm.scale"] = torch.ones(8).to(FP8)
 
     found = merge.write().refusal()
     assert "and no scale of them: if they were cast as they were" in found
