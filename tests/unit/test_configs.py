@@ -151,6 +151,9 @@ def within(config: dict[str, Any], section: str, **changed: Any) -> dict[str, An
 
 
 QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a filling that one tune has": (LLAMA, {**LLAMA, "pad_token_id": 2}),
+    "another filling of one tune": ({**LLAMA, "pad_token_id": 0}, {**LLAMA, "pad_token_id": 2}),
+    "a filling that one tune lacks": ({**LLAMA, "pad_token_id": 0}, LLAMA),
     "nothing": (LLAMA, LLAMA),
     "how it was saved": (
         LLAMA, {**LLAMA, "transformers_version": "4.57.1", "torch_dtype": "float32", "use_cache": False},

@@ -215,11 +215,20 @@ def _other_keys(configs: Configs, keeps_ids: bool, keeps_end: bool) -> Iterator[
     traits = [each for each in traits if keeps_end or each.name != END]
     told = {each.name for each in configs.traits(computing_keys)}
     open_ones = [each for each in traits if each.name not in told]
-    found = [*configs.disagreements(open_ones), *(each for each, _ in configs.said_by_some(open_ones))]
+    both = [*((each, ()) for each in configs.disagreements(open_ones)), *configs.said_by_some(open_ones)]
+    found = [each for each, silent in both if not _is_filling_of_some(configs, each, silent)]
     if found:
         said = "; ".join(f"{shown(each.name)}: {configs.told(each)}" for each in found)
         text = f"configs differ in keys that are not known to give weights another meaning: {said}"
         yield Remark("config-keys-differ", text, "note", values={each.name: configs.told(each) for each in found})
+
+
+def _is_filling_of_some(configs: Configs, found: Disagreement, silent: Collection[str]) -> bool:
+    """Whether only some models fill texts with another token than the published one, which no weight knows."""
+    own = found.values.get(configs.published)
+    agreeing = silent if configs.published in silent else [url for url, each in found.values.items() if each == own]
+    is_shared = configs.published in agreeing and len(agreeing) > 1
+    return is_shared and found.name.rpartition(".")[2] == "pad_token_id"
 
 
 def _telling(values: Mapping[str, object]) -> Mapping[str, object]:
