@@ -110,3 +110,24 @@ def test_a_template_asked_for_by_name_that_stays_is_said(tmp_path: Path) -> None
     assert text.endswith(
         f"templates come with the tokenizer, from {models.folders[0]}; put them into the output by hand"
     )
+
+
+@pytest.mark.parametrize("source", [None, "base", "union", "one"])
+@pytest.mark.parametrize(
+    ("ends", "is_said"), [(["<|im_end|>"], False), (["</s>", "<|im_end|>"], False), (["</s>"], True)]
+)
+def test_turns_that_do_not_end_are_said_whoever_gives_the_tokenizer(
+    tmp_path: Path, source: str | None, ends: list[str], is_said: bool
+) -> None:
+    orders = ["</s>", "b", "<|im_start|>", "<|im_end|>"], ["</s>", "<|im_end|>", "b", "<|im_start|>"]
+    base, tune = (
+        fast(order) | {"generation_config.json": json.dumps({"eos_token_id": [order.index(each) for each in ends]})}
+        for order in orders
+    )
+    models = Models(tmp_path, base, tune)
+    asked = {"tokenizer_source": str(models.folders[1]) if source == "one" else source} if source else {}
+
+    texts = said(models, "tokens-disagree", chat_template="chatml", accept=("vocabularies-differ",), **asked)
+
+    number = 1 if source == "one" else 3
+    assert len([text for text in texts if f"ends turns with '<|im_end|>' ({number})" in text]) == is_said

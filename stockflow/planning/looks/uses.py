@@ -1,6 +1,7 @@
 """Uses: what says how a model is fed, and goes out although no tune was fed so; files that contradict each other."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 from stockflow.checkpoints.configs import Config, computing_keys, further_keys, says_nothing
 from stockflow.checkpoints.files.layout import folder_of
@@ -9,7 +10,7 @@ from stockflow.checkpoints.opening import CONFIG_FILE
 from stockflow.checkpoints.tokens.said import END
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
-from stockflow.planning.looks.words import CHOOSES
+from stockflow.planning.looks.words import CHOOSES, ids_going_out
 from stockflow.planning.vocabulary.templates import chosen_template
 from stockflow.storage import redact
 from stockflow.text.escaping import in_a_line
@@ -106,10 +107,12 @@ def ends_of_texts(proposal: Proposal) -> Iterator[Remark]:
     recipe, donor = proposal.recipe, proposal.recipe.side_files_donor
     if donor >= len(proposal.tokenizers):
         return
-    tokenizer, url, followed = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url), proposal.followed
-    generation = (followed.generation if followed else None) or tokenizer.generation or {}
-    config = said_of_language((followed.config if followed else None) or proposal.config)
-    stated = generation.get(END, config.get(END))
+    tokenizer, url, (generation, config) = (
+        proposal.tokenizers[donor],
+        redact(proposal.checkpoints[donor].url),
+        _going_out(proposal),
+    )
+    stated = _stated_end(proposal)
     if recipe.vocabulary is None and (beyond := [each for each in _ids(stated) if each >= tokenizer.num_rows > 0]):
         rows = f"the embedding has {tokenizer.num_rows:,} rows"
         text = f"generation ends at token {beyond[0]:,} by the files of {url}, and {rows}: it would not end"
@@ -130,6 +133,19 @@ def ends_of_texts(proposal: Proposal) -> Iterator[Remark]:
             f"the files that go out name different ends of texts: {said}. Loaders differ in which they believe{advice}"
         )
         yield Remark("tokens-disagree", text, "warning" if is_made else "note", (url,), values=_shown(told))
+
+
+def _going_out(proposal: Proposal) -> tuple[Config, Config]:
+    """Return what says how texts are generated: the config for that, and what config.json says of the language."""
+    own, followed = proposal.tokenizers[proposal.recipe.side_files_donor].generation, proposal.followed
+    generation = (followed.generation if followed else None) or own or {}
+    return generation, said_of_language((followed.config if followed else None) or proposal.config)
+
+
+def _stated_end(proposal: Proposal) -> object:
+    """Return the id, or ids, at which generation ends by these."""
+    generation, config = _going_out(proposal)
+    return generation.get(END, config.get(END))
 
 
 def _ends_of_tokenizer(proposal: Proposal) -> dict[str, list[int]]:
@@ -155,23 +171,21 @@ def _shown(told: Mapping[str, list[int]]) -> dict[str, str]:
 
 def ends_of_turns(proposal: Proposal) -> Iterator[Remark]:
     """Yield that the template which the recipe chooses ends turns with a token at which generation does not end."""
-    recipe, donor = proposal.recipe, proposal.recipe.vocabulary_donor
-    asked = chosen_template(recipe, proposal.tokenizers) if donor < len(proposal.tokenizers) else None
-    vocabulary = proposal.tokenizers[donor].vocabulary if asked else None
-    if not asked or vocabulary is None or recipe.vocabulary is not None:
+    asked = chosen_template(proposal.recipe, proposal.tokenizers) if proposal.tokenizers else None
+    ids = ids_going_out(proposal) if asked else None
+    if not asked or not ids:
         return
-    tokenizer, url = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url)
-    turns = [token for token in END_OF_TURN if token in asked and token in vocabulary.ids]
-    stated = (tokenizer.generation or {}).get("eos_token_id", (proposal.config or {}).get("eos_token_id"))
-    ends = {*(stated if isinstance(stated, list) else [stated]), vocabulary.ids.get(tokenizer.eos or "")} - {None}
-    if turns and ends and not any(token in asked for token, number in vocabulary.ids.items() if number in ends):
-        said = ", ".join(f"{shown(token)} ({vocabulary.ids[token]})" for token in turns)
+    stated, url = _stated_end(proposal), redact(proposal.side_files_donor.url)
+    turns = [token for token in END_OF_TURN if token in asked and token in ids]
+    ends = {*_ids(stated), *chain(*_ends_of_tokenizer(proposal).values())}
+    if turns and ends and not any(token in asked for token, number in ids.items() if number in ends):
+        said = ", ".join(f"{shown(token)} ({ids[token]})" for token in turns)
         stops = ", ".join(sorted(map(str, ends)))
         text = (
             f"the chat template of the recipe ends turns with {said}, and by the files of {url} generation ends at "
             f"{stops}: it would go on behind a turn; add that id to eos_token_id of generation_config.json"
         )
-        yield Remark("tokens-disagree", text, "warning", (url,), values={"eos_token_id": shown(stated)})
+        yield Remark("tokens-disagree", text, "warning", (url,), values={END: shown(stated)})
 
 
 def contradicting_files(proposal: Proposal) -> Iterator[Remark]:

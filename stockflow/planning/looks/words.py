@@ -136,7 +136,7 @@ def templates_going_out(proposal: Proposal) -> Iterator[Remark]:
     if template and (fault := fault_in(template)):
         text = f"the chat template that goes out cannot be read: {in_a_line(fault)}; {CHOOSES_TEMPLATE}"
         yield Remark("template-unread", text, models=(url,), values={"fault": fault})
-    known = _ids_going_out(proposal)
+    known = ids_going_out(proposal)
     if template and known and (strange := [each for each in markers_in(template) if each not in known]):
         more = f" and {len(strange) - NUM_SHOWN:,} more" if len(strange) > NUM_SHOWN else ""
         some, are_none = (
@@ -152,7 +152,7 @@ def templates_going_out(proposal: Proposal) -> Iterator[Remark]:
         yield Remark("template-unread", text, "note", (url,), values=dict.fromkeys(strange, "no token"))
 
 
-def _ids_going_out(proposal: Proposal) -> Ids | None:
+def ids_going_out(proposal: Proposal) -> Ids | None:
     """Return the ids of the vocabulary that is written, where they are known; that of all models if no row moves."""
     if proposal.followed and proposal.followed.ids:
         return proposal.followed.ids
