@@ -13,7 +13,7 @@ from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.naming import LayerNames
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.errors import PlanError
-from stockflow.planning.towers import Tower, comes_first, depth_of, num_layers, tower_of
+from stockflow.planning.towers import Tower, comes_first, depth_of, num_layers, sides_of, tower_of
 from stockflow.recipe import Recipe
 from stockflow.recipe.resolve import OUTSIDE, Stand
 from stockflow.recipe.slices import Slice, module_of, slices_of
@@ -89,9 +89,16 @@ class Stacking:
     """The layers of a tower of the output."""
 
     module: str
+    stack: str
+    """what stands before the number of a layer in names of the output"""
     layers: tuple[LayerSource, ...]
     num_layers: Mapping[int, int]
     """of each checkpoint, by number"""
+
+    @property
+    def side(self) -> str:
+        """Whether it is an ``encoder`` or a ``decoder``; empty if names do not say so."""
+        return next(iter(sides_of(self.stack)), "")
 
 
 @dataclass
@@ -272,7 +279,7 @@ class _Stacker:
         self._add_outside(stretches[-1], lambda name: not comes_first(name))
         used = {0, *(number for each in stretches for number in each.numbers)}
         nums = {number: self._module.tower(number).num_layers for number in used}
-        self._outline.stackings.append(Stacking(self._module.name, tuple(layers), nums))
+        self._outline.stackings.append(Stacking(self._module.name, self._stack, tuple(layers), nums))
 
     def _add_layer(self, stretch: Stretch, number: int, layers: Sequence[int], depth: float) -> None:
         """Add a layer of the output, made from the layers that the checkpoints have under these numbers."""

@@ -13,6 +13,7 @@ NUM_LAYERS_KEYS = (
     "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers",
 )  # fmt: skip
 """What configs call the number of layers."""
+OTHER_SIDE = {"encoder": "decoder", "decoder": "encoder"}
 _NUM_BEYOND = "num_nextn_predict_layers"
 
 Config = Mapping[str, object]
@@ -88,6 +89,20 @@ def num_layers(places: Iterable[LayerPlace], config: Config | None) -> dict[str,
     if isinstance(proper, int) and isinstance(beyond, int):
         nums = {stack: proper if num == proper + beyond else num for stack, num in nums.items()}
     return nums
+
+
+def sides_of(stack: str) -> list[str]:
+    """Return which parts of names say that layers are of an ``encoder`` or a ``decoder``, the outer one first."""
+    return [end for part in stack.split(".") if (end := part.rpartition("_")[2]) in OTHER_SIDE]
+
+
+def side_of_count(key: str, config: Config, path: str = "") -> str:
+    """Return whose layers a key of a section counts: where it speaks of two sides, what names none is the encoder's."""
+    has_sides = config.get("is_encoder_decoder") is True or any(
+        side in each for each in NUM_LAYERS_KEYS if each in config for side in OTHER_SIDE
+    )
+    named = [*(side for side in OTHER_SIDE if side in key), *sides_of(path.replace("_config", ""))]
+    return named[0] if named else "encoder" if has_sides else ""
 
 
 def depth_of(number: int, num_layers: int) -> float:

@@ -675,6 +675,23 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
         {"num_hidden_layers": 2, "decoder_sparse_step": 1, "num_experts": 4, "mlp_only_layers": [1]}, SPARSE,
         "mlp_only_layers: [1]",
     ),
+    "Step's": ({"num_hidden_layers": 2, "moe_layers_enum": "0,2"}, SPARSE, "moe_layers_enum: 0,2"),
+    "Step's own": ({"num_hidden_layers": 2, "moe_layers_enum": "1,2"}, SPARSE, None),
+    "an encoder's": (
+        {"encoder_layers": 2, "decoder_layers": 2}, ["encoder.layers.0.a", "decoder.layers.0.a", "decoder.layers.1.a"],
+        "encoder_layers: 2",
+    ),
+    "a T5's": (
+        {"num_layers": 1, "num_decoder_layers": 1}, ["encoder.block.0.a", "decoder.block.0.a", "decoder.block.1.a"],
+        "num_decoder_layers: 1",
+    ),
+    "a pixel decoder's encoder": (
+        {"encoder_layers": 1, "decoder_layers": 2},
+        [f"{tower}layers.{n}.a" for tower in ("encoder.encoder.", "m.decoder.") for n in (0, 1)]
+        + ["pixel.decoder.encoder.layers.0.a"],
+        None,
+    ),
+    "an encoder alone": ({"num_layers": 1, "num_decoder_layers": 3}, ["encoder.block.0.a"], None),
     "no experts": ({"num_hidden_layers": 2, "first_k_dense_replace": 0}, [*SPARSE[:1], "model.layers.1.a"], None),
     "MTP": ({"num_hidden_layers": 1, "mtp_num_hidden_layers": 1}, ["model.layers.0.a", "mtp.layers.0.a"], None),
     "MTP that is gone": (

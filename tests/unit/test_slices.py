@@ -330,6 +330,18 @@ GEMMA2 = {"model_type": "gemma2", "sliding_window": 8}
         ({"scale_attn_by_inverse_layer_idx": False}, [(0, 4), (2, 6)], ""),
         ({"full_attn_idxs": [2, 5]}, [(0, 4), (2, 6)], "'full_attn_idxs', too"),
         ({"attention_types": [[["global", "local"], 3]]}, [(0, 4), (2, 6)], "'attention_types', too"),
+        (
+            {"global_attn_idx": [0, 5], "kv_reuse_group": [[1, 2]]},
+            [(0, 4), (2, 6)],
+            "'global_attn_idx', 'kv_reuse_group', too",
+        ),
+        ({"slstm_at": [1]}, [(0, 2), (1, 6)], "'slstm_at', too"),
+        ({"moe_layers_enum": "1,2,3"}, [(0, 2), (1, 6)], "'moe_layers_enum', too"),
+        ({"global_attn_idx": [0, 3]}, [(0, 3)], "'global_attn_idx', too"),
+        ({"global_attn_idx": [0, 3]}, [(0, 4)], ""),
+        ({"global_attn_idx": [0, 6], "kv_reuse_group": [[1, 1]]}, [(0, 4), (2, 6)], ""),
+        ({"bad_token_ids": [1, 2], "conv_kernel": [4, 3], "mrope_section": [1, 2], "version": "1,2"}, [(1, 6)], ""),
+        ({"vision_config": {"deepstack_at": [1, 2]}, "eps": [0.5], "flags": [True, False]}, [(1, 6)], ""),
     ],
 )
 def test_layers_whose_kind_is_their_number_are_said_where_they_move(
@@ -342,6 +354,59 @@ def test_layers_whose_kind_is_their_number_are_said_where_they_move(
     said = [remark.text for remark in plan.remarks if remark.code == "config-layers"]
     assert len(said) == bool(moved)
     assert moved in "".join(said)
+
+
+WHISPER = {"encoder_layers": 3, "decoder_layers": 3, "num_hidden_layers": 3}
+T5 = {"num_layers": 3, "num_decoder_layers": 3}
+CLIP = {"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}}
+
+
+@pytest.mark.parametrize(
+    ("towers", "config", "raised"),
+    [
+        ("model.decoder.layers. model.encoder.layers.", WHISPER, WHISPER | {"decoder_layers": 4}),
+        (
+            "model.encoder.layers. model.decoder.layers.",
+            WHISPER,
+            {**WHISPER, "encoder_layers": 4, "num_hidden_layers": 4},
+        ),
+        ("decoder.block. encoder.block.", T5, T5 | {"num_decoder_layers": 4}),
+        ("encoder.block. decoder.block.", T5, T5 | {"num_layers": 4}),
+        ("model.decoder.layers.", {"num_hidden_layers": 3}, {"num_hidden_layers": 4}),
+        ("vision_model.encoder.layers.", {"num_hidden_layers": 3}, {"num_hidden_layers": 4}),
+        (
+            "vision_model.encoder.layers. text_model.encoder.layers.",
+            CLIP,
+            {**CLIP, "vision_config": {"num_hidden_layers": 4}},
+        ),
+        (
+            "text_model.encoder.layers. vision_model.encoder.layers.",
+            CLIP,
+            {**CLIP, "text_config": {"num_hidden_layers": 4}},
+        ),
+        (
+            "model.decoder.layers. model.encoder.layers.",
+            {"encoder": {"num_hidden_layers": 3}, "decoder": {"num_hidden_layers": 3}},
+            {"encoder": {"num_hidden_layers": 3}, "decoder": {"num_hidden_layers": 4}},
+        ),
+        (
+            "decoder.block. encoder.block.",
+            T5 | {"decoder_kinds": [1, 2, 2], "encoder_kinds": [5, 6, 7]},
+            {"num_layers": 3, "num_decoder_layers": 4, "decoder_kinds": [1, 2, 2, 2], "encoder_kinds": [5, 6, 7]},
+        ),
+    ],
+)
+def test_of_towers_of_one_depth_only_that_is_counted_anew_which_is_sliced(
+    models: Models, tmp_path: Path, towers: str, config: dict[str, Any], raised: dict[str, Any]
+) -> None:
+    names = [f"{tower}{layer}.{part}" for tower in towers.split() for layer in range(3) for part in PARTS]
+    write_checkpoint(tmp_path / "d", {name: torch.randn(3, 2) for name in names}, config=config, side_files={})
+    chosen = f"stockflow: {{layers: '{towers.split()[0]}{{layer}}.'}}\n"
+
+    plan = models.plan(linear(source("d", 0, 2), source("d", 1, 3)) + chosen)
+
+    assert plan.config == raised
+    assert plan.notes == ()
 
 
 def test_a_pattern_with_a_letter_per_layer_follows_the_layers(models: Models, tmp_path: Path) -> None:

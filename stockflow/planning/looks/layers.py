@@ -1,9 +1,9 @@
 """What slices and modules leave behind: parts of models that no module names, and what a config says of layers."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from stockflow.planning.config.layers import listed, sections_of
+from stockflow.planning.config.layers import listed, numbers_of, sections_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.targets import Stacking
 from stockflow.planning.towers import NUM_LAYERS_KEYS
@@ -18,6 +18,11 @@ _OF_LAYERS = re.compile(
     r"|(attention|block)_types"
 )
 _SIZES = re.compile(r".*(norm|scale|eps|drop|act).*")
+_NO_NUMBERS = re.compile(
+    r".*(token|size|shape|kernel|stride|dilation|dim|factor|ratio|rate|head|pinpoint|label|multiplier|channel"
+    r"|resolution|version|pad|bins|section|limit|norm|scale|eps|drop|prob|range|suppress|depths|repeats).*"
+)
+"""Keys of lists of small integers that are no numbers of layers."""
 _SCALES = ("scale_depth", "scale_attn_by_inverse_layer_idx")
 """By which layers are scaled more or less, the more there are or the later they come: of MiniCPM and of GPT-2."""
 _PERIOD = re.compile(r".*_(interval|pattern|every_n_layers)")
@@ -56,7 +61,7 @@ def layers_in_config(proposal: Proposal) -> Iterator[Remark]:
                 f"of the output cannot say that it has {len(stacking.layers)}; correct it by hand"
             )
             yield Remark("config-layers", text, models=(redact(donor.url),))
-        elif kept := ", ".join(map(shown, _kept(donor.config or {}, stacking.num_layers[0]))):
+        elif kept := ", ".join(map(shown, _all_kept(donor.config or {}, sections, stacking))):
             text = (
                 f"config.json speaks of layers in {kept}, too, which stay as they are: see whether they suit the output"
             )
@@ -79,6 +84,22 @@ def _moved(section: Mapping[str, object], stacking: Stacking) -> str:
                     f"{place}; a list there with a kind for each layer, `{key}`, follows them into the output"
                 )
     return ""
+
+
+def _all_kept(config: Mapping[str, object], sections: Iterable[Mapping[str, object]], stacking: Stacking) -> list[str]:
+    """Return the keys that speak of layers and are not changed: by their words, or by values that number layers."""
+    kept = dict.fromkeys(_kept(config, stacking.num_layers[0]))
+    for key, value in ((key, value) for section in sections for key, value in section.items()):
+        if not _NO_NUMBERS.fullmatch(key) and len(listed(key, value)) != stacking.num_layers[0]:
+            kept |= {key: None} if _tell_layers(numbers_of(value), stacking) else {}
+    return list(kept)
+
+
+def _tell_layers(numbers: Sequence[int], stacking: Stacking) -> bool:
+    """Return whether numbers may be those of layers, of which some are of another number in the output or gone."""
+    may_be = len(set(numbers)) == len(numbers) and all(0 <= each < stacking.num_layers[0] for each in numbers)
+    is_moved = any(place != layer for place, (_, layer) in enumerate(stacking.layers))
+    return bool(numbers) and may_be and (is_moved or max(numbers) >= len(stacking.layers))
 
 
 def _kept(config: Mapping[str, object], num_layers: int) -> Iterator[str]:

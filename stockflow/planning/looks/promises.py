@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from stockflow.checkpoints.configs import Config, first, nonfinite, sections
 from stockflow.checkpoints.heads import is_of_language
 from stockflow.checkpoints.naming import MARKS_OF_PREDICTION, OF_ADAPTERS, OF_TRAINERS, TRAINING_WRAPPERS, LayerNames
+from stockflow.planning.config.layers import numbers_of
 from stockflow.planning.looks.parts import broken, is_plain, tower_of
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.optional import NUM_PREDICTED
+from stockflow.planning.towers import OTHER_SIDE, side_of_count, sides_of
 from stockflow.storage import redact
 from stockflow.text.examples import some, such
 from stockflow.text.remarks import Remark
@@ -18,6 +20,7 @@ from stockflow.text.strictjson import shown
 _WRAPPERS = tuple(f"{part}." for part in TRAINING_WRAPPERS)
 _FEED_FORWARD = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.(?:mlp|feed_forward)\.(experts|gate_proj|gate_up_proj)\b")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_OF_SIDES = ("num_encoder_layers", "num_decoder_layers")
 _LAYERS = LayerNames()
 _OTHERWISE_COUNTED = ("num_hidden_groups", "depths")
 """Say that layers share tensors, or are counted otherwise."""
@@ -40,15 +43,17 @@ def missing_layers(proposal: Proposal) -> Iterator[Remark]:
     found = stacks(proposal.begins) if speaks else {}
     for path, section in sections(config) if found else ():
         ours = _of_its_tower(path, found)
-        whole = {len(numbers) for numbers in ours.values() if max(numbers) + 1 == len(numbers)}
+        whole = {stack: len(numbers) for stack, numbers in ours.items() if max(numbers) + 1 == len(numbers)}
+        of_sides = {side: {num for stack, num in whole.items() if side in sides_of(stack)} for side in OTHER_SIDE}
+        has_sides = all(of_sides.values())
         counted_otherwise = any(each in section for each in _OTHERWISE_COUNTED)
         kinds = section.get("layer_types")
-        for key in _NUM_LAYERS:
-            number = section.get(key)
+        for key in (*_NUM_LAYERS, *_OF_SIDES) if has_sides else _NUM_LAYERS:
+            number, side = section.get(key), side_of_count(key, section) if has_sides else ""
             if counted_otherwise or not isinstance(number, int) or not ours:
                 continue
             promised = {number, number + _num_predicted(section)}
-            if not whole & promised:
+            if not promised & of_sides.get(side, set(whole.values())):
                 yield broken(proposal, path + key, number, f"the written tensors have {_described(ours)}")
             if isinstance(kinds, list) and len(kinds) not in promised:
                 yield broken(proposal, f"{path}layer_types", f"{len(kinds)} of them", f"{number} layers are promised")
@@ -85,11 +90,13 @@ def layers_of_experts(proposal: Proposal) -> Iterator[Remark]:
 def _says_experts(section: Config) -> tuple[str, Callable[[int], bool]] | None:
     """Return by which key a section says which layers have experts, and what it says; None if it does not.
 
-    Source: the decoder layers of DeepSeek-V3 and of Qwen's mixtures in transformers.
+    Source: the decoder layers of DeepSeek-V3, of Qwen's mixtures and of Step-3 in transformers.
     """
     dense, every = section.get("first_k_dense_replace"), section.get("moe_layer_freq", 1)
     if isinstance(dense, int) and isinstance(every, int) and every > 0:
         return "first_k_dense_replace", lambda layer: layer >= dense and layer % every == 0
+    if numbers := numbers_of(section.get("moe_layers_enum")):
+        return "moe_layers_enum", numbers.__contains__
     step, alone = section.get("decoder_sparse_step"), section.get("mlp_only_layers") or []
     if isinstance(step, int) and step > 0 and isinstance(alone, list) and section.get("num_experts"):
         key = "mlp_only_layers" if alone else "decoder_sparse_step"
