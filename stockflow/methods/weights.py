@@ -21,13 +21,17 @@ def normalized(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def zero_sum(flag: str) -> Callable[[Parameters], str | None]:
-    """Return what refuses weights that sum to zero where a flag asks for them to be normalized."""
+    """Return what refuses weights that sum to zero where a flag asks for them to be normalized.
+
+    Without it an average by such weights is no model: zeros, or what models differ in.
+    """
 
     def refuses(parameters: Parameters) -> str | None:
         weights = parameters.each("weight")
         if not parameters.flag(flag) or not cancel(weights):
             return None
         said = ", ".join(f"{weight:g}" for weight in weights)
-        return f"the weights {said} sum to zero, so they cannot be normalized; change them or set `{flag}: false`"
+        otherwise = f" or set `{flag}: false`" if parameters.from_base and any(weights) else ""
+        return f"the weights {said} sum to zero, so they cannot be normalized; change them{otherwise}"
 
     return refuses

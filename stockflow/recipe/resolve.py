@@ -11,6 +11,7 @@ from stockflow.methods.parameters import Kind, Parameter, Parameters, Scalar
 from stockflow.methods.protocol import Method
 from stockflow.recipe.settings import Settings, as_kind, matches
 from stockflow.storage import redact
+from stockflow.text.strictjson import shown
 
 
 class Stand(NamedTuple):
@@ -125,9 +126,17 @@ class Resolver:
             found = self._by_values.setdefault(values, self._parameters(values))
             problem = METHODS[self._method_name].refuses(found)
             if problem:
-                raise RecipeError(f"{problem}; so it is for the tensor {tensor_name!r}")
+                raise RecipeError(f"{problem}; so it is for the tensor {tensor_name!r}{self._deciding(tensor_name)}")
             self._by_matches[key] = found
         return found
+
+    def _deciding(self, tensor_name: str) -> str:
+        """Return, in words, the filters whose values a tensor gets."""
+        found = (
+            next((text for text, _ in slot.candidates if matches(text, tensor_name)), None) for slot in self._slots
+        )
+        texts = [shown(text) for text in dict.fromkeys(found) if text is not None]
+        return f", by {'the filter' if len(texts) == 1 else 'the filters'} {', '.join(texts)}" if texts else ""
 
     def anywhere(self) -> Iterator[Parameters]:
         """Yield the parameters at every depth that a value is given for, nothing if they depend on names."""

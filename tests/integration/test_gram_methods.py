@@ -269,13 +269,17 @@ TWO = "models:\n  - model: /m/a\n  - model: /m/b\n"
     [
         (
             "merge_method: multislerp\n" + TWO + "parameters: {weight: 0.0}",
-            "r.yaml:1:1: merge_method: the weights 0, 0 sum to zero, so they cannot be normalized; change them or set "
-            "`normalize_weights: false`",
+            "r.yaml:1:1: merge_method: the weights 0, 0 sum to zero, so they cannot be normalized; change them",
         ),
         (
             "merge_method: linear\nmodels:\n  - {model: /m/a, parameters: {weight: 1}}\n"
             "  - {model: /m/b, parameters: {weight: -1}}",
-            "the weights 1, -1 sum to zero, so they cannot be normalized; change them or set `normalize: false`",
+            "the weights 1, -1 sum to zero, so they cannot be normalized; change them",
+        ),
+        (
+            "merge_method: multislerp\nbase_model: /m/c\nmodels:\n  - {model: /m/a, parameters: {weight: 1}}\n"
+            "  - {model: /m/b, parameters: {weight: -1}}",
+            "so they cannot be normalized; change them or set `normalize_weights: false`",
         ),
         (
             "merge_method: linear\nmodels:\n  - {model: /m/a, parameters: {weight: 0.1}}\n"
@@ -306,20 +310,39 @@ TWO = "models:\n  - model: /m/a\n  - model: /m/b\n"
         ("merge_method: karcher\n" + TWO + "parameters: {max_iter: 2.5}", "expected an integer, found 2.5"),
         ("merge_method: multislerp\n" + TWO + "parameters: {weight: 1, eps: -1}", "expected at least 0, found -1"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_makes_no_sense_is_refused_by_the_recipe(head: str, said: str) -> None:
     assert said in refusal(head)
+    assert "normalize: false" not in refusal(head)
 
 
-def test_weights_that_cancel_for_some_tensors_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "values", "said"),
+    [
+        (
+            "multislerp",
+            (-0.5, 0.5),
+            "; change them or set `normalize_weights: false`; so it is for the tensor 'model.layers.0.experts'",
+        ),
+        ("linear", (-0.5, 0.5), "; change them; so it is for the tensor 'model.layers.0.experts'"),
+        ("linear", (0.0, 0.0), "; change them; so it is for the tensor 'model.layers.0.experts', by the filter 'exp'"),
+    ],
+)
+def test_weights_that_cancel_for_some_tensors_are_refused_before_anything_is_read(
+    tmp_path: Path, method: str, values: tuple[float, float], said: str
+) -> None:
     family = make_family(tmp_path / "family", 2, SHAPES)
-    weight = [[{"value": 1.0, "filter": "mlp"}, {"value": -0.5}], [{"value": 1.0, "filter": "mlp"}, {"value": 0.5}]]
-    recipe = write_recipe(tmp_path / "recipe.yaml", "multislerp", family, per_model={"weight": weight})
+    weight = [
+        [{"value": 1.0, "filter": "mlp"}, {"value": value, **({} if any(values) else {"filter": "exp"})}, {"value": 1}]
+        for value in values
+    ]
+    recipe = write_recipe(tmp_path / "recipe.yaml", method, family, per_model={"weight": weight})
 
-    with pytest.raises(RecipeError, match=r"-0.5, 0.5 sum to zero.*for the tensor 'model.layers.0.experts'"):
+    with pytest.raises(RecipeError) as caught:
         runs.merge_here(recipe, tmp_path / "out")
 
+    assert str(caught.value).endswith(f"sum to zero, so they cannot be normalized{said}")
     assert not list((tmp_path / "out").glob("*"))
 
 
