@@ -656,6 +656,11 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
         ["language_model.model.layers.0.a"],
         "vision_config.num_hidden_layers: 27",
     ),
+    "a tower whose layers lie deep": (
+        {"num_hidden_layers": 1, "vision_config": {"num_hidden_layers": 2}},
+        ["git.encoder.layer.0.a", *(f"git.image_encoder.vision_model.encoder.layers.{each}.a" for each in range(2))],
+        None,
+    ),
     "prediction layers": (
         {"num_hidden_layers": 1, "num_nextn_predict_layers": 1},
         ["model.layers.0.a", "model.layers.1.eh_proj.weight"],
@@ -893,6 +898,16 @@ FURTHER: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
     "biases of convolutions": ({"attention_bias": False}, {f"{ATTENTION}.qkv_proj.conv_qk_depthwise.bias": (4,)}, ""),
     "biases that no config decides": (
         {"attention_bias": False, "model_type": "qwen2"}, {f"{ATTENTION}.q_proj.bias": (4,)}, "",
+    ),
+    "biases that a type means": (
+        {"model_type": "qwen2"}, {f"{ATTENTION}.q_proj.weight": (4, 4), f"{ATTENTION}.q_proj.bias": (4,)}, "",
+    ),
+    "biases that a type means and that are not there": (
+        {"text_config": {"model_type": "qwen2"}}, {f"{ATTENTION}.q_proj.weight": (4, 4)},
+        "says text_config.model_type: 'qwen2', whose attention has biases, but none is written beside ",
+    ),
+    "biases that a type means, denied": (
+        {"model_type": "qwen2_moe", "qkv_bias": False}, {f"{ATTENTION}.q_proj.weight": (4, 4)}, "",
     ),
 }  # fmt: skip
 

@@ -77,6 +77,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     promises.nonfinite_values,
     sizes.broken_sizes,
     sizes.broken_biases,
+    sizes.missing_biases,
     ties.own_heads,
     ties.parted_pairs,
     ties.contradicting_flags,

@@ -37,10 +37,18 @@ def stacks(begins: Iterable[str]) -> dict[str, set[int]]:
 
 
 def missing_layers(proposal: Proposal) -> Iterator[Remark]:
-    """Yield which sections of the published config speak of other numbers of layers than are written."""
+    """Yield which sections of the published config speak of other numbers of layers than are written.
+
+    Where the first parts of names tell of one, whole names decide: some layers lie deeper.
+    """
+    if any(_broken_layers(proposal, proposal.begins)):
+        yield from _broken_layers(proposal, proposal.written)
+
+
+def _broken_layers(proposal: Proposal, names: Iterable[str]) -> Iterator[Remark]:
     config = proposal.config or {}
     speaks = any(key in section for _, section in sections(config) for key in _NUM_LAYERS)
-    found = stacks(proposal.begins) if speaks else {}
+    found = stacks(names) if speaks else {}
     for path, section in sections(config) if found else ():
         ours = _of_its_tower(path, found)
         whole = {stack: len(numbers) for stack, numbers in ours.items() if max(numbers) + 1 == len(numbers)}

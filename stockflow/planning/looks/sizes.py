@@ -22,6 +22,8 @@ _BIASES = {
 }
 _BIASED_ANYWAY = "qwen2"
 """models of this family have biases of q, k and v whatever their config says"""
+_ALWAYS_BIASED = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
+"""types of models whose queries have biases, unless the config denies it"""
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 _MORE_ROWS = ("mllama", "moshi", "kyutai")
 """whose embeddings have more rows than the vocabulary"""
@@ -211,6 +213,24 @@ def broken_biases(proposal: Proposal) -> Iterator[Remark]:
                 then = f"loaders {'leave them out' if ours else 'make them up'}; correct the config of {url}"
                 text = f"the published config says {path}{key}: {flag}, but {kept}: {then}"
                 yield Remark("promise-unkept", text, "warning", (url,), values={f"{path}{key}": str(flag)})
+
+
+def missing_biases(proposal: Proposal) -> Iterator[Remark]:
+    """Yield that no query has a bias where the type of the published config's model means one."""
+    for path, section in sections(proposal.config or {}):
+        denied = False in (section.get("attention_bias"), section.get("qkv_bias"))
+        if section.get("model_type") in _ALWAYS_BIASED and is_of_language(path) and not denied:
+            queries = (name for name in proposal.written if name.endswith(".self_attn.q_proj.weight"))
+            ours = [name for name in queries if not _OTHER_TOWER.search(name)]
+            if ours and not any(f"{name.removesuffix('weight')}bias" in proposal.written for name in ours):
+                url, means = redact(proposal.donor.url), shown(section["model_type"])
+                text = (
+                    f"the published config says {path}model_type: {means}, whose attention has biases, but none is "
+                    f"written beside {shown(ours[0])}: loaders make them up, not all of them as zeros; save zeros "
+                    f"there if the models of {url} were trained without"
+                )
+                yield Remark("promise-unkept", text, "warning", (url,), values={f"{path}model_type": means})
+                return
 
 
 def _key_rows(section: Config) -> list[int]:
