@@ -113,7 +113,7 @@ def missing_heads_of_tasks(proposal: Proposal) -> Iterator[Remark]:
     if not task or not proposal.written or config.get("classifier_from_token"):
         return
     others = task[1] != "CTC"
-    names = [name for name in proposal.written if not (others and _is_of_language_head(name))]
+    names = [name for name in sorted(proposal.begins) if not (others and _is_of_language_head(name))]
     heads = [name for name in names if _OF_HEADS.search(name) and not is_in_a_layer(name)]
     begins = {name.split(".", 1)[0] for name in names if name not in heads}
     if all(map(_INNER.match, heads)) and (len(begins) == 1 or begins <= _BARE):
