@@ -16,13 +16,14 @@ MEANT = {
     "^layers.[0-1].mlp": f"{PATTERN}; did you mean a filter each for 'layers.0.mlp', 'layers.1.mlp'?",
     "(q_proj|k_proj)": f"{PATTERN}; did you mean a filter each for 'q_proj', 'k_proj'?",
     ".*": f"{PATTERN}; did you mean '*'?",
+    "mpl": "; did you mean 'mlp'?",
     "self_atn": "; did you mean 'self_attn'?",
     "layer.1.mlp.": "; did you mean 'layers.1.mlp.'?",
     "layers.1.self_atn.q_proj": "; did you mean 'layers.1.self_attn.q_proj'?",
     "layers.40.mlp": "; names go along with it up to 'layers.', as ",
     "layersnorm": "; names go along with it up to 'layers', as ",
     "gate_proj": "; names go along with it up to 'gate_', as ",
-    "v_proj": "; remove it",
+    "v_proj": "; correct it, or remove it",
     "conv2": "; names go along with it up to 'conv', as 'conv1.weight' does",
 }
 """Filters and what is said of them; none is far broader than what was written."""
@@ -31,7 +32,9 @@ MEANT = {
 def said_of(merge: Merge, filters: list[str], **options: object) -> dict[str, str]:
     values = [{"filter": text, "value": 1.0} for text in filters]
     plan = merge.plan(
-        merge_method="task_arithmetic", parameters={"weight": [*values, {"value": 0.5}]}, stockflow=options
+        merge_method="task_arithmetic",
+        parameters={"weight": [*values, {"value": 0.5}]},
+        stockflow={"accept": ["matches-nothing"], **options},
     )
     found = [each for each in plan.remarks if each.code == "matches-nothing"]
     return {each.values["filter"]: each.text.partition("the filter of a value")[2] for each in found}

@@ -61,7 +61,7 @@ def test_a_filter_of_a_parameter_that_matches_nothing_is_warned_of(tmp_path: Pat
             "no tensor's name contains 'layersnorm', the filter of a value; names go along with it up to 'layers', as "
             "'layers.0.norm.weight' does: correct it, or remove it",
         ),
-        ("warning", "no tensor's name contains 'zzz', the filter of a value; remove it"),
+        ("warning", "no tensor's name contains 'zzz', the filter of a value; correct it, or remove it"),
     ]
     assert [remark.place for remark in remarks(plan, "matches-nothing")] == ["recipe.yaml:8:5", "recipe.yaml:10:5"]
 
@@ -273,8 +273,11 @@ def test_filters_in_slices_are_told_of_too(tmp_path: Path) -> None:
     ]
     merge.recipe = {"merge_method": "linear", "slices": [{"sources": sources}]}
 
-    (told,) = remarks(merge.plan(), "matches-nothing")
+    refused = merge.refusal()
+    (told,) = remarks(merge.plan(stockflow={"accept": ["matches-nothing"]}), "matches-nothing")
 
+    assert told.text in refused
+    assert "`stockflow: {accept: [matches-nothing]}`" in refused
     assert told.text == "no tensor's name contains 'norn', the filter of a value; did you mean 'norm'?"
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from stockflow.planning.looks.nearest import lines_with, nearest
+from stockflow.planning.looks.nearest import MEANS, lines_with, nearest
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.recipe.options import Rule
 from stockflow.recipe.settings import Conditional
@@ -26,13 +26,17 @@ def unmatched_rules(proposal: Proposal) -> Iterator[Remark]:
 
 
 def unmatched_filters(proposal: Proposal) -> Iterator[Remark]:
-    """Yield filters of parameters that are for no tensor; other tools pass them over."""
+    """Yield filters of parameters that are for no tensor: mistakes where names are nearly the same, else for others.
+
+    Recipes have filters for architectures of other names, and other tools pass them over.
+    """
     recipe = proposal.recipe
     of_rules = {rule.filter for rule in recipe.stockflow.rules}
     of_values = _unmatched((text for text in recipe.filters if text not in of_rules), proposal)
     for text, instead in nearest(of_values, proposal).items():
         said = f"no tensor's name contains {shown(text)}, the filter of a value{instead}"
-        yield Remark(_CODE, said, values={"filter": text}, place=recipe.filters[text])
+        severity: Severity = "refusal" if MEANS in instead else "warning"
+        yield Remark(_CODE, said, severity, values={"filter": text}, place=recipe.filters[text])
 
 
 def shadowed_filters(proposal: Proposal) -> Iterator[Remark]:

@@ -9,6 +9,8 @@ from stockflow.planning.looks.proposal import Proposal
 from stockflow.text.examples import some
 from stockflow.text.strictjson import shown
 
+MEANS = "did you mean"
+"""Before what was meant, where that is known."""
 MOST_FILTERS = 20
 """For which something is looked for."""
 _LEAST_ALIKE = 0.7
@@ -44,11 +46,11 @@ def _advice(text: str, proposal: Proposal, windows: dict[int, dict[str, None]]) 
     meant = [_as_spelled(each, written) or _misspelled(each, written, windows) for each in _alternatives(text)]
     meant = list(dict.fromkeys(filter(None, meant)))
     if meant:
-        return f"did you mean {'' if len(meant) == 1 else 'a filter each for '}{some(meant)}?"
+        return f"{MEANS} {'' if len(meant) == 1 else 'a filter each for '}{some(meant)}?"
     if beginning := _beginning(text, written):
         name = next(lines_with(beginning, written))
         return f"names go along with it up to {shown(beginning)}, as {shown(name)} does: correct it, or remove it"
-    return "remove it"
+    return "correct it, or remove it"
 
 
 def _of_experts(text: str, proposal: Proposal) -> str:
@@ -111,8 +113,10 @@ def _misspelled(text: str, written: str, windows: dict[int, dict[str, None]]) ->
     num_words = core.count(".") + 1
     if num_words not in windows:
         windows[num_words] = dict.fromkeys(_windows(num_words, written))
-    for near in get_close_matches(_WHOLE_NUMBER.sub("#", core), windows[num_words], cutoff=_LEAST_ALIKE):
-        if not _is_slip(_WHOLE_NUMBER.sub("#", core), near):
+    asked = _WHOLE_NUMBER.sub("#", core)
+    swapped = [each for each in _swapped(asked) if each in windows[num_words]]
+    for near in swapped or get_close_matches(asked, windows[num_words], cutoff=_LEAST_ALIKE):
+        if not _is_slip(asked, near):
             continue
         numbers = iter(_WHOLE_NUMBER.findall(core))
         found = re.sub("#", lambda _: next(numbers), near)  # noqa: B023
@@ -121,6 +125,12 @@ def _misspelled(text: str, written: str, windows: dict[int, dict[str, None]]) ->
             if candidate in written:
                 return candidate
     return ""
+
+
+def _swapped(text: str) -> Iterator[str]:
+    """Yield a text with two neighbours in each other's place: of short words much, as `mpl` is of `mlp`."""
+    for at in range(len(text) - 1):
+        yield text[:at] + text[at + 1] + text[at] + text[at + 2 :]
 
 
 def _windows(num_words: int, written: str) -> Iterator[str]:
