@@ -1,9 +1,7 @@
 """config.json as models have it: its sections, one word for what families call differently, and what it promises."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from math import isfinite
 from typing import NamedTuple
 
 from stockflow.checkpoints.problems import labels, problem, usual_problem
@@ -55,21 +53,6 @@ def rounding(section: Config) -> object:
 def first(*keys: str) -> Read:
     """Return what reads the first of these keys that a section gives."""
     return lambda section: next((section[key] for key in keys if section.get(key) is not None), None)
-
-
-WORDS = {
-    "num_local_experts": "num_experts", "n_routed_experts": "num_experts", "moe_num_experts": "num_experts",
-    "num_shared_experts": "n_shared_experts", "num_expert_group": "n_group", "moe_renormalize": "norm_topk_prob",
-    "route_scale": "routed_scaling_factor", "global_rope_theta": "rope_theta",
-    "sliding_window_size": "sliding_window", "attention_window_size": "sliding_window",
-}  # fmt: skip
-"""What versions of one class call otherwise, and the word that most use; source: `attribute_map` of transformers."""
-
-
-def reworded(section: Config) -> Config:
-    """Return what a section says, of keys that versions of a class call in several ways under one of them."""
-    words = {key: WORDS.get(key) or re.sub("_token_index$", "_token_id", key) for key in section}
-    return {words[key]: section[key] for key in sorted(section, key=lambda key: words[key] == key)}
 
 
 class Trait(NamedTuple):
@@ -128,13 +111,16 @@ def rope(section: Config) -> Config:
     }
 
 
+_OLD_KINDS: Config = {"su": "longrope"}
 _NO_SCALING = ("rope_type", "type", "original_max_position_embeddings")
 
 
 def _scaling(parts: Config) -> dict[str, object]:
     kind = parts.get("rope_type") or parts.get("type")
     rest = {key: value for key, value in parts.items() if key not in _NO_SCALING and value is not None}
-    return rest if kind in (None, "default", "mrope", "axial") else {"rope_type": kind, **rest}
+    return (
+        rest if kind in (None, "default", "mrope", "axial") else {"rope_type": _OLD_KINDS.get(str(kind), kind), **rest}
+    )
 
 
 def original_length(section: Config) -> object:
@@ -183,11 +169,18 @@ _ROPE = (
 )
 
 
+_OLD_CLASSES = {
+    "t5withlmheadmodel": "t5forconditionalgeneration",
+    "speech2texttransformerforconditionalgeneration": "speech2textforconditionalgeneration",
+}
+"""What classes were called in older configs."""
+
+
 def architectures(section: Config) -> object:
     """Return the classes of a model, as they are called without what a trainer wrapped around them."""
     given = section.get("architectures")
     named = [str(name).lower().removeprefix("fsdp") for name in given] if isinstance(given, list) else []
-    return sorted(named) or None
+    return sorted(_OLD_CLASSES.get(name, name) for name in named) or None
 
 
 ARCHITECTURE = (trait("model_type"), trait("architectures", read=architectures), trait("_class_name"))
@@ -322,41 +315,6 @@ def says_nothing(value: object) -> bool:
     if isinstance(value, list):
         return all(item == value[0] for item in value)
     return value is not True and (value is None or value in (False, 0, 1, "", {}, "default"))
-
-
-_FLOAT_TAG = "__float__"
-_TAGGED = {name: {_FLOAT_TAG: name} for name in ("NaN", "Infinity", "-Infinity")}
-
-
-def comparable(value: object) -> object:
-    """Return a value of a config with what is no finite number in the one spelling that equals itself.
-
-    transformers writes ``Infinity`` up to 4.57, ``{"__float__": "Infinity"}`` from 5.0 on.
-    """
-    if isinstance(value, dict):
-        return {key: comparable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [comparable(each) for each in value]
-    return value if not isinstance(value, float) or isfinite(value) else _TAGGED[spelled(value)]
-
-
-def spelled(value: float) -> str:
-    """Return what is no finite number as JSON texts of Python have it."""
-    return json.dumps(value)
-
-
-def nonfinite(value: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield what is no finite number in a config: its path, and how it is spelled."""
-    if isinstance(value, dict) and value.keys() == {_FLOAT_TAG}:
-        yield path, str(value[_FLOAT_TAG])
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from nonfinite(each, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for each in value:
-            yield from nonfinite(each, path)
-    elif isinstance(value, float) and not isfinite(value):
-        yield path, spelled(value)
 
 
 _COMPUTES = re.compile(

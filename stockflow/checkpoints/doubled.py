@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from stockflow.checkpoints.configs import HEADS, MEANING, WORDS, Config, Trait, comparable, first, rope, sections
+from stockflow.checkpoints.configs import HEADS, MEANING, Config, Trait, first, rope, sections
 from stockflow.checkpoints.heads import is_of_language
+from stockflow.checkpoints.spellings import WORDS, comparable
 
 _ROPE = ("rope_parameters", "rope_scaling")
 """Hold what is said of rotary positions: from transformers 5 on, and before."""

@@ -445,6 +445,34 @@ def give(merge: Merge, *configs: dict[str, Any]) -> None:
         (folder / "config.json").write_text(json.dumps(config))
 
 
+QUIET |= {
+    "DeBERTa's kinds of attention": (
+        {"model_type": "deberta-v2", "pos_att_type": "p2c|c2p"},
+        {"model_type": "deberta-v2", "pos_att_type": ["c2p", "p2c"]},
+    ),
+    "longrope by its old name": (
+        {**LLAMA, "rope_scaling": {"type": "su", "long_factor": [1.0, 2.0]}},
+        {**LLAMA, "rope_scaling": {"rope_type": "longrope", "long_factor": [1.0, 2.0]}},
+    ),
+    "T5 by its old name": (
+        {**T5, "architectures": ["T5WithLMHeadModel"]}, {**T5, "architectures": ["T5ForConditionalGeneration"]},
+    ),
+}  # fmt: skip
+LOUD |= {
+    "DeBERTa's other kinds of attention": (
+        CONFIG, {"pos_att_type": "p2c|c2p"}, {"pos_att_type": ["c2p"]}, "pos_att_type",
+    ),
+    "factors of longrope by its old name": (
+        CONFIG, {**LLAMA, "rope_scaling": {"type": "su", "long_factor": [1.0, 2.0]}},
+        {**LLAMA, "rope_scaling": {"type": "longrope", "long_factor": [1.0, 3.0]}}, "rope_scaling",
+    ),
+    "an encoder of T5": (
+        ARCHITECTURE, {**T5, "architectures": ["T5WithLMHeadModel"]}, {**T5, "architectures": ["T5EncoderModel"]},
+        "architectures",
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("case", QUIET)
 def test_what_says_nothing_of_weights_and_other_spellings_are_quiet(merge: Merge, case: str) -> None:
     first, second = QUIET[case]
@@ -999,6 +1027,26 @@ def test_a_language_model_is_compared_wherever_its_config_stands(merge: Merge, d
     (found,) = merge.plan().remarks
     assert (found.code, found.severity) == ("config-differs", "warning")
     assert set(found.values.values()) == {"500000.0", "10000.0"}
+
+
+@pytest.mark.parametrize("has_both", [False, True])
+@pytest.mark.parametrize("donor", [0, 1])
+@pytest.mark.parametrize("other", [5, 6, None])
+def test_tokens_of_images_are_compared_wherever_the_language_model_stands(
+    merge: Merge, donor: int, other: int | None, has_both: bool
+) -> None:
+    whole = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "image_token_id": 5}
+    text = {**LLAMA, "model_type": "qwen2_5_vl_text", "image_token_id": 5 if has_both else None}
+    text.pop("architectures")
+    nested, flat = whole | {"text_config": text}, {**LLAMA, **whole}
+    tune = {**(nested if donor else flat), "image_token_id": other}
+    if donor:
+        tune |= {"text_config": {**text, "image_token_id": other if has_both else None}}
+    give(merge, flat if donor else nested, tune, flat)
+
+    said = [each for each in merge.plan().remarks if "image_token_id" in each.text]
+    assert bool(said) == (other != 5)
+    assert {each.code for each in said} <= {"config-differs"}
 
 
 INFINITE = '{"model_type": "mamba2", "time_step_limit": [0.0, %s]}'

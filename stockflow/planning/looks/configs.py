@@ -13,11 +13,9 @@ from stockflow.checkpoints.configs import (
     NEVER_ALONE,
     Config,
     Trait,
-    comparable,
     computing_keys,
     further_keys,
     is_of_tokens,
-    reworded,
     says_nothing,
     sections,
     size_keys,
@@ -26,6 +24,7 @@ from stockflow.checkpoints.configs import (
 )
 from stockflow.checkpoints.defaults import default_of, is_of_own_code
 from stockflow.checkpoints.heads import is_of_language, said_of_language
+from stockflow.checkpoints.spellings import comparable, reworded
 from stockflow.checkpoints.tokens.said import END, ids_as_sets
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
@@ -258,13 +257,14 @@ def _pairs(value: object) -> Mapping[str, object]:
 def _of_models(proposal: Proposal) -> Configs:
     """Return config.json of all models, with what generation_config.json says of tokens."""
     found, published = dict[str, Sections](), _language_path(proposal.donor.config)
-    generation, whole = _of_generation(proposal), (proposal.donor.config or {}).get("model_type")
+    generation = _of_generation(proposal)
+    donors = {path: _as_one(section, ()) for path, section in sections(proposal.donor.config or {})}
     for number, each in enumerate(proposal.checkpoints):
         if each.config is not None:
             nums = {stacking.num_layers.get(number) for stacking in proposal.stackings}
             own = {path: _as_one(section, nums) for path, section in sections(each.config)}
             found[redact(each.url)] = {
-                **_language_at(published, own, _language_path(each.config), whole),
+                **_language_at(published, own, _language_path(each.config), donors),
                 **{path: _as_one(section, nums) for path, section in _halves(each.config)},
                 **generation[number],
             }
@@ -305,20 +305,26 @@ def _language_path(config: Config | None) -> str:
     return max((path for path, _ in sections(config or {}) if is_of_language(path)), key=len)
 
 
-def _language_at(path: str, own: dict[str, Config], here: str, whole: object) -> dict[str, Config]:
+def _language_at(path: str, own: dict[str, Config], here: str, donors: Sections) -> dict[str, Config]:
     """Return sections with that of the language model at another path; what class it is stays where it was said.
 
     The type of a language model that is alone goes with it, as what its class takes by default does, unless it is that
-    of the ``whole``.
+    of the donor's whole model. Tokens of images and the like are taken where the donor names them.
     """
     if path == here:
         return own
+    top, whole, theirs = own.get("", {}), donors.get("", {}), donors.get(path, {})
     of_class = {key for each in ARCHITECTURE for key in each.keys}
-    at_top = {key: value for key, value in own.get("", {}).items() if key in of_class}
-    kept = {"model_type"} if own.keys() == {""} and own[""].get("model_type") != whole else set[str]()
+    at_top = {key: value for key, value in top.items() if key in of_class}
+    kept = {"model_type"} if own.keys() == {""} and top.get("model_type") != whole.get("model_type") else set[str]()
     language = {key: value for key, value in own[here].items() if key in kept or key not in of_class}
+    tokens = {key: top[key] for key in token_keys(top) if here or key in whole}
+    if here == "":
+        language = {key: value for key, value in language.items() if key not in tokens or theirs.get(key) is not None}
+    else:
+        language |= {key: value for key, value in tokens.items() if path == "" and language.get(key) is None}
     moved = {**{key: each for key, each in own.items() if key not in ("", here)}, path: language}
-    mark = {_ELSEWHERE: path} if here == "" else {}
+    mark = {_ELSEWHERE: path, **tokens} if here == "" else {}
     return {**moved, "": {**moved.get("", {}), **at_top, **mark}}
 
 

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from stockflow.checkpoints.configs import Config, first, nonfinite, sections
+from stockflow.checkpoints.configs import Config, first, sections
 from stockflow.checkpoints.heads import is_of_language
 from stockflow.checkpoints.naming import MARKS_OF_PREDICTION, OF_ADAPTERS, OF_TRAINERS, TRAINING_WRAPPERS, LayerNames
+from stockflow.checkpoints.spellings import nonfinite
 from stockflow.planning.config.layers import numbers_of
 from stockflow.planning.looks.parts import broken, is_plain, tower_of
 from stockflow.planning.looks.proposal import Proposal
