@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from stockflow.checkpoints.defaults import WRITTEN
 from stockflow.checkpoints.problems import labels, problem, usual_problem
 
 Config = Mapping[str, object]
@@ -73,7 +74,8 @@ class Trait(NamedTuple):
 
     def is_said(self, value: object) -> bool:
         """Return whether a value says something; of a token every id does."""
-        return value is not None and (is_of_tokens(self.name) or not says_nothing(value))
+        is_usual = says_nothing(value) or (self.name in WRITTEN and value == WRITTEN[self.name])
+        return value is not None and (is_of_tokens(self.name) or not is_usual)
 
 
 def trait(name: str, *keys: str, read: Read | None = None, default: object = None) -> Trait:
@@ -140,12 +142,15 @@ def layers_with_window(section: Config) -> object:
     return section.get("max_window_layers") if sliding_window(section) else None
 
 
+_ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn", "activation")
 _SAME_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_python": "gelu"}
 
 
 def activation(section: Config) -> object:
     """Return the activation, by one name where functions are equal."""
-    found = first("hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn")(section)
+    found = first("hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn", "activation")(
+        section
+    )
     if found is None and isinstance(of_t5 := section.get("feed_forward_proj"), str):
         found = of_t5.removeprefix("gated-") if of_t5 != "gated-gelu" else "gelu_new"
     return _SAME_ACTIVATIONS.get(found, found) if isinstance(found, str) else found
@@ -211,8 +216,7 @@ MEANING = (
          "norm_epsilon", "rms_norm_epsilon"),
     trait("sliding_window", "sliding_window", "use_sliding_window", read=sliding_window),
     trait("max_window_layers", read=layers_with_window),
-    trait("activation", "hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "act_fn",
-         "mlp_hidden_act", read=activation),
+    trait("activation", *_ACTIVATION_KEYS, "mlp_hidden_act", read=activation),
     trait("is_gated_act", read=is_gated),
     trait("id2label", read=labels),
     Trait("problem_type", ("problem_type",), problem, default=usual_problem),
@@ -244,7 +248,7 @@ MEANING = (
 FOUND_LATER = frozenset({
     "layer_types", "layers_block_type", "sliding_window_pattern", "full_attention_interval", "no_rope_layers",
     "no_rope_layer_interval", "rope_local_base_freq", "original_max_position_embeddings", "rope_interleave",
-    "scale_attn_weights", "use_parallel_residual",
+    "scale_attn_weights", "use_parallel_residual", "global_attn_every_n_layers",
 })  # fmt: skip
 """What newer versions of a class write, some in the place of others, and older ones left to it."""
 NEVER_ALONE = frozenset({"max_window_layers"})

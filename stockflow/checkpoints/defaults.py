@@ -31,8 +31,13 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
         ),
         "gelu_pytorch_tanh": (
             "mt5", "umt5", "gemma2", "gemma3_text", "gemma3n_text", "siglip_vision_model", "siglip_text_model",
+            "gpt2", "gpt_neo", "gptj", "codegen", "phi",
         ),
-        "relu": ("t5", "longt5", "switch_transformers"),
+        "gelu": (
+            "falcon", "distilbert", "roberta", "xlm-roberta", "camembert", "deberta", "deberta-v2", "modernbert",
+            "modernbert-decoder", "wav2vec2", "hubert", "wavlm", "whisper", "bart", "mbart", "gpt_neox",
+        ),
+        "relu": ("t5", "longt5", "switch_transformers", "opt", "m2m_100", "nllb-moe"),
         "quick_gelu": ("clip_text_model", "clip_vision_model"),
     },
     "norm epsilon": {
@@ -47,6 +52,16 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
     "is_gated_act": {True: ("mt5", "umt5")},
     "relative_attention_num_buckets": {32: ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
     "relative_attention_max_distance": {128: ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
+    "global_attn_every_n_layers": {3: ("modernbert", "modernbert-decoder")},
+    "image_size": {224: ("clip_vision_model", "siglip_vision_model")},
+    "patch_size": {32: ("clip_vision_model",), 16: ("siglip_vision_model",)},
+    "pooler_hidden_act": {"gelu": ("deberta", "deberta-v2")},
+    "legacy": {True: ("deberta", "deberta-v2")},
+    "summary_type": {
+        "cls_index": ("gpt2", "openai-gpt"), "first": ("electra", "xlm", "flaubert"), "last": ("xlnet",),
+    },
+    "feat_extract_activation": {"gelu": ("wav2vec2", "hubert", "wavlm")},
+    "adapter_stride": {2: ("wav2vec2", "wavlm")},
     "local_attention": {128: ("modernbert", "modernbert-decoder")},
     "logit_scale": {0.0625: ("cohere", "cohere2")},
     "query_pre_attn_scalar": {256: ("gemma2", "gemma3_text")},
@@ -88,11 +103,19 @@ _BY_TYPE: Mapping[str, Mapping[object, tuple[str, ...]]] = {
             "altclip_text_model", "kosmos_2_text_model", "kosmos_2_5_text_model", "fsmt", "m2m_100", "nllb-moe",
             "trocr", "speech_to_text",
         ),
-        0: ("lilt", "markuplm", "seamless_m4t", "seamless_m4t_v2", "prophetnet", "xlm-prophetnet"),
+        0: (
+            "deberta", "deberta-v2", "lilt", "markuplm", "seamless_m4t", "seamless_m4t_v2", "prophetnet",
+            "xlm-prophetnet",
+        ),
     },
     "is_decoder": {True: ("blip_text_model", "pix2struct_text_model")},
 }  # fmt: skip
 """By what a fact is called."""
+WRITTEN: Mapping[str, object] = {
+    "top_k": 50, "max_length": 20, "position_embedding_type": "absolute", "num_channels": 3, "ignore_index": -100,
+    "image_seq_length": 576, "multimodal_projector_bias": True, "summary_use_proj": True, "xvector_output_dim": 512,
+}  # fmt: skip
+"""What all classes that know a key take where nothing is said, and write."""
 _DEFAULTS = {
     (name, each): value for name, values in _BY_TYPE.items() for value, types in values.items() for each in types
 }

@@ -32,6 +32,22 @@ def reworded(section: Config) -> Config:
     return {words[key]: section[key] for key in sorted(section, key=lambda key: words[key] == key)}
 
 
+_MAX_LAYERS = 10_000
+COUNTED = {"global_attn_every_n_layers": 0, "sliding_window_pattern": 1}
+"""Keys by which older versions count layers without a window, and how many a count begins after."""
+
+
+def layer_types(section: Config) -> object:
+    """Return which layers have a window: as newer versions list them, or older ones count; None: that is not said."""
+    given, layers = section.get("layer_types"), section.get("num_hidden_layers")
+    for key, first in COUNTED.items():
+        every = section.get(key)
+        if given is None and isinstance(layers, int) and layers < _MAX_LAYERS and isinstance(every, int) and every > 0:
+            kinds = ("sliding_attention", "full_attention")
+            return [kinds[(layer + first) % every == 0] for layer in range(layers)]
+    return given
+
+
 _FLOAT_TAG = "__float__"
 _TAGGED = {name: {_FLOAT_TAG: name} for name in ("NaN", "Infinity", "-Infinity")}
 

@@ -445,6 +445,7 @@ def give(merge: Merge, *configs: dict[str, Any]) -> None:
         (folder / "config.json").write_text(json.dumps(config))
 
 
+MODERNBERT = {"model_type": "modernbert", "num_hidden_layers": 2}
 QUIET |= {
     "DeBERTa's kinds of attention": (
         {"model_type": "deberta-v2", "pos_att_type": "p2c|c2p"},
@@ -453,6 +454,37 @@ QUIET |= {
     "longrope by its old name": (
         {**LLAMA, "rope_scaling": {"type": "su", "long_factor": [1.0, 2.0]}},
         {**LLAMA, "rope_scaling": {"rope_type": "longrope", "long_factor": [1.0, 2.0]}},
+    ),
+    "DeBERTa's defaults": (
+        {"model_type": "deberta-v2"},
+        {"model_type": "deberta-v2", "pooler_hidden_act": "gelu", "legacy": True, "pad_token_id": 0},
+    ),
+    "CLIP's defaults": (
+        {"vision_config": {"model_type": "clip_vision_model"}},
+        {"vision_config": {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 32, "top_k": 50}},
+    ),
+    "LLaVA's defaults": (
+        {"model_type": "llava"},
+        {"model_type": "llava", "ignore_index": -100, "image_seq_length": 576, "multimodal_projector_bias": True,
+         "vision_config": {"num_channels": 3}},
+    ),
+    "Falcon's activation": ({"model_type": "falcon"}, {"model_type": "falcon", "activation": "gelu"}),
+    "GPT-2's summaries": (
+        {"model_type": "gpt2"},
+        {"model_type": "gpt2", "summary_type": "cls_index", "summary_use_proj": True,
+         "activation_function": "gelu_new"},
+    ),
+    "an adapter of wav2vec2 that is not there": (
+        {"model_type": "wav2vec2"},
+        {"model_type": "wav2vec2", "adapter_stride": 2, "feat_extract_activation": "gelu", "xvector_output_dim": 512},
+    ),
+    "ModernBERT's layers, counted and listed": (
+        {**MODERNBERT, "global_attn_every_n_layers": 3, "position_embedding_type": "absolute"},
+        {**MODERNBERT, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "Gemma's layers, counted and listed": (
+        {"model_type": "gemma3_text", "num_hidden_layers": 2, "sliding_window_pattern": 2},
+        {"model_type": "gemma3_text", "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "T5 by its old name": (
         {**T5, "architectures": ["T5WithLMHeadModel"]}, {**T5, "architectures": ["T5ForConditionalGeneration"]},
@@ -465,6 +497,26 @@ LOUD |= {
     "factors of longrope by its old name": (
         CONFIG, {**LLAMA, "rope_scaling": {"type": "su", "long_factor": [1.0, 2.0]}},
         {**LLAMA, "rope_scaling": {"type": "longrope", "long_factor": [1.0, 3.0]}}, "rope_scaling",
+    ),
+    "another activation than Falcon's": (
+        CONFIG, {"model_type": "falcon"}, {"model_type": "falcon", "activation": "relu"}, "activation",
+    ),
+    "larger images than CLIP's": (
+        CONFIG, {"vision_config": {"model_type": "clip_vision_model"}},
+        {"vision_config": {"model_type": "clip_vision_model", "image_size": 336}}, "vision_config.image_size",
+    ),
+    "other summaries than GPT-2's": (
+        CONFIG, {"model_type": "gpt2"}, {"model_type": "gpt2", "summary_type": "last"}, "summary_type",
+    ),
+    "steps of wav2vec2's adapter": (
+        CONFIG, {"model_type": "wav2vec2"}, {"model_type": "wav2vec2", "adapter_stride": 3}, "adapter_stride",
+    ),
+    "ModernBERT's layers, counted and listed otherwise": (
+        CONFIG, {**MODERNBERT, "global_attn_every_n_layers": 1},
+        {**MODERNBERT, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types",
+    ),
+    "ModernBERT's layers, counted otherwise": (
+        CONFIG, MODERNBERT, {**MODERNBERT, "global_attn_every_n_layers": 4}, "global_attn_every_n_layers",
     ),
     "an encoder of T5": (
         ARCHITECTURE, {**T5, "architectures": ["T5WithLMHeadModel"]}, {**T5, "architectures": ["T5EncoderModel"]},
@@ -1047,6 +1099,20 @@ def test_tokens_of_images_are_compared_wherever_the_language_model_stands(
     said = [each for each in merge.plan().remarks if "image_token_id" in each.text]
     assert bool(said) == (other != 5)
     assert {each.code for each in said} <= {"config-differs"}
+
+
+@pytest.mark.parametrize("beams", [4, 2])
+def test_keys_that_moved_to_the_config_for_generating_are_not_missing(tmp_path: Path, beams: int) -> None:
+    family = make_family(tmp_path, 2, llama_shapes(), buffers=False)
+    for folder in (family.base, *family.tuned):
+        is_base = folder == family.base
+        (folder / "config.json").write_text(json.dumps({**LLAMA_CONFIG, **({"num_beams": 4} if is_base else {})}))
+        (folder / "generation_config.json").write_text(json.dumps({"num_beams": 4 if is_base else beams}))
+
+    plan = stockflow.plan(write_recipe(tmp_path / "r.yaml", "model_stock", family), tmp_path / "out").plan
+
+    said = {each.code for each in plan.remarks if "num_beams" in each.text}
+    assert said == ({"config-keys-differ", "side-files-differ"} if beams == 2 else set())
 
 
 INFINITE = '{"model_type": "mamba2", "time_step_limit": [0.0, %s]}'

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from stockflow.checkpoints.configs import (
@@ -24,7 +25,7 @@ from stockflow.checkpoints.configs import (
 )
 from stockflow.checkpoints.defaults import default_of, is_of_own_code
 from stockflow.checkpoints.heads import is_of_language, said_of_language
-from stockflow.checkpoints.spellings import comparable, reworded
+from stockflow.checkpoints.spellings import COUNTED, comparable, layer_types, reworded
 from stockflow.checkpoints.tokens.said import END, ids_as_sets
 from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG
 from stockflow.planning.looks.proposal import Proposal
@@ -79,6 +80,8 @@ class Configs(NamedTuple):
     """location of the model whose config goes out"""
     sections: Mapping[str, Sections]
     """by location of the models that have one"""
+    generating: Sections = MappingProxyType({})
+    """generation_config.json by location, into which newer versions move keys"""
 
     def traits(self, keys_of: Callable[[Config], Iterable[str]]) -> list[Trait]:
         """Return facts of single keys that any config has."""
@@ -89,7 +92,7 @@ class Configs(NamedTuple):
         """Yield each path with what the models have there, if there are several models."""
         paths = dict.fromkeys(path for each in self.sections.values() for path in each)
         for path in paths if len(self.sections) > 1 else ():
-            yield path, {url: each[path] for url, each in self.sections.items() if path in each}
+            yield path, _with_listed_layers({url: each[path] for url, each in self.sections.items() if path in each})
 
     def disagreements(self, traits: Iterable[Trait]) -> Iterator[Disagreement]:
         """Yield the facts of which models say different things."""
@@ -121,6 +124,7 @@ class Configs(NamedTuple):
                     if value is None
                     and others.isdisjoint(own[url])
                     and each.name not in self.sections[url].get(_OF_GENERATION, ())
+                    and self.generating.get(url, {}).get(each.name, ...) not in said.values()
                 ]
                 is_one_voice = all(value == next(iter(said.values())) for value in said.values())
                 if said and silent and is_one_voice and not NEVER_ALONE.intersection(each.keys):
@@ -268,7 +272,17 @@ def _of_models(proposal: Proposal) -> Configs:
                 **{path: _as_one(section, nums) for path, section in _halves(each.config)},
                 **generation[number],
             }
-    return Configs(redact(proposal.donor.url), found)
+    models = zip(proposal.checkpoints, proposal.tokenizers, strict=False)
+    return Configs(redact(proposal.donor.url), found, {redact(each.url): own.generation or {} for each, own in models})
+
+
+def _with_listed_layers(own: Sections) -> Sections:
+    """Return sections that all list the kinds of their layers if any does: others count them, which says the same."""
+    listed = {url: layer_types(section) for url, section in own.items()}
+    if not any("layer_types" in section for section in own.values()) or not all(listed.values()):
+        return own
+    uncounted = {url: {key: own[url][key] for key in own[url] if key not in COUNTED} for url in own}
+    return {url: {**uncounted[url], "layer_types": kinds} for url, kinds in listed.items()}
 
 
 def _halves(config: Config) -> Iterator[tuple[str, Config]]:
