@@ -409,6 +409,29 @@ def test_of_towers_of_one_depth_only_that_is_counted_anew_which_is_sliced(
     assert plan.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("slices", "said"),
+    [
+        ([(0, 2), (0, 3)], "and the output in layer 0, layer 2: loaders leave out the later"),
+        ([(1, 3), (0, 2)], "in layer 2: loaders make up that of layer 0; let the first slice begin"),
+        ([(1, 3)], "in none: loaders make up"),
+        ([(0, 2), (1, 3)], ""),
+    ],
+)
+def test_a_bias_that_the_first_layer_has_for_all_is_said_where_it_goes_elsewhere(
+    models: Models, tmp_path: Path, slices: list[tuple[int, int]], said: str
+) -> None:
+    names = [f"{side}.block.{layer}.{part}" for side in ("encoder", "decoder") for layer in range(3) for part in PARTS]
+    names += [f"{side}.block.0.SelfAttention.relative_attention_bias.weight" for side in ("encoder", "decoder")]
+    write_checkpoint(tmp_path / "d", {name: torch.randn(3, 2) for name in names}, config=T5, side_files={})
+    sliced = linear(*(source("d", *each) for each in slices)) + "stockflow: {layers: 'decoder.block.{layer}.'}\n"
+
+    plan = models.plan(sliced)
+
+    assert [remark.code for remark in plan.remarks] == ["promise-unkept"] * bool(said)
+    assert said in "".join(remark.text for remark in plan.remarks)
+
+
 def test_a_pattern_with_a_letter_per_layer_follows_the_layers(models: Models, tmp_path: Path) -> None:
     write_model(tmp_path / "d", 6, hybrid_override_pattern="M-M*ME", hidden_act="silu24")
 

@@ -42,6 +42,7 @@ LOOKS: tuple[Callable[[Proposal], Iterable[Remark]], ...] = (
     values.shared_gradients,
     layers.modules_left_out,
     layers.layers_in_config,
+    layers.moved_biases,
     asked.missing_tokenizer,
     asked.missing_config,
     files.omitted_files,

@@ -8,7 +8,7 @@ from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.targets import Stacking
 from stockflow.planning.towers import NUM_LAYERS_KEYS
 from stockflow.storage import redact
-from stockflow.text.examples import such
+from stockflow.text.examples import some, such
 from stockflow.text.remarks import Remark
 from stockflow.text.sizes import are
 from stockflow.text.strictjson import shown
@@ -70,6 +70,26 @@ def layers_in_config(proposal: Proposal) -> Iterator[Remark]:
             if moved:
                 text = f"config.json of {redact(donor.url)} does not say of which kind each layer is, {moved}"
                 yield Remark("config-layers", text, models=(redact(donor.url),))
+
+
+def moved_biases(proposal: Proposal) -> Iterator[Remark]:
+    """Yield where slices put the biases of positions that T5 has in the first layer of a tower, for all of them."""
+    for stacking in proposal.stackings:
+        of_bias = re.compile(rf"{re.escape(stacking.stack)}(\d+)\..*relative_attention_bias\.weight")
+        specs = (name for each in proposal.checkpoints for name in each.specs)
+        stored = {int(found[1]) for found in map(of_bias.fullmatch, specs) if found}
+        names = {name: int(found[1]) for name in proposal.written if (found := of_bias.fullmatch(name))}
+        if stored == {0} and set(names.values()) != {0}:
+            url, is_lost = redact(proposal.donor.url), 0 not in names.values()
+            layers = some([f"layer {number}" for number in names.values()], quote=str) or "none"
+            means = (
+                "make up that of layer 0; let the first slice begin with layer 0" if is_lost else "leave out the later"
+            )
+            text = (
+                f"{url} has a relative_attention_bias in layer 0 of {stacking.stack}* alone, for all layers, and the "
+                f"output in {layers}: loaders {means}"
+            )
+            yield Remark("promise-unkept", text, "warning" if is_lost else "note", (url,), tuple(names))
 
 
 def _moved(section: Mapping[str, object], stacking: Stacking) -> str:
