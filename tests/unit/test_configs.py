@@ -776,6 +776,13 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str], str | None]] = {
         + ["pixel.decoder.encoder.layers.0.a"],
         None,
     ),
+    "an old T5's": (
+        {"num_layers": 1, "is_encoder_decoder": True}, ["encoder.block.0.a", "decoder.block.0.a", "decoder.block.1.a"],
+        "num_layers: 1",
+    ),
+    "an old T5's own": (
+        {"num_layers": 1, "is_encoder_decoder": True}, ["encoder.block.0.a", "decoder.block.0.a"], None,
+    ),
     "an encoder alone": ({"num_layers": 1, "num_decoder_layers": 3}, ["encoder.block.0.a"], None),
     "no experts": ({"num_hidden_layers": 2, "first_k_dense_replace": 0}, [*SPARSE[:1], "model.layers.1.a"], None),
     "MTP": ({"num_hidden_layers": 1, "mtp_num_hidden_layers": 1}, ["model.layers.0.a", "mtp.layers.0.a"], None),

@@ -62,7 +62,11 @@ def _broken_layers(proposal: Proposal, names: Iterable[str]) -> Iterator[Remark]
             if counted_otherwise or not isinstance(number, int) or not ours:
                 continue
             promised = {number, number + _num_predicted(section)}
-            if not promised & of_sides.get(side, set(whole.values())):
+            is_of_both = (
+                side and side not in key and not any("decoder" in each and "layers" in each for each in section)
+            )
+            held = [of_sides.get(side, set(whole.values())), *(of_sides.values() if is_of_both else ())]
+            if not all(promised & each for each in held):
                 yield broken(proposal, path + key, number, f"the written tensors have {_described(ours)}")
             if isinstance(kinds, list) and len(kinds) not in promised:
                 yield broken(proposal, f"{path}layer_types", f"{len(kinds)} of them", f"{number} layers are promised")
