@@ -183,7 +183,7 @@ def _completing(made: dict[str, Store], storage: StorageConfig, adapter: Store, 
 def _with_prediction(opened: Checkpoint, storage: StorageConfig) -> Checkpoint:
     """Return a checkpoint with what the scheduler beside it says that it predicts, if it is a part of a pipeline."""
     if around := pipeline_around(opened.url, opened.files, opened.config):
-        with suppress(UserError, StorageError):
+        with suppress(UserError):
             return replace(opened, predicts=predicted_by(open_model(around, storage)))
     return opened
 
