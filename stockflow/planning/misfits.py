@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from stockflow.checkpoints.configs import first
 from stockflow.checkpoints.files.header import TensorSpec
 from stockflow.checkpoints.files.layout import folder_of
-from stockflow.checkpoints.heads import said_of_language
+from stockflow.checkpoints.heads import has_head, is_head, said_of_language
 from stockflow.checkpoints.modules import MODULES_FILE
 from stockflow.checkpoints.naming import MARKS_OF_PREDICTION, OF_ADAPTERS, OF_TRAINERS, layer_of
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.quantised import STATIC_SCALES
 from stockflow.checkpoints.tokens.token_rows import has_tokens, stated_sizes, vocabulary_rows
+from stockflow.checkpoints.values import INDEX_DATA
 from stockflow.planning.optional import OptionalParts
 from stockflow.planning.targets import OutputTensor, Stretch, Unplanned
 from stockflow.planning.ties import missing_head_remedy
@@ -54,6 +55,10 @@ _MEASURED = (
     "fixed scales of activations or of the cache of keys and values are measured on one model, and what announces them "
     f"is not published with plain numbers: a rule with `action: skip` leaves {THEM} out"
 )
+_NO_BIAS = (
+    f"a model without a bias computes as if it were zeros: write zeros for {THEM} into that model, and say so in its "
+    "config; a rule with `action: copy` would publish one model's whole bias beside averaged weights"
+)
 _NUM_LAYERS = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _STACK = re.compile(r"(?:.*?\.)??(?=\d+\.)")
 _NEEDLESS = ("scale", "inv_freq")
@@ -81,7 +86,12 @@ def extra_tensors(unplanned: Iterable[Unplanned], explained: Collection[int]) ->
             remedy = _MEASURED
         elif len(holders) == len(stretch.checkpoints) - 1:
             remedy = f"take a base that has {THEM}, or average the others without it"
-            remedy, action = f"all others were trained with {THEM}: {remedy}", ""
+            if is_head(name) and not has_head(stretch.checkpoints[0].config):
+                remedy += (
+                    f"; or, as the class of {stretch.urls([0])} has none, a rule with `action: skip` leaves {THEM} out"
+                )
+            trained = f"{urls} was" if len(holders) == 1 else "all others were"
+            remedy, action = f"{trained} trained with {THEM}: {remedy}", ""
         elif _is_of_a_layer(name, stacks[id(stretch)]) and not OptionalParts(stretch.checkpoints[holders[0]]).of(name):
             remedy, action = f"its layers compute with {THEM}: leave {urls} out of the recipe", ""
         lacking = f"but not in {stretch.urls([0])}, which gives the output its names"
@@ -124,6 +134,8 @@ def of_missing(misfit: Misfit, stretch: Stretch, lacking: Sequence[int]) -> Misf
     for index in lacking:
         if fewer := _of_fewer_layers(misfit.name, stretch, index):
             return replace(misfit, remedy=fewer, action="")
+    if misfit.name.endswith(".bias") and layer_of(misfit.name) is not None:
+        return replace(misfit, remedy=_NO_BIAS, action="")
     module, _, own = misfit.name.rpartition(".")
     wrapped = [f"{prefix}{module}.original_module.{own}" for prefix in ("", "base_model.model.")]
     if any(name in stretch.checkpoints[index].specs for index in lacking for name in wrapped):
@@ -184,6 +196,8 @@ def mismatches(target: OutputTensor, indices: Sequence[int], by_row: str) -> lis
             misfits.append(Misfit(spec.name, f"{found.dtype} in {where}", _PACKED_REMEDY))
         elif found.shape != spec.shape:
             remedy = _remedy_of_rows(target, index, by_row) if found.shape[1:] == spec.shape[1:] else ""
+            if spec.name.endswith(INDEX_DATA):
+                remedy = f"indices are counted, not trained: a rule with `action: copy` takes {THEM} from {donor_url}"
             misfits.append(unlike(where, list(found.shape), list(spec.shape), remedy))
         elif found.kind != spec.kind or (spec.kind != "float" and found.dtype != spec.dtype):
             misfits.append(unlike(where, found.dtype, spec.dtype))

@@ -321,6 +321,37 @@ def test_what_all_tunes_have_is_not_advised_to_be_left_out(merge: Merge) -> None
     assert "skip" not in found
 
 
+def test_a_head_that_the_class_of_the_output_does_not_have_is_advised_to_be_left_out(merge: Merge) -> None:
+    merge.models[1]["lm_head.weight"] = merge.models[2]["lm_head.weight"] = torch.ones(2, 3)
+
+    found = merge.write(config={"architectures": ["LlamaForSequenceClassification"]}).refusal()
+
+    assert "all others were trained with it" in found
+    assert f"the class of {merge.folders[0]} has none, a rule with `action: skip` leaves it out" in found
+
+
+def test_index_data_of_other_lengths_is_advised_to_be_copied(merge: Merge) -> None:
+    for tensors, length in zip(merge.models, (77, 248, 77), strict=True):
+        tensors["position_ids"] = torch.arange(length)[None]
+
+    found = merge.write().refusal()
+
+    assert f"a rule with `action: copy` takes it from {merge.folders[0]}" in found
+    assert jobs_of(merge.plan(stockflow=rule(filter="position_ids", action="copy")))["position_ids"].output.shape == (
+        1,
+        77,
+    )
+
+
+def test_a_bias_that_some_models_lack_is_not_advised_to_be_copied(merge: Merge) -> None:
+    merge.models[0]["model.layers.0.self_attn.q_proj.bias"] = torch.ones(3)
+
+    found = merge.write().refusal()
+
+    assert "write zeros for it into that model" in found
+    assert "to paste" not in found
+
+
 def test_what_a_trainer_keeps_is_advised_to_be_left_out_though_all_tunes_have_it(merge: Merge) -> None:
     for tensors in merge.models[1:]:
         tensors["optimizer.state.embed.exp_avg"] = torch.ones(2, 3)
