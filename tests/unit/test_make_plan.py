@@ -337,10 +337,8 @@ def test_index_data_of_other_lengths_is_advised_to_be_copied(merge: Merge) -> No
     found = merge.write().refusal()
 
     assert f"a rule with `action: copy` takes it from {merge.folders[0]}" in found
-    assert jobs_of(merge.plan(stockflow=rule(filter="position_ids", action="copy")))["position_ids"].output.shape == (
-        1,
-        77,
-    )
+    copied = jobs_of(merge.plan(stockflow=rule(filter="position_ids", action="copy")))["position_ids"]
+    assert copied.output.shape == (1, 77)
 
 
 def test_a_bias_that_some_models_lack_is_not_advised_to_be_copied(merge: Merge) -> None:

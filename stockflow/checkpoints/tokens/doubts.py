@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stockflow.checkpoints.tokens.said import ROLES, content_of
-from stockflow.checkpoints.tokens.vocabularies import Ids, as_letters
+from stockflow.checkpoints.tokens.vocabularies import FAST, Ids, as_letters
 from stockflow.text.strictjson import shown
 
 Doubts = dict[str, str]
 """By token: what is said of it, and where."""
 
-FAST = "tokenizer.json"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _POST = "post_processor"
 _SPACE = "▁"

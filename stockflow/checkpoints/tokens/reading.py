@@ -45,8 +45,8 @@ class Reader:
 
     def parsed(self, store: Store, key: str, stamp: Stamp, parse: Callable[[bytes], T]) -> T:
         """Return what a file holds; what ``parse`` raises is raised again for equal files."""
-        known = (parse, stamp)
-        if _TELLS_BYTES.match(stamp.version) and known in self._made:
+        known = (parse, stamp, "" if _TELLS_BYTES.match(stamp.version) else store.where(key))
+        if known in self._made:
             return cast(T, self._found(known))
         payload = _payload(store, key, stamp)
         made = (parse, hashlib.sha256(payload).digest())

@@ -30,6 +30,7 @@ from stockflow.checkpoints.tokens.said import (
 )
 from stockflow.checkpoints.tokens.token_rows import vocabulary_rows
 from stockflow.checkpoints.tokens.vocabularies import (
+    FAST,
     FORMS,
     OF_PIECES,
     Ids,
@@ -42,7 +43,7 @@ from stockflow.checkpoints.tokens.vocabularies import (
 )
 from stockflow.storage import Store
 
-FAST, TEKKEN = "tokenizer.json", "tekken.json"
+TEKKEN = "tekken.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 MERGES = "merges.txt"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -264,10 +265,8 @@ def _assumed(
 ) -> dict[str, tuple[str, ...]]:
     """Return the tokens that may have a part to play where files name none: its class's, and those of config.json."""
     ids = vocabulary.ids if vocabulary else {}
-    of_class, of_ids = (
-        roles_of_kin(kin_of(settings, files.model.config)),
-        roles_of_ids(said_of_language(files.model.config), ids),
-    )
+    of_class = roles_of_kin(kin_of(settings, files.model.config))
+    of_ids = roles_of_ids(said_of_language(files.model.config), ids)
     both = {role: (of_class.get(role), of_ids.get(role)) for role in ROLES}
     return {role: tuple(token for token in each if token in ids) for role, each in both.items()}
 

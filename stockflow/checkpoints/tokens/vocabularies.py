@@ -20,6 +20,7 @@ Ids = dict[str, int]
 MAX_VALUES = 20_000_000
 """of a JSON file; a tokenizer of 260,000 tokens and 500,000 merges has 2.5 million"""
 MAX_ID = 2**31 - 1
+FAST = "tokenizer.json"
 
 _COUNTED = re.compile(r"(\S+) \d+")
 _OF_FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")

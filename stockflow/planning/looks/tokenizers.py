@@ -1,15 +1,15 @@
 """Tokenizers beside each other: ids that mean different tokens, tokens without a row, words that are no tune's."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stockflow.checkpoints.tokens.reading import Vocabulary
 from stockflow.checkpoints.tokens.token_rows import has_input_rows, vocabulary_tensors
-from stockflow.checkpoints.tokens.tokenizers import FAST
-from stockflow.checkpoints.tokens.vocabularies import Ids
+from stockflow.checkpoints.tokens.vocabularies import FAST, Ids
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.planning.looks.words import CHOOSES
 from stockflow.storage import redact
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.sizes import counted
 from stockflow.text.strictjson import shown
@@ -166,11 +166,11 @@ def _contested(mine: _Group, other: _Group, found: TokenDifferences) -> Iterator
     num_rows = min(mine.num_rows, other.num_rows)
     ids = [number for number in found.contested if number < num_rows]
     if ids:
-        examples = ", ".join(f"{number} is {found.meanings(number)}" for number in ids[:NUM_SHOWN])
+        examples = some(ids, NUM_SHOWN, lambda number: f"{number} is {found.meanings(number)}")
         mean = "means" if len(ids) == 1 else "mean"
         text = (
             f"{counted(len(ids), 'id')} of {counted(len(mine.vocabulary.ids), 'token')} {mean} something else in "
-            f"{mine.named} than in {other.named}: {examples}{_more(ids)}. "
+            f"{mine.named} than in {other.named}: {examples}. "
         )
         severity = _severity(mine, other)
         text += REMEDY if severity == "refusal" else "Their rows are not mixed, what comes after them is"
@@ -242,16 +242,12 @@ def _listed(models: Sequence[str]) -> str:
 
 
 def _tokens(tokens: Mapping[int, str]) -> str:
-    examples = ", ".join(f"{shown(token)} ({number})" for number, token in list(tokens.items())[:NUM_SHOWN])
-    return f"{counted(len(tokens), 'token')}: {examples}{_more(tokens)}"
+    examples = some([*tokens.items()], NUM_SHOWN, lambda each: f"{shown(each[1])} ({each[0]})")
+    return f"{counted(len(tokens), 'token')}: {examples}"
 
 
 def _values(tokens: Mapping[int, str]) -> dict[str, str]:
     return {str(number): shown(token) for number, token in list(tokens.items())[:NUM_VALUES]}
-
-
-def _more(found: Sized) -> str:
-    return f" and {len(found) - NUM_SHOWN:,} more" if len(found) > NUM_SHOWN else ""
 
 
 def _quoted(token: str | None) -> str:

@@ -107,12 +107,8 @@ def ends_of_texts(proposal: Proposal) -> Iterator[Remark]:
     recipe, donor = proposal.recipe, proposal.recipe.side_files_donor
     if donor >= len(proposal.tokenizers):
         return
-    tokenizer, url, (generation, config) = (
-        proposal.tokenizers[donor],
-        redact(proposal.checkpoints[donor].url),
-        _going_out(proposal),
-    )
-    stated = _stated_end(proposal)
+    tokenizer, url = proposal.tokenizers[donor], redact(proposal.checkpoints[donor].url)
+    (generation, config), stated = _going_out(proposal), _stated_end(proposal)
     if recipe.vocabulary is None and (beyond := [each for each in _ids(stated) if each >= tokenizer.num_rows > 0]):
         rows = f"the embedding has {tokenizer.num_rows:,} rows"
         text = f"generation ends at token {beyond[0]:,} by the files of {url}, and {rows}: it would not end"

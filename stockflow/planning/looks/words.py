@@ -12,6 +12,7 @@ from stockflow.planning.vocabulary.templates import chosen_template
 from stockflow.storage import redact
 from stockflow.text.chat_templates import fault_in, markers_in
 from stockflow.text.escaping import in_a_line
+from stockflow.text.examples import some
 from stockflow.text.remarks import Remark, Severity
 from stockflow.text.strictjson import shown
 
@@ -138,16 +139,12 @@ def templates_going_out(proposal: Proposal) -> Iterator[Remark]:
         yield Remark("template-unread", text, models=(url,), values={"fault": fault})
     known = ids_going_out(proposal)
     if template and known and (strange := [each for each in markers_in(template) if each not in known]):
-        more = f" and {len(strange) - NUM_SHOWN:,} more" if len(strange) > NUM_SHOWN else ""
-        some, are_none = (
-            ", ".join(map(shown, strange[:NUM_SHOWN])),
-            "is no token" if len(strange) == 1 else "are no tokens",
-        )
+        are_none = "is no token" if len(strange) == 1 else "are no tokens"
         is_union = recipe.vocabulary is not None and recipe.vocabulary.source == "union"
         whose = "the vocabulary that is written" if is_union else f"{url}, whose tokenizer goes out"
         text = (
-            f"the chat template that goes out writes {some}{more}, which {are_none} of {whose}: "
-            "a model reads several tokens there"
+            f"the chat template that goes out writes {some(strange, NUM_SHOWN)}, which {are_none} of "
+            f"{whose}: a model reads several tokens there"
         )
         yield Remark("template-unread", text, "note", (url,), values=dict.fromkeys(strange, "no token"))
 

@@ -8,8 +8,8 @@ from stockflow.checkpoints.beside.side_files import is_of_tokenizer, is_tokenize
 from stockflow.checkpoints.configs import Config
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.said import TEMPLATE_FILE, TEMPLATE_JSON, content_of
-from stockflow.checkpoints.tokens.tokenizers import FAST, GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG, Tokenizer
-from stockflow.checkpoints.tokens.vocabularies import Ids
+from stockflow.checkpoints.tokens.tokenizers import GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG, Tokenizer
+from stockflow.checkpoints.tokens.vocabularies import FAST, Ids
 from stockflow.errors import PlanError
 from stockflow.planning.plan import SideFile, WrittenFile
 from stockflow.planning.vocabulary.rows import OutputVocabulary

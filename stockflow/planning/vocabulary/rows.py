@@ -13,8 +13,8 @@ from stockflow.checkpoints.heads import tied_names
 from stockflow.checkpoints.opening import Checkpoint
 from stockflow.checkpoints.tokens.reading import Vocabulary
 from stockflow.checkpoints.tokens.token_rows import vocabulary_tensors
-from stockflow.checkpoints.tokens.tokenizers import FAST, Tokenizer
-from stockflow.checkpoints.tokens.vocabularies import Ids
+from stockflow.checkpoints.tokens.tokenizers import Tokenizer
+from stockflow.checkpoints.tokens.vocabularies import FAST, Ids
 from stockflow.errors import PlanError
 from stockflow.methods.parameters import Parameters
 from stockflow.planning.job import TensorJob, merging
