@@ -8,7 +8,7 @@ import numpy as np
 
 from stockflow.checkpoints.samples import Sample
 from stockflow.methods.parameters import Role
-from stockflow.planning.looks.precisions import cast_to
+from stockflow.planning.looks.casts import cast_to
 from stockflow.planning.looks.proposal import Proposal
 from stockflow.storage import halves_of, redact
 from stockflow.text.remarks import Remark

@@ -1,4 +1,4 @@
-"""Precisions: whether of two samples one holds the numbers of the other, rounded to its dtype."""
+"""Casts: whether of two samples one holds the numbers of the other, rounded to its dtype."""
 
 from collections.abc import Sequence
 
